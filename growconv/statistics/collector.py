@@ -19,27 +19,12 @@ from growconv.network.graph import unwrapped
 from growconv.network.routes import Route
 from growconv.network.site import GrowthSite
 from growconv.statistics.accumulator import ReaderSums
+from growconv.statistics.options import PATHS, QUANTITIES, SCRATCH_BYTES, checked_quantities, require_closed_form
 from growconv.statistics.pair import KeptSamples, PairStatistics, ReaderStatistics
 from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import PairProblem, batched, pair_problem
 from growconv.statistics.totals import entries_text
 
-QUANTITIES: dict[str, frozenset[str]] = {
-    "S": frozenset({"S"}),
-    "N": frozenset({"N_raw", "M", "S2", "P"}),
-    "N_raw": frozenset({"N_raw"}),
-    "M": frozenset({"M"}),
-    "S2": frozenset({"S2"}),
-    "P": frozenset({"P"}),
-    "update": frozenset({"M", "S2"}),
-    "S_full": frozenset({"S_full"}),
-    "patch": frozenset({"patch_gram"}),
-    "samples": frozenset(),
-}
-"""What a solver may read, and the sums that it takes."""
-
-PATHS = ("auto", "dense", "unfold", "offset")
-SCRATCH_BYTES = 256 * 2**20
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, FactorizedConv)
 
@@ -125,7 +110,7 @@ class StatisticsCollector:
     ) -> None:
         self.model = unwrapped(model)
         self.sites = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
-        self.quantities = _checked_quantities(quantities, full, keep_samples)
+        self.quantities = checked_quantities(quantities, full, keep_samples)
         for label, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
             ("path", path, PATHS),
@@ -317,7 +302,7 @@ class StatisticsCollector:
             )
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
         if wanted:
-            _require_closed_form(site)
+            require_closed_form(site)
         routes = {route.consumer: route for route in site.routes}
         readers = {
             path: _Reader(path, routes[path], ReaderSums(_where(site, path), wanted, self.path, self.scratch_bytes))
@@ -536,35 +521,6 @@ def _enter_projection(reader: _Reader, statistics: ReaderStatistics) -> None:
         statistics.moments["N"] = projected
         statistics.moments["N_energy"] = projected.new_tensor(reader.projected.energy / reader.projected.samples)
     statistics.pending = None
-
-
-def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_samples: int) -> frozenset[str]:
-    if keep_samples < 0:
-        raise ArgumentValueError("keep_samples must not be negative", got=keep_samples)
-    if isinstance(quantities, str):
-        quantities = (quantities,)
-    wanted = frozenset({"S", "N"} if quantities is None else quantities) | ({"S_full"} if full else frozenset())
-    unknown = wanted - QUANTITIES.keys()
-    if unknown:
-        raise ArgumentValueError("unknown quantities", expected=", ".join(QUANTITIES), got=", ".join(sorted(unknown)))
-    if "samples" in wanted and not keep_samples:
-        raise ArgumentValueError("samples are to be kept, but keep_samples is 0", fix="pass keep_samples=512 or so")
-    return wanted
-
-
-def _require_closed_form(site: GrowthSite) -> None:
-    """Refuse sites that have no statistics of their own."""
-    reason = site.closed_form
-    for path in (*site.producers, *site.consumers):
-        if getattr(site.model.get_submodule(path), "groups", 1) != 1:
-            reason = reason or f"{path} is a grouped convolution"
-    if reason:
-        raise StatisticsError(
-            "this site has no closed-form statistics",
-            got=reason,
-            where=site.name,
-            fix="collect quantities=('samples',) only, for methods such as functional",
-        )
 
 
 def _where(site: GrowthSite, reader: str) -> str:
