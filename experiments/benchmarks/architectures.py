@@ -1,22 +1,24 @@
 """Grow other people's models: every site of pytorchcv's, transformers' and MONAI's architectures, by three channels.
 
-    python experiments/benchmarks/architectures.py [--only NAME ...] [--print]
+    python -m experiments.benchmarks.architectures [--only NAME ...] [--print]
 
-For each architecture: convolutions, those whose output can grow, sites, seconds to find the sites, seconds to grow
-all of them by 3 channels (or the next whole number of groups), the change of the output in float32 eval mode relative
-to its largest entry, readers whose new weights get no gradient in one training step although their old ones do,
-whether the number of parameters is the one predicted, and why the other convolutions cannot grow. Weights are random,
-batch norms are calibrated on two batches; nothing is downloaded.
+For each architecture: convolutions, those whose output can grow, sites, CPU seconds to find the sites and to grow all
+of them by 3 channels (or the next whole number of groups), the change of the output in float32 eval mode relative to
+its largest entry, readers whose new weights get no gradient in one training step although their old ones do, whether
+the number of parameters is the one predicted, and why the other convolutions cannot grow. Weights are random, batch
+norms are calibrated on a batch; nothing is downloaded.
 """
 
 import argparse
 import importlib
+import json
 import re
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,88 +32,41 @@ from growconv.network.graph import trace
 from growconv.network.site import Analysis, GrowthSite
 
 CHANNELS = 3
-SMALL = [
-    "resnet_cifar.resnet20",
-    "preresnet_cifar.preresnet20",
-    "seresnet_cifar.seresnet20",
-    "sepreresnet_cifar.sepreresnet20",
-    "resnext_cifar.resnext20_16x4d",
-    "wrn_cifar.wrn16_10",
-    "densenet_cifar.densenet40_k12",
-    "pyramidnet_cifar.pyramidnet110_a48",
-    "shakeshakeresnet_cifar.shakeshakeresnet20_2x16d",
-    "nin_cifar.nin",
-    "ror_cifar.ror3_56",
-    "rir_cifar.rir",
-    "fractalnet_cifar.fractalnet",
-    "diaresnet_cifar.diaresnet20",
-    "xdensenet_cifar.xdensenet40_2_k24_bc",
-]  # their names end in _cifar10; 32×32
-LARGE = [
-    "resnet.resnet18",
-    "resnet.resnet50",
-    "preresnet.preresnet18",
-    "resnext.resnext50_32x4d",
-    "seresnet.seresnet18",
-    "seresnext.seresnext50_32x4d",
-    "senet.senet16",
-    "sepreresnet.sepreresnet18",
-    "wrn.wrn50_2",
-    "resnetd.resnetd50b",
-    "resneta.resneta10",
-    "densenet.densenet121",
-    "ibndensenet.ibn_densenet121",
-    "vgg.vgg11",
-    "vgg.bn_vgg11",
-    "alexnet.alexnet",
-    "zfnet.zfnet",
-    "mobilenet.mobilenet_w1",
-    "fdmobilenet.fdmobilenet_w1",
-    "mobilenetb.mobilenetb_w1",
-    "mobilenetv2.mobilenetv2_w1",
-    "mobilenetv3.mobilenetv3_small_w1",
-    "mobilenetv3.mobilenetv3_large_w1",
-    "igcv3.igcv3_w1",
-    "mnasnet.mnasnet_a1",
-    "fbnet.fbnet_cb",
-    "proxylessnas.proxylessnas_cpu",
-    "spnasnet.spnasnet",
-    "efficientnet.efficientnet_b0",
-    "efficientnetedge.efficientnet_edge_small_b",
-    "shufflenet.shufflenet_g1_w1",
-    "shufflenetv2.shufflenetv2_w1",
-    "squeezenet.squeezenet_v1_0",
-    "squeezenet.squeezeresnet_v1_1",
-    "squeezenext.sqnxt23_w1",
-    "dla.dla34",
-    "regnet.regnetx002",
-    "regnet.regnety002",
-    "ghostnet.ghostnet",
-    "hardnet.hardnet39ds",
-    "vovnet.vovnet27s",
-    "peleenet.peleenet",
-    "selecsls.selecsls42",
-    "darknet.darknet_ref",
-    "darknet53.darknet53",
-    "drn.drnd22",
-    "hrnet.hrnet_w18_small_v1",
-    "dpn.dpn68",
-    "bninception.bninception",
-    "airnet.airnet50_1x64d_r2",
-    "cbamresnet.cbam_resnet18",
-    "bamresnet.bam_resnet18",
-    "scnet.scnet50",
-    "mixnet.mixnet_s",
-    "diracnetv2.diracnet18v2",
-    "resnesta.resnestabc14",
-    "tresnet.tresnet_m",
-    "fishnet.fishnet99",
-    "condensenet.condensenet74_c4_g4",
-    "resattnet.resattnet56",
-]  # 224×224
+DRAWS = 8  # at most: three random channels of a squeeze-and-excite layer are all off on a batch of 3 one time in 8
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+SMALL = _words(
+    """
+    resnet_cifar.resnet20 preresnet_cifar.preresnet20 seresnet_cifar.seresnet20 sepreresnet_cifar.sepreresnet20
+    resnext_cifar.resnext20_16x4d wrn_cifar.wrn16_10 densenet_cifar.densenet40_k12
+    pyramidnet_cifar.pyramidnet110_a48 shakeshakeresnet_cifar.shakeshakeresnet20_2x16d nin_cifar.nin
+    ror_cifar.ror3_56 rir_cifar.rir fractalnet_cifar.fractalnet diaresnet_cifar.diaresnet20
+    xdensenet_cifar.xdensenet40_2_k24_bc
+    """
+)  # their names end in _cifar10; 32×32
+LARGE = _words(
+    """
+    resnet.resnet18 resnet.resnet50 preresnet.preresnet18 resnext.resnext50_32x4d seresnet.seresnet18
+    seresnext.seresnext50_32x4d senet.senet16 sepreresnet.sepreresnet18 resnetd.resnetd50b resneta.resneta10
+    densenet.densenet121 ibndensenet.ibn_densenet121 vgg.vgg11 vgg.bn_vgg11 alexnet.alexnet zfnet.zfnet
+    mobilenet.mobilenet_w1 fdmobilenet.fdmobilenet_w1 mobilenetb.mobilenetb_w1 mobilenetv2.mobilenetv2_w1
+    mobilenetv3.mobilenetv3_small_w1 mobilenetv3.mobilenetv3_large_w1 igcv3.igcv3_w1 mnasnet.mnasnet_a1
+    fbnet.fbnet_cb proxylessnas.proxylessnas_cpu spnasnet.spnasnet efficientnet.efficientnet_b0
+    efficientnetedge.efficientnet_edge_small_b shufflenet.shufflenet_g1_w1 shufflenetv2.shufflenetv2_w1
+    squeezenet.squeezenet_v1_0 squeezenet.squeezeresnet_v1_1 squeezenext.sqnxt23_w1 dla.dla34 regnet.regnetx002
+    regnet.regnety002 ghostnet.ghostnet hardnet.hardnet39ds vovnet.vovnet27s peleenet.peleenet selecsls.selecsls42
+    darknet.darknet_ref drn.drnd22 dpn.dpn68 bninception.bninception
+    cbamresnet.cbam_resnet18 bamresnet.bam_resnet18 mixnet.mixnet_s
+    diracnetv2.diracnet18v2 resnesta.resnestabc14 fishnet.fishnet99
+    condensenet.condensenet74_c4_g4
+    """
+)  # 224×224
 OWN_SIZE = {
-    "inceptionv3.inceptionv3": 299, "inceptionv4.inceptionv4": 299, "xception.xception": 299, "polynet.polynet": 331,
-    "linknet.linknet_cityscapes": 256, "unet.unet_cityscapes": 256, "segnet.segnet_cityscapes": 256,
+    "inceptionv3.inceptionv3": 299, "linknet.linknet_cityscapes": 256,
     "erfnet.erfnet_cityscapes": 256, "enet.enet_cityscapes": 256,
 }  # fmt: skip
 TRANSFORMERS = {
@@ -136,6 +91,7 @@ class Outcome:
     dead: int
     counted: bool
     reasons: str
+    redrawn: int = 0
 
 
 def architectures() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
@@ -180,15 +136,14 @@ def _monai(axes: int) -> Callable[[], nn.Module]:
 
 
 def calibrate(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Running statistics of batch norms from two batches, so that an untrained network's values have a sane size."""
+    """Running statistics of batch norms from a batch, so that an untrained network's values have a sane size."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None
     model.train()
     with torch.no_grad():
-        for _ in range(2):
-            model(torch.randn(2, *shape[1:]))
+        model(torch.randn(2, *shape[1:]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -207,25 +162,30 @@ def grow_everywhere(name: str, build: Callable[[], nn.Module], shape: tuple[int,
     model = build()
     calibrate(model, shape)
     example = torch.randn(shape)
-    start = time.perf_counter()
+    start = time.process_time()
     analysis = Analysis(trace(model, example))
     rows = [row for row in rows_of(analysis) if "Conv" in row.layer]
-    found = time.perf_counter() - start
+    found = time.process_time() - start
     with torch.no_grad():
         before = output_of(model(example))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     parameters, predicted = _parameters(model), 0
-    start = time.perf_counter()
+    start = time.process_time()
     for site in analysis.sites:
         growth = growconv.solve(site, method="random", channels=CHANNELS, model=model)
         predicted += site.parameters_for(growth.channels)
         growconv.grow(model, site, growth, 0.0, optimizer)
-    grown = time.perf_counter() - start
+    grown = time.process_time() - start
     with torch.no_grad():
         after = output_of(model(example))
     change = float((after - before).abs().max() / before.abs().max())
     counted = _parameters(model) == parameters + predicted
-    dead = sum(_dead_readers(model, analysis.sites, example, optimizer).values())
+    redrawn, dead = 0, _dead_readers(model, analysis.sites, example, optimizer)
+    while any(dead.values()) and redrawn < DRAWS:
+        redrawn += 1
+        for site in {site for (site, _), off in dead.items() if off}:
+            _draw_again(model, site, optimizer)
+        dead = _dead_readers(model, analysis.sites, example, optimizer)
     reasons = Counter(_general(row.reason) for row in rows if not row.growable)
     return Outcome(
         name,
@@ -235,9 +195,10 @@ def grow_everywhere(name: str, build: Callable[[], nn.Module], shape: tuple[int,
         found,
         grown,
         change,
-        dead,
+        sum(dead.values()),
         counted,
         "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(3)),
+        redrawn,
     )
 
 
@@ -247,9 +208,9 @@ def _parameters(model: nn.Module) -> int:
 
 def _dead_readers(
     model: nn.Module, sites: list[GrowthSite], example: Tensor, optimizer: torch.optim.Optimizer
-) -> dict[str, bool]:
+) -> dict[tuple[GrowthSite, str], bool]:
     """One training step; per reader whether its new weights got no gradient although its old ones did."""
-    batch = torch.cat([example, example.flip(-1), 0.5 * torch.randn_like(example), 2 * example.roll(7, -1)])
+    batch = torch.cat([example, 0.5 * torch.randn_like(example), 2 * example.flip(-1)])
     optimizer.zero_grad()
     output = output_of(model.train()(batch))
     (output * torch.randn_like(output)).mean().backward()
@@ -262,9 +223,16 @@ def _dead_readers(
             entries = site.entries(path)
             new = torch.tensor(entries[-site.growable_channels(CHANNELS) * site.ratio(path) :])
             alive = gradient.index_select(axis, new).abs().max() > 0
-            dead[f"{site.name}: {path}"] = bool(gradient.abs().max() > 0) and not bool(alive)
+            dead[site, path] = bool(gradient.abs().max() > 0) and not bool(alive)
     optimizer.step()
     return dead
+
+
+def _draw_again(model: nn.Module, site: GrowthSite, optimizer: torch.optim.Optimizer) -> None:
+    """Other new channels for a site whose three are all off behind a ReLU on the whole batch."""
+    count = site.growable_channels(CHANNELS)
+    growconv.shrink(model, site, range(site.width - count, site.width), optimizer)
+    growconv.grow(model, site, growconv.solve(site, method="random", channels=count, model=model), 0.0, optimizer)
 
 
 def _general(reason: str | None) -> str:
@@ -276,14 +244,23 @@ def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="parts of names")
+    parser.add_argument("--kept", type=Path, help="file of finished outcomes, from which an interrupted run goes on")
+    parser.add_argument("--finished", action="store_true", help="write what --kept has, compute nothing")
     parser.add_argument("--print", action="store_true", help="print lines only, leave RESULTS.md alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    kept = json.loads(options.kept.read_text()) if options.kept and options.kept.exists() else {}
     outcomes = []
     for name, (build, shape) in architectures().items():
         if options.only and not any(part in name for part in options.only):
             continue
-        outcomes.append(grow_everywhere(name, build, shape))
+        if options.finished and name not in kept:
+            continue
+        if name not in kept:
+            kept[name] = asdict(grow_everywhere(name, build, shape))
+            if options.kept:
+                options.kept.write_text(json.dumps(kept))
+        outcomes.append(Outcome(**kept[name]))
         print(outcomes[-1], flush=True)
     convolutions, growable = (sum(getattr(o, field) for o in outcomes) for field in ("convolutions", "growable"))
     within = sum(outcome.change <= 1e-5 for outcome in outcomes)
@@ -291,8 +268,7 @@ def main() -> None:
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} growable "
         f"({growable / convolutions:.1%}); output unchanged to 1e-5 in {within}; parameter count as predicted in "
         f"{sum(outcome.counted for outcome in outcomes)}; new weights of "
-        f"{sum(outcome.dead for outcome in outcomes)} readers "
-        f"without a gradient; torch {torch.__version__}, {torch.get_num_threads()} thread(s)."
+        f"{sum(outcome.dead for outcome in outcomes)} readers without a gradient."
     )
     print(summary)
     if options.print or options.only:
@@ -303,8 +279,8 @@ def main() -> None:
         "growable",
         "share",
         "sites",
-        "find s",
-        "grow s",
+        "find CPU s",
+        "grow CPU s",
         "output change",
         "no gradient",
         "not growable",
@@ -319,7 +295,7 @@ def main() -> None:
             f"{o.find_seconds:.2f}",
             f"{o.grow_seconds:.2f}",
             f"{o.change:.1e}",
-            str(o.dead),
+            str(o.dead) + (f" (draw {o.redrawn + 1})" if o.redrawn else ""),
             o.reasons or "–",
         ]
         for o in outcomes
@@ -327,10 +303,11 @@ def main() -> None:
     notes = [
         summary,
         "A convolution is growable when new output channels can be added. Readers whose old weights got no gradient "
-        'either (a ReLU behind them that is off on the whole batch) are not counted under "no gradient".',
+        'either (a ReLU behind them that is off on the whole batch) are not counted under "no gradient". '
+        '"(draw n)": three random channels behind a ReLU, most often in squeeze-and-excite layers, were all off on the '
+        "batch of 3 and were taken out and drawn again.",
         '"output change": largest entry of the change over the largest entry of the output, float32, eval mode, '
-        "all sites "
-        "grown by 3 channels or the next number of whole groups.",
+        "all sites grown by 3 channels or the next number of whole groups.",
     ]
     write_section(
         "architectures",
