@@ -77,6 +77,7 @@ class Proposal:
         gradient_energy: ‖v‖²/n over the site's readers, the unit of the gains; None for methods without statistics.
         parameters_per_channel: parameters that one channel adds.
         flops_per_channel: FLOPs (2 × MACs, forward, one sample) that one channel adds.
+        samples: how many the statistics were collected on; None for methods without statistics.
     """
 
     site: GrowthSite
@@ -84,6 +85,7 @@ class Proposal:
     gradient_energy: float | int | None
     parameters_per_channel: float | int
     flops_per_channel: float | int
+    samples: int | None = None
 
     @property
     def gain(self) -> float:

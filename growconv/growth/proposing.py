@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, solve
 from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
+from growconv.solvers.sampling import Found, gains_known, until_known
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
@@ -30,6 +32,19 @@ SLOTS = {"writes": layers.writing_slots, "reads": layers.reading_slots, "carries
 KEEP_SAMPLES = 512
 """Samples per process and site whose tensors are kept for methods that read them."""
 PHASES = ("collect", "solve", "amplitude", "surgery")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """How statistics are collected.
+
+    Attributes:
+        options: further options of `collect_statistics`.
+        relative_error: collect only until the sum of the gains is known this well at every site; None: all batches.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    relative_error: float | None = None
 
 
 class Stopwatch:
@@ -63,7 +78,7 @@ def propose(
     cost: ModelCost,
     stopwatch: Stopwatch,
     generator: torch.Generator,
-    options: Mapping[str, Any],
+    collection: Collection,
 ) -> list[Proposal]:
     """Ask the solver for channels at several sites; the model is as before afterwards.
 
@@ -76,7 +91,7 @@ def propose(
         cost: the model's cost meter.
         stopwatch: gets the seconds of collecting and solving.
         generator: randomness of methods that draw.
-        options: further options of `collect_statistics`.
+        collection: how statistics are collected.
 
     Returns:
         One proposal per site, in the order of `asked`; with several processes the same one on each.
@@ -91,52 +106,79 @@ def propose(
             with stopwatch.phase("collect"):
                 rank_statistics = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
         if solver.reads and layer_sites:
-            keep = {"keep_samples": KEEP_SAMPLES} if "samples" in solver.reads else {}
             with stopwatch.phase("collect"):
-                settings = {"quantities": solver.reads, **keep, **options}
-                own = collect_statistics(
-                    model, layer_sites, batches, loss, run=agreed, average=reduce_statistics, **settings
-                )
-                statistics = reduce_statistics(own)
+                statistics = _collected(model, solver, layer_sites, asked, batches, loss, collection)
         with stopwatch.phase("solve"):
 
-            def solve_all() -> list[tuple[ChannelGrowth, float | None]]:
+            def solve_all() -> list[tuple[ChannelGrowth, float | None, int | None]]:
                 answer = []
                 for site in sites:
                     if isinstance(site, RankSite):
                         moments = rank_statistics[site.name]
                         terms = 1 if asked[site] == "auto" else min(int(asked[site]), site.bound - site.width)
-                        answer.append((solve_rank(site, moments, terms), moments.gradient_energy))
+                        answer.append((solve_rank(site, moments, terms), moments.gradient_energy, None))
                         continue
                     subject = statistics.get(site.name)
                     growth = solve(subject or site, solver, asked[site], model, generator)
-                    answer.append((growth, None if subject is None else gradient_energy(subject)))
+                    seen = (None, None) if subject is None else (gradient_energy(subject), subject.samples)
+                    answer.append((growth, *seen))
                 return answer
 
             solved = from_first(solve_all, device)
     return [
-        Proposal(site, growth, energy, *channel_cost(site, cost))
-        for site, (growth, energy) in zip(sites, solved, strict=True)
+        Proposal(site, growth, energy, *channel_cost(site, cost), samples)
+        for site, (growth, energy, samples) in zip(sites, solved, strict=True)
     ]
 
 
-def what_was_seen(growth: ChannelGrowth, solver: Solver, energy: float | int | None) -> dict[str, Any]:
+def _collected(
+    model: nn.Module,
+    solver: Solver,
+    sites: Sequence[GrowthSite],
+    asked: Mapping[GrowthSite, Channels],
+    batches: Sequence[Batch],
+    loss: Loss,
+    collection: Collection,
+) -> Found:
+    """Statistics over all processes: of all batches, or of as many as make the gains known."""
+    error = collection.relative_error
+    reads = solver.reads | (set() if error is None else {"samples"})
+    keep = {"keep_samples": KEEP_SAMPLES} if "samples" in reads else {}
+    settings = {"quantities": reads, **keep, **collection.options}
+
+    def collect(part: Sequence[Batch]) -> Found:
+        own = collect_statistics(model, sites, part, loss, run=agreed, average=reduce_statistics, **settings)
+        return reduce_statistics(own)
+
+    if error is None:
+        return collect(batches)
+    wanted: dict[GrowthSite, Channels] = {site: asked[site] for site in sites}
+    device = next(model.parameters()).device
+    return until_known(
+        collect, batches, lambda found: from_first(lambda: gains_known(found, wanted, solver, error, model), device)
+    )
+
+
+def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> dict[str, Any]:
     """What a report shows of a proposal besides its gains, as JSON-able values.
 
     Args:
-        growth: the proposal.
+        growth: what was taken of the proposal.
         solver: the method.
-        energy: ‖v‖²/n at the site, None where no statistics were collected.
+        proposal: the proposal.
 
     Returns:
         `spectrum`, the gains of all candidates, where there were more than were taken; `captured_energy`, the share of
-        ‖v‖²/n that the channels capture, where the method's gains are energies.
+        ‖v‖²/n that the channels capture, where the method's gains are energies; `samples`, how many the statistics
+        were collected on.
     """
     shown: dict[str, Any] = {}
     if growth.spectrum is not None:
         shown["spectrum"] = growth.spectrum.tolist()
-    if solver.energy_gains and energy:
-        shown["captured_energy"] = float(growth.gains.sum()) / energy
+    if solver.energy_gains and proposal.gradient_energy:
+        shown["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
+    if proposal.samples is not None:
+        shown["samples"] = proposal.samples
     return shown
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,10 +28,21 @@ from growconv.growth.distributed import (
 from growconv.growth.history import GrowthHistory
 from growconv.growth.learning_rate import LearningRate
 from growconv.growth.preservation import all_or_nothing, undisturbed
-from growconv.growth.proposing import PHASES, Batch, Loss, Stopwatch, channel_cost, propose, split, what_was_seen
+from growconv.growth.proposing import (
+    PHASES,
+    Batch,
+    Collection,
+    Loss,
+    Stopwatch,
+    channel_cost,
+    propose,
+    split,
+    what_was_seen,
+)
 from growconv.growth.pruning import PruneBack, energy_scores, norm_scores
 from growconv.growth.settings import (
     as_amplitude,
+    as_relative_error,
     as_share,
     as_when,
     check_gains,
@@ -84,6 +95,9 @@ class GrowthScheduler:
         learning_rate: how new entries train after growth: None at the optimizer's rate, or WarmUp or StageRates.
         pruning: a PruneBack that shrinks the model to a budget at its own times; None: nothing is ever pruned.
         held_out: share of the growth batches that the line search gets and the statistics do not.
+        samples: "all" reads every growth batch that is left; "auto" only as many as it takes to know the sum of the
+            gains at every site to `relative_error`, for methods whose gains are energies (tiny, exact, functional).
+        relative_error: see `samples`.
         statistics: further options of `collect_statistics`, such as keep_samples (512 where the method reads samples).
         seed: of methods that draw random numbers, mixed with the number of the round.
 
@@ -116,6 +130,8 @@ class GrowthScheduler:
         learning_rate: LearningRate | None = None,
         pruning: PruneBack | None = None,
         held_out: float | int = 0.25,
+        samples: Literal["all", "auto"] | str = "all",
+        relative_error: float | int = 0.1,
         statistics: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -132,7 +148,8 @@ class GrowthScheduler:
         self.learning_rate = learning_rate
         self.pruning = pruning
         self.held_out = as_share(held_out, "held_out")
-        self.statistics = dict(statistics or {})
+        error = as_relative_error(samples, relative_error, self.solver, self.sites)
+        self.collection = Collection(dict(statistics or {}), error)
         self.seed = seed
         check_owner(optimizer, self.sites)
         check_gains(self.solver, self._policies().values())
@@ -223,14 +240,14 @@ class GrowthScheduler:
 
                 def ask(sites: Mapping[GrowthSite, Channels]) -> list[Proposal]:
                     return propose(
-                        self.model, self.solver, sites, fitting, loss, cost, stopwatch, generator, self.statistics
+                        self.model, self.solver, sites, fitting, loss, cost, stopwatch, generator, self.collection
                     )
 
                 for proposal, reason in self._chosen(ask(asked), situation):
                     growth = self._current(proposal, ask, moved=bool(events))
                     if growth is not None:
                         event = self._apply(proposal.site, growth, reason, held_out, loss, stopwatch)
-                        shown = what_was_seen(growth, self.solver, proposal.gradient_energy)
+                        shown = what_was_seen(growth, self.solver, proposal)
                         events.append(replace(event, details={**event.details, **shown}))
                 require_equal_parameters(self.model)
             self.flops_spent += spent.flops
@@ -380,7 +397,7 @@ class GrowthScheduler:
         stopwatch, events = Stopwatch(self._device), []
         with stopwatch.phase("collect"), undisturbed(self.model), cost.counting() as spent:
             if pruning.score == "energy":
-                scores = energy_scores(self.model, self.sites, batches, loss, self.statistics)
+                scores = energy_scores(self.model, self.sites, batches, loss, self.collection.options)
             else:
                 scores = {site: norm_scores(site) for site in self.sites}
             chosen = pruning.choose(self.model, self.sites, scores, cost)

@@ -10,8 +10,10 @@ from growconv.errors import ArgumentTypeError, ScheduleError, SurgeryError
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
 from growconv.network.optimizer import as_optimizers
+from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Solver
+from growconv.solvers.sampling import require_known_gains
 
 CLOSED_FORM = frozenset({"S", "N", "N_raw", "S_full"})
 """Quantities that only sites with closed-form statistics have."""
@@ -119,6 +121,25 @@ def as_share(value: float | int, where: str) -> float:
     if not 0 < value < 1:
         raise ScheduleError("a share of the growth batches", expected="above 0, below 1", got=value, where=where)
     return float(value)
+
+
+def as_relative_error(
+    samples: str, relative_error: float | int, solver: Solver, sites: Sequence[GrowthSite]
+) -> float | None:
+    """How well gains must be known before collecting ends; None where all batches are read.
+
+    Raises:
+        ScheduleError: an unknown word or an error that is not positive.
+        SolverError: the method or a site has no gains that more samples would make known.
+    """
+    if samples not in ("all", "auto"):
+        raise ScheduleError("unknown number of samples", expected='"all" or "auto"', got=samples, where="samples")
+    if not (isinstance(relative_error, int | float) and relative_error > 0):
+        raise ScheduleError("an error must be positive", expected="> 0", got=relative_error, where="relative_error")
+    if samples == "all":
+        return None
+    require_known_gains(solver, [site for site in sites if not isinstance(site, RankSite)])
+    return float(relative_error)
 
 
 def checked_batches(batches: Iterable[Any]) -> list[tuple[Any, Any]]:

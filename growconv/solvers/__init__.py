@@ -5,7 +5,7 @@
 
 from growconv.solvers.base import SOLVERS, Channels, Solver, get_solver, register, solve
 from growconv.solvers.counting import MeasuredGains, measure_gains
-from growconv.solvers.energy import captured_energy, expected_decrease
+from growconv.solvers.energy import LinearisationWarning, captured_energy, expected_decrease
 from growconv.solvers.exact import Exact, ExactChannels, exact
 from growconv.solvers.firefly import Firefly
 from growconv.solvers.functional import FewSamplesWarning, Functional
@@ -13,6 +13,7 @@ from growconv.solvers.gradmax import GradMax, GradMaxChannels, gradmax
 from growconv.solvers.net2net import Net2Net
 from growconv.solvers.north import North
 from growconv.solvers.random import Random
+from growconv.solvers.sampling import collect_until_known
 from growconv.solvers.senn import Senn
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.tiny import Tiny, TinyChannels, tiny
@@ -28,6 +29,7 @@ __all__ = [
     "Functional",
     "GradMax",
     "GradMaxChannels",
+    "LinearisationWarning",
     "MeasuredGains",
     "Net2Net",
     "North",
@@ -39,6 +41,7 @@ __all__ = [
     "TinyChannels",
     "VarianceTransfer",
     "captured_energy",
+    "collect_until_known",
     "exact",
     "expected_decrease",
     "get_solver",

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from growconv.errors import ArgumentTypeError, SolverError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
+from growconv.solvers.energy import LinearisationWarning, linearisation_note
 
 SOLVERS: dict[str, type["Solver"]] = {}
 """Every registered method by name; fill it through `register`."""
@@ -33,6 +35,7 @@ class Solver(ABC):
             method that looks at the weights alone. May be a property that depends on the hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
         energy_gains: the channels' gains are captured energies in the unit of ‖v‖²/n.
+        linearises: takes what lies between writer and reader as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
     """
 
@@ -40,6 +43,7 @@ class Solver(ABC):
     reads: frozenset[str] = frozenset()
     keep_samples: int = 512
     energy_gains: bool = False
+    linearises: bool = False
     function_preserving: bool = False
 
     @abstractmethod
@@ -183,6 +187,9 @@ def solve(
     Raises:
         SolverError: an unknown method or hyperparameter, an impossible number of channels, missing statistics, or a
             proposal that is not finite.
+
+    Warns:
+        LinearisationWarning: the method takes the activation as linear, and it is not 0 at 0.
     """
     solver = get_solver(method, **hyperparameters)
     statistics = subject if hasattr(subject, "growth_site") else None
@@ -205,6 +212,9 @@ def solve(
     requested = _validated_channels(channels, site)
     growth = solver.solve(statistics, site, requested, model if model is not None else site.model, generator)
     _require_finite(growth)
+    note = linearisation_note(site) if solver.linearises and growth.channels else None
+    if note is not None:
+        warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
     if requested != channels:
         reason = growth.reason or f"the site grows in whole groups of {site.granularity}"
         growth = replace(growth, requested=channels, reason=reason)

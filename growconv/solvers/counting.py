@@ -66,14 +66,40 @@ def measure_gains(subject: PairStatistics, growth: ChannelGrowth, model: nn.Modu
     return MeasuredGains(captured.mean(0), captured.std(0) / len(kept) ** 0.5, len(kept))
 
 
+def held_out_gains(
+    solver: Solver,
+    subject: PairStatistics,
+    site: GrowthSite,
+    channels: int,
+    model: nn.Module,
+    generator: torch.Generator | None,
+) -> tuple[ChannelGrowth, MeasuredGains]:
+    """What a solver proposes without half of the kept samples, and its gains on those.
+
+    Args:
+        solver: a method on statistics.
+        subject: statistics with kept samples.
+        site: the site.
+        channels: how many to ask for.
+        model: its model.
+        generator: randomness of the solver.
+
+    Raises:
+        StatisticsError: fewer than four samples were kept, or none are left to solve on.
+    """
+    fitting, held_out = require_samples(subject, "a held-out gain", least=4).split(1 - HELD_OUT)
+    rest = without(subject, held_out, fitting)
+    proposal = solver.solve(rest, site, channels, model, generator)
+    return proposal, measure_gains(replace(rest, samples_kept=held_out), proposal, model)
+
+
 def worthwhile(
     solver: Solver, subject: PairStatistics, site: GrowthSite, model: nn.Module, generator: torch.Generator | None
 ) -> ChannelGrowth:
     """As many channels as hold their gain on samples that the solver has not seen.
 
-    Half of the kept samples are taken out of the statistics, the solver proposes up to as many channels as there are
-    (at least 8), and those whose gain on the samples left out is above two error bars are counted. The solver is then
-    asked for that number on all samples.
+    The solver proposes up to as many channels as there are (at least 8), and those whose held-out gain is above two
+    error bars are counted. The solver is then asked for that number on all samples.
 
     Args:
         solver: a method on statistics.
@@ -85,16 +111,15 @@ def worthwhile(
     Returns:
         The proposal with the reason for its number; no channels where none is above its error bar.
     """
-    kept = require_samples(subject, 'channels="auto"', least=4)
-    fitting, held_out = kept.split(1 - HELD_OUT)
-    rest = without(subject, held_out, fitting)
     most = site.growable_channels(max(8, site.width))
-    candidates = solver.solve(rest, site, most, model, generator)
+    candidates, measured = held_out_gains(solver, subject, site, most, model, generator)
     if candidates.channels == 0:
         return candidates
-    measured = measure_gains(replace(rest, samples_kept=held_out), candidates, model)
     count = int((measured.gains > CONFIDENCE * measured.errors).sum()) // site.granularity * site.granularity
-    why = f"{count} of {candidates.channels} gains exceed {CONFIDENCE:g} error bars on {len(held_out)} held-out samples"
+    why = (
+        f"{count} of {candidates.channels} gains exceed {CONFIDENCE:g} error bars "
+        f"on {measured.samples} held-out samples"
+    )
     if count == 0:
         return empty(subject, model, candidates.method, 0, why)
     return replace(solver.solve(subject, site, count, model, generator), reason=why)

@@ -16,6 +16,11 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.columns import columns, positions
 from growconv.statistics import KeptSamples, PairStatistics, collect_statistics
 
+
+class LinearisationWarning(UserWarning):
+    """A method that takes the activation as linear was asked for channels behind one that is not 0 at 0."""
+
+
 ALL = 2**62
 """More samples than there are."""
 

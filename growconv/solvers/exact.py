@@ -255,6 +255,7 @@ class Exact(Solver):
     rounds: int = 60
     signs: bool = True
     energy_gains = True
+    linearises = True
 
     def __post_init__(self) -> None:
         if self.route not in ROUTES:

@@ -73,6 +73,7 @@ class GradMax(Solver):
     rank_tolerance: float = RANK_TOLERANCE
     reads = frozenset({"N_raw"})
     function_preserving = True
+    linearises = True
 
     def __post_init__(self) -> None:
         if not (self.outgoing > 0 and self.lift >= 0):

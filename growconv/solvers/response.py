@@ -61,7 +61,7 @@ def channel_responses(subject: PairStatistics, growth: ChannelGrowth, model: nn.
             pairs = (change * residuals[path], change.square(), change * kept.v[path])
             column += torch.stack([pair.flatten(1).double().sum(1) for pair in pairs])
         columns.append(column)
-    captured, energy, decrease = torch.stack(columns, 2)
+    captured, energy, decrease = torch.stack(columns, 2) if columns else torch.zeros(3, len(kept), 0)
     return Responses(captured, energy, decrease, norms)
 
 

@@ -84,6 +84,7 @@ class Tiny(Solver):
     shrinkage: float | Literal["auto"] = 0.0
     signs: bool = True
     energy_gains = True
+    linearises = True
 
     @property
     def reads(self) -> frozenset[str]:

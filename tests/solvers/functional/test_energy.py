@@ -1,7 +1,9 @@
 """Captured energy and first-order decrease against the model that has really grown."""
 
 import copy
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import growconv
 from growconv.errors import StatisticsError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers import expected_decrease, solve
+from growconv.solvers import LinearisationWarning, expected_decrease, solve
 from growconv.solvers.energy import captured_energy, linearisation_note
 from growconv.statistics import collect_statistics
 
@@ -159,3 +161,19 @@ def test_what_linear_methods_mean_behind_a_sigmoid() -> None:
     assert note is not None
     assert "0.5 at 0" in note
     assert linearisation_note(first_site(small_model(nn.ReLU, norm=True))) is None
+
+
+@pytest.mark.parametrize("method", ["tiny", "exact", "functional"])
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU])
+@pytest.mark.filterwarnings("ignore::growconv.solvers.FewSamplesWarning")
+def test_linear_methods_warn_behind_a_sigmoid(method: str, activation: Any) -> None:
+    model = small_model(activation)
+    site = first_site(model)
+    reads = {"S", "N", "S_full", "samples"}
+    stats = collect_statistics(model, [site], [data()], F.cross_entropy, quantities=reads, keep_samples=64)[site.name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solve(stats, method, 2)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, LinearisationWarning)]
+    assert len(said) == (activation is nn.Sigmoid and method != "functional")
+    assert all("0.5 at 0" in note and site.name in note for note in said)
