@@ -123,7 +123,7 @@ def reduce_statistics(statistics: dict[str, PairStatistics]) -> dict[str, PairSt
 
 
 def _reduced(own: PairStatistics) -> PairStatistics:
-    device = own.growth_site.model.get_submodule(own.producer).get_parameter("weight").device
+    device = next(own.growth_site.model.get_submodule(own.producer).parameters()).device
     total = int(_summed(torch.tensor(float(own.samples), dtype=torch.float64, device=device)).item())
     share = own.samples / total
 

@@ -15,6 +15,7 @@ from growconv.growth.decision import Proposal
 from growconv.growth.distributed import agreed, from_first, reduce_statistics
 from growconv.growth.preservation import undisturbed
 from growconv.network import layers
+from growconv.network.parametrized import effective_weight
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
@@ -203,10 +204,11 @@ def channel_cost(site: GrowthSite, cost: ModelCost) -> tuple[float | int, float 
     flops = 0.0
     for binding in site.bindings:
         if binding.role in SLOTS:
-            slot = SLOTS[binding.role](site.model.get_submodule(binding.path))[0]
-            weight, axis = site.model.get_submodule(binding.path).get_parameter(slot.name), slot.axis
+            module = site.model.get_submodule(binding.path)
+            slot = SLOTS[binding.role](module)[0]
+            weight = effective_weight(module) if slot.name == "weight" else module.get_parameter(slot.name)
             entries = sum(part.ratio for part in binding.layout if part.space.root() is site.space)
-            flops += cost.layer(binding.path, float(entries) * weight.numel() / weight.shape[axis])
+            flops += cost.layer(binding.path, float(entries) * weight.numel() / weight.shape[slot.axis])
     return plan_size(site, site.granularity) / site.granularity, flops
 
 

@@ -1,21 +1,27 @@
 """Pruning back: taking away the channels that matter least, until the model fits into a budget again."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from growconv.convolution.cost import multiplications_per_output
+from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Policy
 from growconv.growth.distributed import agreed, reduce_statistics
-from growconv.growth.proposing import SLOTS, Batch, Loss
+from growconv.growth.proposing import Batch, Loss
 from growconv.growth.when import When, require_positive
-from growconv.network import layers
+from growconv.network import layers, parametrized
 from growconv.network.graph import attribute
+from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
+from growconv.solvers.existing import filters_of, readings_of
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
@@ -124,26 +130,40 @@ class Sizes:
     def __init__(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> None:
         self.cost = cost
         self.tensors = {id(parameter): parameter for parameter in model.parameters()}
-        self.weights = {id(model.get_submodule(path).weight): path for path in cost.locations}
+        self.modules = {path: model.get_submodule(path) for path in cost.locations}
         self.cuts: dict[int, list[tuple[int, GrowthSite, float]]] = {}
         for site in sites:
-            for binding in site.bindings:
-                ratio = float(sum(part.ratio for part in binding.layout if part.space.root() is site.space))
-                for tensor, axis in _tensors(model, binding.path, binding.role, binding.axis):
-                    self.cuts.setdefault(id(tensor), []).append((axis, site, ratio))
+            if site.width > site.granularity:
+                for change in plan_removal(site, range(site.granularity)).changes:
+                    for axis, entries in change.removed.items():
+                        cut = (axis, site, len(entries) / site.granularity)
+                        self.cuts.setdefault(id(change.tensor), []).append(cut)
 
     def after(self, removed: Mapping[GrowthSite, Sequence[int]]) -> tuple[int, float]:
         """(parameters, flops) without the channels."""
-        parameters, flops = 0, 0.0
-        for key, tensor in self.tensors.items():
-            shape = [float(size) for size in tensor.shape]
+        shapes = {key: list(tensor.shape) for key, tensor in self.tensors.items()}
+        for key, shape in shapes.items():
             for axis, site, ratio in self.cuts.get(key, ()):
-                shape[axis] -= len(removed.get(site, ())) * ratio
-            entries = round(torch.tensor(shape, dtype=torch.float64).prod().item())
-            parameters += entries
-            if key in self.weights:
-                flops += self.cost.layer(self.weights[key], entries)
-        return parameters, flops
+                shape[axis] -= round(len(removed.get(site, ())) * ratio)
+        entries = {key: math.prod(shape) for key, shape in shapes.items()}
+        flops = 0.0
+        for path, module in self.modules.items():
+            if isinstance(module, FactorizedConv):
+                resized: Any = copy.copy(module)
+                resized.in_channels = shapes[id(module.in_factor)][0]
+                resized.out_channels = shapes[id(module.out_factor)][0]
+                flops += self.cost.layer(path, multiplications_per_output(resized))
+            else:
+                flops += self.cost.layer(path, entries[id(_stored_kernel(module))])
+        return sum(entries.values()), flops
+
+
+def _stored_kernel(module: nn.Module) -> Tensor:
+    """The parameter that has a layer's weight's shape."""
+    stored = parametrized.stored_weight(module)
+    if stored is None:
+        return module.get_parameter("weight")
+    return attribute(module, stored.names[0 if stored.spectral else 1])
 
 
 def norm_scores(site: GrowthSite) -> Tensor:
@@ -152,27 +172,22 @@ def norm_scores(site: GrowthSite) -> Tensor:
     It does not change when one side is scaled up and the other down. Behind a norm layer, which erases the incoming
     scale, the layer's |γ| takes the incoming norm's place.
     """
-    incoming = torch.zeros(site.width, dtype=torch.float64)
-    outgoing = torch.zeros(site.width, dtype=torch.float64)
+    incoming = sum(_squares(filters_of(site.model, path, site), site.width) for path in site.producers)
+    outgoing = sum(_squares(readings_of(site, site.model, path).transpose(0, 1), site.width) for path in site.consumers)
     gamma: list[Tensor] = []
     for binding in site.bindings:
         member = attribute(site.model, binding.path)
-        if binding.role in ("writes", "reads"):
-            axis = next(slot.axis for slot in SLOTS[binding.role](member))
-            squares = member.weight.detach().double().cpu().movedim(axis, 0).flatten(1).square().sum(1)
+        if binding.role == "norm" and getattr(member, "weight", None) is not None and isinstance(member, layers.NORMS):
             start, stop = _span(site, binding.layout)
-            squares = squares[start:stop].view(site.width, -1).sum(1)
-            if binding.role == "writes":
-                incoming += squares
-            else:
-                outgoing += squares
-        elif (
-            binding.role == "norm" and getattr(member, "weight", None) is not None and isinstance(member, layers.NORMS)
-        ):
-            start, stop = _span(site, binding.layout)
-            gamma.append(member.weight.detach().double().cpu()[start:stop].view(site.width, -1).square().mean(1))
-    size = torch.stack(gamma).mean(0) if gamma else incoming
-    return (size * outgoing).sqrt()
+            scales = member.weight.detach()[start:stop]
+            gamma.append(_squares(scales, site.width) / (len(scales) / site.width))
+    size = torch.stack(gamma).mean(0) if gamma else torch.as_tensor(incoming)
+    return (size * torch.as_tensor(outgoing)).sqrt()
+
+
+def _squares(entries: Tensor, width: int) -> Tensor:
+    """Sum of squares (width,) of what belongs to each channel, along the first axis, in float64 on the CPU."""
+    return entries.detach().double().cpu().reshape(width, -1).square().sum(1)
 
 
 def energy_scores(
@@ -200,16 +215,15 @@ def energy_scores(
 def _energy(site: GrowthSite, statistics: PairStatistics) -> Tensor:
     total = torch.zeros(site.width, dtype=torch.float64)
     for reader in statistics.readers:
-        weight = site.model.get_submodule(reader.consumer).get_parameter("weight").detach().double().cpu().flatten(1)
+        readings = readings_of(site, site.model, reader.consumer).detach().double().cpu()
+        taps = readings[0, 0, 0].numel()
         start, stop = site.span(reader.consumer)
-        channels = int(site.model.get_submodule(reader.consumer).get_parameter("weight").shape[1])
-        taps = weight.shape[1] // channels
         entries = slice(start * taps, stop * taps)
-        size = (stop - start) * taps // site.width
+        columns = readings.flatten(2)
+        size = columns.shape[2]
         second = torch.empty(0) if reader.S2 is None else reader.S2
         blocks = second.double().cpu()[entries, entries].view(site.width, size, site.width, size)
         own = torch.einsum("kdke->kde", blocks)
-        columns = weight[:, entries].view(-1, site.width, size)
         total += torch.einsum("ckd,kde,cke->k", columns, own, columns)
     return total
 
@@ -223,16 +237,3 @@ def _span(site: GrowthSite, layout: Any) -> tuple[int, int]:
             return start, start + size
         start += size
     raise ScheduleError("the layer has no channels of the site", where=site.name)
-
-
-def _tensors(model: nn.Module, path: str, role: str, axis: int) -> list[tuple[Tensor, int]]:
-    member = attribute(model, path)
-    if isinstance(member, Tensor):
-        return [(member, axis)]
-    slots: dict[str, Callable[[nn.Module], list[layers.Slot]]] = {
-        "writes": layers.writing_slots,
-        "reads": layers.reading_slots,
-        "norm": layers.norm_slots,
-        "carries": layers.carrying_slots,
-    }
-    return [(getattr(member, slot.name), slot.axis) for slot in slots[role](member)]

@@ -57,6 +57,7 @@ from growconv.network.graph import unwrapped
 from growconv.network.optimizer import as_optimizers
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite
 from growconv.network.surgery import GrowthEvent, grow, shrink
 from growconv.solvers.base import Channels, Solver, get_solver
@@ -396,11 +397,12 @@ class GrowthScheduler:
             return []
         stopwatch, events = Stopwatch(self._device), []
         with stopwatch.phase("collect"), undisturbed(self.model), cost.counting() as spent:
+            sites = [site for site in self.sites if not isinstance(site, RankSite)]
             if pruning.score == "energy":
-                scores = energy_scores(self.model, self.sites, batches, loss, self.collection.options)
+                scores = energy_scores(self.model, sites, batches, loss, self.collection.options)
             else:
-                scores = {site: norm_scores(site) for site in self.sites}
-            chosen = pruning.choose(self.model, self.sites, scores, cost)
+                scores = {site: norm_scores(site) for site in sites}
+            chosen = pruning.choose(self.model, sites, scores, cost)
         self.decisions = []
         with self._surgery(), stopwatch.phase("surgery"):
             for site, channels in chosen.items():

@@ -94,7 +94,7 @@ class ReaderSums:
             v: desired change of the reader's output.
             counts: see `add`.
         """
-        self.energy += float(torch.linalg.vector_norm(v.flatten(), dtype=torch.float64)) ** 2
+        self.energy += float(torch.linalg.vector_norm(v.flatten(1), dim=1).double().square().sum())
         self.samples += v.shape[0] if counts else 0
 
     def describe(self) -> list[str]:

@@ -27,6 +27,8 @@ LONGEST_TRANSFORM = 72
 """Longer maps are cut into tiles before their Fourier transform."""
 TILE_TRANSFORM = 36
 """Length of a tile's transform, about: more tiles of fewer frequencies make larger products of each frequency."""
+SPECTRA_BYTES = 8 * 2**20
+"""Spectra made at a time, about: memory that stays in the cache and with the process is not paged in again."""
 SPECTRAL_PRODUCT = 2.5
 """Price of one multiply-add of a complex product of small matrices, in multiply-adds of a large real one."""
 STRIP_PRODUCT = 2.0
@@ -224,7 +226,9 @@ class OffsetPath:
         itemsize = 2 * maps["x"].element_size()
         roles = sorted({(c.maps[side], side == 0 and tiling.parts > 1) for c in self.spectral for side in (0, 1)})
         per_sample = 2 * itemsize * tiling.frequencies * tiling.parts * sum(self.stacked(which) for which, _ in roles)
-        samples = max(1, self.scratch_bytes // 2 // per_sample)
+        # Enough samples to pay for reading and writing the sums of products, which grow with the channels' square.
+        enough = math.ceil(max(8, max(self.stacked(which) for which, _ in roles) / 4) / tiling.parts)
+        samples = max(1, min(max(enough, SPECTRA_BYTES // per_sample), self.scratch_bytes // 2 // per_sample))
         sizes = {c.maps: self.stacked(c.maps[0]) * self.stacked(c.maps[1]) for c in self.spectral}
         summed = 2 * itemsize * tiling.frequencies * sum(sizes.values()) <= self.scratch_bytes
         products: dict[str, Tensor] = {}

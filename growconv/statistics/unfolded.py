@@ -41,19 +41,30 @@ def gram(rows: Float[Tensor, "a n"]) -> Float[Tensor, "a a"]:
 
 
 def weight_gradient(
-    padded: Float[Tensor, "n c *padded"], v: Float[Tensor, "n d *out"], geometry: Geometry
+    maps: Float[Tensor, "n c *size"],
+    v: Float[Tensor, "n d *out"],
+    geometry: Geometry,
+    padding: int | tuple[int, ...] = 0,
 ) -> Float[Tensor, "c b d"]:
     """Σ over samples and outputs of (what tap b reads in channel c) times v: the gradient of a convolution's weight.
 
     Args:
-        padded: input maps with their padding around them.
+        maps: input maps.
         v: maps on the output grid.
         geometry: kernel, stride and dilation; its padding is not looked at.
+        padding: zeros to think around the maps, the same on both sides of an axis.
     """
-    size = (v.shape[1], padded.shape[1], *geometry.kernel_size)
+    size = (v.shape[1], maps.shape[1], *geometry.kernel_size)
     gradient = _WEIGHT_GRADIENTS[geometry.axes]
-    weight = gradient(padded, size, v, stride=geometry.stride, padding=0, dilation=geometry.dilation)
+    weight = gradient(maps, size, v, stride=geometry.stride, padding=padding, dilation=geometry.dilation)
     return weight.flatten(2).permute(1, 2, 0)
+
+
+def _reader_gradient(h: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """`weight_gradient` with a layer's own padding, around the maps only where the gradient cannot think it."""
+    if geometry.padding_mode == "zeros" and all(low == high for low, high in geometry.padding):
+        return weight_gradient(h, v, geometry, tuple(low for low, _ in geometry.padding))
+    return weight_gradient(pad(h, geometry), v, geometry)
 
 
 def add_unfolded_sums(
@@ -78,7 +89,7 @@ def add_unfolded_sums(
             slabs of rows where the writer's grid is the reader's and padding is zeros.
     """
     if "M" in quantities:
-        totals.add("M", weight_gradient(pad(h, problem.second), v, problem.second).flatten(0, 1))
+        totals.add("M", _reader_gradient(h, v, problem.second).flatten(0, 1))
     if not quantities - {"M"}:
         return
     q = tap_multiplicities(problem.hidden_size, problem.second, dtype=x.dtype, device=x.device)

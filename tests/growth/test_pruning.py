@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from growconv.convolution.cp import CPConv2d
+from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import ScheduleError
 from growconv.growth import AtSteps, GrowthScheduler, ModelCost, PruneBack
 from growconv.growth.pruning import Sizes, energy_scores, norm_scores
@@ -49,6 +51,72 @@ def test_sizes_predict_the_shrunken_model(sites_of, digits):
         shrink(model, site, channels)
     assert predicted == (size(model), cost.flops())
     model(digits[0][:2])
+
+
+def stored_otherwise(kind):
+    """Two pairs whose kernels are no plain Parameters, and a linear head."""
+    torch.manual_seed(0)
+    conv = {
+        "weight_norm": lambda *shape: nn.utils.parametrizations.weight_norm(nn.Conv2d(*shape, 3, padding=1)),
+        "cp": lambda *shape: CPConv2d(*shape, 3, padding=1, rank=3),
+        "tucker": lambda *shape: TuckerConv2d(*shape, 3, padding=1, rank=(3, 1)),
+        "reconstructed": lambda *shape: CPConv2d(*shape, 3, padding=1, rank=3, implementation="reconstructed"),
+    }[kind]
+    return nn.Sequential(conv(1, 6), nn.ReLU(), conv(6, 5), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(20, 10))
+
+
+KINDS = ("weight_norm", "cp", "tucker", "reconstructed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_where_kernels_are_stored_as_something_else(kind, sites_of, digits):
+    model = stored_otherwise(kind)
+    sites = sites_of(model)
+    cost = ModelCost.measure(model, digits[0][:2])
+    sizes = Sizes(model, sites, cost)
+    assert sizes.after({}) == (size(model), cost.flops())
+    removed = {site: list(range(2)) for site in sites}
+    predicted = sizes.after(removed)
+    for site, channels in removed.items():
+        shrink(model, site, channels)
+    assert predicted == (size(model), cost.flops())
+
+
+@pytest.mark.parametrize("score", ["norm", "energy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_where_kernels_are_stored_as_something_else(kind, score, sites_of, batches_of):
+    model = stored_otherwise(kind).double()
+    plain = nn.Sequential(*stored_otherwise(kind)).double()
+    for index in (0, 2):
+        like = model[index].weight
+        plain[index] = nn.Conv2d(like.shape[1], like.shape[0], 3, padding=1).double()
+        plain[index].load_state_dict({"weight": like.detach(), "bias": model[index].bias.detach()})
+    plain[6].load_state_dict(model[6].state_dict())
+    batches, found = batches_of(2, dtype=torch.float64), []
+    for each in (model, plain):
+        site = next(site for site in sites_of(each) if site.name == "0 -> 2")
+        found.append(norm_scores(site) if score == "norm" else energy_scores(each, [site], batches, LOSS, {})[site])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("score", ["norm", "energy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grow_and_prune_where_kernels_are_stored_as_something_else(kind, score, sites_of, digits, batches_of):
+    model = stored_otherwise(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sizes = [size(model)]
+    pruning = PruneBack(AtSteps([3]), parameters=sizes[0], score=score)
+    scheduler = GrowthScheduler(model, optimizer, sites_of(model), every=2, amount=2, pruning=pruning)
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        LOSS(model(digits[0][:64]), digits[1][:64]).backward()
+        optimizer.step()
+        if scheduler.due(step):
+            scheduler.grow(batches_of(3, size=32), LOSS)
+        sizes.append(size(model))
+    assert sizes[1] == sizes[0] < sizes[2]
+    assert sizes[3] <= sizes[0]
+    assert sizes[4] > sizes[3]
 
 
 @pytest.mark.parametrize("score", ["norm", "energy"])
