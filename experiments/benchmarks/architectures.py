@@ -32,6 +32,8 @@ from growconv.network.graph import trace
 from growconv.network.site import Analysis, GrowthSite
 
 CHANNELS = 3
+TOLERANCE = 1e-5
+"""Change of the output, relative to its largest entry, that counts as none in float32."""
 DRAWS = 8  # at most: three random channels of a squeeze-and-excite layer are all off on a batch of 3 one time in 8
 
 
@@ -92,6 +94,8 @@ class Outcome:
     counted: bool
     reasons: str
     redrawn: int = 0
+    exact_change: float | None = None
+    rounding: float | None = None
 
 
 def architectures() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
@@ -179,6 +183,7 @@ def grow_everywhere(name: str, build: Callable[[], nn.Module], shape: tuple[int,
     with torch.no_grad():
         after = output_of(model(example))
     change = float((after - before).abs().max() / before.abs().max())
+    exact_change, rounding = (None, None) if change <= TOLERANCE else in_double(build, shape)
     counted = _parameters(model) == parameters + predicted
     redrawn, dead = 0, _dead_readers(model, analysis.sites, example, optimizer)
     while any(dead.values()) and redrawn < DRAWS:
@@ -199,7 +204,26 @@ def grow_everywhere(name: str, build: Callable[[], nn.Module], shape: tuple[int,
         counted,
         "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(3)),
         redrawn,
+        exact_change,
+        rounding,
     )
+
+
+def in_double(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[float, float]:
+    """The change of the output in float64, and what float32 alone does to the output of the ungrown model."""
+    torch.manual_seed(0)
+    model = build()
+    calibrate(model, shape)
+    example = torch.randn(shape)
+    with torch.no_grad():
+        rounded = output_of(model(example))
+        model, example = model.double(), example.double()
+        before = output_of(model(example))
+        for site in growconv.find_sites(model, example):
+            growth = growconv.solve(site, method="random", channels=CHANNELS, model=model)
+            growconv.grow(model, site, growth, 0.0)
+        after, size = output_of(model(example)), before.abs().max()
+    return float((after - before).abs().max() / size), float((rounded - before).abs().max() / size)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -263,13 +287,31 @@ def main() -> None:
         outcomes.append(Outcome(**kept[name]))
         print(outcomes[-1], flush=True)
     convolutions, growable = (sum(getattr(o, field) for o in outcomes) for field in ("convolutions", "growable"))
-    within = sum(outcome.change <= 1e-5 for outcome in outcomes)
+    within = sum(outcome.change <= TOLERANCE for outcome in outcomes)
+    beyond = [o for o in outcomes if o.exact_change is not None and o.rounding is not None]
     summary = (
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} growable "
         f"({growable / convolutions:.1%}); output unchanged to 1e-5 in {within}; parameter count as predicted in "
         f"{sum(outcome.counted for outcome in outcomes)}; new weights of "
         f"{sum(outcome.dead for outcome in outcomes)} readers without a gradient."
     )
+    least = sorted(outcomes, key=lambda o: o.growable - o.convolutions)[:5]
+    rest = [o for o in outcomes if o not in least]
+    share = sum(o.growable for o in rest) / max(1, sum(o.convolutions for o in rest))
+    summary += (
+        f" Without the five that lose most ({', '.join(o.name for o in least)}: channel shuffles, splits into literal "
+        f"sizes, convolutions with a forward of their own) {share:.1%} are growable."
+    )
+    if beyond:
+        summary += (
+            " Where float32 changes more than 1e-5: "
+            + ", ".join(
+                f"{o.name}: {o.exact_change:.0e} in float64, while rounding alone moves the ungrown float32 model's "
+                f"output by {o.rounding:.0e}"
+                for o in beyond
+            )
+            + "."
+        )
     print(summary)
     if options.print or options.only:
         return

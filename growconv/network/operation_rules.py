@@ -31,6 +31,9 @@ class OperationRules(ShapeRules):
             tensors = tensors[:1]  # another tensor gives its dtype only
         if name in operations.ELEMENTWISE:
             return self._elementwise(node, name, tensors, described)
+        if name == "layer_norm":
+            normed = len(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ()))
+            return self._mixing(node, tensors[0], described, list(range(-normed, 0)), node.name)
         if len(tensors) == 1 or name in operations.CONCATENATIONS or name == "stack":
             handler = self._handlers().get(name)
             if handler is not None:

@@ -155,6 +155,8 @@ class Refused(nn.Module):
             y = y - y.mean(1, keepdim=True)
         if self.how == "layer norm":
             y = self.norm(y)
+        if self.how == "functional layer norm":
+            y = nn.functional.layer_norm(y.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
         if self.how == "recurrent":
             y = self.recurrent(y.flatten(2).permute(2, 0, 1))[0].permute(1, 2, 0).unflatten(2, (5, 5))
         if self.how == "gather":
@@ -177,6 +179,7 @@ class Refused(nn.Module):
         ("output", "the model's output"),
         ("mean", "reduces over the channels"),
         ("layer norm", "LayerNorm"),
+        ("functional layer norm", "layer_norm mixes all channels"),
         ("recurrent", "LSTM"),
         ("gather", "indexed by a tensor"),
         ("matrix", "einsum"),
