@@ -10,6 +10,7 @@ amplitude that `choose_amplitude` takes. "Best immediate" is the amplitude with 
 
 import argparse
 import copy
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -89,8 +90,8 @@ def best_immediate(model: nn.Module, site: GrowthSite, growth: ChannelGrowth, he
     return min(losses, key=lambda amplitude: losses[amplitude])
 
 
-def run(activation: type[nn.Module], norm: bool, optimizer_name: str, seed: int, data: Any) -> dict[str, float]:
-    """Ratios of mean losses after growing to the one without, and shares of the cap, by method."""
+def run(activation: type[nn.Module], norm: bool, optimizer_name: str, seed: int, data: Any) -> dict[str, float] | None:
+    """Ratios of mean losses after growing to the one without, and shares of the cap; None where training diverged."""
     torch.manual_seed(seed)
     model = network(activation, norm)
     optimizer = OPTIMIZERS[optimizer_name](model)
@@ -100,11 +101,14 @@ def run(activation: type[nn.Module], norm: bool, optimizer_name: str, seed: int,
     def cut(start: int, count: int, size: int) -> list[Batch]:
         return [(images[i : i + size], labels[i : i + size]) for i in range(start, start + count * size, size)]
 
-    train(model, optimizer, cut(0, BEFORE, BATCH))
+    if not math.isfinite(train(model, optimizer, cut(0, BEFORE, BATCH))):
+        return None
     following = cut(BEFORE * BATCH, AFTER, BATCH)
     fitting, held_out = cut(30_000, 8, 256), cut(40_000, 4, 256)
     plain, plain_optimizer = copied(model, optimizer, optimizer_name)
     reference = train(plain, plain_optimizer, following)
+    if not math.isfinite(reference):
+        return None
     result: dict[str, float] = {"ungrown": reference}
     for method in METHODS:
         grown, _ = copied(model, optimizer, optimizer_name)
@@ -139,11 +143,13 @@ def main() -> None:
     data = replace(dataset.train, inputs=dataset.inputs(dataset.train, torch.arange(len(dataset.train))))
     names = (*METHODS, "tiny, best immediate")
     rows: list[list[object]] = []
-    worst = 0.0
+    worst, diverged = 0.0, 0
     for activation in (nn.ReLU, nn.SELU):
         for norm in (False, True):
             for optimizer in OPTIMIZERS:
-                runs = [run(activation, norm, optimizer, seed, data) for seed in range(arguments.seeds)]
+                every = [run(activation, norm, optimizer, seed, data) for seed in range(arguments.seeds)]
+                runs = [one for one in every if one is not None]
+                diverged += len(every) - len(runs)
                 cells: list[object] = []
                 for name in names:
                     ratios = [one[name] for one in runs]
@@ -157,7 +163,8 @@ def main() -> None:
                 print(*rows[-1], sep="\t", flush=True)
     notes = [
         f"Mean training loss of the {AFTER} steps after growing over that of ungrown training on the same batches: "
-        f"mean over {arguments.seeds} seeds (largest). With the chosen amplitude the largest of all is {worst:.3f}."
+        f"mean over {arguments.seeds} seeds (largest). With the chosen amplitude the largest of all is {worst:.3f}. "
+        f"{diverged} networks of {4 * len(OPTIMIZERS) * arguments.seeds} had diverged before growing and are left out."
     ]
     print(*notes, sep="\n")
     if not arguments.no_write:
