@@ -62,9 +62,9 @@ def choose_amplitude(
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
-    γ = 0 is among the candidates. The cap keeps ‖α_k‖·‖ω_k‖ of every new channel at or below half the mean of the
-    old channels: without one, the amplitude that is best for the immediate loss can be a thousand times too strong for the
-    training that follows. What lies below the site's readers is computed once per batch (`Remainder`).
+    γ = 0 is among the candidates. The cap keeps ‖α_k‖·‖ω_k‖ of every new channel at or below half the mean of the old
+    channels: without one, the amplitude that is best for the immediate loss can be a thousand times too strong for
+    the training that follows. What lies below the site's readers is computed once per batch (`Remainder`).
 
     Args:
         model: the model that the site belongs to; not changed. Norm layers stay in the mode that they are in.
