@@ -41,6 +41,19 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
         del sys.modules[module]
 
 
+def test_the_loop_of_the_readme_prints_what_it_says(capsys):
+    """Amplitudes and the accuracy depend on the number of threads in their last digits: only their places count."""
+    found = blocks(ROOT / "README.md")
+    start = next(index for index, (language, _, _) in enumerate(found) if language == "python")
+    exec(compile(found[start][2], "README.md", "exec"), {"__name__": "readme"})
+    said, shown = (
+        [re.sub(r"amplitude [^,]+", "amplitude", line) for line in text.splitlines()]
+        for text in (capsys.readouterr().out, found[start + 1][2])
+    )
+    assert said[:-1] == shown[:-1]
+    assert abs(float(said[-1].rstrip("%")) - float(shown[-1].rstrip("%"))) < 5
+
+
 def test_one_file_and_one_yaml_add_a_method_to_the_command_line(tmp_path):
     for _, title, text in blocks(ROOT / "docs" / "how-to" / "own-method.md"):
         if title:
