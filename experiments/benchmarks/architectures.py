@@ -32,6 +32,11 @@ from growconv.network.graph import trace
 from growconv.network.site import Analysis, GrowthSite
 
 CHANNELS = 3
+WIDELY_USED = (
+    "resnet", "preresnet", "resnext", "seresnet", "sepreresnet", "seresnext", "wrn", "densenet", "vgg", "bn_vgg",
+    "mobilenet", "fdmobilenet", "efficientnet", "shufflenet", "squeeze", "dla", "regnet", "transformers", "MONAI",
+)  # fmt: skip
+"""How the names of the families that most people use begin; the others are here to find out what does not work."""
 TOLERANCE = 1e-5
 """Change of the output, relative to its largest entry, that counts as none in float32."""
 DRAWS = 8  # at most: three random channels of a squeeze-and-excite layer are all off on a batch of 3 one time in 8
@@ -295,6 +300,9 @@ def main() -> None:
         f"{sum(outcome.counted for outcome in outcomes)}; new weights of "
         f"{sum(outcome.dead for outcome in outcomes)} readers without a gradient."
     )
+    common = [o for o in outcomes if o.name.startswith(WIDELY_USED)]
+    common_share = sum(o.growable for o in common) / max(1, sum(o.convolutions for o in common))
+    summary += f" Of the {len(common)} in the families that most people use {common_share:.1%}."
     least = sorted(outcomes, key=lambda o: o.growable - o.convolutions)[:5]
     rest = [o for o in outcomes if o not in least]
     share = sum(o.growable for o in rest) / max(1, sum(o.convolutions for o in rest))
