@@ -250,8 +250,11 @@ class NewStep:
     def _carry(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         kernel = self.carried.get(path)
         kernel = identity_kernels(module, x.shape[1]) if kernel is None else kernel
-        per_group, _ = layers.group_granularity(module)
+        per_group, ratio = layers.group_granularity(module)
         groups = x.shape[1] // per_group
+        times = x.shape[1] * (1 if layers.is_transposed(module) else ratio) // kernel.shape[0]
+        if times > 1:  # channels that come several times get the same kernels each time
+            kernel = kernel.unflatten(0, (self.channels, -1)).repeat_interleave(int(times), 0).flatten(0, 1)
         return layers.convolve(module, x, kernel.to(x), None, groups)
 
     def _parameter(self, node: fx.Node) -> Tensor:

@@ -25,8 +25,8 @@ class ChannelGrowth:
         reason: why the number of channels differs from the one asked for; None where it does not.
         norms: per norm layer in between, mean and variance (K,) of the new channels' own values before the norm, for a
             transparent insertion. A norm layer that is missing here is given mean 0 and variance 1.
-        carried: per depthwise or grouped layer in between, the new kernels (K, in/groups, *kernel). Missing: the
-            identity tap.
+        carried: per depthwise or grouped layer in between, the new kernels (K, in/groups, *kernel), the same
+            ones each time where the channels come several times. Missing: the identity tap.
         revised: path of a parameter or buffer to a replacement for its old entries (its shape before growth), for
             methods that change existing weights.
         copied_from: (K,) index of the old channel that each new one copies, for methods that duplicate channels: every

@@ -278,7 +278,8 @@ class Analysis:
             return "no convolution or linear layer reads its channels"
         for binding in bindings:
             own = [segment for segment in binding.layout if segment.space is space]
-            if len(own) > 1 and (binding.role not in ("reads", "norm") or any(s.ratio.denominator > 1 for s in own)):
+            repeatable = binding.role in ("reads", "norm", "carries")
+            if len(own) > 1 and (not repeatable or any(s.ratio.denominator > 1 for s in own)):
                 return f"its channels come twice into {binding.path}"
             if binding.role != "parameter":
                 module = self.spaces.model.get_submodule(binding.path)

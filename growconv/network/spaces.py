@@ -140,7 +140,7 @@ class Spaces(ModuleRules):
         for segment in binding.layout:
             if segment.entries % per_group:
                 segment.space.block(f"a group of {binding.path} spans channels of several layers")
-            if spaces.count(segment.space) > 1:
+            if per_group > 1 and spaces.count(segment.space) > 1:
                 segment.space.block(f"its channels come twice into the groups of {binding.path}")
 
     def _tie_shared_parameters(self) -> None:

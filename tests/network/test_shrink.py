@@ -32,7 +32,7 @@ def test_shrinking_undoes_growing(name: str) -> None:
     assert all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(model.parameters(), moments, strict=True))
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "dense", "gated", "unet", "one_axis", "grouped"])
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "gated", "unet", "one_axis", "grouped", "ghost"])
 def test_channels_that_nobody_reads_go_without_a_trace(name: str) -> None:
     model, example = zoo.build(name)
     for site in find_sites(model, example):

@@ -22,6 +22,7 @@ SITES = {
     "dense": [("a + d -> b, 3 more", "stream", 1), ("b + d -> c, d, e", "stream", 1), ("c -> d", "concatenation", 1)],
     "gated": [("a + b + up -> b, down, c", "stream", 1), ("down -> up", "linear", 1)],
     "grouped": [("a -> b", "depthwise", 1), ("b -> c", "grouped", 2)],
+    "ghost": [("primary -> head", "concatenation", 1)],
     "shared": [
         ("a + twice -> twice, b", "stream", 1),
         ("b + c + d -> c, d, e", "stream", 1),

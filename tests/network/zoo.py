@@ -169,6 +169,23 @@ class ChannelsLast(nn.Module):
         return self.head((x + y.permute(0, 3, 1, 2)).mean([-2, -1]))
 
 
+class Ghost(nn.Module):
+    """A cheap depthwise layer doubles the channels; a norm and another depthwise layer carry both halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary = nn.Conv2d(3, 4, 3, padding=1)
+        self.cheap = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.primary(x))
+        y = self.norm(torch.cat([y, self.cheap(y)], 1))
+        return self.head(torch.relu(self.depthwise(y)))
+
+
 def one_axis() -> nn.Module:
     """A network over sequences."""
     return nn.Sequential(
@@ -208,6 +225,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (Dense, (2, 3, 6, 6)),
     "gated": (Gated, (2, 3, 6, 6)),
     "grouped": (Grouped, (2, 3, 6, 6)),
+    "ghost": (Ghost, (2, 3, 6, 6)),
     "shared": (Shared, (2, 3, 6, 6)),
     "unet": (UNet, (2, 1, 8, 8)),
     "channels_last": (ChannelsLast, (2, 3, 8, 8)),
@@ -263,7 +281,8 @@ def random_growth(site: GrowthSite, channels: int, scale: float = 0.3) -> Channe
             norms[binding.path] = (torch.randn(count).double(), torch.rand(count).double() + 0.5)
         if binding.role == "carries":
             weight = site.model.get_submodule(binding.path).weight
-            entries = count * weight.shape[0] // site.width
+            times = sum(segment.space.root() is site.space for segment in binding.layout)
+            entries = count * weight.shape[0] // (site.width * times)
             carried[binding.path] = torch.randn(entries, *weight.shape[1:], dtype=torch.float64)
     return ChannelGrowth(
         site.name, "random", incoming, outgoing, torch.zeros(count), biases, count, norms=norms, carried=carried
