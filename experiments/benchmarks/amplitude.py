@@ -118,6 +118,10 @@ def run(activation: type[nn.Module], norm: bool, optimizer_name: str, seed: int,
             grown, [site], fitting, F.cross_entropy, quantities=solver.reads, keep_samples=2048
         )
         growth = growconv.solve(collected[site.name], solver, CHANNELS, generator=torch.Generator().manual_seed(seed))
+        if growth.channels == 0:  # a network that is dead or has nothing to gain goes on as it is
+            result |= {method: 1.0, f"{method} share of cap": 0.0}
+            result |= {"tiny, best immediate": 1.0} if method == "tiny" else {}
+            continue
         growth = rescaled(site, growth)
         choice = choose_amplitude(grown, site, growth, held_out, F.cross_entropy)
         amplitudes = {method: choice.amplitude}
