@@ -154,6 +154,10 @@ def main() -> None:
                 every = [run(activation, norm, optimizer, seed, data) for seed in range(arguments.seeds)]
                 runs = [one for one in every if one is not None]
                 diverged += len(every) - len(runs)
+                label = "BatchNorm" if norm else "none"
+                if not runs:
+                    rows.append([activation.__name__, label, optimizer, "diverged", *["–"] * (len(names) + 1)])
+                    continue
                 cells: list[object] = []
                 for name in names:
                     ratios = [one[name] for one in runs]
@@ -162,7 +166,6 @@ def main() -> None:
                         worst = max(worst, *ratios)
                 share = statistics.mean(one["functional share of cap"] for one in runs)
                 ungrown = statistics.mean(one["ungrown"] for one in runs)
-                label = "BatchNorm" if norm else "none"
                 rows.append([activation.__name__, label, optimizer, f"{ungrown:.3f}", *cells, f"{share:.2f}"])
                 print(*rows[-1], sep="\t", flush=True)
     notes = [
