@@ -48,10 +48,10 @@ def _words(text: str) -> list[str]:
 
 SMALL = _words(
     """
-    resnet_cifar.resnet20 preresnet_cifar.preresnet20 seresnet_cifar.seresnet20 sepreresnet_cifar.sepreresnet20
-    resnext_cifar.resnext20_16x4d wrn_cifar.wrn16_10 densenet_cifar.densenet40_k12
-    pyramidnet_cifar.pyramidnet110_a48 shakeshakeresnet_cifar.shakeshakeresnet20_2x16d nin_cifar.nin
-    ror_cifar.ror3_56 rir_cifar.rir fractalnet_cifar.fractalnet diaresnet_cifar.diaresnet20
+    resnet_cifar.resnet20 resnet_cifar.resnet56 seresnet_cifar.seresnet56 preresnet_cifar.preresnet20
+    seresnet_cifar.seresnet20 sepreresnet_cifar.sepreresnet20 resnext_cifar.resnext20_16x4d wrn_cifar.wrn16_10
+    densenet_cifar.densenet40_k12 pyramidnet_cifar.pyramidnet110_a48 shakeshakeresnet_cifar.shakeshakeresnet20_2x16d
+    nin_cifar.nin ror_cifar.ror3_56 rir_cifar.rir fractalnet_cifar.fractalnet diaresnet_cifar.diaresnet20
     xdensenet_cifar.xdensenet40_2_k24_bc
     """
 )  # their names end in _cifar10; 32×32
@@ -59,17 +59,16 @@ LARGE = _words(
     """
     resnet.resnet18 resnet.resnet50 preresnet.preresnet18 resnext.resnext50_32x4d seresnet.seresnet18
     seresnext.seresnext50_32x4d senet.senet16 sepreresnet.sepreresnet18 resnetd.resnetd50b resneta.resneta10
-    densenet.densenet121 ibndensenet.ibn_densenet121 vgg.vgg11 vgg.bn_vgg11 alexnet.alexnet zfnet.zfnet
+    densenet.densenet121 ibndensenet.ibn_densenet121 vgg.vgg11 vgg.bn_vgg11 vgg.bn_vgg16 alexnet.alexnet zfnet.zfnet
     mobilenet.mobilenet_w1 fdmobilenet.fdmobilenet_w1 mobilenetb.mobilenetb_w1 mobilenetv2.mobilenetv2_w1
     mobilenetv3.mobilenetv3_small_w1 mobilenetv3.mobilenetv3_large_w1 igcv3.igcv3_w1 mnasnet.mnasnet_a1
     fbnet.fbnet_cb proxylessnas.proxylessnas_cpu spnasnet.spnasnet efficientnet.efficientnet_b0
-    efficientnetedge.efficientnet_edge_small_b shufflenet.shufflenet_g1_w1 shufflenetv2.shufflenetv2_w1
-    squeezenet.squeezenet_v1_0 squeezenet.squeezeresnet_v1_1 squeezenext.sqnxt23_w1 dla.dla34 regnet.regnetx002
-    regnet.regnety002 ghostnet.ghostnet hardnet.hardnet39ds vovnet.vovnet27s peleenet.peleenet selecsls.selecsls42
-    darknet.darknet_ref drn.drnd22 dpn.dpn68 bninception.bninception
-    cbamresnet.cbam_resnet18 bamresnet.bam_resnet18 mixnet.mixnet_s
-    diracnetv2.diracnet18v2 resnesta.resnestabc14 fishnet.fishnet99
-    condensenet.condensenet74_c4_g4
+    efficientnet.efficientnet_b1 efficientnetedge.efficientnet_edge_small_b shufflenet.shufflenet_g1_w1
+    shufflenetv2.shufflenetv2_w1 squeezenet.squeezenet_v1_0 squeezenet.squeezenet_v1_1 squeezenet.squeezeresnet_v1_1
+    squeezenext.sqnxt23_w1 dla.dla34 dla.dla46c regnet.regnetx002 regnet.regnetx004 regnet.regnety002
+    ghostnet.ghostnet hardnet.hardnet39ds vovnet.vovnet27s peleenet.peleenet selecsls.selecsls42 darknet.darknet_ref
+    drn.drnd22 dpn.dpn68 bninception.bninception cbamresnet.cbam_resnet18 bamresnet.bam_resnet18 mixnet.mixnet_s
+    diracnetv2.diracnet18v2 resnesta.resnestabc14 fishnet.fishnet99 condensenet.condensenet74_c4_g4
     """
 )  # 224×224
 OWN_SIZE = {
