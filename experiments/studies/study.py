@@ -167,7 +167,7 @@ def write_results(study: Study, runs: Path, output: Path) -> None:
         parts.append(("Equal training FLOPs", "equal_flops", folders))
     lines = [f"# {study.name}", ""]
     for title, folder, places in parts:
-        existing = [place for place in places if place.exists()]
+        existing = [Path(os.path.relpath(place)) for place in places if place.exists()]
         if not existing:
             continue
         comparison = compare(existing, study.baseline, label=lambda run: run.path.parent.name)
