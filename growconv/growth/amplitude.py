@@ -13,14 +13,9 @@ from growconv.network.plan import fitted
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.remainder import Remainder, added_outputs
-from growconv.network.routes import Activation, Other
 from growconv.network.site import GrowthSite
+from growconv.solvers.assembly import homogeneous
 from growconv.solvers.existing import filter_norms, readings_of
-
-HOMOGENEOUS = frozenset(
-    {"ReLU", "LeakyReLU", "PReLU", "Identity", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu"}
-)
-"""Activations with σ(sx) = sσ(x) for every s > 0."""
 
 STRONGEST = 0.5
 """Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. At 1 the loss of
@@ -164,13 +159,9 @@ def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     """
     if isinstance(site, RankSite) or growth.channels == 0:
         return growth
-    steps = [step for route in site.routes for step in route.steps]
-    curved = any(
-        isinstance(step, Other) or (isinstance(step, Activation) and step.name not in HOMOGENEOUS) for step in steps
-    )
     square = sum(weight.flatten(1).square().sum(1) for weight in growth.incoming.values())
     square = torch.as_tensor(square + sum(bias.square() for bias in growth.incoming_bias.values()))
-    if curved or growth.revised or growth.copied_from is not None or not bool((square > 0).all()):
+    if not homogeneous(site) or growth.revised or growth.copied_from is not None or not bool((square > 0).all()):
         return growth
     factor = filter_norms(site, site.model).mean().to(square) / square.sqrt()
 

@@ -78,6 +78,7 @@ def test_channels_that_cannot_be_lifted_are_refused() -> None:
         solve(stats, "gradmax", channels=2, lift=0.0)
 
 
+@pytest.mark.filterwarnings("ignore::growconv.solvers.LinearisationWarning")  # softplus is not 0 at 0
 @pytest.mark.parametrize("activation", [nn.LeakyReLU, nn.GELU, nn.SiLU, nn.SELU, nn.Tanh, nn.Softplus])
 def test_activations_with_a_slope_at_zero_keep_filters_of_zero(activation: type[nn.Module]) -> None:
     model = pair(between=lambda _: [activation()])
