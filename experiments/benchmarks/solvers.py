@@ -88,10 +88,24 @@ def proposal(method: str, subject: PairStatistics, site: GrowthSite, model: nn.M
     if method == "gromo":
         alpha, omega, values = gromo_solution(subject, channels)
         plain = replace(subject, samples_kept=None)
-        return assemble(plain, model, "gromo", alpha, [omega], values.square(), channels)
+        growth = assemble(plain, model, "gromo", alpha, [omega], values.square(), channels)
+        return at_scale(growth, alpha.norm(dim=1))
     options = {"random": {"outgoing": 1.0}, "gradmax": {}}.get(method, {})
     return growconv.solve(
         subject, method=method, channels=channels, generator=torch.Generator().manual_seed(0), **options
+    )
+
+
+def at_scale(growth: ChannelGrowth, norms: Tensor) -> ChannelGrowth:
+    """The same channels with filters of these norms, biases included: assembling gives them that of the old filters."""
+    square = growth.alpha.flatten(1).square().sum(1)
+    square = square if growth.alpha_bias is None else square + growth.alpha_bias.square()
+    factor = norms.to(square) / square.sqrt()
+    return replace(
+        growth,
+        incoming={path: weight * factor.view(-1, 1, 1, 1) for path, weight in growth.incoming.items()},
+        incoming_bias={path: bias * factor for path, bias in growth.incoming_bias.items()},
+        outgoing={path: weight / factor.view(1, -1, 1, 1) for path, weight in growth.outgoing.items()},
     )
 
 
