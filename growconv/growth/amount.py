@@ -1,6 +1,7 @@
 """How many channels a site is offered in one round."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +20,9 @@ class Amount(Policy):
 
     maximum: int | None = None
 
+    @abstractmethod
     def channels(self, site: GrowthSite, situation: Situation) -> int | Literal["auto"]:
         """Channels to ask for at this site now."""
-        raise NotImplementedError
 
 
 @dataclass

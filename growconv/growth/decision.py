@@ -1,5 +1,6 @@
 """What a policy may look at, what it answers, and how it is saved."""
 
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -104,7 +105,7 @@ class Proposal:
         return self.gain / self.gradient_energy if self.gradient_energy > 0 else 0.0
 
 
-class Policy:
+class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
     """A small dataclass of hyperparameters; fields with init=False are its state.
 
     The state holds numbers, strings, booleans, None and lists of them, so that it is JSON and a run resumes exactly.

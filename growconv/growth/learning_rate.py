@@ -1,5 +1,6 @@
 """Learning rates after growth: old and new entries of one parameter train at different rates, with any optimizer."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +30,9 @@ class LearningRate(Policy):
         self._stages: dict[nn.Parameter, Tensor] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
 
+    @abstractmethod
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
         """Rate of each entry, broadcastable to the parameter; None where all are 1."""
-        raise NotImplementedError
 
     def stepped(self) -> None:
         """Called after every step of the first optimizer."""

@@ -108,7 +108,7 @@ def propose(
                 rank_statistics = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
         if solver.reads and layer_sites:
             with stopwatch.phase("collect"):
-                statistics = _collected(model, solver, layer_sites, asked, batches, loss, collection)
+                statistics = _collected(model, solver, layer_sites, asked, batches, loss, collection, generator)
         with stopwatch.phase("solve"):
 
             def solve_all() -> list[tuple[ChannelGrowth, float | None, int | None]]:
@@ -140,6 +140,7 @@ def _collected(
     batches: Sequence[Batch],
     loss: Loss,
     collection: Collection,
+    generator: torch.Generator,
 ) -> Found:
     """Statistics over all processes: of all batches, or of as many as make the gains known."""
     error = collection.relative_error
@@ -155,9 +156,11 @@ def _collected(
         return collect(batches)
     wanted: dict[GrowthSite, Channels] = {site: asked[site] for site in sites}
     device = next(model.parameters()).device
-    return until_known(
-        collect, batches, lambda found: from_first(lambda: gains_known(found, wanted, solver, error, model), device)
-    )
+
+    def known(found: Found) -> bool:
+        return from_first(lambda: gains_known(found, wanted, solver, error, model, generator), device)
+
+    return until_known(collect, batches, known)
 
 
 def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """When to stop growing: budgets, a target, or nothing left to gain."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -13,9 +14,9 @@ from growconv.growth.when import require_positive
 class Stop(Policy):
     """Says when no growth round is due any more."""
 
+    @abstractmethod
     def decide(self, situation: Situation) -> Decision:
         """Whether growing is over; asked at every step that the loop reports."""
-        raise NotImplementedError
 
     def observe(self, proposals: Sequence[Proposal]) -> None:
         """Look at the proposals of a round, before any is chosen."""

@@ -1,6 +1,7 @@
 """When to grow: small policies that can be combined."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -12,9 +13,9 @@ from growconv.growth.decision import Decision, Policy, Proposal, Situation
 class When(Policy):
     """Says at which steps a growth round is due."""
 
+    @abstractmethod
     def decide(self, situation: Situation) -> Decision:
         """Whether a round is due now; asked at every step that the loop reports."""
-        raise NotImplementedError
 
     def admits(self, proposal: Proposal) -> Decision:
         """Whether a proposal of the round may grow; only policies that look at gains ever say no."""

@@ -1,6 +1,7 @@
 """Where to grow: which sites are looked at, and which of their proposals are taken."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -21,6 +22,7 @@ class Where(Policy):
         """Sites to collect statistics for; all of them unless a policy knows better."""
         return list(sites)
 
+    @abstractmethod
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """The proposals to grow, cut down if need be, in the order in which they are applied.
 
@@ -32,7 +34,6 @@ class Where(Policy):
         Returns:
             Each taken proposal with the reason why.
         """
-        raise NotImplementedError
 
 
 @dataclass

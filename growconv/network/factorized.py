@@ -23,6 +23,7 @@ from growconv.convolution.decomposition import (
 )
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
+from growconv.errors import SurgeryError
 from growconv.linalg import solve_psd
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
@@ -201,5 +202,9 @@ def _error(block: Tensor, rows: Tensor, columns: Tensor) -> float:
 
 def _tucker(module: FactorizedConv) -> TuckerConv:
     if not isinstance(module, TuckerConv):
-        raise NotImplementedError(f"{type(module).__name__} does not say how its channels grow")
+        raise SurgeryError(
+            "this factorized layer does not say how its channels grow",
+            expected="CPConv1d to CPConv3d or TuckerConv1d to TuckerConv3d",
+            got=type(module).__name__,
+        )
     return module

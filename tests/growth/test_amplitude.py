@@ -54,6 +54,7 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     assert choice.losses[choice.amplitude] == min(choice.losses.values())
     assert 0.0 in choice.losses
     assert max(choice.losses) == pytest.approx(choice.cap)
+    assert choice.cap == pytest.approx(amplitude_cap(site, growth) / 2)
     assert choice.decrease == pytest.approx(choice.losses[0.0] - min(choice.losses.values()))
 
 
