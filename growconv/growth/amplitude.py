@@ -1,7 +1,7 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.remainder import Remainder, added_outputs
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import homogeneous
-from growconv.solvers.existing import filter_norms, readings_of
+from growconv.solvers.existing import readings_of
+from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
 
 STRONGEST = 0.5
 """Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. At 1 the loss of
@@ -56,9 +56,9 @@ def choose_amplitude(
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
-    γ = 0 is among the candidates. The cap keeps ‖α_k‖·‖ω_k‖ of every new channel at or below half the mean of the old
-    channels: without one, the amplitude that is best for the immediate loss can be a thousand times too strong for
-    the training that follows. What lies below the site's readers is computed once per batch (`Remainder`).
+    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps the strength of every new channel at or below half
+    the mean of the old ones: without one, the amplitude that is best for the immediate loss can be a thousand times too
+    strong for the training that follows. What lies below the site's readers is computed once per batch (`Remainder`).
 
     Args:
         model: the model that the site belongs to; not changed. Norm layers stay in the mode that they are in.
@@ -120,7 +120,9 @@ def choose_amplitude(
 
 
 def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
-    """γ at which max_k ‖α_k‖·γ‖ω_k‖ equals the mean of ‖α‖ times the mean of ‖ω‖ over the old channels.
+    """γ at which the strongest new channel is as strong as the mean old one.
+
+    The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖.
 
     Args:
         site: where.
@@ -131,21 +133,19 @@ def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
     """
     if isinstance(site, RankSite):
         return site.cap(growth)
-    incoming = sum(weight.double().flatten(1).square().sum(1) for weight in growth.incoming.values())
-    incoming = incoming + sum(bias.double().square() for bias in growth.incoming_bias.values())
     outgoing = sum(
         weight.double().unflatten(1, (growth.channels, -1)).transpose(0, 1).flatten(1).square().sum(1)
         for weight in growth.outgoing.values()
     )
-    strongest = float((torch.as_tensor(incoming).sqrt() * torch.as_tensor(outgoing).sqrt()).max())
+    strongest = float((new_sizes(site, growth) * torch.as_tensor(outgoing).sqrt()).max())
     readings = [readings_of(site, site.model, path) for path in site.consumers]
     old = torch.stack([weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in readings]).sum(0).sqrt()
-    typical = float(filter_norms(site, site.model).double().mean() * old.mean())
+    typical = float(old_sizes(site).mean() * old.mean())
     return typical / strongest if strongest > 0 else 0.0
 
 
 def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
-    """The same function with every new filter at the mean norm of the old ones, the outgoing weights inversely.
+    """The same function with new channels of the old ones' size, the outgoing weights inversely (`at_old_scale`).
 
     So amplitude 0 leaves live gradients on the outgoing weights. It is exact where all that lies between is positively
     homogeneous (ReLU, LeakyReLU, PReLU, pooling, a norm inserted transparently); elsewhere, as behind tanh or GELU, the
@@ -156,28 +156,10 @@ def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
         site: where.
         growth: the proposal.
     """
-    if isinstance(site, RankSite) or growth.channels == 0:
+    if isinstance(site, RankSite) or growth.channels == 0 or growth.revised or growth.copied_from is not None:
         return growth
-    square = sum(weight.flatten(1).square().sum(1) for weight in growth.incoming.values())
-    square = torch.as_tensor(square + sum(bias.square() for bias in growth.incoming_bias.values()))
-    if not homogeneous(site) or growth.revised or growth.copied_from is not None or not bool((square > 0).all()):
-        return growth
-    factor = filter_norms(site, site.model).mean().to(square) / square.sqrt()
-
-    def along(weight: Tensor) -> Tensor:
-        return factor.view(-1, *[1] * (weight.dim() - 1))
-
-    def inverse(weight: Tensor) -> Tensor:
-        blocks = weight.unflatten(1, (growth.channels, -1))
-        return (blocks / factor.view(1, -1, *[1] * (blocks.dim() - 2))).flatten(1, 2)
-
-    return replace(
-        growth,
-        incoming={path: weight * along(weight) for path, weight in growth.incoming.items()},
-        incoming_bias={path: bias * factor for path, bias in growth.incoming_bias.items()},
-        outgoing={path: inverse(weight) for path, weight in growth.outgoing.items()},
-        norms={path: (mean * factor, variance * factor.square()) for path, (mean, variance) in growth.norms.items()},
-    )
+    silent = torch.stack([(weight == 0).flatten(1).all(1) for weight in growth.incoming.values()]).all(0)
+    return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
 class _Trial:

@@ -31,6 +31,7 @@ def run_between(
     norms: Mapping[str, Moments],
     carried: Mapping[str, Tensor],
     measured: dict[str, Moments] | None,
+    norm_scale: Tensor | None = None,
 ) -> dict[str, Calls]:
     """See GrowthSite.between."""
     spaces = site.spaces
@@ -50,7 +51,7 @@ def run_between(
     first = next(iter(calls.values()))[0]
     module = site.model.get_submodule(next(iter(calls)))
     channels = first.shape[layers.channel_axis(module, first.dim())]
-    step = NewStep(site, norms, carried, measured, first, channels)
+    step = NewStep(site, norms, carried, measured, first, channels, norm_scale)
     for node in region(site):
         path = str(node.target)
         if node.op == "call_module" and (path, "writes", 0) in spaces.bindings and path in calls:
@@ -146,6 +147,7 @@ class NewStep:
         measured: dict[str, Moments] | None,
         like: Tensor,
         channels: int,
+        norm_scale: Tensor | None = None,
     ) -> None:
         self.site = site
         self.norms = norms
@@ -153,6 +155,7 @@ class NewStep:
         self.measured = measured
         self.like = like
         self.channels = channels
+        self.norm_scale = norm_scale
         self.overwrites = any(overwrites(site.model, node) for node in region(site))
 
     def run(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -239,7 +242,8 @@ class NewStep:
         mean, variance = (moment.to(x).repeat_interleave(repeats) for moment in (mean, variance))
         eps = getattr(module, "eps", 1e-5)
         affine = getattr(module, "weight", None) is not None
-        weight, bias = ((variance + eps).sqrt(), mean) if affine else (None, None)
+        scale = 1.0 if self.norm_scale is None else self.norm_scale.to(x).repeat_interleave(repeats)
+        weight, bias = ((variance + eps).sqrt() * scale, mean * scale) if affine else (None, None)
         if isinstance(module, nn.GroupNorm):
             per_group = module.num_channels // module.num_groups
             return F.group_norm(x, x.shape[1] // per_group, weight, bias, eps)

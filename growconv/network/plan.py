@@ -418,14 +418,18 @@ def _carry(plan: Plan, site: GrowthSite, binding: Binding, growth: ChannelGrowth
 
 
 def _norm(plan: Plan, site: GrowthSite, binding: Binding, growth: ChannelGrowth, amplitude: float) -> None:
-    """New channels of a norm layer start as the identity on their own mean and variance."""
+    """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
     path, module = binding.path, site.model.get_submodule(binding.path)
-    total = 0
+    total, scale = 0, growth.norm_scale
+    if scale is not None:
+        _fitted(site.spaces, scale, (growth.channels,), {}, f"norm_scale for {path}", site)
     for place in places(site.spaces, binding.layout, site, growth.channels):
         values = layers.transparent_values(module, *_moments(site, growth, path, place))
         for slot in layers.norm_slots(module):
             tensor = getattr(module, slot.name)
             value = values[slot.name]
+            if scale is not None and slot.name in ("weight", "bias") and isinstance(module, layers.NORMS):
+                value = value * scale.to(value).repeat_interleave(place.count // growth.channels)
             if growth.copied_from is not None:
                 value = tensor.detach()[place.start + _entries(growth.copied_from, place.ratio, tensor)]
             plan.insert(plan.change(site.model, path, slot.name), Insertion(0, place.position, place.count), value)

@@ -25,6 +25,8 @@ class ChannelGrowth:
         reason: why the number of channels differs from the one asked for; None where it does not.
         norms: per norm layer in between, mean and variance (K,) of the new channels' own values before the norm, for a
             transparent insertion. A norm layer that is missing here is given mean 0 and variance 1.
+        norm_scale: (K,) factor on the weight and bias that norm layers in between get for the new channels; None: 1. It
+            brings them to the size at which the old channels come out, the outgoing weights being divided by it.
         carried: per depthwise or grouped layer in between, the new kernels (K, in/groups, *kernel), the same
             ones each time where the channels come several times. Missing: the identity tap.
         revised: path of a parameter or buffer to a replacement for its old entries (its shape before growth), for
@@ -46,6 +48,7 @@ class ChannelGrowth:
     requested: int = 0
     reason: str | None = None
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    norm_scale: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     revised: dict[str, Tensor] = field(default_factory=dict)
     copied_from: Tensor | None = None
@@ -114,6 +117,7 @@ class ChannelGrowth:
             outgoing={path: pick_outgoing(weight) for path, weight in self.outgoing.items()},
             gains=self.gains[index],
             norms={path: (mean[index], variance[index]) for path, (mean, variance) in self.norms.items()},
+            norm_scale=None if self.norm_scale is None else self.norm_scale[index],
             carried={path: kernel[index] for path, kernel in self.carried.items()},
             copied_from=None if self.copied_from is None else self.copied_from[index],
             reason=reason or self.reason,

@@ -248,7 +248,7 @@ class _NewChannels:
         self.added: dict[fx.Node, Tensor] = {}
         self.calls = dict.fromkeys(self.site.producers, 0)
         like = next(iter(growth.incoming.values()))
-        self.run = NewStep(self.site, growth.norms, growth.carried, None, like, growth.channels)
+        self.run = NewStep(self.site, growth.norms, growth.carried, None, like, growth.channels, growth.norm_scale)
 
     def step(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         """Compute a node of the region for the new channels; `values` are those of the model itself."""
@@ -344,7 +344,7 @@ def added_outputs(site: GrowthSite, growth: ChannelGrowth, producer_inputs: Mapp
         outputs = tuple(apply_filters(module, x, weight.to(x), None if bias is None else bias.to(x)) for x in calls)
         new[path] = outputs if isinstance(inputs, tuple) else outputs[0]
     result: dict[str, Calls] = {}
-    for path, read in site.between(new, growth.norms, growth.carried).items():
+    for path, read in site.between(new, growth.norms, growth.carried, norm_scale=growth.norm_scale).items():
         module = site.model.get_submodule(path)
         weight = growth.outgoing[path]
         if isinstance(read, tuple):

@@ -141,6 +141,7 @@ class GrowthSite:
         norms: dict[str, tuple[Tensor, Tensor]] | None = None,
         carried: dict[str, Tensor] | None = None,
         measured: dict[str, tuple[Tensor, Tensor]] | None = None,
+        norm_scale: Tensor | None = None,
     ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Run the model's own operations between writers and readers for new channels only.
 
@@ -152,12 +153,13 @@ class GrowthSite:
             carried: per grouped convolution in between its new kernels; missing: the identity tap.
             measured: filled with the mean and variance (K,) of the new channels before each BatchNorm or InstanceNorm,
                 which are then used for its insertion instead of `norms`.
+            norm_scale: (K,) factor on what comes out of each norm layer with weights, as in ChannelGrowth.norm_scale.
 
         Returns:
             Per consumer what it would read of the new channels; a tuple for one that is called several times. Dropout
             is off; BatchNorm uses its running values. Differentiable.
         """
-        return run_between(self, new, norms or {}, carried or {}, measured)
+        return run_between(self, new, norms or {}, carried or {}, measured, norm_scale)
 
     def parameters_for(self, channels: int) -> int:
         """Parameters that `channels` new channels would add to the model."""

@@ -13,16 +13,12 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.energy import expected_decrease
-from growconv.solvers.existing import filter_norms
 from growconv.solvers.response import choose_signs
+from growconv.solvers.scale import at_old_scale, homogeneous
 from growconv.statistics.pair import PairStatistics
 
 NOT_TAKEN = 8
 """Further singular values that a proposal shows beside those it takes."""
-HOMOGENEOUS = frozenset(
-    {"ReLU", "LeakyReLU", "PReLU", "Identity", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu"}
-)
-"""Activations with σ(sx) = sσ(x) for every s > 0."""
 NOTHING_TO_GAIN = "nothing to gain: no new channel would lower the loss to first order (N is zero)"
 
 
@@ -73,14 +69,6 @@ def require_statistics(subject: PairStatistics, *names: str) -> None:
                 )
 
 
-def homogeneous(site: GrowthSite) -> bool:
-    """Whether what lies between writers and readers takes a positive factor through: f(sx) = s·f(x)."""
-    steps = [step for route in site.routes for step in route.steps]
-    return not any(
-        isinstance(step, Other) or (isinstance(step, Activation) and step.name not in HOMOGENEOUS) for step in steps
-    )
-
-
 def shortfall(found: int, requested: int, what: str) -> str | None:
     """Why there are fewer channels than asked for; None where there are not."""
     if found >= requested:
@@ -119,11 +107,6 @@ def assemble(
         The proposal, its signs fixed or chosen.
     """
     channels, producer = left.shape[0], subject.producer
-    if channels and not homogeneous(subject.growth_site) and bool((left != 0).any(1).all()):
-        # The linear theory leaves the filters' scale open, a curved activation does not: that of the old filters is one
-        # at which it works, and at which the gradients on the outgoing weights are of the usual size.
-        factor = filter_norms(subject.growth_site, model).mean().to(left) / left.norm(dim=1, keepdim=True)
-        left, rights = left * factor, [right / factor[:, :, None] for right in rights]
     if channels:
         left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
         parts = joined.split([right[0].numel() for right in rights], 1)
@@ -148,6 +131,10 @@ def assemble(
         reason=reason,
         norms=norm_moments(subject, left),
     )
+    if channels and not homogeneous(subject.growth_site) and bool((left != 0).any(1).all()):
+        # The linear theory leaves the channels' scale open, a curved activation does not: that of the old channels is
+        # one at which it works, and at which the gradients on the outgoing weights are of the usual size.
+        growth = at_old_scale(subject.growth_site, growth)
     if channels and signs and subject.samples_kept is not None:
         return choose_signs(subject, growth, model)
     return replace(growth, expected_decrease=_decrease(subject, growth))
