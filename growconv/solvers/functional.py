@@ -37,7 +37,8 @@ from growconv.solvers.fitting import (
     normal_equations,
 )
 from growconv.solvers.linear_start import exact_filters, tiny_filters
-from growconv.solvers.parametrization import Parametrization, Separable, Whitened, patch_gram
+from growconv.solvers.parametrization import Bounded, Parametrization, Separable, Whitened, patch_gram
+from growconv.solvers.scale import old_steepness
 from growconv.statistics import PairStatistics
 
 logger = logging.getLogger("growconv.solvers")
@@ -115,13 +116,19 @@ class Functional(Solver):
         self._warn(samples, site, most)
         fit, held_out = _split(samples, self.held_out)
         coordinates = self._coordinates(fit)
+        free = is_homogeneous(
+            fit, random_filters(fit, coordinates, 2 * site.granularity, torch.Generator().manual_seed(0))
+        )
+        # Behind a curved activation the best filters can be thirty times as long as the old ones: what they amplify, a
+        # step of the layers below changes as much, and training suffers at any amplitude.
+        longest = float((filter_norms(site, model) if free else old_steepness(site)).mean())
+        if not free and longest > 0:
+            coordinates = Bounded(coordinates, longest)
         search = self._search(fit, held_out, coordinates, most, site, generator)
         with torch.no_grad():
             filters = coordinates.filters(search.point.theta)
-            if is_homogeneous(fit, filters):
-                # the scale is free where the activation is homogeneous: that of the old filters keeps training even
-                norm = float(filter_norms(site, model).mean())
-                filters = at_norm(filters, norm) if norm > 0 else filters
+            # where the scale is free, that of the old filters keeps training even
+            filters = at_norm(filters, longest) if free and longest > 0 else filters
         size = site.granularity
         filters = picked(filters, in_blocks(greedy_order(normal_equations(fit, filters), most // size)[0], size))
         reason = None

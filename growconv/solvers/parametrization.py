@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.solvers.columns import columns
-from growconv.solvers.filters import Filters, flattened
+from growconv.solvers.filters import Filters, flattened, norms, scaled
 from growconv.solvers.rank_one import outer_product, rank_one_factors
 
 
@@ -146,6 +146,29 @@ class Separable:
             if bias is not None:
                 parts.append(bias[:, None])
         return torch.cat(parts, 1)
+
+
+class Bounded:
+    """Filters no longer than a bound, in the coordinates of another parametrization; longer ones are shortened to it.
+
+    Args:
+        inner: the coordinates.
+        longest: largest norm of a channel's filters, biases included, over all writers.
+    """
+
+    def __init__(self, inner: Parametrization, longest: float) -> None:
+        self.inner = inner
+        self.writers = inner.writers
+        self.longest = longest
+
+    def filters(self, theta: Tensor) -> Filters:
+        """See `Parametrization.filters`."""
+        filters = self.inner.filters(theta)
+        return scaled(filters, (self.longest / norms(filters).clamp_min(self.longest)))
+
+    def encode(self, filters: Filters) -> Tensor:
+        """See `Parametrization.encode`."""
+        return self.inner.encode(filters)
 
 
 def patch_gram(module: nn.Module, inputs: Tensor, positions: int = 100_000) -> Float[Tensor, "a a"]:

@@ -59,6 +59,22 @@ def old_sizes(site: GrowthSite) -> Float[Tensor, " width"]:
     return torch.stack(squares).mean(0).sqrt()
 
 
+def old_steepness(site: GrowthSite) -> Float[Tensor, " width"]:
+    """Norm of each old channel's filters, times what a norm layer with running statistics multiplies them with.
+
+    The steepest slope of the channel over its inputs. New channels come with transparent norms: theirs is ‖α‖.
+    """
+    norms = filter_norms(site, site.model).double()
+    factors = []
+    for path in scaling_norms(site):
+        module = site.model.get_submodule(path)
+        variance, weight = getattr(module, "running_var", None), module.weight
+        if isinstance(variance, Tensor) and isinstance(weight, Tensor):
+            slope = weight.detach().double().abs() / (variance.double() + getattr(module, "eps", 0.0)).sqrt()
+            factors.append(slope[site.entries(path, "norm")].unflatten(0, (site.width, -1)).mean(1))
+    return norms * torch.stack(factors).mean(0) if factors else norms
+
+
 def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " k"]:
     """How large each new channel comes out, in the sense of `old_sizes`."""
     paths = scaling_norms(site)

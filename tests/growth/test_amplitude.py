@@ -54,7 +54,7 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     assert choice.losses[choice.amplitude] == min(choice.losses.values())
     assert 0.0 in choice.losses
     assert max(choice.losses) == pytest.approx(choice.cap)
-    assert choice.cap == pytest.approx(amplitude_cap(site, growth) / 2)
+    assert choice.cap == pytest.approx(amplitude_cap(site, growth) / 4)
     assert choice.decrease == pytest.approx(choice.losses[0.0] - min(choice.losses.values()))
 
 
@@ -110,6 +110,24 @@ def test_filters_are_rescaled_where_the_function_stays(chain, sites_of, digits, 
         growconv.grow(grown, sites_of(grown)[0], each)
         outputs.append(grown(digits[0][:50].double()))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("method", ["tiny", "random"])
+def test_behind_a_norm_new_channels_come_out_as_large_as_the_old_ones(chain, sites_of, digits, proposed, method) -> None:
+    model = chain(6, 4).double()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 3.0)
+        model[1].bias.uniform_(-1.0, 1.0)
+    model(digits[0][:600].double())
+    site, growth = proposed(model.eval())
+    if method == "random":
+        growth = growconv.solve(site, "random", 2)
+    grown = copy.deepcopy(model)
+    growconv.grow(grown, sites_of(grown)[0], rescaled(site, growth))
+    with torch.no_grad():
+        behind = grown[:2].train()(digits[0][:600].double())
+    sizes = behind.square().mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(sizes[6:], sizes[:6].mean().expand(2), rtol=0.1, atol=0)
 
 
 def test_nothing_about_the_model_changes(chain, batches_of, proposed) -> None:
