@@ -9,7 +9,7 @@ from torch import Tensor
 
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.factorized import as_stored
-from growconv.network.plan import fitted
+from growconv.network.fitting import fitted
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.remainder import Remainder, added_outputs

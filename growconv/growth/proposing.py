@@ -15,8 +15,8 @@ from growconv.growth.decision import Proposal
 from growconv.growth.distributed import agreed, from_first, reduce_statistics
 from growconv.growth.preservation import undisturbed
 from growconv.network import layers
+from growconv.network.growing import plan_size
 from growconv.network.parametrized import effective_weight
-from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite

@@ -19,7 +19,7 @@ from growconv.growth.proposing import Batch, Loss
 from growconv.growth.when import When, require_positive
 from growconv.network import layers, parametrized
 from growconv.network.graph import attribute
-from growconv.network.plan import plan_removal
+from growconv.network.removing import plan_removal
 from growconv.network.site import GrowthSite
 from growconv.solvers.existing import filters_of, readings_of
 from growconv.statistics.collect import collect_statistics

@@ -54,8 +54,8 @@ from growconv.growth.stop import Budget, Stop
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
 from growconv.network.graph import unwrapped
+from growconv.network.growing import plan_size
 from growconv.network.optimizer import as_optimizers
-from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite

@@ -163,7 +163,7 @@ class GrowthSite:
 
     def parameters_for(self, channels: int) -> int:
         """Parameters that `channels` new channels would add to the model."""
-        from growconv.network.plan import plan_size  # it plans with sites
+        from growconv.network.growing import plan_size  # it plans with sites
 
         return plan_size(self, channels)
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
 from growconv.network.graph import attribute, unwrapped
+from growconv.network.growing import plan_growth
 from growconv.network.optimizer import as_optimizers, check_optimizers, keep_identity, mark_replaced, migrate
-from growconv.network.plan import Plan, plan_growth, plan_removal
+from growconv.network.plan import Plan
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.removing import plan_removal
 from growconv.network.site import GrowthSite
 from growconv.network.tensors import Insertion, enlarge, without
 

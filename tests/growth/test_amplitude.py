@@ -113,7 +113,9 @@ def test_filters_are_rescaled_where_the_function_stays(chain, sites_of, digits, 
 
 
 @pytest.mark.parametrize("method", ["tiny", "random"])
-def test_behind_a_norm_new_channels_come_out_as_large_as_the_old_ones(chain, sites_of, digits, proposed, method) -> None:
+def test_behind_a_norm_new_channels_come_out_as_large_as_the_old_ones(
+    chain, sites_of, digits, proposed, method
+) -> None:
     model = chain(6, 4).double()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 3.0)
