@@ -239,14 +239,16 @@ class LRScheduleConfig:
     """A learning rate over the run.
 
     Attributes:
-        name: cosine or constant.
+        name: cosine, trapezoid or constant.
         warmup: share of the run in which the rate rises linearly from near zero.
-        final: rate at the end, as a share of the top (cosine).
+        final: rate at the end, as a share of the top (cosine, trapezoid).
+        decay: share of the run in which the rate falls (trapezoid).
     """
 
     name: str = "cosine"
     warmup: float = 0.0
     final: float = 0.0
+    decay: float = 0.3
 
 
 @dataclass

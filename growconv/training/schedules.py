@@ -11,21 +11,30 @@ from torch.optim import Optimizer
 from growconv.errors import ConfigError
 
 
-def lr_factor(name: str, step: int, total: int, warmup: float = 0.0, final: float = 0.0) -> float:
+SCHEDULES = ("cosine", "trapezoid", "constant")
+
+
+def lr_factor(
+    name: str, step: int, total: int, warmup: float = 0.0, final: float = 0.0, decay: float = 0.3
+) -> float:
     """The learning rate at a step, as a factor on the top rate.
 
     Args:
-        name: "cosine" or "constant".
+        name: "cosine", "trapezoid" (constant, then falling linearly) or "constant".
         step: optimizer steps done, 0 to total - 1.
         total: optimizer steps of the run.
         warmup: share of the run in which the rate rises linearly.
-        final: factor at the end (cosine).
+        final: factor at the end (cosine, trapezoid).
+        decay: share of the run in which the rate falls (trapezoid).
     """
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
     if name == "constant":
         return 1.0
+    if name == "trapezoid":
+        falling = decay * total
+        return 1.0 if total - step > falling else final + (1 - final) * (total - step) / (falling + 1)
     progress = (step - rising) / max(1.0, total - rising)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -40,15 +49,16 @@ def make_lr_schedule(config: Mapping[str, Any], total: int) -> Callable[[int], f
     Raises:
         ConfigError: an unknown name, or shares outside [0, 1].
     """
-    name, warmup, final = config["name"], config["warmup"], config["final"]
-    if name not in ("cosine", "constant"):
+    name = config["name"]
+    if name not in SCHEDULES:
         raise ConfigError(
-            "there is no such schedule", where="lr_schedule.name", expected="cosine or constant", got=name
+            "there is no such schedule", where="lr_schedule.name", expected=", ".join(SCHEDULES), got=name
         )
-    for key, value in (("warmup", warmup), ("final", final)):
+    shares = {key: config[key] for key in ("warmup", "final", "decay")}
+    for key, value in shares.items():
         if not 0 <= value <= 1:
             raise ConfigError("this is a share", where=f"lr_schedule.{key}", expected="0 to 1", got=value)
-    return lambda step: lr_factor(name, step, total, warmup, final)
+    return lambda step: lr_factor(name, step, total, **shares)
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
