@@ -1,0 +1,40 @@
+"""Learning rates over a run, beside torch's own schedulers and numpy's interpolation."""
+
+import numpy as np
+import pytest
+import torch
+
+from growconv.errors import ConfigError
+from growconv.training.schedules import make_lr_schedule
+
+SHARES = {"warmup": 0.0, "final": 0.0, "decay": 0.3}
+
+
+def test_cosine_is_torchs_own() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.1)
+    factor = make_lr_schedule({**SHARES, "name": "cosine", "final": 0.1}, 50)
+    for step in range(50):
+        assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("total", "decay", "final"), [(100, 0.3, 0.0), (40, 0.25, 0.1), (10, 1.0, 0.0)])
+def test_trapezoid_rises_stays_and_falls(total: int, decay: float, final: float) -> None:
+    factor = make_lr_schedule({"name": "trapezoid", "warmup": 0.0, "final": final, "decay": decay}, total)
+    expected = np.interp(range(total), [total - decay * total - 1, total], [1.0, final])
+    np.testing.assert_allclose([factor(step) for step in range(total)], expected, atol=1e-12)
+    warm = make_lr_schedule({"name": "trapezoid", "warmup": 0.1, "final": final, "decay": decay}, total)
+    assert warm(0) == pytest.approx(1 / (0.1 * total + 1))
+
+
+def test_constant_stays() -> None:
+    factor = make_lr_schedule({**SHARES, "name": "constant"}, 10)
+    assert {factor(step) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize(("change", "named"), [({"name": "step"}, "trapezoid"), ({"decay": 2.0}, "lr_schedule.decay")])
+def test_bad_input(change: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make_lr_schedule({"name": "cosine", **SHARES, **change}, 10)
