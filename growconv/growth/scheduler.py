@@ -42,6 +42,7 @@ from growconv.growth.proposing import (
 from growconv.growth.pruning import PruneBack, energy_scores, norm_scores
 from growconv.growth.settings import (
     as_amplitude,
+    as_optimizer_state,
     as_relative_error,
     as_share,
     as_when,
@@ -94,6 +95,8 @@ class GrowthScheduler:
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
             growth batches; a number is taken as it is. Methods that preserve the function take 1.
         learning_rate: how new entries train after growth: None at the optimizer's rate, or WarmUp or StageRates.
+        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones start at zero; "fresh"
+            forgets the state of every parameter after a round that grew, as a new optimizer would.
         pruning: a PruneBack that shrinks the model to a budget at its own times; None: nothing is ever pruned.
         held_out: share of the growth batches that the line search gets and the statistics do not.
         samples: "all" reads every growth batch that is left; "auto" only as many as it takes to know the sum of the
@@ -129,6 +132,7 @@ class GrowthScheduler:
         budget: Budget | None = None,
         amplitude: float | int | str = "line_search",
         learning_rate: LearningRate | None = None,
+        optimizer_state: Literal["carried", "fresh"] | str = "carried",
         pruning: PruneBack | None = None,
         held_out: float | int = 0.25,
         samples: Literal["all", "auto"] | str = "all",
@@ -147,6 +151,7 @@ class GrowthScheduler:
         self.stops: list[Stop] = [*([stop] if isinstance(stop, Stop) else stop), *([] if budget is None else [budget])]
         self.amplitude = as_amplitude(amplitude)
         self.learning_rate = learning_rate
+        self.optimizer_state = as_optimizer_state(optimizer_state)
         self.pruning = pruning
         self.held_out = as_share(held_out, "held_out")
         error = as_relative_error(samples, relative_error, self.solver, self.sites)
@@ -545,6 +550,9 @@ class GrowthScheduler:
             self.spent[phase] += value
         if recorded and self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
+        if recorded and self.optimizer_state == "fresh":
+            for optimizer in as_optimizers(self.optimizer):
+                optimizer.state.clear()
         return recorded
 
     def _shared(self, loss: Loss) -> Loss:

@@ -123,6 +123,22 @@ def as_share(value: float | int, where: str) -> float:
     return float(value)
 
 
+def as_optimizer_state(value: str) -> str:
+    """What becomes of the optimizer's state: "carried" or "fresh".
+
+    Raises:
+        ScheduleError: anything else.
+    """
+    if value not in ("carried", "fresh"):
+        raise ScheduleError(
+            "unknown treatment of the optimizer's state",
+            expected='"carried" or "fresh"',
+            got=value,
+            where="optimizer_state",
+        )
+    return value
+
+
 def as_relative_error(
     samples: str, relative_error: float | int, solver: Solver, sites: Sequence[GrowthSite]
 ) -> float | None:

@@ -10,13 +10,10 @@ from torch.optim import Optimizer
 
 from growconv.errors import ConfigError
 
-
 SCHEDULES = ("cosine", "trapezoid", "constant")
 
 
-def lr_factor(
-    name: str, step: int, total: int, warmup: float = 0.0, final: float = 0.0, decay: float = 0.3
-) -> float:
+def lr_factor(name: str, step: int, total: int, warmup: float = 0.0, final: float = 0.0, decay: float = 0.3) -> float:
     """The learning rate at a step, as a factor on the top rate.
 
     Args:

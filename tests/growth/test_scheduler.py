@@ -109,6 +109,18 @@ def test_the_same_pair_grows_ten_times_and_every_tensor_keeps_its_momentum(chain
         assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
 
 
+def test_a_fresh_state_trains_on_as_a_new_optimizer_would(chain, sites_of, digits, batches_of):
+    model = chain(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = GrowthScheduler(model, optimizer, sites_of(model), every=20, times=1, optimizer_state="fresh")
+    train(model, optimizer, digits, scheduler, steps=20, growth=lambda: batches_of(4))
+    assert scheduler.history
+    twin = copy.deepcopy(model)
+    train(model, optimizer, digits, steps=25, first=21)
+    train(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), digits, steps=25, first=21)
+    assert parameter_hash(model) == parameter_hash(twin)
+
+
 def test_neighbouring_pairs_grow_in_one_round(chain, sites_of, digits, batches_of):
     model = chain(3, 4, 5, norm=False)
     optimizer = optimizer_of(model)
@@ -358,7 +370,7 @@ def test_settings_that_contradict_are_refused_before_training(chain, sites_of, d
     optimizer = optimizer_of(model)
     for wrong in (
         {"every": 5, "when": AtSteps([1])}, {"times": 0}, {"every": 0}, {"amount": -1}, {"amplitude": "big"},
-        {"amplitude": float("nan")}, {"held_out": 1.0}, {"where": "somewhere"},
+        {"amplitude": float("nan")}, {"held_out": 1.0}, {"where": "somewhere"}, {"optimizer_state": "lost"},
     ):  # fmt: skip
         with pytest.raises(ScheduleError):
             GrowthScheduler(model, optimizer, sites, **wrong)
