@@ -168,7 +168,8 @@ def write_results(study: Study, runs: Path, output: Path) -> None:
     lines = [f"# {study.name}", ""]
     for title, folder, places in parts:
         existing = [Path(os.path.relpath(place)) for place in places if place.exists()]
-        if not existing:
+        if not any((runs / folder / study.baseline).glob("seed*/summary.json")):
+            print(f"{title}: left out, {study.baseline} has no finished run yet")
             continue
         comparison = compare(existing, study.baseline, label=lambda run: run.path.parent.name)
         write_comparison(comparison, output / folder)
