@@ -19,7 +19,7 @@ from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_siz
 
 STRONGEST = 0.25
 """Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. At a half
-the loss of the next hundred steps can suffer although the held-out loss is lowest there (RESULTS.md, amplitude)."""
+the loss of the next hundred steps can suffer although the held-out loss is lowest there."""
 
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
 """Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then."""
