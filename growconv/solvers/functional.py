@@ -119,7 +119,7 @@ class Functional(Solver):
         free = is_homogeneous(
             fit, random_filters(fit, coordinates, 2 * site.granularity, torch.Generator().manual_seed(0))
         )
-        # Behind a curved activation the best filters can be thirty times as long as the old ones: what they amplify, a
+        # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
         longest = float((filter_norms(site, model) if free else old_steepness(site)).mean())
         if not free and longest > 0:
