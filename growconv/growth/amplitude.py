@@ -17,9 +17,9 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.existing import readings_of
 from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
 
-STRONGEST = 0.25
-"""Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. At a half
-the loss of the next hundred steps can suffer although the held-out loss is lowest there."""
+STRONGEST = 0.125
+"""Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. Above it the
+loss of the next hundred steps can suffer although the held-out loss is lower."""
 
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
 """Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then."""
@@ -32,7 +32,7 @@ class AmplitudeChoice:
     Attributes:
         amplitude: γ, between 0 and `cap`.
         losses: mean held-out loss per amplitude tried, 0 among them.
-        cap: the amplitude at which the strongest new channel is a quarter as strong as the mean old one.
+        cap: the amplitude at which the strongest new channel is an eighth as strong as the mean old one.
         reason: one line.
     """
 
@@ -56,8 +56,8 @@ def choose_amplitude(
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
-    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps the strength of every new channel at or below a
-    quarter of the old ones' mean: without one, the amplitude that is best for the immediate loss can be a thousand
+    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps the strength of every new channel at or below
+    an eighth of the old ones' mean: without one, the amplitude that is best for the immediate loss can be a thousand
     times too strong for the training that follows. What lies below the site's readers is computed once per batch
     (`Remainder`).
 
@@ -146,7 +146,7 @@ def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
 
 
 def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
-    """The same function with new channels of the old ones' size, the outgoing weights inversely (`at_old_scale`).
+    """The same function with new channels at the old ones' scale, the outgoing weights inversely (`at_old_scale`).
 
     So amplitude 0 leaves live gradients on the outgoing weights. It is exact where all that lies between is positively
     homogeneous (ReLU, LeakyReLU, PReLU, pooling, a norm inserted transparently); elsewhere, as behind tanh or GELU, the

@@ -95,8 +95,9 @@ class GrowthScheduler:
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
             growth batches; a number is taken as it is. Methods that preserve the function take 1.
         learning_rate: how new entries train after growth: None at the optimizer's rate, or WarmUp or StageRates.
-        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones start at zero; "fresh"
-            forgets the state of every parameter after a round that grew, as a new optimizer would.
+        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones start at zero and Adam
+            corrects their bias by their own age; "fresh" forgets the state of every parameter after a round that grew,
+            as a new optimizer would.
         pruning: a PruneBack that shrinks the model to a budget at its own times; None: nothing is ever pruned.
         held_out: share of the growth batches that the line search gets and the statistics do not.
         samples: "all" reads every growth batch that is left; "auto" only as many as it takes to know the sum of the

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from growconv.errors import ArgumentTypeError, SurgeryError
+from growconv.network.bias_correction import BORN, births, follow_births
 
 Resize = Callable[[Tensor, tuple[bool, ...]], Tensor]  # a tensor shaped like the parameter (some axes of length 1)
 
@@ -68,6 +69,8 @@ def check_optimizers(optimizers: Sequence[Any], replaced: Iterable[tuple[str, nn
 def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, resize: Resize) -> None:
     """Put a new parameter in the place of an old one: same group, same position, state resized.
 
+    New entries of the state are zero, and Adam corrects their bias by their own age (`bias_correction`).
+
     Args:
         optimizers: those that may hold the old parameter.
         old: the replaced parameter.
@@ -75,15 +78,21 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, res
         resize: how a state tensor becomes one for the successor; told which axes it shares with the parameter.
     """
     for each in optimizers:
+        betas = None
         for group in each.param_groups:
-            group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+            if any(parameter is old for parameter in group["params"]):
+                betas = group.get("betas")
+                group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
         state = _state(each, old)
         if state:
             moved = {}
             for name, value in state.items():
                 axes = _axes_like(value, old)
                 moved[name] = resize(value, axes) if isinstance(value, Tensor) and axes and any(axes) else value
-            each.state[new] = moved
+            young = births(each.state[old], betas, old.shape, resize)
+            each.state[new] = moved if young is None else {**moved, BORN: young}
+            if young is not None:
+                follow_births()
         if old in each.state:
             del each.state[old]
 
@@ -112,7 +121,7 @@ def _refuse_orphans(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
-    return optimizer.state.get(parameter, {})
+    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != BORN}
 
 
 def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
+from growconv.network.bias_correction import follow_births
 from growconv.network.graph import attribute, unwrapped
 from growconv.network.growing import plan_growth
 from growconv.network.optimizer import as_optimizers, check_optimizers, keep_identity, mark_replaced, migrate
@@ -98,7 +99,8 @@ def grow(
 
     Everything is checked before anything changes. New channels come after the site's old ones. Parameters are replaced
     by larger ones with the same requires_grad, dtype, device, memory format and hooks, in every module that has them
-    and in the optimizer's groups; the optimizer's state for old entries stays, new entries start at zero.
+    and in the optimizer's groups; the optimizer's state for old entries stays, new entries start at zero, and Adam
+    corrects their bias by their own age (`network.bias_correction`).
 
     Args:
         model: the raw model of the site.
@@ -193,6 +195,7 @@ def apply_edits(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         SurgeryError: for an edit that does not fit the model.
     """
+    follow_births()  # an optimizer whose state is loaded next may have young entries
     model = unwrapped(model)
     registry = _registry(model)
     for edit in edits:

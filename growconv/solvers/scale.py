@@ -16,6 +16,11 @@ from growconv.network.routes import Activation, Norm, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.existing import filter_norms
 
+BEHIND_NORM = 0.5
+"""Size of new channels behind a norm layer, relative to the mean old one. How fast the layer that reads a channel
+learns from it grows with the square of its size: at the full one, twice the channels learn twice as fast at once, and
+the loss of the next steps suffers."""
+
 HOMOGENEOUS = frozenset(
     {"ReLU", "LeakyReLU", "PReLU", "Identity", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu"}
 )
@@ -90,7 +95,7 @@ def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " k"]:
 
 
 def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
-    """New filters at the mean norm of the old ones, new channels behind a norm layer at the mean size of the old ones.
+    """New filters at the mean norm of the old ones, new channels behind a norm layer at half the old ones' mean size.
 
     The outgoing weights change inversely, so where all that lies between is positively homogeneous the function stays.
 
@@ -112,7 +117,7 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
             for path, (mean, variance) in growth.norms.items()
         },
     )
-    typical = float(old_sizes(site).mean())
+    typical = BEHIND_NORM * float(old_sizes(site).mean())
     if scaling_norms(site) and typical > 0:
         scale = typical / new_sizes(site, changed)
         like = next(iter(growth.incoming.values()))
