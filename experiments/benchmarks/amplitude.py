@@ -188,10 +188,10 @@ def main() -> None:
         f"Mean training loss of the {AFTER} steps after growing over that of ungrown training on the same batches: "
         f"mean over {arguments.seeds} seeds (largest). With the chosen amplitude the largest of all is {worst:.3f}. "
         f"{failed} of {len(tasks)} networks had learned nothing or diverged before growing and are left out.",
-        "How it was chosen: an earlier version missed 1.02 on these seeds. Adam's bias correction by age, the cap of an "
-        "eighth and the half size behind norm layers came after that and were chosen on seeds 100 to 115, mostly of "
-        "SELU with BatchNorm; the bound on `functional`'s filters behind curved activations, before that, on seeds 0 "
-        "to 5 of the row SELU, none, SGD, so that row is no independent test of it.",
+        "How it was chosen: an earlier version missed 1.02 on these seeds. Adam's bias correction by age, the cap of "
+        "an eighth and the half size behind norm layers came after that and were chosen on seeds 100 to 115, mostly "
+        "of SELU with BatchNorm; the bound on `functional`'s filters behind curved activations, before that, on seeds "
+        "0 to 5 of the row SELU, none, SGD, so that row is no independent test of it.",
     ]
     print(*notes, sep="\n")
     if not arguments.no_write:
