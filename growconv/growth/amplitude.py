@@ -1,10 +1,11 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError, StatisticsError
@@ -21,6 +22,10 @@ STRONGEST = 0.125
 """Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. Above it the
 loss of the next hundred steps can suffer although the held-out loss is lower."""
 
+HEAVIEST = 0.5
+"""Norm of the largest new outgoing weights, relative to the mean old ones, beyond which no amplitude goes: what comes
+before them learns the faster, the larger they are, and a channel that is quiet would need very large ones."""
+
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
 """Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then."""
 
@@ -32,7 +37,7 @@ class AmplitudeChoice:
     Attributes:
         amplitude: γ, between 0 and `cap`.
         losses: mean held-out loss per amplitude tried, 0 among them.
-        cap: the amplitude at which the strongest new channel is an eighth as strong as the mean old one.
+        cap: the largest amplitude that was allowed (`amplitude_cap`).
         reason: one line.
     """
 
@@ -56,9 +61,9 @@ def choose_amplitude(
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
-    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps the strength of every new channel at or below
-    an eighth of the old ones' mean: without one, the amplitude that is best for the immediate loss can be a thousand
-    times too strong for the training that follows. What lies below the site's readers is computed once per batch
+    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps every new channel well below the old ones: without
+    one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training that
+    follows. What lies below the site's readers is computed once per batch
     (`Remainder`).
 
     Args:
@@ -92,7 +97,7 @@ def choose_amplitude(
         )
     site.check(model)
     growth = as_stored(site, fitted(site, growth))
-    cap = STRONGEST * amplitude_cap(site, growth)
+    cap = amplitude_cap(site, growth)
     losses: dict[float, float] = {}
     trials = [_Trial(site, growth, inputs, targets, loss) for inputs, targets in batches]
 
@@ -121,9 +126,10 @@ def choose_amplitude(
 
 
 def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
-    """γ at which the strongest new channel is as strong as the mean old one.
+    """The largest γ at which no new channel is strong beside the old ones.
 
-    The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖.
+    The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
+    the strongest new one gets at most an eighth of the old ones' mean, and ‖ω‖ alone at most a half of theirs.
 
     Args:
         site: where.
@@ -133,16 +139,13 @@ def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
         0 where the new or the old channels have no outgoing weights.
     """
     if isinstance(site, RankSite):
-        return site.cap(growth)
-    outgoing = sum(
-        weight.double().unflatten(1, (growth.channels, -1)).transpose(0, 1).flatten(1).square().sum(1)
-        for weight in growth.outgoing.values()
-    )
-    strongest = float((new_sizes(site, growth) * torch.as_tensor(outgoing).sqrt()).max())
-    readings = [readings_of(site, site.model, path) for path in site.consumers]
-    old = torch.stack([weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in readings]).sum(0).sqrt()
-    typical = float(old_sizes(site).mean() * old.mean())
-    return typical / strongest if strongest > 0 else 0.0
+        return STRONGEST * site.cap(growth)
+    new = _outgoing_norms(weight.unflatten(1, (growth.channels, -1)) for weight in growth.outgoing.values())
+    old = _outgoing_norms(readings_of(site, site.model, path) for path in site.consumers)
+    strongest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
+    if strongest <= 0:
+        return 0.0
+    return min(STRONGEST * typical / strongest, HEAVIEST * float(old.mean() / new.max()))
 
 
 def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
@@ -193,6 +196,12 @@ class _Trial:
             }
             output = self.remainder.run(scaled)
         return float(self.criterion(output, self.targets))
+
+
+def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " k"]:
+    """Norm of each channel's weights in all readers, (out, k, ratio, *kernel) each."""
+    squares = [weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in weights]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _rank(loss: float) -> float:

@@ -54,7 +54,7 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     assert choice.losses[choice.amplitude] == min(choice.losses.values())
     assert 0.0 in choice.losses
     assert max(choice.losses) == pytest.approx(choice.cap)
-    assert choice.cap == pytest.approx(amplitude_cap(site, growth) / 8)
+    assert choice.cap == pytest.approx(amplitude_cap(site, growth))
     assert choice.decrease == pytest.approx(choice.losses[0.0] - min(choice.losses.values()))
 
 
@@ -70,17 +70,25 @@ def test_what_lies_below_the_readers_runs_once_a_batch(chain, batches_of, propos
     assert calls.count(1) == 3
 
 
-def test_the_strongest_new_channel_at_the_cap_is_as_strong_as_the_mean_old_one(chain, proposed, sites_of) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_at_the_cap_no_new_channel_is_strong_beside_the_old_ones(chain, proposed, sites_of, quiet) -> None:
     model = chain(3, 4, norm=False).double()
     site, growth = proposed(model)
-    cap = amplitude_cap(site, growth)
-    growconv.grow(model, site, growth, amplitude=cap)
+    scale = 1e-3 if quiet else 1e3  # the same function with quiet channels and large outgoing weights, or the reverse
+    growth = replace(
+        growth,
+        incoming={path: scale * weight for path, weight in growth.incoming.items()},
+        incoming_bias={path: scale * bias for path, bias in growth.incoming_bias.items()},
+        outgoing={path: weight / scale for path, weight in growth.outgoing.items()},
+    )
+    growconv.grow(model, site, growth, amplitude=amplitude_cap(site, growth))
     writer, reader = (model.get_submodule(paths[0]) for paths in (site.producers, site.consumers))
-    incoming = torch.cat([writer.weight.flatten(1), writer.bias[:, None]], 1).norm(dim=1)
-    outgoing = reader.weight.transpose(0, 1).flatten(1).norm(dim=1)
-    incoming, outgoing = incoming.detach(), outgoing.detach()
-    strength = incoming * outgoing
-    assert float(strength[3:].max()) == pytest.approx(float(incoming[:3].mean() * outgoing[:3].mean()), rel=1e-9)
+    incoming = torch.cat([writer.weight.flatten(1), writer.bias[:, None]], 1).norm(dim=1).detach()
+    outgoing = reader.weight.transpose(0, 1).flatten(1).norm(dim=1).detach()
+    strength = float((incoming * outgoing)[3:].max() / (incoming[:3].mean() * outgoing[:3].mean()))
+    weight = float(outgoing[3:].max() / outgoing[:3].mean())
+    assert max(strength / (1 / 8), weight / (1 / 2)) == pytest.approx(1, rel=1e-9)
+    assert (weight == pytest.approx(1 / 2)) == quiet
 
 
 def test_channels_that_do_harm_start_silent(chain, batches_of, proposed) -> None:
