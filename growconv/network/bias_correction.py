@@ -13,16 +13,13 @@ the same factor. Optimizers whose update does not depend on t need none of this.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 BORN = "growconv_born"
 """The entry of a parameter's optimizer state that says at which of its steps which rows and columns came."""
@@ -44,8 +41,8 @@ def births(
             tensor has in full.
 
     Returns:
-        {"axes": per axis None or a step per entry, "left": steps until all count as old}, plain numbers so that every
-        way of saving an optimizer keeps them; None where nothing young needs a correction.
+        {"axes": per axis None or a step per entry, "now": steps taken, "left": steps until all count as old}, plain
+        values so that every way of saving an optimizer keeps them; None where nothing young needs a correction.
     """
     if not {"step", "exp_avg", "exp_avg_sq"} <= set(state) or not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return None
@@ -63,21 +60,19 @@ def births(
             left = max(left, _steps_until_old(betas))
         born = torch.where(new, torch.tensor(now, dtype=torch.float64), after - 1)
         axes.append(born.tolist() if bool((born > 0).any()) else None)
-    return {"axes": axes, "left": left} if left and any(axes) else None
+    return {"axes": axes, "now": now, "left": left} if left and any(axes) else None
 
 
 def follow_births() -> None:
     """Correct the steps of every torch optimizer that has young entries, from now on."""
     global _following
     if _following is None:
-        _following = (
-            register_optimizer_step_pre_hook(_remember),
-            register_optimizer_step_post_hook(_correct),
-        )
+        _following = (register_optimizer_step_pre_hook(_remember), register_optimizer_step_post_hook(_correct))
 
 
 _following: Any = None
 _before: dict[int, list[tuple[Tensor, Tensor, Any]]] = {}
+_stages: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _steps_until_old(betas: Any) -> int:
@@ -97,26 +92,40 @@ def _remember(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
 
 
 def _correct(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+    known: dict[Any, Tensor] = {}  # most parameters share their births, and so the transfer to the device
     with torch.no_grad():
         for parameter, before, betas in _before.pop(id(optimizer), ()):
-            state = optimizer.state[parameter]
             if parameter.grad is None:
                 continue
-            factor = _factor(state, betas, parameter)
-            parameter.copy_(torch.lerp(before, parameter, factor.to(parameter).expand_as(parameter)))
-            state[BORN]["left"] -= 1
-            if state[BORN]["left"] <= 0:
-                del state[BORN]
+            record = optimizer.state[parameter][BORN]
+            record["now"] += 1
+            steps, index = _births_of(parameter, record["axes"])
+            first, second = map(float, betas)
+            key = (record["now"], steps, first, second, parameter.dtype, parameter.device)
+            if key not in known:
+                factors = [_factor(record["now"], born, first, second) for born in steps]
+                known[key] = torch.tensor(factors, dtype=parameter.dtype, device=parameter.device)
+            parameter.copy_(before.lerp_(parameter, known[key][index].expand_as(parameter)))
+            record["left"] -= 1
+            if record["left"] <= 0:
+                del optimizer.state[parameter][BORN]
 
 
-def _factor(state: Mapping[str, Any], betas: Any, parameter: Tensor) -> Tensor:
-    """What the updates of the last step are multiplied with, broadcastable to the parameter."""
-    now = torch.as_tensor(state["step"]).double().to(parameter.device)
-    born = now.new_zeros([1] * parameter.dim())
-    for axis, steps in enumerate(state[BORN]["axes"]):
-        if steps is not None:
-            shape = [len(steps) if axis == other else 1 for other in range(parameter.dim())]
-            born = torch.maximum(born, now.new_tensor(steps).view(shape))
-    first, second = betas
+def _births_of(parameter: Tensor, axes: Sequence[Sequence[float] | None]) -> tuple[tuple[float, ...], Tensor]:
+    """The different births, and which of them each entry has, broadcastable to the parameter."""
+    cached = _stages.get(parameter)
+    if cached is None or cached[0] is not axes:
+        born = torch.zeros([1] * parameter.dim(), dtype=torch.float64)
+        for axis, steps in enumerate(axes):
+            if steps is not None:
+                shape = [-1 if axis == other else 1 for other in range(parameter.dim())]
+                born = torch.maximum(born, torch.tensor(steps, dtype=torch.float64).view(shape))
+        different, index = born.unique(return_inverse=True)
+        cached = _stages[parameter] = (axes, tuple(different.tolist()), index.to(parameter.device))
+    return cached[1], cached[2]
+
+
+def _factor(now: float, born: float, first: float, second: float) -> float:
+    """What the update of an entry is multiplied with."""
     age = now - born
-    return ((1 - second**age) / (1 - second**now)).sqrt() * (1 - first**now) / (1 - first**age)
+    return math.sqrt((1 - second**age) / (1 - second**now)) * (1 - first**now) / (1 - first**age)

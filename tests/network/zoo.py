@@ -1,7 +1,7 @@
 """Small models of every kind of site, by name, each with an example input; and random new channels for a site."""
 
-import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -289,9 +289,8 @@ def random_growth(site: GrowthSite, channels: int, scale: float = 0.3) -> Channe
     )
 
 
-def output_of(value: object) -> Tensor:
+def output_of(value: Any) -> Tensor:
     """The first tensor of a model's output."""
     if isinstance(value, Tensor):
         return value
-    items = value.values() if isinstance(value, dict) else value
-    return output_of(next(iter(itertools.chain(items))))  # type: ignore[call-overload]
+    return output_of(next(iter(value.values() if isinstance(value, dict) else value)))
