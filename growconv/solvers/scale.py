@@ -5,6 +5,7 @@ open: a channel that comes out ten times quieter than its neighbours passes ten 
 that reads it, and one behind a norm layer stays quiet until the norm's weight has grown.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -16,10 +17,10 @@ from growconv.network.routes import Activation, Norm, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.existing import filter_norms
 
-BEHIND_NORM = 0.5
-"""Size of new channels behind a norm layer, relative to the mean old one. How fast the layer that reads a channel
-learns from it grows with the square of its size: at the full one, twice the channels learn twice as fast at once, and
-the loss of the next steps suffers."""
+FASTER = 1 / 8
+"""What new channels behind a norm layer may add to how fast the layer that reads them learns. That grows with the sum
+of the channels' squared sizes: twice the channels at full size learn twice as fast at once, and the loss of the next
+steps suffers."""
 
 HOMOGENEOUS = frozenset(
     {"ReLU", "LeakyReLU", "PReLU", "Identity", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu"}
@@ -95,9 +96,11 @@ def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " k"]:
 
 
 def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
-    """New filters at the mean norm of the old ones, new channels behind a norm layer at half the old ones' mean size.
+    """New filters at the mean norm of the old ones, new channels behind a norm layer at up to the old ones' mean size.
 
-    The outgoing weights change inversely, so where all that lies between is positively homogeneous the function stays.
+    Where they are more than an eighth as many as the old ones they come out smaller, so that the sum of their squared
+    sizes is an eighth of that of the old ones. The outgoing weights change inversely, so where all that lies between is
+    positively homogeneous the function stays.
 
     Args:
         site: where.
@@ -117,7 +120,7 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
             for path, (mean, variance) in growth.norms.items()
         },
     )
-    typical = BEHIND_NORM * float(old_sizes(site).mean())
+    typical = float(old_sizes(site).mean()) * min(1.0, math.sqrt(FASTER * site.width / growth.channels))
     if scaling_norms(site) and typical > 0:
         scale = typical / new_sizes(site, changed)
         like = next(iter(growth.incoming.values()))

@@ -121,10 +121,11 @@ def test_filters_are_rescaled_where_the_function_stays(chain, sites_of, digits, 
 
 
 @pytest.mark.parametrize("method", ["tiny", "random"])
-def test_behind_a_norm_new_channels_come_out_as_large_as_the_old_ones(
-    chain, sites_of, digits, proposed, method
+@pytest.mark.parametrize(("width", "size"), [(16, 1.0), (6, (6 / 16) ** 0.5)])
+def test_behind_a_norm_new_channels_are_as_large_as_the_old_ones_or_together_an_eighth(
+    chain, sites_of, digits, proposed, method, width, size
 ) -> None:
-    model = chain(6, 4).double()
+    model = chain(width, 4).double()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 3.0)
         model[1].bias.uniform_(-1.0, 1.0)
@@ -137,7 +138,7 @@ def test_behind_a_norm_new_channels_come_out_as_large_as_the_old_ones(
     with torch.no_grad():
         behind = grown[:2].train()(digits[0][:600].double())
     sizes = behind.square().mean((0, 2, 3)).sqrt()
-    torch.testing.assert_close(sizes[6:], 0.5 * sizes[:6].mean().expand(2), rtol=0.1, atol=0)
+    torch.testing.assert_close(sizes[width:], size * sizes[:width].mean().expand(2), rtol=0.1, atol=0)
 
 
 def test_nothing_about_the_model_changes(chain, batches_of, proposed) -> None:
