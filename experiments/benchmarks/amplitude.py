@@ -179,9 +179,10 @@ def main() -> None:
             cells: list[object] = []
             for name in names:
                 ratios = [one[name] for one in runs]
-                cells.append(f"{statistics.mean(ratios):.3f} ({max(ratios):.3f})")
+                finite = all(map(math.isfinite, ratios))
+                cells.append(f"{statistics.mean(ratios):.3f} ({max(ratios):.3f})" if finite else "diverged")
                 if name in METHODS:
-                    worst = max(worst, *ratios)
+                    worst = max(worst, *ratios) if finite else math.inf
             share = statistics.mean(one["functional share of cap"] for one in runs)
             ungrown = statistics.mean(one["ungrown"] for one in runs)
             rows.append([activation.__name__, label, optimizer, f"{ungrown:.3f}", *cells, f"{share:.2f}"])
