@@ -99,7 +99,8 @@ def outcome(folder: Path) -> tuple[dict, list, list]:
     found = checkpoint.read_checkpoint(folder / "checkpoint" / "last.safetensors")
     tensors = {name: tensor.numpy().tobytes() for name, tensor in found.model.items()}
     for index, values in found.optimizer["state"].items():
-        tensors |= {f"{index}/{key}": value.numpy().tobytes() for key, value in values.items()}
+        for key, value in values.items():
+            tensors[f"{index}/{key}"] = value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
     tensors |= {name: tensor.numpy().tobytes() for name, tensor in found.tensors.items()}
 
     def lines(name: str, timed: tuple[str, ...]) -> list:
