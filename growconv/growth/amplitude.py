@@ -63,8 +63,7 @@ def choose_amplitude(
 
     γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps every new channel well below the old ones: without
     one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training that
-    follows. What lies below the site's readers is computed once per batch
-    (`Remainder`).
+    follows. What lies below the site's readers is computed once per batch (`Remainder`).
 
     Args:
         model: the model that the site belongs to; not changed. Norm layers stay in the mode that they are in.

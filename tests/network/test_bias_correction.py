@@ -71,13 +71,12 @@ def small() -> tuple[nn.Module, Tensor]:
 
 def grown(site, optimizer, referees: dict[str, Referee], count: int) -> None:
     model = site.model
-    marks = {name: torch.full(p.shape, -1.0) for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     growconv.grow(model, site, zoo.random_growth(site, count), 1.0, optimizer)
     for name, parameter in model.named_parameters():
         kept = torch.full(parameter.shape, -1)
         old = tuple(slice(0, size) for size in before[name].shape)
-        kept[old] = torch.arange(before[name].numel()).view(marks[name].shape)
+        kept[old] = torch.arange(before[name].numel()).view(before[name].shape)
         referees[name].resized(parameter, kept)
 
 
@@ -103,7 +102,7 @@ def test_every_entry_trains_as_if_it_had_an_optimizer_of_its_own(name: str) -> N
     steps(model, optimizer, referees, 3, 3)
 
 
-def test_without_it_new_entries_would_run_away() -> None:
+def test_new_entries_move_by_the_learning_rate_however_old_their_parameter_is() -> None:
     model, example = small()
     optimizer = OPTIMIZERS["adam"](model.parameters())
     site = find_sites(model, example)[0]
