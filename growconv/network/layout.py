@@ -1,0 +1,198 @@
+"""Where the channels of each site lie along every axis of a model, at any width.
+
+An axis of a layer (its outputs, its inputs, or the entries of a norm or bare parameter) is a sequence of runs. A run
+belongs to one channel space and repeats all of its units `outer` times, with `inner` neighbouring entries each time::
+
+    a convolution's outputs            outer 1, inner 1
+    the inputs of Flatten -> Linear    outer 1, inner H·W     (channels, then locations)
+    the same after permute to NHWC     outer H·W, inner 1
+    the outputs in front of a GLU      outer 2, inner 1       (values, then gates)
+    the outputs before PixelShuffle    outer 1, inner r²
+    behind a shuffle of g groups       outer 1, inner g       (and outer g in front of it)
+
+So a layout holds no sizes: the number of units of a space follows from the sizes that the modules have now, and the
+positions of old and new channels from that. It is plain data; it can be copied, pickled, and asked about any model with
+the same names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from growconv.errors import SiteError
+
+Key = tuple[str, str]
+"""Module path (parameter path for a bare parameter or buffer) and side, one of the five below."""
+
+OUT, IN = "out", "in"
+"""The outputs and the inputs of a weighted layer: it produces or consumes channels."""
+ENTRY = "entry"
+"""The entries of a norm layer, a PReLU, or a bare parameter or buffer."""
+GROUP_IN, GROUP_OUT = "group in", "group out"
+"""Both axes of a grouped or depthwise convolution whose groups are channels of one space: whole groups come and go."""
+
+Sizes = Callable[[Key], int]
+"""The length of an axis now."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of an axis.
+
+    Attributes:
+        space: which channel space its entries belong to; None for entries that never grow.
+        outer: how often the units are repeated; the number of entries where `space` is None.
+        inner: neighbouring entries of one unit in each repetition.
+        slots: per repetition and neighbour, in the order of the axis, the place of that entry among all entries that
+            one unit has along this axis, channel by channel.
+    """
+
+    space: int | None
+    outer: int
+    inner: int = 1
+    slots: tuple[int, ...] = (0,)
+
+    def length(self, units: int) -> int:
+        """Entries at a number of units."""
+        return self.outer if self.space is None else self.outer * units * self.inner
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where new units come along an axis.
+
+    Attributes:
+        position: the old entry before which they come.
+        entries: which entries of the new channels come here, in order: indices into all new entries along the axis,
+            channel by channel.
+    """
+
+    position: int
+    entries: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The runs of every axis of a model that channels lie on.
+
+    Attributes:
+        axes: per axis its runs.
+        channels: per space how many channels a unit has; new channels come in multiples of it.
+        dims: per bare parameter or buffer on an axis, which of its dimensions that is.
+    """
+
+    axes: Mapping[Key, tuple[Run, ...]]
+    channels: tuple[int, ...]
+    dims: Mapping[str, int]
+
+    def keys(self, space: int) -> list[Key]:
+        """The axes that a space's channels lie on."""
+        return [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
+
+    def per_unit(self, key: Key, space: int) -> int:
+        """Entries of one unit along an axis."""
+        return sum(run.outer * run.inner for run in self.axes[key] if run.space == space)
+
+    def ratio(self, key: Key, space: int) -> Fraction:
+        """Entries of one channel along an axis."""
+        return Fraction(self.per_unit(key, space), self.channels[space])
+
+    def units(self, space: int, sizes: Sizes) -> int:
+        """How many units a space has now.
+
+        Args:
+            space: which.
+            sizes: the length of every axis now.
+
+        Raises:
+            SiteError: no axis tells it, or axes contradict each other.
+        """
+        known = self._solve(space, sizes, {}, frozenset())
+        if known is None:
+            raise SiteError("no layer tells the number of these channels", got=", ".join(k[0] for k in self.keys(space)))
+        return known
+
+    def _solve(self, space: int, sizes: Sizes, known: dict[int, int], asked: frozenset[int]) -> int | None:
+        if space in known:
+            return known[space]
+        for key in sorted(self.keys(space), key=lambda key: len({run.space for run in self.axes[key]})):
+            others = {run.space for run in self.axes[key] if run.space is not None} - {space}
+            if others & asked:
+                continue
+            rest = sum(run.outer for run in self.axes[key] if run.space is None)
+            for other in others:
+                units = self._solve(other, sizes, known, asked | {space})
+                if units is None:
+                    break
+                rest += self.per_unit(key, other) * units
+            else:
+                units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
+                if left or units < 0:
+                    raise SiteError(
+                        "this axis does not hold whole channels any more",
+                        where=f"{key[0]} ({key[1]})",
+                        got=f"{sizes(key)} entries",
+                        fix="find the sites again: growconv.find_sites(model, example_input)",
+                    )
+                known[space] = units
+                return units
+        return None
+
+    def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
+        """Where new units of a space come along an axis: after its old ones, in every run.
+
+        Args:
+            key: the axis.
+            space: the space that grows.
+            units: how many more units.
+            sizes: the length of every axis now.
+        """
+        known: dict[int, int] = {}
+        per_unit, found, start = self.per_unit(key, space), [], 0
+        for run in self.axes[key]:
+            have = 0 if run.space is None else self._known(run.space, sizes, known)
+            if run.space == space:
+                for outer in range(run.outer):
+                    slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
+                    entries = tuple(unit * per_unit + slot for unit in range(units) for slot in slots)
+                    found.append(Place(start + (outer + 1) * have * run.inner, entries))
+            start += run.length(have)
+        return found
+
+    def entries(self, key: Key, space: int, sizes: Sizes) -> list[int]:
+        """The positions of a space's entries along an axis now, channel by channel."""
+        known: dict[int, int] = {}
+        per_unit, start = self.per_unit(key, space), 0
+        positions = [0] * (per_unit * self._known(space, sizes, known))
+        for run in self.axes[key]:
+            have = 0 if run.space is None else self._known(run.space, sizes, known)
+            if run.space == space:
+                for outer in range(run.outer):
+                    for unit in range(have):
+                        for inner in range(run.inner):
+                            slot = run.slots[outer * run.inner + inner]
+                            positions[unit * per_unit + slot] = start + (outer * have + unit) * run.inner + inner
+            start += run.length(have)
+        return positions
+
+    def owners(self, key: Key, units: Mapping[int, int]) -> list[tuple[int, int, int] | None]:
+        """Per entry of an axis its (space, unit, slot); None for entries that never grow.
+
+        Args:
+            key: the axis.
+            units: per space its number of units.
+        """
+        found: list[tuple[int, int, int] | None] = []
+        for run in self.axes[key]:
+            if run.space is None:
+                found += [None] * run.outer
+                continue
+            for outer in range(run.outer):
+                for unit in range(units[run.space]):
+                    found += [(run.space, unit, run.slots[outer * run.inner + inner]) for inner in range(run.inner)]
+        return found
+
+    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+        if space not in known:
+            known[space] = self.units(space, sizes)
+        return known[space]

@@ -1,0 +1,124 @@
+"""A model as it is given: unwrapped, addressed by path, run on examples, and left as it was."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from growconv.errors import ArgumentTypeError
+
+Arguments = tuple[tuple, dict[str, object]]
+"""Positional and keyword arguments of a model's forward."""
+
+
+def unwrapped(model: object) -> nn.Module:
+    """The model itself, after refusing what is none.
+
+    Raises:
+        ArgumentTypeError: for something that is no module, or a compiled or data-parallel wrapper around one.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("a model is needed", expected="torch.nn.Module", got=type(model).__name__)
+    inside = next((name for name in ("_orig_mod", "_forward_module") if name in model._modules), None)
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if inside is None and (isinstance(model, parallel) or type(model).__name__ == "FullyShardedDataParallel"):
+        inside = "module"
+    if inside is not None:
+        name = "module" if inside == "_forward_module" else inside
+        raise ArgumentTypeError(
+            "a wrapped model cannot be grown: the wrapper keeps what it knows of the old shapes",
+            expected="the raw torch.nn.Module",
+            got=type(model).__name__,
+            fix=f"pass model.{name}, and wrap it again after growing",
+        )
+    return model
+
+
+def attribute(model: nn.Module, path: str) -> Tensor | nn.Module:
+    """The module, parameter or buffer at a dotted path; the model itself for "".
+
+    Raises:
+        AttributeError: there is none.
+    """
+    value: object = model
+    for part in path.split(".") if path else ():
+        value = getattr(value, part)
+    if not isinstance(value, Tensor | nn.Module):
+        raise AttributeError(f"{path} is neither a module nor a tensor")
+    return value
+
+
+def example_arguments(example_input: object) -> Arguments:
+    """Arguments of the model's forward.
+
+    Args:
+        example_input: a tensor, a tuple or list of arguments, or a mapping of keyword arguments. A tuple whose last
+            entry is a mapping after others gives both.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, Sequence) and not isinstance(example_input, str):
+        return tuple(example_input), {}
+    raise ArgumentTypeError(
+        "the example input must be what the model's forward takes",
+        expected="a tensor, a tuple of arguments or a mapping of keyword arguments",
+        got=type(example_input).__name__,
+    )
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """All tensors of a nested input or output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [tensor for item in vars(value).values() for tensor in tensors_in(item)] if _is_record(value) else []
+
+
+def _is_record(value: object) -> bool:
+    """Whether a value is a dataclass or plain object that may hold tensors, as model outputs of libraries do."""
+    return hasattr(value, "__dataclass_fields__")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model may be run, differentiated and switched; afterwards everything but its parameters is as before.
+
+    Kept: train or eval mode of every module, the values of all buffers (running statistics of norm layers), every
+    parameter's .grad and requires_grad, and the random number generators of Python, NumPy and torch (CPU and
+    the model's GPUs).
+
+    Args:
+        model: the model to protect.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    gradients = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's data may draw from it)
+    gpus = sorted({tensor.device.index for tensor in [*gradients, *buffers] if tensor.device.type == "cuda"})
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for parameter, (gradient, needed) in gradients.items():
+            parameter.grad = gradient
+            parameter.requires_grad_(needed)
