@@ -65,7 +65,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 def is_weighted(module: nn.Module) -> bool:
     """True for a layer that writes new channels: a convolution or a linear layer, with torch's own forward."""
-    return isinstance(module, (_ConvNd, nn.Linear, FactorizedConv)) and is_leaf(module)
+    return isinstance(module, (_ConvNd, nn.Linear, FactorizedConv))
 
 
 def axes_of(module: nn.Module) -> int:
@@ -81,7 +81,13 @@ def _stock_name(module: nn.Module) -> str:
 
 def channel_axis(module: nn.Module, ndim: int) -> int:
     """The channel axis of a tensor with `ndim` axes that a convolution or linear layer reads or writes."""
-    return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(getattr(module, "kernel_size"))  # noqa: B009
+    if isinstance(module, nn.Linear):
+        return ndim - 1
+    if hasattr(module, "kernel_size"):
+        return ndim - 1 - len(getattr(module, "kernel_size"))  # noqa: B009
+    if isinstance(module, _InstanceNorm) and ndim == module._get_no_batch_dim():
+        return 0
+    return min(1, ndim - 1)
 
 
 def input_width(module: nn.Module) -> int:
@@ -203,3 +209,64 @@ def transparent_values(module: nn.Module, mean: Tensor, variance: Tensor) -> dic
         return {"weight": module.weight.detach().mean().expand(len(mean))}
     eps = float(getattr(module, "eps", 1e-5))
     return {"weight": (variance + eps).sqrt(), "bias": mean, "running_mean": mean, "running_var": variance}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for a layer with one entry per channel that is applied to each channel alike."""
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    return isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm))
+
+
+def norm_groups(module: nn.Module, count: int) -> list[slice]:
+    """Entries that a norm layer normalises together."""
+    if not isinstance(module, nn.GroupNorm):
+        return []
+    size = count // max(1, count * module.num_groups // module.num_channels)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def size(module: nn.Module, side: str) -> int:
+    """Length of an axis."""
+    if side in ("out", "group out"):
+        return output_width(module)
+    if side in ("in", "group in"):
+        return input_width(module)
+    for name in ("num_features", "num_channels", "num_parameters"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise TypeError(type(module))
+
+
+def has_side(module: Any, side: str) -> bool:
+    """Whether a layer has such an axis."""
+    return is_norm(module) if side == "entry" else is_weighted(module)
+
+
+def described(module: Any) -> str:
+    """One line."""
+    return str(module)
+
+
+def set_size(module: nn.Module, side: str, value: int) -> None:
+    """Set the attribute that tells a layer's outputs."""
+    setattr(module, "out_features" if isinstance(module, nn.Linear) else "out_channels", value)
+
+
+def pretended(module: Any, x: Tensor, width: int | None) -> Tensor:
+    """An output of the shape that a layer gives for any number of input channels, nothing computed.
+
+    Args:
+        module: convolution or linear layer.
+        x: its input.
+        width: its outputs; None: as many as it has (whole groups more where it reads whole groups more).
+    """
+    if isinstance(module, nn.Linear):
+        return x.new_zeros(*x.shape[:-1], width or module.out_features)
+    axis = channel_axis(module, x.dim())
+    if width is None:
+        width = output_width(module) * (x.shape[axis] if groups_of(module) > 1 else input_width(module)) // input_width(module)
+    one = x.narrow(axis, 0, 1)
+    weight = x.new_zeros(1, 1, *module.kernel_size)
+    grid = convolve(module, one, weight, None).shape[axis + 1:]
+    return x.new_zeros(*x.shape[:axis], width, *grid)
