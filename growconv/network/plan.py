@@ -1,19 +1,20 @@
-"""What a growth or removal will change: every tensor with its new entries, every attribute."""
+"""What a growth or removal will change: every tensor with its new entries, every attribute. Nothing is changed here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.graph import attribute
-from growconv.network.layouts import Binding, Layout
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.model import attribute
+from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.network.spaces import Spaces
 from growconv.network.tensors import Insertion, enlarge, enlarged_shape, without
+
+AGAIN = "solve again on statistics of the model as it is now"
 
 
 @dataclass
@@ -33,8 +34,13 @@ class Change:
     tensor: Tensor
     insertions: list[Insertion] = field(default_factory=list)
     values: list[Tensor | None] = field(default_factory=list)
-    removed: dict[int, list[int]] = field(default_factory=dict)
+    removed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     revised: Tensor | None = None
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the tensor gets another shape."""
+        return bool(self.insertions or self.removed)
 
     def resized(self, tensor: Tensor, fill: bool = True) -> Tensor:
         """A tensor of the old shape in the new one; without `fill` new entries are zero."""
@@ -55,44 +61,63 @@ class Change:
         return tensor
 
 
-@dataclass
 class Plan:
-    """All changes of one growth or removal."""
+    """All changes of one growth or removal.
 
-    changes: list[Change] = field(default_factory=list)
-    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
-    revised: dict[str, Tensor] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    Args:
+        model: the model that they are for.
 
-    def __post_init__(self) -> None:
-        """Index the changes by their tensor."""
-        self._by_tensor = {id(change.tensor): change for change in self.changes}
-        self._named: set[tuple[str, str]] = set()
+    Attributes:
+        changes: one per tensor, also where several modules share it.
+        attributes: per module path and name the value to set.
+    """
 
-    def set(self, path: str, name: str, value: Any) -> None:
-        """Set an attribute of a module, once."""
-        if (path, name) not in self._named:
-            self._named.add((path, name))
-            self.attributes.append((path, name, value))
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.changes: list[Change] = []
+        self.attributes: dict[tuple[str, str], int] = {}
 
-    def change(self, model: nn.Module, module: str, name: str) -> Change:
+    def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
-        path = f"{module}.{name}" if module else name
-        tensor = attribute(model, path)
-        if id(tensor) not in self._by_tensor:
-            self._by_tensor[id(tensor)] = Change(path, tensor)
-            self.changes.append(self._by_tensor[id(tensor)])
-        return self._by_tensor[id(tensor)]
+        tensor = attribute(self.model, path)
+        if not isinstance(tensor, Tensor):
+            raise SurgeryError("no parameter or buffer", where=path, got=type(tensor).__name__)
+        found = next((change for change in self.changes if change.tensor is tensor), None)
+        if found is None:
+            found = Change(path, tensor)
+            self.changes.append(found)
+        return found
 
-    def insert(self, change: Change, insertion: Insertion, values: Tensor | None) -> None:
+    def insert(self, path: str, insertion: Insertion, values: Tensor | None) -> None:
         """Add an insertion, unless a shared tensor has it already."""
+        change = self.change(path)
         if insertion not in change.insertions:
             change.insertions.append(insertion)
             change.values.append(values)
 
-    def edits(self) -> list[dict[str, Any]]:
-        """The plan as plain values, to be replayed by apply_edits in this order."""
-        edits: list[dict[str, Any]] = []
+    def add(
+        self, path: str, parts: Sequence[layers.Part], removals: Sequence[layers.Removal], added: Mapping[str, int]
+    ) -> None:
+        """Add what happens to one layer.
+
+        Args:
+            path: of the layer.
+            parts: new entries.
+            removals: entries that go.
+            added: per side how many more entries it has afterwards.
+        """
+        adapter = layers.adapter(self.model.get_submodule(path))
+        for part in parts:
+            self.insert(f"{path}.{part.name}", part.insertion, part.values)
+        for removal in removals:
+            self.change(f"{path}.{removal.name}").removed[removal.axis] = removal.entries
+        for name, values in adapter.revised(parts, removals).items():
+            self.change(f"{path}.{name}").revised = values
+        self.attributes |= {(path, name): value for name, value in adapter.counts(added).items()}
+
+    def edits(self) -> list[dict[str, object]]:
+        """The plan as plain values, to be replayed in this order."""
+        edits: list[dict[str, object]] = []
         for change in self.changes:
             module, _, name = change.path.rpartition(".")
             for each in sorted(change.insertions, key=lambda each: -each.position):
@@ -100,11 +125,14 @@ class Plan:
                 edits.append({"module": module, "tensor": name, **place})
             for axis, entries in change.removed.items():
                 edits.append({"module": module, "tensor": name, "axis": axis, "removed": sorted(entries)})
-        for path, name, value in self.attributes:
-            edits.append(
-                {"module": path, "attribute": name, "value": list(value) if isinstance(value, tuple) else value}
-            )
+        edits += [
+            {"module": path, "attribute": name, "value": value} for (path, name), value in self.attributes.items()
+        ]
         return edits
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Path and Parameter of everything that is replaced."""
+        return [(c.path, c.tensor) for c in self.changes if c.resizes and isinstance(c.tensor, nn.Parameter)]
 
     def added_parameters(self) -> int:
         """How many parameter entries the plan adds (negative: takes away)."""
@@ -118,49 +146,458 @@ class Plan:
         return total
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where new channels come along one axis: `count` entries before `position`."""
-
-    start: int  # first entry of the site's own channels
-    position: int
-    count: int
-    ratio: int
-    scale: Fraction  # entries per channel
+Values = Callable[[str, str], Mapping[str, Tensor]]
+"""Per path and side the new entries by tensor name, channel by channel; a bare tensor's own are under ""."""
 
 
-def places(spaces: Spaces, layout: Layout, site: GrowthSite, channels: int) -> list[Place]:
-    """Where new channels of a site come along an axis with this layout, at its present widths."""
-    found = []
-    offset = 0
-    for segment in layout:
-        size = int(spaces.width(segment.space) * segment.ratio)
-        if segment.space.root() is site.space:
-            found.append(
-                Place(offset, offset + size, int(channels * segment.ratio), int(segment.ratio) or 1, segment.ratio)
-            )
-        offset += size
+def plan_growth(site: GrowthSite, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
+    """Plan and validate a growth; nothing is changed.
+
+    Args:
+        site: where.
+        growth: what.
+        amplitude: multiplies the outgoing weights.
+
+    Raises:
+        SurgeryError: naming the tensor that does not fit.
+    """
+    _check_proposal(site, growth)
+    plan = _plan(site, growth.channels, _Proposed(site, growth, amplitude))
+    for path, replacement in growth.revised.items():
+        plan.change(path).revised = _revision(site, growth, path, replacement)
+    return plan
+
+
+def plan_size(site: GrowthSite, channels: int) -> int:
+    """Parameters that so many new channels would add.
+
+    Args:
+        site: where.
+        channels: a multiple of the site's granularity.
+    """
+    return _plan(site, channels, lambda path, side: {}).added_parameters()
+
+
+def plan_removal(site: GrowthSite, channels: Sequence[int]) -> Plan:
+    """Plan and validate the removal of channels; nothing is changed.
+
+    Args:
+        site: where.
+        channels: their indices; whole units where channels come in groups.
+
+    Raises:
+        SurgeryError: for channels that are not there, all of them, or parts of a group.
+    """
+    index, size = sorted({int(channel) for channel in channels}), site.granularity
+    if not index or index[0] < 0 or index[-1] >= site.width or len(index) == site.width:
+        expected = f"some, but not all, of the channels 0 to {site.width - 1}"
+        raise SurgeryError("these channels cannot be removed", where=site.name, expected=expected, got=index)
+    units = sorted({channel // size for channel in index})
+    if len(units) * size != len(index):
+        expected = f"runs of {size} channels that start at a multiple of {size}"
+        raise SurgeryError("channels of this site go in whole groups", where=site.name, expected=expected, got=index)
+    plan = Plan(site.model)
+
+    def gone(path: str, side: str) -> list[int]:
+        entries = site.entries(path, side)
+        per_unit = site.layout.per_unit((path, side), site.space)
+        return sorted(entries[unit * per_unit + each] for unit in units for each in range(per_unit))
+
+    for path, sides in _sides(site).items():
+        if path in site.layout.dims:
+            plan.change(path).removed[site.layout.dims[path]] = tuple(gone(path, ENTRY))
+            continue
+        adapter = layers.adapter(site.model.get_submodule(path))
+        entries = {side: gone(path, side) for side in sides}
+        removals = [each for side in sides for each in adapter.removals(side, entries[side])]
+        plan.add(path, [], removals, {side: -len(found) for side, found in entries.items()})
+    return plan
+
+
+def tied_weights(site: GrowthSite) -> str | None:
+    """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
+
+    Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight that
+    produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a layer
+    outside of the site too, cannot keep the function and grow.
+    """
+    parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
+    for path, sides in _sides(site).items():
+        bare = path in site.layout.dims
+        slots = (
+            [(ENTRY, "", site.layout.dims[path])]
+            if bare
+            else [
+                (side, f".{slot.name}", slot.axis)
+                for side in sides
+                for slot in layers.adapter(site.model.get_submodule(path)).slots(side)
+            ]
+        )
+        for side, name, axis in slots:
+            found = parts.setdefault(id(attribute(site.model, f"{path}{name}")), {})
+            found.setdefault(path, set()).add((side, axis))
+    for module_path, module in site.model.named_modules():
+        for name, parameter in module._parameters.items():
+            known = parts.get(id(parameter), {})
+            owners = [
+                path
+                for path in known
+                if f"{module_path}.{name}".lstrip(".") == path or f"{module_path}.".startswith(f"{path}.")
+            ]
+            if known and not owners:
+                first = next(iter(known))
+                return f"{module_path} shares a weight with {first}, and is not part of the site"
+    for known in parts.values():
+        paths = list(known)
+        if any(known[path] != known[paths[0]] for path in paths):
+            return f"{' and '.join(paths)} share a weight, but play different parts for these channels"
+    return None
+
+
+def _sides(site: GrowthSite) -> dict[str, list[str]]:
+    """Per layer and bare tensor of a site the sides that the channels lie along."""
+    found: dict[str, list[str]] = {}
+    for path, side in site.axes:
+        found.setdefault(path, []).append(side)
     return found
 
 
-def tensors_of(model: nn.Module, binding: Binding) -> list[tuple[str, int]]:
-    """Names of a layer's tensors that have an entry for each channel, and the axis."""
-    if binding.role == "parameter":
-        return [(binding.path, binding.axis)]
-    module = model.get_submodule(binding.path)
-    slots: Callable[[nn.Module], list[layers.Slot]] = {
-        "writes": layers.writing_slots,
-        "reads": layers.reading_slots,
-        "norm": layers.norm_slots,
-        "carries": layers.carrying_slots,
-    }[binding.role]
-    return [(slot.name, slot.axis) for slot in slots(module)]
+def _plan(site: GrowthSite, channels: int, values: Values) -> Plan:
+    """New channels for every layer and bare tensor of a site."""
+    plan = Plan(site.model)
+    for path, sides in _sides(site).items():
+        places = {side: site.places(path, side, channels) for side in sides}
+        if path in site.layout.dims:
+            axis, own = site.layout.dims[path], values(path, ENTRY).get("")
+            for place in places[ENTRY]:
+                part = None if own is None else own[list(place.entries)].movedim(0, axis)
+                plan.insert(path, Insertion(axis, place.position, len(place.entries)), part)
+            continue
+        module = site.model.get_submodule(path)
+        if GROUP_OUT in sides:
+            given = values(path, GROUP_OUT)
+            parts = layers.weighted(module).group_insertions(places[GROUP_IN], places[GROUP_OUT], given)
+        else:
+            adapter = layers.adapter(module)
+            parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
+        plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
+    return plan
 
 
-def set_counts(plan: Plan, model: nn.Module, binding: Binding, entries: int, written: int = 0) -> None:
-    """Attributes that have to tell the new numbers."""
-    if binding.role == "parameter":
-        return
-    module = model.get_submodule(binding.path)
-    for name, value in layers.counting_attributes(module, binding.role, entries, written):
-        plan.set(binding.path, name, value)
+class _Proposed:
+    """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
+
+    def __init__(self, site: GrowthSite, growth: ChannelGrowth, amplitude: float) -> None:
+        self.site, self.growth, self.amplitude = site, growth, amplitude
+
+    def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
+        """By tensor name, for a path and side."""
+        entries = self._count(path, side)
+        if path in self.site.layout.dims:
+            return {"": self._bare(path, entries)}
+        if side == OUT:
+            return self._produced(path, entries)
+        if side == IN:
+            return {"weight": self._consumed(path, entries)}
+        if side == ENTRY:
+            return self._normalised(path, entries)
+        return self._carried(path, entries)
+
+    def _count(self, path: str, side: str) -> int:
+        per_unit = self.site.layout.per_unit((path, side), self.site.space)
+        return per_unit * self.growth.channels // self.site.granularity
+
+    def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        weight = self._given(self.growth.incoming, path, "incoming weights")
+        found = {
+            "weight": self._fitted(
+                weight, layer.shape(OUT, entries), {1: (path, IN)}, f"incoming weights of {path}", layer.groups
+            )
+        }
+        if layer.bias() is not None:
+            bias = self._given(self.growth.incoming_bias, path, "incoming bias")
+            found["bias"] = self._fitted(bias, (entries,), {}, f"incoming bias of {path}")
+        elif path in self.growth.incoming_bias:
+            raise SurgeryError(
+                "a bias was given for a layer without one", where=path, fix="leave it out of incoming_bias"
+            )
+        return found
+
+    def _consumed(self, path: str, entries: int) -> Tensor:
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        weight = self._given(self.growth.outgoing, path, "outgoing weights")
+        weight = self._fitted(weight, layer.shape(IN, entries), {0: (path, OUT)}, f"outgoing weights of {path}")
+        return weight.to(layer.filters().dtype) * self.amplitude
+
+    def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
+        """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
+        norm = layers.norm(self.site.model.get_submodule(path))
+        old = self._copied(path, ENTRY)
+        if old is not None:
+            return {slot.name: attribute(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
+        growth = self.growth
+        mean, variance = torch.zeros(entries, dtype=torch.float64), torch.ones(entries, dtype=torch.float64)
+        if path in growth.norms:
+            mean, variance = (
+                self._per_entry(moment, entries, f"{label} for {path}")
+                for label, moment in zip(("mean", "variance"), growth.norms[path], strict=True)
+            )
+            if bool((variance < 0).any()):
+                raise SurgeryError(
+                    "a variance is negative", where=path, expected="variances of at least 0", got=float(variance.min())
+                )
+        scale = growth.norm_scale
+        return norm.transparent(
+            mean, variance, None if scale is None else self._per_entry(scale, entries, f"norm_scale for {path}")
+        )
+
+    def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        old = self._copied(path, GROUP_OUT)
+        if old is not None:
+            bias = layer.bias()
+            return {"weight": layer.filters().detach()[old]} | ({} if bias is None else {"bias": bias.detach()[old]})
+        filters = self.growth.carried.get(path)
+        if filters is None:
+            return {"weight": layer.identity(entries)}
+        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), {}, f"new filters of {path}")}
+
+    def _bare(self, path: str, entries: int) -> Tensor:
+        """New entries of a bare tensor, its channel axis in front."""
+        tensor, axis = attribute(self.site.model, path).detach(), self.site.layout.dims[path]
+        front = tensor.movedim(axis, 0)
+        old = self._copied(path, ENTRY)
+        if old is not None:
+            return front[old]
+        shape = (entries, *front.shape[1:])
+        if path in self.site.producers:
+            return self._fitted(
+                self._given(self.growth.incoming, path, "incoming entries"), shape, {}, f"incoming entries of {path}"
+            )
+        if path in self.site.consumers:
+            given = self._given(self.growth.outgoing, path, "outgoing entries").movedim(1, 0)
+            return self._fitted(given, shape, {}, f"outgoing entries of {path}") * self.amplitude
+        if path in self.growth.entries:
+            return self._fitted(self.growth.entries[path], shape, {}, f"new entries of {path}")
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return front[-1:].expand(shape)
+        own = front[self.site.entries(path, ENTRY)]
+        return own.mean(0, keepdim=True).expand(shape)
+
+    def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
+        """A value a channel, or one an entry, as one an entry."""
+        if value.shape == (self.growth.channels,) and entries % self.growth.channels == 0:
+            value = value.repeat_interleave(entries // self.growth.channels)
+        return self._fitted(value, (entries,), {}, label)
+
+    def _copied(self, path: str, side: str) -> list[int] | None:
+        """The old entries that the new ones copy, channel by channel; None where they are no copies."""
+        copied = self.growth.copied_from
+        if copied is None:
+            return None
+        old, size = self.site.entries(path, side), self.site.granularity
+        per_unit = self.site.layout.per_unit((path, side), self.site.space)
+        if per_unit % size == 0:  # entries of its own for every channel
+            own = per_unit // size
+            return [old[channel * own + each] for channel in copied.tolist() for each in range(own)]
+        units = [channel // size for channel in copied.tolist()[::size]]
+        return [old[unit * per_unit + each] for unit in units for each in range(per_unit)]
+
+    def _given(self, weights: Mapping[str, Tensor], path: str, label: str) -> Tensor:
+        if path not in weights:
+            raise SurgeryError(
+                f"the proposal has no {label} for this layer",
+                where=path,
+                expected=f"a tensor for {path}",
+                got=", ".join(weights),
+            )
+        return weights[path]
+
+    def _fitted(
+        self, tensor: Tensor, shape: tuple[int, ...], others: Mapping[int, Key], label: str, groups: int = 1
+    ) -> Tensor:
+        """A proposed tensor of the shape that the model needs now; neighbours that grew in the meantime get zeros."""
+        require_finite(tensor, label, self.site)
+        tensor = tensor.detach()
+        for axis, key in others.items():
+            if tensor.dim() == len(shape):
+                at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
+                if at != list(range(shape[axis])):
+                    size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
+                    tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
+        if tuple(tensor.shape) != tuple(shape):
+            raise SurgeryError(
+                f"the {label} have the wrong shape",
+                where=self.site.name,
+                expected=tuple(shape),
+                got=tuple(tensor.shape),
+                fix=AGAIN,
+            )
+        return tensor
+
+
+def positions_now(
+    site: GrowthSite, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
+) -> list[int]:
+    """Where the entries that an axis had once lie now.
+
+    Args:
+        site: whose layout tells it.
+        key: the axis.
+        length: how many entries it had.
+        units: how many units each space had then; where it says nothing, it is read off `length`.
+        label: what has that length, for the message.
+        groups: positions within a group, where the length is that of one.
+
+    Returns:
+        `length` positions along the axis as it is now.
+
+    Raises:
+        SurgeryError: channels have gone since, or the length leaves in doubt which ones have come.
+    """
+    sizes, layout = site.sizes, site.layout
+    size, runs = sizes(key) // groups, layout.axes.get(key, ())
+    wrong = SurgeryError(
+        f"the {label} have the wrong shape",
+        where=site.name,
+        expected=f"{size} entries for {key[0]} ({key[1]})",
+        got=length,
+        fix=AGAIN,
+    )
+    if not runs:
+        if length != size:
+            raise wrong
+        return list(range(length))
+    now = {run.space: layout.units(run.space, sizes) for run in runs if run.space is not None}
+    then = {space: units.get(space, now[space]) for space in now}
+    if len(now) == 1 and not set(now) & set(units):
+        (space,) = now
+        fewer, rest = divmod((size - length) * groups, layout.per_unit(key, space))
+        then = {space: now[space] - fewer - bool(rest)}
+    for space in now:
+        if then[space] > now[space]:
+            raise SurgeryError(
+                f"channels that the {label} belong to have been taken away since",
+                where=f"{site.name}: {key[0]}",
+                expected=f"at least {then[space]} units of {_producers(site, space)}",
+                got=now[space],
+                fix=AGAIN,
+            )
+    owners_now, owners_then = layout.owners(key, now), layout.owners(key, then)
+    if len(owners_then) != length * groups:
+        raise wrong
+    place = {owner: at for at, owner in enumerate(owners_now) if owner is not None}
+    fixed = iter([at for at, owner in enumerate(owners_now) if owner is None])  # they never grow
+    found = [next(fixed) if owner is None else place[owner] for owner in owners_then]
+    inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
+    if any(each != inside[0] for each in inside):
+        raise SurgeryError(
+            f"the groups that the {label} belong to have grown unlike each other", where=key[0], fix=AGAIN
+        )
+    return inside[0]
+
+
+def require_finite(tensor: Tensor, label: str, site: GrowthSite) -> None:
+    """Check that a proposed tensor is a tensor of finite numbers.
+
+    Raises:
+        SurgeryError: naming it by `label`.
+    """
+    if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
+        got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
+
+
+def _producers(site: GrowthSite, space: int) -> str:
+    return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
+
+
+def _check_proposal(site: GrowthSite, growth: ChannelGrowth) -> None:
+    """Refuse a proposal for another site, for layers that are not part of it, or for an impossible number of channels."""
+    if growth.site != site.name:
+        raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
+    for label, given, allowed in (
+        ("incoming", growth.incoming, site.producers),
+        ("outgoing", growth.outgoing, site.consumers),
+        ("norms", growth.norms, site.followers),
+        ("carried", growth.carried, site.followers),
+        ("entries", growth.entries, site.followers),
+    ):
+        extra = set(given) - set(allowed)
+        if extra:
+            raise SurgeryError(
+                f"{label} names layers that are not part of the site",
+                where=site.name,
+                expected=", ".join(allowed) or "none",
+                got=", ".join(sorted(extra)),
+            )
+    if not growth.incoming:
+        raise SurgeryError("the proposal has no incoming weights", where=site.name, expected=", ".join(site.producers))
+    if growth.channels < 1 or growth.channels % site.granularity:
+        raise SurgeryError(
+            "this number of channels cannot be added",
+            where=site.name,
+            expected=f"a positive multiple of {site.granularity}" if site.granularity > 1 else "at least 1",
+            got=growth.channels,
+            fix=f"ask for {site.growable_channels(max(growth.channels, 1))} channels",
+        )
+    index = growth.copied_from
+    if index is not None and (index.shape != (growth.channels,) or index.min() < 0 or index.max() >= site.width):
+        raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
+
+
+def _revision(site: GrowthSite, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
+    """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
+    owner_path, _, name = path.rpartition(".")
+    try:
+        tensor, owner = attribute(site.model, path), site.model.get_submodule(owner_path)
+    except AttributeError:
+        raise SurgeryError("this parameter does not exist", where=path, fix="revise parameters of the model") from None
+    if not isinstance(tensor, nn.Parameter) and name not in owner._buffers:
+        raise SurgeryError(
+            "this weight is computed from others, and cannot be replaced", where=path,
+            fix="use a method that leaves old weights as they are, or store the weight as it is",
+        )  # fmt: skip
+    label = f"revision of {path}"
+    require_finite(replacement, label, site)
+    result = tensor.detach().clone()
+    where: list[Tensor] = []
+    keys = _keys(site, owner_path, name, path)
+    if replacement.dim() != tensor.dim():
+        raise SurgeryError(
+            f"the {label} has the wrong shape",
+            where=site.name,
+            expected=tuple(tensor.shape),
+            got=tuple(replacement.shape),
+        )
+    for axis, length in enumerate(replacement.shape):
+        key, groups = keys.get(axis, (None, 1))
+        if key is None and length != tensor.shape[axis]:
+            raise SurgeryError(
+                f"the {label} has the wrong shape",
+                where=site.name,
+                expected=tuple(tensor.shape),
+                got=tuple(replacement.shape),
+            )
+        at = list(range(length)) if key is None else positions_now(site, key, length, growth.units, label, groups)
+        where.append(
+            torch.tensor(at, device=tensor.device).view([-1 if each == axis else 1 for each in range(tensor.dim())])
+        )
+    result[tuple(where)] = replacement.detach().to(result)
+    return result
+
+
+def _keys(site: GrowthSite, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
+    """Which axis of the layout each axis of a tensor is, and how many groups share it."""
+    if path in site.layout.dims:
+        return {site.layout.dims[path]: ((path, ENTRY), 1)}
+    module = site.model.get_submodule(owner)
+    found: dict[int, tuple[Key, int]] = {}
+    for side in (OUT, IN, ENTRY, GROUP_OUT, GROUP_IN):
+        if layers.has_side(module, side) and (owner, side) in site.layout.axes:
+            for slot in layers.adapter(module).slots(side):
+                if slot.name == name:
+                    groups = layers.groups_of(module) if slot.axis == 1 else 1
+                    found.setdefault(slot.axis, ((owner, side), groups))
+    return found

@@ -1,8 +1,10 @@
 """ChannelGrowth: the new channels of one site, as a solver proposes them and surgery takes them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from growconv.errors import SolverError
@@ -10,33 +12,42 @@ from growconv.errors import SolverError
 
 @dataclass(frozen=True, eq=False)
 class ChannelGrowth:
-    """Weights of K new channels of one site, for every layer that writes, carries or reads them.
+    """Weights of K new channels of one site, for every layer that produces, carries or consumes them.
+
+    Most axes have one entry a channel; a flattened (K, H, W) map has H·W, the values and gates in front of a GLU 2. Where
+    an axis has several, they come channel by channel: all entries of the first new channel, then those of the second
+    (`GrowthSite.ratio` says how many). Filters are (out, in/groups, *kernel) for every kind of layer, without kernel
+    axes for a linear one.
 
     Attributes:
         site: name of the site.
         method: name of the solver.
-        incoming: per writer, the new filters (K, in, *kernel); (K, in) for a linear layer.
-        incoming_bias: per writer that has a bias, the new entries (K,).
-        outgoing: per reader, the weights on the new channels (out, K·ratio, *kernel); (out, K·ratio) for a linear
-            layer.
+        incoming: per producer, the new filters (entries, in/groups, *kernel).
+        incoming_bias: per producer that has a bias, its new entries (entries,).
+        outgoing: per consumer, the weights on the new channels (out, entries, *kernel); (out, entries/groups, *kernel)
+            for one with groups, where every group of outputs has the columns of its own inputs, unit by unit.
         gains: (K,) captured energy of each channel, descending, in the unit of ‖v‖²/n (σ_k² for `tiny`); zeros
             where a method has no notion of it.
         requested: number of channels asked for.
         reason: why the number of channels differs from the one asked for; None where it does not.
-        norms: per norm layer in between, mean and variance (K,) of the new channels' own values before the norm, for a
-            transparent insertion. A norm layer that is missing here is given mean 0 and variance 1.
+        norms: per norm layer in between, mean and variance of the new channels' own values before the norm, (entries,)
+            or (K,), for a transparent insertion. A norm layer that is missing here is given mean 0 and variance 1.
         norm_scale: (K,) factor on the weight and bias that norm layers in between get for the new channels; None: 1. It
             brings them to the size at which the old channels come out, the outgoing weights being divided by it.
-        carried: per depthwise or grouped layer in between, the new kernels (K, in/groups, *kernel), the same
-            ones each time where the channels come several times. Missing: the identity tap.
-        revised: path of a parameter or buffer to a replacement for its old entries (its shape before growth), for
+        carried: per depthwise or grouped layer in between, the filters of the new groups (entries, in/groups, *kernel).
+            Missing: the identity tap.
+        entries: per bare parameter or buffer its new entries, with the channel axis in front (entries, *others).
+            Missing: the mean of the old ones, which is right for a factor and for a summand.
+        revised: path of a parameter or buffer to a replacement for its old entries (its shape when this was solved), for
             methods that change existing weights.
         copied_from: (K,) index of the old channel that each new one copies, for methods that duplicate channels: every
-            norm layer and depthwise layer in between then gives the new channel the entries (weight, bias, running
-            statistics, kernel) of that old channel, in place of `norms` and `carried`. None: the new channels are no
-            copies.
+            norm layer, grouped layer and bare parameter in between then gives the new channel the entries (weight,
+            bias, running statistics, kernel) of that old channel. None: the new channels are no copies.
         expected_decrease: first-order decrease of the mean loss at amplitude 1; None where it was not computed.
         spectrum: gains of more candidates than were taken, best first, the channels' own in front; None: only `gains`.
+        units: `GrowthSite.units` when this was solved: the widths that the other axes of the weights belong to. Where
+            neighbours have grown since, surgery fills their new channels with zeros. Empty: read off the shapes where
+            they leave no doubt.
     """
 
     site: str
@@ -50,31 +61,33 @@ class ChannelGrowth:
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     norm_scale: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
+    entries: dict[str, Tensor] = field(default_factory=dict)
     revised: dict[str, Tensor] = field(default_factory=dict)
     copied_from: Tensor | None = None
     expected_decrease: float | None = None
     spectrum: Tensor | None = None
+    units: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
         """Number of new channels K."""
-        return next(iter(self.incoming.values())).shape[0]
+        return len(self.gains)
 
     @property
     def alpha(self) -> Tensor:
-        """New filters (K, C0, kh1, kw1) of the only writer."""
-        return self._only(self.incoming, "writer")
+        """New filters (K, C0, kh1, kw1) of the only producer."""
+        return self._only(self.incoming, "producer")
 
     @property
     def alpha_bias(self) -> Tensor | None:
-        """New bias entries (K,) of the only writer, or None where it has no bias."""
-        self._only(self.incoming, "writer")
+        """New bias entries (K,) of the only producer, or None where it has no bias."""
+        self._only(self.incoming, "producer")
         return next(iter(self.incoming_bias.values()), None)
 
     @property
     def omega(self) -> Tensor:
-        """Weights (C2, K, kh2, kw2) of the only reader on the new channels."""
-        return self._only(self.outgoing, "reader")
+        """Weights (C2, K, kh2, kw2) of the only consumer on the new channels."""
+        return self._only(self.outgoing, "consumer")
 
     def _only(self, weights: dict[str, Tensor], role: str) -> Tensor:
         if len(weights) != 1:
@@ -105,21 +118,20 @@ class ChannelGrowth:
                 where=self.site,
             )
 
-        def pick_outgoing(weight: Tensor) -> Tensor:
-            ratio = weight.shape[1] // self.channels
-            blocks = weight.unflatten(1, (self.channels, ratio))
-            return blocks[:, index].flatten(1, 2)
+        def pick(value: Tensor, axis: int = 0) -> Tensor:
+            return _picked(value, axis, self.channels, index, self.site)
 
         return replace(
             self,
-            incoming={path: weight[index] for path, weight in self.incoming.items()},
-            incoming_bias={path: bias[index] for path, bias in self.incoming_bias.items()},
-            outgoing={path: pick_outgoing(weight) for path, weight in self.outgoing.items()},
-            gains=self.gains[index],
-            norms={path: (mean[index], variance[index]) for path, (mean, variance) in self.norms.items()},
-            norm_scale=None if self.norm_scale is None else self.norm_scale[index],
-            carried={path: kernel[index] for path, kernel in self.carried.items()},
-            copied_from=None if self.copied_from is None else self.copied_from[index],
+            incoming={path: pick(weight) for path, weight in self.incoming.items()},
+            incoming_bias={path: pick(bias) for path, bias in self.incoming_bias.items()},
+            outgoing={path: pick(weight, 1) for path, weight in self.outgoing.items()},
+            gains=pick(self.gains),
+            norms={path: (pick(mean), pick(variance)) for path, (mean, variance) in self.norms.items()},
+            norm_scale=None if self.norm_scale is None else pick(self.norm_scale),
+            carried={path: pick(filters) for path, filters in self.carried.items()},
+            entries={path: pick(values) for path, values in self.entries.items()},
+            copied_from=None if self.copied_from is None else pick(self.copied_from),
             reason=reason or self.reason,
             expected_decrease=None,
         )
@@ -130,3 +142,22 @@ class ChannelGrowth:
         more = ", ..." if self.channels > 4 else ""
         note = f"; {self.reason}" if self.reason else ""
         return f"{self.site}: {self.channels} channels by {self.method}, gains {gains}{more}{note}"
+
+
+def _picked(value: Tensor, axis: int, channels: int, index: Sequence[int], site: str) -> Tensor:
+    """The entries of some channels along an axis that has all of them, channel by channel or unit by unit."""
+    blocks = math.gcd(value.shape[axis], channels)
+    size = channels // blocks  # channels that share entries: those of one unit
+    picked = [channel // size for channel in index[::size]]
+    if [block * size + offset for block in picked for offset in range(size)] != list(index):
+        raise SolverError(
+            "channels of this site come in whole groups",
+            expected=f"runs of {size} channels that start at a multiple of {size}",
+            got=list(index),
+            where=site,
+        )
+    return (
+        value.unflatten(axis, (blocks, -1))
+        .index_select(axis, torch.tensor(picked, device=value.device))
+        .flatten(axis, axis + 1)
+    )

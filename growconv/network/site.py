@@ -72,6 +72,14 @@ class GrowthSite:
         return self.layout.channels[self.space]
 
     @property
+    def units(self) -> dict[int, int]:
+        """Units now of every channel space on an axis of a producer or consumer: the widths that weights are made for."""
+        sides = [(path, side) for path in (*self.producers, *self.consumers) for side in (OUT, IN, ENTRY)]
+        runs = [run for key in sides for run in self.layout.axes.get(key, ())]
+        sizes = self.sizes
+        return {run.space: self.layout.units(run.space, sizes) for run in runs if run.space is not None}
+
+    @property
     def axes(self) -> list[Key]:
         """Every axis that the channels lie on: (path, side)."""
         return self.layout.keys(self.space)

@@ -1,0 +1,165 @@
+"""Putting channels into a running model and its optimizer: plan, validate, apply."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
+from growconv.network.event import GrowthEvent, Optimizers, count_parameters
+from growconv.network.exchange import Journal, exchange, overwritten
+from growconv.network.model import unwrapped
+from growconv.network.optimizer import as_optimizers, check_optimizers
+from growconv.network.plan import plan_growth, plan_removal
+from growconv.network.proposal import ChannelGrowth
+from growconv.network.site import GrowthSite
+
+
+def grow(
+    model: nn.Module,
+    site: GrowthSite,
+    growth: ChannelGrowth,
+    amplitude: float = 1.0,
+    optimizer: Optimizers = None,
+) -> GrowthEvent:
+    """Put new channels into a model, in place, as a whole or not at all.
+
+    Everything is checked and built before anything changes, and an error or interrupt afterwards undoes it. New channels
+    come after the site's old ones. Parameters are replaced by larger ones with the same requires_grad, dtype, device,
+    memory format and hooks, in every module that has them and in the optimizer's groups; the optimizer's state for old
+    entries stays, new entries start at zero, and Adam corrects their bias by their own age.
+
+    Args:
+        model: the raw model of the site, or one with the same names.
+        site: where.
+        growth: what, as a solver proposes it. A weight that several modules share gets what is proposed for the first.
+            Where a neighbouring site grew since it was computed, its weights on the neighbour's new channels are zero.
+        amplitude: multiplies the outgoing weights; 0 leaves the function as it is.
+        optimizer: the optimizer (or a list of all optimizers) that trains the model; None where there is none yet.
+
+    Returns:
+        The event, with the edits that were made; `event.apply_to` does the same to averages and teachers.
+
+    Raises:
+        SiteError: when the model has no such site (any more).
+        SurgeryError: when the proposal does not fit, or the optimizer does not own the parameters.
+    """
+    model = unwrapped(model)
+    if not isinstance(growth, ChannelGrowth):
+        raise ArgumentTypeError("a proposal is needed", expected="ChannelGrowth", got=type(growth).__name__)
+    site, amplitude = _site_of(site, model), _finite(amplitude)
+    optimizers = as_optimizers(optimizer)
+    plan = plan_growth(site, growth, amplitude)
+    check_optimizers(optimizers, plan.parameters())
+    before, width, decrease = count_parameters(model), site.width, growth.expected_decrease
+    event = GrowthEvent(
+        site=site.name,
+        method=growth.method,
+        channels=growth.channels,
+        width_before=width,
+        width_after=width + growth.channels,
+        amplitude=amplitude,
+        gains=tuple(growth.gains.tolist()),
+        reason=growth.reason,
+        edits=tuple(plan.edits()),
+        parameters_before=before,
+        parameters_after=before + plan.added_parameters(),
+        predicted_decrease=None if decrease is None else decrease * amplitude,
+        recipe=partial(_grow_again, site, growth, amplitude, width),
+    )
+    journal = Journal(model, optimizers, overwritten(plan.changes))
+    try:
+        exchange(model, plan.changes, plan.attributes, optimizers)
+        return event
+    except BaseException:
+        journal.restore()
+        raise
+
+
+def shrink(model: nn.Module, site: GrowthSite, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
+    """Take channels out of a model, in place, as a whole or not at all: the inverse of grow.
+
+    Args:
+        model: the raw model of the site, or one with the same names.
+        site: where.
+        channels: indices of the channels to remove; whole groups where channels come in groups, and never all of them.
+        optimizer: the optimizer (or a list) that trains the model; its state for the channels that stay is kept.
+
+    Returns:
+        The event, with a negative number of channels.
+
+    Raises:
+        SiteError: when the model has no such site (any more).
+        SurgeryError: for channels that cannot be removed, or an optimizer that does not own the parameters.
+    """
+    model = unwrapped(model)
+    site, optimizers = _site_of(site, model), as_optimizers(optimizer)
+    plan = plan_removal(site, channels)
+    check_optimizers(optimizers, plan.parameters())
+    before, width, gone = count_parameters(model), site.width, len({int(channel) for channel in channels})
+    event = GrowthEvent(
+        site=site.name,
+        method="shrink",
+        channels=-gone,
+        width_before=width,
+        width_after=width - gone,
+        amplitude=0.0,
+        gains=(),
+        reason=None,
+        edits=tuple(plan.edits()),
+        parameters_before=before,
+        parameters_after=before + plan.added_parameters(),
+        recipe=partial(_shrink_again, site, tuple(channels), width),
+    )
+    journal = Journal(model, optimizers, overwritten(plan.changes))
+    try:
+        exchange(model, plan.changes, plan.attributes, optimizers)
+        return event
+    except BaseException:
+        journal.restore()
+        raise
+
+
+def _grow_again(
+    site: GrowthSite, growth: ChannelGrowth, amplitude: float, width: int, model: nn.Module, optimizer: Optimizers
+) -> GrowthEvent:
+    _require_width(site, width, model)
+    return grow(model, site, growth, amplitude, optimizer)
+
+
+def _shrink_again(
+    site: GrowthSite, channels: tuple[int, ...], width: int, model: nn.Module, optimizer: Optimizers
+) -> GrowthEvent:
+    _require_width(site, width, model)
+    return shrink(model, site, channels, optimizer)
+
+
+def _require_width(site: GrowthSite, width: int, model: nn.Module) -> None:
+    found = _site_of(site, unwrapped(model)).width
+    if found != width:
+        raise SurgeryError(
+            "this model is not as the other one was before the event",
+            where=site.name,
+            expected=f"{width} channels",
+            got=found,
+            fix="apply every event to it, in the order of the run",
+        )
+
+
+def _site_of(site: GrowthSite, model: nn.Module) -> GrowthSite:
+    if not isinstance(site, GrowthSite):
+        raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__)
+    site = site.of(model)
+    site.check()
+    return site
+
+
+def _finite(amplitude: float) -> float:
+    try:
+        value = float(amplitude)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError("the amplitude must be a number", got=type(amplitude).__name__) from None
+    if not math.isfinite(value):
+        raise ArgumentValueError("the amplitude must be finite", got=value)
+    return value

@@ -1,0 +1,307 @@
+"""What surgery did, as records that can be written down, replayed on a fresh model, and applied to a model's copies."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growconv.errors import ArgumentValueError, CheckpointError, SurgeryError
+from growconv.network import blocks
+from growconv.network.exchange import Journal, exchange
+from growconv.network.model import attribute, unwrapped
+from growconv.network.optimizer import as_optimizers, check_optimizers
+from growconv.network.plan import Change
+from growconv.network.tensors import Insertion
+
+FORMAT = 1
+
+Edit = Mapping[str, object]
+"""One step of surgery as plain values, one of
+{"module", "tensor", "axis", "position", "count"}: new entries of a tensor;
+{"module", "tensor", "axis", "removed"}: entries that went;
+{"module", "attribute", "value"}: an attribute that was set;
+{"module", "insert"}, {"module", "replace"}, {"module", "copy"}: another module, as `network.blocks` builds it."""
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+"""The optimizer that trains a model, all of them, or None where there is none yet."""
+
+Recipe = Callable[[nn.Module, Optimizers], "GrowthEvent"]
+"""Does the same to another model of the same names."""
+
+
+@dataclass(frozen=True)
+class GrowthEvent:
+    """What one growth of one site did. JSON-able, and replayable on a fresh model by apply_edits.
+
+    Attributes:
+        site: name of the site.
+        method: the solver's name; "shrink" for channels taken away, "insert_layer", "insert_copy", "merge" and "split"
+            for other layers than before.
+        channels: channels added (negative: taken away).
+        width_before: the site's channels before.
+        width_after: the site's channels after.
+        amplitude: what the outgoing weights were multiplied by.
+        gains: captured energy of each channel.
+        reason: why the number of channels differs from the one asked for.
+        edits: what was done, in order.
+        parameters_before: number of parameters of the model before.
+        parameters_after: number of parameters of the model after.
+        step: training step; set by the scheduler.
+        seconds: time of collecting, solving and surgery; set by the scheduler.
+        predicted_decrease: first-order decrease of the mean loss at this amplitude.
+        realised_decrease: measured decrease of the mean loss on the growth samples; set by the scheduler.
+        details: further numbers.
+        recipe: how to do the same, values included, to another model. It is not written down: neither JSON nor pickles
+            nor copies have it.
+    """
+
+    site: str
+    method: str
+    channels: int
+    width_before: int
+    width_after: int
+    amplitude: float
+    gains: tuple[float, ...]
+    reason: str | None
+    edits: tuple[Edit, ...]
+    parameters_before: int
+    parameters_after: int
+    step: int | None = None
+    seconds: float | None = None
+    predicted_decrease: float | None = None
+    realised_decrease: float | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
+    recipe: Recipe | None = field(default=None, repr=False, compare=False)
+
+    def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":
+        """Do the same to another model of the same names: an average (EMA, SWA), a teacher, a replica.
+
+        New entries get the same values as in the model that grew; what is derived from old entries (running statistics
+        of copied channels, the mean for a bare parameter) is derived from the other model's own. An event that was read
+        from a file, unpickled or copied knows shapes only: new entries are zero then, until weights are loaded.
+
+        Args:
+            model: a raw model as the grown one was before the event, with any weights.
+            optimizer: the optimizer (or a list) that trains it, if any.
+
+        Returns:
+            The event of that model.
+
+        Raises:
+            SurgeryError: the model has other names or widths; nothing has changed then.
+        """
+        if self.recipe is not None:
+            return self.recipe(model, optimizer)
+        before = count_parameters(unwrapped(model))
+        apply_edits(model, self.edits, optimizer)
+        counts = {"parameters_before": before, "parameters_after": count_parameters(model)}
+        return GrowthEvent(**{**self._values(), **counts})  # pyright: ignore[reportArgumentType]
+
+    def _values(self) -> dict[str, object]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "recipe"}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self._values(), "recipe": None}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        lists = {"gains": list(self.gains), "edits": [dict(edit) for edit in self.edits], "details": dict(self.details)}
+        return {**self._values(), **lists}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "GrowthEvent":
+        """The event that to_dict wrote down.
+
+        Raises:
+            ArgumentValueError: for entries that no event has.
+        """
+        unknown = set(values) - {each.name for each in fields(cls) if each.name != "recipe"}
+        if unknown:
+            raise ArgumentValueError("a growth event has unknown entries", got=", ".join(sorted(unknown)))
+        return cls(**{**values, "gains": tuple(values["gains"]), "edits": tuple(values["edits"])})  # pyright: ignore
+
+    def __str__(self) -> str:
+        """One line: site, widths, amplitude, parameters."""
+        more = self.parameters_after - self.parameters_before
+        note = f"; {self.reason}" if self.reason else ""
+        if not self.channels:
+            return f"{self.site}: {self.method}, {more:+d} parameters{note}"
+        return (
+            f"{self.site}: {self.width_before} -> {self.width_after} channels by {self.method}, "
+            f"amplitude {self.amplitude:.3g}, {more:+d} parameters{note}"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of distinct parameter entries."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers = None) -> None:
+    """Give a fresh model the shapes of a grown one; new entries are zero until its state is loaded. All or nothing.
+
+    Args:
+        model: a model as it was before the edits.
+        edits: those of one or several events, in order.
+        optimizer: the optimizer (or a list) of the model; its groups and state follow.
+
+    Raises:
+        SurgeryError: for an edit that does not fit the model; nothing has changed then.
+    """
+    model, optimizers = unwrapped(model), as_optimizers(optimizer)
+    journal = Journal(model, optimizers)
+    try:
+        for edit in edits:
+            _apply_edit(model, edit, optimizers)
+        return  # noqa: TRY300 (an interrupt at this line still undoes it)
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        journal.restore()
+        raise SurgeryError(
+            f"an edit of the history does not fit this model: {error}",
+            where=str(edit.get("module", "")),
+            got=dict(edit),
+            fix="replay the history on the model that it started from",
+        ) from error
+    except BaseException:
+        journal.restore()
+        raise
+
+
+def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+    where = str(edit["module"])
+    if "attribute" in edit:
+        value = edit["value"]
+        value = tuple(value) if isinstance(value, list) else value
+        setattr(model.get_submodule(where), str(edit["attribute"]), value)
+    elif "tensor" in edit:
+        path = f"{where}.{edit['tensor']}".lstrip(".")
+        tensor = attribute(model, path)
+        if not isinstance(tensor, Tensor):
+            raise AttributeError(f"{path} is no tensor")
+        axis = _integer(edit["axis"])
+        change = Change(path, tensor)
+        if "removed" in edit:
+            change.removed[axis] = tuple(edit["removed"])  # pyright: ignore[reportArgumentType]
+        else:
+            change.insertions.append(Insertion(axis, _integer(edit["position"]), _integer(edit["count"])))
+            change.values.append(None)
+        if isinstance(tensor, nn.Parameter):
+            check_optimizers(optimizers, [(path, tensor)])
+        exchange(model, [change], {}, optimizers)
+    else:
+        blocks.apply_block_edit(model, edit, optimizers)
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+@dataclass
+class GrowthHistory:
+    """The growth events of a run, in the order in which they were applied.
+
+    Attributes:
+        events: one per site and round; written down, they hold names and numbers, no tensors and no objects of a model.
+    """
+
+    events: list[GrowthEvent] = field(default_factory=list)
+
+    def append(self, event: GrowthEvent) -> None:
+        """Add the newest event."""
+        self.events.append(event)
+
+    def __iter__(self) -> Iterator[GrowthEvent]:
+        return iter(self.events)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __getitem__(self, index: int) -> GrowthEvent:
+        return self.events[index]
+
+    def widths(self, site: str) -> list[tuple[int | None, int]]:
+        """Steps and widths of one site over the run.
+
+        Args:
+            site: the site's name.
+
+        Returns:
+            (step, width after it) per event at the site.
+        """
+        return [(event.step, event.width_after) for event in self.events if event.site == site]
+
+    def starts_from(self, model: nn.Module) -> bool:
+        """Whether a model has the size that the first event found; True for an empty history."""
+        return not self.events or count_parameters(model) == self.events[0].parameters_before
+
+    def replay(self, model: nn.Module, optimizer: Optimizers = None) -> nn.Module:
+        """Give a fresh small model the shapes of the grown one, in place; all or nothing.
+
+        The new entries are zeros until weights are loaded.
+
+        Args:
+            model: the model as it was built at the start of the run.
+            optimizer: its optimizer (or a list), which then has its parameters in the order of the run.
+
+        Returns:
+            The same model.
+
+        Raises:
+            CheckpointError: the model is not the one that the history began with.
+            SurgeryError: an event does not fit it. Nothing has changed then.
+        """
+        if not self.starts_from(model):
+            raise CheckpointError(
+                "the history began with another model",
+                expected=f"{self.events[0].parameters_before} parameters",
+                got=f"{count_parameters(model)} parameters",
+                where=type(model).__name__,
+                fix="build the model with the run's own settings, before any growth",
+            )
+        apply_edits(model, [edit for event in self.events for edit in event.edits], optimizer)
+        return model
+
+    def to_json(self) -> str:
+        """The whole history as JSON text."""
+        return json.dumps({"format": FORMAT, "events": [event.to_dict() for event in self.events]})
+
+    @classmethod
+    def from_json(cls, text: str) -> "GrowthHistory":
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: the text is no growth history.
+        """
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError("a growth history has to be JSON", got=str(error), where="growth history") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise CheckpointError(
+                "unknown kind of growth history",
+                expected=f'{{"format": {FORMAT}, "events": [...]}}',
+                got=text[:80],
+                where="growth history",
+            )
+        return cls.from_records(record["events"])
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, object]]) -> "GrowthHistory":
+        """Build a history from the events' dictionaries, for example the lines of a growth.jsonl.
+
+        Raises:
+            CheckpointError: a record misses a field or has an unknown one.
+        """
+        try:
+            return cls([GrowthEvent.from_dict(record) for record in records])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "a growth event that cannot be read", got=repr(error), where="growth history", fix="restore the file"
+            ) from error
+
+    def __str__(self) -> str:
+        return "\n".join(str(event) for event in self.events) or "nothing has grown yet"

@@ -1,0 +1,143 @@
+"""Kinds of layers: how many channels they have, where they store them, and what new ones change.
+
+`isinstance` on kinds of layers lives here alone. A new kind is one more adapter, named in `ADAPTERS`.
+"""
+
+from torch import Tensor, nn
+
+from growconv.errors import SiteError
+from growconv.network.layers.base import Adapter, Part, Removal, Slot
+from growconv.network.layers.factorized import Factorized
+from growconv.network.layers.norms import GroupNorm, Norm, PReLU
+from growconv.network.layers.weighted import Convolution, TransposedConvolution, Weighted
+from growconv.network.layout import IN, OUT
+
+__all__ = [
+    "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
+    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem", "set_outputs", "size", "weighted",
+]  # fmt: skip
+
+ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
+
+
+def _find(module: object) -> Adapter | None:
+    if not isinstance(module, nn.Module):
+        return None
+    return next((kind(module) for kind in ADAPTERS if kind.serves(module)), None)
+
+
+def adapter(module: nn.Module) -> Adapter:
+    """What knows a layer.
+
+    Raises:
+        SiteError: for a module that is no weighted layer, norm or PReLU.
+    """
+    found = _find(module)
+    if found is None:
+        raise SiteError(
+            "no layer that channels lie on", got=type(module).__name__, expected="a convolution, linear layer or norm"
+        )
+    return found
+
+
+def weighted(module: nn.Module) -> Weighted:
+    """What knows a convolution or linear layer.
+
+    Raises:
+        SiteError: for anything else.
+    """
+    found = _find(module)
+    if not isinstance(found, Weighted):
+        raise SiteError("no layer with weights", got=type(module).__name__, expected="a convolution or linear layer")
+    return found
+
+
+def norm(module: nn.Module) -> Norm:
+    """What knows a norm or PReLU.
+
+    Raises:
+        SiteError: for anything else.
+    """
+    found = _find(module)
+    if not isinstance(found, Norm):
+        raise SiteError(
+            "no norm layer", got=type(module).__name__, expected="a batch, instance or group norm, or PReLU"
+        )
+    return found
+
+
+def is_weighted(module: object) -> bool:
+    """True for a layer with weights between inputs and outputs: a convolution or a linear layer."""
+    return isinstance(_find(module), Weighted)
+
+
+def is_norm(module: object) -> bool:
+    """True for a layer with an entry for each channel that treats every channel alike: a norm, or such a PReLU."""
+    return isinstance(_find(module), Norm)
+
+
+def is_transposed(module: object) -> bool:
+    """True for a transposed convolution."""
+    return isinstance(_find(module), TransposedConvolution)
+
+
+def groups_of(module: object) -> int:
+    """Groups of a convolution; 1 for every other layer."""
+    found = _find(module)
+    return found.groups if isinstance(found, Weighted) else 1
+
+
+def norm_groups(module: nn.Module, entries: int) -> list[slice]:
+    """Entries that a norm layer normalises together, of so many; none where each stands alone."""
+    return norm(module).groups(entries)
+
+
+def has_side(module: object, side: str) -> bool:
+    """Whether channels can lie along such an axis of a layer; False for what is no layer with channels."""
+    found = _find(module)
+    return found is not None and side in found.sides
+
+
+def size(module: nn.Module, side: str) -> int:
+    """Entries of a layer along an axis, now.
+
+    Raises:
+        SiteError: the layer has no such axis.
+    """
+    return adapter(module).size(side)
+
+
+def channel_axis(module: nn.Module, ndim: int) -> int:
+    """The channel axis of an input or output with `ndim` axes."""
+    return adapter(module).channel_axis(ndim)
+
+
+def set_outputs(module: nn.Module, count: int) -> None:
+    """Let a weighted layer say that it has so many outputs; its tensors stay."""
+    setattr(module, weighted(module).names[0], count)
+
+
+def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tensor:
+    """Zeros of the shape that a weighted layer gives for any number of input channels.
+
+    Args:
+        module: the layer.
+        x: its input.
+        outputs: how many it has; None: as many as now, whole groups more where it is given whole groups more.
+    """
+    layer = weighted(module)
+    axis = layer.channel_axis(x.dim())
+    inputs = x.shape[axis] if layer.groups > 1 else layer.size(IN)
+    count = outputs or layer.size(OUT) * inputs // layer.size(IN)
+    one = layer.apply(x.narrow(axis, 0, 1), x.new_zeros(1, 1, *layer.kernel_size), None, groups=1)
+    return x.new_zeros(*one.shape[:axis], count, *one.shape[axis + 1 :])
+
+
+def problem(module: nn.Module) -> str | None:
+    """Why a layer's tensors cannot be enlarged, in one line; None where they can."""
+    return adapter(module).problem()
+
+
+def described(value: nn.Module | Tensor) -> str:
+    """A layer as it prints itself, or the shape of a bare tensor."""
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(str(value).split())

@@ -1,0 +1,142 @@
+"""What the rest of network/ asks of a layer; one adapter a kind of layer answers it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from growconv.errors import SiteError
+from growconv.network.layout import Place
+from growconv.network.tensors import Insertion
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stored tensor with entries for channels: its name from the layer, and the axis that they lie along."""
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """New entries of a stored tensor: its name from the layer, where they come, and their values (None: zeros)."""
+
+    name: str
+    insertion: Insertion
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Entries of a stored tensor that go: its name from the layer, the axis, and the positions along it."""
+
+    name: str
+    axis: int
+    entries: tuple[int, ...]
+
+
+class Adapter(ABC):
+    """One layer: what it is made of, and what new or missing channels change in it.
+
+    Nothing here changes the layer; what is to change is returned as data.
+
+    Args:
+        module: the layer.
+
+    Attributes:
+        sides: the axes of this layer that channels can lie along, as in `network.layout`.
+    """
+
+    sides: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether the adapter is for this kind of layer."""
+
+    @abstractmethod
+    def size(self, side: str) -> int:
+        """Entries along a side now."""
+
+    @abstractmethod
+    def slots(self, side: str) -> list[Slot]:
+        """The stored tensors with entries for the channels of a side."""
+
+    @abstractmethod
+    def channel_axis(self, ndim: int) -> int:
+        """The channel axis of an input or output with so many axes."""
+
+    @abstractmethod
+    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
+        """New entries of every stored tensor along a side.
+
+        Args:
+            side: one of the layer's.
+            places: where they come along it.
+            values: per tensor the entries of the new channels, channel by channel; zeros for those missing.
+        """
+
+    @abstractmethod
+    def counts(self, added: Mapping[str, int]) -> dict[str, int]:
+        """Attributes that tell numbers of channels, with their values after so many more entries along each side."""
+
+    def removals(self, side: str, entries: Sequence[int]) -> list[Removal]:
+        """What goes from every stored tensor with some entries of a side."""
+        return [Removal(slot.name, slot.axis, tuple(entries)) for slot in self.slots(side)]
+
+    def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
+        """Other values of old entries that keep the old weights as they are, where the layer stores them otherwise.
+
+        Args:
+            parts: all insertions of one growth.
+            removals: all removals of one shrinking.
+
+        Returns:
+            Per stored tensor its old entries, in the shape before the growth.
+        """
+        return {}
+
+    def refresh(self) -> None:  # noqa: B027 (most layers derive nothing)
+        """Bring what the layer derives from its stored tensors up to date, after they were exchanged."""
+
+    def problem(self) -> str | None:
+        """Why the stored tensors cannot be enlarged, in one line; None where they can."""
+        for name, parameter in self.module.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                return f"{name} is not initialized yet"
+            if hasattr(parameter, "device_mesh"):
+                return f"{name} is sharded over devices"
+        return None
+
+    def require(self, side: str) -> None:
+        """Check that the layer has a side.
+
+        Raises:
+            SiteError: it has none such.
+        """
+        if side not in self.sides:
+            raise SiteError(
+                "this layer has no such side",
+                expected=" or ".join(self.sides),
+                got=side,
+                where=type(self.module).__name__,
+            )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The layer's parameters and buffers, by name."""
+        yield from self.module.named_parameters()
+        yield from self.module.named_buffers()
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of a layer, "a.b" for one of a submodule; None where there is none."""
+    owner_path, _, last = name.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    found = owner._parameters.get(last)
+    return found if found is not None else owner._buffers.get(last)

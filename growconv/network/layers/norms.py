@@ -1,0 +1,117 @@
+"""Layers with one entry a channel: batch, instance and group norms, and PReLU."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from growconv.errors import SurgeryError
+from growconv.network.layers.base import Adapter, Part, Slot, stored
+from growconv.network.layout import ENTRY, Place
+from growconv.network.tensors import Insertion
+
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+class Norm(Adapter):
+    """BatchNorm1d-3d, SyncBatchNorm and InstanceNorm1d-3d, with or without weights and running statistics."""
+
+    sides = (ENTRY,)
+    count = "num_features"
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a batch or instance norm."""
+        return isinstance(module, _BatchNorm | _InstanceNorm)
+
+    def size(self, side: str) -> int:
+        """Channels that it normalises."""
+        self.require(side)
+        return int(getattr(self.module, self.count))
+
+    def slots(self, side: str) -> list[Slot]:
+        """Weight, bias and running statistics, as far as it has them."""
+        return [Slot(name, 0) for name in TENSORS if stored(self.module, name) is not None]
+
+    def channel_axis(self, ndim: int) -> int:
+        """Axis 1; 0 for an instance norm that is given no sample axis."""
+        if isinstance(self.module, _InstanceNorm) and ndim == self.module._get_no_batch_dim():
+            return 0
+        return min(1, ndim - 1)
+
+    def groups(self, entries: int) -> list[slice]:
+        """Entries that are normalised together with others."""
+        return []
+
+    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
+        """New entries of every tensor; `values` per tensor (entries,)."""
+        return [
+            Part(slot.name, Insertion(0, place.position, len(place.entries)), _picked(values.get(slot.name), place))
+            for slot in self.slots(side)
+            for place in places
+        ]
+
+    def counts(self, added: Mapping[str, int]) -> dict[str, int]:
+        """The number of channels."""
+        return {self.count: self.size(ENTRY) + added.get(ENTRY, 0)}
+
+    def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Entries of new channels that make the layer the identity on values with this mean and variance.
+
+        Args:
+            mean: (entries,) of the values.
+            variance: (entries,) of the values.
+            scale: (entries,) factor on what comes out; None for 1.
+        """
+        weight = (variance + float(getattr(self.module, "eps", 1e-5))).sqrt()
+        factor = 1.0 if scale is None else scale.to(weight)
+        return {"weight": weight * factor, "bias": mean * factor, "running_mean": mean, "running_var": variance}
+
+
+class GroupNorm(Norm):
+    """GroupNorm: channels come and go with their groups, so that no old channel is normalised with new ones."""
+
+    count = "num_channels"
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a group norm."""
+        return isinstance(module, nn.GroupNorm)
+
+    def _per_group(self) -> int:
+        return self.size(ENTRY) // int(self.module.num_groups)  # pyright: ignore[reportArgumentType]
+
+    def groups(self, entries: int) -> list[slice]:
+        """Entries that are normalised together, when there are so many of them in groups as large as now."""
+        size = self._per_group()
+        return [slice(start, start + size) for start in range(0, entries, size)]
+
+    def counts(self, added: Mapping[str, int]) -> dict[str, int]:
+        """The numbers of channels and groups."""
+        more, size = added.get(ENTRY, 0), self._per_group()
+        if more % size:
+            raise SurgeryError(
+                "channels of a group norm come in whole groups", expected=f"multiples of {size}", got=more
+            )
+        return {**super().counts(added), "num_groups": int(self.module.num_groups) + more // size}  # pyright: ignore[reportArgumentType]
+
+
+class PReLU(Norm):
+    """PReLU with one slope a channel; new channels get the mean slope."""
+
+    count = "num_parameters"
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a PReLU with a slope for each channel."""
+        return isinstance(module, nn.PReLU) and module.num_parameters > 1
+
+    def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The mean slope: new channels get what the old ones have."""
+        weight = stored(self.module, "weight")
+        return {} if weight is None else {"weight": weight.detach().mean().expand(len(mean))}
+
+
+def _picked(values: Tensor | None, place: Place) -> Tensor | None:
+    return None if values is None else values[list(place.entries)]

@@ -1,0 +1,361 @@
+"""Convolutions, transposed convolutions and linear layers, also with a forward of their own (standardised weights).
+
+Everybody else sees the weight as *filters* (out, in/groups, *kernel), whichever way round the layer stores it; a linear
+layer's kernel has no axes. Torch stores a transposed convolution as (in, out/groups, *kernel). So one axis of what is
+stored lists all channels of one side, group after group, and the other has those of the other side within a group.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from growconv.errors import SurgeryError
+from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
+from growconv.network.layers.normalized import normalized_weight, problem
+from growconv.network.layout import GROUP_IN, GROUP_OUT, IN, OUT, Place
+from growconv.network.tensors import Insertion
+
+
+class Weighted(Adapter):
+    """A layer with weights between its inputs and its outputs.
+
+    Args:
+        module: a convolution, transposed convolution or linear layer.
+
+    Attributes:
+        groups: groups of channels; 1 for a linear layer.
+        transposed: whether the stored weight lists inputs first.
+    """
+
+    sides = (OUT, IN)
+    names = ("out_features", "in_features")
+    transposed = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.groups = int(getattr(module, "groups", 1))
+        self._normalized = normalized_weight(module)
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a linear layer."""
+        return isinstance(module, nn.Linear)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Taps per axis of the kernel."""
+        return tuple(getattr(self.module, "kernel_size", ()))
+
+    def size(self, side: str) -> int:
+        """Channels or features that it writes or reads."""
+        self.require(side)
+        return int(getattr(self.module, self.names[0 if side in (OUT, GROUP_OUT) else 1]))
+
+    def channel_axis(self, ndim: int) -> int:
+        """The axis in front of the grid; the last one for a linear layer."""
+        return ndim - 1 - len(self.kernel_size)
+
+    # ---------------------------------------------------------------------------------------------- weights
+
+    def filters(self) -> Tensor:
+        """The weight that the layer multiplies with, (out, in/groups, *kernel), differentiable."""
+        weight = stored(self.module, "weight") if self._normalized is None else self._normalized.effective()
+        if weight is None:
+            raise SurgeryError("this layer has no weight of its own", where=type(self.module).__name__)
+        return self._turned(weight, self.groups)
+
+    def bias(self) -> Tensor | None:
+        """The bias (out,); None where there is none."""
+        return stored(self.module, "bias")
+
+    def shape(self, side: str, entries: int) -> tuple[int, ...]:
+        """Shape of the filters of new entries along a side.
+
+        Args:
+            side: OUT: new filters (entries, in/groups, *kernel). IN: new columns (out, entries/groups, *kernel), those
+                of a group of outputs being what its own inputs get, in their order. GROUP_OUT: filters of new groups.
+            entries: new entries along that side.
+        """
+        if side == IN:
+            return (self.size(OUT), entries // self.groups, *self.kernel_size)
+        return (entries, self.size(IN) // self.groups, *self.kernel_size)
+
+    def identity(self, entries: int) -> Tensor:
+        """Filters (entries, in/groups, *kernel) of new groups that copy their input at the kernel's centre tap.
+
+        Output j of a group reads input j modulo the group's inputs.
+        """
+        inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
+        filters = self.filters().new_zeros(self.shape(GROUP_OUT, entries))
+        centre = tuple((taps - 1) // 2 for taps in self.kernel_size)
+        for entry in range(entries):
+            filters[(entry, entry % outputs % inputs, *centre)] = 1
+        return filters.detach()
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
+        """Run the layer with other weights: the module's own forward, so that what it does to a weight happens too.
+
+        Hooks are not called, and the module is not touched.
+
+        Args:
+            x: what the layer would be given, with as many channels as the weight reads.
+            weight: filters (outputs, inputs/groups, *kernel), any number of both. A normalized layer uses them as they
+                are; a layer with a forward of its own treats them as its parameter.
+            bias: (outputs,) or None.
+            groups: how many groups the weight has; None for the layer's own.
+
+        Returns:
+            What the layer would return, differentiable in x, weight and bias.
+        """
+        groups = self.groups if groups is None else groups
+        kind = parametrize.type_before_parametrizations(self.module)
+        twin: nn.Module = kind.__new__(kind)
+        twin.__dict__.update(self.module.__dict__)
+        twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
+        extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
+        twin.__dict__["_parameters"] = {
+            **self.module._parameters,
+            **extras,
+            "weight": self._turned(weight, groups),
+            "bias": bias,
+        }
+        twin.__dict__.update(zip(self.names, (weight.shape[0], weight.shape[1] * groups), strict=True))
+        if groups != self.groups:
+            twin.__dict__["groups"] = groups
+        return twin.forward(x)
+
+    def _turned(self, weight: Tensor, groups: int) -> Tensor:
+        """Filters from the stored weight, or the other way round."""
+        if not self.transposed:
+            return weight
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    # ---------------------------------------------------------------------------------------------- surgery
+
+    def _listed(self, side: str) -> bool:
+        """Whether the stored weight's axis 0 lists all channels of the side; axis 1 has it within groups otherwise."""
+        return (side in (OUT, GROUP_OUT)) != self.transposed
+
+    def slots(self, side: str) -> list[Slot]:
+        """The weight; for outputs also the bias, and whatever else a subclass has for each output."""
+        self.require(side)
+        own = [Slot("bias", 0)] if self.bias() is not None else []
+        own += [Slot(name, 0) for name, _ in self._extras()]
+        if side == GROUP_IN and not self.transposed:
+            return []
+        if side == GROUP_OUT and self.transposed:
+            return own
+        axis = 0 if self._listed(side) else 1
+        weights = [Slot("weight", axis)] if self._normalized is None else self._normalized.slots(axis)
+        return weights if side in (IN, GROUP_IN) else [*weights, *own]
+
+    def _extras(self) -> Iterable[tuple[str, Tensor]]:
+        """Further tensors of a subclass with one entry for each output, as the gain of a standardised convolution."""
+        for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
+            if tensor is None or name in ("weight", "bias") or not tensor.dim() or self._normalized is not None:
+                continue
+            if tensor.numel() == len(tensor) == self.size(OUT):
+                yield name, tensor
+
+    def problem(self) -> str | None:
+        """Also: parameters that are not known to belong to the outputs."""
+        reason = problem(self.module) or super().problem()
+        known = {"weight", "bias", *(name for name, _ in self._extras()), *(slot.name for slot in self.slots(OUT))}
+        known |= {slot.name for slot in self.slots(IN)} | {"" if self._normalized is None else self._normalized.length}
+        strange = [name for name, tensor in self.tensors() if name not in known and tensor.numel() > 1]
+        return reason or (f"nobody knows which channels its {strange[0]} belongs to" if strange else None)
+
+    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
+        """New entries along outputs or inputs.
+
+        Args:
+            side: OUT or IN.
+            places: where they come, along all channels of that side; inside every group for a grouped convolution.
+            values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
+        """
+        weight = values.get("weight")
+        ranks = self._ranks(side, places)
+        parts: list[Part] = []
+
+        def block(place: Place) -> Tensor:
+            rows = weight[list(place.entries)] if side == OUT else self._columns(weight, place, ranks)
+            return rows.transpose(0, 1) if self.transposed else rows
+
+        if self._listed(side):
+            for place in places:
+                insertion = Insertion(0, place.position, len(place.entries))
+                parts.append(Part("weight", insertion, None if weight is None else block(place)))
+        else:
+            for position, shares in self._shares(side, places).items():
+                insertion = Insertion(1, position, len(shares[0].entries))
+                blocks = None if weight is None else torch.cat([block(place) for place in shares])
+                parts.append(Part("weight", insertion, blocks))
+        return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
+
+    def group_insertions(
+        self, places_in: Sequence[Place], places_out: Sequence[Place], values: Mapping[str, Tensor]
+    ) -> list[Part]:
+        """New entries of a grouped convolution that gets whole groups.
+
+        Args:
+            places_in: where the new channels come along the inputs.
+            places_out: where they come along the outputs.
+            values: "weight": filters (entries, in/groups, *kernel) of the new groups, channel by channel along the
+                outputs; "bias" (entries,).
+        """
+        inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
+        for size, places in ((inputs, places_in), (outputs, places_out)):
+            if any(place.position % size or len(place.entries) % size for place in places):
+                raise SurgeryError(
+                    "groups come as a whole, between others", expected=f"multiples of {size}", got=places
+                )
+        weight = values.get("weight")
+        if not self.transposed:
+            parts = [
+                Part(
+                    "weight",
+                    Insertion(0, each.position, len(each.entries)),
+                    None if weight is None else weight[list(each.entries)],
+                )
+                for each in places_out
+            ]
+            return self._as_stored(parts) + self._per_output(places_out, values)
+        written = [entry for place in places_out for entry in place.entries]
+        parts, first = [], 0
+        for place in places_in:
+            count = len(place.entries) // inputs
+            rows = None
+            if weight is not None:
+                rows = self._turned(weight[written[first * outputs : (first + count) * outputs]], count)
+            parts.append(Part("weight", Insertion(0, place.position, len(place.entries)), rows))
+            first += count
+        return self._as_stored(parts) + self._per_output(places_out, values)
+
+    def _as_stored(self, parts: list[Part]) -> list[Part]:
+        return parts if self._normalized is None else self._normalized.parts(parts)
+
+    def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
+        """Lengths of weight-normalized filters that got longer or shorter."""
+        return {} if self._normalized is None else self._normalized.revised(parts, removals)
+
+    def refresh(self) -> None:
+        """Compute a weight anew that an old weight-norm hook leaves on the layer."""
+        if self._normalized is not None:
+            self._normalized.refresh()
+
+    def removals(self, side: str, entries: Sequence[int]) -> list[Removal]:
+        """What goes with some outputs, inputs, or both sides of whole groups."""
+        found = []
+        for slot in self.slots(side):
+            positions = tuple(entries)
+            if slot.axis == 1:
+                size = self.size(side) // self.groups
+                inside = sorted({entry % size for entry in entries})
+                if len(inside) * self.groups != len(set(entries)):
+                    raise SurgeryError("every group has to lose the same channels", where=type(self.module).__name__)
+                positions = tuple(inside)
+            found.append(Removal(slot.name, slot.axis, positions))
+        return found
+
+    def counts(self, added: Mapping[str, int]) -> dict[str, int]:
+        """Numbers of channels, and of groups where whole groups come or go."""
+        outputs = added.get(OUT, 0) + added.get(GROUP_OUT, 0)
+        inputs = added.get(IN, 0) + added.get(GROUP_IN, 0)
+        found = {}
+        if outputs:
+            found[self.names[0]] = self.size(OUT) + outputs
+        if inputs:
+            found[self.names[1]] = self.size(IN) + inputs
+        if added.get(GROUP_IN):
+            found["groups"] = self.groups + added[GROUP_IN] * self.groups // self.size(IN)
+        return found
+
+    def _per_output(self, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
+        """New entries of the bias, and of whatever else a subclass has for each output: the mean of the old ones."""
+        parts = []
+        for place in places:
+            insertion, entries = Insertion(0, place.position, len(place.entries)), list(place.entries)
+            if self.bias() is not None:
+                bias = values.get("bias")
+                parts.append(Part("bias", insertion, None if bias is None else bias[entries]))
+            for name, tensor in self._extras():
+                mean = tensor.detach().to(torch.get_default_dtype()).mean(0, keepdim=True)
+                parts.append(Part(name, insertion, mean.expand(len(entries), *tensor.shape[1:])))
+        return parts
+
+    def _group(self, side: str, place: Place) -> int:
+        """The group that new entries at the end of its share belong to."""
+        return (place.position - 1) * self.groups // self.size(side)
+
+    def _ranks(self, side: str, places: Sequence[Place]) -> dict[int, int]:
+        """Of each new entry its number among those of its group: its column among the new ones."""
+        ranks: dict[int, int] = {}
+        for group in range(self.groups):
+            own = sorted(e for place in places if self._group(side, place) == group for e in place.entries)
+            ranks |= {entry: rank for rank, entry in enumerate(own)}
+        return ranks
+
+    def _columns(self, weight: Tensor, place: Place, ranks: Mapping[int, int]) -> Tensor:
+        """The columns of a place's entries, for the outputs that read them."""
+        rows = self.size(OUT) // self.groups
+        group = self._group(IN, place)
+        return weight[group * rows : (group + 1) * rows, [ranks[entry] for entry in place.entries]]
+
+    def _shares(self, side: str, places: Sequence[Place]) -> dict[int, list[Place]]:
+        """The places by their position within a group, one for each group.
+
+        Raises:
+            SurgeryError: not every group gets the same.
+        """
+        size = self.size(side) // self.groups
+        shares: dict[int, list[Place]] = {}
+        for place in places:
+            shares.setdefault(place.position - self._group(side, place) * size, []).append(place)
+        for found in shares.values():
+            owners = [self._group(side, place) for place in found]
+            if owners != list(range(self.groups)) or len({len(place.entries) for place in found}) > 1:
+                raise SurgeryError(
+                    "every group of a grouped convolution has to get the same number of new channels",
+                    expected=f"equal shares for {self.groups} groups",
+                    got={place.position: len(place.entries) for place in places},
+                    where=type(self.module).__name__,
+                )
+        return shares
+
+
+class Convolution(Weighted):
+    """Conv1d, Conv2d, Conv3d."""
+
+    sides = (OUT, IN, GROUP_IN, GROUP_OUT)
+    names = ("out_channels", "in_channels")
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a convolution, transposed ones aside."""
+        return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+class TransposedConvolution(Convolution):
+    """ConvTranspose1d, ConvTranspose2d, ConvTranspose3d."""
+
+    transposed = True
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether it is a transposed convolution."""
+        return isinstance(module, _ConvTransposeNd)
+
+
+def _widened(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor with one entry for each output, for another number of outputs: further ones have the mean."""
+    if len(tensor) == rows:
+        return tensor
+    mean = tensor.mean(0, keepdim=True)
+    return (
+        torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
+        if rows > len(tensor)
+        else mean.expand(rows, *tensor.shape[1:])
+    )
