@@ -125,7 +125,7 @@ class Weighted(Adapter):
         twin.__dict__.update(zip(self.names, (weight.shape[0], weight.shape[1] * groups), strict=True))
         if groups != self.groups:
             twin.__dict__["groups"] = groups
-        return twin.forward(x)
+        return kind.forward(twin, x)
 
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
