@@ -78,9 +78,10 @@ class GrowthEvent:
     def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":
         """Do the same to another model of the same names: an average (EMA, SWA), a teacher, a replica.
 
-        New entries get the same values as in the model that grew; what is derived from old entries (running statistics
-        of copied channels, the mean for a bare parameter) is derived from the other model's own. An event that was read
-        from a file, unpickled or copied knows shapes only: new entries are zero then, until weights are loaded.
+        New entries get the same values as in the model that grew; what comes from old entries (running statistics of
+        copied channels, the mean for a bare parameter, the kernels of a merge or split) comes from the other model's
+        own. An event that was read from a file, unpickled or copied knows names and numbers only: channels that it puts
+        in are zero, until weights are loaded.
 
         Args:
             model: a raw model as the grown one was before the event, with any weights.
@@ -95,6 +96,14 @@ class GrowthEvent:
         if self.recipe is not None:
             return self.recipe(model, optimizer)
         before = count_parameters(unwrapped(model))
+        if before != self.parameters_before:
+            raise SurgeryError(
+                "this model is not as the other one was before the event",
+                where=self.site,
+                expected=f"{self.parameters_before} parameters",
+                got=before,
+                fix="apply every event to it, in the order of the run",
+            )
         apply_edits(model, self.edits, optimizer)
         counts = {"parameters_before": before, "parameters_after": count_parameters(model)}
         return GrowthEvent(**{**self._values(), **counts})  # pyright: ignore[reportArgumentType]
@@ -155,7 +164,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
     try:
         for edit in edits:
             _apply_edit(model, edit, optimizers)
-        return  # noqa: TRY300 (an interrupt at this line still undoes it)
+        return  # inside, so that an interrupt at this line still undoes it
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
         raise SurgeryError(

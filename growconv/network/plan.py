@@ -11,7 +11,7 @@ from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
 from growconv.network.model import attribute
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 from growconv.network.tensors import Insertion, enlarge, enlarged_shape, without
 
 AGAIN = "solve again on statistics of the model as it is now"
@@ -150,7 +150,7 @@ Values = Callable[[str, str], Mapping[str, Tensor]]
 """Per path and side the new entries by tensor name, channel by channel; a bare tensor's own are under ""."""
 
 
-def plan_growth(site: GrowthSite, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
+def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
     """Plan and validate a growth; nothing is changed.
 
     Args:
@@ -168,7 +168,7 @@ def plan_growth(site: GrowthSite, growth: ChannelGrowth, amplitude: float = 1.0)
     return plan
 
 
-def plan_size(site: GrowthSite, channels: int) -> int:
+def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels would add.
 
     Args:
@@ -178,7 +178,7 @@ def plan_size(site: GrowthSite, channels: int) -> int:
     return _plan(site, channels, lambda path, side: {}).added_parameters()
 
 
-def plan_removal(site: GrowthSite, channels: Sequence[int]) -> Plan:
+def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     """Plan and validate the removal of channels; nothing is changed.
 
     Args:
@@ -214,7 +214,7 @@ def plan_removal(site: GrowthSite, channels: Sequence[int]) -> Plan:
     return plan
 
 
-def tied_weights(site: GrowthSite) -> str | None:
+def tied_weights(site: Site) -> str | None:
     """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
 
     Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight that
@@ -254,7 +254,7 @@ def tied_weights(site: GrowthSite) -> str | None:
     return None
 
 
-def _sides(site: GrowthSite) -> dict[str, list[str]]:
+def _sides(site: Site) -> dict[str, list[str]]:
     """Per layer and bare tensor of a site the sides that the channels lie along."""
     found: dict[str, list[str]] = {}
     for path, side in site.axes:
@@ -262,7 +262,7 @@ def _sides(site: GrowthSite) -> dict[str, list[str]]:
     return found
 
 
-def _plan(site: GrowthSite, channels: int, values: Values) -> Plan:
+def _plan(site: Site, channels: int, values: Values) -> Plan:
     """New channels for every layer and bare tensor of a site."""
     plan = Plan(site.model)
     for path, sides in _sides(site).items():
@@ -287,7 +287,7 @@ def _plan(site: GrowthSite, channels: int, values: Values) -> Plan:
 class _Proposed:
     """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
 
-    def __init__(self, site: GrowthSite, growth: ChannelGrowth, amplitude: float) -> None:
+    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
         self.site, self.growth, self.amplitude = site, growth, amplitude
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
@@ -438,7 +438,7 @@ class _Proposed:
 
 
 def positions_now(
-    site: GrowthSite, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
+    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
 ) -> list[int]:
     """Where the entries that an axis had once lie now.
 
@@ -498,7 +498,7 @@ def positions_now(
     return inside[0]
 
 
-def require_finite(tensor: Tensor, label: str, site: GrowthSite) -> None:
+def require_finite(tensor: Tensor, label: str, site: Site) -> None:
     """Check that a proposed tensor is a tensor of finite numbers.
 
     Raises:
@@ -509,11 +509,11 @@ def require_finite(tensor: Tensor, label: str, site: GrowthSite) -> None:
         raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
 
 
-def _producers(site: GrowthSite, space: int) -> str:
+def _producers(site: Site, space: int) -> str:
     return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
 
 
-def _check_proposal(site: GrowthSite, growth: ChannelGrowth) -> None:
+def _check_proposal(site: Site, growth: ChannelGrowth) -> None:
     """Refuse a proposal for another site, for layers that are not part of it, or for an impossible number of channels."""
     if growth.site != site.name:
         raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
@@ -547,7 +547,7 @@ def _check_proposal(site: GrowthSite, growth: ChannelGrowth) -> None:
         raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
 
 
-def _revision(site: GrowthSite, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
+def _revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
     """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
     owner_path, _, name = path.rpartition(".")
     try:
@@ -588,7 +588,7 @@ def _revision(site: GrowthSite, growth: ChannelGrowth, path: str, replacement: T
     return result
 
 
-def _keys(site: GrowthSite, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
+def _keys(site: Site, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
     """Which axis of the layout each axis of a tensor is, and how many groups share it."""
     if path in site.layout.dims:
         return {site.layout.dims[path]: ((path, ENTRY), 1)}
