@@ -181,9 +181,9 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
 def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
     where = str(edit["module"])
     if "attribute" in edit:
-        value = edit["value"]
-        value = tuple(value) if isinstance(value, list) else value
-        setattr(model.get_submodule(where), str(edit["attribute"]), value)
+        module, name, value = model.get_submodule(where), str(edit["attribute"]), edit["value"]
+        old = getattr(module, name)
+        setattr(module, name, type(old)(value) if isinstance(old, tuple | list) else value)  # JSON knows no tuples
     elif "tensor" in edit:
         path = f"{where}.{edit['tensor']}".lstrip(".")
         tensor = attribute(model, path)

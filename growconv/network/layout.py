@@ -15,9 +15,12 @@ positions of old and new channels from that. It is plain data; it can be copied,
 the same names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
 
 from growconv.errors import SiteError
 
@@ -28,6 +31,8 @@ OUT, IN = "out", "in"
 """The outputs and the inputs of a weighted layer: it produces or consumes channels."""
 ENTRY = "entry"
 """The entries of a norm layer, a PReLU, or a bare parameter or buffer."""
+FILL = "fill"
+"""Entries that come from no layer, as zeros that pad the channels; a size in the model's code tells how many."""
 GROUP_IN, GROUP_OUT = "group in", "group out"
 """Both axes of a grouped or depthwise convolution whose groups are channels of one space: whole groups come and go."""
 
@@ -72,6 +77,23 @@ class Place:
 
 
 @dataclass(frozen=True)
+class SizeAttribute:
+    """A number that a module's own code keeps in an attribute and that has to follow the widths.
+
+    Attributes:
+        path: module path.
+        name: of the attribute, an int or a list or tuple of them.
+        index: which entry of a list or tuple; None for an int.
+        rates: per space, by how much it grows with each unit.
+    """
+
+    path: str
+    name: str
+    index: int | None
+    rates: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class Layout:
     """The runs of every axis of a model that channels lie on.
 
@@ -79,15 +101,18 @@ class Layout:
         axes: per axis its runs.
         channels: per space how many channels a unit has; new channels come in multiples of it.
         dims: per bare parameter or buffer on an axis, which of its dimensions that is.
+        attributes: sizes that the code of modules keeps beside their tensors.
     """
 
     axes: Mapping[Key, tuple[Run, ...]]
     channels: tuple[int, ...]
     dims: Mapping[str, int]
+    attributes: tuple[SizeAttribute, ...] = ()
 
     def keys(self, space: int) -> list[Key]:
         """The axes that a space's channels lie on."""
-        return [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
+        lie = [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
+        return [key for key in lie if key[1] != FILL]
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
@@ -175,24 +200,32 @@ class Layout:
             start += run.length(have)
         return positions
 
-    def owners(self, key: Key, units: Mapping[int, int]) -> list[tuple[int, int, int] | None]:
-        """Per entry of an axis its (space, unit, slot); None for entries that never grow.
+    def owners(self, key: Key, units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
+        """Per entry of an axis its space, unit and slot (entries, 3); space -1 for entries that never grow.
 
         Args:
             key: the axis.
             units: per space its number of units.
         """
-        found: list[tuple[int, int, int] | None] = []
-        for run in self.axes[key]:
-            if run.space is None:
-                found += [None] * run.outer
-                continue
-            for outer in range(run.outer):
-                for unit in range(units[run.space]):
-                    found += [(run.space, unit, run.slots[outer * run.inner + inner]) for inner in range(run.inner)]
-        return found
+        return owners_of(self.axes[key], units)
 
     def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
         if space not in known:
             known[space] = self.units(space, sizes)
         return known[space]
+
+
+def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
+    """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for entries that never grow."""
+    parts = [np.empty((0, 3), dtype=np.int64)]
+    for run in runs:
+        if run.space is None:
+            parts.append(np.full((run.outer, 3), -1, dtype=np.int64))
+            continue
+        have = units[run.space]
+        part = np.empty((run.outer, have, run.inner, 3), dtype=np.int64)
+        part[..., 0] = run.space
+        part[..., 1] = np.arange(have)[:, None]
+        part[..., 2] = np.reshape(run.slots, (run.outer, 1, run.inner))
+        parts.append(part.reshape(-1, 3))
+    return np.concatenate(parts)

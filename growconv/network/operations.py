@@ -1,86 +1,57 @@
-"""Tensor operations by name: what they do to a channel axis."""
+"""The kinds of aten operations that numbers are sent through (`network.trace`); what is in none of them blocks."""
 
-import operator
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor, fx
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# one value per entry, broadcast over several inputs: a channel stays that channel
-ELEMENTWISE = _names(
-    """
-    relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh softplus softsign
-    logsigmoid tanhshrink softshrink hardshrink threshold rrelu abs neg negative exp expm1 log log1p sqrt rsqrt
-    square sin cos erf sign round floor ceil nan_to_num clamp clip clamp_min clamp_max pow reciprocal add sub rsub
-    mul multiply subtract div divide true_divide truediv floor_divide maximum minimum iadd isub imul itruediv
-    contiguous clone detach float half double bfloat16 to type type_as cpu cuda requires_grad radd rmul rtruediv
-    rpow rdiv dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout positive pos
-    identity where lerp addcmul addcdiv expand_as masked_fill fill zeros_like ones_like empty_like rand_like
-    randn_like full_like
-    """
+STRUCTURAL = frozenset(
+    """view _unsafe_view reshape _reshape_alias permute transpose t slice select cat stack split split_with_sizes chunk
+    unbind squeeze unsqueeze expand repeat flip roll index_select clone detach alias lift_fresh _to_copy contiguous
+    unfold as_strided native_channel_shuffle channel_shuffle pixel_shuffle pixel_unshuffle diagonal movedim im2col
+    select_scatter slice_scatter index gather take_along_dim rot90 narrow unsafe_split unsafe_chunk
+    split_copy view_copy permute_copy narrow_copy constant_pad_nd""".split()
 )
-MULTIPLICATIVE = _names("mul multiply imul rmul div divide truediv true_divide itruediv rtruediv")
-DROPOUT_FUNCTIONS = _names("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout")
-ACTIVATION_FUNCTIONS = _names(
-    """
-    relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh softplus softsign
-    logsigmoid tanhshrink softshrink hardshrink threshold rrelu abs exp log sqrt square clamp clip clamp_min
-    clamp_max pow
-    """
+"""Entries move and nothing is computed: these are run on the numbers themselves."""
+
+RESIZING = frozenset(
+    """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d
+    fractional_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d""".split()
 )
-# the grid changes, channels stay where they are
-GRID = _names(
-    """
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate upsample lp_pool1d
-    lp_pool2d upsample_nearest upsample_bilinear _adaptive_avg_pool2d boolean_dispatch
-    """
+"""Every location of the result reads many locations of the same entry of the leading axes."""
+
+REDUCING = {
+    name: 1
+    for name in (
+        "mean sum amax amin max min prod all any argmax argmin _softmax _log_softmax softmax log_softmax var std var_mean "
+        "std_mean logsumexp cumsum cumprod median mode sort topk count_nonzero nanmean nansum"
+    ).split()
+} | {"linalg_vector_norm": 2, "norm": 2}
+"""Entries along some axes are computed together; the number is the position of the argument that names the axes."""
+
+POINTWISE = frozenset(
+    """native_dropout dropout bernoulli lerp where masked_fill clamp hardtanh leaky_relu elu relu relu6 hardswish
+    hardsigmoid mish silu gelu softplus threshold celu rrelu_with_noise rrelu_with_noise_functional selu prelu
+    _prelu_kernel alpha_dropout feature_dropout""".split()
 )
-REDUCTIONS = _names("mean sum amax amin std var prod logsumexp norm max min any all argmax argmin median")
-SOFTMAX = _names("softmax log_softmax softmin cumsum normalize flip roll")
-CONCATENATIONS = frozenset(("cat", "concat", "concatenate"))
-VIEWS = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"))
-CREATIONS = frozenset(("zeros", "ones", "empty", "rand", "randn"))
-SIZES = frozenset(("size", "dim", "ndimension", "numel"))
-INTEGERS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-    "truediv": operator.truediv,
-    "mod": operator.mod,
-}
+"""Elementwise operations that do not carry torch's own tag for them in every version."""
 
+NORMALIZING = frozenset(
+    """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm cudnn_batch_norm
+    _batch_norm_with_update _batch_norm_no_update miopen_batch_norm _batch_norm_impl_index""".split()
+)
+"""One scale and shift for each entry of axis 1; the arguments after the first are per entry, or None."""
 
-def operation_name(node: fx.Node) -> str:
-    """The plain name of a function or method node: no module, no underscore of an in-place variant."""
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-    if name.startswith("_") or not name.endswith("_"):
-        return name
-    return name.rstrip("_")
+CREATING = frozenset(
+    """empty zeros ones arange full empty_like zeros_like ones_like full_like rand randn randint new_zeros new_empty
+    new_full new_ones scalar_tensor linspace eye uniform_ normal_ zero_ fill_ bernoulli_ randperm rand_like randn_like
+    fill empty_strided new_empty_strided _local_scalar_dense is_same_size sym_size sym_stride _assert_async
+    random_ exponential_ is_pinned isnan""".split()
+)
+"""Results without channels."""
 
+WRITING = frozenset("copy_ index_put_ _index_put_impl_ masked_scatter_ index_copy_ scatter_".split())
+"""Results of one tensor put into another, in place."""
 
-def is_inplace(node: fx.Node) -> bool:
-    """True for a function or method that overwrites its first argument."""
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    augmented = ("iadd", "isub", "imul", "itruediv", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-    return (name.endswith("_") and not name.startswith("__")) or name in augmented or node.kwargs.get("inplace") is True
-
-
-def constant_of(value: Tensor) -> Callable[[], Tensor]:
-    """A function without arguments for a tensor that a model did not compute from its inputs or parameters."""
-
-    def constant() -> Tensor:
-        return value
-
-    constant.value = value  # pyright: ignore[reportFunctionMemberAccess]
-    return constant
+PRODUCTS = frozenset("mm bmm addmm baddbmm".split())
+"""Matrix products outside of layers."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
 from growconv.network.model import attribute
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -75,7 +75,7 @@ class Plan:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.changes: list[Change] = []
-        self.attributes: dict[tuple[str, str], int] = {}
+        self.attributes: dict[tuple[str, str], object] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
@@ -114,6 +114,18 @@ class Plan:
         for name, values in adapter.revised(parts, removals).items():
             self.change(f"{path}.{name}").revised = values
         self.attributes |= {(path, name): value for name, value in adapter.counts(added).items()}
+
+    def follow(self, site: Site, units: int) -> None:
+        """Let the sizes follow that the code of modules keeps beside their tensors."""
+        for each in site.layout.attributes:
+            more, module = each.rates.get(site.space, 0) * units, self.model.get_submodule(each.path)
+            value = self.attributes.get((each.path, each.name), getattr(module, each.name))
+            if each.index is None:
+                value += more
+            else:
+                value = type(value)(size + more * (index == each.index) for index, size in enumerate(value))
+            if more:
+                self.attributes[each.path, each.name] = value
 
     def edits(self) -> list[dict[str, object]]:
         """The plan as plain values, to be replayed in this order."""
@@ -211,15 +223,16 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
         entries = {side: gone(path, side) for side in sides}
         removals = [each for side in sides for each in adapter.removals(side, entries[side])]
         plan.add(path, [], removals, {side: -len(found) for side, found in entries.items()})
+    plan.follow(site, -len(units))
     return plan
 
 
 def tied_weights(site: Site) -> str | None:
     """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
 
-    Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight that
-    produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a layer
-    outside of the site too, cannot keep the function and grow.
+    Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight
+    that produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a
+    layer outside of the site too, cannot keep the function and grow.
     """
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
     for path, sides in _sides(site).items():
@@ -258,7 +271,8 @@ def _sides(site: Site) -> dict[str, list[str]]:
     """Per layer and bare tensor of a site the sides that the channels lie along."""
     found: dict[str, list[str]] = {}
     for path, side in site.axes:
-        found.setdefault(path, []).append(side)
+        if side != FILL:
+            found.setdefault(path, []).append(side)
     return found
 
 
@@ -281,6 +295,7 @@ def _plan(site: Site, channels: int, values: Values) -> Plan:
             adapter = layers.adapter(module)
             parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
         plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
+    plan.follow(site, channels // site.granularity)
     return plan
 
 
@@ -484,12 +499,12 @@ def positions_now(
                 got=now[space],
                 fix=AGAIN,
             )
-    owners_now, owners_then = layout.owners(key, now), layout.owners(key, then)
+    owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
     if len(owners_then) != length * groups:
         raise wrong
-    place = {owner: at for at, owner in enumerate(owners_now) if owner is not None}
-    fixed = iter([at for at, owner in enumerate(owners_now) if owner is None])  # they never grow
-    found = [next(fixed) if owner is None else place[owner] for owner in owners_then]
+    place = {owner: at for at, owner in enumerate(owners_now)}
+    fixed = iter([at for at, owner in enumerate(owners_now) if owner[0] < 0])  # they never grow
+    found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
     inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
     if any(each != inside[0] for each in inside):
         raise SurgeryError(
@@ -514,7 +529,7 @@ def _producers(site: Site, space: int) -> str:
 
 
 def _check_proposal(site: Site, growth: ChannelGrowth) -> None:
-    """Refuse a proposal for another site, for layers that are not part of it, or for an impossible number of channels."""
+    """Refuse a proposal for another site, for layers that it does not have, or for an impossible number of channels."""
     if growth.site != site.name:
         raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
     for label, given, allowed in (

@@ -109,7 +109,9 @@ def test_new_inputs_add_what_their_columns_compute(module: nn.Module, units: int
 
 @settings(max_examples=30, deadline=None)
 @given(st.booleans(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 2))
-def test_new_groups_stand_beside_the_old_ones(transposed: bool, inputs: int, outputs: int, groups: int, units: int) -> None:
+def test_new_groups_stand_beside_the_old_ones(
+    transposed: bool, inputs: int, outputs: int, groups: int, units: int
+) -> None:
     module = KINDS[transposed, 2](inputs * groups, outputs * groups, 3, groups=groups).double()
     layer = layers.weighted(module)
     old, new = example(module, inputs * groups), example(module, inputs * units)
@@ -177,12 +179,18 @@ def test_sizes_and_sides() -> None:
     assert layers.size(norm, ENTRY) == 4
     assert layers.norm_groups(norm, 6) == [slice(0, 2), slice(2, 4), slice(4, 6)]
     assert layers.norm_groups(nn.BatchNorm2d(4), 4) == []
-    assert (layers.has_side(linear, GROUP_IN), layers.has_side(nn.PReLU(), ENTRY), layers.has_side(3, OUT)) == (False,) * 3
+    assert (layers.has_side(linear, GROUP_IN), layers.has_side(nn.PReLU(), ENTRY), layers.has_side(3, OUT)) == (
+        False,
+    ) * 3
     assert layers.is_norm(nn.PReLU(3))
     assert not layers.is_norm(nn.LayerNorm(3))
     assert layers.is_transposed(nn.ConvTranspose1d(2, 2, 1))
     assert (layers.groups_of(conv), layers.groups_of(norm)) == (2, 1)
-    assert (layers.channel_axis(linear, 3), layers.channel_axis(conv, 3), layers.channel_axis(nn.BatchNorm1d(3), 2)) == (2, 0, 1)
+    assert (
+        layers.channel_axis(linear, 3),
+        layers.channel_axis(conv, 3),
+        layers.channel_axis(nn.BatchNorm1d(3), 2),
+    ) == (2, 0, 1)
     assert layers.described(torch.zeros(2, 3)) == "tensor (2, 3)"
     assert layers.described(linear).startswith("Linear(")
     with pytest.raises(SiteError, match="no layer that channels lie on"):

@@ -13,7 +13,8 @@ from growconv.network.layers.weighted import Convolution, TransposedConvolution,
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "problem", "size", "weighted",
+    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem", "set_size",
+    "size", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -104,6 +105,18 @@ def size(module: nn.Module, side: str) -> int:
         SiteError: the layer has no such axis.
     """
     return adapter(module).size(side)
+
+
+def set_size(module: nn.Module, side: str, value: int) -> None:
+    """Set the attribute that tells the length of an axis, and nothing else."""
+    found = adapter(module)
+    for name in found.counts({side: value - found.size(side)}):
+        setattr(module, name, value)
+
+
+def pretended(module: nn.Module, x: Tensor, width: int | None) -> Tensor:
+    """Zeros of the shape that a weighted layer would return, for any number of channels; see `Weighted.pretended`."""
+    return weighted(module).pretended(x, width)
 
 
 def channel_axis(module: nn.Module, ndim: int) -> int:

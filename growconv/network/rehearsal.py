@@ -1,0 +1,434 @@
+"""Rehearsal: spaces are proved before they are handed out as sites.
+
+The code takes other widths: on a copy whose layers only pretend to compute, all producers get a few more units, and the
+numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones must
+arrive where they did.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from growconv.network import layers
+from growconv.network.classes import Space, Torn, runs_of
+from growconv.network.layout import ENTRY, FILL, GROUP_OUT, IN, OUT, Key, Layout, Run, SizeAttribute, owners_of
+from growconv.network.model import Arguments
+from growconv.network.trace import LookFailed, Numbers, look
+
+MORE_UNITS = (1, 2, 3)
+"""Units that neighbouring spaces get in a rehearsal: different numbers, so that spaces that can only grow together show."""
+BLOCKS = (1, 2, 3, 4, 8)
+"""Numbers of blocks that are tried beside the groups of the convolutions on the way."""
+Codes = NDArray[np.int64]
+"""Per entry of an axis its space, unit and block in one number; -1 for entries that never grow."""
+_UNIT, _SPACE = 1 << 12, 1 << 36
+
+
+@dataclass(frozen=True)
+class Example:
+    """One way in which the model is run: its arguments and its mode."""
+
+    arguments: Arguments
+    training: bool
+
+
+class Widening:
+    """Which numbers of units a model's spaces can be given, found out on a copy that only pretends to compute.
+
+    Args:
+        model: a copy that may be changed.
+        examples: how it is run.
+        numbers: what sending numbers through it found at its present widths.
+        spaces: the spaces; those that fail are given a reason.
+        whole_groups: whether the groups of a grouped convolution come and go as a whole.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        numbers: Numbers,
+        spaces: Sequence[Space],
+        whole_groups: Callable[[str, nn.Module], bool],
+    ) -> None:
+        self.examples = examples
+        self.numbers = numbers
+        self.spaces = spaces
+        self.whole_groups = whole_groups
+        self.pretender = Pretender(model)
+        self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
+        self.sizes |= {key: len(numbers.range_of(key)) for key in {key for key, _ in numbers.owners}}
+        self.dims: dict[str, int] = {}
+        self.axes: dict[Key, tuple[Run, ...]] = {}
+        self.bound: set[tuple[str, str, int | None]] = set()
+        self._classes = self._classes_of()
+        self._groups = {
+            path: layers.groups_of(module)
+            for path, module in model.named_modules()
+            if layers.is_weighted(module) and layers.groups_of(module) > 1 and not whole_groups(path, module)
+        }
+
+    # ------------------------------------------------------------------------------------------ the whole
+
+    def prove(self) -> Layout:
+        """Give every space that cannot be widened its reason; the layout of the others."""
+        self._bare_axes()
+        for number, space in enumerate(self.spaces):
+            if space.reason is None and not self._fits(number):
+                self._next_guess(number, "its channels are interleaved in a way that is not followed")
+        while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
+            culprits = self._attempt(live)
+            if not culprits:
+                break
+            if self._bind(culprits):
+                continue
+            if len(culprits) > 1:
+                culprits = self._alone(culprits)
+            for number, reason in culprits.items():
+                self._next_guess(number, reason)
+        return self.layout()
+
+    def _alone(self, culprits: Mapping[int, str]) -> dict[int, str]:
+        """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
+        found: dict[int, str] = {}
+        waiting = [sorted(culprits)[: (len(culprits) + 1) // 2], sorted(culprits)[(len(culprits) + 1) // 2 :]]
+        while waiting:
+            part = waiting.pop()
+            failed = self._attempt(part)
+            if failed and len(part) == 1:
+                found[part[0]] = failed.get(part[0], next(iter(failed.values())))
+            elif failed:
+                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+        return found or {number: f"it only grows together with others ({reason})" for number, reason in culprits.items()}
+
+    def layout(self) -> Layout:
+        """Where the channels of all spaces without a reason lie."""
+        channels = tuple(space.blocks * space.channels for space in self.spaces)
+        return Layout(dict(self.axes), channels, dict(self.dims), tuple(self._attributes()))
+
+    def _attempt(self, live: Sequence[int]) -> dict[int, str]:
+        """One rehearsal of some spaces: those that failed, and why."""
+        culprits = self._lay_out(live)
+        if culprits or not live:
+            return culprits
+        more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
+        if len(live) == 1:
+            more = {live[0]: 2}
+        units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
+        layout = self.layout()
+        found = Numbers()
+        try:
+            with self.pretender.widened(layout, [space.units for space in self.spaces], units):
+                for example in self.examples:
+                    self.pretender.model.train(example.training)
+                    look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
+        except LookFailed as failure:
+            line = (str(failure.error).splitlines() or [""])[0][:160]
+            text = f"the code takes no other width: {type(failure.error).__name__}: {line}"
+            return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
+        return self._compare(found, layout, units, live)
+
+    def _met(self, failure: LookFailed, found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
+        """The spaces of the numbers that the failing operation met."""
+        met = set()
+        for number in failure.numbers:
+            key, position = found.owners[number]
+            if key in layout.axes and key[0] not in self.dims:
+                axis = layout.owners(key, units)
+                if position < len(axis) and axis[position, 0] >= 0:
+                    met.add(int(axis[position, 0]))
+        return met
+
+    # ------------------------------------------------------------------------------------------ runs
+
+    def _classes_of(self) -> NDArray[np.int64]:
+        """Per number its class: space · 2³⁶ + index; -1 for numbers of no space."""
+        by_root = np.full(len(self.numbers.owners) + 1, -1, dtype=np.int64)
+        for number, space in enumerate(self.spaces):
+            for index, root in enumerate(space.roots):
+                by_root[root] = number * _SPACE + index
+        roots = self.numbers.roots()
+        return np.append(by_root[roots], -1)
+
+    def _axis(self, key: Key, live: Sequence[int]) -> NDArray[np.int64]:
+        """Per entry of an axis at the present widths its class, of live spaces only."""
+        if key in self.numbers.columns:
+            found = self._classes[np.asarray(self.numbers.columns[key], dtype=np.int64)]
+        else:
+            numbers = self.numbers.range_of(key)
+            found = self._classes[numbers.start : numbers.stop]
+            if key[1] == ENTRY and key[0] in self.dims:
+                shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
+                found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1)[:, 0]
+        alive = np.zeros(len(self.spaces) + 1, dtype=bool)
+        alive[list(live)] = True
+        return np.where(alive[found // _SPACE], found, -1)
+
+    def _codes(self, classes: NDArray[np.int64]) -> Codes:
+        """Classes as space, unit and block."""
+        result = np.full(len(classes), -1, dtype=np.int64)
+        for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
+            own = classes // _SPACE == number
+            block, unit = np.divmod(classes[own] % _SPACE, self.spaces[number].units)
+            result[own] = number * _SPACE + unit * _UNIT + block
+        return result
+
+    def _bare_axes(self) -> None:
+        """Along which of its dimensions a bare parameter has its channels."""
+        for path, shape in self.numbers.shapes.items():
+            numbers = self.numbers.range_of((path, ENTRY))
+            grid = self._classes[numbers.start : numbers.stop].reshape(shape)
+            involved = np.unique(grid[grid >= 0] // _SPACE).tolist()
+            if not involved:
+                continue
+            varying = [d for d in range(grid.ndim) if bool((grid != grid.take([0], axis=d)).any())]
+            if len(varying) > 1:
+                for number in involved:
+                    self.spaces[number].reason = f"entries of {path} belong to different channels along several of its axes"
+                continue
+            dim = varying[0] if varying else int(np.argmax(shape))
+            self.dims[path] = dim
+            for number in involved:
+                share = self.spaces[number].counts[path, ENTRY] * shape[dim] // grid.size
+                self.spaces[number].counts[path, ENTRY] = max(share, 1)
+
+    def _fits(self, number: int) -> bool:
+        """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
+        space = self.spaces[number]
+        units = [each.units for each in self.spaces]
+        more = [*units[:number], units[number] + 1, *units[number + 1 :]]
+        try:
+            for key in space.keys:
+                runs = self._runs(key, [number])
+                if key[0] in self._groups and not self._equal_groups(key, runs, units, more):
+                    return False
+        except Torn:
+            return False
+        return True
+
+    def _runs(self, key: Key, live: Sequence[int]) -> tuple[Run, ...]:
+        return self._parse(self._codes(self._axis(key, live)), key, [space.units for space in self.spaces])
+
+    def _parse(self, codes: Codes, key: Key, units: Sequence[int]) -> tuple[Run, ...]:
+        entries = {number: space.counts.get(key, 0) for number, space in enumerate(self.spaces)}
+        axis = [None if code < 0 else (code // _SPACE, code % _SPACE // _UNIT, code % _UNIT) for code in codes.tolist()]
+        return runs_of(axis, dict(enumerate(units)), entries)
+
+    def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
+        """The runs of every axis at the present widths; the spaces that have none."""
+        self.axes, culprits = {}, {}
+        for key in dict.fromkeys(key for number in live for key in self.spaces[number].keys):
+            try:
+                self.axes[key] = self._runs(key, live)
+            except Torn as torn:
+                culprits[torn.space] = "its channels are interleaved with others in a way that is not followed"
+        return culprits
+
+    def _equal_groups(self, key: Key, runs: tuple[Run, ...], units: Sequence[int], more: Sequence[int]) -> bool:
+        """Whether every group of a convolution keeps its old channels and gets as many new ones as the others."""
+        old, new = owners_of(runs, units), owners_of(runs, more)
+        groups = self._groups[key[0]]
+        if len(new) % groups:
+            return False
+        before = [part.tolist() for part in np.split(old, groups)]
+        after = [[o for o in part.tolist() if o[0] < 0 or o[1] < units[o[0]]] for part in np.split(new, groups)]
+        return before == after
+
+    def _next_guess(self, number: int, reason: str) -> None:
+        """Another number of blocks for a space, or the reason why there is none."""
+        space = self.spaces[number]
+        space.tried.add(space.blocks)
+        groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
+        for blocks in dict.fromkeys((*groups, *BLOCKS)):
+            if blocks in space.tried or len(space.roots) % blocks:
+                continue
+            space.blocks = blocks
+            if self._fits(number):
+                return
+            space.tried.add(blocks)
+        space.reason = reason
+
+    # ------------------------------------------------------------------------------------------ sizes in attributes
+
+    def _attributes(self) -> Iterator[SizeAttribute]:
+        for path, name, index in sorted(self.bound, key=str):
+            counted = self.numbers.literals[path, name, index]
+            classes = self._classes[np.asarray(counted, dtype=np.int64)]
+            rates: dict[int, int] = {}
+            for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
+                rate, left = divmod(int((classes // _SPACE == number).sum()), self.spaces[number].units)
+                if not left and self.spaces[number].reason is None:
+                    rates[number] = rate
+            if rates:
+                yield SizeAttribute(path, name, index, rates)
+
+    def _bind(self, culprits: Iterable[int]) -> bool:
+        """Let attributes follow the widths once spaces fail that attributes count; False where that is done already."""
+        if self.bound:
+            return False
+        counted = {number for numbers in self.numbers.literals.values() for number in numbers if number >= 0}
+        classes = self._classes[np.asarray(sorted(counted), dtype=np.int64)]
+        if set(culprits) & set((classes[classes >= 0] // _SPACE).tolist()):
+            self.bound = set(self.numbers.literals)
+        return bool(self.bound)
+
+    # ------------------------------------------------------------------------------------------ the widened model
+
+    def _compare(self, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]) -> dict[int, str]:
+        """Hold the widened model's numbers against the layout."""
+        roots, known = found.roots(), {key: self._expected(layout, key, units) for key in layout.axes}
+        low, high = np.full(len(roots) + 1, np.iinfo(np.int64).max), np.full(len(roots) + 1, -2, dtype=np.int64)
+        culprits: dict[int, str] = {}
+        for key, codes in known.items():
+            if key[1] in (OUT, FILL):
+                numbers = found.range_of(key)
+                if len(numbers) != len(codes):
+                    culprits |= dict.fromkeys(_spaces(codes), f"a literal size in the code of {key[0].split(' #')[0]}")
+                    continue
+                np.minimum.at(low, roots[numbers.start : numbers.stop], codes)
+                np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
+        for first, last in {(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True) if b >= 0 and a != b}:
+            own = {each // _SPACE for each in (first, last) if each >= 0}
+            text = "its channels depend on each other" if len(own) == 1 else "its channels are tied to others once there are more"
+            culprits |= dict.fromkeys(own, text)
+        if culprits:
+            return culprits
+        for root, reason in found.reasons().items():
+            if high[root] >= 0:
+                number, unit = int(high[root]) // _SPACE, int(high[root]) % _SPACE // _UNIT
+                if unit >= self.spaces[number].units:
+                    culprits.setdefault(number, reason)
+        high[-1] = -1
+        for key, expected in known.items():
+            if key[1] in (OUT, FILL) or (key[1] == ENTRY and key[0] in self.dims):
+                continue
+            if key[1] == GROUP_OUT:
+                numbers = found.range_of(key)
+                actual = high[roots[numbers.start : numbers.stop]]
+            else:
+                columns = np.asarray(found.columns.get(key, []), dtype=np.int64)
+                actual = high[np.where(columns >= 0, roots[columns], -1)] if len(columns) else columns
+            actual = np.maximum(actual, -1)
+            if not np.array_equal(actual, expected):
+                culprits |= self._arrivals(key, actual, expected, units)
+            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], [s.units for s in self.spaces], units):
+                culprits |= dict.fromkeys(_spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels")
+        return {number: reason for number, reason in culprits.items() if number in live}
+
+    def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
+        """Space, unit and block of every entry of an axis as the layout has it."""
+        owners = layout.owners(key, units)
+        entries = np.array([max(1, space.counts.get(key, 1)) for space in self.spaces] + [1])
+        codes = owners[:, 0] * _SPACE + owners[:, 1] * _UNIT + owners[:, 2] // entries[owners[:, 0]]
+        return np.where(owners[:, 0] < 0, -1, codes)
+
+    def _arrivals(self, key: Key, actual: Codes, expected: Codes, units: Sequence[int]) -> dict[int, str]:
+        """Read off where channels arrive, for spaces of one unit, which do not tell it before; else who is to blame."""
+        involved = _spaces(actual) | _spaces(expected)
+        if any(self.spaces[number].units == 1 for number in involved):
+            try:
+                runs = self._parse(actual, key, units)
+            except Torn:
+                runs = None
+            now = [space.units for space in self.spaces]
+            if runs is not None and np.array_equal(owners_of(runs, now)[:, 0], owners_of(self.axes[key], now)[:, 0]):
+                self.axes[key] = runs
+                return {}
+        if len(actual) < len(expected):
+            return dict.fromkeys(involved, f"a literal size in the code: new channels do not arrive at {key[0]}")
+        return dict.fromkeys(involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more")
+
+
+def _spaces(codes: Codes) -> set[int]:
+    return set(np.unique(codes[codes >= 0] // _SPACE).tolist())
+
+
+class Pretender:
+    """A model whose layers give outputs of the right shape and compute nothing, at any width.
+
+    Args:
+        model: a copy that may be changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._widths: dict[str, int] = {}
+        for path, module in model.named_modules():
+            if layers.is_norm(module):
+                module.forward = lambda x, *_args, **_kwargs: x.clone()
+            elif layers.is_weighted(module):
+                module.forward = self._forward(path, module)
+
+    def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+            return layers.pretended(module, x, self._widths.get(path))
+
+        return forward
+
+    @contextmanager
+    def widened(self, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
+        """Inside, producers have other numbers of outputs, bare parameters repeated entries, attributes other sizes.
+
+        Args:
+            layout: where the channels lie.
+            now: units of every space as the model has them.
+            units: units that they are to have.
+        """
+        undo: list[Callable[[], None]] = []
+        for key, runs in layout.axes.items():
+            module = self.model.get_submodule(key[0]) if key[1] == OUT else None
+            if module is not None:
+                before = layers.size(module, OUT)
+                self._widths[key[0]] = len(owners_of(runs, units))
+                layers.set_size(module, OUT, self._widths[key[0]])
+                undo.append(lambda module=module, before=before: layers.set_size(module, OUT, before))
+            elif key[1] == ENTRY and key[0] in layout.dims:
+                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units)))
+        for each in layout.attributes:
+            more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
+            undo.append(resize_attribute(self.model, each, more))
+        try:
+            yield
+        finally:
+            self._widths = {}
+            for each in reversed(undo):
+                each()
+
+
+def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> Callable[[], None]:
+    """Add to a size that a module keeps; gives back what undoes it."""
+    module = model.get_submodule(attribute.path)
+    before = getattr(module, attribute.name)
+    if attribute.index is None:
+        setattr(module, attribute.name, before + more)
+    else:
+        changed = list(before)
+        changed[attribute.index] += more
+        setattr(module, attribute.name, type(before)(changed))
+    return lambda: setattr(module, attribute.name, before)
+
+
+def _repeat(
+    model: nn.Module, path: str, dim: int, old: NDArray[np.int64], new: NDArray[np.int64]
+) -> Callable[[], None]:
+    """Give a bare parameter or buffer more entries, copies of old ones; gives back what undoes it."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    registered = module._parameters if name in module._parameters else module._buffers
+    tensor = registered[name]
+    place = {tuple(owner): index for index, owner in enumerate(old.tolist()) if owner[0] >= 0}
+    fixed: Iterable[int] = iter(np.flatnonzero(old[:, 0] < 0).tolist())
+    index = [next(iter(fixed)) if owner[0] < 0 else place.get(tuple(owner), 0) for owner in new.tolist()]
+    if tensor is not None:
+        longer = tensor.detach().index_select(dim, torch.tensor(index, device=tensor.device))
+        registered[name] = nn.Parameter(longer, requires_grad=False) if isinstance(tensor, nn.Parameter) else longer
+
+    def undo() -> None:
+        registered[name] = tensor
+
+    return undo

@@ -1,0 +1,673 @@
+"""Channels, found by sending their numbers through the model.
+
+While a model runs, every tensor has a companion of its shape that holds, for each entry, the number of the channel that
+it belongs to (-1: none). Weighted layers cut: what they are given is consumed, and their outputs get fresh numbers.
+Structural operations are run on the companions themselves, so that no operation needs a rule of its own; elementwise
+operations and reductions unify the numbers that they compute together; whatever else meets a number blocks it, and its
+name is the reason.
+
+Companions are constant along most axes; there they have stride 0, which keeps them small.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from growconv.network import layers, operations
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.model import Arguments, tensors_in
+
+NONE = -1
+SIZED = frozenset("split_with_sizes split slice view _unsafe_view reshape expand".split())
+"""Structural operations that are told sizes."""
+
+
+class Numbers:
+    """Numbers of channels and bare parameters' entries, and which of them live and die together.
+
+    Attributes:
+        owners: per number the axis and the position that it stands for.
+        blocked: per number why it cannot grow.
+        columns: per axis of consumers, followers and carried inputs, the number that each position was given.
+        used_outside: layers whose weights an operation outside of them read, and which.
+        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
+            attribute, index in a list): the numbers of the entries that it counts.
+        shapes: of bare parameters and buffers.
+        calls: per layer how often it was called in the longest forward pass.
+        order: paths of the layers in the order of their first call.
+    """
+
+    def __init__(self) -> None:
+        self.owners: list[tuple[Key, int]] = []
+        self.blocked: dict[int, str] = {}
+        self.used_outside: dict[str, str] = {}
+        self.columns: dict[Key, list[int]] = {}
+        self.calls: dict[str, int] = {}
+        self.order: list[str] = []
+        self.shapes: dict[str, torch.Size] = {}
+        self.literals: dict[tuple[str, str, int | None], list[int]] = {}
+        self._parents: list[int] = []
+        self._first: dict[Key, tuple[int, int]] = {}
+
+    def fresh(self, key: Key, count: int) -> int:
+        """The first of the numbers of an axis; those of the first time for one that was seen before."""
+        first, known = self._first.get(key, (len(self._parents), 0))
+        if not known:
+            self._first[key] = first, count
+            self._parents += range(first, first + count)
+            self.owners += [(key, position) for position in range(count)]
+        return first
+
+    def root(self, number: int) -> int:
+        """The number that stands for all those tied to one."""
+        parents = self._parents
+        while parents[number] != number:
+            parents[number] = parents[parents[number]]
+            number = parents[number]
+        return number
+
+    def tie(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Let numbers live and die together."""
+        for first, second in pairs:
+            self._parents[self.root(first)] = self.root(second)
+
+    def unify(self, first: Tensor, second: Tensor) -> None:
+        """Tie the numbers of two companions of one shape, entry by entry."""
+        first, second = _narrowed(first, second)
+        both = (first != second) & (first >= 0) & (second >= 0)
+        if bool(both.any()):
+            count = len(self._parents)
+            keys = torch.unique(first[both] * count + second[both]).tolist()
+            self.tie((key // count, key % count) for key in keys)
+
+    def block(self, companion: Tensor, reason: str) -> None:
+        """Let the numbers of a companion not grow."""
+        for number in torch.unique(compact(companion)).tolist():
+            if number >= 0:
+                self.blocked.setdefault(number, reason)
+
+    def consume(self, key: Key, columns: Tensor) -> None:
+        """Note what an axis was given: columns (positions, uses)."""
+        first = columns.amax(dim=1)
+        self.unify(first[:, None].expand_as(columns), columns)
+        numbers = first.tolist()
+        known = self.columns.setdefault(key, numbers)
+        if known is not numbers:
+            self.tie((a, b) for a, b in zip(known, numbers, strict=False) if a >= 0 and b >= 0)
+            self.columns[key] = [a if a >= 0 else b for a, b in zip(known, numbers, strict=False)]
+
+    def roots(self) -> NDArray[np.int64]:
+        """Per number the one that stands for all those tied to it."""
+        parents = np.asarray(self._parents, dtype=np.int64)
+        while True:
+            further = parents[parents]
+            if np.array_equal(further, parents):
+                return parents
+            parents = further
+
+    def range_of(self, key: Key) -> range:
+        """The numbers of an axis; empty for one that was not met."""
+        first, count = self._first.get(key, (0, 0))
+        return range(first, first + count)
+
+    def reasons(self) -> dict[int, str]:
+        """Why classes are blocked, by root."""
+        found: dict[int, str] = {}
+        for number, reason in self.blocked.items():
+            found.setdefault(self.root(number), reason)
+        return found
+
+    def members(self) -> dict[int, dict[Key, list[int]]]:
+        """Per class, by its root, the positions on every axis that it has."""
+        found: dict[int, dict[Key, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number, (key, position) in enumerate(self.owners):
+            found[self.root(number)][key].append(position)
+        for key, numbers in self.columns.items():
+            for position, number in enumerate(numbers):
+                if number >= 0:
+                    found[self.root(number)][key].append(position)
+        return found
+
+
+@dataclass
+class LookFailed(Exception):
+    """The model's code raised an error while numbers were sent through it.
+
+    Attributes:
+        error: what it raised.
+        numbers: the numbers that the failing operation met, where it was an operation.
+    """
+
+    error: Exception
+    numbers: set[int] = field(default_factory=set)
+
+
+def look(
+    model: nn.Module,
+    arguments: Arguments,
+    numbers: Numbers,
+    whole_groups: Callable[[str, nn.Module], bool],
+    outputs_block: bool = True,
+) -> object:
+    """Send numbers through one forward pass.
+
+    Args:
+        model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
+        arguments: of its forward.
+        numbers: what is found goes here; those of earlier passes stay.
+        whole_groups: whether the groups of a grouped convolution are channels that come and go as a whole.
+        outputs_block: the numbers in the model's output cannot grow.
+
+    Returns:
+        The model's output.
+
+    Raises:
+        LookFailed: the model's code raised an error.
+    """
+    mode = _Mode(model, numbers, whole_groups)
+    handles = mode.hook(model)
+    try:
+        with torch.no_grad(), mode:
+            output = model(*arguments[0], **arguments[1])
+    except Exception as error:
+        raise LookFailed(error, mode.met) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if outputs_block:
+        for tensor in tensors_in(output):
+            numbers.block(mode.companion(tensor), "it is the model's output")
+    for path, count in mode.calls.items():
+        numbers.calls[path] = max(numbers.calls.get(path, 0), count)
+    return output
+
+
+class _Mode(TorchDispatchMode):
+    """Runs every operation on the tensors and on their companions."""
+
+    def __init__(
+        self, model: nn.Module, numbers: Numbers, whole_groups: Callable[[str, nn.Module], bool]
+    ) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.whole_groups = whole_groups
+        self.met: set[int] = set()
+        self.calls: dict[str, int] = {}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inside = 0
+        self._bare, self._owned, self._alias = _parameters(model)
+        self._inputs: list[Tensor] = []
+        self._stack: list[tuple[str, nn.Module]] = [("", model)]
+        self._fills: dict[str, int] = defaultdict(int)
+
+    # ------------------------------------------------------------------------------------------ companions
+
+    def companion(self, tensor: Tensor) -> Tensor:
+        """The numbers of a tensor's entries."""
+        if id(tensor) not in self._known:
+            path = self._bare.get(id(tensor))
+            if path is not None and tensor.numel() and tensor.is_floating_point():
+                first = self.numbers.fresh((path, ENTRY), tensor.numel())
+                self.numbers.shapes[path] = tensor.shape
+                found = torch.arange(first, first + tensor.numel()).view(tensor.shape)
+            else:
+                found = torch.full(tuple(tensor.shape), NONE)
+            self._known[id(tensor)] = tensor, found
+        return self._known[id(tensor)][1]
+
+    def _put(self, tensor: Tensor, companion: Tensor) -> None:
+        if companion.shape != tensor.shape:
+            companion = companion.expand(tensor.shape)
+        self._known[id(tensor)] = tensor, companion
+
+    # ------------------------------------------------------------------------------------------ layers
+
+    def hook(self, model: nn.Module) -> list:
+        """Put hooks on every weighted and norm layer."""
+        handles = []
+        for path, module in model.named_modules():
+            if layers.is_weighted(module) or layers.is_norm(module):
+                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
+            elif path:
+                step = (path, module)
+                handles.append(module.register_forward_pre_hook(lambda *_, step=step: self._stack.append(step)))
+                handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
+        return handles
+
+    def _enter(self, _module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        self._inside += 1
+        self._inputs.append(next(tensor for tensor in tensors_in([args, kwargs])))
+
+    def _leave(self, path: str) -> Callable[[nn.Module, tuple, dict, Tensor], None]:
+        def hook(module: nn.Module, _args: tuple, _kwargs: dict, output: Tensor) -> None:
+            source = self._inputs.pop()
+            if self._inside == 1:
+                self._called(path, module, source, output)
+            self._inside -= 1
+
+        return hook
+
+    def _called(self, path: str, module: nn.Module, source: Tensor, output: Tensor) -> None:
+        numbers = self.numbers
+        self.calls[path] = self.calls.get(path, 0) + 1
+        if path not in numbers.order:
+            numbers.order.append(path)
+        companion = self.companion(source)
+        axis = layers.channel_axis(module, source.dim())
+        columns = compact(companion.movedim(axis, 0), keep=(0,)).flatten(1)
+        if layers.is_norm(module):
+            self._normalize(path, module, columns)
+            self._put(output, companion)
+            return
+        grouped = layers.groups_of(module) > 1 and self.whole_groups(path, module)
+        numbers.consume((path, GROUP_IN if grouped else IN), columns)
+        out_axis = layers.channel_axis(module, output.dim())
+        count = output.shape[out_axis]
+        first = numbers.fresh((self._alias.get(path, path), GROUP_OUT if grouped else OUT), count)
+        if grouped:
+            groups = columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)  # a copy may pretend to have more
+            self._carry(groups, numbers.columns[path, GROUP_IN], first, count, path)
+        shape = [1] * output.dim()
+        shape[out_axis] = count
+        self._put(output, torch.arange(first, first + count).view(shape))
+
+    def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
+        self.numbers.consume((path, ENTRY), columns)
+        for group in layers.norm_groups(module, columns.shape[0]):
+            known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
+            self.numbers.tie(zip(known, known[1:], strict=False))
+
+    def _carry(self, groups: int, given: list[int], first: int, count: int, path: str) -> None:
+        """Tie what every group reads to what it writes."""
+        size, out = len(given) // groups, count // groups
+        for group in range(groups):
+            read = given[group * size : (group + 1) * size]
+            written = list(range(first + group * out, first + (group + 1) * out))
+            if min(read) < 0:
+                for number in (*[n for n in read if n >= 0], *written):
+                    self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
+            together = [*[number for number in read if number >= 0], *written]
+            self.numbers.tie(zip(together, together[1:], strict=False))
+
+    # ------------------------------------------------------------------------------------------ operations
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run an operation, then on the companions of its tensors."""
+        kwargs = dict(kwargs or {})
+        if self._inside:
+            return func(*args, **kwargs)
+        name = func.overloadpacket._qualified_op_name.split("::")[1]  # pyright: ignore[reportFunctionMemberAccess]
+        sources = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
+        for tensor in sources:
+            owner = self._owned.get(id(tensor))
+            if owner is not None and name not in ("detach", "alias", "lift_fresh"):
+                self.numbers.used_outside.setdefault(owner, name)
+        try:
+            output = func(*args, **kwargs)
+        except Exception:
+            self.met = {n for tensor in sources for n in torch.unique(compact(self.companion(tensor))).tolist() if n >= 0}
+            raise
+        results = [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]
+        if not results or (name in operations.CREATING and not (name == "zero_" or name == "fill_")):
+            return output
+        self._follow(func, name, args, kwargs, sources, results)
+        return output
+
+    def _follow(
+        self, func: Callable, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
+    ) -> None:
+        companions = {id(tensor): self.companion(tensor) for tensor in sources}
+        structural = name in operations.STRUCTURAL
+        if not structural and not any(bool((compact(each) >= 0).any()) for each in companions.values()):
+            return
+        plain = name.removesuffix("_")
+        try:
+            if structural:
+                self._structural(func, name, args, kwargs, companions, results)
+            elif name in operations.WRITING:
+                self._write(func, name, args, companions)
+            elif name in operations.RESIZING:
+                if name.startswith("max_unpool"):
+                    self.numbers.unify(companions[id(args[0])], companions[id(args[1])])
+                self._resize(companions[id(args[0])], results)
+            elif name in operations.REDUCING:
+                self._reduce(name, args, kwargs, companions[id(args[0])], results)
+            elif name in operations.NORMALIZING:
+                self._scale(args, companions, results)
+            elif name in operations.PRODUCTS:
+                self._multiply(name, args, companions, results)
+            elif name == "glu":
+                first, second = companions[id(args[0])].chunk(2, args[1] if len(args) > 1 else -1)
+                self.numbers.unify(first, second)
+                self._put(results[0], first)
+            elif torch.Tag.pointwise in func.tags or plain in operations.POINTWISE or _pointwise(plain):  # pyright: ignore
+                self._pointwise(args, sources, companions, results)
+            else:
+                self._block(companions.values(), f"{name} is not followed")
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._block(companions.values(), f"{name} is not followed ({str(error).splitlines()[0]})")
+
+    def _block(self, companions: Iterable[Tensor], reason: str) -> None:
+        for companion in companions:
+            self.numbers.block(companion, reason)
+
+    def _structural(
+        self, func: Callable, name: str, args: tuple, kwargs: dict, companions: dict[int, Tensor], results: list[Tensor]
+    ) -> None:
+        if name in ("index", "gather", "index_select", "take_along_dim"):
+            whole = companions[id(args[0])]
+            others = [each for key, each in companions.items() if key != id(args[0])]
+            if any(bool((compact(each) >= 0).any()) for each in others):
+                self._block(companions.values(), f"{name} chooses entries by their values")
+            found: object = func(whole, *args[1:], **kwargs)
+        elif name in ("clone", "_to_copy", "contiguous", "lift_fresh", "detach", "alias"):
+            own = companions[id(args[0])]
+            shared = name in ("detach", "alias", "lift_fresh") or 0 in own.stride()
+            found = own if shared else own.clone()
+        elif name == "constant_pad_nd":
+            found = self._padded(companions[id(args[0])], args[1])
+        elif name in ("cat", "stack"):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)
+        elif name in ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy"):
+            own = companions[id(args[0])]
+            found = own.view(args[0].dtype) if isinstance(args[1], torch.dtype) else None
+            if found is None:
+                try:
+                    found = own.view(results[0].shape)
+                except RuntimeError:
+                    found = own.reshape(results[0].shape)
+        else:
+            def swap(item: object) -> object:
+                return companions[id(item)] if isinstance(item, Tensor) else item
+
+            found = func(*tree_map(swap, args), **tree_map(swap, kwargs))
+        for result, each in zip(results, tree_flatten(found)[0], strict=True):
+            self._put(result, each)
+        if name in SIZED:
+            self._sizes(name, args, companions[id(args[0])], results)
+
+    # ------------------------------------------------------------------------------------------ sizes
+
+    def _sizes(self, name: str, args: tuple, whole: Tensor, results: list[Tensor]) -> None:
+        """Sizes that the operation was given, held against the attributes of the modules that are running."""
+        if name in ("split_with_sizes", "split"):
+            given = list(args[1]) if isinstance(args[1], list | tuple) else [int(args[1])]
+            dim = args[2] if len(args) > 2 else 0
+            parts = [_along(self.companion(each), dim % each.dim()) for each in results]
+            if any(_numbered(part) for part in parts):
+                self._note(given, parts)
+        elif name == "slice":
+            dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3]
+            along = _along(whole, dim % whole.dim())
+            for edge in (start, end):
+                if isinstance(edge, int) and 0 < edge < len(along) and _numbered(along):
+                    self._note([edge], [along[:edge]])
+        else:
+            for axis, size in enumerate(args[1] if isinstance(args[1], list | tuple) else ()):
+                along = _along(self.companion(results[0]), axis)
+                if isinstance(size, int) and size > 1 and _numbered(along) and _differs(along):
+                    self._note([size], [along])
+
+    def _note(self, sizes: list[int], parts: list[list[int]]) -> None:
+        """Sizes of parts, where an attribute of the innermost module that has such numbers tells them."""
+        for path, module in reversed(self._stack):
+            for name, value in vars(module).items():
+                if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
+                    for index, part in enumerate(parts):
+                        self.numbers.literals.setdefault((path, name, index), part)
+                    return
+            for size, part in zip(sizes, parts, strict=False):
+                for name, value in vars(module).items():
+                    if name.startswith("_") or isinstance(value, bool):
+                        continue
+                    if isinstance(value, int) and value == size:
+                        self.numbers.literals.setdefault((path, name, None), part)
+                    elif isinstance(value, list | tuple) and size in value and all(type(v) is int for v in value):
+                        self.numbers.literals.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
+            if any(key[0] == path for key in self.numbers.literals):
+                return
+
+    def _filled(self, count: int) -> Tensor:
+        """Fresh numbers for entries that come from no channel: zeros that fill an axis up."""
+        path = self._stack[-1][0]
+        key = (f"{path} #{self._fills[path]}", FILL)
+        self._fills[path] += 1
+        first = self.numbers.fresh(key, count)
+        numbers = list(range(first, first + count))
+        self._note([count], [numbers])
+        return torch.arange(first, first + count)
+
+    def _padded(self, companion: Tensor, pads: Sequence[int]) -> Tensor:
+        """Padding along an axis that is constant belongs to the channel; elsewhere new entries get numbers of their own."""
+        for index in range(len(pads) // 2):
+            axis = companion.dim() - 1 - index
+            low, high = pads[2 * index], pads[2 * index + 1]
+            shape = list(companion.shape)
+            shape[axis] += low + high
+            if companion.stride(axis) == 0 or (companion.shape[axis] == 1 and axis > 1):
+                companion = companion.narrow(axis, 0, 1).expand(shape)
+            elif low < 0 or high < 0:
+                companion = companion.narrow(axis, -min(low, 0), companion.shape[axis] + min(low, 0) + min(high, 0))
+                companion = self._padded(companion, [0, 0] * index + [max(low, 0), max(high, 0)])
+            else:
+                view = [-1 if d == axis else 1 for d in range(companion.dim())]
+                sides = [self._filled(count).view(view) if count else None for count in (low, high)]
+                around = list(companion.shape)
+                parts = [companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]]) for side in (sides[0], companion, sides[1]) if side is not None]
+                companion = self._joined(parts, axis, torch.Size(shape), "cat")
+        return companion
+
+    def _joined(self, parts: list[Tensor], dim: int, shape: torch.Size, name: str) -> Tensor:
+        parts = [part for part in parts if part.dim() == parts[-1].dim()]  # cat takes empty tensors of shape (0,)
+        count = parts[0].dim()
+        dim = dim % (count + (name == "stack"))
+        if name == "cat" and any(bool((compact(part) >= 0).any()) for part in parts):
+            view = [-1 if d == dim else 1 for d in range(count)]
+            parts = [self._filled(part.shape[dim]).view(view).expand(part.shape) if part.shape[dim] and not bool((compact(part) >= 0).any()) else part for part in parts]
+        for axis in range(count):
+            if (name == "stack" or axis != dim) and all(part.stride(axis) == 0 or part.shape[axis] == 1 for part in parts):
+                parts = [part.narrow(axis, 0, 1) for part in parts]
+        joined = torch.stack(parts, dim) if name == "stack" else torch.cat(parts, dim)
+        return joined.expand(shape)
+
+    def _write(self, func: Callable, name: str, args: tuple, companions: dict[int, Tensor]) -> None:
+        target = companions[id(args[0])]
+        if name not in ("copy_", "index_put_", "_index_put_impl_"):
+            self._block(companions.values(), f"{name} is not followed")
+        elif name == "copy_":
+            source = companions[id(args[1])].expand(target.shape)
+            if _writable(target):
+                target.copy_(source)
+            else:
+                self.numbers.unify(target, source)
+        elif _writable(target):
+            func(target, args[1], companions[id(args[2])], *args[3:])
+        else:
+            self._block(companions.values(), "entries of it are written by index")
+
+    def _resize(self, companion: Tensor, results: list[Tensor]) -> None:
+        leading = _same_leading(companion.shape, results[0].shape)
+        narrow = compact(companion, keep=range(leading))
+        flat = narrow.flatten(leading)
+        first = flat.amax(-1, keepdim=True)
+        self.numbers.unify(first.expand_as(flat), flat)
+        for result in results:
+            if result.dim() == results[0].dim():
+                self._put(result, first[..., 0].view(*first.shape[:-1], *[1] * (result.dim() - leading)))
+
+    def _reduce(self, name: str, args: tuple, kwargs: dict, companion: Tensor, results: list[Tensor]) -> None:
+        position = operations.REDUCING[name]
+        dims = args[position] if len(args) > position else kwargs.get("dim")
+        if isinstance(dims, bool) or dims is None or dims == []:
+            dims = list(range(companion.dim()))
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        if name in ("sort", "topk", "median", "mode"):
+            dims = [args[position] if len(args) > position and isinstance(args[position], int) and name != "topk" else args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)]
+        dims = [dim % max(companion.dim(), 1) for dim in dims]
+        narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
+        value = narrow.amax(dims, keepdim=True) if dims else narrow
+        self.numbers.unify(value.expand_as(narrow), narrow)
+        for result in results:
+            if result.dim() == companion.dim():
+                self._put(result, value)
+            else:
+                self._put(result, value.expand(*[1 if d in dims else s for d, s in enumerate(companion.shape)]).reshape(result.shape) if math.prod(result.shape) == math.prod([1 if d in dims else s for d, s in enumerate(companion.shape)]) else torch.tensor(NONE))
+
+    def _scale(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
+        """A functional batch norm: one entry of every further tensor for each entry of axis 1."""
+        own = companions[id(args[0])]
+        columns = compact(own.movedim(1, 0), keep=(0,)).flatten(1)
+        first = columns.amax(1)
+        self.numbers.unify(first[:, None].expand_as(columns), columns)
+        for other in args[1:5]:
+            if isinstance(other, Tensor):
+                self.numbers.unify(companions[id(other)], first)
+        for result in results:
+            if result.shape == own.shape:
+                self._put(result, own)
+            elif result.dim() == 1 and len(result) == len(first):
+                self._put(result, first)
+
+    def _multiply(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
+        """A matrix product: rows and columns keep their numbers where nothing along the contracted axis has any."""
+        first, second = (companions[id(tensor)] for tensor in args[-2:])
+        row, column = compact(first).amax(-1), compact(second).amax(-2)
+        mixed = bool((first.amin(-1) != first.amax(-1)).any()) or bool((second.amin(-2) != second.amax(-2)).any())
+        if mixed or (bool((row >= 0).any()) and bool((column >= 0).any())) or name in ("addmm", "baddbmm"):
+            self._block(companions.values(), f"{name} multiplies its channels with each other")
+            return
+        shape = results[0].shape
+        found = row[..., None].expand(shape) if bool((row >= 0).any()) else column[..., None, :].expand(shape)
+        self._put(results[0], found)
+
+    def _pointwise(
+        self, args: tuple, sources: list[Tensor], companions: dict[int, Tensor], results: list[Tensor]
+    ) -> None:
+        shape = results[0].shape
+        base: Tensor | None = None
+        fitting = [tensor for tensor in sources if _broadcasts(tensor.shape, shape)]
+        for tensor in sorted(fitting, key=lambda tensor: -tensor.numel()):
+            own = companions[id(tensor)]
+            spread = own.expand(shape)
+            if base is None:
+                base = spread
+                continue
+            if not bool((compact(own) >= 0).any()):
+                continue
+            lead = len(shape) - own.dim()
+            repeated = [d for d in range(len(shape)) if shape[d] > 1 and (d < lead or own.shape[d - lead] == 1)]
+            if any(_varies(base, d) for d in repeated):
+                self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
+                continue
+            self.numbers.unify(base, spread)
+            if bool((compact(base) < 0).any()):
+                a, b = _narrowed(base, spread)
+                base = torch.where(a >= 0, a, b).expand(shape)
+        if base is None:
+            return
+        if isinstance(args[0], Tensor) and results[0] is args[0]:
+            target = companions[id(args[0])]
+            if _writable(target):
+                target.copy_(base)
+                return
+        for result in results:
+            if result.shape == shape:
+                self._put(result, base)
+
+
+def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:
+    """The companion with every axis along which it is constant by stride 0 cut to one entry, but for those to keep."""
+    kept = set(keep)
+    for axis in range(companion.dim()):
+        if axis not in kept and companion.shape[axis] > 1 and companion.stride(axis) == 0:
+            companion = companion.narrow(axis, 0, 1)
+    return companion
+
+
+def _narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two companions of one shape, axes along which both are constant cut to one entry."""
+    for axis in range(first.dim()):
+        if first.shape[axis] > 1 and first.stride(axis) == 0 and second.stride(axis) == 0:
+            first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
+    return first, second
+
+
+def _writable(companion: Tensor) -> bool:
+    return not any(size > 1 and stride == 0 for size, stride in zip(companion.shape, companion.stride(), strict=True))
+
+
+def _varies(companion: Tensor, axis: int) -> bool:
+    """Whether numbers differ along an axis."""
+    if companion.shape[axis] < 2 or companion.stride(axis) == 0:
+        return False
+    narrow = compact(companion, keep=(axis,))
+    return bool((narrow.amax(axis) != narrow.amin(axis)).any())
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False
+
+
+def _same_leading(first: torch.Size, second: torch.Size) -> int:
+    """How many leading axes (samples, channels) a pooling or an interpolation leaves alone."""
+    grid = min(len(first), len(second))
+    return next((axis for axis in range(grid) if first[axis] != second[axis]), min(2, grid)) if grid > 2 and first[:2] != second[:2] else min(2, grid)
+
+
+def _along(companion: Tensor, axis: int) -> list[int]:
+    """The numbers along one axis, at the first entry of the others."""
+    for other in range(companion.dim()):
+        if other != axis and companion.shape[other] > 1:
+            companion = companion.narrow(other, 0, 1)
+    return companion.flatten().tolist()
+
+
+def _numbered(numbers: Sequence[int]) -> bool:
+    return any(number >= 0 for number in numbers)
+
+
+def _differs(numbers: Sequence[int]) -> bool:
+    return len(set(numbers)) > 1
+
+
+def _pointwise(name: str) -> bool:
+    """Whether the operation that an in-place one stands for is elementwise."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if packet is not None else []
+    return any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads)
+
+
+def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:
+    """Bare tensors by identity, those of layers with their layer, and layers that share a weight with an earlier one."""
+    bare: dict[int, str] = {}
+    owned: dict[int, str] = {}
+    alias: dict[str, str] = {}
+    weights: dict[int, str] = {}
+    for path, module in model.named_modules():
+        if not (layers.is_weighted(module) or layers.is_norm(module)):
+            continue
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            owned[id(tensor)] = path
+            if layers.is_weighted(module) and "weight" in name:
+                earlier = weights.setdefault(id(tensor), path)
+                if earlier != path and layers.size(module, OUT) == layers.size(model.get_submodule(earlier), OUT) and type(module) is type(model.get_submodule(earlier)):
+                    alias[path] = earlier
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in owned:
+            bare.setdefault(id(tensor), path)
+    return bare, owned, alias
