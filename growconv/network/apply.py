@@ -8,7 +8,7 @@ from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
 from growconv.network.event import GrowthEvent, Optimizers, count_parameters
-from growconv.network.exchange import Journal, exchange, overwritten
+from growconv.network.exchange import Journal, exchange, overwritten, refresh
 from growconv.network.model import unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.plan import plan_growth, plan_removal
@@ -71,6 +71,7 @@ def grow(
     journal = Journal(model, optimizers, overwritten(plan.changes))
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
+        refresh(model)
         return event
     except BaseException:
         journal.restore()
@@ -115,6 +116,7 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
     journal = Journal(model, optimizers, overwritten(plan.changes))
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
+        refresh(model)
         return event
     except BaseException:
         journal.restore()

@@ -206,5 +206,7 @@ def apply_block_edit(
         weight = next(old.parameters())
         new = built(edit["replace"])  # pyright: ignore[reportArgumentType]
         new.to(weight.device, weight.dtype).train(old.training).requires_grad_(weight.requires_grad)
-    replace_parameters(optimizers, removed, list(new.parameters()))
+    kept = {id(parameter) for parameter in new.parameters()}
+    gone = [(name, parameter) for name, parameter in removed if id(parameter) not in kept]
+    replace_parameters(optimizers, gone, list(new.parameters()))
     model.set_submodule(path, new)

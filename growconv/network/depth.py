@@ -197,7 +197,7 @@ def merge_pair(
     optimizers = as_optimizers(optimizer)
     for path in (producer, consumer):
         blocks.check_replaceable(model, path, optimizers)
-    new = [merged, nn.Identity()]
+    new = [merged, nn.Identity().train(second.training)]
     edits = [
         {"module": path, "replace": blocks.described(each)}
         for path, each in zip((producer, consumer), new, strict=True)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from growconv.errors import ArgumentValueError, CheckpointError, SurgeryError
 from growconv.network import blocks
-from growconv.network.exchange import Journal, exchange
+from growconv.network.exchange import Journal, exchange, refresh
 from growconv.network.model import attribute, unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.plan import Change
@@ -164,6 +164,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
     try:
         for edit in edits:
             _apply_edit(model, edit, optimizers)
+        refresh(model)
         return  # inside, so that an interrupt at this line still undoes it
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
@@ -189,12 +190,14 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
         tensor = attribute(model, path)
         if not isinstance(tensor, Tensor):
             raise AttributeError(f"{path} is no tensor")
-        axis = _integer(edit["axis"])
+        axis = _integer(edit["axis"], tensor.dim() - 1)
         change = Change(path, tensor)
         if "removed" in edit:
-            change.removed[axis] = tuple(edit["removed"])  # pyright: ignore[reportArgumentType]
+            gone = edit["removed"]
+            change.removed[axis] = tuple(_integer(at, tensor.shape[axis] - 1) for at in gone)  # pyright: ignore
         else:
-            change.insertions.append(Insertion(axis, _integer(edit["position"]), _integer(edit["count"])))
+            position = _integer(edit["position"], tensor.shape[axis])
+            change.insertions.append(Insertion(axis, position, _integer(edit["count"])))
             change.values.append(None)
         if isinstance(tensor, nn.Parameter):
             check_optimizers(optimizers, [(path, tensor)])
@@ -203,9 +206,9 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
         blocks.apply_block_edit(model, edit, optimizers)
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+def _integer(value: object, most: int | None = None) -> int:
+    if not isinstance(value, int) or value < 0 or (most is not None and value > most):
+        raise IndexError(f"{value!r} is no whole number from 0 to {'infinity' if most is None else most}")
     return value
 
 

@@ -93,14 +93,14 @@ def exchange(
         attributes: per module path and name the value to set.
         optimizers: their groups and state follow.
     """
-    places: dict[int, list[tuple[nn.Module, dict, str]]] = {}
+    places: dict[int, list[tuple[dict, str]]] = {}
     for module in model.modules():
         for registered in (module._parameters, module._buffers):
             for name, value in registered.items():
-                places.setdefault(id(value), []).append((module, registered, name))
+                places.setdefault(id(value), []).append((registered, name))
     built = [(change, _successor(change)) for change in changes if change.resizes]
     for change, new in built:
-        for _, registered, name in places[id(change.tensor)]:
+        for registered, name in places[id(change.tensor)]:
             registered[name] = new
         if isinstance(change.tensor, nn.Parameter) and isinstance(new, nn.Parameter):
             migrate(optimizers, change.tensor, new, change)
@@ -110,10 +110,13 @@ def exchange(
             change.tensor.detach().copy_(change.revised)
     for (path, name), value in attributes.items():
         setattr(model.get_submodule(path), name, value)
-    for change in changes:
-        for module, _, _ in places[id(change.tensor)]:
-            if layers.is_weighted(module):
-                layers.adapter(module).refresh()
+
+
+def refresh(model: nn.Module) -> None:
+    """Let layers derive anew what they keep beside their stored tensors, once all of those have been exchanged."""
+    for module in model.modules():
+        if layers.is_weighted(module):
+            layers.adapter(module).refresh()
 
 
 def _successor(change: Change) -> Tensor:

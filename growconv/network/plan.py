@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
@@ -386,19 +387,16 @@ class _Proposed:
         if old is not None:
             return front[old]
         shape = (entries, *front.shape[1:])
-        if path in self.site.producers:
-            return self._fitted(
-                self._given(self.growth.incoming, path, "incoming entries"), shape, {}, f"incoming entries of {path}"
-            )
-        if path in self.site.consumers:
-            given = self._given(self.growth.outgoing, path, "outgoing entries").movedim(1, 0)
-            return self._fitted(given, shape, {}, f"outgoing entries of {path}") * self.amplitude
+        for role, given, at in (("incoming", self.growth.incoming, 0), ("outgoing", self.growth.outgoing, 1)):
+            if path in (self.site.producers if role == "incoming" else self.site.consumers):
+                values = self._given(given, path, f"{role} entries").movedim(at, 0)
+                values = self._fitted(_padded(values, shape), shape, {}, f"{role} entries of {path}")
+                return values * self.amplitude if role == "outgoing" else values
         if path in self.growth.entries:
             return self._fitted(self.growth.entries[path], shape, {}, f"new entries of {path}")
         if not tensor.is_floating_point() and not tensor.is_complex():
             return front[-1:].expand(shape)
-        own = front[self.site.entries(path, ENTRY)]
-        return own.mean(0, keepdim=True).expand(shape)
+        return front[self.site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
 
     def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
         """A value a channel, or one an entry, as one an entry."""
@@ -511,6 +509,13 @@ def positions_now(
             f"the groups that the {label} belong to have grown unlike each other", where=key[0], fix=AGAIN
         )
     return inside[0]
+
+
+def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros behind the entries of every axis: slices of a kernel whose other rank has grown since, at its end."""
+    if values.dim() != len(shape) or any(mine > now for mine, now in zip(values.shape, shape, strict=True)):
+        return values
+    return F.pad(values, [side for m, n in zip(values.shape[::-1], shape[::-1], strict=True) for side in (0, n - m)])
 
 
 def require_finite(tensor: Tensor, label: str, site: Site) -> None:

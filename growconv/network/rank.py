@@ -40,8 +40,6 @@ class RankSite(Site):
         width: the rank now.
     """
 
-    appends = True  # terms come last, so that older slices can be padded where the other rank has grown
-
     def __init__(self, model: nn.Module, path: str, side: str | None = None) -> None:
         try:
             module = model.get_submodule(path)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import nn
 
@@ -31,7 +31,6 @@ class Site(ABC):
         consumers: paths of what consumes them.
         layout: where the channels lie.
         space: which of the layout's spaces this site is.
-        appends: whether entries of other spaces always come at the end of an axis, so that older weights can be padded.
     """
 
     model: nn.Module
@@ -42,7 +41,6 @@ class Site(ABC):
     consumers: tuple[str, ...]
     layout: Layout
     space: int
-    appends: ClassVar[bool] = False
 
     @abstractmethod
     def of(self, model: nn.Module | None) -> Self:

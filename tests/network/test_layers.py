@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from growconv.convolution.cp import CPConv2d
 from growconv.errors import SiteError, SurgeryError
 from growconv.network import layers
+from growconv.network.exchange import exchange
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Layout, Place, Run
 from growconv.network.plan import Plan
-from growconv.network.exchange import exchange
 from tests.network import hand
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -125,7 +125,7 @@ class Weighted(Adapter):
         twin.__dict__.update(zip(self.names, (weight.shape[0], weight.shape[1] * groups), strict=True))
         if groups != self.groups:
             twin.__dict__["groups"] = groups
-        return twin.forward(x)
+        return kind.forward(twin, x)
 
     def pretended(self, x: Tensor, width: int | None = None) -> Tensor:
         """Zeros of the shape that the layer would return for any number of channels; nothing is computed.
