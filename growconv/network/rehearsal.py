@@ -385,8 +385,8 @@ class Pretender:
             if module is not None:
                 before = layers.size(module, OUT)
                 self._widths[key[0]] = len(owners_of(runs, units))
-                layers.set_size(module, OUT, self._widths[key[0]])
-                undo.append(lambda module=module, before=before: layers.set_size(module, OUT, before))
+                layers.set_outputs(module, self._widths[key[0]])
+                undo.append(lambda module=module, before=before: layers.set_outputs(module, before))
             elif key[1] == ENTRY and key[0] in layout.dims:
                 undo.append(_repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units)))
         for each in layout.attributes:

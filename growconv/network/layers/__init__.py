@@ -10,11 +10,12 @@ from growconv.network.layers.base import Adapter, Part, Removal, Slot
 from growconv.network.layers.factorized import Factorized
 from growconv.network.layers.norms import GroupNorm, Norm, PReLU
 from growconv.network.layers.weighted import Convolution, TransposedConvolution, Weighted
+from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem", "set_size",
-    "size", "weighted",
+    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
+    "set_outputs", "size", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -107,21 +108,30 @@ def size(module: nn.Module, side: str) -> int:
     return adapter(module).size(side)
 
 
-def set_size(module: nn.Module, side: str, value: int) -> None:
-    """Set the attribute that tells the length of an axis, and nothing else."""
-    found = adapter(module)
-    for name in found.counts({side: value - found.size(side)}):
-        setattr(module, name, value)
-
-
-def pretended(module: nn.Module, x: Tensor, width: int | None) -> Tensor:
-    """Zeros of the shape that a weighted layer would return, for any number of channels; see `Weighted.pretended`."""
-    return weighted(module).pretended(x, width)
-
-
 def channel_axis(module: nn.Module, ndim: int) -> int:
     """The channel axis of an input or output with `ndim` axes."""
     return adapter(module).channel_axis(ndim)
+
+
+def set_outputs(module: nn.Module, count: int) -> None:
+    """Let a weighted layer say that it has so many outputs; its tensors stay."""
+    setattr(module, weighted(module).names[0], count)
+
+
+def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tensor:
+    """Zeros of the shape that a weighted layer gives for any number of input channels.
+
+    Args:
+        module: the layer.
+        x: its input.
+        outputs: how many it has; None: as many as now, whole groups more where it is given whole groups more.
+    """
+    layer = weighted(module)
+    axis = layer.channel_axis(x.dim())
+    inputs = x.shape[axis] if layer.groups > 1 else layer.size(IN)
+    count = outputs or layer.size(OUT) * inputs // layer.size(IN)
+    one = layer.apply(x.narrow(axis, 0, 1), x.new_zeros(1, 1, *layer.kernel_size), None, groups=1)
+    return x.new_zeros(*one.shape[:axis], count, *one.shape[axis + 1 :])
 
 
 def problem(module: nn.Module) -> str | None:

@@ -127,20 +127,6 @@ class Weighted(Adapter):
             twin.__dict__["groups"] = groups
         return kind.forward(twin, x)
 
-    def pretended(self, x: Tensor, width: int | None = None) -> Tensor:
-        """Zeros of the shape that the layer would return for any number of channels; nothing is computed.
-
-        Args:
-            x: what the layer would be given.
-            width: its outputs; None: as many as it has, with more groups where it is given more groups.
-        """
-        if width is None:
-            more = x.shape[self.channel_axis(x.dim())] if self.groups > 1 else self.size(IN)
-            width = self.size(OUT) * more // self.size(IN)
-        axis = self.channel_axis(x.dim())
-        one = self.apply(x.detach().narrow(axis, 0, 1), x.new_zeros(1, 1, *self.kernel_size), None, groups=1)
-        return x.new_zeros(*x.shape[:axis], width, *one.shape[axis + 1 :])
-
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
         if not self.transposed:
