@@ -96,12 +96,7 @@ def insert_layer(
 
 
 def insert_copy(
-    model: nn.Module,
-    path: str,
-    *,
-    example_input: object = None,
-    identity: bool = False,
-    optimizer: Optimizers = None,
+    model: nn.Module, path: str, *, example_input: object = None, identity: bool = False, optimizer: Optimizers = None
 ) -> GrowthEvent:
     """Put a copy of a whole block behind it: growth in depth.
 
