@@ -8,27 +8,23 @@ from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
 from growconv.network.event import GrowthEvent, Optimizers, count_parameters
-from growconv.network.exchange import Journal, exchange, overwritten
+from growconv.network.exchange import Journal, exchange, overwritten, refresh
 from growconv.network.model import unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.plan import plan_growth, plan_removal
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 
 
 def grow(
-    model: nn.Module,
-    site: GrowthSite,
-    growth: ChannelGrowth,
-    amplitude: float = 1.0,
-    optimizer: Optimizers = None,
+    model: nn.Module, site: Site, growth: ChannelGrowth, amplitude: float = 1.0, optimizer: Optimizers = None
 ) -> GrowthEvent:
     """Put new channels into a model, in place, as a whole or not at all.
 
-    Everything is checked and built before anything changes, and an error or interrupt afterwards undoes it. New channels
-    come after the site's old ones. Parameters are replaced by larger ones with the same requires_grad, dtype, device,
-    memory format and hooks, in every module that has them and in the optimizer's groups; the optimizer's state for old
-    entries stays, new entries start at zero, and Adam corrects their bias by their own age.
+    Everything is checked and built before anything changes, and an error or interrupt afterwards undoes it. New
+    channels come after the site's old ones. Parameters are replaced by larger ones with the same requires_grad, dtype,
+    device, memory format and hooks, in every module that has them and in the optimizer's groups; the optimizer's state
+    for old entries stays, and new entries train as a new optimizer would train them (`network.entry_ages`).
 
     Args:
         model: the raw model of the site, or one with the same names.
@@ -71,13 +67,14 @@ def grow(
     journal = Journal(model, optimizers, overwritten(plan.changes))
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
+        refresh(model)
         return event
     except BaseException:
         journal.restore()
         raise
 
 
-def shrink(model: nn.Module, site: GrowthSite, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
+def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
     """Take channels out of a model, in place, as a whole or not at all: the inverse of grow.
 
     Args:
@@ -115,6 +112,7 @@ def shrink(model: nn.Module, site: GrowthSite, channels: Sequence[int], optimize
     journal = Journal(model, optimizers, overwritten(plan.changes))
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
+        refresh(model)
         return event
     except BaseException:
         journal.restore()
@@ -122,20 +120,20 @@ def shrink(model: nn.Module, site: GrowthSite, channels: Sequence[int], optimize
 
 
 def _grow_again(
-    site: GrowthSite, growth: ChannelGrowth, amplitude: float, width: int, model: nn.Module, optimizer: Optimizers
+    site: Site, growth: ChannelGrowth, amplitude: float, width: int, model: nn.Module, optimizer: Optimizers
 ) -> GrowthEvent:
     _require_width(site, width, model)
     return grow(model, site, growth, amplitude, optimizer)
 
 
 def _shrink_again(
-    site: GrowthSite, channels: tuple[int, ...], width: int, model: nn.Module, optimizer: Optimizers
+    site: Site, channels: tuple[int, ...], width: int, model: nn.Module, optimizer: Optimizers
 ) -> GrowthEvent:
     _require_width(site, width, model)
     return shrink(model, site, channels, optimizer)
 
 
-def _require_width(site: GrowthSite, width: int, model: nn.Module) -> None:
+def _require_width(site: Site, width: int, model: nn.Module) -> None:
     found = _site_of(site, unwrapped(model)).width
     if found != width:
         raise SurgeryError(
@@ -147,8 +145,8 @@ def _require_width(site: GrowthSite, width: int, model: nn.Module) -> None:
         )
 
 
-def _site_of(site: GrowthSite, model: nn.Module) -> GrowthSite:
-    if not isinstance(site, GrowthSite):
+def _site_of(site: Site, model: nn.Module) -> Site:
+    if not isinstance(site, Site):
         raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__)
     site = site.of(model)
     site.check()

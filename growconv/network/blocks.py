@@ -32,7 +32,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activation: str) -> nn.Module:
+def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activation: str, seed: int = 0) -> nn.Module:
     """A new layer that starts as the identity on what its activation leaves alone.
 
     Args:
@@ -41,7 +41,14 @@ def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activa
         axes: grid axes; 0 for a linear layer.
         kernel_size: odd number of taps per axis.
         activation: "relu", "relu6" or "prelu".
+        seed: of the random weights, so that a replayed layer has the same.
     """
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        return _identity_layer(kind, channels, axes, kernel_size, activation)
+
+
+def _identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activation: str) -> nn.Module:
     if kind == "convolution":
         layer = _layer(channels, axes, kernel_size)
         with torch.no_grad():
@@ -104,10 +111,8 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def check_replaceable(
-    model: nn.Module, paths: Sequence[str], optimizers: Sequence[Optimizer]
-) -> list[tuple[str, nn.Parameter]]:
-    """Check that modules and their parameters can go.
+def check_replaceable(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[tuple[str, nn.Parameter]]:
+    """Check that a module and its parameters can go.
 
     Returns:
         Path and Parameter of everything that goes.
@@ -116,23 +121,15 @@ def check_replaceable(
         SiteError: a module that cannot be replaced.
         SurgeryError: a parameter that another module shares, or that no optimizer owns.
     """
-    inside = [each for path in paths for each in module_at(model, path).modules()]
+    inside = list(module_at(model, path).modules())
     outside = [each for each in model.modules() if all(each is not own for own in inside)]
     shared = {id(parameter) for module in outside for parameter in module.parameters(recurse=False)}
-    removed = [(f"{path}.{n}", p) for path in paths for n, p in model.get_submodule(path).named_parameters()]
-    for path, parameter in removed:
+    removed = [(f"{path}.{name}", parameter) for name, parameter in inside[0].named_parameters()]
+    for name, parameter in removed:
         if id(parameter) in shared:
-            raise SurgeryError("the parameter is shared with another module", where=path)
+            raise SurgeryError("the parameter is shared with another module", where=name)
     check_optimizers(optimizers, removed)
     return removed
-
-
-def put(model: nn.Module, path: str, new: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Put a module in the place of another, and its parameters in the place of those that go."""
-    old = module_at(model, path)
-    removed = [(f"{path}.{name}", parameter) for name, parameter in old.named_parameters()]
-    replace_parameters(optimizers, removed, list(new.parameters()))
-    model.set_submodule(path, new)
 
 
 def insert(model: nn.Module, path: str, values: Mapping[str, object], optimizers: Sequence[Optimizer]) -> nn.Module:
@@ -182,8 +179,16 @@ def _pair(model: nn.Module, path: str, children: Mapping[str, nn.Module]) -> Non
     model.set_submodule(path, pair)
 
 
-def apply_block_edit(model: nn.Module, edit: Mapping[str, object], optimizers: Sequence[Optimizer]) -> None:
+def apply_block_edit(
+    model: nn.Module, edit: Mapping[str, object], optimizers: Sequence[Optimizer], new: nn.Module | None = None
+) -> None:
     """Do what an edit with "insert", "copy" or "replace" says.
+
+    Args:
+        model: the model.
+        edit: what to do.
+        optimizers: their groups and state follow.
+        new: the module that "replace" puts in, with its weights; None to build one.
 
     Raises:
         KeyError: for an edit that is none of these.
@@ -191,10 +196,17 @@ def apply_block_edit(model: nn.Module, edit: Mapping[str, object], optimizers: S
     path = str(edit["module"])
     if "insert" in edit:
         insert(model, path, edit["insert"], optimizers)  # pyright: ignore[reportArgumentType]
-    elif "copy" in edit:
+        return
+    if "copy" in edit:
         insert_twin(model, path, edit["copy"], optimizers)  # pyright: ignore[reportArgumentType]
-    else:
-        old = module_at(model, path)
+        return
+    removed = check_replaceable(model, path, optimizers)
+    if new is None:
+        old = model.get_submodule(path)
         weight = next(old.parameters())
         new = built(edit["replace"])  # pyright: ignore[reportArgumentType]
-        put(model, path, new.to(weight.device, weight.dtype).train(old.training), optimizers)
+        new.to(weight.device, weight.dtype).train(old.training).requires_grad_(weight.requires_grad)
+    kept = {id(parameter) for parameter in new.parameters()}
+    gone = [(name, parameter) for name, parameter in removed if id(parameter) not in kept]
+    replace_parameters(optimizers, gone, list(new.parameters()))
+    model.set_submodule(path, new)

@@ -1,39 +1,33 @@
-"""Growing in depth: a new layer in front of a reader that leaves the function as it is."""
+"""Other layers than before: a new one in front, a copied block behind, two convolutions for one, one for two.
 
-from collections.abc import Mapping
-from typing import Any
+All of it is surgery like any other: checked before anything changes, as a whole or not at all, an event that replays.
+Find the sites again afterwards.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from growconv.errors import ArgumentValueError, SiteError, SurgeryError
-from growconv.network import layers
-from growconv.network.graph import unwrapped
-from growconv.network.optimizer import as_optimizers
+from growconv.convolution.arguments import PerAxis, per_axis
+from growconv.convolution.geometry import Geometry
+from growconv.convolution.kernels import Conv, compose_convs, make_conv
+from growconv.convolution.split import split_kernel
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
+from growconv.network import blocks, layers
+from growconv.network.event import Edit, GrowthEvent, Optimizers, Recipe, count_parameters
+from growconv.network.exchange import Journal
+from growconv.network.layout import IN
+from growconv.network.model import example_arguments, undisturbed, unwrapped
+from growconv.network.optimizer import add_parameters, as_optimizers
 from growconv.network.routes import Activation
 from growconv.network.site import GrowthSite
-from growconv.network.surgery import GrowthEvent, count_parameters
 
 KINDS = ("convolution", "residual")
-IDEMPOTENT = {"relu": nn.ReLU, "relu6": nn.ReLU6}  # f(f(x)) = f(x)
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-class Residual(nn.Module):
-    """x + body(x).
-
-    Args:
-        body: what is added; its last norm starts at zero, so that the block starts as the identity.
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block."""
-        return x + self.body(x)
 
 
 def insert_layer(
@@ -43,32 +37,34 @@ def insert_layer(
     kind: str = "convolution",
     kernel_size: int = 3,
     consumer: str | None = None,
-    optimizer: Any = None,
+    optimizer: Optimizers = None,
 ) -> GrowthEvent:
-    """Put a new layer in front of a reader of a site; the model's function stays as it is, in train and eval mode.
+    """Put a new layer in front of a consumer of a site; the model's function stays as it is, in train and eval mode.
 
-    The reader's module becomes a Sequential of the new layer ("inserted") and the reader itself ("reader"), so that its
-    parameters have new paths. Find the sites again afterwards: the new layer's channels are one.
+    The consumer's module becomes a Sequential of the new layer ("inserted") and the consumer itself ("consumer"), so
+    that its parameters have new paths.
 
     Args:
-        model: the raw model of the site.
-        site: where; the new layer gets as many channels as the reader reads.
+        model: the raw model of the site, or one with the same names.
+        site: where; the new layer gets as many channels as the consumer reads.
         kind: "convolution": an identity convolution and an activation that does not change what it reads (the one
             before, where applying it twice changes nothing, else a PReLU of slope 1). "residual": x + body(x) with two
-            convolutions whose last norm starts at zero.
-        kernel_size: odd number of taps per axis; a linear reader gets a linear layer.
-        consumer: which reader, where the site has several.
-        optimizer: the optimizer (or a list); new parameters join the group of the reader's weight.
+            convolutions, the last norm (of linear layers: the last one) starting at zero.
+        kernel_size: odd number of taps per axis; a linear consumer gets a linear layer.
+        consumer: which one, where the site has several.
+        optimizer: the optimizer (or a list); new parameters join the group of the consumer's weight.
 
     Returns:
-        The event; its edits replay through apply_edits.
+        The event.
 
     Raises:
-        SiteError: when the site has several readers and none was named.
+        SiteError: when the site has several consumers and none was named.
         ArgumentValueError: for an unknown kind or an even kernel size.
+        SurgeryError: the optimizer does not own the consumer's weight.
     """
     model = unwrapped(model)
-    site.check(model)
+    site = site.of(model)
+    site.check()
     if kind not in KINDS:
         raise ArgumentValueError("unknown kind of layer", expected=" or ".join(KINDS), got=kind)
     if kernel_size < 1 or kernel_size % 2 == 0:
@@ -78,128 +74,309 @@ def insert_layer(
     path = consumer if consumer is not None else site.consumers[0]
     if path not in site.consumers or (consumer is None and len(site.consumers) > 1):
         raise SiteError(
-            "name the reader that gets a layer in front",
+            "name the consumer that gets a layer in front",
             where=site.name,
             expected=" or ".join(site.consumers),
             got=consumer,
         )
-    reader = model.get_submodule(path)
-    optimizers = as_optimizers(optimizer)
-    groups = _groups(optimizers, reader, path)
-    alone = len(site.spaces.bindings[(path, "reads", 0)].layout) == 1  # else other channels went another way
-    steps = next((route.steps for route in site.routes if route.consumer == path and alone), ())
-    names = [step.name.lower() for step in steps if isinstance(step, Activation)]
-    activation = names[-1] if names and names[-1] in IDEMPOTENT else "prelu"
-    grid_axes = _grid_axes(site, path)
-    if kind == "residual" and isinstance(reader, nn.Linear) and grid_axes:
-        raise SiteError("a residual block needs a reader of one location a sample, or a convolution", where=path)
+    layer = layers.weighted(blocks.module_at(model, path))
     specification = {
         "kind": kind,
-        "channels": layers.input_width(reader),
-        "axes": 0 if isinstance(reader, nn.Linear) else layers.axes_of(reader),
+        "channels": layer.size(IN),
+        "axes": len(layer.kernel_size),
         "kernel_size": kernel_size,
-        "activation": activation,
+        "activation": _activation(site, path),
+        "seed": int(torch.randint(2**31, ())),
     }
-    before = count_parameters(model)
+    optimizers = as_optimizers(optimizer)
+    add_parameters(optimizers, next(layer.module.parameters()), (), path)  # checks only
     edit = {"module": path, "insert": specification}
-    inserted = replay_insertion(model, edit)
-    for group in groups:
-        group["params"].extend(inserted.parameters())
-    return GrowthEvent(
-        site=site.name,
-        method="insert_layer",
-        channels=0,
-        width_before=site.width,
-        width_after=site.width,
-        amplitude=0.0,
-        gains=(),
-        reason=f"an identity {kind} in front of {path}",
-        edits=(edit,),
-        parameters_before=before,
-        parameters_after=count_parameters(model),
-    )
+    width, reason = site.width, f"an identity {kind} in front of {path}"
+    return _put(model, [edit], optimizers, site.name, "insert_layer", (width, width), reason)
 
 
-def replay_insertion(model: nn.Module, edit: Mapping[str, Any]) -> nn.Module:
-    """Put the layer that an edit describes in front of a module; returns the new layer."""
-    path = str(edit["module"])
-    reader = model.get_submodule(path)
-    weight = next(reader.parameters())
-    new = build(**edit["insert"]).to(weight.device, weight.dtype).train(reader.training)
-    pair = nn.Sequential()
-    pair.add_module("inserted", new)
-    pair.add_module("reader", reader)
-    pair.training = reader.training
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, pair)
-    return new
+def insert_copy(
+    model: nn.Module, path: str, *, example_input: object = None, identity: bool = False, optimizer: Optimizers = None
+) -> GrowthEvent:
+    """Put a copy of a whole block behind it: growth in depth.
 
-
-def build(kind: str, channels: int, axes: int, kernel_size: int, activation: str) -> nn.Module:
-    """A new layer that starts as the identity on what its activation leaves alone.
+    The module becomes a Sequential of itself ("original") and its copy ("inserted"). As in Gong et al., "Efficient
+    training of BERT by progressively stacking" (ICML 2019), the copy has the trained weights, and the function changes.
 
     Args:
-        kind: "convolution" or "residual".
-        channels: channels in and out.
-        axes: grid axes; 0 for a linear layer.
-        kernel_size: odd number of taps per axis.
-        activation: "relu", "relu6" or "prelu".
+        model: the raw model.
+        path: module path of a block whose outputs have the shape of its inputs.
+        example_input: what the model's forward takes: to check those shapes before anything changes.
+        identity: leave the function as it is: the last layer of a residual block (of its branch) starts at zero in the
+            copy. Which one that is, is tried out on `example_input`.
+        optimizer: the optimizer (or a list); each new parameter joins the group of its original.
+
+    Returns:
+        The event; its reason says which layer is zero.
+
+    Raises:
+        SiteError: there is no such block.
+        SurgeryError: its shapes differ, or no layer makes the copy the identity.
     """
-    if kind == "convolution":
-        layer = _layer(channels, axes, kernel_size)
-        with torch.no_grad():
-            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
-            _identity(layer, axes)
-        return nn.Sequential(layer, _activation(activation))
-    last = _BATCH_NORMS[axes](channels)
-    nn.init.zeros_(last.weight)
-    body = nn.Sequential(
-        _layer(channels, axes, kernel_size, bias=False),
-        _BATCH_NORMS[axes](channels),
-        nn.ReLU(),
-        _layer(channels, axes, kernel_size, bias=False),
-        last,
-    )
-    return Residual(body)
-
-
-def _layer(channels: int, axes: int, kernel_size: int, bias: bool = True) -> nn.Module:
-    if axes == 0:
-        return nn.Linear(channels, channels, bias=bias)
-    return _CONVOLUTIONS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
-
-
-def _identity(layer: nn.Module, axes: int) -> None:
-    weight: Any = layer.weight
-    if axes == 0:
-        nn.init.eye_(weight)
-    else:
-        nn.init.dirac_(weight)
-
-
-def _activation(name: str) -> nn.Module:
-    return nn.PReLU(init=1.0) if name == "prelu" else IDEMPOTENT[name]()
-
-
-def _grid_axes(site: GrowthSite, path: str) -> int:
-    """Axes besides the sample and the features in what a linear reader reads."""
-    source = site.spaces.bindings[(path, "reads", 0)].nodes[0].all_input_nodes[0]
-    return len(site.spaces.graph.values[source]) - 2
-
-
-def _groups(optimizers: tuple[Any, ...], reader: nn.Module, path: str) -> list[dict[str, Any]]:
-    """The optimizer groups that the reader's first parameter is in."""
-    weight = next(reader.parameters())
-    groups = [
-        group
-        for each in optimizers
-        for group in each.param_groups
-        if any(parameter is weight for parameter in group["params"])
-    ]
-    if optimizers and not groups:
-        raise SurgeryError(
-            "the optimizer does not own this layer's weight, so that new parameters have no group to join",
-            where=path,
-            fix="pass the optimizer that trains the layer, or optimizer=None",
+    model, optimizers = unwrapped(model), as_optimizers(optimizer)
+    block = blocks.module_at(model, path)
+    zeroed = None
+    if identity and example_input is None:
+        raise ArgumentValueError(
+            "an identity copy needs an example", expected="example_input=...", got=None, where=path
         )
-    return groups
+    if example_input is not None:
+        given, returned = _seen(model, block, example_input, path)
+        if given.shape != returned.shape:
+            raise SurgeryError(
+                "the block's output has another shape than its input, so that its copy cannot take it",
+                where=path,
+                expected=tuple(given.shape),
+                got=tuple(returned.shape),
+                fix="copy a block without stride and change of width",
+            )
+        zeroed = _silencing(block, returned, path) if identity else None
+    edit = {"module": path, "copy": zeroed}
+    reason = f"a copy behind {path}" + (f" with {zeroed} at zero" if zeroed else "")
+    return _put(model, [edit], optimizers, path, "insert_copy", (0, 0), reason)
+
+
+def merge_pair(
+    model: nn.Module, site: GrowthSite, *, borders: bool = False, optimizer: Optimizers = None
+) -> GrowthEvent:
+    """Put one convolution in the place of two with nothing in between.
+
+    The first module becomes the composite convolution, the second an `nn.Identity`.
+
+    Args:
+        model: the raw model of the site, or one with the same names.
+        site: a pair of convolutions with no norm, activation or pooling in between.
+        borders: accept that outputs whose window reaches into the zero padding of the second convolution change
+            (`growconv.convolution.kernels.exact_locations` says which ones). Without it such a pair is refused.
+        optimizer: the optimizer (or a list) that trains the model; the new parameters take the old ones' place, without
+            state.
+
+    Returns:
+        The event; its `details` say whether the function is the same up to rounding, at the borders too ("exact").
+
+    Raises:
+        SiteError: a site that the model does not have.
+        SurgeryError: a pair that is no single convolution; nothing has changed then.
+    """
+    model = unwrapped(model)
+    if not isinstance(site, GrowthSite):
+        raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__, where="merge_pair")
+    site = site.of(model)
+    site.check()
+    problem = _why_no_pair(site)
+    if problem:
+        raise SurgeryError(
+            problem,
+            where=site.name,
+            expected="two plain convolutions, the second reading the first one's output and nothing else",
+        )
+    producer, consumer = site.producers[0], site.consumers[0]
+    first, second = model.get_submodule(producer), model.get_submodule(consumer)
+    padded = any(low or high for low, high in Geometry.of(second).padding)
+    if padded and not borders:
+        raise SurgeryError(
+            "the second convolution pads with zeros, so one convolution differs at the borders",
+            where=consumer,
+            expected="no padding in the second convolution",
+            got=f"padding {Geometry.of(second).padding}",
+            fix="pass borders=True to accept that",
+        )
+    merged = compose_convs(first, second)  # pyright: ignore[reportArgumentType]
+    trained = any(each.requires_grad for each in (*first.parameters(), *second.parameters()))
+    merged.requires_grad_(trained).train(first.training)
+    optimizers = as_optimizers(optimizer)
+    for path in (producer, consumer):
+        blocks.check_replaceable(model, path, optimizers)
+    new = [merged, nn.Identity().train(second.training)]
+    edits = [
+        {"module": path, "replace": blocks.described(each)}
+        for path, each in zip((producer, consumer), new, strict=True)
+    ]
+    note = "exact" if not padded else "exact but for the borders"
+    recipe = partial(_merge_again, site, borders)
+    details = {"residual": 0.0, "exact": not padded}
+    return _put(model, edits, optimizers, site.name, "merge", (site.width, 0), note, new, recipe, details)
+
+
+def split_conv(
+    model: nn.Module, name: str, hidden: int, *, first_size: PerAxis | None = None, optimizer: Optimizers = None
+) -> GrowthEvent:
+    """Put two smaller convolutions in a row in the place of one: a way to grow depth.
+
+    The module becomes an `nn.Sequential` of two convolutions whose composite is the best rank-K split of its kernel.
+    All padding goes to the first and all stride to the second, so that the borders are those of the old convolution.
+
+    Args:
+        model: the raw model.
+        name: module path of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with groups=1.
+        hidden: number of hidden channels in between.
+        first_size: kernel size of the first; None takes (k + 1) // 2 per axis.
+        optimizer: the optimizer (or a list) that trains the model; the new parameters take the old ones' place, without
+            state.
+
+    Returns:
+        The event; its `details` say how far the kernel moved ("residual", relative) and whether it did not ("exact").
+
+    Raises:
+        SiteError: there is no such module.
+        SurgeryError: for another layer, or one that several modules share.
+        ArgumentValueError: for an impossible number of hidden channels.
+        GeometryError: for kernel sizes that do not add up.
+    """
+    model = unwrapped(model)
+    conv = blocks.module_at(model, name)
+    if type(conv) not in blocks.CONVOLUTIONS.values() or not isinstance(conv, Conv) or conv.groups != 1:
+        raise SurgeryError(
+            "only a plain convolution inside a model can be split",
+            where=name,
+            expected="nn.Conv1d, nn.Conv2d or nn.Conv3d with groups=1",
+            got=f"{type(conv).__name__}, groups={getattr(conv, 'groups', 1)}",
+        )
+    geometry = Geometry.of(conv)
+    sizes = tuple((taps + 1) // 2 for taps in geometry.kernel_size)
+    if first_size is not None:
+        sizes = per_axis(first_size, geometry.axes, "first_size", 1, name)
+    if any(low != high for low, high in geometry.padding):
+        raise SurgeryError(
+            "nn.Conv pads both sides alike, so no first convolution can take this padding over",
+            where=name,
+            got=f"(low, high) per axis: {geometry.padding}",
+            fix="pad the input by hand, or use a kernel of odd size",
+        )
+    split = split_kernel(conv.weight, hidden, sizes)
+    none, one = (0,) * geometry.axes, (1,) * geometry.axes
+    bias = None if conv.bias is None else torch.zeros(hidden).to(conv.bias)
+    padding = tuple(low for low, _ in geometry.padding)
+    first = make_conv(split.first, bias, one, padding, geometry.dilation, 1, conv.padding_mode)
+    second = make_conv(split.second, conv.bias, geometry.stride, none, geometry.dilation)
+    pair = nn.Sequential(first, second).train(conv.training)
+    for parameter in (first.weight, second.weight, *([] if first.bias is None else [first.bias])):
+        parameter.requires_grad_(conv.weight.requires_grad)
+    optimizers = as_optimizers(optimizer)
+    blocks.check_replaceable(model, name, optimizers)
+    edit = {"module": name, "replace": blocks.described(pair)}
+    exact = split.residual <= 100 * torch.finfo(conv.weight.dtype).eps
+    note = "exact" if exact else f"relative residual of the kernel {split.residual:.3g}"
+    recipe = partial(_split_again, name, hidden, first_size)
+    details = {"residual": float(split.residual), "exact": bool(exact)}
+    return _put(model, [edit], optimizers, name, "split", (0, hidden), note, [pair], recipe, details)
+
+
+def _put(
+    model: nn.Module,
+    edits: Sequence[Edit],
+    optimizers: Sequence[Optimizer],
+    site: str,
+    method: str,
+    widths: tuple[int, int],
+    reason: str,
+    modules: Sequence[nn.Module | None] = (None,),
+    recipe: Recipe | None = None,
+    details: Mapping[str, object] | None = None,
+) -> GrowthEvent:
+    """Carry out edits, with modules where they are built already, and tell about it."""
+    before = count_parameters(model)
+    journal = Journal(model, optimizers)
+    try:
+        for edit, module in zip(edits, modules, strict=True):
+            blocks.apply_block_edit(model, edit, optimizers, module)
+        return GrowthEvent(
+            site=site,
+            method=method,
+            channels=0,
+            width_before=widths[0],
+            width_after=widths[1],
+            amplitude=0.0,
+            gains=(),
+            reason=reason,
+            edits=tuple(edits),
+            parameters_before=before,
+            parameters_after=count_parameters(model),
+            details=details or {},
+            recipe=recipe,
+        )
+    except BaseException:
+        journal.restore()
+        raise
+
+
+def _merge_again(site: GrowthSite, borders: bool, model: nn.Module, optimizer: Optimizers) -> GrowthEvent:
+    return merge_pair(model, site, borders=borders, optimizer=optimizer)
+
+
+def _split_again(
+    name: str, hidden: int, first_size: PerAxis | None, model: nn.Module, optimizer: Optimizers
+) -> GrowthEvent:
+    return split_conv(model, name, hidden, first_size=first_size, optimizer=optimizer)
+
+
+def _activation(site: GrowthSite, path: str) -> str:
+    """The activation of the new layer: the last one before the consumer, where applying it twice changes nothing."""
+    alone = len(site.layout.axes[path, IN]) == 1  # else other channels came another way
+    steps = next((route.steps for route in site.routes if route.consumer == path and alone), ())
+    names = [step.name.lower() for step in steps if isinstance(step, Activation)]
+    return names[-1] if names and names[-1] in blocks.IDEMPOTENT else "prelu"
+
+
+def _seen(model: nn.Module, block: nn.Module, example_input: object, path: str) -> tuple[Tensor, Tensor]:
+    """What a block is given and returns in one forward pass."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(_: nn.Module, given: tuple, returned: object) -> None:
+        if len(given) == 1 and isinstance(given[0], Tensor) and isinstance(returned, Tensor):
+            seen.append((given[0].detach(), returned.detach()))
+
+    positional, named = example_arguments(example_input)
+    handle = block.register_forward_hook(look)
+    try:
+        with torch.no_grad(), undisturbed(model):
+            model.eval()(*positional, **named)
+    finally:
+        handle.remove()
+    if not seen:
+        raise SurgeryError("a block that can be copied is given one tensor and returns one", where=path)
+    return seen[0]
+
+
+def _silencing(block: nn.Module, x: Tensor, path: str) -> str:
+    """The layer of a block that makes it the identity on its own outputs when it is zero, in eval and train mode."""
+    tolerance = math.sqrt(torch.finfo(x.dtype).eps) * float(x.abs().max())
+    names = [name for name, each in block.named_modules() if layers.is_weighted(each) or layers.is_norm(each)]
+    for name in reversed(names):
+        twin = copy.deepcopy(block)
+        blocks.zero(twin.get_submodule(name))
+        with torch.no_grad(), undisturbed(twin):
+            outputs = [twin.train(mode)(x.clone()) for mode in (False, True)]
+        if all(output.shape == x.shape and bool(((output - x).abs() <= tolerance).all()) for output in outputs):
+            return name
+    raise SurgeryError(
+        "no layer of this block makes its copy the identity when it is zero",
+        where=path,
+        expected="a residual block whose branch ends in a norm or convolution",
+        fix="insert_copy(..., identity=False), which changes the function",
+    )
+
+
+def _why_no_pair(site: GrowthSite) -> str | None:
+    """One line saying why a site's two layers are no single convolution; None where they are."""
+    if len(site.producers) != 1 or len(site.consumers) != 1:
+        return "the channels have several producers or consumers"
+    if site.followers:
+        return f"{site.followers[0]} lies in between"
+    if site.routes and site.routes[0].problem:
+        return site.routes[0].problem
+    if not site.routes or site.routes[0].steps:
+        return f"{type(site.routes[0].steps[0]).__name__ if site.routes else 'something'} lies in between"
+    if not site.alone:
+        return "the layers have other channels too"
+    for path in (*site.producers, *site.consumers):
+        if type(site.model.get_submodule(path)) not in blocks.CONVOLUTIONS.values():
+            return f"{path} is no plain convolution"
+        if site.calls.get(path, 1) > 1:
+            return f"{path} is called several times"
+    return None

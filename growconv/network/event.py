@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from growconv.errors import ArgumentValueError, CheckpointError, SurgeryError
 from growconv.network import blocks
-from growconv.network.exchange import Journal, exchange
+from growconv.network.exchange import Journal, exchange, refresh
 from growconv.network.model import attribute, unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.plan import Change
@@ -78,9 +78,10 @@ class GrowthEvent:
     def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":
         """Do the same to another model of the same names: an average (EMA, SWA), a teacher, a replica.
 
-        New entries get the same values as in the model that grew; what is derived from old entries (running statistics
-        of copied channels, the mean for a bare parameter) is derived from the other model's own. An event that was read
-        from a file, unpickled or copied knows shapes only: new entries are zero then, until weights are loaded.
+        New entries get the same values as in the model that grew; what comes from old entries (running statistics of
+        copied channels, the mean for a bare parameter, the kernels of a merge or split) comes from the other model's
+        own. An event that was read from a file, unpickled or copied knows names and numbers only: channels that it puts
+        in are zero, until weights are loaded.
 
         Args:
             model: a raw model as the grown one was before the event, with any weights.
@@ -95,6 +96,14 @@ class GrowthEvent:
         if self.recipe is not None:
             return self.recipe(model, optimizer)
         before = count_parameters(unwrapped(model))
+        if before != self.parameters_before:
+            raise SurgeryError(
+                "this model is not as the other one was before the event",
+                where=self.site,
+                expected=f"{self.parameters_before} parameters",
+                got=before,
+                fix="apply every event to it, in the order of the run",
+            )
         apply_edits(model, self.edits, optimizer)
         counts = {"parameters_before": before, "parameters_after": count_parameters(model)}
         return GrowthEvent(**{**self._values(), **counts})  # pyright: ignore[reportArgumentType]
@@ -155,7 +164,8 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
     try:
         for edit in edits:
             _apply_edit(model, edit, optimizers)
-        return  # noqa: TRY300 (an interrupt at this line still undoes it)
+        refresh(model)
+        return  # inside, so that an interrupt at this line still undoes it
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
         raise SurgeryError(
@@ -172,20 +182,22 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
 def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
     where = str(edit["module"])
     if "attribute" in edit:
-        value = edit["value"]
-        value = tuple(value) if isinstance(value, list) else value
-        setattr(model.get_submodule(where), str(edit["attribute"]), value)
+        module, name, value = model.get_submodule(where), str(edit["attribute"]), edit["value"]
+        old = getattr(module, name)
+        setattr(module, name, type(old)(value) if isinstance(old, tuple | list) else value)  # JSON knows no tuples
     elif "tensor" in edit:
         path = f"{where}.{edit['tensor']}".lstrip(".")
         tensor = attribute(model, path)
         if not isinstance(tensor, Tensor):
             raise AttributeError(f"{path} is no tensor")
-        axis = _integer(edit["axis"])
+        axis = _integer(edit["axis"], tensor.dim() - 1)
         change = Change(path, tensor)
         if "removed" in edit:
-            change.removed[axis] = tuple(edit["removed"])  # pyright: ignore[reportArgumentType]
+            gone = edit["removed"]
+            change.removed[axis] = tuple(_integer(at, tensor.shape[axis] - 1) for at in gone)  # pyright: ignore
         else:
-            change.insertions.append(Insertion(axis, _integer(edit["position"]), _integer(edit["count"])))
+            position = _integer(edit["position"], tensor.shape[axis])
+            change.insertions.append(Insertion(axis, position, _integer(edit["count"])))
             change.values.append(None)
         if isinstance(tensor, nn.Parameter):
             check_optimizers(optimizers, [(path, tensor)])
@@ -194,9 +206,9 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
         blocks.apply_block_edit(model, edit, optimizers)
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+def _integer(value: object, most: int | None = None) -> int:
+    if not isinstance(value, int) or value < 0 or (most is not None and value > most):
+        raise IndexError(f"{value!r} is no whole number from 0 to {'infinity' if most is None else most}")
     return value
 
 

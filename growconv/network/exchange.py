@@ -1,4 +1,4 @@
-"""Putting new tensors and modules in the place of old ones, and undoing it: surgery happens as a whole or not at all."""
+"""New tensors and modules in the place of old ones, and back again: surgery happens as a whole or not at all."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from growconv.network.plan import Change
 class Journal:
     """What a model and its optimizers are made of, so that it can be put back.
 
-    Remembered are the modules with their parameters, buffers and attributes, every parameter's .grad and attributes, and
-    the optimizers with groups, state and hooks. No tensor is copied but those named.
+    Remembered are the modules with their parameters, buffers and attributes, every parameter's .grad and attributes,
+    and the optimizers with groups, state and hooks. No tensor is copied but those named.
 
     Args:
         model: the model.
@@ -36,6 +36,7 @@ class Journal:
         self._mappings += [(vars(each), dict(vars(each))) for each in parameters]
         self._gradients = [(each, each.grad, each.requires_grad) for each in parameters]
         self._values = [(tensor, tensor.detach().clone()) for tensor in values]
+        self._grad_mode = torch.is_grad_enabled()
 
     def _remember(self, optimizer: Optimizer) -> None:
         attributes = vars(optimizer)
@@ -49,16 +50,17 @@ class Journal:
         """Put everything back. Doing it twice does no harm."""
         for mapping, saved in self._mappings:
             mapping.update(saved)
-            for name in [name for name in mapping if name not in saved]:
-                del mapping[name]
+            if [id(key) for key in mapping] != [id(key) for key in saved]:  # more than before, or in another order
+                mapping.clear()
+                mapping.update(saved)
         for entries, saved_entries in self._lists:
             entries[:] = saved_entries
         for parameter, gradient, needed in self._gradients:
             parameter.requires_grad_(needed)
             parameter.grad = gradient
-        with torch.no_grad():
-            for tensor, value in self._values:
-                tensor.copy_(value)
+        for tensor, value in self._values:
+            tensor.detach().copy_(value)
+        torch.set_grad_enabled(self._grad_mode)  # an interrupt may come where a `with torch.no_grad()` ends
 
 
 @contextmanager
@@ -91,36 +93,37 @@ def exchange(
         attributes: per module path and name the value to set.
         optimizers: their groups and state follow.
     """
-    places: dict[int, list[tuple[nn.Module, dict, str]]] = {}
+    places: dict[int, list[tuple[dict, str]]] = {}
     for module in model.modules():
         for registered in (module._parameters, module._buffers):
             for name, value in registered.items():
-                places.setdefault(id(value), []).append((module, registered, name))
+                places.setdefault(id(value), []).append((registered, name))
     built = [(change, _successor(change)) for change in changes if change.resizes]
     for change, new in built:
-        for module, registered, name in places[id(change.tensor)]:
+        for registered, name in places[id(change.tensor)]:
             registered[name] = new
         if isinstance(change.tensor, nn.Parameter) and isinstance(new, nn.Parameter):
             migrate(optimizers, change.tensor, new, change)
     follow_ages(optimizers)
-    with torch.no_grad():
-        for change in changes:
-            if change.revised is not None and not change.resizes:
-                change.tensor.copy_(change.revised)
+    for change in changes:
+        if change.revised is not None and not change.resizes:
+            change.tensor.detach().copy_(change.revised)
     for (path, name), value in attributes.items():
         setattr(model.get_submodule(path), name, value)
-    for change in changes:
-        for module, _, _ in places[id(change.tensor)]:
-            if layers.is_weighted(module):
-                layers.adapter(module).refresh()
+
+
+def refresh(model: nn.Module) -> None:
+    """Let layers derive anew what they keep beside their stored tensors, once all of those have been exchanged."""
+    for module in model.modules():
+        if layers.is_weighted(module):
+            layers.adapter(module).refresh()
 
 
 def _successor(change: Change) -> Tensor:
     """The tensor of the new shape that takes a tensor's place."""
     old = change.tensor
-    with torch.no_grad():
-        data = change.resized(old.detach() if change.revised is None else change.revised.to(old))
-        grad = None if old.grad is None else change.resized(old.grad, fill=False)
+    data = change.resized(old.detach() if change.revised is None else change.revised.to(old.detach()))
+    grad = None if old.grad is None else change.resized(old.grad.detach(), fill=False)
     return keep_identity(old, data, grad) if isinstance(old, nn.Parameter) else data
 
 

@@ -111,7 +111,8 @@ class Layout:
 
     def keys(self, space: int) -> list[Key]:
         """The axes that a space's channels lie on."""
-        return [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
+        lie = [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
+        return [key for key in lie if key[1] != FILL]
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
@@ -199,7 +200,7 @@ class Layout:
             start += run.length(have)
         return positions
 
-    def owners(self, key: Key, units: Sequence[int]) -> NDArray[np.int64]:
+    def owners(self, key: Key, units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
         """Per entry of an axis its space, unit and slot (entries, 3); space -1 for entries that never grow.
 
         Args:
@@ -214,7 +215,7 @@ class Layout:
         return known[space]
 
 
-def owners_of(runs: Sequence[Run], units: Sequence[int]) -> NDArray[np.int64]:
+def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
     """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for entries that never grow."""
     parts = [np.empty((0, 3), dtype=np.int64)]
     for run in runs:

@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
 from growconv.network.model import attribute
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 from growconv.network.tensors import Insertion, enlarge, enlarged_shape, without
 
 AGAIN = "solve again on statistics of the model as it is now"
@@ -75,7 +76,7 @@ class Plan:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.changes: list[Change] = []
-        self.attributes: dict[tuple[str, str], int] = {}
+        self.attributes: dict[tuple[str, str], object] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
@@ -115,6 +116,18 @@ class Plan:
             self.change(f"{path}.{name}").revised = values
         self.attributes |= {(path, name): value for name, value in adapter.counts(added).items()}
 
+    def follow(self, site: Site, units: int) -> None:
+        """Let the sizes follow that the code of modules keeps beside their tensors."""
+        for each in site.layout.attributes:
+            more, module = each.rates.get(site.space, 0) * units, self.model.get_submodule(each.path)
+            value = self.attributes.get((each.path, each.name), getattr(module, each.name))
+            if each.index is None:
+                value += more
+            else:
+                value = type(value)(size + more * (index == each.index) for index, size in enumerate(value))
+            if more:
+                self.attributes[each.path, each.name] = value
+
     def edits(self) -> list[dict[str, object]]:
         """The plan as plain values, to be replayed in this order."""
         edits: list[dict[str, object]] = []
@@ -150,7 +163,7 @@ Values = Callable[[str, str], Mapping[str, Tensor]]
 """Per path and side the new entries by tensor name, channel by channel; a bare tensor's own are under ""."""
 
 
-def plan_growth(site: GrowthSite, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
+def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
     """Plan and validate a growth; nothing is changed.
 
     Args:
@@ -168,7 +181,7 @@ def plan_growth(site: GrowthSite, growth: ChannelGrowth, amplitude: float = 1.0)
     return plan
 
 
-def plan_size(site: GrowthSite, channels: int) -> int:
+def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels would add.
 
     Args:
@@ -178,7 +191,7 @@ def plan_size(site: GrowthSite, channels: int) -> int:
     return _plan(site, channels, lambda path, side: {}).added_parameters()
 
 
-def plan_removal(site: GrowthSite, channels: Sequence[int]) -> Plan:
+def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     """Plan and validate the removal of channels; nothing is changed.
 
     Args:
@@ -211,15 +224,16 @@ def plan_removal(site: GrowthSite, channels: Sequence[int]) -> Plan:
         entries = {side: gone(path, side) for side in sides}
         removals = [each for side in sides for each in adapter.removals(side, entries[side])]
         plan.add(path, [], removals, {side: -len(found) for side, found in entries.items()})
+    plan.follow(site, -len(units))
     return plan
 
 
-def tied_weights(site: GrowthSite) -> str | None:
+def tied_weights(site: Site) -> str | None:
     """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
 
-    Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight that
-    produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a layer
-    outside of the site too, cannot keep the function and grow.
+    Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight
+    that produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a
+    layer outside of the site too, cannot keep the function and grow.
     """
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
     for path, sides in _sides(site).items():
@@ -254,15 +268,16 @@ def tied_weights(site: GrowthSite) -> str | None:
     return None
 
 
-def _sides(site: GrowthSite) -> dict[str, list[str]]:
+def _sides(site: Site) -> dict[str, list[str]]:
     """Per layer and bare tensor of a site the sides that the channels lie along."""
     found: dict[str, list[str]] = {}
     for path, side in site.axes:
-        found.setdefault(path, []).append(side)
+        if side != FILL:
+            found.setdefault(path, []).append(side)
     return found
 
 
-def _plan(site: GrowthSite, channels: int, values: Values) -> Plan:
+def _plan(site: Site, channels: int, values: Values) -> Plan:
     """New channels for every layer and bare tensor of a site."""
     plan = Plan(site.model)
     for path, sides in _sides(site).items():
@@ -281,13 +296,14 @@ def _plan(site: GrowthSite, channels: int, values: Values) -> Plan:
             adapter = layers.adapter(module)
             parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
         plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
+    plan.follow(site, channels // site.granularity)
     return plan
 
 
 class _Proposed:
     """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
 
-    def __init__(self, site: GrowthSite, growth: ChannelGrowth, amplitude: float) -> None:
+    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
         self.site, self.growth, self.amplitude = site, growth, amplitude
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
@@ -371,19 +387,16 @@ class _Proposed:
         if old is not None:
             return front[old]
         shape = (entries, *front.shape[1:])
-        if path in self.site.producers:
-            return self._fitted(
-                self._given(self.growth.incoming, path, "incoming entries"), shape, {}, f"incoming entries of {path}"
-            )
-        if path in self.site.consumers:
-            given = self._given(self.growth.outgoing, path, "outgoing entries").movedim(1, 0)
-            return self._fitted(given, shape, {}, f"outgoing entries of {path}") * self.amplitude
+        for role, given, at in (("incoming", self.growth.incoming, 0), ("outgoing", self.growth.outgoing, 1)):
+            if path in (self.site.producers if role == "incoming" else self.site.consumers):
+                values = self._given(given, path, f"{role} entries").movedim(at, 0)
+                values = self._fitted(_padded(values, shape), shape, {}, f"{role} entries of {path}")
+                return values * self.amplitude if role == "outgoing" else values
         if path in self.growth.entries:
             return self._fitted(self.growth.entries[path], shape, {}, f"new entries of {path}")
         if not tensor.is_floating_point() and not tensor.is_complex():
             return front[-1:].expand(shape)
-        own = front[self.site.entries(path, ENTRY)]
-        return own.mean(0, keepdim=True).expand(shape)
+        return front[self.site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
 
     def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
         """A value a channel, or one an entry, as one an entry."""
@@ -438,7 +451,7 @@ class _Proposed:
 
 
 def positions_now(
-    site: GrowthSite, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
+    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
 ) -> list[int]:
     """Where the entries that an axis had once lie now.
 
@@ -484,12 +497,12 @@ def positions_now(
                 got=now[space],
                 fix=AGAIN,
             )
-    owners_now, owners_then = layout.owners(key, now), layout.owners(key, then)
+    owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
     if len(owners_then) != length * groups:
         raise wrong
-    place = {owner: at for at, owner in enumerate(owners_now) if owner is not None}
-    fixed = iter([at for at, owner in enumerate(owners_now) if owner is None])  # they never grow
-    found = [next(fixed) if owner is None else place[owner] for owner in owners_then]
+    place = {owner: at for at, owner in enumerate(owners_now)}
+    fixed = iter([at for at, owner in enumerate(owners_now) if owner[0] < 0])  # they never grow
+    found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
     inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
     if any(each != inside[0] for each in inside):
         raise SurgeryError(
@@ -498,7 +511,14 @@ def positions_now(
     return inside[0]
 
 
-def require_finite(tensor: Tensor, label: str, site: GrowthSite) -> None:
+def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros behind the entries of every axis: slices of a kernel whose other rank has grown since, at its end."""
+    if values.dim() != len(shape) or any(mine > now for mine, now in zip(values.shape, shape, strict=True)):
+        return values
+    return F.pad(values, [side for m, n in zip(values.shape[::-1], shape[::-1], strict=True) for side in (0, n - m)])
+
+
+def require_finite(tensor: Tensor, label: str, site: Site) -> None:
     """Check that a proposed tensor is a tensor of finite numbers.
 
     Raises:
@@ -509,12 +529,12 @@ def require_finite(tensor: Tensor, label: str, site: GrowthSite) -> None:
         raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
 
 
-def _producers(site: GrowthSite, space: int) -> str:
+def _producers(site: Site, space: int) -> str:
     return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
 
 
-def _check_proposal(site: GrowthSite, growth: ChannelGrowth) -> None:
-    """Refuse a proposal for another site, for layers that are not part of it, or for an impossible number of channels."""
+def _check_proposal(site: Site, growth: ChannelGrowth) -> None:
+    """Refuse a proposal for another site, for layers that it does not have, or for an impossible number of channels."""
     if growth.site != site.name:
         raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
     for label, given, allowed in (
@@ -547,7 +567,7 @@ def _check_proposal(site: GrowthSite, growth: ChannelGrowth) -> None:
         raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
 
 
-def _revision(site: GrowthSite, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
+def _revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
     """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
     owner_path, _, name = path.rpartition(".")
     try:
@@ -588,7 +608,7 @@ def _revision(site: GrowthSite, growth: ChannelGrowth, path: str, replacement: T
     return result
 
 
-def _keys(site: GrowthSite, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
+def _keys(site: Site, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
     """Which axis of the layout each axis of a tensor is, and how many groups share it."""
     if path in site.layout.dims:
         return {site.layout.dims[path]: ((path, ENTRY), 1)}

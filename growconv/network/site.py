@@ -1,9 +1,11 @@
 """GrowthSite: one place where a model can grow. Data only: names, roles, and where the channels lie at any width."""
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Self
 
 from torch import nn
 
@@ -17,26 +19,17 @@ REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
 """Per growth method, what says why it cannot serve a site. Methods enter themselves when they are registered."""
 
 
-@dataclass(frozen=True, eq=False)
-class GrowthSite:
-    """All layers that produce, carry or consume one set of channels.
-
-    A site holds names and no sizes: widths and positions are read from the modules whenever they are asked for. So it
-    stays true while it or its neighbours grow, it can be copied and pickled, alone or with its model, and it serves
-    every model that has the same names.
+class Site(ABC):
+    """What every place that can grow has in common: data about where its channels lie, and arithmetic on it.
 
     Attributes:
         model: the model that the site was found in.
-        name: "conv1 -> conv2"; several producers or consumers are joined, long lists shortened.
-        kind: "pair" (one producer, one consumer), "fan" (several consumers), "stream" (several producers tied by
-            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a grouped
-            convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
-        producers: paths of the layers that write the channels, in forward order.
+        name: what it is called.
+        kind: what it is.
+        producers: paths of what produces the channels: layers, or bare parameters.
         followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
-        consumers: paths of the layers that read the channels.
-        routes: what lies between each producer and consumer, for the methods that need to know.
-        calls: how often each producer and consumer is called in one forward pass.
-        layout: where the channels of all sites of the model lie.
+        consumers: paths of what consumes them.
+        layout: where the channels lie.
         space: which of the layout's spaces this site is.
     """
 
@@ -46,15 +39,20 @@ class GrowthSite:
     producers: tuple[str, ...]
     followers: tuple[str, ...]
     consumers: tuple[str, ...]
-    routes: tuple[Route, ...]
-    calls: dict[str, int] = field(repr=False)
-    layout: Layout = field(repr=False)
-    space: int = field(repr=False)
+    layout: Layout
+    space: int
 
-    def of(self, model: nn.Module | None) -> "GrowthSite":
+    @abstractmethod
+    def of(self, model: nn.Module | None) -> Self:
         """The same site of another model with the same names; this one for None or its own model."""
-        model = self.model if model is None else unwrapped(model)
-        return self if model is self.model else replace(self, model=model)
+
+    @abstractmethod
+    def check(self, model: nn.Module | None = None) -> None:
+        """Check that a model has this site.
+
+        Raises:
+            SiteError: it has not, or not any more.
+        """
 
     @property
     def sizes(self) -> Sizes:
@@ -101,6 +99,50 @@ class GrowthSite:
             channels: a multiple of the granularity.
         """
         return self.layout.places((path, side), self.space, channels // self.granularity, self.sizes)
+
+    def growable_channels(self, channels: int) -> int:
+        """The next number of channels that whole units allow, at least `channels`."""
+        return -(-channels // self.granularity) * self.granularity
+
+
+@dataclass(frozen=True, eq=False)
+class GrowthSite(Site):
+    """All layers that produce, carry or consume one set of channels.
+
+    A site holds names and no sizes: widths and positions are read from the modules whenever they are asked for. So it
+    stays true while it or its neighbours grow, it can be copied and pickled, alone or with its model, and it serves
+    every model that has the same names.
+
+    Attributes:
+        model: the model that the site was found in.
+        name: "conv1 -> conv2"; several producers or consumers are joined, long lists shortened.
+        kind: "pair" (one producer, one consumer), "fan" (several consumers), "stream" (several producers tied by
+            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a grouped
+            convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
+        producers: paths of the layers that write the channels, in forward order.
+        followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
+        consumers: paths of the layers that read the channels.
+        routes: what lies between each producer and consumer, for the methods that need to know.
+        calls: how often each producer and consumer is called in one forward pass.
+        layout: where the channels of all sites of the model lie.
+        space: which of the layout's spaces this site is.
+    """
+
+    model: nn.Module
+    name: str
+    kind: str
+    producers: tuple[str, ...]
+    followers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    routes: tuple[Route, ...]
+    calls: dict[str, int] = field(repr=False)
+    layout: Layout = field(repr=False)
+    space: int = field(repr=False)
+
+    def of(self, model: nn.Module | None) -> "GrowthSite":
+        """The same site of another model with the same names; this one for None or its own model."""
+        model = self.model if model is None else unwrapped(model)
+        return self if model is self.model else replace(self, model=model)
 
     @property
     def alone(self) -> bool:
@@ -154,10 +196,6 @@ class GrowthSite:
             raise SiteError("no such growth method", expected=", ".join(sorted(REFUSALS)), got=repr(method))
         return REFUSALS[method](self)
 
-    def growable_channels(self, channels: int) -> int:
-        """The next number of channels that whole units allow, at least `channels`."""
-        return -(-channels // self.granularity) * self.granularity
-
     def check(self, model: nn.Module | None = None) -> None:
         """Check that a model has this site: its layers by name and kind, their sizes, and weights that can train.
 
@@ -184,8 +222,14 @@ class GrowthSite:
         units, sizes = site.layout.units(site.space, site.sizes), site.sizes
         for key in site.axes:
             spaces = {run.space for run in site.layout.axes[key]} - {None}
-            known = {each: units if each == site.space else site.layout.units(each, sizes) for each in spaces if each is not None}
-            expected = sum(run.length(known.get(run.space, 0) if run.space is not None else 0) for run in site.layout.axes[key])
+            known = {
+                each: units if each == site.space else site.layout.units(each, sizes)
+                for each in spaces
+                if each is not None
+            }
+            expected = sum(
+                run.length(known.get(run.space, 0) if run.space is not None else 0) for run in site.layout.axes[key]
+            )
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",

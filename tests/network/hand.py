@@ -45,9 +45,13 @@ def site(
 PLAIN = (Run(0, 1),)
 
 
+def pair_forward(m: Net, x: Tensor) -> Tensor:
+    return m.head(m.b(F.relu(m.n(m.a(x)))).mean((2, 3)))
+
+
 def pair() -> tuple[Net, Tensor, GrowthSite]:
     model = Net(
-        lambda m, x: m.head(m.b(F.relu(m.n(m.a(x)))).mean((2, 3))),
+        pair_forward,
         a=nn.Conv2d(3, 4, 3, padding=1), n=nn.BatchNorm2d(4), b=nn.Conv2d(4, 5, 3), head=nn.Linear(5, 2),
     )  # fmt: skip
     return model, torch.randn(4, 3, 7, 7), site(model, {("a", OUT): PLAIN, ("n", ENTRY): PLAIN, ("b", IN): PLAIN})
@@ -65,7 +69,7 @@ def stream() -> tuple[Net, Tensor, GrowthSite]:
         forward, a=nn.Conv2d(3, 4, 3, padding=1), r=nn.Conv2d(4, 4, 3, padding=1), head=nn.Linear(4, 2),
         scale=nn.Parameter(torch.rand(1, 4, 1, 1)),
     )  # fmt: skip
-    axes = {key: PLAIN for key in (("a", OUT), ("r", OUT), ("r", IN), ("scale", ENTRY), ("head", IN))}
+    axes = dict.fromkeys((("a", OUT), ("r", OUT), ("r", IN), ("scale", ENTRY), ("head", IN)), PLAIN)
     return model, torch.randn(4, 3, 6, 6), site(model, axes, dims={"scale": 1})
 
 
@@ -161,7 +165,7 @@ def group_norm() -> tuple[Net, Tensor, GrowthSite]:
         a=nn.Conv1d(3, 6, 3), n=nn.GroupNorm(3, 6), p=nn.PReLU(6), b=nn.Conv1d(6, 2, 1),
     )  # fmt: skip
     two = (Run(0, 1, 2, (0, 1)),)
-    axes = {key: two for key in (("a", OUT), ("n", ENTRY), ("p", ENTRY), ("b", IN))}
+    axes = dict.fromkeys((("a", OUT), ("n", ENTRY), ("p", ENTRY), ("b", IN)), two)
     return model, torch.randn(4, 3, 7), site(model, axes, channels=(2,))
 
 

@@ -1,11 +1,19 @@
 """Growing keeps the function at amplitude 0, in eval and train mode, and is undone as a whole where it fails."""
 
 import copy
+import itertools
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import FrameType
 
 import pytest
 import torch
+from torch import nn
 
-from growconv.network import layers
+from growconv.errors import GrowthError, SiteError, SurgeryError
+from growconv.network import exchange, layers
 from growconv.network.apply import grow, shrink
 from growconv.network.event import count_parameters
 from growconv.network.layout import IN, OUT
@@ -83,3 +91,211 @@ def test_shrinking_takes_back_what_growing_put_in(name: str) -> None:
     torch.testing.assert_close(model(example), expected, rtol=0, atol=1e-12)
     if "weight norm" not in name:
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def everything(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list:
+    """What a model and its optimizers are made of: identities of tensors, values, attributes."""
+    found: list = []
+    for path, module in model.named_modules():
+        found += [(path, name, id(p), p.shape, p.requires_grad, id(p.grad)) for name, p in module.named_parameters()]
+        found += [(path, name, value.clone()) for name, value in module.named_buffers()]
+        found += [(path, name, value) for name, value in vars(module).items() if isinstance(value, int | tuple | bool)]
+        found.append((path, len(module._forward_pre_hooks), len(module._forward_hooks), id(module)))
+    found += [(name, p.detach().clone(), sorted(vars(p))) for name, p in model.named_parameters()]
+    for optimizer in optimizers:
+        found += [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+        found += [(id(p), {k: id(v) for k, v in state.items()}) for p, state in optimizer.state.items()]
+        found += [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+    return found
+
+
+def same(first: list, second: list) -> bool:
+    """Whether two lists of `everything` are equal, tensors by value."""
+    return len(first) == len(second) and all(
+        torch.equal(a, b)
+        if isinstance(a, torch.Tensor)
+        else same(list(a), list(b))
+        if isinstance(a, tuple | list)
+        else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+class Interrupted:
+    """Inside, a KeyboardInterrupt comes at the n-th line that runs in some files of growconv.network."""
+
+    def __init__(self, at: int, files: tuple[str, ...]) -> None:
+        self.left, self.files = at, tuple(f"network/{name}.py" for name in files)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> object:
+        if not frame.f_code.co_filename.endswith(self.files):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._trace
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+def interrupt_everywhere(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: Callable[[], object]) -> int:
+    """Interrupt a piece of surgery at every line that changes something; the number of lines it took."""
+    files = ("apply", "exchange", "optimizer", "entry_ages", "blocks", "depth", "event")
+    before = everything(model, optimizer)
+    for line in itertools.count(1):
+        try:
+            with Interrupted(line, files):
+                surgery()
+        except KeyboardInterrupt:
+            assert torch.is_grad_enabled()
+            assert same(everything(model, optimizer), before), f"line {line}"
+        else:
+            assert torch.is_grad_enabled()
+            return line
+    raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["stream", "weight norm hook"])
+def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name: str) -> None:
+    model, example, site = hand.build(name)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(example).square().sum().backward()
+    optimizer.step()
+    growth = hand.growth(site, 1)
+    width = site.width
+    revised = {"head.bias": torch.zeros(2, dtype=torch.float64)} if name == "stream" else {}
+    lines = interrupt_everywhere(
+        model, optimizer, lambda: grow(model, site, replace(growth, revised=revised), 1.0, optimizer)
+    )
+    assert lines > 30
+    assert site.width == width + 1
+    interrupt_everywhere(model, optimizer, lambda: shrink(model, site, [0], optimizer))
+    assert site.width == width
+    model(example).sum().backward()
+    optimizer.step()
+
+
+def test_an_error_half_way_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, site = hand.build("pair")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = everything(model, optimizer)
+    calls = itertools.count()
+
+    def failing(*arguments: object) -> None:
+        if next(calls) == 2:
+            raise RuntimeError("no memory")
+        migrate(*arguments)
+
+    migrate = exchange.migrate
+    monkeypatch.setattr(exchange, "migrate", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        grow(model, site, hand.growth(site, 1), 1.0, optimizer)
+    assert same(everything(model, optimizer), before)
+
+
+def test_several_pieces_of_surgery_are_undone_together() -> None:
+    model, example, site = hand.build("pair")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(example).sum().backward()
+    optimizer.step()
+    before = everything(model, optimizer)
+
+    def several() -> None:
+        with exchange.all_or_nothing(model, [optimizer]):
+            grow(model, site, hand.growth(site, 1), 1.0, optimizer)
+            shrink(model, site, [1], optimizer)
+            model.a.weight.detach().zero_()
+            model.head.weight.detach().zero_()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        several()
+    assert same(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_model_site_and_optimizer_grow(how: str) -> None:
+    model, example, site = hand.build("pair")
+    model.run = hand.pair_forward
+    optimizer = torch.optim.Adam(model.parameters())
+    model(example).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    together = (model, site, optimizer)
+    copied = copy.deepcopy(together) if how == "deepcopy" else pickle.loads(pickle.dumps(together))
+    for each_model, each_site, each_optimizer in (copied, together):
+        assert each_site.model is each_model
+        grow(each_model, each_site, hand.growth(each_site, 2), 1.0, each_optimizer)
+        assert each_site.width == 6
+        each_model(example).sum().backward()
+        each_optimizer.step()
+    assert torch.equal(copied[0](example), model(example))
+
+
+def test_a_site_serves_another_model_of_the_same_names() -> None:
+    model, example, site = hand.build("pair")
+    other, _, _ = hand.build("pair", seed=5)
+    expected = other(example)
+    grow(other, site, hand.growth(site, 3), 0.0)
+    assert (site.width, site.of(other).width) == (4, 7)
+    torch.testing.assert_close(other(example), expected, rtol=0, atol=1e-12)
+    with pytest.raises(SiteError, match="no such layer"):
+        grow(nn.Sequential(nn.Linear(2, 2)), site, hand.growth(site, 1))
+    assert model.a.out_channels == 4
+
+
+def test_dtype_memory_format_hooks_gradients_and_requires_grad_stay() -> None:
+    model, example, site = hand.build("pair")
+    model = model.float().to(memory_format=torch.channels_last)
+    model.n.bias.requires_grad_(False)
+    seen = []
+    model.b.weight.register_hook(lambda grad: seen.append(grad.shape))
+    model.b.weight.note = "kept"
+    model.b.register_forward_hook(lambda *_: None)
+    model(example.float()).square().sum().backward()
+    old = model.b.weight.grad.clone()
+    seen.clear()
+    grow(model, site, hand.growth(site, 3), 0.0)
+    assert model.b.weight.dtype is torch.float32
+    assert model.b.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.n.bias.requires_grad
+    assert model.b.weight.note == "kept"
+    assert len(model.b._forward_hooks) == 1
+    assert torch.equal(model.b.weight.grad[:, :4], old)
+    assert model.b.weight.grad[:, 4:].abs().max() == 0
+    model(example.float()).sum().backward()
+    assert seen == [model.b.weight.shape]
+
+
+def test_bad_input_is_refused_before_anything_changes() -> None:
+    model, _, site = hand.build("pair")
+    growth = hand.growth(site, 1)
+    before = everything(model)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    for arguments, message in [
+        ((model, site, growth, float("nan")), "finite"),
+        ((model, site, growth, "much"), "number"),
+        ((model, site, "more", 1.0), "a proposal is needed"),
+        ((model, "a", growth, 1.0), "a site is needed"),
+        ((torch.nn.DataParallel(model), site, growth, 1.0), "wrapped"),
+        ((model, site, growth, 1.0, other), "does not own"),
+        ((model, site, growth, 1.0, "sgd"), "no optimizer"),
+        ((model, site, replace(growth, incoming={"a": torch.full((1, 3, 3, 3), torch.inf)}), 1.0), "finite"),
+        ((model, site, replace(growth, incoming={"a": torch.zeros(2, 3, 3, 3)}), 1.0), "wrong shape"),
+        ((model, site, replace(growth, outgoing={}), 1.0), "no outgoing weights"),
+        ((model, site, replace(growth, site="elsewhere"), 1.0), "another site"),
+        ((model, site, replace(growth, norms={"n": (torch.zeros(1), -torch.ones(1))}), 1.0), "negative"),
+        ((model, site, replace(growth, incoming_bias={}), 1.0), "no incoming bias"),
+    ]:
+        with pytest.raises(GrowthError, match=message):
+            grow(*arguments)
+    for channels in ([], [4], [-1], [0, 1, 2, 3]):
+        with pytest.raises(SurgeryError, match="cannot be removed"):
+            shrink(model, site, channels)
+    assert same(everything(model), before)

@@ -14,7 +14,8 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem", "set_outputs", "size", "weighted",
+    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
+    "set_outputs", "size", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)

@@ -1,0 +1,220 @@
+"""Adapters against a plain forward pass: the grown layer is the old one plus what its new filters compute."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from growconv.convolution.cp import CPConv2d
+from growconv.errors import SiteError, SurgeryError
+from growconv.network import layers
+from growconv.network.exchange import exchange
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Layout, Place, Run
+from growconv.network.plan import Plan
+from tests.network import hand
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+KINDS = {
+    (False, 1): nn.Conv1d, (False, 2): nn.Conv2d, (False, 3): nn.Conv3d,
+    (True, 1): nn.ConvTranspose1d, (True, 2): nn.ConvTranspose2d, (True, 3): nn.ConvTranspose3d,
+}  # fmt: skip
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> nn.Module:
+    """A convolution of any kind and geometry, in float64."""
+    axes, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.integers(1, 3))
+    geometry = {
+        "kernel_size": draw(st.integers(1, 3)),
+        "stride": draw(st.integers(1, 2)),
+        "padding": draw(st.integers(0, 1)),
+        "dilation": draw(st.integers(1, 2)),
+        "bias": draw(st.booleans()),
+    }
+    if not transposed:
+        geometry["padding_mode"] = draw(st.sampled_from(["zeros", "circular", "replicate"]))
+    inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    module = KINDS[transposed, axes](inputs, outputs, groups=groups, **geometry).double()
+    norm = draw(st.sampled_from([None, None, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm]))
+    return module if norm is None else norm(module, dim=draw(st.integers(0, 1)))
+
+
+def example(module: nn.Module, channels: int) -> Tensor:
+    return torch.randn(2, channels, *[7] * len(module.kernel_size), dtype=torch.float64)
+
+
+def enlarged(module: nn.Module, parts: list, added: dict[str, int]) -> nn.Module:
+    """A copy of a layer with new entries."""
+    model = nn.ModuleDict({"layer": copy.deepcopy(module) if "weight" in module._parameters else module})
+    plan = Plan(model)
+    plan.add("layer", parts, [], added)
+    exchange(model, plan.changes, plan.attributes, ())
+    return model["layer"]
+
+
+def shares(groups: int, size: int, units: int) -> list[Place]:
+    """Units of one channel in every group."""
+    key = ("layer", OUT)
+    layout = Layout({key: (Run(0, groups, 1, tuple(range(groups))),)}, (groups,), {})
+    return layout.places(key, 0, units, lambda _: groups * size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.integers(1, 2))
+def test_new_outputs_are_those_of_their_filters(module: nn.Module, units: int) -> None:
+    layer = layers.weighted(module)
+    groups, inputs, outputs = layer.groups, layer.size(IN), layer.size(OUT)
+    x = example(module, inputs)
+    filters, bias, expected = layer.filters().detach(), layer.bias(), module(x).detach()
+    new = torch.randn(layer.shape(OUT, units * groups), dtype=torch.float64)
+    new_bias = torch.randn(units * groups, dtype=torch.float64)
+    parts = layer.insertions(OUT, shares(groups, outputs // groups, units), {"weight": new, "bias": new_bias})
+    alone = layer.apply(x, new.unflatten(0, (units, groups)).transpose(0, 1).flatten(0, 1), None)
+    grown = enlarged(module, parts, {OUT: units * groups})
+    y = grown(x).unflatten(1, (groups, -1))
+    size = outputs // groups
+    torch.testing.assert_close(y[:, :, :size].flatten(1, 2), expected, rtol=1e-9, atol=1e-9)
+    shift = new_bias.unflatten(0, (units, groups)).T[..., *[None] * (x.dim() - 2)] if bias is not None else 0
+    torch.testing.assert_close(y[:, :, size:], alone.unflatten(1, (groups, units)) + shift, rtol=1e-9, atol=1e-9)
+    assert layers.size(grown, OUT) == outputs + units * groups
+    assert filters.shape == (outputs, inputs // groups, *module.kernel_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.integers(1, 2))
+def test_new_inputs_add_what_their_columns_compute(module: nn.Module, units: int) -> None:
+    layer = layers.weighted(module)
+    groups, inputs, outputs = layer.groups, layer.size(IN), layer.size(OUT)
+    x, more = example(module, inputs), example(module, groups * units)
+    expected = module(x).detach()
+    columns = torch.randn(layer.shape(IN, units * groups), dtype=torch.float64)
+    added = layer.apply(more.unflatten(1, (units, groups)).transpose(1, 2).flatten(1, 2), columns, None)
+    parts = layer.insertions(IN, shares(groups, inputs // groups, units), {"weight": columns})
+    both = layer.revised(parts, [])
+    model_parts = parts
+    model = nn.ModuleDict({"layer": module})
+    plan = Plan(model)
+    plan.add("layer", model_parts, [], {IN: units * groups})
+    assert {change.path for change in plan.changes if change.revised is not None} == {f"layer.{name}" for name in both}
+    exchange(model, plan.changes, plan.attributes, ())
+    grouped = torch.cat([x.unflatten(1, (groups, -1)), more.unflatten(1, (units, groups)).transpose(1, 2)], 2)
+    torch.testing.assert_close(model["layer"](grouped.flatten(1, 2)), expected + added, rtol=1e-9, atol=1e-9)
+    assert layers.size(module, IN) == inputs + units * groups
+    assert outputs == layers.size(module, OUT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.booleans(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 2))
+def test_new_groups_stand_beside_the_old_ones(
+    transposed: bool, inputs: int, outputs: int, groups: int, units: int
+) -> None:
+    module = KINDS[transposed, 2](inputs * groups, outputs * groups, 3, groups=groups).double()
+    layer = layers.weighted(module)
+    old, new = example(module, inputs * groups), example(module, inputs * units)
+    expected = module(old).detach()
+    filters = torch.randn(layer.shape(GROUP_OUT, outputs * units), dtype=torch.float64)
+    places_in = [Place(inputs * groups, tuple(range(inputs * units)))]
+    places_out = [Place(outputs * groups, tuple(range(outputs * units)))]
+    alone = layer.apply(new, filters, None, groups=units)
+    parts = layer.group_insertions(places_in, places_out, {"weight": filters})
+    grown = enlarged(module, parts, {GROUP_IN: inputs * units, GROUP_OUT: outputs * units})
+    both = torch.cat([expected, alone], 1)
+    torch.testing.assert_close(grown(torch.cat([old, new], 1)), both, rtol=1e-9, atol=1e-9)
+    assert grown.groups == groups + units
+
+
+@settings(max_examples=40, deadline=None)
+@given(convolutions())
+def test_a_layer_with_its_own_weights_is_itself(module: nn.Module) -> None:
+    layer = layers.weighted(module)
+    x = example(module, layer.size(IN))
+    torch.testing.assert_close(layer.apply(x, layer.filters(), layer.bias()), module(x), rtol=1e-9, atol=1e-9)
+    assert layer.channel_axis(x.dim()) == 1
+    assert layers.problem(module) is None
+
+
+def test_apply_is_differentiable_and_uses_the_layers_own_forward() -> None:
+    module = hand.Standardised(3, 4, 3).double()
+    layer = layers.weighted(module)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    weight = torch.randn(7, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = layer.apply(x, weight, None)
+    standardised = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+    gain = torch.cat([module.gain, module.gain.mean(0, keepdim=True).expand(3, 1, 1, 1)])
+    torch.testing.assert_close(y, nn.functional.conv2d(x, gain * standardised))
+    y.sum().backward()
+    assert weight.grad is not None
+    assert module.weight.shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.LazyConv2d(3, 3), "not initialized"),
+        (nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), "power iteration"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), "power iteration"),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(3, 4)), "_Orthogonal"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4), dim=None), "as a whole"),
+        (CPConv2d(3, 4, 3, rank=2), "grow in rank"),
+    ],
+)
+def test_what_cannot_be_enlarged_says_why(module: nn.Module, reason: str) -> None:
+    assert reason in str(layers.problem(module))
+
+
+def test_a_tensor_that_nobody_knows_is_a_problem() -> None:
+    module = nn.Conv2d(3, 4, 3)
+    module.table = nn.Parameter(torch.zeros(3, 7))
+    assert "table" in str(layers.problem(module))
+
+
+def test_sizes_and_sides() -> None:
+    conv, linear, norm = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(3, 5), nn.GroupNorm(2, 4)
+    assert [layers.size(conv, side) for side in (OUT, IN, GROUP_OUT, GROUP_IN)] == [6, 4, 6, 4]
+    assert [layers.size(linear, side) for side in (OUT, IN)] == [5, 3]
+    assert layers.size(norm, ENTRY) == 4
+    assert layers.norm_groups(norm, 6) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert layers.norm_groups(nn.BatchNorm2d(4), 4) == []
+    assert (layers.has_side(linear, GROUP_IN), layers.has_side(nn.PReLU(), ENTRY), layers.has_side(3, OUT)) == (
+        False,
+    ) * 3
+    assert layers.is_norm(nn.PReLU(3))
+    assert not layers.is_norm(nn.LayerNorm(3))
+    assert layers.is_transposed(nn.ConvTranspose1d(2, 2, 1))
+    assert (layers.groups_of(conv), layers.groups_of(norm)) == (2, 1)
+    assert (
+        layers.channel_axis(linear, 3),
+        layers.channel_axis(conv, 3),
+        layers.channel_axis(nn.BatchNorm1d(3), 2),
+    ) == (2, 0, 1)
+    assert layers.described(torch.zeros(2, 3)) == "tensor (2, 3)"
+    assert layers.described(linear).startswith("Linear(")
+    with pytest.raises(SiteError, match="no layer that channels lie on"):
+        layers.size(nn.ReLU(), OUT)
+    with pytest.raises(SiteError, match="no such side"):
+        layers.size(norm, OUT)
+
+
+def test_a_transparent_norm_is_the_identity_on_its_moments() -> None:
+    for norm, shape in ((nn.BatchNorm2d(3), (2, 3, 4, 4)), (nn.BatchNorm1d(3), (5, 3))):
+        mean, variance = torch.randn(3), torch.rand(3)
+        for name, value in layers.norm(norm).transparent(mean, variance).items():
+            getattr(norm, name).data.copy_(value)
+        x = torch.randn(shape)
+        torch.testing.assert_close(norm.eval()(x), x)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    layer = layers.weighted(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(SurgeryError, match="every group"):
+        layer.insertions(IN, [Place(4, (0,))], {})
+    with pytest.raises(SurgeryError, match="groups come as a whole"):
+        layer.group_insertions([Place(3, (0, 1))], [Place(4, (0, 1))], {})
+    with pytest.raises(SurgeryError, match="lose the same"):
+        layer.removals(IN, [0])
+    with pytest.raises(SurgeryError, match="whole groups"):
+        layers.adapter(nn.GroupNorm(2, 4)).counts({ENTRY: 1})

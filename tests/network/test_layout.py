@@ -1,0 +1,69 @@
+"""Layouts against a list of owners: sizes, positions and places at any width."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from growconv.errors import SiteError
+from growconv.network.layout import IN, OUT, Layout, Run, owners_of
+
+KEY = ("b", IN)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
+    """An axis of any runs of two spaces, and their units."""
+    runs, slots = [], [0, 0]
+    for _ in range(draw(st.integers(1, 5))):
+        space, outer = draw(st.sampled_from([None, 0, 1])), draw(st.integers(1, 3))
+        if space is None:
+            runs.append(Run(None, outer))
+            continue
+        inner = draw(st.integers(1, 3))
+        runs.append(
+            Run(space, outer, inner, tuple(draw(st.permutations(range(slots[space], slots[space] + outer * inner)))))
+        )
+        slots[space] += outer * inner
+    axes = {KEY: tuple(runs), ("a", OUT): (Run(0, 1),), ("e", OUT): (Run(1, 1),)}
+    return Layout(axes, (1, 1), {}), [draw(st.integers(1, 4)), draw(st.integers(1, 4))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.integers(1, 3))
+def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[Layout, list[int]], more: int) -> None:
+    layout, units = drawn
+    sizes = {key: len(owners_of(runs, units)) for key, runs in layout.axes.items()}
+    assert [layout.units(space, sizes.__getitem__) for space in (0, 1)] == units
+    old = [tuple(owner) for owner in layout.owners(KEY, units).tolist()]
+    for space in (0, 1):
+        if not layout.per_unit(KEY, space):
+            continue
+        per_unit = layout.per_unit(KEY, space)
+        expected = [
+            tuple(o) for o in layout.owners(KEY, [u + more * (s == space) for s, u in enumerate(units)]).tolist()
+        ]
+        grown = list(old)
+        for place in sorted(layout.places(KEY, space, more, sizes.__getitem__), key=lambda place: -place.position):
+            new = [(space, units[space] + entry // per_unit, entry % per_unit) for entry in place.entries]
+            grown[place.position : place.position] = new
+        assert grown == expected
+        entries = layout.entries(KEY, space, sizes.__getitem__)
+        assert [old[at] for at in entries] == [
+            (space, u, slot) for u in range(units[space]) for slot in range(per_unit)
+        ]
+
+
+def test_an_axis_that_holds_no_whole_units_is_an_error() -> None:
+    layout = Layout({KEY: (Run(0, 2, 1, (0, 1)),)}, (1,), {})
+    with pytest.raises(SiteError, match="whole channels"):
+        layout.units(0, lambda _: 5)
+    with pytest.raises(SiteError, match="no layer tells"):
+        Layout({KEY: (Run(0, 1), Run(1, 1))}, (1, 1), {}).units(0, lambda _: 5)
+
+
+def test_runs_are_laid_out_in_order() -> None:
+    runs = (Run(None, 1), Run(0, 2, 2, (0, 1, 2, 3)))
+    found = owners_of(runs, [2])
+    assert np.array_equal(found[:, 1], [-1, 0, 0, 1, 1, 0, 0, 1, 1])
+    assert np.array_equal(found[:, 2], [-1, 0, 1, 0, 1, 2, 3, 2, 3])
