@@ -243,7 +243,7 @@ def _numbered(model: nn.Module, examples: Sequence[Example]) -> Numbers:
     for example in examples:
         model.train(example.training)
         try:
-            look(model, example.arguments, numbers, whole_groups)
+            look(model, example.arguments, numbers, whole_groups, gradients=True)
         except LookFailed as failure:
             if example.training and numbers.order:
                 continue  # a batch of one in front of a batch norm, mostly; rehearsal pretends its way through
@@ -263,6 +263,8 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
             if path in numbers.shapes or path.endswith("#"):
                 continue
             problem = layers.problem(model.get_submodule(path))
+            if path in numbers.silent and path in space.paths(OUT, IN):
+                problem = problem or "it runs under torch.no_grad, so that new channels would never train"
             if problem is not None:
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}

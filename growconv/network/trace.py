@@ -38,6 +38,7 @@ class Numbers:
         blocked: per number why it cannot grow.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
+        silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
             attribute, index in a list): the numbers of the entries that it counts.
         shapes: of bare parameters and buffers.
@@ -49,6 +50,7 @@ class Numbers:
         self.owners: list[tuple[Key, int]] = []
         self.blocked: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
+        self.silent: set[str] = set()
         self.columns: dict[Key, list[int]] = {}
         self.calls: dict[str, int] = {}
         self.order: list[str] = []
@@ -156,6 +158,7 @@ def look(
     numbers: Numbers,
     whole_groups: Callable[[str, nn.Module], bool],
     outputs_block: bool = True,
+    gradients: bool = False,
 ) -> object:
     """Send numbers through one forward pass.
 
@@ -165,6 +168,7 @@ def look(
         numbers: what is found goes here; those of earlier passes stay.
         whole_groups: whether the groups of a grouped convolution are channels that come and go as a whole.
         outputs_block: the numbers in the model's output cannot grow.
+        gradients: note which layers run without gradients although their weights train.
 
     Returns:
         The model's output.
@@ -173,9 +177,10 @@ def look(
         LookFailed: the model's code raised an error.
     """
     mode = _Mode(model, numbers, whole_groups)
+    mode.gradients = gradients
     handles = mode.hook(model)
     try:
-        with torch.no_grad(), mode:
+        with torch.set_grad_enabled(gradients), mode:
             output = model(*arguments[0], **arguments[1])
     except Exception as error:
         raise LookFailed(error, mode.met) from error
@@ -202,6 +207,7 @@ class _Mode(TorchDispatchMode):
         self.met: set[int] = set()
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.gradients = False
         self._inside = 0
         self._bare, self._owned, self._alias = _parameters(model)
         self._inputs: list[Tensor] = []
@@ -261,6 +267,9 @@ class _Mode(TorchDispatchMode):
         self.calls[path] = self.calls.get(path, 0) + 1
         if path not in numbers.order:
             numbers.order.append(path)
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if trains and self.gradients and not output.requires_grad:
+            numbers.silent.add(path)
         companion = self.companion(source)
         axis = layers.channel_axis(module, source.dim())
         columns = compact(companion.movedim(axis, 0), keep=(0,)).flatten(1)
