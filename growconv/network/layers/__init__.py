@@ -6,7 +6,7 @@
 from torch import Tensor, nn
 
 from growconv.errors import SiteError
-from growconv.network.layers.base import Adapter, Part, Removal, Slot
+from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
 from growconv.network.layers.factorized import Factorized
 from growconv.network.layers.norms import GroupNorm, Norm, PReLU
 from growconv.network.layers.weighted import Convolution, TransposedConvolution, Weighted
@@ -14,8 +14,8 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
-    "set_outputs", "size", "weighted",
+    "has_side", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
+    "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -80,6 +80,11 @@ def is_norm(module: object) -> bool:
 def is_transposed(module: object) -> bool:
     """True for a transposed convolution."""
     return isinstance(_find(module), TransposedConvolution)
+
+
+def is_plain_convolution(module: object) -> bool:
+    """True for torch's own Conv1d to Conv3d with a weight of its own."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in module._parameters
 
 
 def groups_of(module: object) -> int:
