@@ -239,7 +239,7 @@ def tied_weights(site: Site) -> str | None:
     for path, module in site.model.named_modules():
         for name, parameter in module._parameters.items():
             parts.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = set()
-    for path, sides in _sides(site).items():
+    for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
         if path in site.layout.dims:
             own = parts.get(id(attribute(site.model, path)), {})
             where = f"{path} (used on its own)" if own.get(path) else path
