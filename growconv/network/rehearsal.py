@@ -91,7 +91,31 @@ class Widening:
                 culprits = self._alone(culprits)
             for number, reason in culprits.items():
                 self._next_guess(number, reason)
-        return self.layout()
+        return self.relay()
+
+    def presume(self) -> Layout:
+        """The layout at the present widths, taken to hold at others."""
+        self._bare_axes()
+        for number, space in enumerate(self.spaces):
+            if space.reason is None and not self._fits(number):
+                self._next_guess(number, "its channels are interleaved in a way that is not followed")
+        self.bound = set(self.numbers.literals)
+        return self.relay()
+
+    def relay(self) -> Layout:
+        """The layout of all spaces that have no reason against them now."""
+        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
+        read_off = dict(self.axes)
+        self._lay_out(live)
+        single = {number for number in live if self.spaces[number].units == 1}
+        for key, runs in read_off.items():  # what a space of one unit does not tell by itself
+            if key in self.axes and single & {run.space for run in runs}:
+                alive = {run.space for run in self.axes[key]}
+                if {run.space for run in runs} == alive:
+                    self.axes[key] = runs
+        layout = self.layout()
+        axes = {key: runs for key, runs in layout.axes.items() if key[1] != FILL}
+        return Layout(axes, layout.channels, layout.dims, layout.attributes)
 
     def _alone(self, culprits: Mapping[int, str]) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""

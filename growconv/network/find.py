@@ -1,0 +1,379 @@
+"""Finding where a model can grow: find_sites, explain_sites and site."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
+from growconv.network import layers
+from growconv.network.classes import Space, spaces_of
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
+from growconv.network.model import Arguments, attribute, example_arguments, tensors_in, undisturbed, unwrapped
+from growconv.network.plan import tied_weights
+from growconv.network.proof import Proof
+from growconv.network.rehearsal import Example, Widening
+from growconv.network.routes import routes_of
+from growconv.network.site import GrowthSite, frozen_weight
+from growconv.network.trace import LookFailed, Numbers, look
+
+MODES = {"eval": False, "train": True}
+
+
+@dataclass
+class Analysis:
+    """Everything that looking at a model tells.
+
+    Attributes:
+        model: the model itself; all work is done on a copy.
+        numbers: of its channels.
+        spaces: the channel spaces that were found; those that cannot grow have a reason.
+        layout: where the channels of the others lie.
+        outputs: per output axis that belongs to no space why not.
+        sites: one per space that can grow, in forward order.
+    """
+
+    model: nn.Module
+    numbers: Numbers
+    spaces: list[Space]
+    layout: Layout
+    outputs: dict[Key, str]
+    sites: tuple[GrowthSite, ...] = ()
+    of_space: dict[int, GrowthSite] = field(default_factory=dict)
+
+
+def find_sites(
+    model: nn.Module,
+    example_input: object,
+    *,
+    modes: Sequence[str] = ("eval", "train"),
+    rehearse: bool = True,
+) -> tuple[GrowthSite, ...]:
+    """All places where a model can grow, in forward order, each one rehearsed.
+
+    The model is copied and the copy is run on the example: the numbers of its channels are sent through it, at its
+    present widths and at others; it is checked that nothing else sees the channels, and that new ones at amplitude 0
+    change nothing. The model itself is not touched.
+
+    Args:
+        model: the raw model, on any device, in any mode.
+        example_input: what its forward takes: a tensor, a tuple of arguments or a mapping of keyword arguments; a list
+            of several such examples where different inputs call different layers. A batch of one or two is enough.
+        modes: in which modes it is run: "eval", "train" or both (heads that only training calls are found then).
+        rehearse: False only follows the numbers at the present widths; what it returns is presumed, not proved.
+
+    Returns:
+        The sites; `explain_sites` says why other layers are none.
+
+    Raises:
+        ArgumentTypeError: for something that is no raw model or no example.
+        TraceError: when the model does not run on the example, or cannot be copied.
+
+    Example:
+        >>> import growconv
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> [site.name for site in growconv.find_sites(net, torch.randn(1, 3, 8, 8))]
+        ['0 -> 3']
+    """
+    return analyse(model, example_input, modes=modes, rehearse=rehearse).sites
+
+
+def site(
+    model: nn.Module,
+    producers: str | Sequence[str],
+    consumers: str | Sequence[str],
+    *,
+    example_input: object,
+) -> GrowthSite:
+    """The site between layers that the user names, for models that cannot be traced as a whole.
+
+    Args:
+        model: the raw model.
+        producers: path of the layer that writes the channels; several for a stream.
+        consumers: paths of the layers that read them.
+        example_input: what the model's forward takes.
+
+    Returns:
+        The site.
+
+    Raises:
+        SiteError: for unknown names, or layers that do not belong together, with the reason.
+    """
+    model = unwrapped(model)
+    written, read = ((each,) if isinstance(each, str) else tuple(each) for each in (producers, consumers))
+    for path in (*written, *read):
+        try:
+            module: object = attribute(model, path)
+        except AttributeError:
+            module = None
+        if not layers.is_weighted(module):
+            raise SiteError(
+                "this is no convolution or linear layer of the model",
+                where=path,
+                got="nothing" if module is None else type(module).__name__,
+                fix="name layers as in model.named_modules()",
+            )
+    found = analyse(model, example_input)
+    for each in found.sites:
+        if set(each.producers) == set(written) and set(each.consumers) == set(read):
+            return each
+    reason = next((row.reason for row in _rows(found) if row.path == written[0] and row.reason), None)
+    near = [each.name for each in found.sites if set(each.producers) & set(written)]
+    raise SiteError(
+        "these layers do not make up a site",
+        where=f"{' + '.join(written)} -> {', '.join(read)}",
+        expected="; ".join(near) or None,
+        got=reason,
+        fix="see growconv.explain_sites(model, example_input)",
+    )
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What was found for one convolution or linear layer.
+
+    Attributes:
+        path: module path.
+        layer: the layer in words.
+        width: its output channels now.
+        site: name of the first site that its outputs belong to; None where there is none.
+        kind: kind of that site.
+        reason: why its outputs cannot grow; None where they can.
+        reads: names of the sites that it reads.
+    """
+
+    path: str
+    layer: str
+    width: int
+    site: str | None
+    kind: str | None
+    reason: str | None
+    reads: tuple[str, ...]
+
+    @property
+    def growable(self) -> bool:
+        """Whether new output channels can be added."""
+        return self.site is not None
+
+
+class SiteTable(tuple[LayerRow, ...]):
+    """All rows; prints itself as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """One line per layer."""
+        rows = [("layer", "outputs", "site, or why it cannot grow")]
+        rows += [(row.path, str(row.width), row.site or f"– {row.reason}") for row in self]
+        wide, count = (max(len(row[column]) for row in rows) for column in (0, 1))
+        return "\n".join(f"{path:<{wide}}  {width:>{count}}  {text}" for path, width, text in rows)
+
+
+def explain_sites(
+    model: nn.Module, example_input: object, *, modes: Sequence[str] = ("eval", "train"), rehearse: bool = True
+) -> SiteTable:
+    """Every convolution and linear layer of a model: its site, or the reason why it has none.
+
+    Args:
+        model: the raw model.
+        example_input: as for `find_sites`.
+        modes: as for `find_sites`.
+        rehearse: as for `find_sites`.
+
+    Returns:
+        A tuple of LayerRow that prints itself as a table.
+    """
+    return SiteTable(_rows(analyse(model, example_input, modes=modes, rehearse=rehearse)))
+
+
+def analyse(
+    model: nn.Module, example_input: object, *, modes: Sequence[str] = ("eval", "train"), rehearse: bool = True
+) -> Analysis:
+    """Look at a model: the way behind `find_sites` and `explain_sites`."""
+    model = unwrapped(model)
+    if not modes or any(mode not in MODES for mode in modes):
+        raise ArgumentValueError("unknown mode of the model", expected="'eval' and 'train'", got=tuple(modes))
+    inputs = example_input if isinstance(example_input, list) else [example_input]
+    if not inputs:
+        raise ArgumentTypeError("an example input is needed", got="an empty list", where="example_input")
+    arguments = [example_arguments(each) for each in inputs]
+    examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
+    twin = _copied(model)
+    with undisturbed(twin):
+        numbers = _numbered(twin, examples)
+        spaces, outputs = spaces_of(numbers)
+        _refuse_layers(twin, numbers, spaces)
+        widening = Widening(twin, examples, numbers, spaces, whole_groups)
+        layout = widening.prove() if rehearse else widening.presume()
+        found = Analysis(model, numbers, spaces, layout, outputs)
+        if rehearse:
+            for _ in range(len(spaces)):
+                failed = Proof(_copied(model), examples, _sites(found)).failures()
+                if not failed:
+                    break
+                for number, reason in failed.items():
+                    spaces[number].reason = reason
+                found.layout = widening.relay()
+        _enter_sites(found, _copied(model), arguments[0])
+    return found
+
+
+def whole_groups(path: str, module: nn.Module) -> bool:
+    """Whether a grouped convolution grows by whole groups: where it has more groups than channels in one."""
+    groups = layers.groups_of(module)
+    return groups >= layers.size(module, IN) // groups
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied to be looked at: {error}",
+            where=type(model).__name__,
+            fix="remove from the model what copy.deepcopy cannot copy, such as tensors that have a history",
+        ) from error
+
+
+def _numbered(model: nn.Module, examples: Sequence[Example]) -> Numbers:
+    """The numbers of a copy, from every example in every mode."""
+    numbers = Numbers()
+    for example in examples:
+        model.train(example.training)
+        try:
+            look(model, example.arguments, numbers, whole_groups)
+        except LookFailed as failure:
+            if example.training and numbers.order:
+                continue  # a batch of one in front of a batch norm, mostly; rehearsal pretends its way through
+            raise _no_run(model, example.arguments, failure.error) from failure.error
+    return numbers
+
+
+def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:
+    """Reasons that lie in the layers themselves: what they are, and who else may read their channels."""
+    uncalled = {
+        path: layers.size(module, IN)
+        for path, module in model.named_modules()
+        if layers.is_weighted(module) and path not in numbers.calls and layers.problem(module) is None
+    }
+    for space in spaces:
+        for path in space.paths(OUT, IN, GROUP_IN, GROUP_OUT, ENTRY):
+            if path in numbers.shapes or path.endswith("#"):
+                continue
+            problem = layers.problem(model.get_submodule(path))
+            if problem is not None:
+                space.reason = space.reason or f"{path}: {problem}"
+        widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
+        widths |= {len(space.roots) * count for (_, side), count in space.counts.items() if side == IN}
+        reader = next((path for path, inputs in uncalled.items() if inputs in widths), None)
+        if reader is not None:
+            space.reason = space.reason or (
+                f"{reader} is called by none of the examples and may read these channels: give an example that calls it, "
+                "as in find_sites(model, [x, (x, True)])"
+            )
+
+
+def _sites(found: Analysis) -> dict[int, GrowthSite]:
+    """A site, without routes, for every space that can grow."""
+    return {
+        number: _site(found, number, space) for number, space in enumerate(found.spaces) if space.reason is None
+    }
+
+
+def _site(found: Analysis, number: int, space: Space) -> GrowthSite:
+    producers, consumers = space.paths(OUT), space.paths(IN)
+    followers = tuple(path for path in space.paths(ENTRY, GROUP_IN, GROUP_OUT))
+    called = {path: found.numbers.calls.get(path, 0) for path in (*producers, *consumers)}
+    return GrowthSite(
+        model=found.model,
+        name=f"{_joined(producers, ' + ')} -> {_joined(consumers, ', ')}",
+        kind=_kind(found, number, space),
+        producers=producers,
+        followers=followers,
+        consumers=consumers,
+        routes=(),
+        calls=called,
+        layout=found.layout,
+        space=number,
+    )
+
+
+def _kind(found: Analysis, number: int, space: Space) -> str:
+    model, producers, consumers = found.model, space.paths(OUT), space.paths(IN)
+    modules = [model.get_submodule(path) for path in (*producers, *consumers)]
+    if len(producers) > 1:
+        return "stream"
+    others = [run for path in consumers for run in found.layout.axes.get((path, IN), ()) if run.space != number]
+    if others:
+        return "concatenation"
+    grouped = space.paths(GROUP_IN)
+    if grouped or any(layers.groups_of(module) > 1 for module in modules):
+        return "depthwise" if found.layout.channels[number] == 1 else "grouped"
+    if any(layers.is_transposed(module) for module in modules):
+        return "transposed"
+    if len(consumers) > 1:
+        return "fan"
+    return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
+
+
+def _enter_sites(found: Analysis, twin: nn.Module, arguments: Arguments) -> None:
+    """Make the sites, after what is said about them as a whole."""
+    sites = _sites(found)
+    for number, each in list(sites.items()):
+        reason = frozen_weight(each) or tied_weights(each)
+        if reason is not None:
+            found.spaces[number].reason = reason
+            del sites[number]
+    routes = routes_of(twin.eval(), arguments, [replace(each, model=twin) for each in sites.values()])
+    found.of_space = {number: replace(each, routes=routes[each.name]) for number, each in sites.items()}
+    found.sites = tuple(found.of_space.values())
+
+
+def _rows(found: Analysis) -> Iterator[LayerRow]:
+    """One row per convolution and linear layer of an analysed model."""
+    by_key: dict[Key, list[int]] = {}
+    for number, space in enumerate(found.spaces):
+        for key in space.keys:
+            by_key.setdefault(key, []).append(number)
+    for path, module in found.model.named_modules():
+        if not layers.is_weighted(module):
+            continue
+        own = [number for side in (OUT, GROUP_OUT) for number in by_key.get((path, side), ())]
+        grown = next((found.of_space[number] for number in own if number in found.of_space), None)
+        reads = [found.of_space[n].name for side in (IN, GROUP_IN) for n in by_key.get((path, side), ()) if n in found.of_space]
+        reason = None
+        if grown is None:
+            reasons = [found.spaces[number].reason for number in own]
+            reasons += [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
+            uncalled = None if path in found.numbers.calls else "none of the examples calls it"
+            reason = uncalled or next((text for text in reasons if text), "its outputs are not followed")
+        yield LayerRow(
+            path, _described(module), layers.size(module, OUT), grown and grown.name, grown and grown.kind, reason,
+            tuple(dict.fromkeys(reads)),
+        )  # fmt: skip
+
+
+def _described(module: nn.Module) -> str:
+    kernel = "x".join(str(size) for size in layers.weighted(module).kernel_size)
+    groups = layers.groups_of(module)
+    text = f"{type(module).__name__} {layers.size(module, IN)} -> {layers.size(module, OUT)}"
+    return text + (f", {kernel}" if kernel else "") + (f", {groups} groups" if groups > 1 else "")
+
+
+def _joined(paths: Sequence[str], by: str) -> str:
+    return by.join(paths) if len(paths) <= 3 else f"{paths[0]}{by}{len(paths) - 1} more"
+
+
+def _no_run(model: nn.Module, arguments: Arguments, error: Exception) -> TraceError:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    tensors = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in([arguments[0], arguments[1]])]
+    held = f"; its parameters are {parameter.dtype} on {parameter.device}" if parameter is not None else ""
+    return TraceError(
+        f"the model does not run on the example input: {error}",
+        expected=f"an input that {type(model).__name__} accepts{held}",
+        got=", ".join(tensors) or "no tensor",
+        where=type(model).__name__,
+        fix="pass an example with the shape, dtype and device that the model is trained with",
+    )

@@ -1,0 +1,312 @@
+"""Proof by running: nothing else reads a site's channels, and new channels at amplitude 0 change nothing.
+
+Nothing else reads them: one pass records what every consumer is given; another disturbs the channels at every producer
+and hands each consumer what the first one recorded. The model's output must be the same to the bit. New channels: all
+sites of a copy grow by a few units whose outgoing weights are zero; the output must be the same up to rounding.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from growconv.errors import GrowthError
+from growconv.network import layers
+from growconv.network.apply import grow
+from growconv.network.layout import IN, OUT
+from growconv.network.model import tensors_in
+from growconv.network.proposal import ChannelGrowth
+from growconv.network.rehearsal import MORE_UNITS, Example
+from growconv.network.site import GrowthSite
+
+SEEN = "something reads these channels that cannot be followed, such as NumPy, a scripted module or torch.vmap"
+NO_GRADIENT = "runs under torch.no_grad or torch.inference_mode, so that new channels would never train"
+ROUNDING = 1e-4
+"""Change of the output, relative to its largest entry, that float32 may make; beyond it float64 decides."""
+EXACT = 1e-7
+"""The same in float64."""
+
+Sites = Mapping[int, GrowthSite]
+
+
+class Proof:
+    """Runs of a copy of a model that its sites have to pass.
+
+    Args:
+        model: a copy that may be run and changed.
+        examples: how it is run.
+        sites: by number of their space.
+    """
+
+    def __init__(self, model: nn.Module, examples: Sequence[Example], sites: Sites) -> None:
+        self.model = model
+        self.examples = examples
+        self.sites = {number: site.of(model) for number, site in sites.items()}
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._mute: set[str] = set()
+
+    def failures(self) -> dict[int, str]:
+        """The sites that fail, and why."""
+        for example in self.examples:
+            found = self._watched(example)
+            if found:
+                return found
+        return self._grown()
+
+    # ------------------------------------------------------------------------------------------ nothing else reads
+
+    def _watched(self, example: Example) -> dict[int, str]:
+        recorded: dict[tuple[str, int], Tensor] = {}
+        try:
+            before = self._run(example, recorded, ())
+        except Exception:
+            if example.training:
+                return {}  # a batch of one in front of a batch norm, mostly
+            raise
+        if self._mute:
+            return {
+                number: f"{path} {NO_GRADIENT}"
+                for number, site in self.sites.items()
+                for path in (*site.producers, *site.consumers)
+                if path in self._mute
+            }
+
+        def seen(part: Sequence[int]) -> bool:
+            try:
+                return not _equal(self._run(example, recorded, part), before)
+            except Exception:
+                return True
+
+        return dict.fromkeys(_search(seen, list(self.sites)), SEEN)
+
+    def _run(
+        self, example: Example, recorded: dict[tuple[str, int], Tensor], disturbed: Iterable[int]
+    ) -> list[Tensor]:
+        """The outputs; recorded or, where sites are disturbed, with their consumers given what was recorded."""
+        chosen = [self.sites[number] for number in disturbed]
+        handles = []
+        if chosen:
+            for path, entries in _gathered(chosen, OUT).items():
+                handles.append(self.model.get_submodule(path).register_forward_hook(_disturb(entries)))
+            for path, entries in _gathered(chosen, IN).items():
+                handles.append(self.model.get_submodule(path).register_forward_pre_hook(_hand(path, entries, recorded), with_kwargs=True))
+        else:
+            for path in {path for site in self.sites.values() for path in (*site.producers, *site.consumers)}:
+                handles.append(self.model.get_submodule(path).register_forward_pre_hook(_record(path, recorded), with_kwargs=True))
+                handles.append(self.model.get_submodule(path).register_forward_hook(self._listen(path)))
+        try:
+            return self._outputs(self.model, example, grad=not chosen)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _listen(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def hook(module: nn.Module, _args: tuple, output: Tensor) -> None:
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if trains and not output.requires_grad:
+                self._mute.add(path)
+
+        return hook
+
+    def _outputs(self, model: nn.Module, example: Example, grad: bool = False) -> list[Tensor]:
+        """A run with random operations held still; buffers are as before afterwards."""
+        model.train(example.training)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        torch.manual_seed(0)
+        try:
+            with torch.set_grad_enabled(grad), _Still():
+                output = model(*example.arguments[0], **example.arguments[1])
+            return [tensor.detach().clone() for tensor in tensors_in(output)]
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+    # ------------------------------------------------------------------------------------------ new channels
+
+    def _grown(self) -> dict[int, str]:
+        numbers = list(self.sites)
+        more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(numbers)}
+        before: dict[int, list[Tensor]] = {}
+        for place, example in enumerate(self.examples):
+            try:
+                before[place] = self._outputs(self.model, example)
+            except Exception:  # noqa: PERF203 (a mode in which the model does not run on the example proves nothing)
+                continue
+        reasons: dict[tuple[int, ...], str] = {}
+
+        def fails(part: Sequence[int]) -> bool:
+            reason = self._try(part, more, before)
+            if reason is not None:
+                reasons[tuple(part)] = reason
+            return reason is not None
+
+        return {number: reasons.get((number,), "new channels change the output") for number in _search(fails, numbers)}
+
+    def _try(self, part: Sequence[int], more: Mapping[int, int], before: Mapping[int, list[Tensor]]) -> str | None:
+        """Why some sites cannot grow together; None where they can."""
+        twin = copy.deepcopy(self.model)
+        try:
+            for number in part:
+                site = self.sites[number].of(twin)
+                grow(twin, site, silent_growth(site, more[number] * site.granularity), 0.0)
+        except GrowthError as error:
+            return f"{error.problem}" + (f" ({error.where})" if error.where else "")
+        for place, old in before.items():
+            try:
+                new = self._outputs(twin, self.examples[place])
+            except Exception as error:
+                line = (str(error).splitlines() or [""])[0][:160]
+                return f"the grown model does not run: {type(error).__name__}: {line}"
+            if not _close(new, old, ROUNDING) and not self._same_in_double(twin, self.examples[place]):
+                return "its channels depend on each other: new ones at amplitude 0 change the output"
+        return None
+
+    def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
+        """Whether float64 tells a difference that float32's rounding makes from a real one."""
+        exact = Example(_double(example.arguments), example.training)
+        try:
+            old = self._outputs(copy.deepcopy(self.model).double(), exact)
+            new = self._outputs(copy.deepcopy(twin).double(), exact)
+        except Exception:
+            return False
+        return _close(new, old, EXACT)
+
+
+def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
+    """New channels with filters drawn at the size of the old ones and no outgoing weights.
+
+    Args:
+        site: where.
+        channels: a multiple of its granularity.
+    """
+    generator = torch.Generator().manual_seed(0)
+    incoming, biases, outgoing = {}, {}, {}
+    for path in site.producers:
+        layer = layers.weighted(site.model.get_submodule(path))
+        filters = layer.filters().detach()
+        count = int(channels * site.ratio(path, OUT))
+        noise = torch.randn(layer.shape(OUT, count), generator=generator, dtype=torch.float64)
+        incoming[path] = noise.to(filters) * filters.square().mean().sqrt()
+        bias = layer.bias()
+        if bias is not None:
+            biases[path] = bias.detach().new_zeros(count)
+    for path in site.consumers:
+        layer = layers.weighted(site.model.get_submodule(path))
+        outgoing[path] = layer.filters().detach().new_zeros(layer.shape(IN, int(channels * site.ratio(path))))
+    return ChannelGrowth(
+        site.name, "silent", incoming, outgoing, torch.zeros(channels), incoming_bias=biases, requested=channels
+    )
+
+
+class _Still(TorchDispatchMode):
+    """Random operations give their mean, so that runs at different widths can be compared."""
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run an operation, a random one without chance."""
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket._qualified_op_name.split("::")[1]  # pyright: ignore[reportFunctionMemberAccess]
+        if name == "native_dropout":
+            return args[0] * 1.0, torch.ones_like(args[0], dtype=torch.bool)
+        if name == "bernoulli_":
+            return args[0].fill_(1)
+        output = func(*args, **kwargs)
+        if name in ("bernoulli", "rand", "rand_like", "uniform_", "randn", "randn_like", "normal_", "exponential_"):
+            output.fill_({"b": 1.0, "r": 0.5, "u": 0.5}.get(name[0], 0.0) if "randn" not in name else 0.0)
+        return output
+
+
+def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
+    """Per layer the entries along one side of all sites."""
+    found: dict[str, list[int]] = {}
+    for site in sites:
+        for path in site.producers if side == OUT else site.consumers:
+            found.setdefault(path, []).extend(site.entries(path, side))
+    return found
+
+
+def _disturb(entries: list[int]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    def hook(module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        axis = layers.channel_axis(module, output.dim())
+        index = torch.tensor(entries, device=output.device)
+        return output.index_copy(axis, index, output.index_select(axis, index) * 1.37 + 0.31)
+
+    return hook
+
+
+def _record(path: str, recorded: dict[tuple[str, int], Tensor]) -> Callable[[nn.Module, tuple, dict], None]:
+    calls = 0
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal calls
+        recorded[path, calls] = tensors_in([args, kwargs])[0].detach().clone()
+        calls += 1
+
+    return hook
+
+
+def _hand(
+    path: str, entries: list[int], recorded: Mapping[tuple[str, int], Tensor]
+) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+    calls = 0
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        nonlocal calls
+        known = recorded.get((path, calls))
+        calls += 1
+        given = tensors_in([args, kwargs])[0]
+        if known is None or known.shape != given.shape:
+            return None
+        axis = layers.channel_axis(module, given.dim())
+        index = torch.tensor(entries, device=given.device)
+        changed = given.index_copy(axis, index, known.index_select(axis, index))
+        if args and args[0] is given:
+            return (changed, *args[1:]), kwargs
+        return args, {name: changed if value is given else value for name, value in kwargs.items()}
+
+    return hook
+
+
+def _search(fails: Callable[[Sequence[int]], bool], numbers: Sequence[int]) -> list[int]:
+    """Those of some numbers that fail, by halving."""
+    if not numbers or not fails(numbers):
+        return []
+    if len(numbers) == 1:
+        return list(numbers)
+    half = len(numbers) // 2
+    return _search(fails, numbers[:half]) + _search(fails, numbers[half:]) or list(numbers)
+
+
+def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _close(first: Sequence[Tensor], second: Sequence[Tensor], share: float) -> bool:
+    def near(a: Tensor, b: Tensor) -> bool:
+        if a.shape != b.shape:
+            return False
+        if not a.numel() or not b.is_floating_point():
+            return torch.equal(a, b)
+        size = float(b.nan_to_num(posinf=0, neginf=0).abs().max())
+        return float((a - b).nan_to_num().abs().max()) <= share * max(size, 1e-30)
+
+    return len(first) == len(second) and all(near(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _double(arguments: tuple[tuple, dict[str, object]]) -> tuple[tuple, dict[str, object]]:
+    def exact(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, list | tuple):
+            return type(value)(exact(each) for each in value)
+        if isinstance(value, dict):
+            return {name: exact(each) for name, each in value.items()}
+        return value
+
+    return tuple(exact(each) for each in arguments[0]), {name: exact(each) for name, each in arguments[1].items()}
