@@ -22,7 +22,7 @@ Edit = Mapping[str, object]
 {"module", "tensor", "axis", "position", "count"}: new entries of a tensor;
 {"module", "tensor", "axis", "removed"}: entries that went;
 {"module", "attribute", "value"}: an attribute that was set;
-{"module", "insert"}, {"module", "replace"}, {"module", "copy"}: another module, as `network.blocks` builds it."""
+{"module", "insert"}, {"module", "copy"}, {"module", "split"}, {"module", "merge"}: another module, by `network.blocks`."""
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """The optimizer that trains a model, all of them, or None where there is none yet."""

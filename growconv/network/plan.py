@@ -236,35 +236,23 @@ def tied_weights(site: Site) -> str | None:
     layer outside of the site too, cannot keep the function and grow.
     """
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
-    for path, sides in _sides(site).items():
-        bare = path in site.layout.dims
-        slots = (
-            [(ENTRY, "", site.layout.dims[path])]
-            if bare
-            else [
-                (side, f".{slot.name}", slot.axis)
-                for side in sides
-                for slot in layers.adapter(site.model.get_submodule(path)).slots(side)
-            ]
-        )
-        for side, name, axis in slots:
-            found = parts.setdefault(id(attribute(site.model, f"{path}{name}")), {})
-            found.setdefault(path, set()).add((side, axis))
-    for module_path, module in site.model.named_modules():
+    for path, module in site.model.named_modules():
         for name, parameter in module._parameters.items():
-            known = parts.get(id(parameter), {})
-            owners = [
-                path
-                for path in known
-                if f"{module_path}.{name}".lstrip(".") == path or f"{module_path}.".startswith(f"{path}.")
-            ]
-            if known and not owners:
-                first = next(iter(known))
-                return f"{module_path} shares a weight with {first}, and is not part of the site"
-    for known in parts.values():
-        paths = list(known)
-        if any(known[path] != known[paths[0]] for path in paths):
-            return f"{' and '.join(paths)} share a weight, but play different parts for these channels"
+            parts.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = set()
+    for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
+        if path in site.layout.dims:
+            own = parts.get(id(attribute(site.model, path)), {})
+            where = f"{path} (used on its own)" if own.get(path) else path
+            own.setdefault(where, set()).add((ENTRY, site.layout.dims[path]))
+            continue
+        adapter = layers.adapter(site.model.get_submodule(path))
+        for side in sides:
+            for slot in adapter.slots(side):
+                name = f"{path}.{slot.name}"
+                parts.get(id(attribute(site.model, name)), {}).setdefault(name, set()).add((side, slot.axis))
+    for shared in parts.values():
+        if any(part != next(iter(shared.values())) for part in shared.values()):
+            return f"{' and '.join(shared)} are one weight, but play different parts for these channels"
     return None
 
 
@@ -308,65 +296,49 @@ class _Proposed:
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
         """By tensor name, for a path and side."""
-        entries = self._count(path, side)
+        entries = self.site.layout.per_unit((path, side), self.site.space) * self.growth.channels
+        entries //= self.site.granularity
         if path in self.site.layout.dims:
             return {"": self._bare(path, entries)}
-        if side == OUT:
-            return self._produced(path, entries)
-        if side == IN:
-            return {"weight": self._consumed(path, entries)}
         if side == ENTRY:
             return self._normalised(path, entries)
-        return self._carried(path, entries)
-
-    def _count(self, path: str, side: str) -> int:
-        per_unit = self.site.layout.per_unit((path, side), self.site.space)
-        return per_unit * self.growth.channels // self.site.granularity
+        return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
 
     def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = layers.weighted(self.site.model.get_submodule(path))
-        weight = self._given(self.growth.incoming, path, "incoming weights")
-        found = {
-            "weight": self._fitted(
-                weight, layer.shape(OUT, entries), {1: (path, IN)}, f"incoming weights of {path}", layer.groups
-            )
-        }
+        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"incoming weights of {path}"
+        weight = self._given(self.growth.incoming, path, label)
+        found = {"weight": self._fitted(weight, layer.shape(OUT, entries), label, 1, (path, IN), layer.groups)}
         if layer.bias() is not None:
-            bias = self._given(self.growth.incoming_bias, path, "incoming bias")
-            found["bias"] = self._fitted(bias, (entries,), {}, f"incoming bias of {path}")
+            label = f"incoming bias of {path}"
+            found["bias"] = self._fitted(self._given(self.growth.incoming_bias, path, label), (entries,), label)
         elif path in self.growth.incoming_bias:
             raise SurgeryError(
                 "a bias was given for a layer without one", where=path, fix="leave it out of incoming_bias"
             )
         return found
 
-    def _consumed(self, path: str, entries: int) -> Tensor:
-        layer = layers.weighted(self.site.model.get_submodule(path))
-        weight = self._given(self.growth.outgoing, path, "outgoing weights")
-        weight = self._fitted(weight, layer.shape(IN, entries), {0: (path, OUT)}, f"outgoing weights of {path}")
-        return weight.to(layer.filters().dtype) * self.amplitude
+    def _consumed(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"outgoing weights of {path}"
+        weight = self._given(self.growth.outgoing, path, label)
+        weight = self._fitted(weight, layer.shape(IN, entries), label, 0, (path, OUT))
+        return {"weight": weight.to(layer.filters().dtype) * self.amplitude}
 
     def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
         """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
-        norm = layers.norm(self.site.model.get_submodule(path))
+        norm, growth = layers.norm(self.site.model.get_submodule(path)), self.growth
         old = self._copied(path, ENTRY)
         if old is not None:
             return {slot.name: attribute(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
-        growth = self.growth
-        mean, variance = torch.zeros(entries, dtype=torch.float64), torch.ones(entries, dtype=torch.float64)
-        if path in growth.norms:
-            mean, variance = (
-                self._per_entry(moment, entries, f"{label} for {path}")
-                for label, moment in zip(("mean", "variance"), growth.norms[path], strict=True)
-            )
-            if bool((variance < 0).any()):
-                raise SurgeryError(
-                    "a variance is negative", where=path, expected="variances of at least 0", got=float(variance.min())
-                )
-        scale = growth.norm_scale
-        return norm.transparent(
-            mean, variance, None if scale is None else self._per_entry(scale, entries, f"norm_scale for {path}")
+        zeros = torch.zeros(growth.channels, dtype=torch.float64)
+        moments = growth.norms.get(path, (zeros, zeros + 1))
+        given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
+        names = ("mean", "variance", "norm_scale")
+        mean, variance, scale = (
+            self._per_entry(value, entries, f"{name} for {path}") for name, value in zip(names, given, strict=True)
         )
+        if bool((variance < 0).any()):
+            raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=float(variance.min()))
+        return norm.transparent(mean, variance, scale)
 
     def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
         layer = layers.weighted(self.site.model.get_submodule(path))
@@ -377,77 +349,70 @@ class _Proposed:
         filters = self.growth.carried.get(path)
         if filters is None:
             return {"weight": layer.identity(entries)}
-        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), {}, f"new filters of {path}")}
+        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), f"new filters of {path}")}
 
     def _bare(self, path: str, entries: int) -> Tensor:
         """New entries of a bare tensor, its channel axis in front."""
-        tensor, axis = attribute(self.site.model, path).detach(), self.site.layout.dims[path]
-        front = tensor.movedim(axis, 0)
+        site, growth = self.site, self.growth
+        tensor = attribute(site.model, path).detach()
+        front = tensor.movedim(site.layout.dims[path], 0)
+        shape = (entries, *front.shape[1:])
         old = self._copied(path, ENTRY)
         if old is not None:
             return front[old]
-        shape = (entries, *front.shape[1:])
-        for role, given, at in (("incoming", self.growth.incoming, 0), ("outgoing", self.growth.outgoing, 1)):
-            if path in (self.site.producers if role == "incoming" else self.site.consumers):
-                values = self._given(given, path, f"{role} entries").movedim(at, 0)
-                values = self._fitted(_padded(values, shape), shape, {}, f"{role} entries of {path}")
-                return values * self.amplitude if role == "outgoing" else values
-        if path in self.growth.entries:
-            return self._fitted(self.growth.entries[path], shape, {}, f"new entries of {path}")
+        if path in site.producers:
+            given = self._given(growth.incoming, path, "incoming entries")
+            return self._fitted(_padded(given, shape), shape, f"incoming entries of {path}")
+        if path in site.consumers:
+            given = self._given(growth.outgoing, path, "outgoing entries").movedim(1, 0)
+            return self._fitted(_padded(given, shape), shape, f"outgoing entries of {path}") * self.amplitude
+        if path in growth.entries:
+            return self._fitted(growth.entries[path], shape, f"new entries of {path}")
         if not tensor.is_floating_point() and not tensor.is_complex():
             return front[-1:].expand(shape)
-        return front[self.site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
+        return front[site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
 
     def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
         """A value a channel, or one an entry, as one an entry."""
         if value.shape == (self.growth.channels,) and entries % self.growth.channels == 0:
             value = value.repeat_interleave(entries // self.growth.channels)
-        return self._fitted(value, (entries,), {}, label)
+        return self._fitted(value, (entries,), label)
 
     def _copied(self, path: str, side: str) -> list[int] | None:
         """The old entries that the new ones copy, channel by channel; None where they are no copies."""
-        copied = self.growth.copied_from
-        if copied is None:
+        if self.growth.copied_from is None:
             return None
-        old, size = self.site.entries(path, side), self.site.granularity
+        channels, size = self.growth.copied_from.tolist(), self.site.granularity
         per_unit = self.site.layout.per_unit((path, side), self.site.space)
-        if per_unit % size == 0:  # entries of its own for every channel
-            own = per_unit // size
-            return [old[channel * own + each] for channel in copied.tolist() for each in range(own)]
-        units = [channel // size for channel in copied.tolist()[::size]]
-        return [old[unit * per_unit + each] for unit in units for each in range(per_unit)]
+        if per_unit % size:  # channels of a unit share entries
+            channels, size = [channel // size for channel in channels[::size]], 1
+        own, old = per_unit // size, self.site.entries(path, side)
+        return [old[channel * own + each] for channel in channels for each in range(own)]
 
     def _given(self, weights: Mapping[str, Tensor], path: str, label: str) -> Tensor:
         if path not in weights:
-            raise SurgeryError(
-                f"the proposal has no {label} for this layer",
-                where=path,
-                expected=f"a tensor for {path}",
-                got=", ".join(weights),
-            )
+            expected = f"a tensor for {path}"
+            raise SurgeryError(f"the proposal has no {label}", where=path, expected=expected, got=", ".join(weights))
         return weights[path]
 
     def _fitted(
-        self, tensor: Tensor, shape: tuple[int, ...], others: Mapping[int, Key], label: str, groups: int = 1
+        self, tensor: Tensor, shape: tuple[int, ...], label: str, axis: int = 0, key: Key | None = None, groups: int = 1
     ) -> Tensor:
         """A proposed tensor of the shape that the model needs now; neighbours that grew in the meantime get zeros."""
         require_finite(tensor, label, self.site)
         tensor = tensor.detach()
-        for axis, key in others.items():
-            if tensor.dim() == len(shape):
-                at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
-                if at != list(range(shape[axis])):
-                    size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
-                    tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
+        if key is not None and tensor.dim() == len(shape):
+            at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
+            if at != list(range(shape[axis])):
+                size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
+                tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
         if tuple(tensor.shape) != tuple(shape):
-            raise SurgeryError(
-                f"the {label} have the wrong shape",
-                where=self.site.name,
-                expected=tuple(shape),
-                got=tuple(tensor.shape),
-                fix=AGAIN,
-            )
+            raise _misshapen(label, self.site, tuple(shape), tuple(tensor.shape))
         return tensor
+
+
+def _misshapen(label: str, site: Site, expected: object, got: object) -> SurgeryError:
+    return SurgeryError(f"the {label} have the wrong shape", where=site.name, expected=expected, got=got, fix=AGAIN)
 
 
 def positions_now(
@@ -471,13 +436,7 @@ def positions_now(
     """
     sizes, layout = site.sizes, site.layout
     size, runs = sizes(key) // groups, layout.axes.get(key, ())
-    wrong = SurgeryError(
-        f"the {label} have the wrong shape",
-        where=site.name,
-        expected=f"{size} entries for {key[0]} ({key[1]})",
-        got=length,
-        fix=AGAIN,
-    )
+    wrong = _misshapen(label, site, f"{size} entries for {key[0]} ({key[1]})", length)
     if not runs:
         if length != size:
             raise wrong
@@ -490,10 +449,11 @@ def positions_now(
         then = {space: now[space] - fewer - bool(rest)}
     for space in now:
         if then[space] > now[space]:
+            owners = " + ".join(path for path, side in layout.keys(space) if side == OUT)
             raise SurgeryError(
                 f"channels that the {label} belong to have been taken away since",
                 where=f"{site.name}: {key[0]}",
-                expected=f"at least {then[space]} units of {_producers(site, space)}",
+                expected=f"at least {then[space]} units of {owners or key[0]}",
                 got=now[space],
                 fix=AGAIN,
             )
@@ -505,9 +465,7 @@ def positions_now(
     found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
     inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
     if any(each != inside[0] for each in inside):
-        raise SurgeryError(
-            f"the groups that the {label} belong to have grown unlike each other", where=key[0], fix=AGAIN
-        )
+        raise SurgeryError(f"the groups that the {label} belong to have grown unequally", where=key[0], fix=AGAIN)
     return inside[0]
 
 
@@ -569,55 +527,34 @@ def _check_proposal(site: Site, growth: ChannelGrowth) -> None:
 
 def _revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
     """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
-    owner_path, _, name = path.rpartition(".")
+    owner, _, name = path.rpartition(".")
+    label = f"new values of {path}"
     try:
-        tensor, owner = attribute(site.model, path), site.model.get_submodule(owner_path)
+        tensor, module = attribute(site.model, path), site.model.get_submodule(owner)
     except AttributeError:
         raise SurgeryError("this parameter does not exist", where=path, fix="revise parameters of the model") from None
-    if not isinstance(tensor, nn.Parameter) and name not in owner._buffers:
+    if layers.stored(module, name) is None:
         raise SurgeryError(
-            "this weight is computed from others, and cannot be replaced", where=path,
+            "this weight is computed from others, and cannot be replaced",
+            where=path,
             fix="use a method that leaves old weights as they are, or store the weight as it is",
-        )  # fmt: skip
-    label = f"revision of {path}"
+        )
     require_finite(replacement, label, site)
-    result = tensor.detach().clone()
-    where: list[Tensor] = []
-    keys = _keys(site, owner_path, name, path)
     if replacement.dim() != tensor.dim():
-        raise SurgeryError(
-            f"the {label} has the wrong shape",
-            where=site.name,
-            expected=tuple(tensor.shape),
-            got=tuple(replacement.shape),
-        )
-    for axis, length in enumerate(replacement.shape):
-        key, groups = keys.get(axis, (None, 1))
-        if key is None and length != tensor.shape[axis]:
-            raise SurgeryError(
-                f"the {label} has the wrong shape",
-                where=site.name,
-                expected=tuple(tensor.shape),
-                got=tuple(replacement.shape),
-            )
-        at = list(range(length)) if key is None else positions_now(site, key, length, growth.units, label, groups)
-        where.append(
-            torch.tensor(at, device=tensor.device).view([-1 if each == axis else 1 for each in range(tensor.dim())])
-        )
-    result[tuple(where)] = replacement.detach().to(result)
-    return result
-
-
-def _keys(site: Site, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
-    """Which axis of the layout each axis of a tensor is, and how many groups share it."""
-    if path in site.layout.dims:
-        return {site.layout.dims[path]: ((path, ENTRY), 1)}
-    module = site.model.get_submodule(owner)
-    found: dict[int, tuple[Key, int]] = {}
+        raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
+    keys: dict[int, tuple[Key, int]] = {site.layout.dims.get(path, -1): ((path, ENTRY), 1)}
     for side in (OUT, IN, ENTRY, GROUP_OUT, GROUP_IN):
-        if layers.has_side(module, side) and (owner, side) in site.layout.axes:
+        if (owner, side) in site.layout.axes and layers.has_side(module, side):
             for slot in layers.adapter(module).slots(side):
                 if slot.name == name:
-                    groups = layers.groups_of(module) if slot.axis == 1 else 1
-                    found.setdefault(slot.axis, ((owner, side), groups))
-    return found
+                    keys.setdefault(slot.axis, ((owner, side), layers.groups_of(module) if slot.axis else 1))
+    result, where = tensor.detach().clone(), []
+    for axis, length in enumerate(replacement.shape):
+        at = list(range(length))
+        if axis in keys:
+            at = positions_now(site, keys[axis][0], length, growth.units, label, keys[axis][1])
+        elif length != tensor.shape[axis]:
+            raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
+        where.append(torch.tensor(at).view([-1 if each == axis else 1 for each in range(tensor.dim())]))
+    result[tuple(where)] = replacement.detach().to(result)
+    return result

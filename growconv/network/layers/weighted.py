@@ -155,9 +155,9 @@ class Weighted(Adapter):
     def _extras(self) -> Iterable[tuple[str, Tensor]]:
         """Further tensors of a subclass with one entry for each output, as the gain of a standardised convolution."""
         for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
-            if tensor is None or name in ("weight", "bias") or not tensor.dim() or self._normalized is not None:
+            if tensor is None or name in ("weight", "bias") or self._normalized is not None:
                 continue
-            if tensor.numel() == len(tensor) == self.size(OUT):
+            if tensor.is_floating_point() and tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
                 yield name, tensor
 
     def problem(self) -> str | None:
@@ -176,23 +176,11 @@ class Weighted(Adapter):
             places: where they come, along all channels of that side; inside every group for a grouped convolution.
             values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
         """
-        weight = values.get("weight")
-        ranks = self._ranks(side, places)
-        parts: list[Part] = []
-
-        def block(place: Place) -> Tensor:
-            rows = weight[list(place.entries)] if side == OUT else self._columns(weight, place, ranks)
-            return rows.transpose(0, 1) if self.transposed else rows
-
-        if self._listed(side):
-            for place in places:
-                insertion = Insertion(0, place.position, len(place.entries))
-                parts.append(Part("weight", insertion, None if weight is None else block(place)))
-        else:
-            for position, shares in self._shares(side, places).items():
-                insertion = Insertion(1, position, len(shares[0].entries))
-                blocks = None if weight is None else torch.cat([block(place) for place in shares])
-                parts.append(Part("weight", insertion, blocks))
+        weight, parts = values.get("weight"), []
+        for position, shares in self._shares(side, places).items():
+            insertion = Insertion(0 if self._listed(side) else 1, position, len(shares[0].entries))
+            blocks = [] if weight is None else [self._block(side, place, places, weight) for place in shares]
+            parts.append(Part("weight", insertion, torch.cat(blocks) if blocks else None))
         return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
@@ -209,29 +197,17 @@ class Weighted(Adapter):
         inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
         for size, places in ((inputs, places_in), (outputs, places_out)):
             if any(place.position % size or len(place.entries) % size for place in places):
-                raise SurgeryError(
-                    "groups come as a whole, between others", expected=f"multiples of {size}", got=places
-                )
-        weight = values.get("weight")
+                expected = f"multiples of {size}"
+                raise SurgeryError("groups come as a whole, between others", expected=expected, got=places)
         if not self.transposed:
-            parts = [
-                Part(
-                    "weight",
-                    Insertion(0, each.position, len(each.entries)),
-                    None if weight is None else weight[list(each.entries)],
-                )
-                for each in places_out
-            ]
-            return self._as_stored(parts) + self._per_output(places_out, values)
+            return self.insertions(OUT, places_out, values)
+        weight, parts = values.get("weight"), []
         written = [entry for place in places_out for entry in place.entries]
-        parts, first = [], 0
         for place in places_in:
             count = len(place.entries) // inputs
-            rows = None
-            if weight is not None:
-                rows = self._turned(weight[written[first * outputs : (first + count) * outputs]], count)
+            own, written = written[: count * outputs], written[count * outputs :]
+            rows = None if weight is None else self._turned(weight[own], count)
             parts.append(Part("weight", Insertion(0, place.position, len(place.entries)), rows))
-            first += count
         return self._as_stored(parts) + self._per_output(places_out, values)
 
     def _as_stored(self, parts: list[Part]) -> list[Part]:
@@ -262,13 +238,7 @@ class Weighted(Adapter):
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Numbers of channels, and of groups where whole groups come or go."""
-        outputs = added.get(OUT, 0) + added.get(GROUP_OUT, 0)
-        inputs = added.get(IN, 0) + added.get(GROUP_IN, 0)
-        found = {}
-        if outputs:
-            found[self.names[0]] = self.size(OUT) + outputs
-        if inputs:
-            found[self.names[1]] = self.size(IN) + inputs
+        found = {self.names[side in (IN, GROUP_IN)]: self.size(side) + more for side, more in added.items()}
         if added.get(GROUP_IN):
             found["groups"] = self.groups + added[GROUP_IN] * self.groups // self.size(IN)
         return found
@@ -282,36 +252,36 @@ class Weighted(Adapter):
                 bias = values.get("bias")
                 parts.append(Part("bias", insertion, None if bias is None else bias[entries]))
             for name, tensor in self._extras():
-                mean = tensor.detach().to(torch.get_default_dtype()).mean(0, keepdim=True)
-                parts.append(Part(name, insertion, mean.expand(len(entries), *tensor.shape[1:])))
+                parts.append(
+                    Part(name, insertion, _widened(tensor.detach(), len(tensor) + len(entries))[len(tensor) :])
+                )
         return parts
 
     def _group(self, side: str, place: Place) -> int:
         """The group that new entries at the end of its share belong to."""
         return (place.position - 1) * self.groups // self.size(side)
 
-    def _ranks(self, side: str, places: Sequence[Place]) -> dict[int, int]:
-        """Of each new entry its number among those of its group: its column among the new ones."""
-        ranks: dict[int, int] = {}
-        for group in range(self.groups):
-            own = sorted(e for place in places if self._group(side, place) == group for e in place.entries)
-            ranks |= {entry: rank for rank, entry in enumerate(own)}
-        return ranks
-
-    def _columns(self, weight: Tensor, place: Place, ranks: Mapping[int, int]) -> Tensor:
-        """The columns of a place's entries, for the outputs that read them."""
-        rows = self.size(OUT) // self.groups
-        group = self._group(IN, place)
-        return weight[group * rows : (group + 1) * rows, [ranks[entry] for entry in place.entries]]
+    def _block(self, side: str, place: Place, places: Sequence[Place], weight: Tensor) -> Tensor:
+        """The new filters or columns that come at one place, as stored."""
+        entries = list(place.entries)
+        if side == IN:  # columns of its own group, for the outputs that read it
+            group, rows = self._group(IN, place), self.size(OUT) // self.groups
+            own = sorted(entry for each in places if self._group(IN, each) == group for entry in each.entries)
+            column = {entry: index for index, entry in enumerate(own)}
+            found = weight[group * rows : (group + 1) * rows, [column[entry] for entry in entries]]
+        else:
+            found = weight[entries]
+        return found.transpose(0, 1) if self.transposed else found
 
     def _shares(self, side: str, places: Sequence[Place]) -> dict[int, list[Place]]:
-        """The places by their position within a group, one for each group.
+        """The places by their position along the stored axis; where groups share that axis, one for each group.
 
         Raises:
             SurgeryError: not every group gets the same.
         """
-        size = self.size(side) // self.groups
-        shares: dict[int, list[Place]] = {}
+        if self._listed(side):
+            return {place.position: [place] for place in places}
+        size, shares = self.size(side) // self.groups, {}
         for place in places:
             shares.setdefault(place.position - self._group(side, place) * size, []).append(place)
         for found in shares.values():
@@ -321,7 +291,6 @@ class Weighted(Adapter):
                     "every group of a grouped convolution has to get the same number of new channels",
                     expected=f"equal shares for {self.groups} groups",
                     got={place.position: len(place.entries) for place in places},
-                    where=type(self.module).__name__,
                 )
         return shares
 
@@ -351,11 +320,5 @@ class TransposedConvolution(Convolution):
 
 def _widened(tensor: Tensor, rows: int) -> Tensor:
     """A tensor with one entry for each output, for another number of outputs: further ones have the mean."""
-    if len(tensor) == rows:
-        return tensor
-    mean = tensor.mean(0, keepdim=True)
-    return (
-        torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
-        if rows > len(tensor)
-        else mean.expand(rows, *tensor.shape[1:])
-    )
+    mean = tensor.mean(0, keepdim=True).expand(rows, *tensor.shape[1:])
+    return mean if rows < len(tensor) else torch.cat([tensor, mean[len(tensor) :]])
