@@ -136,7 +136,11 @@ class Proof:
         try:
             for number in part:
                 site = self.sites[number].of(twin)
-                grow(twin, site, silent_growth(site, more[number] * site.granularity), 0.0)
+                channels = more[number] * site.granularity
+                if site.copied:
+                    grow(twin, site, copied_growth(site, channels))
+                else:
+                    grow(twin, site, silent_growth(site, channels), 0.0)
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
         for place, old in before.items():
@@ -183,6 +187,40 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
         outgoing[path] = layer.filters().detach().new_zeros(layer.shape(IN, int(channels * site.ratio(path))))
     return ChannelGrowth(
         site.name, "silent", incoming, outgoing, torch.zeros(channels), incoming_bias=biases, requested=channels
+    )
+
+
+def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
+    """Copies of all channels, whose consumers share their weights among the copies (Chen et al. 2016, "Net2Net").
+
+    Args:
+        site: where.
+        channels: a multiple of its granularity.
+    """
+    times = channels // site.width
+    incoming, biases, outgoing, revised = {}, {}, {}, {}
+    for path in site.producers:
+        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path, OUT)
+        incoming[path] = torch.cat([layer.filters().detach()[entries]] * times)
+        bias = layer.bias()
+        if bias is not None:
+            biases[path] = torch.cat([bias.detach()[entries]] * times)
+    for path in site.consumers:
+        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path)
+        shared = layer.filters().detach().clone()
+        shared[:, entries] /= times + 1
+        outgoing[path] = torch.cat([shared[:, entries]] * times, dim=1)
+        revised[f"{path}.weight"] = layer.stored(shared)
+    return ChannelGrowth(
+        site.name,
+        "copies",
+        incoming,
+        outgoing,
+        torch.zeros(channels),
+        incoming_bias=biases,
+        requested=channels,
+        revised=revised,
+        copied_from=torch.arange(site.width).repeat(times),
     )
 
 

@@ -33,6 +33,10 @@ SIZED = frozenset("split_with_sizes split slice view _unsafe_view reshape expand
 class Numbers:
     """Numbers of channels and bare parameters' entries, and which of them live and die together.
 
+    Args:
+        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie them
+            then, since it stays as it is.
+
     Attributes:
         owners: per number the axis and the position that it stands for.
         blocked: per number why it cannot grow.
@@ -46,7 +50,8 @@ class Numbers:
         order: paths of the layers in the order of their first call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: bool = False) -> None:
+        self.repeated = repeated
         self.owners: list[tuple[Key, int]] = []
         self.blocked: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
@@ -354,6 +359,8 @@ class _Mode(TorchDispatchMode):
                 self._reduce(name, args, kwargs, companions[id(args[0])], results)
             elif name in operations.NORMALIZING:
                 self._scale(args, companions, results)
+            elif name in operations.LAYER_NORMS:
+                self._normalize_layers(name, args, companions, results)
             elif name in operations.PRODUCTS:
                 self._multiply(name, args, companions, results)
             elif name == "glu":
@@ -526,6 +533,8 @@ class _Mode(TorchDispatchMode):
             dims = [args[position] if len(args) > position and isinstance(args[position], int) and name != "topk" else args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)]
         dims = [dim % max(companion.dim(), 1) for dim in dims]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
+        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
+            return
         value = narrow.amax(dims, keepdim=True) if dims else narrow
         self.numbers.unify(value.expand_as(narrow), narrow)
         for result in results:
@@ -548,6 +557,23 @@ class _Mode(TorchDispatchMode):
                 self._put(result, own)
             elif result.dim() == 1 and len(result) == len(first):
                 self._put(result, first)
+
+    def _normalize_layers(
+        self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]
+    ) -> None:
+        """A layer norm: all entries of the last axes together, with a scale and a shift for each."""
+        own, count = companions[id(args[0])], len(args[1])
+        for other in args[2:4]:
+            if isinstance(other, Tensor):
+                self.numbers.unify(own, companions[id(other)].expand(own.shape))
+        if not (self.numbers.repeated and name in operations.REPEATABLE):
+            flat = compact(own, keep=range(own.dim() - count, own.dim())).flatten(own.dim() - count)
+            self.numbers.unify(flat.amax(-1, keepdim=True).expand_as(flat), flat)
+        for axis, size in enumerate(args[1]):
+            along = _along(own, own.dim() - count + axis)
+            if _numbered(along) and len(along) > 1:
+                self._note([size], [along])
+        self._put(results[0], own)
 
     def _multiply(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A matrix product: rows and columns keep their numbers where nothing along the contracted axis has any."""
