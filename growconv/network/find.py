@@ -281,10 +281,17 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
 
 
 def _sites(found: Analysis) -> dict[int, GrowthSite]:
-    """A site, without routes, for every space that can grow."""
-    return {
-        number: _site(found, number, space) for number, space in enumerate(found.spaces) if space.reason is None
-    }
+    """A site, without routes, for every space that can grow and whose width can be read off the layers."""
+    sites = {}
+    for number, space in enumerate(found.spaces):
+        if space.reason is None:
+            each = _site(found, number, space)
+            try:
+                each.check()
+                sites[number] = each
+            except SiteError as error:
+                space.reason = error.problem
+    return sites
 
 
 def _site(found: Analysis, number: int, space: Space) -> GrowthSite:

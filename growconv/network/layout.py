@@ -149,6 +149,8 @@ class Layout:
         """
         known = self._solve(space, sizes, {}, frozenset())
         if known is None:
+            known = self._solve_together(space, sizes)
+        if known is None:
             raise SiteError("no layer tells the number of these channels", got=", ".join(k[0] for k in self.keys(space)))
         return known
 
@@ -177,6 +179,37 @@ class Layout:
                 known[space] = units
                 return units
         return None
+
+    def _solve_together(self, space: int, sizes: Sizes) -> int | None:
+        """The units of a space of which every axis has others too: a combination of the lengths of several axes."""
+        if space not in self._combinations:
+            self._combinations[space] = self._combination(space)
+        told = self._combinations[space]
+        if told is None:
+            return None
+        found = sum(share * (sizes(key) - fixed) for key, share, fixed in told)
+        return round(found) if abs(found - round(found)) < 1e-6 else None
+
+    @cached_property
+    def _combinations(self) -> dict[int, list[tuple[Key, float, int]] | None]:
+        """Per space that was asked for: the axes, their shares and their fixed entries; None where nothing tells it."""
+        return {}
+
+    def _combination(self, space: int) -> list[tuple[Key, float, int]] | None:
+        spaces: list[int] = [space]
+        keys: dict[Key, None] = {}
+        for each in spaces:
+            for key in self._index.get(each, ()):
+                keys[key] = None
+                spaces += {run.space for run in self.axes[key] if run.space is not None} - set(spaces)
+        rates = np.array([[self.per_unit(key, each) for each in spaces] for key in keys], dtype=np.float64)
+        wanted = np.zeros(len(spaces))
+        wanted[0] = 1.0
+        shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
+        if np.abs(shares @ rates - wanted).max() > 1e-6:
+            return None
+        fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]
+        return [(k, float(s), f) for k, s, f in zip(keys, shares, fixed, strict=True) if abs(s) > 1e-9]
 
     def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
         """Where new units of a space come along an axis: after its old ones, in every run.
