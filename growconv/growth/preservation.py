@@ -74,7 +74,6 @@ def all_or_nothing(model: nn.Module, optimizers: Iterable[Any], logs: Iterable[l
             for tensor, value, gradient in values:
                 tensor.copy_(value)
                 tensor.grad = gradient
-                tensor.__dict__.pop("_replaced_by_growth", None)
         for group, members in groups:
             group["params"][:] = members
         for each, state in states:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SiteError, SurgeryError
+from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.graph import unwrapped
-from growconv.network.optimizer import as_optimizers
+from growconv.network.optimizer import add_parameters, as_optimizers
 from growconv.network.routes import Activation
 from growconv.network.site import GrowthSite
 from growconv.network.surgery import GrowthEvent, count_parameters
@@ -85,7 +85,8 @@ def insert_layer(
         )
     reader = model.get_submodule(path)
     optimizers = as_optimizers(optimizer)
-    groups = _groups(optimizers, reader, path)
+    weight = next(reader.parameters())
+    add_parameters(optimizers, weight, (), path)  # before anything changes
     alone = len(site.spaces.bindings[(path, "reads", 0)].layout) == 1  # else other channels went another way
     steps = next((route.steps for route in site.routes if route.consumer == path and alone), ())
     names = [step.name.lower() for step in steps if isinstance(step, Activation)]
@@ -103,8 +104,7 @@ def insert_layer(
     before = count_parameters(model)
     edit = {"module": path, "insert": specification}
     inserted = replay_insertion(model, edit)
-    for group in groups:
-        group["params"].extend(inserted.parameters())
+    add_parameters(optimizers, weight, inserted.parameters(), path)
     return GrowthEvent(
         site=site.name,
         method="insert_layer",
@@ -185,21 +185,3 @@ def _grid_axes(site: GrowthSite, path: str) -> int:
     """Axes besides the sample and the features in what a linear reader reads."""
     source = site.spaces.bindings[(path, "reads", 0)].nodes[0].all_input_nodes[0]
     return len(site.spaces.graph.values[source]) - 2
-
-
-def _groups(optimizers: tuple[Any, ...], reader: nn.Module, path: str) -> list[dict[str, Any]]:
-    """The optimizer groups that the reader's first parameter is in."""
-    weight = next(reader.parameters())
-    groups = [
-        group
-        for each in optimizers
-        for group in each.param_groups
-        if any(parameter is weight for parameter in group["params"])
-    ]
-    if optimizers and not groups:
-        raise SurgeryError(
-            "the optimizer does not own this layer's weight, so that new parameters have no group to join",
-            where=path,
-            fix="pass the optimizer that trains the layer, or optimizer=None",
-        )
-    return groups

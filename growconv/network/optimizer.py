@@ -1,16 +1,30 @@
-"""Moving an optimizer's groups and state from replaced parameters to their successors."""
+"""Moving an optimizer's groups and state from replaced parameters to their successors.
 
-from collections.abc import Callable, Iterable, Sequence
+State of old entries stays as it is. State of new entries is what a new optimizer would begin with, and `entry_ages`
+sees to it that they train as under one. An optimizer that growconv is never told about goes on holding the replaced
+parameters; they get no gradients any more, so that its steps do nothing to them. torch keeps no list of optimizers, so
+this cannot be noticed: pass all of them (a list for several), or build them after growth.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from growconv.errors import ArgumentTypeError, SurgeryError
-from growconv.network.bias_correction import BORN, births, follow_births
+from growconv.network.entry_ages import AGES, ages_after, follow_ages
+from growconv.network.plan import Change
 
-Resize = Callable[[Tensor, tuple[bool, ...]], Tensor]  # a tensor shaped like the parameter (some axes of length 1)
+__all__ = [
+    "add_parameters",
+    "as_optimizers",
+    "check_optimizers",
+    "follow_ages",
+    "keep_identity",
+    "migrate",
+    "replace_parameters",
+]
 
 
 def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
@@ -55,6 +69,14 @@ def check_optimizers(optimizers: Sequence[Any], replaced: Iterable[tuple[str, nn
                 fix="pass the optimizer (or a list of all) that trains the model; optimizer=None if none exists yet",
             )
         for each in optimizers:
+            if isinstance(each, torch.optim.LBFGS) and each.state and _groups(each, parameter):
+                raise SurgeryError(
+                    "the state d of LBFGS cannot be enlarged: it is one flat history of all parameters",
+                    where=path,
+                    expected="an optimizer with state of its own for every parameter",
+                    got="LBFGS after its first step",
+                    fix="grow with optimizer=None and build the LBFGS again; its history would not fit anyway",
+                )
             for name, value in _state(each, parameter).items():
                 if _axes_like(value, parameter) is None:
                     raise SurgeryError(
@@ -66,73 +88,97 @@ def check_optimizers(optimizers: Sequence[Any], replaced: Iterable[tuple[str, nn
                     )
 
 
-def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, resize: Resize) -> None:
+def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, change: Change) -> None:
     """Put a new parameter in the place of an old one: same group, same position, state resized.
 
-    New entries of the state are zero, and Adam corrects their bias by their own age (`bias_correction`).
+    New entries of the state begin as in a new optimizer; in one that growconv does not know, tensors begin at zero and
+    numbers stay. Call `follow_ages` when all parameters have been moved.
 
     Args:
         optimizers: those that may hold the old parameter.
         old: the replaced parameter.
         new: its successor.
-        resize: how a state tensor becomes one for the successor; told which axes it shares with the parameter.
+        change: what was put in and taken out along which axis.
     """
     for each in optimizers:
-        betas = None
+        groups = _groups(each, old)
+        for group in groups:
+            group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+        state = each.state.pop(old, None) if old in each.state else None
+        if not state:
+            continue
+        moved: dict[str, Any] = {}
+        for name, value in state.items():
+            axes = _axes_like(value, old) if name != AGES else None
+            if isinstance(value, Tensor) and axes and any(axes):
+                moved[name] = change.resize_state(value, axes)
+                begins = _begins_as(each, groups[0] if groups else {}, name, new)
+                if begins is not None:
+                    is_new = change.resize_state(torch.ones_like(value), axes) == 0
+                    moved[name] = torch.where(is_new, begins, moved[name])
+            elif name != AGES:
+                moved[name] = value
+        ages = ages_after(each, groups[0], state, _sources(change)) if groups else None
+        each.state[new] = moved if ages is None else {**moved, AGES: ages}
+
+
+def add_parameters(
+    optimizers: Sequence[Any], like: nn.Parameter, new: Iterable[nn.Parameter], where: str | None = None
+) -> None:
+    """Let new parameters join the groups that a parameter is in.
+
+    Args:
+        optimizers: all that train the model; none is fine too.
+        like: a parameter that trains as the new ones shall.
+        new: the new parameters, which have no state yet. Pass none to check only.
+        where: path of the parameter, for the error.
+
+    Raises:
+        SurgeryError: when no optimizer owns `like`.
+    """
+    groups = [group for each in optimizers for group in _groups(each, like)]
+    if optimizers and not groups:
+        raise SurgeryError(
+            "the optimizer does not own this layer's weight, so that new parameters have no group to join",
+            where=where,
+            fix="pass the optimizer that trains the layer, or optimizer=None",
+        )
+    added = list(new)
+    for group in groups:
+        group["params"].extend(added)
+        if "param_names" in group:
+            start = len(group["param_names"])
+            group["param_names"].extend(f"added.{start + index}" for index in range(len(added)))
+
+
+def replace_parameters(
+    optimizers: Sequence[Any], removed: Sequence[tuple[str, nn.Parameter]], added: Iterable[nn.Parameter]
+) -> None:
+    """Put new parameters in the place of removed ones, whose state is dropped.
+
+    Args:
+        optimizers: those that may hold the removed parameters.
+        removed: path and Parameter of each that goes.
+        added: those that come, at the place of the first that goes, but for any that the optimizer has already.
+    """
+    gone = {id(parameter) for _, parameter in removed}
+    added = list(added)
+    for each in optimizers:
+        known = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        more = [parameter for parameter in added if id(parameter) not in known]
         for group in each.param_groups:
-            if any(parameter is old for parameter in group["params"]):
-                betas = group.get("betas")
-                group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
-        state = _state(each, old)
-        if state:
-            moved = {}
-            for name, value in state.items():
-                axes = _axes_like(value, old)
-                moved[name] = resize(value, axes) if isinstance(value, Tensor) and axes and any(axes) else value
-            young = births(each.state[old], betas, old.shape, resize)
-            each.state[new] = moved if young is None else {**moved, BORN: young}
-            if young is not None:
-                follow_births()
-        if old in each.state:
-            del each.state[old]
-
-
-def mark_replaced(old: nn.Parameter, path: str) -> None:
-    """Let a later step of an optimizer that still trains the old parameter fail instead of training an orphan."""
-    global _guard
-    old._replaced_by_growth = path  # pyright: ignore[reportAttributeAccessIssue]
-    if _guard is None:
-        _guard = register_optimizer_step_pre_hook(_refuse_orphans)
-
-
-_guard: Any = None
-
-
-def _refuse_orphans(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            path = getattr(parameter, "_replaced_by_growth", None)
-            if path is not None:
-                raise SurgeryError(
-                    f"{type(optimizer).__name__} still trains a parameter that growth has replaced",
-                    where=path,
-                    fix="pass every optimizer of the model to grow (a list for several), or build this one again",
-                )
-
-
-def _state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != BORN}
-
-
-def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
-    """Which axes of a state tensor are those of the parameter; () for a number; None where it fits neither way."""
-    if not isinstance(value, Tensor):
-        return () if isinstance(value, (int, float, bool, type(None))) else None
-    if value.dim() == parameter.dim() and value.dim() > 0:
-        pairs = list(zip(value.shape, parameter.shape, strict=True))
-        if all(mine in (theirs, 1) for mine, theirs in pairs):
-            return tuple(mine == theirs for mine, theirs in pairs)
-    return () if value.numel() == 1 else None
+            members, names = group["params"], group.get("param_names") or [None] * len(group["params"])
+            at = next((index for index, parameter in enumerate(members) if id(parameter) in gone), None)
+            if at is None:
+                continue
+            kept = [(member, name) for member, name in zip(members, names, strict=True) if id(member) not in gone]
+            kept[at:at] = [(parameter, f"added.{at + index}") for index, parameter in enumerate(more)]
+            members[:] = [member for member, _ in kept]
+            if "param_names" in group:
+                group["param_names"][:] = [name for _, name in kept]
+            more = []
+        for _, parameter in removed:
+            each.state.pop(parameter, None)
 
 
 def keep_identity(old: nn.Parameter, data: Tensor, grad: Tensor | None) -> nn.Parameter:
@@ -148,3 +194,46 @@ def keep_identity(old: nn.Parameter, data: Tensor, grad: Tensor | None) -> nn.Pa
     with torch.no_grad():
         new.grad = grad
     return new
+
+
+def _groups(optimizer: Any, parameter: nn.Parameter) -> list[dict[str, Any]]:
+    return [group for group in optimizer.param_groups if any(member is parameter for member in group["params"])]
+
+
+def _state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != AGES}
+
+
+def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
+    """Which axes of a state tensor are those of the parameter; () for a number; None where it fits neither way."""
+    if not isinstance(value, Tensor):
+        return () if isinstance(value, (int, float, bool, type(None))) else None
+    if value.dim() == parameter.dim() and value.dim() > 0:
+        pairs = list(zip(value.shape, parameter.shape, strict=True))
+        if all(mine in (theirs, 1) for mine, theirs in pairs):
+            return tuple(mine == theirs for mine, theirs in pairs)
+    return () if value.numel() == 1 else None
+
+
+def _begins_as(optimizer: Any, group: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor | None:
+    """What a state tensor of a new optimizer begins with, as a tensor that broadcasts to it; None for zeros."""
+    if isinstance(optimizer, torch.optim.Rprop) and name == "step_size":
+        return torch.as_tensor(group["lr"]).to(parameter)
+    if isinstance(optimizer, torch.optim.Adagrad) and name == "sum":
+        return torch.as_tensor(group["initial_accumulator_value"]).to(parameter)
+    if isinstance(optimizer, torch.optim.ASGD) and name == "ax":
+        return parameter.detach()
+    return None
+
+
+def _sources(change: Change) -> list[list[int | None]]:
+    """Per axis the old entry that each entry is after the change; None for a new one."""
+    found: list[list[int | None]] = []
+    for axis, size in enumerate(change.tensor.shape):
+        entries: list[int | None] = list(range(size))
+        for each in sorted(change.insertions, key=lambda each: -each.position):
+            if each.axis == axis:
+                entries[each.position : each.position] = [None] * each.count
+        gone = set(change.removed.get(axis, ()))
+        found.append([entry for index, entry in enumerate(entries) if index not in gone])
+    return found

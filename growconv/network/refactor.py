@@ -13,7 +13,7 @@ from growconv.convolution.kernels import Conv, compose_convs, make_conv
 from growconv.convolution.split import split_kernel
 from growconv.errors import ArgumentTypeError, SiteError, SurgeryError
 from growconv.network.graph import unwrapped
-from growconv.network.optimizer import as_optimizers, check_optimizers, mark_replaced
+from growconv.network.optimizer import as_optimizers, check_optimizers, replace_parameters
 from growconv.network.site import GrowthSite
 from growconv.network.surgery import count_parameters
 
@@ -207,21 +207,7 @@ def _exchange(
             if id(parameter) not in kept:
                 removed.append((f"{path}.{name}", parameter))
     check_optimizers(optimizers, removed)
-    gone = {id(parameter) for _, parameter in removed}
     fresh = [parameter for module in added for parameter in module.parameters()]
-    for each in optimizers:
-        known = {id(parameter) for group in each.param_groups for parameter in group["params"]}
-        more = [parameter for parameter in fresh if id(parameter) not in known]
-        for group in each.param_groups:
-            at = next((index for index, parameter in enumerate(group["params"]) if id(parameter) in gone), None)
-            if at is not None:
-                before = [parameter for parameter in group["params"][:at] if id(parameter) not in gone]
-                after = [parameter for parameter in group["params"][at:] if id(parameter) not in gone]
-                group["params"][:] = [*before, *more, *after]
-                more = []
-        for _, parameter in removed:
-            each.state.pop(parameter, None)
-    for path, parameter in removed:
-        mark_replaced(parameter, path)
+    replace_parameters(optimizers, removed, fresh)
     for path, module in new.items():
         model.set_submodule(path, module)

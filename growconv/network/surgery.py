@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
-from growconv.network.bias_correction import follow_births
 from growconv.network.graph import attribute, unwrapped
 from growconv.network.growing import plan_growth
-from growconv.network.optimizer import as_optimizers, check_optimizers, keep_identity, mark_replaced, migrate
+from growconv.network.optimizer import as_optimizers, check_optimizers, follow_ages, keep_identity, migrate
 from growconv.network.plan import Plan
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.removing import plan_removal
@@ -99,8 +98,8 @@ def grow(
 
     Everything is checked before anything changes. New channels come after the site's old ones. Parameters are replaced
     by larger ones with the same requires_grad, dtype, device, memory format and hooks, in every module that has them
-    and in the optimizer's groups; the optimizer's state for old entries stays, new entries start at zero, and Adam
-    corrects their bias by their own age (`network.bias_correction`).
+    and in the optimizer's groups; the optimizer's state for old entries stays, and new entries train as a new optimizer
+    would train them (`network.entry_ages`).
 
     Args:
         model: the raw model of the site.
@@ -195,7 +194,6 @@ def apply_edits(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         SurgeryError: for an edit that does not fit the model.
     """
-    follow_births()  # an optimizer whose state is loaded next may have young entries
     model = unwrapped(model)
     registry = _registry(model)
     for edit in edits:
@@ -238,8 +236,8 @@ def _apply(model: nn.Module, plan: Plan, optimizers: Sequence[Any], registry: "R
     for change, old, data, grad in built:
         new = _replace(registry, old, data, grad)
         if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
-            migrate(optimizers, old, new, change.resize_state)
-            mark_replaced(old, change.path)
+            migrate(optimizers, old, new, change)
+    follow_ages(optimizers)
     for path, replacement in plan.revised.items():
         with torch.no_grad():
             attribute(model, path).copy_(replacement)

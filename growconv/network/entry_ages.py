@@ -1,0 +1,469 @@
+"""New entries of an old parameter train as a new optimizer would train them; old ones as if nothing had happened.
+
+An optimizer counts the steps of a whole parameter. Where it corrects its averages by that count, entries that growth
+adds at step t are treated as t steps old although their averages begin at zero: under Adam they train three to six
+times too fast for some hundred steps. So the optimizer's state remembers when each row and column came (`born`, plain
+numbers in the entry `AGES`), and hooks on that optimizer make up for it, in one of two ways.
+
+**Averages by own age.** Adam (Kingma & Ba 2015, algorithm 1) divides m_t = β m_(t-1) + (1-β) g_t by 1-β^t. The quotient
+is an average in which the newest gradient has the weight (1-β)/(1-β^t). Before a step, the averages of entries of age k
+are set so that the step itself gives the newest gradient the weight of their own age, (1-β)/(1-β^k). The optimizer does
+the rest: its ε, weight decay and fused kernels work as always, parameters are never touched, and the correction fades
+by itself. The first 32 steps of an entry are exact; then every second, fourth, ... gradient gets the weight of those
+since the last one that did, so that nearly all steps cost nothing. Adamax' and Muon's momentum and Adafactor's
+variances (weight t^(-0.8); Shazeer & Stern 2018, section 7.2) follow the same rule. Optimizers of other authors with
+Adam's state (step, exp_avg, exp_avg_sq and two betas) are treated as Adam.
+
+**Twins.** What NAdam, RAdam, ASGD and Adagrad with lr_decay do at step t is no matter of their averages alone. There a
+new optimizer of the same class steps a copy of the young entries, and its result is put in their place.
+
+Adafactor and Muon use statistics of whole matrices, so that under them old entries do notice new neighbours.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+AGES = "growconv_ages"
+"""The entry of a parameter's optimizer state that says which rows and columns are young."""
+
+SETTLED = 0.1
+"""β^k at which an entry counts as old: the newest gradient then has within a tenth the weight that it has for good."""
+
+EXACT = 32
+"""Steps in which every gradient is weighted by age; 16 of them in each doubling of the age after that."""
+
+_TWINS: tuple[type, ...] = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad)
+_MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
+
+Boxes = list[tuple[float, tuple[slice, ...]]]
+Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any], dict[str, Any]]  # group, parameter, state, record of ages
+
+
+@dataclass(frozen=True)
+class Average:
+    """How a state tensor averages gradients.
+
+    Attributes:
+        name: its name in the state.
+        power: 1 for an average of gradients, 2 of their squares.
+        own: weight of the newest gradient at an age.
+        shared: the weight that the optimizer gives it at its count of steps.
+        scale: what the optimizer divides the tensor by at its count of steps.
+        until: age at which the difference no longer matters.
+    """
+
+    name: str
+    power: int
+    own: Callable[[float], float]
+    shared: Callable[[float], float]
+    scale: Callable[[float], float]
+    until: float
+
+    def coefficients(self, age: float, gap: int, now: float) -> tuple[float, float]:
+        """(a, b) such that a · state + b · gradient^power before the step gives the right average after it.
+
+        Args:
+            age: that of the entries with this step; the last `gap` gradients count together.
+            gap: steps since the last one that was corrected.
+            now: the parameter's count with this step.
+        """
+        kept = math.prod(1 - self.own(age - back) for back in range(gap))
+        kept /= math.prod(1 - self.shared(now - back) for back in range(1, gap))
+        late = 1 - self.shared(now)
+        if late <= 0:
+            return 1.0, 0.0
+        return kept / late, (1 - kept / late) * self.scale(now - 1)
+
+
+@dataclass(frozen=True)
+class Maximum(Average):
+    """AMSGrad's maximum of the second moments, which are divided by 1-β^t only afterwards."""
+
+    def coefficients(self, age: float, gap: int, now: float) -> tuple[float, float]:
+        """Only the scale changes."""
+        scale = self.scale
+        return scale(age - gap) / scale(age) * scale(now) / scale(now - gap), 0.0
+
+
+def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[Average]:
+    """The averages of a parameter's state that weight gradients by the count of steps; none where a twin is needed."""
+
+    def corrected(name: str, power: int, beta: float, kind: type[Average] = Average) -> Average:
+        def weight(age: float) -> float:
+            return (1 - beta) / (1 - beta**age)
+
+        return kind(name, power, weight, weight, lambda age: 1 - beta**age, _until(beta))
+
+    if isinstance(optimizer, _TWINS):
+        return []
+    if isinstance(optimizer, _MATRIX["Adafactor"]):
+        names = [name for name in ("row_var", "col_var", "variance") if name in state]
+        power = float(group["beta2_decay"])
+        until = (SETTLED**2) ** (1 / power) if power else 0.0
+        return [Average(name, 2, lambda age: age**power, lambda age: age**power, _one, until) for name in names]
+    if isinstance(optimizer, _MATRIX["Muon"]) and "momentum_buffer" in state:
+        beta = float(group["momentum"])
+        return [
+            Average(
+                "momentum_buffer",
+                1,
+                lambda age: (1 - beta) / (1 - beta**age),
+                lambda age: 1 - beta,
+                _one,
+                _until(beta),
+            )
+        ]
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        if not momentum or not dampening or state.get("momentum_buffer") is None:
+            return []
+        # the first gradient is not dampened
+        return [Average("momentum_buffer", 1, _one, lambda age: 1 - dampening, lambda age: dampening / momentum, 1)]
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not {"step", "exp_avg"} <= set(state):
+        return []
+    first, second = map(float, betas)
+    found = [corrected("exp_avg", 1, first)]
+    if "exp_avg_sq" in state:
+        found.append(corrected("exp_avg_sq", 2, second))
+        if "max_exp_avg_sq" in state:
+            found.append(corrected("max_exp_avg_sq", 2, second, Maximum))
+    elif not isinstance(optimizer, torch.optim.Adamax):
+        return []
+    return found
+
+
+def _one(age: float) -> float:
+    return 1.0
+
+
+def _until(beta: float) -> float:
+    return math.ceil(math.log(SETTLED) / math.log(beta)) if 0 < beta < 1 else 0
+
+
+def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], born: float) -> float:
+    """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
+    if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
+        return max(map(_until, map(float, group["betas"])))
+    # lr / (1 + rate · t)^power: old where the quotient of the rates at both ages is within 5 %
+    if isinstance(optimizer, torch.optim.ASGD):
+        rate, power = float(group["lambd"]) * float(group["lr"]), float(group["alpha"])
+    elif isinstance(optimizer, torch.optim.Adagrad):
+        rate, power = float(group["lr_decay"]), 1.0
+    else:
+        return max((each.until for each in averages(optimizer, group, state)), default=0)
+    return max(0.0, born / (1.05 ** (1 / power) - 1) - 1 / rate) if rate and power else 0
+
+
+def ages_after(
+    optimizer: Any,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    resized: Sequence[list[int | None]],
+) -> dict[str, Any] | None:
+    """The record of ages of a resized parameter.
+
+    Args:
+        optimizer: what trains it.
+        group: the parameter's group.
+        state: its state before.
+        resized: per axis the old entry that each entry of the new shape was; None for a new one.
+
+    Returns:
+        {"now": the parameter's count of steps, "born": per axis None or the count at which each entry came; "twins":
+        per birth the counters of the twin}, plain values that every way of saving an optimizer keeps. None where no
+        entry needs a correction.
+    """
+    before = state.get(AGES)
+    now = before["now"] if before else int(state["step"]) if "step" in state else 1
+    if now <= 0:
+        return None
+    new = now if steps_young(optimizer, group, state, now) else 0
+    born: list[list[int] | None] = []
+    for axis, sources in enumerate(resized):
+        known = before["born"][axis] if before else None
+        came = [new if old is None else known[old] if known else 0 for old in sources]
+        born.append(came if any(came) else None)
+    if not any(born):
+        return None
+    return {"now": now, "born": born, "twins": dict(before["twins"]) if before else {}}
+
+
+def boxes(born: Sequence[Sequence[float] | None], shape: Sequence[int]) -> Boxes:
+    """The parts of a tensor whose entries came at the same step after the beginning, and that step.
+
+    An entry where a new row meets a new column is as young as the younger of the two.
+    """
+    latest = [max(came) if came else 0 for came in born]
+
+    def parts(axis: int, birth: float, taken: tuple[slice, ...]) -> Iterator[tuple[float, tuple[slice, ...]]]:
+        if birth >= max(latest[axis:], default=0):
+            if birth:
+                yield birth, taken + (slice(None),) * (len(shape) - axis)
+            return
+        came = born[axis] or [0] * shape[axis]
+        start = 0
+        for stop in range(1, len(came) + 1):
+            if stop == len(came) or came[stop] != came[start]:
+                part = slice(start, stop) if stop - start < len(came) else slice(None)
+                yield from parts(axis + 1, max(birth, came[start]), (*taken, part))
+                start = stop
+
+    return list(parts(0, 0, ()))
+
+
+def gap_at(age: float) -> int:
+    """How many steps apart the gradients are that are weighted by age, at an age."""
+    return 1 if age < EXACT else 2 ** (int(age).bit_length() - EXACT.bit_length() + 1)
+
+
+def _cut(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
+    part = tensor.detach()[box]
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+@dataclass
+class _Batch:
+    """Young entries of several parameters that are corrected alike: of one group, age and kind of average."""
+
+    group: dict[str, Any]
+    state: dict[str, Any]  # of the first parameter
+    born: float
+    names: tuple[str, ...]
+    reduced: tuple[int, ...]  # axes that the averages leave out
+    cells: list[tuple[nn.Parameter, tuple[slice, ...]]]
+    views: list[list[Tensor]]  # per name, one a cell
+    seen: list[tuple[dict[str, Any], str, Tensor]]  # the tensors that the views are of
+
+
+@dataclass
+class _Twin:
+    """A copy of some young entries of one parameter, for a new optimizer of the same class to step."""
+
+    parameter: nn.Parameter
+    box: tuple[slice, ...]
+    born: float
+    copy: nn.Parameter
+    state: dict[str, Any]
+
+
+class AgeHooks:
+    """What an optimizer with young entries does before and after a step; one object an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._young: list[Young] = []
+        self._ends: list[float] = []  # the count of steps at which all entries of each are old
+        self._batches: list[_Batch] = []
+        self._twins: list[_Twin] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self.before),
+            optimizer.register_step_post_hook(self.after),
+        ]
+        # before hooks of others, which then see a step that is whole
+        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def before(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+        """Prepare the young entries, with the gradients that a closure computes where there is one."""
+        closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if closure is None:
+            self._prepare(optimizer)
+            return None
+
+        def prepared() -> Any:
+            loss = closure()
+            self._prepare(optimizer)
+            return loss
+
+        if "closure" in keywords:
+            return arguments, {**keywords, "closure": prepared}
+        return (arguments[0], prepared, *arguments[2:]), keywords
+
+    @torch.no_grad()
+    def _prepare(self, optimizer: Optimizer) -> None:
+        young = [] if _skipped(optimizer) else list(_with_ages(optimizer))
+        if not self._knows(young):
+            self._batches = list(_batches(optimizer, young))
+            self._ends = [_end(optimizer, group, state, record) for group, _, state, record in young]
+        self._young = young
+        for batch in self._batches:
+            now = batch.state[AGES]["now"] + 1
+            age = now - batch.born
+            if isinstance(optimizer, torch.optim.SparseAdam):
+                _weight_by_age(optimizer, batch, age, 1, now)  # moments of rows without gradient do not fade
+            elif age % gap_at(age) == 0:
+                _weight_by_age(optimizer, batch, age, gap_at(age - 1), now)
+        self._twins = _make_twins(optimizer, young) if isinstance(optimizer, _TWINS) else []
+
+    def _knows(self, young: Sequence[Young]) -> bool:
+        """Whether the batches are still those of these parameters and of their state as it is."""
+        same = len(young) == len(self._young) and all(
+            mine[1] is other[1] and mine[3] is other[3] for mine, other in zip(young, self._young, strict=True)
+        )
+        return same and all(state[name] is tensor for batch in self._batches for state, name, tensor in batch.seen)
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
+        """Put the twins' results in, count the step, and leave when all entries are old."""
+        twins, self._twins = self._twins, []
+        if twins:
+            _step_twins(optimizer, twins)
+        over = not self._young
+        for (_, _, state, record), end in zip(self._young, self._ends, strict=True):
+            record["now"] += 1
+            if record["now"] >= end:
+                state.pop(AGES, None)
+                over = True
+        if over and not any(AGES in state for state in optimizer.state.values()):
+            for handle in self._handles:
+                handle.remove()
+
+
+def follow_ages(optimizers: Iterable[Any]) -> None:
+    """Let optimizers with young entries treat them by their age, from now on; others are left alone.
+
+    `grow` and `load_checkpoint` do so. A copied or unpickled optimizer has no hooks (torch drops them), nor has a new
+    one that `load_state_dict` was called on: pass it here, or let a GrowthScheduler do so. Without it the young entries
+    go on from the averages they have, as old ones do.
+
+    Args:
+        optimizers: those to look at; those that are followed already stay so.
+    """
+    for each in optimizers:
+        wrapped = getattr(each, "optimizer", None)  # Accelerate and Lightning wrap the one that steps
+        inner = wrapped if isinstance(wrapped, Optimizer) else each
+        if not isinstance(inner, Optimizer) or not any(AGES in state for state in inner.state.values()):
+            continue
+        hooks = inner._optimizer_step_pre_hooks.values()
+        if not any(isinstance(getattr(hook, "__self__", None), AgeHooks) for hook in hooks):
+            AgeHooks(inner)
+
+
+def _with_ages(optimizer: Optimizer) -> Iterator[Young]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and AGES in state and parameter.grad is not None:
+                yield group, parameter, state, state[AGES]
+
+
+def _end(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], record: dict[str, Any]) -> float:
+    newest = max(max(came) for came in record["born"] if came)
+    return newest + steps_young(optimizer, group, state, newest)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer will skip the step because its scaled gradients are not finite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterator[_Batch]:
+    found: dict[tuple, _Batch] = {}
+    for group, parameter, state, record in young:
+        kinds: dict[tuple[int, ...], list[str]] = {}
+        for each in averages(optimizer, group, state):
+            shape = state[each.name].shape
+            if len(shape) != parameter.dim():
+                continue
+            reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
+            kinds.setdefault(reduced, []).append(each.name)
+        for reduced, names in kinds.items():
+            born = [None if axis in reduced else came for axis, came in enumerate(record["born"])]
+            for birth, box in boxes(born, parameter.shape):
+                key = (id(group), birth, record["now"], *names, reduced, parameter.dtype, parameter.device)
+                if key not in found:
+                    found[key] = _Batch(group, state, birth, tuple(names), reduced, [], [[] for _ in names], [])
+                found[key].cells.append((parameter, box))
+                for name, views in zip(names, found[key].views, strict=True):
+                    views.append(_cut(state[name], box))
+                    found[key].seen.append((state, name, state[name]))
+    yield from found.values()
+
+
+def _weight_by_age(optimizer: Optimizer, batch: _Batch, age: float, gap: int, now: float) -> None:
+    """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
+    gradients: list[Tensor] = []
+    for each in averages(optimizer, batch.group, batch.state):
+        if each.name not in batch.names or age > each.until:
+            continue
+        views = batch.views[batch.names.index(each.name)]
+        keep, add = each.coefficients(age, gap, now)
+        torch._foreach_mul_(views, keep)
+        if not add:
+            continue
+        gradients = gradients or _gradients(optimizer, batch)
+        if batch.reduced:
+            squares = [part.square().mean(batch.reduced, keepdim=True) for part in gradients]
+            torch._foreach_add_(views, squares, alpha=add)
+        elif each.power == 2:
+            torch._foreach_addcmul_(views, gradients, gradients, value=add)
+        else:
+            torch._foreach_add_(views, gradients, alpha=add)
+
+
+def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
+    """What the optimizer will take for the gradient of each cell: unscaled, signed, with coupled weight decay."""
+    given: list[Any] = [(parameter.grad, box) for parameter, box in batch.cells]
+    found = [_cut(grad.to_dense() if grad.is_sparse else grad, box) for grad, box in given]
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        found = [each / scale.to(each.device) for each in found]
+    if batch.group.get("maximize"):
+        found = list(torch._foreach_neg(found))
+    decay = batch.group.get("weight_decay", 0)
+    coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax, torch.optim.SGD))
+    if decay and coupled and not batch.group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
+        cut = [_cut(parameter, box) for parameter, box in batch.cells]
+        found = list(torch._foreach_add(found, cut, alpha=float(decay)))
+    return found
+
+
+def _make_twins(optimizer: Optimizer, young: Iterable[Young]) -> list[_Twin]:
+    twins = []
+    for _, parameter, state, record in young:
+        for born, box in boxes(record["born"], parameter.shape):
+            own = {}
+            if str(born) in record["twins"]:  # else it begins with this step
+                counters = record["twins"][str(born)]
+                for name, value in state.items():
+                    if name in counters:
+                        own[name] = torch.full_like(value, counters[name])
+                    elif isinstance(value, Tensor):
+                        own[name] = value[box].clone()
+            twins.append(_Twin(parameter, box, born, nn.Parameter(parameter.detach()[box].clone()), own))
+    return twins
+
+
+def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
+    """Step the twins as new optimizers and put their values and state in the young entries' place."""
+    kind = next(each for each in type(optimizer).__mro__ if each in _TWINS)
+    names = signature(kind).parameters
+    for group in optimizer.param_groups:
+        mine = {id(parameter) for parameter in group["params"]}
+        own = [twin for twin in twins if id(twin.parameter) in mine and twin.parameter.grad is not None]
+        if not own:
+            continue
+        options = {name: value for name, value in group.items() if name in names and name != "params"}
+        fresh = kind([twin.copy for twin in own], **options)
+        for twin in own:
+            gradient: Any = twin.parameter.grad
+            twin.copy.grad = gradient[twin.box].clone()
+            if twin.state:
+                fresh.state[twin.copy] = twin.state
+        kind.step(fresh)
+        for twin in own:
+            state, counters = optimizer.state[twin.parameter], {}
+            twin.parameter.detach()[twin.box] = twin.copy.detach()
+            for name, value in fresh.state[twin.copy].items():
+                if value.shape == twin.copy.shape and value.dim():
+                    state[name][twin.box] = value
+                else:
+                    counters[name] = float(value)
+            state[AGES]["twins"][str(twin.born)] = counters
