@@ -42,7 +42,7 @@ EXACT = 32
 _TWINS: tuple[type, ...] = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad)
 _MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
 
-Boxes = list[tuple[float, tuple[slice, ...]]]
+Boxes = list[tuple[int, tuple[slice, ...]]]
 Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any], dict[str, Any]]  # group, parameter, state, record of ages
 
 
@@ -61,12 +61,12 @@ class Average:
 
     name: str
     power: int
-    own: Callable[[float], float]
-    shared: Callable[[float], float]
-    scale: Callable[[float], float]
-    until: float
+    own: Callable[[int], float | int]
+    shared: Callable[[int], float | int]
+    scale: Callable[[int], float | int]
+    until: float | int
 
-    def coefficients(self, age: float, gap: int, now: float) -> tuple[float, float]:
+    def coefficients(self, age: int, gap: int, now: int) -> tuple[float, float]:
         """(a, b) such that a · state + b · gradient^power before the step gives the right average after it.
 
         Args:
@@ -86,7 +86,7 @@ class Average:
 class Maximum(Average):
     """AMSGrad's maximum of the second moments, which are divided by 1-β^t only afterwards."""
 
-    def coefficients(self, age: float, gap: int, now: float) -> tuple[float, float]:
+    def coefficients(self, age: int, gap: int, now: int) -> tuple[float, float]:
         """Only the scale changes."""
         scale = self.scale
         return scale(age - gap) / scale(age) * scale(now) / scale(now - gap), 0.0
@@ -96,7 +96,7 @@ def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any])
     """The averages of a parameter's state that weight gradients by the count of steps; none where a twin is needed."""
 
     def corrected(name: str, power: int, beta: float, kind: type[Average] = Average) -> Average:
-        def weight(age: float) -> float:
+        def weight(age: int) -> float:
             return (1 - beta) / (1 - beta**age)
 
         return kind(name, power, weight, weight, lambda age: 1 - beta**age, _until(beta))
@@ -140,15 +140,15 @@ def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any])
     return found
 
 
-def _one(age: float) -> float:
+def _one(age: int) -> float:
     return 1.0
 
 
-def _until(beta: float) -> float:
-    return math.ceil(math.log(SETTLED) / math.log(beta)) if 0 < beta < 1 else 0
+def _until(beta: float) -> int:
+    return max(EXACT, math.ceil(math.log(SETTLED) / math.log(beta))) if 0 < beta < 1 else 0
 
 
-def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], born: float) -> float:
+def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
@@ -196,14 +196,14 @@ def ages_after(
     return {"now": now, "born": born, "twins": dict(before["twins"]) if before else {}}
 
 
-def boxes(born: Sequence[Sequence[float] | None], shape: Sequence[int]) -> Boxes:
+def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Boxes:
     """The parts of a tensor whose entries came at the same step after the beginning, and that step.
 
     An entry where a new row meets a new column is as young as the younger of the two.
     """
     latest = [max(came) if came else 0 for came in born]
 
-    def parts(axis: int, birth: float, taken: tuple[slice, ...]) -> Iterator[tuple[float, tuple[slice, ...]]]:
+    def parts(axis: int, birth: int, taken: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
         if birth >= max(latest[axis:], default=0):
             if birth:
                 yield birth, taken + (slice(None),) * (len(shape) - axis)
@@ -219,7 +219,7 @@ def boxes(born: Sequence[Sequence[float] | None], shape: Sequence[int]) -> Boxes
     return list(parts(0, 0, ()))
 
 
-def gap_at(age: float) -> int:
+def gap_at(age: int) -> int:
     """How many steps apart the gradients are that are weighted by age, at an age."""
     return 1 if age < EXACT else 2 ** (int(age).bit_length() - EXACT.bit_length() + 1)
 
@@ -235,7 +235,7 @@ class _Batch:
 
     group: dict[str, Any]
     state: dict[str, Any]  # of the first parameter
-    born: float
+    born: int
     names: tuple[str, ...]
     reduced: tuple[int, ...]  # axes that the averages leave out
     cells: list[tuple[nn.Parameter, tuple[slice, ...]]]
@@ -249,7 +249,7 @@ class _Twin:
 
     parameter: nn.Parameter
     box: tuple[slice, ...]
-    born: float
+    born: int
     copy: nn.Parameter
     state: dict[str, Any]
 
@@ -259,7 +259,7 @@ class AgeHooks:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._young: list[Young] = []
-        self._ends: list[float] = []  # the count of steps at which all entries of each are old
+        self._ends: list[float | int] = []  # the count of steps at which all entries of each are old
         self._batches: list[_Batch] = []
         self._twins: list[_Twin] = []
         self._handles = [
@@ -353,7 +353,7 @@ def _with_ages(optimizer: Optimizer) -> Iterator[Young]:
                 yield group, parameter, state, state[AGES]
 
 
-def _end(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], record: dict[str, Any]) -> float:
+def _end(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], record: dict[str, Any]) -> float | int:
     newest = max(max(came) for came in record["born"] if came)
     return newest + steps_young(optimizer, group, state, newest)
 
@@ -387,7 +387,7 @@ def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterator[_Batch]:
     yield from found.values()
 
 
-def _weight_by_age(optimizer: Optimizer, batch: _Batch, age: float, gap: int, now: float) -> None:
+def _weight_by_age(optimizer: Optimizer, batch: _Batch, age: int, gap: int, now: int) -> None:
     """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
     gradients: list[Tensor] = []
     for each in averages(optimizer, batch.group, batch.state):

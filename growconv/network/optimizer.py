@@ -218,9 +218,9 @@ def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
 def _begins_as(optimizer: Any, group: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor | None:
     """What a state tensor of a new optimizer begins with, as a tensor that broadcasts to it; None for zeros."""
     if isinstance(optimizer, torch.optim.Rprop) and name == "step_size":
-        return torch.as_tensor(group["lr"]).to(parameter)
+        return torch.full_like(parameter, float(group["lr"]))
     if isinstance(optimizer, torch.optim.Adagrad) and name == "sum":
-        return torch.as_tensor(group["initial_accumulator_value"]).to(parameter)
+        return torch.full_like(parameter, group["initial_accumulator_value"])
     if isinstance(optimizer, torch.optim.ASGD) and name == "ax":
         return parameter.detach()
     return None
