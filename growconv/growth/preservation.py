@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from growconv.network.optimizer import follow_ages
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -53,6 +55,7 @@ def all_or_nothing(model: nn.Module, optimizers: Iterable[Any], logs: Iterable[l
         optimizers: all optimizers that train it.
         logs: the lists of growths that sites keep.
     """
+    optimizers = list(optimizers)
     modules = [
         (module, dict(module._parameters), dict(module._buffers), dict(module.__dict__)) for module in model.modules()
     ]
@@ -79,6 +82,7 @@ def all_or_nothing(model: nn.Module, optimizers: Iterable[Any], logs: Iterable[l
         for each, state in states:
             each.state.clear()
             each.state.update(state)
+        follow_ages(optimizers)
         for log, entries in lengths:
             log[:] = entries
         raise

@@ -22,7 +22,7 @@ Adafactor and Muon use statistics of whole matrices, so that under them old entr
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -39,11 +39,17 @@ SETTLED = 0.1
 EXACT = 32
 """Steps in which every gradient is weighted by age; 16 of them in each doubling of the age after that."""
 
-_TWINS: tuple[type, ...] = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad)
+_TWINS: tuple[type, ...] = (
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+    torch.optim.Adagrad,
+    torch.optim.SGD,
+)
+_batched: Any = torch  # its _foreach_ functions are private by name only
 _MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
 
-Boxes = list[tuple[int, tuple[slice, ...]]]
-Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any], dict[str, Any]]  # group, parameter, state, record of ages
+Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any]]  # group, parameter, state
 
 
 @dataclass(frozen=True)
@@ -104,28 +110,17 @@ def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any])
     if isinstance(optimizer, _TWINS):
         return []
     if isinstance(optimizer, _MATRIX["Adafactor"]):
-        names = [name for name in ("row_var", "col_var", "variance") if name in state]
         power = float(group["beta2_decay"])
-        until = (SETTLED**2) ** (1 / power) if power else 0.0
-        return [Average(name, 2, lambda age: age**power, lambda age: age**power, _one, until) for name in names]
-    if isinstance(optimizer, _MATRIX["Muon"]) and "momentum_buffer" in state:
-        beta = float(group["momentum"])
-        return [
-            Average(
-                "momentum_buffer",
-                1,
-                lambda age: (1 - beta) / (1 - beta**age),
-                lambda age: 1 - beta,
-                _one,
-                _until(beta),
-            )
-        ]
-    if isinstance(optimizer, torch.optim.SGD):
-        momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        if not momentum or not dampening or state.get("momentum_buffer") is None:
-            return []
-        # the first gradient is not dampened
-        return [Average("momentum_buffer", 1, _one, lambda age: 1 - dampening, lambda age: dampening / momentum, 1)]
+
+        def falling(age: int) -> float:
+            return age**power
+
+        until = (SETTLED**2) ** (1 / power) if power else 0
+        names = [name for name in ("row_var", "col_var", "variance") if name in state]
+        return [Average(name, 2, falling, falling, _one, until) for name in names]
+    if isinstance(optimizer, _MATRIX["Muon"]):
+        beta = float(group["momentum"])  # not corrected by Muon, which looks at proportions only
+        return [replace(corrected("momentum_buffer", 1, beta), shared=lambda age: 1 - beta, scale=_one)]
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not {"step", "exp_avg"} <= set(state):
         return []
@@ -152,6 +147,8 @@ def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, An
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
+    if isinstance(optimizer, torch.optim.SGD):  # a new momentum's first gradient is not dampened
+        return 1 if group["momentum"] and group["dampening"] else 0
     # lr / (1 + rate · t)^power: old where the quotient of the rates at both ages is within 5 %
     if isinstance(optimizer, torch.optim.ASGD):
         rate, power = float(group["lambd"]) * float(group["lr"]), float(group["alpha"])
@@ -177,15 +174,13 @@ def ages_after(
         resized: per axis the old entry that each entry of the new shape was; None for a new one.
 
     Returns:
-        {"now": the parameter's count of steps, "born": per axis None or the count at which each entry came; "twins":
-        per birth the counters of the twin}, plain values that every way of saving an optimizer keeps. None where no
-        entry needs a correction.
+        {"born": per axis None or the parameter's count of steps at which each entry came, "twins": per birth the
+        numbers in the state of its twin, "now": the count of steps, where the state has none}: plain values that every
+        way of saving an optimizer keeps. None where no entry needs a correction.
     """
-    before = state.get(AGES)
-    now = before["now"] if before else int(state["step"]) if "step" in state else 1
-    if now <= 0:
-        return None
-    new = now if steps_young(optimizer, group, state, now) else 0
+    before = state.get(AGES, {})
+    now = _count(state)
+    new = now if now and steps_young(optimizer, group, state, now) else 0
     born: list[list[int] | None] = []
     for axis, sources in enumerate(resized):
         known = before["born"][axis] if before else None
@@ -193,10 +188,16 @@ def ages_after(
         born.append(came if any(came) else None)
     if not any(born):
         return None
-    return {"now": now, "born": born, "twins": dict(before["twins"]) if before else {}}
+    clock = {} if "step" in state else {"now": now}
+    return {"born": born, "twins": dict(before.get("twins", {})), **clock}
 
 
-def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Boxes:
+def _count(state: Mapping[str, Any]) -> int:
+    """Steps that a parameter has taken; from the first growth on where the optimizer does not count them."""
+    return int(state["step"]) if "step" in state else state.get(AGES, {}).get("now", 1)
+
+
+def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> list[tuple[int, tuple[slice, ...]]]:
     """The parts of a tensor whose entries came at the same step after the beginning, and that step.
 
     An entry where a new row meets a new column is as young as the younger of the two.
@@ -235,6 +236,7 @@ class _Batch:
 
     group: dict[str, Any]
     state: dict[str, Any]  # of the first parameter
+    now: int  # its count of steps
     born: int
     names: tuple[str, ...]
     reduced: tuple[int, ...]  # axes that the averages leave out
@@ -258,20 +260,27 @@ class AgeHooks:
     """What an optimizer with young entries does before and after a step; one object an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._young: list[Young] = []
-        self._ends: list[float | int] = []  # the count of steps at which all entries of each are old
-        self._batches: list[_Batch] = []
+        self.forget()
         self._twins: list[_Twin] = []
         self._handles = [
             optimizer.register_step_pre_hook(self.before),
             optimizer.register_step_post_hook(self.after),
         ]
-        # before hooks of others, which then see a step that is whole
-        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # pyright: ignore[reportAttributeAccessIssue]
+        hooks: Any = optimizer._optimizer_step_post_hooks  # hooks of others shall see a step that is whole
+        hooks.move_to_end(self._handles[1].id, last=False)
+
+    def forget(self) -> None:
+        """Look at the optimizer's state anew at the next step."""
+        self._state: Any = None
+        self._young: list[Young] = []
+        self._given: list[bool] = []  # which of the young have a gradient
+        self._batches: list[_Batch] = []
+        self._uncounted: list[Young] = []  # those whose optimizer does not count their steps
+        self._left = math.inf  # steps until the first of the young is old
 
     def before(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         """Prepare the young entries, with the gradients that a closure computes where there is one."""
-        closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+        closure: Any = keywords.get("closure", (*arguments, None)[1])
         if closure is None:
             self._prepare(optimizer)
             return None
@@ -287,40 +296,55 @@ class AgeHooks:
 
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer) -> None:
-        young = [] if _skipped(optimizer) else list(_with_ages(optimizer))
-        if not self._knows(young):
-            self._batches = list(_batches(optimizer, young))
-            self._ends = [_end(optimizer, group, state, record) for group, _, state, record in young]
-        self._young = young
-        for batch in self._batches:
-            now = batch.state[AGES]["now"] + 1
-            age = now - batch.born
-            if isinstance(optimizer, torch.optim.SparseAdam):
-                _weight_by_age(optimizer, batch, age, 1, now)  # moments of rows without gradient do not fade
-            elif age % gap_at(age) == 0:
-                _weight_by_age(optimizer, batch, age, gap_at(age - 1), now)
-        self._twins = _make_twins(optimizer, young) if isinstance(optimizer, _TWINS) else []
+        found = getattr(optimizer, "found_inf", None)
+        self._skipped = found is not None and bool(found)  # then a fused optimizer will do nothing
+        if self._skipped:
+            return
+        given = [parameter.grad is not None for _, parameter, _ in self._young]
+        forgotten = self._young and optimizer.state.get(self._young[0][1]) is not self._young[0][2]
+        if self._state is not optimizer.state or given != self._given or forgotten:
+            self._look(optimizer)
+        due = [batch for batch in self._batches if _is_due(optimizer, batch)]
+        if any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
+            self._look(optimizer)
+            due = [batch for batch in self._batches if _is_due(optimizer, batch)]
+        for batch in due:
+            _weight_by_age(optimizer, batch)
+        if isinstance(optimizer, _TWINS):
+            self._twins = _make_twins(self._with_gradient())
 
-    def _knows(self, young: Sequence[Young]) -> bool:
-        """Whether the batches are still those of these parameters and of their state as it is."""
-        same = len(young) == len(self._young) and all(
-            mine[1] is other[1] and mine[3] is other[3] for mine, other in zip(young, self._young, strict=True)
-        )
-        return same and all(state[name] is tensor for batch in self._batches for state, name, tensor in batch.seen)
+    def _with_gradient(self) -> list[Young]:
+        return [each for each, given in zip(self._young, self._given, strict=True) if given]
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Find the young entries."""
+        self._state = optimizer.state
+        members = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        states = [(group, parameter, optimizer.state.get(parameter, {})) for group, parameter in members]
+        self._young = [each for each in states if AGES in each[2]]
+        self._given = [parameter.grad is not None for _, parameter, _ in self._young]
+        self._uncounted = [each for each in self._with_gradient() if "now" in each[2][AGES]]
+        self._batches = list(_batches(optimizer, self._with_gradient()))
+        self._left = min((_steps_left(optimizer, *each) for each in self._with_gradient()), default=math.inf)
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
-        twins, self._twins = self._twins, []
-        if twins:
-            _step_twins(optimizer, twins)
-        over = not self._young
-        for (_, _, state, record), end in zip(self._young, self._ends, strict=True):
-            record["now"] += 1
-            if record["now"] >= end:
-                state.pop(AGES, None)
-                over = True
-        if over and not any(AGES in state for state in optimizer.state.values()):
+        if self._skipped:
+            return
+        _step_twins(optimizer, self._twins)
+        for _, _, state in self._uncounted:
+            state[AGES]["now"] += 1
+        self._left -= 1
+        for batch in self._batches:
+            batch.now += 1
+        if self._left > 0 and self._young:
+            return
+        for each in self._with_gradient():
+            if _steps_left(optimizer, *each) <= 0:
+                del each[2][AGES]
+        self.forget()
+        if not any(AGES in state for state in optimizer.state.values()):
             for handle in self._handles:
                 handle.remove()
 
@@ -340,72 +364,70 @@ def follow_ages(optimizers: Iterable[Any]) -> None:
         inner = wrapped if isinstance(wrapped, Optimizer) else each
         if not isinstance(inner, Optimizer) or not any(AGES in state for state in inner.state.values()):
             continue
-        hooks = inner._optimizer_step_pre_hooks.values()
-        if not any(isinstance(getattr(hook, "__self__", None), AgeHooks) for hook in hooks):
-            AgeHooks(inner)
+        hooks = [getattr(hook, "__self__", None) for hook in inner._optimizer_step_pre_hooks.values()]
+        mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None) or AgeHooks(inner)
+        mine.forget()
 
 
-def _with_ages(optimizer: Optimizer) -> Iterator[Young]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if state and AGES in state and parameter.grad is not None:
-                yield group, parameter, state, state[AGES]
+def _steps_left(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]) -> float:
+    newest = max(max(came) for came in state[AGES]["born"] if came)
+    return float(newest + steps_young(optimizer, group, state, newest) - _count(state))
 
 
-def _end(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], record: dict[str, Any]) -> float | int:
-    newest = max(max(came) for came in record["born"] if came)
-    return newest + steps_young(optimizer, group, state, newest)
+def _is_due(optimizer: Optimizer, batch: _Batch) -> bool:
+    age = batch.now + 1 - batch.born
+    return age % gap_at(age) == 0 or isinstance(optimizer, torch.optim.SparseAdam)
 
 
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer will skip the step because its scaled gradients are not finite."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterator[_Batch]:
+def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
     found: dict[tuple, _Batch] = {}
-    for group, parameter, state, record in young:
+    for group, parameter, state in young:
         kinds: dict[tuple[int, ...], list[str]] = {}
         for each in averages(optimizer, group, state):
             shape = state[each.name].shape
-            if len(shape) != parameter.dim():
-                continue
-            reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
-            kinds.setdefault(reduced, []).append(each.name)
+            if len(shape) == parameter.dim():
+                reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
+                kinds.setdefault(reduced, []).append(each.name)
         for reduced, names in kinds.items():
-            born = [None if axis in reduced else came for axis, came in enumerate(record["born"])]
+            born = [None if axis in reduced else came for axis, came in enumerate(state[AGES]["born"])]
+            now = _count(state)
             for birth, box in boxes(born, parameter.shape):
-                key = (id(group), birth, record["now"], *names, reduced, parameter.dtype, parameter.device)
+                key = (id(group), birth, now, *names, reduced, parameter.dtype, parameter.device)
                 if key not in found:
-                    found[key] = _Batch(group, state, birth, tuple(names), reduced, [], [[] for _ in names], [])
+                    found[key] = _Batch(group, state, now, birth, tuple(names), reduced, [], [[] for _ in names], [])
                 found[key].cells.append((parameter, box))
                 for name, views in zip(names, found[key].views, strict=True):
                     views.append(_cut(state[name], box))
                     found[key].seen.append((state, name, state[name]))
-    yield from found.values()
+    return found.values()
 
 
-def _weight_by_age(optimizer: Optimizer, batch: _Batch, age: int, gap: int, now: int) -> None:
+def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
     """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
     gradients: list[Tensor] = []
+    now = batch.now + 1
+    age = now - batch.born
+    # moments of rows without gradient do not fade under SparseAdam
+    gap = 1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age - 1)
     for each in averages(optimizer, batch.group, batch.state):
         if each.name not in batch.names or age > each.until:
             continue
         views = batch.views[batch.names.index(each.name)]
         keep, add = each.coefficients(age, gap, now)
-        torch._foreach_mul_(views, keep)
-        if not add:
-            continue
-        gradients = gradients or _gradients(optimizer, batch)
+        if add and not gradients:
+            gradients = _gradients(optimizer, batch)
         if batch.reduced:
+            _batched._foreach_mul_(views, keep)
             squares = [part.square().mean(batch.reduced, keepdim=True) for part in gradients]
-            torch._foreach_add_(views, squares, alpha=add)
-        elif each.power == 2:
-            torch._foreach_addcmul_(views, gradients, gradients, value=add)
+            _batched._foreach_add_(views, squares, alpha=add)
+        elif each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
+            _batched._foreach_lerp_(views, gradients, add)
         else:
-            torch._foreach_add_(views, gradients, alpha=add)
+            _batched._foreach_mul_(views, keep)
+            if add and each.power == 2:
+                _batched._foreach_addcmul_(views, gradients, gradients, value=add)
+            elif add:
+                _batched._foreach_add_(views, gradients, alpha=add)
 
 
 def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
@@ -416,22 +438,22 @@ def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
     if scale is not None:
         found = [each / scale.to(each.device) for each in found]
     if batch.group.get("maximize"):
-        found = list(torch._foreach_neg(found))
+        found = list(_batched._foreach_neg(found))
     decay = batch.group.get("weight_decay", 0)
     coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax, torch.optim.SGD))
     if decay and coupled and not batch.group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
         cut = [_cut(parameter, box) for parameter, box in batch.cells]
-        found = list(torch._foreach_add(found, cut, alpha=float(decay)))
+        found = list(_batched._foreach_add(found, cut, alpha=float(decay)))
     return found
 
 
-def _make_twins(optimizer: Optimizer, young: Iterable[Young]) -> list[_Twin]:
+def _make_twins(young: Iterable[Young]) -> list[_Twin]:
     twins = []
-    for _, parameter, state, record in young:
-        for born, box in boxes(record["born"], parameter.shape):
+    for _, parameter, state in young:
+        for born, box in boxes(state[AGES]["born"], parameter.shape):
             own = {}
-            if str(born) in record["twins"]:  # else it begins with this step
-                counters = record["twins"][str(born)]
+            if str(born) in state[AGES]["twins"]:  # else it begins with this step
+                counters = state[AGES]["twins"][str(born)]
                 for name, value in state.items():
                     if name in counters:
                         own[name] = torch.full_like(value, counters[name])
@@ -443,6 +465,8 @@ def _make_twins(optimizer: Optimizer, young: Iterable[Young]) -> list[_Twin]:
 
 def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
     """Step the twins as new optimizers and put their values and state in the young entries' place."""
+    if not twins:
+        return
     kind = next(each for each in type(optimizer).__mro__ if each in _TWINS)
     names = signature(kind).parameters
     for group in optimizer.param_groups:

@@ -167,7 +167,8 @@ def replace_parameters(
         known = {id(parameter) for group in each.param_groups for parameter in group["params"]}
         more = [parameter for parameter in added if id(parameter) not in known]
         for group in each.param_groups:
-            members, names = group["params"], group.get("param_names") or [None] * len(group["params"])
+            members: list[nn.Parameter] = group["params"]
+            names: list[Any] = group.get("param_names") or [None] * len(members)
             at = next((index for index, parameter in enumerate(members) if id(parameter) in gone), None)
             if at is None:
                 continue
