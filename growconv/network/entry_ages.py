@@ -39,17 +39,12 @@ SETTLED = 0.1
 EXACT = 32
 """Steps in which every gradient is weighted by age; 16 of them in each doubling of the age after that."""
 
-_TWINS: tuple[type, ...] = (
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.ASGD,
-    torch.optim.Adagrad,
-    torch.optim.SGD,
-)
-_batched: Any = torch  # its _foreach_ functions are private by name only
+_TWINS = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad, torch.optim.SGD)
 _MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
+_batched: Any = torch  # its _foreach_ functions are private by name only
 
-Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any]]  # group, parameter, state
+Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any]]  # group, parameter, its state
+Box = tuple[tuple[int, int, int], ...]  # (axis, start, length) of each axis of which a part is taken
 
 
 @dataclass(frozen=True)
@@ -197,37 +192,38 @@ def _count(state: Mapping[str, Any]) -> int:
     return int(state["step"]) if "step" in state else state.get(AGES, {}).get("now", 1)
 
 
-def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> list[tuple[int, tuple[slice, ...]]]:
+def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
     """The parts of a tensor whose entries came at the same step after the beginning, and that step.
 
     An entry where a new row meets a new column is as young as the younger of the two.
     """
     latest = [max(came) if came else 0 for came in born]
 
-    def parts(axis: int, birth: int, taken: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    def parts(axis: int, birth: int, box: Box) -> Iterator[tuple[int, Box]]:
         if birth >= max(latest[axis:], default=0):
-            if birth:
-                yield birth, taken + (slice(None),) * (len(shape) - axis)
+            yield from [(birth, box)] if birth else []
             return
         came = born[axis] or [0] * shape[axis]
         start = 0
         for stop in range(1, len(came) + 1):
             if stop == len(came) or came[stop] != came[start]:
-                part = slice(start, stop) if stop - start < len(came) else slice(None)
-                yield from parts(axis + 1, max(birth, came[start]), (*taken, part))
+                part = ((axis, start, stop - start),) if stop - start < len(came) else ()
+                yield from parts(axis + 1, max(birth, came[start]), box + part)
                 start = stop
 
-    return list(parts(0, 0, ()))
+    return parts(0, 0, ())
+
+
+def cut(tensor: Tensor, box: Box) -> Tensor:
+    """A view of a part."""
+    for part in box:
+        tensor = tensor.narrow(*part)
+    return tensor
 
 
 def gap_at(age: int) -> int:
     """How many steps apart the gradients are that are weighted by age, at an age."""
-    return 1 if age < EXACT else 2 ** (int(age).bit_length() - EXACT.bit_length() + 1)
-
-
-def _cut(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
-    part = tensor.detach()[box]
-    return torch.view_as_real(part) if part.is_complex() else part
+    return 1 if age < EXACT else 2 ** (age.bit_length() - EXACT.bit_length() + 1)
 
 
 @dataclass
@@ -240,7 +236,7 @@ class _Batch:
     born: int
     names: tuple[str, ...]
     reduced: tuple[int, ...]  # axes that the averages leave out
-    cells: list[tuple[nn.Parameter, tuple[slice, ...]]]
+    cells: list[tuple[nn.Parameter, Box]]
     views: list[list[Tensor]]  # per name, one a cell
     seen: list[tuple[dict[str, Any], str, Tensor]]  # the tensors that the views are of
 
@@ -250,7 +246,7 @@ class _Twin:
     """A copy of some young entries of one parameter, for a new optimizer of the same class to step."""
 
     parameter: nn.Parameter
-    box: tuple[slice, ...]
+    box: Box
     born: int
     copy: nn.Parameter
     state: dict[str, Any]
@@ -261,7 +257,6 @@ class AgeHooks:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.forget()
-        self._twins: list[_Twin] = []
         self._handles = [
             optimizer.register_step_pre_hook(self.before),
             optimizer.register_step_post_hook(self.after),
@@ -272,11 +267,13 @@ class AgeHooks:
     def forget(self) -> None:
         """Look at the optimizer's state anew at the next step."""
         self._state: Any = None
-        self._young: list[Young] = []
-        self._given: list[bool] = []  # which of the young have a gradient
+        self._all: list[Young] = []
+        self._given: list[bool] = []  # which of them have a gradient
+        self._young: list[Young] = []  # those
         self._batches: list[_Batch] = []
-        self._uncounted: list[Young] = []  # those whose optimizer does not count their steps
-        self._left = math.inf  # steps until the first of the young is old
+        self._twins: list[_Twin] = []
+        self._uncounted: list[dict[str, Any]] = []  # states of those whose steps the optimizer does not count
+        self._left = 0.0  # steps until the first of the young is old
 
     def before(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         """Prepare the young entries, with the gradients that a closure computes where there is one."""
@@ -300,9 +297,9 @@ class AgeHooks:
         self._skipped = found is not None and bool(found)  # then a fused optimizer will do nothing
         if self._skipped:
             return
-        given = [parameter.grad is not None for _, parameter, _ in self._young]
-        forgotten = self._young and optimizer.state.get(self._young[0][1]) is not self._young[0][2]
-        if self._state is not optimizer.state or given != self._given or forgotten:
+        given = [parameter.grad is not None for _, parameter, _ in self._all]
+        known = self._state is optimizer.state and given == self._given
+        if not known or any(optimizer.state.get(parameter) is not state for _, parameter, state in self._all[:1]):
             self._look(optimizer)
         due = [batch for batch in self._batches if _is_due(optimizer, batch)]
         if any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
@@ -310,39 +307,39 @@ class AgeHooks:
             due = [batch for batch in self._batches if _is_due(optimizer, batch)]
         for batch in due:
             _weight_by_age(optimizer, batch)
-        if isinstance(optimizer, _TWINS):
-            self._twins = _make_twins(self._with_gradient())
-
-    def _with_gradient(self) -> list[Young]:
-        return [each for each, given in zip(self._young, self._given, strict=True) if given]
+        self._twins = list(_make_twins(self._young)) if isinstance(optimizer, _TWINS) else []
 
     def _look(self, optimizer: Optimizer) -> None:
         """Find the young entries."""
+        self.forget()
         self._state = optimizer.state
-        members = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        states = [(group, parameter, optimizer.state.get(parameter, {})) for group, parameter in members]
-        self._young = [each for each in states if AGES in each[2]]
-        self._given = [parameter.grad is not None for _, parameter, _ in self._young]
-        self._uncounted = [each for each in self._with_gradient() if "now" in each[2][AGES]]
-        self._batches = list(_batches(optimizer, self._with_gradient()))
-        self._left = min((_steps_left(optimizer, *each) for each in self._with_gradient()), default=math.inf)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if AGES in optimizer.state.get(parameter, ()):
+                    self._all.append((group, parameter, optimizer.state[parameter]))
+        self._given = [parameter.grad is not None for _, parameter, _ in self._all]
+        self._young = [each for each, given in zip(self._all, self._given, strict=True) if given]
+        self._uncounted = [state for _, _, state in self._young if "now" in state[AGES]]
+        self._batches = list(_batches(optimizer, self._young))
+        self._left = min((_steps_left(optimizer, *each) for each in self._young), default=math.inf)
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
         if self._skipped:
             return
-        _step_twins(optimizer, self._twins)
-        for _, _, state in self._uncounted:
+        if self._twins:
+            _step_twins(optimizer, self._twins)
+        for state in self._uncounted:
             state[AGES]["now"] += 1
-        self._left -= 1
         for batch in self._batches:
             batch.now += 1
-        if self._left > 0 and self._young:
+        self._left -= 1
+        if self._left > 0 and self._all:
             return
-        for each in self._with_gradient():
-            if _steps_left(optimizer, *each) <= 0:
-                del each[2][AGES]
+        for group, parameter, state in self._young:
+            if _steps_left(optimizer, group, parameter, state) <= 0:
+                del state[AGES]
         self.forget()
         if not any(AGES in state for state in optimizer.state.values()):
             for handle in self._handles:
@@ -362,11 +359,14 @@ def follow_ages(optimizers: Iterable[Any]) -> None:
     for each in optimizers:
         wrapped = getattr(each, "optimizer", None)  # Accelerate and Lightning wrap the one that steps
         inner = wrapped if isinstance(wrapped, Optimizer) else each
-        if not isinstance(inner, Optimizer) or not any(AGES in state for state in inner.state.values()):
+        if not isinstance(inner, Optimizer):
             continue
         hooks = [getattr(hook, "__self__", None) for hook in inner._optimizer_step_pre_hooks.values()]
-        mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None) or AgeHooks(inner)
-        mine.forget()
+        mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None)
+        if mine is None and any(AGES in state for state in inner.state.values()):
+            mine = AgeHooks(inner)
+        if mine is not None:
+            mine.forget()
 
 
 def _steps_left(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]) -> float:
@@ -390,16 +390,22 @@ def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
                 kinds.setdefault(reduced, []).append(each.name)
         for reduced, names in kinds.items():
             born = [None if axis in reduced else came for axis, came in enumerate(state[AGES]["born"])]
-            now = _count(state)
             for birth, box in boxes(born, parameter.shape):
-                key = (id(group), birth, now, *names, reduced, parameter.dtype, parameter.device)
+                views = [_real(cut(state[name], box)) for name in names]
+                dense = [view.is_contiguous() for view in views]  # only those that are dense go in one launch on a GPU
+                key = (id(group), birth, _count(state), *names, reduced, parameter.dtype, parameter.device, *dense)
                 if key not in found:
-                    found[key] = _Batch(group, state, now, birth, tuple(names), reduced, [], [[] for _ in names], [])
+                    rest = (tuple(names), reduced, [], [[] for _ in names], [])
+                    found[key] = _Batch(group, state, _count(state), birth, *rest)
                 found[key].cells.append((parameter, box))
-                for name, views in zip(names, found[key].views, strict=True):
-                    views.append(_cut(state[name], box))
+                for name, view, column in zip(names, views, found[key].views, strict=True):
+                    column.append(view)
                     found[key].seen.append((state, name, state[name]))
     return found.values()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
@@ -414,80 +420,73 @@ def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
             continue
         views = batch.views[batch.names.index(each.name)]
         keep, add = each.coefficients(age, gap, now)
-        if add and not gradients:
-            gradients = _gradients(optimizer, batch)
+        gradients = gradients or _gradients(optimizer, batch)
+        if each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
+            _batched._foreach_lerp_(views, gradients, add)
+            continue
+        _batched._foreach_mul_(views, keep)
         if batch.reduced:
-            _batched._foreach_mul_(views, keep)
             squares = [part.square().mean(batch.reduced, keepdim=True) for part in gradients]
             _batched._foreach_add_(views, squares, alpha=add)
-        elif each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
-            _batched._foreach_lerp_(views, gradients, add)
+        elif each.power == 2:
+            _batched._foreach_addcmul_(views, gradients, gradients, value=add)
         else:
-            _batched._foreach_mul_(views, keep)
-            if add and each.power == 2:
-                _batched._foreach_addcmul_(views, gradients, gradients, value=add)
-            elif add:
-                _batched._foreach_add_(views, gradients, alpha=add)
+            _batched._foreach_add_(views, gradients, alpha=add)
 
 
 def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
     """What the optimizer will take for the gradient of each cell: unscaled, signed, with coupled weight decay."""
-    given: list[Any] = [(parameter.grad, box) for parameter, box in batch.cells]
-    found = [_cut(grad.to_dense() if grad.is_sparse else grad, box) for grad, box in given]
+    given: list[tuple[Any, Box]] = [(parameter.grad, box) for parameter, box in batch.cells]
+    found = [_real(cut(grad.to_dense() if grad.is_sparse else grad, box)) for grad, box in given]
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         found = [each / scale.to(each.device) for each in found]
     if batch.group.get("maximize"):
         found = list(_batched._foreach_neg(found))
     decay = batch.group.get("weight_decay", 0)
-    coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax, torch.optim.SGD))
+    coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax))
     if decay and coupled and not batch.group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
-        cut = [_cut(parameter, box) for parameter, box in batch.cells]
-        found = list(_batched._foreach_add(found, cut, alpha=float(decay)))
+        values = [_real(cut(parameter, box)) for parameter, box in batch.cells]
+        found = list(_batched._foreach_add(found, values, alpha=float(decay)))
     return found
 
 
-def _make_twins(young: Iterable[Young]) -> list[_Twin]:
-    twins = []
+def _make_twins(young: Iterable[Young]) -> Iterator[_Twin]:
     for _, parameter, state in young:
         for born, box in boxes(state[AGES]["born"], parameter.shape):
-            own = {}
-            if str(born) in state[AGES]["twins"]:  # else it begins with this step
-                counters = state[AGES]["twins"][str(born)]
-                for name, value in state.items():
-                    if name in counters:
-                        own[name] = torch.full_like(value, counters[name])
-                    elif isinstance(value, Tensor):
-                        own[name] = value[box].clone()
-            twins.append(_Twin(parameter, box, born, nn.Parameter(parameter.detach()[box].clone()), own))
-    return twins
+            own: dict[str, Any] = {}
+            numbers = state[AGES]["twins"].get(str(born))
+            for name, value in state.items() if numbers is not None else ():  # else it begins with this step
+                if name in numbers:
+                    own[name] = torch.full_like(value, numbers[name])
+                elif isinstance(value, Tensor):
+                    own[name] = cut(value, box).clone()
+            yield _Twin(parameter, box, born, nn.Parameter(cut(parameter, box).clone()), own)
 
 
 def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
     """Step the twins as new optimizers and put their values and state in the young entries' place."""
-    if not twins:
-        return
-    kind = next(each for each in type(optimizer).__mro__ if each in _TWINS)
+    kind: Any = next(each for each in type(optimizer).__mro__ if each in _TWINS)
     names = signature(kind).parameters
     for group in optimizer.param_groups:
         mine = {id(parameter) for parameter in group["params"]}
-        own = [twin for twin in twins if id(twin.parameter) in mine and twin.parameter.grad is not None]
+        own = [twin for twin in twins if id(twin.parameter) in mine]
         if not own:
             continue
         options = {name: value for name, value in group.items() if name in names and name != "params"}
         fresh = kind([twin.copy for twin in own], **options)
         for twin in own:
             gradient: Any = twin.parameter.grad
-            twin.copy.grad = gradient[twin.box].clone()
+            twin.copy.grad = cut(gradient, twin.box).clone()
             if twin.state:
                 fresh.state[twin.copy] = twin.state
         kind.step(fresh)
         for twin in own:
-            state, counters = optimizer.state[twin.parameter], {}
-            twin.parameter.detach()[twin.box] = twin.copy.detach()
+            state, numbers = optimizer.state[twin.parameter], {}
+            cut(twin.parameter, twin.box).copy_(twin.copy)
             for name, value in fresh.state[twin.copy].items():
-                if value.shape == twin.copy.shape and value.dim():
-                    state[name][twin.box] = value
+                if value.dim():
+                    cut(state[name], twin.box).copy_(value)
                 else:
-                    counters[name] = float(value)
-            state[AGES]["twins"][str(twin.born)] = counters
+                    numbers[name] = float(value)
+            state[AGES]["twins"][str(twin.born)] = numbers

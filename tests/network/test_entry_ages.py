@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import growconv
-from growconv.network.entry_ages import AGES, EXACT, SETTLED, AgeHooks, boxes, follow_ages, gap_at
+from growconv.network.entry_ages import AGES, EXACT, SETTLED, AgeHooks, boxes, cut, follow_ages, gap_at
 from growconv.network.optimizer import migrate
 from growconv.network.plan import Change
 from growconv.network.site import find_sites
@@ -487,8 +487,8 @@ def test_the_boxes_cover_every_young_entry_once() -> None:
     expected = torch.maximum(torch.tensor(born[0]).view(6, 1, 1), torch.tensor(born[2]).view(1, 1, 4)).expand(shape)
     found = torch.zeros(shape, dtype=torch.long)
     for birth, box in boxes(born, shape):
-        assert not found[box].any()
-        found[box] = int(birth)
+        assert not cut(found, box).any()
+        cut(found, box).fill_(birth)
     assert torch.equal(found, expected)
 
 
