@@ -203,7 +203,7 @@ class GrowthScheduler:
         Returns:
             Whether to call `grow` now; the same answer on every rank.
         """
-        follow_ages(as_optimizers(self.optimizer))  # of a resumed run, whose optimizer has been loaded meanwhile
+        follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
         self._step, self._metrics = step, dict(metrics or {})
         situation = self._situation()
         yes, self.decisions = self._decide(situation)
@@ -311,6 +311,7 @@ class GrowthScheduler:
                     where="GrowthScheduler.load_state_dict",
                     fix="build model and schedule with the run's settings and replay the history before loading",
                 )
+        follow_ages(as_optimizers(self.optimizer))
         for name, policy in policies.items():
             policy.load_state_dict(state["policies"][name])
         self.history = history

@@ -346,7 +346,7 @@ class AgeHooks:
                 handle.remove()
 
 
-def follow_ages(optimizers: Iterable[Any]) -> None:
+def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
     """Let optimizers with young entries treat them by their age, from now on; others are left alone.
 
     `grow` and `load_checkpoint` do so. A copied or unpickled optimizer has no hooks (torch drops them), nor has a new
@@ -355,6 +355,7 @@ def follow_ages(optimizers: Iterable[Any]) -> None:
 
     Args:
         optimizers: those to look at; those that are followed already stay so.
+        changed: whether parameters or their state may have been replaced since the last step.
     """
     for each in optimizers:
         wrapped = getattr(each, "optimizer", None)  # Accelerate and Lightning wrap the one that steps
@@ -365,7 +366,7 @@ def follow_ages(optimizers: Iterable[Any]) -> None:
         mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None)
         if mine is None and any(AGES in state for state in inner.state.values()):
             mine = AgeHooks(inner)
-        if mine is not None:
+        if mine is not None and changed:
             mine.forget()
 
 
@@ -455,8 +456,8 @@ def _make_twins(young: Iterable[Young]) -> Iterator[_Twin]:
     for _, parameter, state in young:
         for born, box in boxes(state[AGES]["born"], parameter.shape):
             own: dict[str, Any] = {}
-            numbers = state[AGES]["twins"].get(str(born))
-            for name, value in state.items() if numbers is not None else ():  # else it begins with this step
+            numbers = state[AGES]["twins"].get(str(born), {})  # none: it begins with this step
+            for name, value in state.items() if str(born) in state[AGES]["twins"] else ():
                 if name in numbers:
                     own[name] = torch.full_like(value, numbers[name])
                 elif isinstance(value, Tensor):
