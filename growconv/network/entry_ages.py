@@ -9,15 +9,18 @@ numbers in the entry `AGES`), and hooks on that optimizer make up for it, in one
 is an average in which the newest gradient has the weight (1-β)/(1-β^t). Before a step, the averages of entries of age k
 are set so that the step itself gives the newest gradient the weight of their own age, (1-β)/(1-β^k). The optimizer does
 the rest: its ε, weight decay and fused kernels work as always, parameters are never touched, and the correction fades
-by itself. The first 32 steps of an entry are exact; then every second, fourth, ... gradient gets the weight of those
+by itself. The first 16 steps of an entry are exact; then every second, fourth, ... gradient gets the weight of those
 since the last one that did, so that nearly all steps cost nothing. Adamax' and Muon's momentum and Adafactor's
 variances (weight t^(-0.8); Shazeer & Stern 2018, section 7.2) follow the same rule. Optimizers of other authors with
 Adam's state (step, exp_avg, exp_avg_sq and two betas) are treated as Adam.
 
-**Twins.** What NAdam, RAdam, ASGD and Adagrad with lr_decay do at step t is no matter of their averages alone. There a
-new optimizer of the same class steps a copy of the young entries, and its result is put in their place.
+**Twins.** What NAdam, RAdam, ASGD, Adagrad with lr_decay and SGD with dampening do at step t is no matter of their
+averages alone. There a new optimizer of the same class steps a copy of the young entries, and its result is put in
+their place. That is exact, and costs about a second step of the parameters' young part.
 
-Adafactor and Muon use statistics of whole matrices, so that under them old entries do notice new neighbours.
+Adafactor and Muon use statistics of whole matrices, so that under them old entries do notice new neighbours, and new
+ones share the matrix with old momentum; Adafactor's own decay of its rate, 1/√t, stays that of the parameter. AMSGrad
+is exact, SparseAdam but for its ε. A CUDA graph of a step calls no hooks: capture it after they have left.
 """
 
 import math
@@ -36,8 +39,10 @@ AGES = "growconv_ages"
 SETTLED = 0.1
 """β^k at which an entry counts as old: the newest gradient then has within a tenth the weight that it has for good."""
 
-EXACT = 32
-"""Steps in which every gradient is weighted by age; 16 of them in each doubling of the age after that."""
+EXACT = 16
+"""Steps in which every gradient is weighted by age, a power of two; half as many in each doubling of the age after it.
+
+So averages of squares are those of 16 gradients or more, and the root of one is 10 to 18 % off at random."""
 
 _TWINS = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad, torch.optim.SGD)
 _MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
@@ -299,10 +304,9 @@ class AgeHooks:
             return
         given = [parameter.grad is not None for _, parameter, _ in self._all]
         known = self._state is optimizer.state and given == self._given
-        if not known or any(optimizer.state.get(parameter) is not state for _, parameter, state in self._all[:1]):
-            self._look(optimizer)
+        known = known and all(optimizer.state.get(parameter) is state for _, parameter, state in self._all[:1])
         due = [batch for batch in self._batches if _is_due(optimizer, batch)]
-        if any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
+        if not known or any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
             self._look(optimizer)
             due = [batch for batch in self._batches if _is_due(optimizer, batch)]
         for batch in due:

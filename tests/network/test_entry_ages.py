@@ -260,7 +260,7 @@ def test_new_entries_move_as_under_a_new_optimizer_for_twenty_steps(name: str, d
     young = torch.ones_like(parameter, dtype=torch.bool)
     young[:12, 4:] = False
     moved, expected = torch.zeros(()), torch.zeros(())
-    for _ in range(20):
+    for step in range(20):
         before, before_fresh = parameter.detach().clone(), fresh.detach().clone()
         gradient = drift + scale * torch.randn(parameter.shape, generator=generator)
         parameter.grad, fresh.grad = gradient, gradient.clone()
@@ -268,8 +268,8 @@ def test_new_entries_move_as_under_a_new_optimizer_for_twenty_steps(name: str, d
         new_optimizer.step()
         moved += (parameter.detach() - before)[young].abs().sum()
         expected += (fresh.detach() - before_fresh)[young].abs().sum()
-    tolerance = 1e-3 if name in ENTRYWISE else 1.0
-    assert 1 / (1 + tolerance) < moved / expected < 1 + tolerance
+        tolerance = 1.0 if name in WHOLE_MATRICES else 1e-3 if step < EXACT else 0.03
+        assert 1 / (1 + tolerance) < moved / expected < 1 + tolerance
 
 
 @pytest.mark.parametrize("name", ENTRYWISE)
@@ -295,7 +295,7 @@ def test_after_its_exact_steps_an_entry_still_moves_as_under_a_new_optimizer() -
         new_optimizer.step()
         if step % 40 == 39:
             moved = (parameter.detach() - before)[40:].abs().mean()
-            assert 0.9 < moved / (fresh.detach() - before_fresh)[40:].abs().mean() < 1.1
+            assert 0.85 < moved / (fresh.detach() - before_fresh)[40:].abs().mean() < 1.15
 
 
 def test_sparse_gradients() -> None:
@@ -470,6 +470,37 @@ def test_growing_before_the_first_step_leaves_no_ages() -> None:
     parameter, optimizer, _, _, _ = grown_parameter(ENTRYWISE["Adam"], 4, 3, 0, 2)
     assert not optimizer.state.get(parameter)
     assert not hooks_of(optimizer)
+
+
+def test_state_that_is_cleared_between_steps() -> None:
+    for name in ("Adam", "NAdam"):
+        parameter, optimizer, _, _, generator = grown_parameter(ENTRYWISE[name], 4, 3, 50, 2)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.state.clear()
+        fresh = nn.Parameter(parameter.detach().clone())
+        other = ENTRYWISE[name]([fresh])
+        for _ in range(3):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            fresh.grad = parameter.grad.clone()
+            optimizer.step()
+            other.step()
+        assert torch.equal(parameter, fresh)
+        assert not hooks_of(optimizer)
+
+
+def test_state_that_is_moved_between_steps() -> None:
+    results = []
+    for moved in (False, True):
+        parameter, optimizer, _, _, generator = grown_parameter(ENTRYWISE["Adam"], 4, 3, 50, 2)
+        for _ in range(8):
+            if moved:  # as an offload to another device and back does
+                state = optimizer.state[parameter]
+                state.update({name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")})
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
 
 
 def test_own_hooks_see_a_whole_step() -> None:
