@@ -238,6 +238,7 @@ class _Batch:
     group: dict[str, Any]
     state: dict[str, Any]  # of the first parameter
     now: int  # its count of steps
+    due: int  # that of the next step whose gradient is weighted by age
     born: int
     names: tuple[str, ...]
     reduced: tuple[int, ...]  # axes that the averages leave out
@@ -261,6 +262,7 @@ class AgeHooks:
     """What an optimizer with young entries does before and after a step; one object an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self._twinned = isinstance(optimizer, _TWINS)
         self.forget()
         self._handles = [
             optimizer.register_step_pre_hook(self.before),
@@ -296,7 +298,6 @@ class AgeHooks:
             return arguments, {**keywords, "closure": prepared}
         return (arguments[0], prepared, *arguments[2:]), keywords
 
-    @torch.no_grad()
     def _prepare(self, optimizer: Optimizer) -> None:
         found = getattr(optimizer, "found_inf", None)
         self._skipped = found is not None and bool(found)  # then a fused optimizer will do nothing
@@ -305,13 +306,15 @@ class AgeHooks:
         given = [parameter.grad is not None for _, parameter, _ in self._all]
         known = self._state is optimizer.state and given == self._given
         known = known and all(optimizer.state.get(parameter) is state for _, parameter, state in self._all[:1])
-        due = [batch for batch in self._batches if _is_due(optimizer, batch)]
+        due = [batch for batch in self._batches if batch.now + 1 >= batch.due]
         if not known or any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
             self._look(optimizer)
-            due = [batch for batch in self._batches if _is_due(optimizer, batch)]
-        for batch in due:
-            _weight_by_age(optimizer, batch)
-        self._twins = list(_make_twins(self._young)) if isinstance(optimizer, _TWINS) else []
+            due = [batch for batch in self._batches if batch.now + 1 >= batch.due]
+        if due or self._twinned:
+            with torch.no_grad():
+                for batch in due:
+                    _weight_by_age(optimizer, batch)
+                self._twins = list(_make_twins(self._young)) if self._twinned else []
 
     def _look(self, optimizer: Optimizer) -> None:
         """Find the young entries."""
@@ -327,7 +330,6 @@ class AgeHooks:
         self._batches = list(_batches(optimizer, self._young))
         self._left = min((_steps_left(optimizer, *each) for each in self._young), default=math.inf)
 
-    @torch.no_grad()
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
         if self._skipped:
@@ -379,11 +381,6 @@ def _steps_left(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Param
     return float(newest + steps_young(optimizer, group, state, newest) - _count(state))
 
 
-def _is_due(optimizer: Optimizer, batch: _Batch) -> bool:
-    age = batch.now + 1 - batch.born
-    return age % gap_at(age) == 0 or isinstance(optimizer, torch.optim.SparseAdam)
-
-
 def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
     found: dict[tuple, _Batch] = {}
     for group, parameter, state in young:
@@ -401,7 +398,11 @@ def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
                 key = (id(group), birth, _count(state), *names, reduced, parameter.dtype, parameter.device, *dense)
                 if key not in found:
                     rest = (tuple(names), reduced, [], [[] for _ in names], [])
-                    found[key] = _Batch(group, state, _count(state), birth, *rest)
+                    now = _count(state)
+                    ages = range(now + 1 - birth, 2 * (now + 1 - birth) + 1)
+                    every = isinstance(optimizer, torch.optim.SparseAdam)
+                    due = birth + next(age for age in ages if every or age % gap_at(age) == 0)
+                    found[key] = _Batch(group, state, now, due, birth, *rest)
                 found[key].cells.append((parameter, box))
                 for name, view, column in zip(names, views, found[key].views, strict=True):
                     column.append(view)
@@ -420,6 +421,7 @@ def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
     age = now - batch.born
     # moments of rows without gradient do not fade under SparseAdam
     gap = 1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age - 1)
+    batch.due = now + (1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age))
     for each in averages(optimizer, batch.group, batch.state):
         if each.name not in batch.names or age > each.until:
             continue
@@ -469,6 +471,7 @@ def _make_twins(young: Iterable[Young]) -> Iterator[_Twin]:
             yield _Twin(parameter, box, born, nn.Parameter(cut(parameter, box).clone()), own)
 
 
+@torch.no_grad()
 def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
     """Step the twins as new optimizers and put their values and state in the young entries' place."""
     kind: Any = next(each for each in type(optimizer).__mro__ if each in _TWINS)
