@@ -117,7 +117,7 @@ def main() -> None:
         "plain step, µs",
         f"steps 1-{EXACT}",
         "1-256",
-        "all",
+        f"1-{arguments.steps}",
         "hooks left at step",
     ]
     print(f"{machine()}; {versions()}\n\n{markdown_table(columns, rows)}")

@@ -397,7 +397,7 @@ def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
                 dense = [view.is_contiguous() for view in views]  # only those that are dense go in one launch on a GPU
                 key = (id(group), birth, _count(state), *names, reduced, parameter.dtype, parameter.device, *dense)
                 if key not in found:
-                    rest = (tuple(names), reduced, [], [[] for _ in names], [])
+                    rest: Any = (tuple(names), reduced, [], [[] for _ in names], [])
                     now = _count(state)
                     ages = range(now + 1 - birth, 2 * (now + 1 - birth) + 1)
                     every = isinstance(optimizer, torch.optim.SparseAdam)
