@@ -120,10 +120,19 @@ class Layout:
         return found
 
     @cached_property
-    def _telling(self) -> dict[int, list[Key]]:
-        """The same in the order in which they are asked for the space's units: those with the fewest others first."""
-        others = {key: len({run.space for run in runs}) for key, runs in self.axes.items()}
-        return {space: sorted(keys, key=others.__getitem__) for space, keys in self._index.items()}
+    def _telling(self) -> dict[int, Key]:
+        """Per space the axis that tells its units once those of the axis' other spaces are known; most have no others."""
+        waiting = {key: {run.space for run in runs if run.space is not None} for key, runs in self.axes.items()}
+        told: dict[int, Key] = {}
+        changed = True
+        while changed:
+            changed = False
+            for key, spaces in waiting.items():
+                unknown = spaces - told.keys()
+                if len(unknown) == 1:
+                    told[unknown.pop()] = key
+                    changed = True
+        return told
 
     def keys(self, space: int) -> list[Key]:
         """The axes that a space's channels lie on."""
@@ -147,48 +156,40 @@ class Layout:
         Raises:
             SiteError: no axis tells it, or axes contradict each other.
         """
-        known = self._solve(space, sizes, {}, frozenset())
-        if known is None:
-            known = self._solve_together(space, sizes)
-        if known is None:
-            raise SiteError("no layer tells the number of these channels", got=", ".join(k[0] for k in self.keys(space)))
-        return known
+        return self._known(space, sizes, {})
 
-    def _solve(self, space: int, sizes: Sizes, known: dict[int, int], asked: frozenset[int]) -> int | None:
-        if space in known:
-            return known[space]
-        for key in self._telling.get(space, ()):
-            others = {run.space for run in self.axes[key] if run.space is not None} - {space}
-            if others & asked:
-                continue
-            rest = sum(run.outer for run in self.axes[key] if run.space is None)
-            for other in others:
-                units = self._solve(other, sizes, known, asked | {space})
-                if units is None:
-                    break
-                rest += self.per_unit(key, other) * units
-            else:
-                units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
-                if left or units < 0:
-                    raise SiteError(
-                        "this axis does not hold whole channels any more",
-                        where=f"{key[0]} ({key[1]})",
-                        got=f"{sizes(key)} entries",
-                        fix="find the sites again: growconv.find_sites(model, example_input)",
-                    )
-                known[space] = units
-                return units
-        return None
+    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+        if space not in known:
+            known[space] = self._alone(space, sizes, known) if space in self._telling else self._together(space, sizes)
+        return known[space]
 
-    def _solve_together(self, space: int, sizes: Sizes) -> int | None:
+    def _alone(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+        """The units of a space that one axis tells."""
+        key = self._telling[space]
+        rest = 0
+        for run in self.axes[key]:
+            if run.space != space:
+                rest += run.length(0 if run.space is None else self._known(run.space, sizes, known))
+        units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
+        if left or units < 0:
+            raise SiteError(
+                "this axis does not hold whole channels any more",
+                where=f"{key[0]} ({key[1]})",
+                got=f"{sizes(key)} entries",
+                fix="find the sites again: growconv.find_sites(model, example_input)",
+            )
+        return units
+
+    def _together(self, space: int, sizes: Sizes) -> int:
         """The units of a space of which every axis has others too: a combination of the lengths of several axes."""
         if space not in self._combinations:
             self._combinations[space] = self._combination(space)
         told = self._combinations[space]
-        if told is None:
-            return None
-        found = sum(share * (sizes(key) - fixed) for key, share, fixed in told)
-        return round(found) if abs(found - round(found)) < 1e-6 else None
+        found = -1.0 if told is None else sum(share * (sizes(key) - fixed) for key, share, fixed in told)
+        if told is None or abs(found - round(found)) > 1e-6:
+            paths = ", ".join(key[0] for key in self.keys(space))
+            raise SiteError("no layer tells the number of these channels", got=paths)
+        return round(found)
 
     @cached_property
     def _combinations(self) -> dict[int, list[tuple[Key, float, int]] | None]:
@@ -256,11 +257,6 @@ class Layout:
             units: per space its number of units.
         """
         return owners_of(self.axes[key], units)
-
-    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
-        if space not in known:
-            known[space] = self.units(space, sizes)
-        return known[space]
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
