@@ -177,8 +177,9 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
     where = str(edit["module"])
     if "attribute" in edit:
         module, name, value = model.get_submodule(where), str(edit["attribute"]), edit["value"]
-        old = getattr(module, name)
-        setattr(module, name, type(old)(value) if isinstance(old, tuple | list) else value)  # JSON knows no tuples
+        if isinstance(value, list) and isinstance(getattr(module, name), tuple):
+            value = tuple(value)  # JSON knows none
+        setattr(module, name, value)
     elif "tensor" in edit:
         path = f"{where}.{edit['tensor']}".lstrip(".")
         tensor = attribute(model, path)

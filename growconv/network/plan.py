@@ -76,13 +76,11 @@ class Plan:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.changes: list[Change] = []
-        self.attributes: dict[tuple[str, str], object] = {}
+        self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
-        tensor = attribute(self.model, path)
-        if not isinstance(tensor, Tensor):
-            raise SurgeryError("no parameter or buffer", where=path, got=type(tensor).__name__)
+        tensor = _tensor(self.model, path)
         found = next((change for change in self.changes if change.tensor is tensor), None)
         if found is None:
             found = Change(path, tensor)
@@ -120,11 +118,13 @@ class Plan:
         """Let the sizes follow that the code of modules keeps beside their tensors."""
         for each in site.layout.attributes:
             more, module = each.rates.get(site.space, 0) * units, self.model.get_submodule(each.path)
-            value = self.attributes.get((each.path, each.name), getattr(module, each.name))
-            if each.index is None:
+            value: int | Sequence[int] = getattr(module, each.name)
+            value = self.attributes.get((each.path, each.name), value)
+            if isinstance(value, int):
                 value += more
-            else:
-                value = type(value)(size + more * (index == each.index) for index, size in enumerate(value))
+            elif each.index is not None:
+                changed = [size + more * (index == each.index) for index, size in enumerate(value)]
+                value = changed if isinstance(value, list) else tuple(changed)
             if more:
                 self.attributes[each.path, each.name] = value
 
@@ -157,6 +157,21 @@ class Plan:
                     shape[axis] -= len(entries)
                 total += int(torch.Size(shape).numel()) - change.tensor.numel()
         return total
+
+
+def _tensor(model: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer of a model.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    try:
+        found = attribute(model, path)
+    except AttributeError:
+        found = None
+    if not isinstance(found, Tensor):
+        raise SurgeryError("this parameter does not exist", where=path, fix="name parameters or buffers of the model")
+    return found
 
 
 Values = Callable[[str, str], Mapping[str, Tensor]]
@@ -328,7 +343,7 @@ class _Proposed:
         norm, growth = layers.norm(self.site.model.get_submodule(path)), self.growth
         old = self._copied(path, ENTRY)
         if old is not None:
-            return {slot.name: attribute(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
+            return {slot.name: _tensor(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
         zeros = torch.zeros(growth.channels, dtype=torch.float64)
         moments = growth.norms.get(path, (zeros, zeros + 1))
         given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
@@ -354,7 +369,7 @@ class _Proposed:
     def _bare(self, path: str, entries: int) -> Tensor:
         """New entries of a bare tensor, its channel axis in front."""
         site, growth = self.site, self.growth
-        tensor = attribute(site.model, path).detach()
+        tensor = _tensor(site.model, path).detach()
         front = tensor.movedim(site.layout.dims[path], 0)
         shape = (entries, *front.shape[1:])
         old = self._copied(path, ENTRY)
@@ -529,10 +544,7 @@ def _revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor)
     """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
     owner, _, name = path.rpartition(".")
     label = f"new values of {path}"
-    try:
-        tensor, module = attribute(site.model, path), site.model.get_submodule(owner)
-    except AttributeError:
-        raise SurgeryError("this parameter does not exist", where=path, fix="revise parameters of the model") from None
+    tensor, module = _tensor(site.model, path), site.model.get_submodule(owner)
     if layers.stored(module, name) is None:
         raise SurgeryError(
             "this weight is computed from others, and cannot be replaced",

@@ -85,7 +85,7 @@ def is_transposed(module: object) -> bool:
     return isinstance(_find(module), TransposedConvolution)
 
 
-def is_plain_convolution(module: object) -> bool:
+def is_plain_convolution(module: nn.Module) -> bool:
     """True for torch's own Conv1d to Conv3d with a weight of its own."""
     return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in module._parameters
 

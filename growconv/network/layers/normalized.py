@@ -45,7 +45,7 @@ class NormalizedWeight:
 
     def effective(self) -> Tensor:
         """The weight that the layer multiplies with, in the way the layer stores it."""
-        return torch._weight_norm(self._stored(self.direction), self._lengths(), self.dim)
+        return torch._weight_norm(self._stored(self.direction), self._lengths(), self.dim)  # pyright: ignore
 
     def slots(self, axis: int) -> list[Slot]:
         """The stored tensors that are as long as an axis of the weight."""

@@ -111,8 +111,8 @@ class Weighted(Adapter):
             What the layer would return, differentiable in x, weight and bias.
         """
         groups = self.groups if groups is None else groups
-        kind = parametrize.type_before_parametrizations(self.module)
-        twin: nn.Module = kind.__new__(kind)
+        kind: type[nn.Module] = parametrize.type_before_parametrizations(self.module)
+        twin = object.__new__(kind)
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
