@@ -14,7 +14,8 @@ from growconv.errors import SurgeryError
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthHistory
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
-from growconv.network.plan import plan_growth, plan_removal, plan_size, positions_now, tied_weights
+from growconv.network.new_entries import positions_now
+from growconv.network.plan import plan_growth, plan_removal, plan_size, tied_weights
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from tests.network import hand
