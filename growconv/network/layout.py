@@ -18,6 +18,7 @@ the same names.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,10 +110,24 @@ class Layout:
     dims: Mapping[str, int]
     attributes: tuple[SizeAttribute, ...] = ()
 
+    @cached_property
+    def _index(self) -> dict[int, list[Key]]:
+        """Per space the axes that its channels lie on."""
+        found: dict[int, list[Key]] = {}
+        for key, runs in self.axes.items():
+            for space in {run.space for run in runs if run.space is not None}:
+                found.setdefault(space, []).append(key)
+        return found
+
+    @cached_property
+    def _telling(self) -> dict[int, list[Key]]:
+        """The same in the order in which they are asked for the space's units: those with the fewest others first."""
+        others = {key: len({run.space for run in runs}) for key, runs in self.axes.items()}
+        return {space: sorted(keys, key=others.__getitem__) for space, keys in self._index.items()}
+
     def keys(self, space: int) -> list[Key]:
         """The axes that a space's channels lie on."""
-        lie = [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
-        return [key for key in lie if key[1] != FILL]
+        return list(self._index.get(space, ()))
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
@@ -140,7 +155,7 @@ class Layout:
     def _solve(self, space: int, sizes: Sizes, known: dict[int, int], asked: frozenset[int]) -> int | None:
         if space in known:
             return known[space]
-        for key in sorted(self.keys(space), key=lambda key: len({run.space for run in self.axes[key]})):
+        for key in self._telling.get(space, ()):
             others = {run.space for run in self.axes[key] if run.space is not None} - {space}
             if others & asked:
                 continue

@@ -126,6 +126,8 @@ class GrowthSite(Site):
         calls: how often each producer and consumer is called in one forward pass.
         layout: where the channels of all sites of the model lie.
         space: which of the layout's spaces this site is.
+        copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
+            times as one likes, keep the function.
     """
 
     model: nn.Module
@@ -138,6 +140,7 @@ class GrowthSite(Site):
     calls: dict[str, int] = field(repr=False)
     layout: Layout = field(repr=False)
     space: int = field(repr=False)
+    copied: bool = False
 
     def of(self, model: nn.Module | None) -> "GrowthSite":
         """The same site of another model with the same names; this one for None or its own model."""
@@ -194,6 +197,8 @@ class GrowthSite(Site):
         importlib.import_module("growconv.solvers")  # where the methods enter themselves
         if method not in REFUSALS:
             raise SiteError("no such growth method", expected=", ".join(sorted(REFUSALS)), got=repr(method))
+        if self.copied and method != "net2net":
+            return "its channels depend on each other: only copies of all of them keep the function (net2net)"
         return REFUSALS[method](self)
 
     def check(self, model: nn.Module | None = None) -> None:

@@ -116,6 +116,8 @@ class Weighted(Adapter):
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
+        shape = self._turned(weight, groups).shape
+        extras |= {name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()}
         twin.__dict__["_parameters"] = {
             **self.module._parameters,
             **extras,
@@ -126,6 +128,10 @@ class Weighted(Adapter):
         if groups != self.groups:
             twin.__dict__["groups"] = groups
         return kind.forward(twin, x)
+
+    def stored(self, filters: Tensor) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
+        return self._turned(filters, self.groups)
 
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
@@ -150,6 +156,7 @@ class Weighted(Adapter):
             return own
         axis = 0 if self._listed(side) else 1
         weights = [Slot("weight", axis)] if self._normalized is None else self._normalized.slots(axis)
+        weights += [Slot(name, axis) for name, _ in self._alike()]
         return weights if side in (IN, GROUP_IN) else [*weights, *own]
 
     def _extras(self) -> Iterable[tuple[str, Tensor]]:
@@ -158,6 +165,15 @@ class Weighted(Adapter):
             if tensor is None or name in ("weight", "bias") or self._normalized is not None:
                 continue
             if tensor.is_floating_point() and tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
+                yield name, tensor
+
+    def _alike(self) -> Iterable[tuple[str, Tensor]]:
+        """Further tensors of a subclass with one entry for each weight, as the mask of a pruned convolution."""
+        weight = stored(self.module, "weight")
+        for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
+            if tensor is None or tensor is weight or weight is None or self._normalized is not None:
+                continue
+            if tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape == weight.shape:
                 yield name, tensor
 
     def problem(self) -> str | None:
@@ -211,7 +227,16 @@ class Weighted(Adapter):
         return self._as_stored(parts) + self._per_output(places_out, values)
 
     def _as_stored(self, parts: list[Part]) -> list[Part]:
-        return parts if self._normalized is None else self._normalized.parts(parts)
+        """New entries of the weight as the layer stores them; tensors with an entry for each weight get their mean."""
+        if self._normalized is not None:
+            return self._normalized.parts(parts)
+        beside = []
+        for name, tensor in self._alike():
+            for part in parts:
+                shape = list(tensor.shape)
+                shape[part.insertion.axis] = part.insertion.count
+                beside.append(Part(name, part.insertion, tensor.detach().mean().expand(shape)))
+        return parts + beside
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
         """Lengths of weight-normalized filters that got longer or shorter."""
