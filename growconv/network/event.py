@@ -159,7 +159,6 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
         for edit in edits:
             _apply_edit(model, edit, optimizers)
         refresh(model)
-        return  # inside, so that an interrupt at this line still undoes it
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
         raise SurgeryError(

@@ -180,7 +180,7 @@ def test_revisions_of_earlier_widths_leave_newer_channels_alone() -> None:
 
 
 def test_revisions_that_cannot_be_made_are_refused() -> None:
-    model, _, site = hand.build("weight norm")
+    _, _, site = hand.build("weight norm")
     for revised, message in [
         ({"a.weight": torch.zeros(4, 3, 3, 3)}, "computed from others"),
         ({"nowhere.weight": torch.zeros(1)}, "does not exist"),

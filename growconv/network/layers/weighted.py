@@ -117,7 +117,9 @@ class Weighted(Adapter):
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
         shape = self._turned(weight, groups).shape
-        extras |= {name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()}
+        extras |= {
+            name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()
+        }
         twin.__dict__["_parameters"] = {
             **self.module._parameters,
             **extras,
@@ -178,11 +180,13 @@ class Weighted(Adapter):
 
     def problem(self) -> str | None:
         """Also: parameters that are not known to belong to the outputs."""
-        reason = problem(self.module) or super().problem()
-        known = {"weight", "bias", *(name for name, _ in self._extras()), *(slot.name for slot in self.slots(OUT))}
-        known |= {slot.name for slot in self.slots(IN)} | {"" if self._normalized is None else self._normalized.length}
+        reason = super().problem() or problem(self.module)
+        if reason:
+            return reason
+        known = {"weight", "bias", *(slot.name for side in (OUT, IN) for slot in self.slots(side))}
+        known |= set() if self._normalized is None else {self._normalized.length}
         strange = [name for name, tensor in self.tensors() if name not in known and tensor.numel() > 1]
-        return reason or (f"nobody knows which channels its {strange[0]} belongs to" if strange else None)
+        return f"nobody knows which channels its {strange[0]} belongs to" if strange else None
 
     def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
         """New entries along outputs or inputs.
