@@ -189,6 +189,8 @@ def positions_now(
                 got=now[space],
                 fix=AGAIN,
             )
+    if then == now and length == size:
+        return list(range(length))
     owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
     if len(owners_then) != length * groups:
         raise wrong

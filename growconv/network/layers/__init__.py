@@ -113,7 +113,11 @@ def size(module: nn.Module, side: str) -> int:
     Raises:
         SiteError: the layer has no such axis.
     """
-    return adapter(module).size(side)
+    found = adapter(module)
+    if side not in found.sides:
+        expected, got = " or ".join(found.sides), f"{side} of {type(module).__name__}"
+        raise SiteError("this layer has no such side", expected=expected, got=got)
+    return found.size(side)
 
 
 def channel_axis(module: nn.Module, ndim: int) -> int:

@@ -51,7 +51,6 @@ class Weighted(Adapter):
 
     def size(self, side: str) -> int:
         """Channels or features that it writes or reads."""
-        self.require(side)
         return int(getattr(self.module, self.names[0 if side in (OUT, GROUP_OUT) else 1]))
 
     def channel_axis(self, ndim: int) -> int:
@@ -149,7 +148,6 @@ class Weighted(Adapter):
 
     def slots(self, side: str) -> list[Slot]:
         """The weight; for outputs also the bias, and whatever else a subclass has for each output."""
-        self.require(side)
         own = [Slot("bias", 0)] if self.bias() is not None else []
         own += [Slot(name, 0) for name, _ in self._extras()]
         if side == GROUP_IN and not self.transposed:
@@ -185,7 +183,8 @@ class Weighted(Adapter):
             return reason
         known = {"weight", "bias", *(slot.name for side in (OUT, IN) for slot in self.slots(side))}
         known |= set() if self._normalized is None else {self._normalized.length}
-        strange = [name for name, tensor in self.tensors() if name not in known and tensor.numel() > 1]
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        strange = [name for name, tensor in tensors if name not in known and tensor.numel() > 1]
         return f"nobody knows which channels its {strange[0]} belongs to" if strange else None
 
     def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
