@@ -46,7 +46,7 @@ def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activa
         seed: of the random weights, so that a replayed layer has the same.
     """
 
-    def layer(bias: bool = True) -> nn.Module:
+    def layer(bias: bool = True) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
         if axes == 0:
             return nn.Linear(channels, channels, bias=bias)
         return _CONVOLUTIONS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
@@ -55,7 +55,7 @@ def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activa
         torch.default_generator.manual_seed(seed)
         if kind == "convolution":
             only = layer()
-            nn.init.zeros_(only.bias)
+            silence(only)
             (nn.init.dirac_ if axes else nn.init.eye_)(only.weight)
             return nn.Sequential(only, nn.PReLU(init=1.0) if activation == "prelu" else IDEMPOTENT[activation]())
         norm = _BATCH_NORMS.get(axes)

@@ -71,7 +71,7 @@ class Site(ABC):
 
     @property
     def units(self) -> dict[int, int]:
-        """Units now of every channel space on an axis of a producer or consumer: the widths that weights are made for."""
+        """Units now of every channel space on an axis of a producer or consumer: what weights are made for."""
         sides = [(path, side) for path in (*self.producers, *self.consumers) for side in (OUT, IN, ENTRY)]
         runs = [run for key in sides for run in self.layout.axes.get(key, ())]
         sizes = self.sizes
@@ -117,8 +117,8 @@ class GrowthSite(Site):
         model: the model that the site was found in.
         name: "conv1 -> conv2"; several producers or consumers are joined, long lists shortened.
         kind: "pair" (one producer, one consumer), "fan" (several consumers), "stream" (several producers tied by
-            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a grouped
-            convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
+            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a
+            grouped convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
         producers: paths of the layers that write the channels, in forward order.
         followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
         consumers: paths of the layers that read the channels.
@@ -154,7 +154,7 @@ class GrowthSite(Site):
 
     @property
     def closed_form(self) -> bool:
-        """Whether the closed-form statistics (S, N, ...) apply: one plain producer, consumers linear but for activations."""
+        """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
         return self.no_closed_form is None
 
     @property

@@ -85,7 +85,7 @@ def is_transposed(module: object) -> bool:
     return isinstance(_find(module), TransposedConvolution)
 
 
-def is_plain_convolution(module: object) -> bool:
+def is_plain_convolution(module: nn.Module) -> bool:
     """True for torch's own Conv1d to Conv3d with a weight of its own."""
     return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in module._parameters
 
@@ -113,7 +113,11 @@ def size(module: nn.Module, side: str) -> int:
     Raises:
         SiteError: the layer has no such axis.
     """
-    return adapter(module).size(side)
+    found = adapter(module)
+    if side not in found.sides:
+        expected, got = " or ".join(found.sides), f"{side} of {type(module).__name__}"
+        raise SiteError("this layer has no such side", expected=expected, got=got)
+    return found.size(side)
 
 
 def channel_axis(module: nn.Module, ndim: int) -> int:

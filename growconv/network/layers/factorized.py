@@ -11,7 +11,7 @@ from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
 from growconv.network.layers.base import Part, Slot
 from growconv.network.layers.weighted import Weighted
-from growconv.network.layout import Place
+from growconv.network.layout import IN, OUT, Place
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Factorized(Weighted):
 
     def ranks(self) -> dict[str | None, Rank]:
         """The ranks by side: of a CP kernel one under None, of a Tucker kernel "out" and "in"."""
-        outputs, inputs, taps = self.module.out_channels, self.module.in_channels, math.prod(self.kernel_size)
+        outputs, inputs, taps = self.size(OUT), self.size(IN), math.prod(self.kernel_size)
         if isinstance(self.module, CPConv):
             shape, carriers = (
                 (outputs, inputs, *self.kernel_size),

@@ -51,7 +51,6 @@ class Weighted(Adapter):
 
     def size(self, side: str) -> int:
         """Channels or features that it writes or reads."""
-        self.require(side)
         return int(getattr(self.module, self.names[0 if side in (OUT, GROUP_OUT) else 1]))
 
     def channel_axis(self, ndim: int) -> int:
@@ -111,13 +110,15 @@ class Weighted(Adapter):
             What the layer would return, differentiable in x, weight and bias.
         """
         groups = self.groups if groups is None else groups
-        kind = parametrize.type_before_parametrizations(self.module)
-        twin: nn.Module = kind.__new__(kind)
+        kind: type[nn.Module] = parametrize.type_before_parametrizations(self.module)
+        twin = object.__new__(kind)
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
         shape = self._turned(weight, groups).shape
-        extras |= {name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()}
+        extras |= {
+            name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()
+        }
         twin.__dict__["_parameters"] = {
             **self.module._parameters,
             **extras,
@@ -147,7 +148,6 @@ class Weighted(Adapter):
 
     def slots(self, side: str) -> list[Slot]:
         """The weight; for outputs also the bias, and whatever else a subclass has for each output."""
-        self.require(side)
         own = [Slot("bias", 0)] if self.bias() is not None else []
         own += [Slot(name, 0) for name, _ in self._extras()]
         if side == GROUP_IN and not self.transposed:
@@ -178,11 +178,14 @@ class Weighted(Adapter):
 
     def problem(self) -> str | None:
         """Also: parameters that are not known to belong to the outputs."""
-        reason = problem(self.module) or super().problem()
-        known = {"weight", "bias", *(name for name, _ in self._extras()), *(slot.name for slot in self.slots(OUT))}
-        known |= {slot.name for slot in self.slots(IN)} | {"" if self._normalized is None else self._normalized.length}
-        strange = [name for name, tensor in self.tensors() if name not in known and tensor.numel() > 1]
-        return reason or (f"nobody knows which channels its {strange[0]} belongs to" if strange else None)
+        reason = super().problem() or problem(self.module)
+        if reason:
+            return reason
+        known = {"weight", "bias", *(slot.name for side in (OUT, IN) for slot in self.slots(side))}
+        known |= set() if self._normalized is None else {self._normalized.length}
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        strange = [name for name, tensor in tensors if name not in known and tensor.numel() > 1]
+        return f"nobody knows which channels its {strange[0]} belongs to" if strange else None
 
     def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
         """New entries along outputs or inputs.
