@@ -4,6 +4,7 @@
 """
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
 from growconv.network.layers.base import Adapter, Part, Removal, Slot
@@ -14,7 +15,7 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
+    "has_side", "is_dropout", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
     "set_outputs", "size", "weighted",
 ]  # fmt: skip
 
@@ -75,6 +76,11 @@ def is_weighted(module: object) -> bool:
 def is_norm(module: object) -> bool:
     """True for a layer with an entry for each channel that treats every channel alike: a norm, or such a PReLU."""
     return isinstance(_find(module), Norm)
+
+
+def is_dropout(module: object) -> bool:
+    """True for a layer that does nothing but in training, where it leaves entries out at random."""
+    return isinstance(module, _DropoutNd)
 
 
 def is_transposed(module: object) -> bool:

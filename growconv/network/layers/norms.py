@@ -19,6 +19,7 @@ class Norm(Adapter):
 
     sides = (ENTRY,)
     count = "num_features"
+    normalises = True
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
@@ -101,6 +102,7 @@ class PReLU(Norm):
     """PReLU with one slope a channel; new channels get the mean slope."""
 
     count = "num_parameters"
+    normalises = False
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
