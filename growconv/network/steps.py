@@ -13,9 +13,9 @@ from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten
 from growconv.network.site import GrowthSite
 from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
 
-_NOTHING = frozenset("clone _to_copy contiguous expand detach alias".split())
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten".split())
-_HOMOGENEOUS = frozenset("relu leaky_relu prelu _prelu_kernel abs neg mul div".split())
+_NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
+_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"])
+_HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
 _WINDOWED = ("max_pool", "avg_pool")
 
 

@@ -25,8 +25,8 @@ from growconv.network.model import tensors_in
 Memory = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
 """Which entries of which storage a tensor shows, and as what: tensors that agree in it hold the same."""
 
-_RANDOM = frozenset("bernoulli bernoulli_".split())
-_NOISE_STAYS = frozenset("div div_ mul mul_ view expand clone _to_copy".split())
+_RANDOM = frozenset(["bernoulli", "bernoulli_"])
+_NOISE_STAYS = frozenset(["div", "div_", "mul", "mul_", "view", "expand", "clone", "_to_copy"])
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,9 @@ class Tape(TorchDispatchMode):
         shown = {number: each for tensor in written for number, each in self._secure(tensor).items()}
         output = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in written:
+            if not any(_memory(tensor) == _memory(each) for each in outputs):
+                self._known[_memory(tensor)[0]].values.clear()  # as the running statistics of a functional batch norm
         if not outputs or not all(map(_has_memory, outputs)):
             return output
         self._write_down(func, refs, written, outputs, shown)
@@ -350,10 +353,10 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
     """
     given, memories = set(sources), set[int]()
     while True:
-        hot, before = set(given), len(memories)
+        hot, before = set(given), frozenset(memories)
 
-        def touched(numbers: Iterable[int], hot: set[int] = hot) -> bool:
-            return any(number in hot or tape.values[number].storage in memories for number in numbers)
+        def touched(numbers: Iterable[int], hot: set[int] = hot, before: frozenset[int] = before) -> bool:
+            return any(number in hot or tape.values[number].storage in before for number in numbers)
 
         for step in tape.steps:
             if isinstance(step, LayerCall):
@@ -366,5 +369,5 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
                 hot |= set(step.outputs)
                 if step.writes:
                     memories |= {tape.values[number].storage for number in step.outputs}
-        if len(memories) == before:
+        if memories == before:
             return hot
