@@ -56,7 +56,7 @@ from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
 from growconv.network.graph import unwrapped
 from growconv.network.growing import plan_size
-from growconv.network.optimizer import as_optimizers
+from growconv.network.optimizer import as_optimizers, follow_ages
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank_site import RankSite
 from growconv.network.site import GrowthSite
@@ -95,8 +95,8 @@ class GrowthScheduler:
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
             growth batches; a number is taken as it is. Methods that preserve the function take 1.
         learning_rate: how new entries train after growth: None at the optimizer's rate, or WarmUp or StageRates.
-        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones start at zero and Adam
-            corrects their bias by their own age; "fresh" forgets the state of every parameter after a round that grew,
+        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones train as under a new
+            optimizer; "fresh" forgets the state of every parameter after a round that grew,
             as a new optimizer would.
         pruning: a PruneBack that shrinks the model to a budget at its own times; None: nothing is ever pruned.
         held_out: share of the growth batches that the line search gets and the statistics do not.
@@ -203,6 +203,7 @@ class GrowthScheduler:
         Returns:
             Whether to call `grow` now; the same answer on every rank.
         """
+        follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
         self._step, self._metrics = step, dict(metrics or {})
         situation = self._situation()
         yes, self.decisions = self._decide(situation)
@@ -310,6 +311,7 @@ class GrowthScheduler:
                     where="GrowthScheduler.load_state_dict",
                     fix="build model and schedule with the run's settings and replay the history before loading",
                 )
+        follow_ages(as_optimizers(self.optimizer))
         for name, policy in policies.items():
             policy.load_state_dict(state["policies"][name])
         self.history = history

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import nn
 
-from growconv.errors import ArgumentTypeError, ArgumentValueError, SurgeryError
-from growconv.network.event import GrowthEvent, Optimizers, count_parameters
+from growconv.errors import ArgumentTypeError, ArgumentValueError
+from growconv.network.event import GrowthEvent, Optimizers, count_parameters, not_in_step
 from growconv.network.exchange import Journal, exchange, overwritten, refresh
 from growconv.network.model import unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
@@ -136,13 +136,7 @@ def _shrink_again(
 def _require_width(site: Site, width: int, model: nn.Module) -> None:
     found = _site_of(site, unwrapped(model)).width
     if found != width:
-        raise SurgeryError(
-            "this model is not as the other one was before the event",
-            where=site.name,
-            expected=f"{width} channels",
-            got=found,
-            fix="apply every event to it, in the order of the run",
-        )
+        raise not_in_step(site.name, f"{width} channels", found)
 
 
 def _site_of(site: Site, model: nn.Module) -> Site:

@@ -1,4 +1,4 @@
-"""Modules as plain values: how surgery in depth describes the layers that it puts in, and builds them again."""
+"""Exchanging whole modules, from plain values: a layer put in, a block copied, a convolution split, two merged."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growconv.convolution.geometry import Geometry
+from growconv.convolution.kernels import compose_convs, make_conv
+from growconv.convolution.split import split_kernel
 from growconv.errors import SiteError, SurgeryError
 from growconv.network.optimizer import add_parameters, check_optimizers, replace_parameters
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 IDEMPOTENT = {"relu": nn.ReLU, "relu6": nn.ReLU6}  # f(f(x)) = f(x)
-_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Residual(nn.Module):
@@ -43,55 +45,56 @@ def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activa
         activation: "relu", "relu6" or "prelu".
         seed: of the random weights, so that a replayed layer has the same.
     """
+
+    def layer(bias: bool = True) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        if axes == 0:
+            return nn.Linear(channels, channels, bias=bias)
+        return _CONVOLUTIONS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
-        return _identity_layer(kind, channels, axes, kernel_size, activation)
+        if kind == "convolution":
+            only = layer()
+            silence(only)
+            (nn.init.dirac_ if axes else nn.init.eye_)(only.weight)
+            return nn.Sequential(only, nn.PReLU(init=1.0) if activation == "prelu" else IDEMPOTENT[activation]())
+        norm = _BATCH_NORMS.get(axes)
+        if norm is None:  # linear layers on any grid, where a batch norm would ask for its axes
+            body = nn.Sequential(layer(), nn.ReLU(), layer())
+        else:
+            body = nn.Sequential(layer(bias=False), norm(channels), nn.ReLU(), layer(bias=False), norm(channels))
+        silence(body[-1])
+        return Residual(body)
 
 
-def _identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activation: str) -> nn.Module:
-    if kind == "convolution":
-        layer = _layer(channels, axes, kernel_size)
-        with torch.no_grad():
-            layer.bias.zero_()  # pyright: ignore[reportCallIssue]
-            (nn.init.dirac_ if axes else nn.init.eye_)(layer.weight)  # pyright: ignore[reportArgumentType]
-        return nn.Sequential(layer, nn.PReLU(init=1.0) if activation == "prelu" else IDEMPOTENT[activation]())
-    if not axes:  # on any grid, where a batch norm would ask for its axes
-        last = _layer(channels, 0, 1)
-        nn.init.zeros_(last.weight)  # pyright: ignore[reportArgumentType]
-        nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
-        return Residual(nn.Sequential(_layer(channels, 0, 1), nn.ReLU(), last))
-    norms = [_BATCH_NORMS[axes](channels) for _ in range(2)]
-    nn.init.zeros_(norms[1].weight)
-    first, second = (_layer(channels, axes, kernel_size, bias=False) for _ in range(2))
-    return Residual(nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1]))
+def silence(module: nn.Module) -> None:
+    """Set the weight and bias of a layer to zero."""
+    for parameter in module.parameters(recurse=False):
+        nn.init.zeros_(parameter)
 
 
-def _layer(channels: int, axes: int, kernel_size: int, bias: bool = True) -> nn.Module:
-    if axes == 0:
-        return nn.Linear(channels, channels, bias=bias)
-    return CONVOLUTIONS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+def merged(first: nn.Module, second: nn.Module) -> nn.Module:
+    """The one convolution of two, which trains where one of them did."""
+    conv = compose_convs(first, second)  # pyright: ignore[reportArgumentType]
+    trained = any(each.requires_grad for each in (*first.parameters(), *second.parameters()))
+    return conv.requires_grad_(trained).train(first.training)
 
 
-def described(module: nn.Module) -> dict[str, object]:
-    """A convolution, identity or Sequential of them as plain values, for `built`."""
-    if isinstance(module, nn.Sequential):
-        return {"sequential": [described(each) for each in module]}
-    if isinstance(module, nn.Identity):
-        return {"identity": True}
-    values = {name: getattr(module, name) for name in _GEOMETRY}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"convolution": {"axes": len(values["kernel_size"]), "bias": module.bias is not None, **values}}
+def split(conv: nn.Module, hidden: int, first_size: Sequence[int]) -> tuple[nn.Sequential, float]:
+    """Two convolutions for one: padding to the first, stride to the second.
 
-
-def built(values: Mapping[str, object]) -> nn.Module:
-    """The module that `described` describes, with random weights."""
-    if "sequential" in values:
-        return nn.Sequential(*(built(each) for each in values["sequential"]))  # pyright: ignore[reportGeneralTypeIssues]
-    if "identity" in values:
-        return nn.Identity()
-    given: dict = dict(values["convolution"])  # pyright: ignore[reportCallIssue, reportArgumentType]
-    kind = CONVOLUTIONS[given.pop("axes")]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    Returns:
+        Both, and the relative distance of their composite kernel from the old one.
+    """
+    geometry, found = Geometry.of(conv), split_kernel(conv.weight, hidden, tuple(first_size))  # pyright: ignore
+    none, one = (0,) * geometry.axes, (1,) * geometry.axes
+    bias = None if conv.bias is None else torch.zeros(hidden).to(conv.bias)  # pyright: ignore
+    padding = tuple(low for low, _ in geometry.padding)
+    first = make_conv(found.first, bias, one, padding, geometry.dilation, 1, conv.padding_mode)  # pyright: ignore
+    second = make_conv(found.second, conv.bias, geometry.stride, none, geometry.dilation)  # pyright: ignore
+    for parameter in (*first.parameters(), second.weight):
+        parameter.requires_grad_(conv.weight.requires_grad)  # pyright: ignore
+    return nn.Sequential(first, second).train(conv.training), float(found.residual)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -132,81 +135,63 @@ def check_replaceable(model: nn.Module, path: str, optimizers: Sequence[Optimize
     return removed
 
 
-def insert(model: nn.Module, path: str, values: Mapping[str, object], optimizers: Sequence[Optimizer]) -> nn.Module:
-    """Put the identity layer that plain values describe in front of a module; returns the new layer."""
-    consumer = module_at(model, path)
-    weight = next(consumer.parameters())
-    new = identity_layer(**values).to(weight.device, weight.dtype).train(consumer.training)  # pyright: ignore
-    _pair(model, path, {"inserted": new, "consumer": consumer})
-    add_parameters(optimizers, weight, new.parameters(), path)
-    return new
-
-
-def insert_twin(model: nn.Module, path: str, zeroed: str | None, optimizers: Sequence[Optimizer]) -> nn.Module:
-    """Put a copy of a module behind it; returns the copy.
+def apply_block_edit(model: nn.Module, edit: Mapping, optimizers: Sequence[Optimizer]) -> None:
+    """Do what an edit of the history says; parameters join, follow or leave the optimizers' groups.
 
     Args:
         model: the model.
-        path: of the module.
-        zeroed: path inside the module of the layer whose weight and bias are zero in the copy; None for none.
-        optimizers: the copy's parameters join the groups of the originals.
-    """
-    original = module_at(model, path)
-    twin = copy.deepcopy(original)
-    if zeroed is not None:
-        zero(twin.get_submodule(zeroed))
-    owned = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-    _pair(model, path, {"original": original, "inserted": twin})
-    for old, new in zip(original.parameters(), twin.parameters(), strict=True):
-        new.grad = None
-        if id(old) in owned or old.requires_grad:
-            add_parameters(optimizers, old, [new], path)
-    return twin
-
-
-def zero(module: nn.Module) -> None:
-    """Set the weight and bias of a layer to zero."""
-    with torch.no_grad():
-        for parameter in module.parameters(recurse=False):
-            parameter.zero_()
-
-
-def _pair(model: nn.Module, path: str, children: Mapping[str, nn.Module]) -> None:
-    pair = nn.Sequential()
-    for name, child in children.items():
-        pair.add_module(name, child)
-    pair.training = next(iter(children.values())).training
-    model.set_submodule(path, pair)
-
-
-def apply_block_edit(
-    model: nn.Module, edit: Mapping[str, object], optimizers: Sequence[Optimizer], new: nn.Module | None = None
-) -> None:
-    """Do what an edit with "insert", "copy" or "replace" says.
-
-    Args:
-        model: the model.
-        edit: what to do.
-        optimizers: their groups and state follow.
-        new: the module that "replace" puts in, with its weights; None to build one.
+        edit: "module" is a path, and one of
+            "insert": the arguments of `identity_layer`; the new layer comes in front of the module;
+            "copy": the path inside the module of the layer that is silent in the copy behind it, or None;
+            "split": the arguments of `split`;
+            "merge": the path of a second convolution, which becomes an identity.
+        optimizers: all that train the model.
 
     Raises:
         KeyError: for an edit that is none of these.
     """
-    path = str(edit["module"])
+    path = edit["module"]
+    module = module_at(model, path)
     if "insert" in edit:
-        insert(model, path, edit["insert"], optimizers)  # pyright: ignore[reportArgumentType]
-        return
-    if "copy" in edit:
-        insert_twin(model, path, edit["copy"], optimizers)  # pyright: ignore[reportArgumentType]
-        return
-    removed = check_replaceable(model, path, optimizers)
-    if new is None:
-        old = model.get_submodule(path)
-        weight = next(old.parameters())
-        new = built(edit["replace"])  # pyright: ignore[reportArgumentType]
-        new.to(weight.device, weight.dtype).train(old.training).requires_grad_(weight.requires_grad)
+        weight = next(module.parameters())
+        new = identity_layer(**edit["insert"]).to(weight.device, weight.dtype).train(module.training)
+        _pair(model, path, {"inserted": new, "consumer": module})
+        add_parameters(optimizers, weight, new.parameters(), path)
+    elif "copy" in edit:
+        _copy(model, path, edit["copy"], optimizers)
+    elif "split" in edit:
+        _replace(model, path, split(module, **edit["split"])[0], optimizers)
+    else:
+        second = model.get_submodule(edit["merge"])
+        _replace(model, path, merged(module, second), optimizers)
+        _replace(model, edit["merge"], nn.Identity().train(second.training), optimizers)
+
+
+def _copy(model: nn.Module, path: str, silent: str | None, optimizers: Sequence[Optimizer]) -> None:
+    original = model.get_submodule(path)
+    twin = copy.deepcopy(original)
+    if silent is not None:
+        silence(twin.get_submodule(silent))
+    _pair(model, path, {"original": original, "inserted": twin})
+    owned = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    for old, new in zip(original.parameters(), twin.parameters(), strict=True):
+        new.grad = None
+        if id(old) in owned or old.requires_grad:
+            add_parameters(optimizers, old, [new], path)
+
+
+def _pair(model: nn.Module, path: str, children: dict[str, nn.Module]) -> None:
+    """Put two modules in a row in the place of one."""
+    pair = nn.Sequential()
+    for name, child in children.items():
+        pair.add_module(name, child)
+    pair.training = child.training
+    model.set_submodule(path, pair)
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Put a module in the place of another; parameters that both have stay where they are."""
     kept = {id(parameter) for parameter in new.parameters()}
-    gone = [(name, parameter) for name, parameter in removed if id(parameter) not in kept]
+    gone = [each for each in check_replaceable(model, path, optimizers) if id(each[1]) not in kept]
     replace_parameters(optimizers, gone, list(new.parameters()))
     model.set_submodule(path, new)

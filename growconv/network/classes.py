@@ -18,6 +18,7 @@ class Space:
             convolutions that are widened inside every group).
         reason: why it cannot grow; None as long as nothing speaks against it.
         tried: numbers of blocks that were found not to fit.
+        copied: its channels depend on each other in a way that only copies of all of them leave alone.
     """
 
     roots: list[int]
@@ -25,6 +26,7 @@ class Space:
     blocks: int = 1
     reason: str | None = None
     tried: set[int] = field(default_factory=set)
+    copied: bool = False
 
     @property
     def units(self) -> int:
@@ -78,6 +80,45 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
     first = {space.roots[0]: min(grouped[tuple(space.counts.items())])[0] for space in found}
     found.sort(key=lambda space: (order.get(space.keys[0][0], 0), first[space.roots[0]]))
     return found, why
+
+
+def collapsed(numbers: Numbers) -> bool:
+    """Whether several channels of one layer are one class: they depend on each other, or form a group."""
+    return any(
+        side == OUT and len(positions) > 1
+        for members in numbers.members().values()
+        for (_, side), positions in members.items()
+    )
+
+
+def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> None:
+    """Of spaces found by numbers that are taken to be repeated, those whose channels depend on each other.
+
+    Args:
+        strict: numbers that operations over several channels have tied.
+        repeated: numbers that they have not.
+        spaces: of the second; those that depend on each other across spaces are given a reason.
+    """
+    roots, owner = strict.roots(), {}
+    for number, space in enumerate(spaces):
+        for root in space.roots:
+            owner[root] = number
+    met: dict[int, set[int]] = {}
+    classes: dict[int, set[int]] = {}
+    for number in range(len(repeated.owners)):
+        root = repeated.root(number)
+        if root in owner:
+            met.setdefault(int(roots[number]), set()).add(owner[root])
+            classes.setdefault(int(roots[number]), set()).add(root)
+    for strictly, involved in met.items():
+        if len(classes[strictly]) < 2:
+            continue
+        for number in involved:
+            space = spaces[number]
+            if len(involved) > 1 or len(classes[strictly]) != len(space.roots):
+                space.reason = "its channels depend on each other and on others"
+            else:
+                space.copied, space.blocks = True, len(space.roots)
 
 
 class Torn(Exception):

@@ -1,25 +1,20 @@
 """Other layers than before: a new one in front, a copied block behind, two convolutions for one, one for two.
 
-All of it is surgery like any other: checked before anything changes, as a whole or not at all, an event that replays.
-Find the sites again afterwards.
+All of it is surgery like any other: checked before anything changes, as a whole or not at all, an event that replays
+and that averages and teachers can follow. Find the sites again afterwards.
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from growconv.convolution.arguments import PerAxis, per_axis
 from growconv.convolution.geometry import Geometry
-from growconv.convolution.kernels import Conv, compose_convs, make_conv
-from growconv.convolution.split import split_kernel
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
 from growconv.network import blocks, layers
-from growconv.network.event import Edit, GrowthEvent, Optimizers, Recipe, count_parameters
+from growconv.network.event import Edit, GrowthEvent, Optimizers, count_parameters
 from growconv.network.exchange import Journal
 from growconv.network.layout import IN
 from growconv.network.model import example_arguments, undisturbed, unwrapped
@@ -68,19 +63,16 @@ def insert_layer(
     if kind not in KINDS:
         raise ArgumentValueError("unknown kind of layer", expected=" or ".join(KINDS), got=kind)
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ArgumentValueError(
-            "the kernel of an inserted layer needs a centre", expected="an odd size", got=kernel_size
-        )
+        raise ArgumentValueError("an inserted layer needs a kernel with a centre", expected="odd", got=kernel_size)
     path = consumer if consumer is not None else site.consumers[0]
     if path not in site.consumers or (consumer is None and len(site.consumers) > 1):
+        expected = " or ".join(site.consumers)
         raise SiteError(
-            "name the consumer that gets a layer in front",
-            where=site.name,
-            expected=" or ".join(site.consumers),
-            got=consumer,
+            "name the consumer that gets a layer in front", where=site.name, expected=expected, got=consumer
         )
     layer = layers.weighted(blocks.module_at(model, path))
-    specification = {
+    add_parameters(as_optimizers(optimizer), next(layer.module.parameters()), (), path)  # checks only
+    values = {
         "kind": kind,
         "channels": layer.size(IN),
         "axes": len(layer.kernel_size),
@@ -88,11 +80,9 @@ def insert_layer(
         "activation": _activation(site, path),
         "seed": int(torch.randint(2**31, ())),
     }
-    optimizers = as_optimizers(optimizer)
-    add_parameters(optimizers, next(layer.module.parameters()), (), path)  # checks only
-    edit = {"module": path, "insert": specification}
-    width, reason = site.width, f"an identity {kind} in front of {path}"
-    return _put(model, [edit], optimizers, site.name, "insert_layer", (width, width), reason)
+    widths = (site.width, site.width)
+    reason = f"an identity {kind} in front of {path}"
+    return _edited(model, {"module": path, "insert": values}, optimizer, site.name, "insert_layer", widths, reason)
 
 
 def insert_copy(
@@ -116,15 +106,13 @@ def insert_copy(
 
     Raises:
         SiteError: there is no such block.
+        ArgumentValueError: an identity is asked for without an example.
         SurgeryError: its shapes differ, or no layer makes the copy the identity.
     """
-    model, optimizers = unwrapped(model), as_optimizers(optimizer)
-    block = blocks.module_at(model, path)
-    zeroed = None
+    model = unwrapped(model)
+    block, silent = blocks.module_at(model, path), None
     if identity and example_input is None:
-        raise ArgumentValueError(
-            "an identity copy needs an example", expected="example_input=...", got=None, where=path
-        )
+        raise ArgumentValueError("an identity copy needs an example", expected="example_input=...", where=path)
     if example_input is not None:
         given, returned = _seen(model, block, example_input, path)
         if given.shape != returned.shape:
@@ -135,10 +123,9 @@ def insert_copy(
                 got=tuple(returned.shape),
                 fix="copy a block without stride and change of width",
             )
-        zeroed = _silencing(block, returned, path) if identity else None
-    edit = {"module": path, "copy": zeroed}
-    reason = f"a copy behind {path}" + (f" with {zeroed} at zero" if zeroed else "")
-    return _put(model, [edit], optimizers, path, "insert_copy", (0, 0), reason)
+        silent = _silencing(block, returned, path) if identity else None
+    reason = f"a copy behind {path}" + (f" with {silent} at zero" if silent else "")
+    return _edited(model, {"module": path, "copy": silent}, optimizer, path, "insert_copy", (0, 0), reason)
 
 
 def merge_pair(
@@ -170,37 +157,24 @@ def merge_pair(
     site.check()
     problem = _why_no_pair(site)
     if problem:
-        raise SurgeryError(
-            problem,
-            where=site.name,
-            expected="two plain convolutions, the second reading the first one's output and nothing else",
-        )
+        expected = "two plain convolutions, the second reading the first one's output and nothing else"
+        raise SurgeryError(problem, where=site.name, expected=expected)
     producer, consumer = site.producers[0], site.consumers[0]
-    first, second = model.get_submodule(producer), model.get_submodule(consumer)
-    padded = any(low or high for low, high in Geometry.of(second).padding)
-    if padded and not borders:
+    padding = Geometry.of(model.get_submodule(consumer)).padding
+    exact = not any(low or high for low, high in padding)
+    if not exact and not borders:
         raise SurgeryError(
             "the second convolution pads with zeros, so one convolution differs at the borders",
             where=consumer,
             expected="no padding in the second convolution",
-            got=f"padding {Geometry.of(second).padding}",
+            got=f"padding {padding}",
             fix="pass borders=True to accept that",
         )
-    merged = compose_convs(first, second)  # pyright: ignore[reportArgumentType]
-    trained = any(each.requires_grad for each in (*first.parameters(), *second.parameters()))
-    merged.requires_grad_(trained).train(first.training)
-    optimizers = as_optimizers(optimizer)
     for path in (producer, consumer):
-        blocks.check_replaceable(model, path, optimizers)
-    new = [merged, nn.Identity().train(second.training)]
-    edits = [
-        {"module": path, "replace": blocks.described(each)}
-        for path, each in zip((producer, consumer), new, strict=True)
-    ]
-    note = "exact" if not padded else "exact but for the borders"
-    recipe = partial(_merge_again, site, borders)
-    details = {"residual": 0.0, "exact": not padded}
-    return _put(model, edits, optimizers, site.name, "merge", (site.width, 0), note, new, recipe, details)
+        blocks.check_replaceable(model, path, as_optimizers(optimizer))
+    edit, reason = {"module": producer, "merge": consumer}, "exact" if exact else "exact but for the borders"
+    details = {"residual": 0.0, "exact": exact}
+    return _edited(model, edit, optimizer, site.name, "merge", (site.width, 0), reason, details)
 
 
 def split_conv(
@@ -230,12 +204,12 @@ def split_conv(
     """
     model = unwrapped(model)
     conv = blocks.module_at(model, name)
-    if type(conv) not in blocks.CONVOLUTIONS.values() or not isinstance(conv, Conv) or conv.groups != 1:
+    if not layers.is_plain_convolution(conv) or layers.groups_of(conv) != 1:
         raise SurgeryError(
             "only a plain convolution inside a model can be split",
             where=name,
             expected="nn.Conv1d, nn.Conv2d or nn.Conv3d with groups=1",
-            got=f"{type(conv).__name__}, groups={getattr(conv, 'groups', 1)}",
+            got=f"{type(conv).__name__}, groups={layers.groups_of(conv)}",
         )
     geometry = Geometry.of(conv)
     sizes = tuple((taps + 1) // 2 for taps in geometry.kernel_size)
@@ -248,71 +222,35 @@ def split_conv(
             got=f"(low, high) per axis: {geometry.padding}",
             fix="pad the input by hand, or use a kernel of odd size",
         )
-    split = split_kernel(conv.weight, hidden, sizes)
-    none, one = (0,) * geometry.axes, (1,) * geometry.axes
-    bias = None if conv.bias is None else torch.zeros(hidden).to(conv.bias)
-    padding = tuple(low for low, _ in geometry.padding)
-    first = make_conv(split.first, bias, one, padding, geometry.dilation, 1, conv.padding_mode)
-    second = make_conv(split.second, conv.bias, geometry.stride, none, geometry.dilation)
-    pair = nn.Sequential(first, second).train(conv.training)
-    for parameter in (first.weight, second.weight, *([] if first.bias is None else [first.bias])):
-        parameter.requires_grad_(conv.weight.requires_grad)
-    optimizers = as_optimizers(optimizer)
-    blocks.check_replaceable(model, name, optimizers)
-    edit = {"module": name, "replace": blocks.described(pair)}
-    exact = split.residual <= 100 * torch.finfo(conv.weight.dtype).eps
-    note = "exact" if exact else f"relative residual of the kernel {split.residual:.3g}"
-    recipe = partial(_split_again, name, hidden, first_size)
-    details = {"residual": float(split.residual), "exact": bool(exact)}
-    return _put(model, [edit], optimizers, name, "split", (0, hidden), note, [pair], recipe, details)
+    _, residual = blocks.split(conv, hidden, sizes)
+    blocks.check_replaceable(model, name, as_optimizers(optimizer))
+    exact = residual <= 100 * torch.finfo(next(conv.parameters()).dtype).eps
+    reason = "exact" if exact else f"relative residual of the kernel {residual:.3g}"
+    edit = {"module": name, "split": {"hidden": hidden, "first_size": list(sizes)}}
+    details = {"residual": residual, "exact": exact}
+    return _edited(model, edit, optimizer, name, "split", (0, hidden), reason, details)
 
 
-def _put(
+def _edited(
     model: nn.Module,
-    edits: Sequence[Edit],
-    optimizers: Sequence[Optimizer],
+    edit: Edit,
+    optimizer: Optimizers,
     site: str,
     method: str,
     widths: tuple[int, int],
     reason: str,
-    modules: Sequence[nn.Module | None] = (None,),
-    recipe: Recipe | None = None,
-    details: Mapping[str, object] | None = None,
+    details: dict[str, object] | None = None,
 ) -> GrowthEvent:
-    """Carry out edits, with modules where they are built already, and tell about it."""
-    before = count_parameters(model)
+    """Carry out an edit and tell about it."""
+    optimizers, before = as_optimizers(optimizer), count_parameters(model)
     journal = Journal(model, optimizers)
     try:
-        for edit, module in zip(edits, modules, strict=True):
-            blocks.apply_block_edit(model, edit, optimizers, module)
-        return GrowthEvent(
-            site=site,
-            method=method,
-            channels=0,
-            width_before=widths[0],
-            width_after=widths[1],
-            amplitude=0.0,
-            gains=(),
-            reason=reason,
-            edits=tuple(edits),
-            parameters_before=before,
-            parameters_after=count_parameters(model),
-            details=details or {},
-            recipe=recipe,
-        )
+        blocks.apply_block_edit(model, edit, optimizers)
+        after, details = count_parameters(model), details or {}
+        return GrowthEvent(site, method, 0, *widths, 0.0, (), reason, (edit,), before, after, details=details)
     except BaseException:
         journal.restore()
         raise
-
-
-def _merge_again(site: GrowthSite, borders: bool, model: nn.Module, optimizer: Optimizers) -> GrowthEvent:
-    return merge_pair(model, site, borders=borders, optimizer=optimizer)
-
-
-def _split_again(
-    name: str, hidden: int, first_size: PerAxis | None, model: nn.Module, optimizer: Optimizers
-) -> GrowthEvent:
-    return split_conv(model, name, hidden, first_size=first_size, optimizer=optimizer)
 
 
 def _activation(site: GrowthSite, path: str) -> str:
@@ -349,7 +287,7 @@ def _silencing(block: nn.Module, x: Tensor, path: str) -> str:
     names = [name for name, each in block.named_modules() if layers.is_weighted(each) or layers.is_norm(each)]
     for name in reversed(names):
         twin = copy.deepcopy(block)
-        blocks.zero(twin.get_submodule(name))
+        blocks.silence(twin.get_submodule(name))
         with torch.no_grad(), undisturbed(twin):
             outputs = [twin.train(mode)(x.clone()) for mode in (False, True)]
         if all(output.shape == x.shape and bool(((output - x).abs() <= tolerance).all()) for output in outputs):
@@ -368,14 +306,13 @@ def _why_no_pair(site: GrowthSite) -> str | None:
         return "the channels have several producers or consumers"
     if site.followers:
         return f"{site.followers[0]} lies in between"
-    if site.routes and site.routes[0].problem:
-        return site.routes[0].problem
-    if not site.routes or site.routes[0].steps:
-        return f"{type(site.routes[0].steps[0]).__name__ if site.routes else 'something'} lies in between"
+    route = site.routes[0]
+    if route.problem or route.steps:
+        return route.problem or f"{type(route.steps[0]).__name__} lies in between"
     if not site.alone:
         return "the layers have other channels too"
     for path in (*site.producers, *site.consumers):
-        if type(site.model.get_submodule(path)) not in blocks.CONVOLUTIONS.values():
+        if not layers.is_plain_convolution(site.model.get_submodule(path)):
             return f"{path} is no plain convolution"
         if site.calls.get(path, 1) > 1:
             return f"{path} is called several times"

@@ -9,20 +9,23 @@ numbers in the entry `AGES`), and hooks on that optimizer make up for it, in one
 is an average in which the newest gradient has the weight (1-β)/(1-β^t). Before a step, the averages of entries of age k
 are set so that the step itself gives the newest gradient the weight of their own age, (1-β)/(1-β^k). The optimizer does
 the rest: its ε, weight decay and fused kernels work as always, parameters are never touched, and the correction fades
-by itself. The first 32 steps of an entry are exact; then every second, fourth, ... gradient gets the weight of those
+by itself. The first 16 steps of an entry are exact; then every second, fourth, ... gradient gets the weight of those
 since the last one that did, so that nearly all steps cost nothing. Adamax' and Muon's momentum and Adafactor's
 variances (weight t^(-0.8); Shazeer & Stern 2018, section 7.2) follow the same rule. Optimizers of other authors with
 Adam's state (step, exp_avg, exp_avg_sq and two betas) are treated as Adam.
 
-**Twins.** What NAdam, RAdam, ASGD and Adagrad with lr_decay do at step t is no matter of their averages alone. There a
-new optimizer of the same class steps a copy of the young entries, and its result is put in their place.
+**Twins.** What NAdam, RAdam, ASGD, Adagrad with lr_decay and SGD with dampening do at step t is no matter of their
+averages alone. There a new optimizer of the same class steps a copy of the young entries, and its result is put in
+their place. That is exact, and costs about a second step of the parameters' young part.
 
-Adafactor and Muon use statistics of whole matrices, so that under them old entries do notice new neighbours.
+Adafactor and Muon use statistics of whole matrices, so that under them old entries do notice new neighbours, and new
+ones share the matrix with old momentum; Adafactor's own decay of its rate, 1/√t, stays that of the parameter. AMSGrad
+is exact, SparseAdam but for its ε. A CUDA graph of a step calls no hooks: capture it after they have left.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -36,14 +39,17 @@ AGES = "growconv_ages"
 SETTLED = 0.1
 """β^k at which an entry counts as old: the newest gradient then has within a tenth the weight that it has for good."""
 
-EXACT = 32
-"""Steps in which every gradient is weighted by age; 16 of them in each doubling of the age after that."""
+EXACT = 16
+"""Steps in which every gradient is weighted by age, a power of two; half as many in each doubling of the age after it.
 
-_TWINS: tuple[type, ...] = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad)
+So averages of squares are those of 16 gradients or more, and the root of one is 10 to 18 % off at random."""
+
+_TWINS = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adagrad, torch.optim.SGD)
 _MATRIX = {name: getattr(torch.optim, name, ()) for name in ("Muon", "Adafactor")}  # not in every torch
+_batched: Any = torch  # its _foreach_ functions are private by name only
 
-Boxes = list[tuple[int, tuple[slice, ...]]]
-Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any], dict[str, Any]]  # group, parameter, state, record of ages
+Young = tuple[dict[str, Any], nn.Parameter, dict[str, Any]]  # group, parameter, its state
+Box = tuple[tuple[int, int, int], ...]  # (axis, start, length) of each axis of which a part is taken
 
 
 @dataclass(frozen=True)
@@ -104,28 +110,17 @@ def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any])
     if isinstance(optimizer, _TWINS):
         return []
     if isinstance(optimizer, _MATRIX["Adafactor"]):
-        names = [name for name in ("row_var", "col_var", "variance") if name in state]
         power = float(group["beta2_decay"])
-        until = (SETTLED**2) ** (1 / power) if power else 0.0
-        return [Average(name, 2, lambda age: age**power, lambda age: age**power, _one, until) for name in names]
-    if isinstance(optimizer, _MATRIX["Muon"]) and "momentum_buffer" in state:
-        beta = float(group["momentum"])
-        return [
-            Average(
-                "momentum_buffer",
-                1,
-                lambda age: (1 - beta) / (1 - beta**age),
-                lambda age: 1 - beta,
-                _one,
-                _until(beta),
-            )
-        ]
-    if isinstance(optimizer, torch.optim.SGD):
-        momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        if not momentum or not dampening or state.get("momentum_buffer") is None:
-            return []
-        # the first gradient is not dampened
-        return [Average("momentum_buffer", 1, _one, lambda age: 1 - dampening, lambda age: dampening / momentum, 1)]
+
+        def falling(age: int) -> float:
+            return age**power
+
+        until = (SETTLED**2) ** (1 / power) if power else 0
+        names = [name for name in ("row_var", "col_var", "variance") if name in state]
+        return [Average(name, 2, falling, falling, _one, until) for name in names]
+    if isinstance(optimizer, _MATRIX["Muon"]):
+        beta = float(group["momentum"])  # not corrected by Muon, which looks at proportions only
+        return [replace(corrected("momentum_buffer", 1, beta), shared=lambda age: 1 - beta, scale=_one)]
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not {"step", "exp_avg"} <= set(state):
         return []
@@ -145,13 +140,15 @@ def _one(age: int) -> float:
 
 
 def _until(beta: float) -> int:
-    return math.ceil(math.log(SETTLED) / math.log(beta)) if 0 < beta < 1 else 0
+    return max(EXACT, math.ceil(math.log(SETTLED) / math.log(beta))) if 0 < beta < 1 else 0
 
 
 def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
+    if isinstance(optimizer, torch.optim.SGD):  # a new momentum's first gradient is not dampened
+        return 1 if group["momentum"] and group["dampening"] else 0
     # lr / (1 + rate · t)^power: old where the quotient of the rates at both ages is within 5 %
     if isinstance(optimizer, torch.optim.ASGD):
         rate, power = float(group["lambd"]) * float(group["lr"]), float(group["alpha"])
@@ -177,15 +174,13 @@ def ages_after(
         resized: per axis the old entry that each entry of the new shape was; None for a new one.
 
     Returns:
-        {"now": the parameter's count of steps, "born": per axis None or the count at which each entry came; "twins":
-        per birth the counters of the twin}, plain values that every way of saving an optimizer keeps. None where no
-        entry needs a correction.
+        {"born": per axis None or the parameter's count of steps at which each entry came, "twins": per birth the
+        numbers in the state of its twin, "now": the count of steps, where the state has none}: plain values that every
+        way of saving an optimizer keeps. None where no entry needs a correction.
     """
-    before = state.get(AGES)
-    now = before["now"] if before else int(state["step"]) if "step" in state else 1
-    if now <= 0:
-        return None
-    new = now if steps_young(optimizer, group, state, now) else 0
+    before = state.get(AGES, {})
+    now = _count(state)
+    new = now if now and steps_young(optimizer, group, state, now) else 0
     born: list[list[int] | None] = []
     for axis, sources in enumerate(resized):
         known = before["born"][axis] if before else None
@@ -193,40 +188,47 @@ def ages_after(
         born.append(came if any(came) else None)
     if not any(born):
         return None
-    return {"now": now, "born": born, "twins": dict(before["twins"]) if before else {}}
+    clock = {} if "step" in state else {"now": now}
+    return {"born": born, "twins": dict(before.get("twins", {})), **clock}
 
 
-def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Boxes:
+def _count(state: Mapping[str, Any]) -> int:
+    """Steps that a parameter has taken; from the first growth on where the optimizer does not count them."""
+    return int(state["step"]) if "step" in state else state.get(AGES, {}).get("now", 1)
+
+
+def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
     """The parts of a tensor whose entries came at the same step after the beginning, and that step.
 
     An entry where a new row meets a new column is as young as the younger of the two.
     """
     latest = [max(came) if came else 0 for came in born]
 
-    def parts(axis: int, birth: int, taken: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    def parts(axis: int, birth: int, box: Box) -> Iterator[tuple[int, Box]]:
         if birth >= max(latest[axis:], default=0):
-            if birth:
-                yield birth, taken + (slice(None),) * (len(shape) - axis)
+            yield from [(birth, box)] if birth else []
             return
         came = born[axis] or [0] * shape[axis]
         start = 0
         for stop in range(1, len(came) + 1):
             if stop == len(came) or came[stop] != came[start]:
-                part = slice(start, stop) if stop - start < len(came) else slice(None)
-                yield from parts(axis + 1, max(birth, came[start]), (*taken, part))
+                part = ((axis, start, stop - start),) if stop - start < len(came) else ()
+                yield from parts(axis + 1, max(birth, came[start]), box + part)
                 start = stop
 
-    return list(parts(0, 0, ()))
+    return parts(0, 0, ())
+
+
+def cut(tensor: Tensor, box: Box) -> Tensor:
+    """A view of a part."""
+    for part in box:
+        tensor = tensor.narrow(*part)
+    return tensor
 
 
 def gap_at(age: int) -> int:
     """How many steps apart the gradients are that are weighted by age, at an age."""
-    return 1 if age < EXACT else 2 ** (int(age).bit_length() - EXACT.bit_length() + 1)
-
-
-def _cut(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
-    part = tensor.detach()[box]
-    return torch.view_as_real(part) if part.is_complex() else part
+    return 1 if age < EXACT else 2 ** (age.bit_length() - EXACT.bit_length() + 1)
 
 
 @dataclass
@@ -235,10 +237,12 @@ class _Batch:
 
     group: dict[str, Any]
     state: dict[str, Any]  # of the first parameter
+    now: int  # its count of steps
+    due: int  # that of the next step whose gradient is weighted by age
     born: int
     names: tuple[str, ...]
     reduced: tuple[int, ...]  # axes that the averages leave out
-    cells: list[tuple[nn.Parameter, tuple[slice, ...]]]
+    cells: list[tuple[nn.Parameter, Box]]
     views: list[list[Tensor]]  # per name, one a cell
     seen: list[tuple[dict[str, Any], str, Tensor]]  # the tensors that the views are of
 
@@ -248,7 +252,7 @@ class _Twin:
     """A copy of some young entries of one parameter, for a new optimizer of the same class to step."""
 
     parameter: nn.Parameter
-    box: tuple[slice, ...]
+    box: Box
     born: int
     copy: nn.Parameter
     state: dict[str, Any]
@@ -258,20 +262,29 @@ class AgeHooks:
     """What an optimizer with young entries does before and after a step; one object an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._young: list[Young] = []
-        self._ends: list[float | int] = []  # the count of steps at which all entries of each are old
-        self._batches: list[_Batch] = []
-        self._twins: list[_Twin] = []
+        self._twinned = isinstance(optimizer, _TWINS)
+        self.forget()
         self._handles = [
             optimizer.register_step_pre_hook(self.before),
             optimizer.register_step_post_hook(self.after),
         ]
-        # before hooks of others, which then see a step that is whole
-        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # pyright: ignore[reportAttributeAccessIssue]
+        hooks: Any = optimizer._optimizer_step_post_hooks  # hooks of others shall see a step that is whole
+        hooks.move_to_end(self._handles[1].id, last=False)
+
+    def forget(self) -> None:
+        """Look at the optimizer's state anew at the next step."""
+        self._state: Any = None
+        self._all: list[Young] = []
+        self._given: list[bool] = []  # which of them have a gradient
+        self._young: list[Young] = []  # those
+        self._batches: list[_Batch] = []
+        self._twins: list[_Twin] = []
+        self._uncounted: list[dict[str, Any]] = []  # states of those whose steps the optimizer does not count
+        self._left = 0.0  # steps until the first of the young is old
 
     def before(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         """Prepare the young entries, with the gradients that a closure computes where there is one."""
-        closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+        closure: Any = keywords.get("closure", (*arguments, None)[1])
         if closure is None:
             self._prepare(optimizer)
             return None
@@ -285,47 +298,61 @@ class AgeHooks:
             return arguments, {**keywords, "closure": prepared}
         return (arguments[0], prepared, *arguments[2:]), keywords
 
-    @torch.no_grad()
     def _prepare(self, optimizer: Optimizer) -> None:
-        young = [] if _skipped(optimizer) else list(_with_ages(optimizer))
-        if not self._knows(young):
-            self._batches = list(_batches(optimizer, young))
-            self._ends = [_end(optimizer, group, state, record) for group, _, state, record in young]
-        self._young = young
-        for batch in self._batches:
-            now = batch.state[AGES]["now"] + 1
-            age = now - batch.born
-            if isinstance(optimizer, torch.optim.SparseAdam):
-                _weight_by_age(optimizer, batch, age, 1, now)  # moments of rows without gradient do not fade
-            elif age % gap_at(age) == 0:
-                _weight_by_age(optimizer, batch, age, gap_at(age - 1), now)
-        self._twins = _make_twins(optimizer, young) if isinstance(optimizer, _TWINS) else []
+        found = getattr(optimizer, "found_inf", None)
+        self._skipped = found is not None and bool(found)  # then a fused optimizer will do nothing
+        if self._skipped:
+            return
+        given = [parameter.grad is not None for _, parameter, _ in self._all]
+        known = self._state is optimizer.state and given == self._given
+        known = known and all(optimizer.state.get(parameter) is state for _, parameter, state in self._all[:1])
+        due = [batch for batch in self._batches if batch.now + 1 >= batch.due]
+        if not known or any(state.get(name) is not tensor for batch in due for state, name, tensor in batch.seen):
+            self._look(optimizer)
+            due = [batch for batch in self._batches if batch.now + 1 >= batch.due]
+        if due or self._twinned:
+            with torch.no_grad():
+                for batch in due:
+                    _weight_by_age(optimizer, batch)
+                self._twins = list(_make_twins(self._young)) if self._twinned else []
 
-    def _knows(self, young: Sequence[Young]) -> bool:
-        """Whether the batches are still those of these parameters and of their state as it is."""
-        same = len(young) == len(self._young) and all(
-            mine[1] is other[1] and mine[3] is other[3] for mine, other in zip(young, self._young, strict=True)
-        )
-        return same and all(state[name] is tensor for batch in self._batches for state, name, tensor in batch.seen)
+    def _look(self, optimizer: Optimizer) -> None:
+        """Find the young entries."""
+        self.forget()
+        self._state = optimizer.state
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if AGES in optimizer.state.get(parameter, ()):
+                    self._all.append((group, parameter, optimizer.state[parameter]))
+        self._given = [parameter.grad is not None for _, parameter, _ in self._all]
+        self._young = [each for each, given in zip(self._all, self._given, strict=True) if given]
+        self._uncounted = [state for _, _, state in self._young if "now" in state[AGES]]
+        self._batches = list(_batches(optimizer, self._young))
+        self._left = min((_steps_left(optimizer, *each) for each in self._young), default=math.inf)
 
-    @torch.no_grad()
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
-        twins, self._twins = self._twins, []
-        if twins:
-            _step_twins(optimizer, twins)
-        over = not self._young
-        for (_, _, state, record), end in zip(self._young, self._ends, strict=True):
-            record["now"] += 1
-            if record["now"] >= end:
-                state.pop(AGES, None)
-                over = True
-        if over and not any(AGES in state for state in optimizer.state.values()):
+        if self._skipped:
+            return
+        if self._twins:
+            _step_twins(optimizer, self._twins)
+        for state in self._uncounted:
+            state[AGES]["now"] += 1
+        for batch in self._batches:
+            batch.now += 1
+        self._left -= 1
+        if self._left > 0 and self._all:
+            return
+        for group, parameter, state in self._young:
+            if _steps_left(optimizer, group, parameter, state) <= 0:
+                del state[AGES]
+        self.forget()
+        if not any(AGES in state for state in optimizer.state.values()):
             for handle in self._handles:
                 handle.remove()
 
 
-def follow_ages(optimizers: Iterable[Any]) -> None:
+def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
     """Let optimizers with young entries treat them by their age, from now on; others are left alone.
 
     `grow` and `load_checkpoint` do so. A copied or unpickled optimizer has no hooks (torch drops them), nor has a new
@@ -334,136 +361,140 @@ def follow_ages(optimizers: Iterable[Any]) -> None:
 
     Args:
         optimizers: those to look at; those that are followed already stay so.
+        changed: whether parameters or their state may have been replaced since the last step.
     """
     for each in optimizers:
         wrapped = getattr(each, "optimizer", None)  # Accelerate and Lightning wrap the one that steps
         inner = wrapped if isinstance(wrapped, Optimizer) else each
-        if not isinstance(inner, Optimizer) or not any(AGES in state for state in inner.state.values()):
+        if not isinstance(inner, Optimizer):
             continue
-        hooks = inner._optimizer_step_pre_hooks.values()
-        if not any(isinstance(getattr(hook, "__self__", None), AgeHooks) for hook in hooks):
-            AgeHooks(inner)
+        hooks = [getattr(hook, "__self__", None) for hook in inner._optimizer_step_pre_hooks.values()]
+        mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None)
+        if mine is None and any(AGES in state for state in inner.state.values()):
+            mine = AgeHooks(inner)
+        if mine is not None and changed:
+            mine.forget()
 
 
-def _with_ages(optimizer: Optimizer) -> Iterator[Young]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if state and AGES in state and parameter.grad is not None:
-                yield group, parameter, state, state[AGES]
+def _steps_left(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]) -> float:
+    newest = max(max(came) for came in state[AGES]["born"] if came)
+    return float(newest + steps_young(optimizer, group, state, newest) - _count(state))
 
 
-def _end(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], record: dict[str, Any]) -> float | int:
-    newest = max(max(came) for came in record["born"] if came)
-    return newest + steps_young(optimizer, group, state, newest)
-
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer will skip the step because its scaled gradients are not finite."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterator[_Batch]:
+def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
     found: dict[tuple, _Batch] = {}
-    for group, parameter, state, record in young:
+    for group, parameter, state in young:
         kinds: dict[tuple[int, ...], list[str]] = {}
         for each in averages(optimizer, group, state):
             shape = state[each.name].shape
-            if len(shape) != parameter.dim():
-                continue
-            reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
-            kinds.setdefault(reduced, []).append(each.name)
+            if len(shape) == parameter.dim():
+                reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
+                kinds.setdefault(reduced, []).append(each.name)
         for reduced, names in kinds.items():
-            born = [None if axis in reduced else came for axis, came in enumerate(record["born"])]
+            born = [None if axis in reduced else came for axis, came in enumerate(state[AGES]["born"])]
             for birth, box in boxes(born, parameter.shape):
-                key = (id(group), birth, record["now"], *names, reduced, parameter.dtype, parameter.device)
+                views = [_real(cut(state[name], box)) for name in names]
+                dense = [view.is_contiguous() for view in views]  # only those that are dense go in one launch on a GPU
+                key = (id(group), birth, _count(state), *names, reduced, parameter.dtype, parameter.device, *dense)
                 if key not in found:
-                    found[key] = _Batch(group, state, birth, tuple(names), reduced, [], [[] for _ in names], [])
+                    rest: Any = (tuple(names), reduced, [], [[] for _ in names], [])
+                    now = _count(state)
+                    ages = range(now + 1 - birth, 2 * (now + 1 - birth) + 1)
+                    every = isinstance(optimizer, torch.optim.SparseAdam)
+                    due = birth + next(age for age in ages if every or age % gap_at(age) == 0)
+                    found[key] = _Batch(group, state, now, due, birth, *rest)
                 found[key].cells.append((parameter, box))
-                for name, views in zip(names, found[key].views, strict=True):
-                    views.append(_cut(state[name], box))
+                for name, view, column in zip(names, views, found[key].views, strict=True):
+                    column.append(view)
                     found[key].seen.append((state, name, state[name]))
-    yield from found.values()
+    return found.values()
 
 
-def _weight_by_age(optimizer: Optimizer, batch: _Batch, age: int, gap: int, now: int) -> None:
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
     """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
     gradients: list[Tensor] = []
+    now = batch.now + 1
+    age = now - batch.born
+    # moments of rows without gradient do not fade under SparseAdam
+    gap = 1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age - 1)
+    batch.due = now + (1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age))
     for each in averages(optimizer, batch.group, batch.state):
         if each.name not in batch.names or age > each.until:
             continue
         views = batch.views[batch.names.index(each.name)]
         keep, add = each.coefficients(age, gap, now)
-        torch._foreach_mul_(views, keep)
-        if not add:
-            continue
         gradients = gradients or _gradients(optimizer, batch)
+        if each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
+            _batched._foreach_lerp_(views, gradients, add)
+            continue
+        _batched._foreach_mul_(views, keep)
         if batch.reduced:
             squares = [part.square().mean(batch.reduced, keepdim=True) for part in gradients]
-            torch._foreach_add_(views, squares, alpha=add)
+            _batched._foreach_add_(views, squares, alpha=add)
         elif each.power == 2:
-            torch._foreach_addcmul_(views, gradients, gradients, value=add)
+            _batched._foreach_addcmul_(views, gradients, gradients, value=add)
         else:
-            torch._foreach_add_(views, gradients, alpha=add)
+            _batched._foreach_add_(views, gradients, alpha=add)
 
 
 def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
     """What the optimizer will take for the gradient of each cell: unscaled, signed, with coupled weight decay."""
-    given: list[Any] = [(parameter.grad, box) for parameter, box in batch.cells]
-    found = [_cut(grad.to_dense() if grad.is_sparse else grad, box) for grad, box in given]
+    given: list[tuple[Any, Box]] = [(parameter.grad, box) for parameter, box in batch.cells]
+    found = [_real(cut(grad.to_dense() if grad.is_sparse else grad, box)) for grad, box in given]
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         found = [each / scale.to(each.device) for each in found]
     if batch.group.get("maximize"):
-        found = list(torch._foreach_neg(found))
+        found = list(_batched._foreach_neg(found))
     decay = batch.group.get("weight_decay", 0)
-    coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax, torch.optim.SGD))
+    coupled = isinstance(optimizer, (torch.optim.Adam, torch.optim.Adamax))
     if decay and coupled and not batch.group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
-        cut = [_cut(parameter, box) for parameter, box in batch.cells]
-        found = list(torch._foreach_add(found, cut, alpha=float(decay)))
+        values = [_real(cut(parameter, box)) for parameter, box in batch.cells]
+        found = list(_batched._foreach_add(found, values, alpha=float(decay)))
     return found
 
 
-def _make_twins(optimizer: Optimizer, young: Iterable[Young]) -> list[_Twin]:
-    twins = []
-    for _, parameter, state, record in young:
-        for born, box in boxes(record["born"], parameter.shape):
-            own = {}
-            if str(born) in record["twins"]:  # else it begins with this step
-                counters = record["twins"][str(born)]
-                for name, value in state.items():
-                    if name in counters:
-                        own[name] = torch.full_like(value, counters[name])
-                    elif isinstance(value, Tensor):
-                        own[name] = value[box].clone()
-            twins.append(_Twin(parameter, box, born, nn.Parameter(parameter.detach()[box].clone()), own))
-    return twins
+def _make_twins(young: Iterable[Young]) -> Iterator[_Twin]:
+    for _, parameter, state in young:
+        for born, box in boxes(state[AGES]["born"], parameter.shape):
+            own: dict[str, Any] = {}
+            numbers = state[AGES]["twins"].get(str(born), {})  # none: it begins with this step
+            for name, value in state.items() if str(born) in state[AGES]["twins"] else ():
+                if name in numbers:
+                    own[name] = torch.full_like(value, numbers[name])
+                elif isinstance(value, Tensor):
+                    own[name] = cut(value, box).clone()
+            yield _Twin(parameter, box, born, nn.Parameter(cut(parameter, box).clone()), own)
 
 
+@torch.no_grad()
 def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
     """Step the twins as new optimizers and put their values and state in the young entries' place."""
-    kind = next(each for each in type(optimizer).__mro__ if each in _TWINS)
+    kind: Any = next(each for each in type(optimizer).__mro__ if each in _TWINS)
     names = signature(kind).parameters
     for group in optimizer.param_groups:
         mine = {id(parameter) for parameter in group["params"]}
-        own = [twin for twin in twins if id(twin.parameter) in mine and twin.parameter.grad is not None]
+        own = [twin for twin in twins if id(twin.parameter) in mine]
         if not own:
             continue
         options = {name: value for name, value in group.items() if name in names and name != "params"}
         fresh = kind([twin.copy for twin in own], **options)
         for twin in own:
             gradient: Any = twin.parameter.grad
-            twin.copy.grad = gradient[twin.box].clone()
+            twin.copy.grad = cut(gradient, twin.box).clone()
             if twin.state:
                 fresh.state[twin.copy] = twin.state
         kind.step(fresh)
         for twin in own:
-            state, counters = optimizer.state[twin.parameter], {}
-            twin.parameter.detach()[twin.box] = twin.copy.detach()
+            state, numbers = optimizer.state[twin.parameter], {}
+            cut(twin.parameter, twin.box).copy_(twin.copy)
             for name, value in fresh.state[twin.copy].items():
-                if value.shape == twin.copy.shape and value.dim():
-                    state[name][twin.box] = value
+                if value.dim():
+                    cut(state[name], twin.box).copy_(value)
                 else:
-                    counters[name] = float(value)
-            state[AGES]["twins"][str(twin.born)] = counters
+                    numbers[name] = float(value)
+            state[AGES]["twins"][str(twin.born)] = numbers

@@ -18,17 +18,11 @@ from growconv.network.tensors import Insertion
 FORMAT = 1
 
 Edit = Mapping[str, object]
-"""One step of surgery as plain values, one of
-{"module", "tensor", "axis", "position", "count"}: new entries of a tensor;
-{"module", "tensor", "axis", "removed"}: entries that went;
-{"module", "attribute", "value"}: an attribute that was set;
-{"module", "insert"}, {"module", "replace"}, {"module", "copy"}: another module, as `network.blocks` builds it."""
+"""One step of surgery as plain values: {"module", "tensor", "axis"} and "position" and "count" of new entries or those
+"removed"; {"module", "attribute", "value"}; or {"module"} and what `blocks.apply_block_edit` does there."""
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """The optimizer that trains a model, all of them, or None where there is none yet."""
-
-Recipe = Callable[[nn.Module, Optimizers], "GrowthEvent"]
-"""Does the same to another model of the same names."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +67,15 @@ class GrowthEvent:
     predicted_decrease: float | None = None
     realised_decrease: float | None = None
     details: Mapping[str, object] = field(default_factory=dict)
-    recipe: Recipe | None = field(default=None, repr=False, compare=False)
+    recipe: "Callable[[nn.Module, Optimizers], GrowthEvent] | None" = field(default=None, repr=False, compare=False)
 
     def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":
         """Do the same to another model of the same names: an average (EMA, SWA), a teacher, a replica.
 
         New entries get the same values as in the model that grew; what comes from old entries (running statistics of
         copied channels, the mean for a bare parameter, the kernels of a merge or split) comes from the other model's
-        own. An event that was read from a file, unpickled or copied knows names and numbers only: channels that it puts
-        in are zero, until weights are loaded.
+        own; a method that revises old weights puts in those of the model that grew. An event that was read from a file,
+        unpickled or copied knows names and numbers only: channels that it puts in are zero, until weights are loaded.
 
         Args:
             model: a raw model as the grown one was before the event, with any weights.
@@ -97,13 +91,7 @@ class GrowthEvent:
             return self.recipe(model, optimizer)
         before = count_parameters(unwrapped(model))
         if before != self.parameters_before:
-            raise SurgeryError(
-                "this model is not as the other one was before the event",
-                where=self.site,
-                expected=f"{self.parameters_before} parameters",
-                got=before,
-                fix="apply every event to it, in the order of the run",
-            )
+            raise not_in_step(self.site, f"{self.parameters_before} parameters", before)
         apply_edits(model, self.edits, optimizer)
         counts = {"parameters_before": before, "parameters_after": count_parameters(model)}
         return GrowthEvent(**{**self._values(), **counts})  # pyright: ignore[reportArgumentType]
@@ -143,6 +131,12 @@ class GrowthEvent:
         )
 
 
+def not_in_step(site: str, expected: object, got: object) -> SurgeryError:
+    """What is wrong with a model that an event cannot be applied to."""
+    problem, fix = "this model is not as the other one was before the event", "apply every event to it, in order"
+    return SurgeryError(problem, where=site, expected=expected, got=got, fix=fix)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of distinct parameter entries."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -165,7 +159,6 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
         for edit in edits:
             _apply_edit(model, edit, optimizers)
         refresh(model)
-        return  # inside, so that an interrupt at this line still undoes it
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
         raise SurgeryError(
@@ -183,8 +176,9 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
     where = str(edit["module"])
     if "attribute" in edit:
         module, name, value = model.get_submodule(where), str(edit["attribute"]), edit["value"]
-        old = getattr(module, name)
-        setattr(module, name, type(old)(value) if isinstance(old, tuple | list) else value)  # JSON knows no tuples
+        if isinstance(value, list) and isinstance(getattr(module, name), tuple):
+            value = tuple(value)  # JSON knows none
+        setattr(module, name, value)
     elif "tensor" in edit:
         path = f"{where}.{edit['tensor']}".lstrip(".")
         tensor = attribute(model, path)
@@ -271,7 +265,6 @@ class GrowthHistory:
                 "the history began with another model",
                 expected=f"{self.events[0].parameters_before} parameters",
                 got=f"{count_parameters(model)} parameters",
-                where=type(model).__name__,
                 fix="build the model with the run's own settings, before any growth",
             )
         apply_edits(model, [edit for event in self.events for edit in event.edits], optimizer)
@@ -291,14 +284,10 @@ class GrowthHistory:
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
-            raise CheckpointError("a growth history has to be JSON", got=str(error), where="growth history") from error
+            raise CheckpointError("a growth history has to be JSON", got=str(error)) from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise CheckpointError(
-                "unknown kind of growth history",
-                expected=f'{{"format": {FORMAT}, "events": [...]}}',
-                got=text[:80],
-                where="growth history",
-            )
+            expected = f'{{"format": {FORMAT}, "events": [...]}}'
+            raise CheckpointError("unknown kind of growth history", expected=expected, got=text[:80])
         return cls.from_records(record["events"])
 
     @classmethod
@@ -311,9 +300,7 @@ class GrowthHistory:
         try:
             return cls([GrowthEvent.from_dict(record) for record in records])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "a growth event that cannot be read", got=repr(error), where="growth history", fix="restore the file"
-            ) from error
+            raise CheckpointError("a growth event that cannot be read", got=repr(error), fix="restore it") from error
 
     def __str__(self) -> str:
         return "\n".join(str(event) for event in self.events) or "nothing has grown yet"

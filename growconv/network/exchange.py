@@ -115,7 +115,7 @@ def exchange(
 def refresh(model: nn.Module) -> None:
     """Let layers derive anew what they keep beside their stored tensors, once all of those have been exchanged."""
     for module in model.modules():
-        if layers.is_weighted(module):
+        if module._forward_pre_hooks and layers.is_weighted(module):
             layers.adapter(module).refresh()
 
 

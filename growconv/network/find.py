@@ -9,7 +9,7 @@ from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
 from growconv.network import layers
-from growconv.network.classes import Space, spaces_of
+from growconv.network.classes import Space, collapsed, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
 from growconv.network.model import Arguments, attribute, example_arguments, tensors_in, undisturbed, unwrapped
 from growconv.network.plan import tied_weights
@@ -202,8 +202,11 @@ def analyse(
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = _copied(model)
     with undisturbed(twin):
-        numbers = _numbered(twin, examples)
+        strict = _numbered(twin, examples)
+        numbers = _numbered(twin, examples, repeated=True) if collapsed(strict) else strict
         spaces, outputs = spaces_of(numbers)
+        if numbers is not strict:
+            mark_copied(strict, numbers, spaces)
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, examples, numbers, spaces, whole_groups)
         layout = widening.prove() if rehearse else widening.presume()
@@ -237,13 +240,13 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _numbered(model: nn.Module, examples: Sequence[Example]) -> Numbers:
+def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = False) -> Numbers:
     """The numbers of a copy, from every example in every mode."""
-    numbers = Numbers()
+    numbers = Numbers(repeated)
     for example in examples:
         model.train(example.training)
         try:
-            look(model, example.arguments, numbers, whole_groups)
+            look(model, example.arguments, numbers, whole_groups, gradients=True)
         except LookFailed as failure:
             if example.training and numbers.order:
                 continue  # a batch of one in front of a batch norm, mostly; rehearsal pretends its way through
@@ -263,6 +266,8 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
             if path in numbers.shapes or path.endswith("#"):
                 continue
             problem = layers.problem(model.get_submodule(path))
+            if path in numbers.silent and path in space.paths(OUT, IN):
+                problem = problem or "it runs under torch.no_grad, so that new channels would never train"
             if problem is not None:
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
@@ -276,10 +281,17 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
 
 
 def _sites(found: Analysis) -> dict[int, GrowthSite]:
-    """A site, without routes, for every space that can grow."""
-    return {
-        number: _site(found, number, space) for number, space in enumerate(found.spaces) if space.reason is None
-    }
+    """A site, without routes, for every space that can grow and whose width can be read off the layers."""
+    sites = {}
+    for number, space in enumerate(found.spaces):
+        if space.reason is None:
+            each = _site(found, number, space)
+            try:
+                each.check()
+                sites[number] = each
+            except SiteError as error:
+                space.reason = error.problem
+    return sites
 
 
 def _site(found: Analysis, number: int, space: Space) -> GrowthSite:
@@ -297,6 +309,7 @@ def _site(found: Analysis, number: int, space: Space) -> GrowthSite:
         calls=called,
         layout=found.layout,
         space=number,
+        copied=space.copied,
     )
 
 

@@ -18,6 +18,7 @@ the same names.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,10 +110,33 @@ class Layout:
     dims: Mapping[str, int]
     attributes: tuple[SizeAttribute, ...] = ()
 
+    @cached_property
+    def _index(self) -> dict[int, list[Key]]:
+        """Per space the axes that its channels lie on."""
+        found: dict[int, list[Key]] = {}
+        for key, runs in self.axes.items():
+            for space in {run.space for run in runs if run.space is not None}:
+                found.setdefault(space, []).append(key)
+        return found
+
+    @cached_property
+    def _telling(self) -> dict[int, Key]:
+        """Per space the axis that tells its units once those of the axis' other spaces are known; most have no others."""
+        waiting = {key: {run.space for run in runs if run.space is not None} for key, runs in self.axes.items()}
+        told: dict[int, Key] = {}
+        changed = True
+        while changed:
+            changed = False
+            for key, spaces in waiting.items():
+                unknown = spaces - told.keys()
+                if len(unknown) == 1:
+                    told[unknown.pop()] = key
+                    changed = True
+        return told
+
     def keys(self, space: int) -> list[Key]:
         """The axes that a space's channels lie on."""
-        lie = [key for key, runs in self.axes.items() if any(run.space == space for run in runs)]
-        return [key for key in lie if key[1] != FILL]
+        return list(self._index.get(space, ()))
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
@@ -132,36 +156,61 @@ class Layout:
         Raises:
             SiteError: no axis tells it, or axes contradict each other.
         """
-        known = self._solve(space, sizes, {}, frozenset())
-        if known is None:
-            raise SiteError("no layer tells the number of these channels", got=", ".join(k[0] for k in self.keys(space)))
-        return known
+        return self._known(space, sizes, {})
 
-    def _solve(self, space: int, sizes: Sizes, known: dict[int, int], asked: frozenset[int]) -> int | None:
-        if space in known:
-            return known[space]
-        for key in sorted(self.keys(space), key=lambda key: len({run.space for run in self.axes[key]})):
-            others = {run.space for run in self.axes[key] if run.space is not None} - {space}
-            if others & asked:
-                continue
-            rest = sum(run.outer for run in self.axes[key] if run.space is None)
-            for other in others:
-                units = self._solve(other, sizes, known, asked | {space})
-                if units is None:
-                    break
-                rest += self.per_unit(key, other) * units
-            else:
-                units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
-                if left or units < 0:
-                    raise SiteError(
-                        "this axis does not hold whole channels any more",
-                        where=f"{key[0]} ({key[1]})",
-                        got=f"{sizes(key)} entries",
-                        fix="find the sites again: growconv.find_sites(model, example_input)",
-                    )
-                known[space] = units
-                return units
-        return None
+    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+        if space not in known:
+            known[space] = self._alone(space, sizes, known) if space in self._telling else self._together(space, sizes)
+        return known[space]
+
+    def _alone(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+        """The units of a space that one axis tells."""
+        key = self._telling[space]
+        rest = 0
+        for run in self.axes[key]:
+            if run.space != space:
+                rest += run.length(0 if run.space is None else self._known(run.space, sizes, known))
+        units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
+        if left or units < 0:
+            raise SiteError(
+                "this axis does not hold whole channels any more",
+                where=f"{key[0]} ({key[1]})",
+                got=f"{sizes(key)} entries",
+                fix="find the sites again: growconv.find_sites(model, example_input)",
+            )
+        return units
+
+    def _together(self, space: int, sizes: Sizes) -> int:
+        """The units of a space of which every axis has others too: a combination of the lengths of several axes."""
+        if space not in self._combinations:
+            self._combinations[space] = self._combination(space)
+        told = self._combinations[space]
+        found = -1.0 if told is None else sum(share * (sizes(key) - fixed) for key, share, fixed in told)
+        if told is None or abs(found - round(found)) > 1e-6:
+            paths = ", ".join(key[0] for key in self.keys(space))
+            raise SiteError("no layer tells the number of these channels", got=paths)
+        return round(found)
+
+    @cached_property
+    def _combinations(self) -> dict[int, list[tuple[Key, float, int]] | None]:
+        """Per space that was asked for: the axes, their shares and their fixed entries; None where nothing tells it."""
+        return {}
+
+    def _combination(self, space: int) -> list[tuple[Key, float, int]] | None:
+        spaces: list[int] = [space]
+        keys: dict[Key, None] = {}
+        for each in spaces:
+            for key in self._index.get(each, ()):
+                keys[key] = None
+                spaces += {run.space for run in self.axes[key] if run.space is not None} - set(spaces)
+        rates = np.array([[self.per_unit(key, each) for each in spaces] for key in keys], dtype=np.float64)
+        wanted = np.zeros(len(spaces))
+        wanted[0] = 1.0
+        shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
+        if np.abs(shares @ rates - wanted).max() > 1e-6:
+            return None
+        fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]
+        return [(k, float(s), f) for k, s, f in zip(keys, shares, fixed, strict=True) if abs(s) > 1e-9]
 
     def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
         """Where new units of a space come along an axis: after its old ones, in every run.
@@ -208,11 +257,6 @@ class Layout:
             units: per space its number of units.
         """
         return owners_of(self.axes[key], units)
-
-    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
-        if space not in known:
-            known[space] = self.units(space, sizes)
-        return known[space]
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:

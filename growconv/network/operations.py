@@ -31,6 +31,9 @@ REDUCING = {
 } | {"linalg_vector_norm": 2, "norm": 2}
 """Entries along some axes are computed together; the number is the position of the argument that names the axes."""
 
+REPEATABLE = frozenset("mean amax amin max min var std var_mean std_mean median native_layer_norm".split())
+"""Of those, the ones whose result stays as it is when every entry comes twice."""
+
 POINTWISE = frozenset(
     """native_dropout dropout bernoulli lerp where masked_fill clamp hardtanh leaky_relu elu relu relu6 hardswish
     hardsigmoid mish silu gelu softplus threshold celu rrelu_with_noise rrelu_with_noise_functional selu prelu
@@ -43,6 +46,9 @@ NORMALIZING = frozenset(
     _batch_norm_with_update _batch_norm_no_update miopen_batch_norm _batch_norm_impl_index""".split()
 )
 """One scale and shift for each entry of axis 1; the arguments after the first are per entry, or None."""
+
+LAYER_NORMS = frozenset("native_layer_norm layer_norm _fused_rms_norm".split())
+"""One scale and shift for each entry of the last axes, which are normalised together."""
 
 CREATING = frozenset(
     """empty zeros ones arange full empty_like zeros_like ones_like full_like rand randn randint new_zeros new_empty

@@ -167,7 +167,8 @@ def replace_parameters(
         known = {id(parameter) for group in each.param_groups for parameter in group["params"]}
         more = [parameter for parameter in added if id(parameter) not in known]
         for group in each.param_groups:
-            members, names = group["params"], group.get("param_names") or [None] * len(group["params"])
+            members: list[nn.Parameter] = group["params"]
+            names: list[Any] = group.get("param_names") or [None] * len(members)
             at = next((index for index, parameter in enumerate(members) if id(parameter) in gone), None)
             if at is None:
                 continue
@@ -218,9 +219,9 @@ def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
 def _begins_as(optimizer: Any, group: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor | None:
     """What a state tensor of a new optimizer begins with, as a tensor that broadcasts to it; None for zeros."""
     if isinstance(optimizer, torch.optim.Rprop) and name == "step_size":
-        return torch.as_tensor(group["lr"]).to(parameter)
+        return torch.full_like(parameter, float(group["lr"]))
     if isinstance(optimizer, torch.optim.Adagrad) and name == "sum":
-        return torch.as_tensor(group["initial_accumulator_value"]).to(parameter)
+        return torch.full_like(parameter, group["initial_accumulator_value"])
     if isinstance(optimizer, torch.optim.ASGD) and name == "ax":
         return parameter.detach()
     return None

@@ -4,18 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT
 from growconv.network.model import attribute
+from growconv.network.new_entries import NewEntries, check_proposal, revision, tensor_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 from growconv.network.tensors import Insertion, enlarge, enlarged_shape, without
-
-AGAIN = "solve again on statistics of the model as it is now"
 
 
 @dataclass
@@ -76,13 +74,11 @@ class Plan:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.changes: list[Change] = []
-        self.attributes: dict[tuple[str, str], object] = {}
+        self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
-        tensor = attribute(self.model, path)
-        if not isinstance(tensor, Tensor):
-            raise SurgeryError("no parameter or buffer", where=path, got=type(tensor).__name__)
+        tensor = tensor_at(self.model, path)
         found = next((change for change in self.changes if change.tensor is tensor), None)
         if found is None:
             found = Change(path, tensor)
@@ -120,11 +116,13 @@ class Plan:
         """Let the sizes follow that the code of modules keeps beside their tensors."""
         for each in site.layout.attributes:
             more, module = each.rates.get(site.space, 0) * units, self.model.get_submodule(each.path)
-            value = self.attributes.get((each.path, each.name), getattr(module, each.name))
-            if each.index is None:
+            value: int | Sequence[int] = getattr(module, each.name)
+            value = self.attributes.get((each.path, each.name), value)
+            if isinstance(value, int):
                 value += more
-            else:
-                value = type(value)(size + more * (index == each.index) for index, size in enumerate(value))
+            elif each.index is not None:
+                changed = [size + more * (index == each.index) for index, size in enumerate(value)]
+                value = changed if isinstance(value, list) else tuple(changed)
             if more:
                 self.attributes[each.path, each.name] = value
 
@@ -174,10 +172,10 @@ def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Pl
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
-    _check_proposal(site, growth)
-    plan = _plan(site, growth.channels, _Proposed(site, growth, amplitude))
+    check_proposal(site, growth)
+    plan = _plan(site, growth.channels, NewEntries(site, growth, amplitude))
     for path, replacement in growth.revised.items():
-        plan.change(path).revised = _revision(site, growth, path, replacement)
+        plan.change(path).revised = revision(site, growth, path, replacement)
     return plan
 
 
@@ -236,35 +234,23 @@ def tied_weights(site: Site) -> str | None:
     layer outside of the site too, cannot keep the function and grow.
     """
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
-    for path, sides in _sides(site).items():
-        bare = path in site.layout.dims
-        slots = (
-            [(ENTRY, "", site.layout.dims[path])]
-            if bare
-            else [
-                (side, f".{slot.name}", slot.axis)
-                for side in sides
-                for slot in layers.adapter(site.model.get_submodule(path)).slots(side)
-            ]
-        )
-        for side, name, axis in slots:
-            found = parts.setdefault(id(attribute(site.model, f"{path}{name}")), {})
-            found.setdefault(path, set()).add((side, axis))
-    for module_path, module in site.model.named_modules():
+    for path, module in site.model.named_modules():
         for name, parameter in module._parameters.items():
-            known = parts.get(id(parameter), {})
-            owners = [
-                path
-                for path in known
-                if f"{module_path}.{name}".lstrip(".") == path or f"{module_path}.".startswith(f"{path}.")
-            ]
-            if known and not owners:
-                first = next(iter(known))
-                return f"{module_path} shares a weight with {first}, and is not part of the site"
-    for known in parts.values():
-        paths = list(known)
-        if any(known[path] != known[paths[0]] for path in paths):
-            return f"{' and '.join(paths)} share a weight, but play different parts for these channels"
+            parts.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = set()
+    for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
+        if path in site.layout.dims:
+            own = parts.get(id(attribute(site.model, path)), {})
+            where = f"{path} (used on its own)" if own.get(path) else path
+            own.setdefault(where, set()).add((ENTRY, site.layout.dims[path]))
+            continue
+        adapter = layers.adapter(site.model.get_submodule(path))
+        for side in sides:
+            for slot in adapter.slots(side):
+                name = f"{path}.{slot.name}"
+                parts.get(id(attribute(site.model, name)), {}).setdefault(name, set()).add((side, slot.axis))
+    for shared in parts.values():
+        if any(part != next(iter(shared.values())) for part in shared.values()):
+            return f"{' and '.join(shared)} are one weight, but play different parts for these channels"
     return None
 
 
@@ -298,326 +284,3 @@ def _plan(site: Site, channels: int, values: Values) -> Plan:
         plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
     plan.follow(site, channels // site.granularity)
     return plan
-
-
-class _Proposed:
-    """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
-
-    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
-        self.site, self.growth, self.amplitude = site, growth, amplitude
-
-    def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
-        """By tensor name, for a path and side."""
-        entries = self._count(path, side)
-        if path in self.site.layout.dims:
-            return {"": self._bare(path, entries)}
-        if side == OUT:
-            return self._produced(path, entries)
-        if side == IN:
-            return {"weight": self._consumed(path, entries)}
-        if side == ENTRY:
-            return self._normalised(path, entries)
-        return self._carried(path, entries)
-
-    def _count(self, path: str, side: str) -> int:
-        per_unit = self.site.layout.per_unit((path, side), self.site.space)
-        return per_unit * self.growth.channels // self.site.granularity
-
-    def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = layers.weighted(self.site.model.get_submodule(path))
-        weight = self._given(self.growth.incoming, path, "incoming weights")
-        found = {
-            "weight": self._fitted(
-                weight, layer.shape(OUT, entries), {1: (path, IN)}, f"incoming weights of {path}", layer.groups
-            )
-        }
-        if layer.bias() is not None:
-            bias = self._given(self.growth.incoming_bias, path, "incoming bias")
-            found["bias"] = self._fitted(bias, (entries,), {}, f"incoming bias of {path}")
-        elif path in self.growth.incoming_bias:
-            raise SurgeryError(
-                "a bias was given for a layer without one", where=path, fix="leave it out of incoming_bias"
-            )
-        return found
-
-    def _consumed(self, path: str, entries: int) -> Tensor:
-        layer = layers.weighted(self.site.model.get_submodule(path))
-        weight = self._given(self.growth.outgoing, path, "outgoing weights")
-        weight = self._fitted(weight, layer.shape(IN, entries), {0: (path, OUT)}, f"outgoing weights of {path}")
-        return weight.to(layer.filters().dtype) * self.amplitude
-
-    def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
-        """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
-        norm = layers.norm(self.site.model.get_submodule(path))
-        old = self._copied(path, ENTRY)
-        if old is not None:
-            return {slot.name: attribute(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
-        growth = self.growth
-        mean, variance = torch.zeros(entries, dtype=torch.float64), torch.ones(entries, dtype=torch.float64)
-        if path in growth.norms:
-            mean, variance = (
-                self._per_entry(moment, entries, f"{label} for {path}")
-                for label, moment in zip(("mean", "variance"), growth.norms[path], strict=True)
-            )
-            if bool((variance < 0).any()):
-                raise SurgeryError(
-                    "a variance is negative", where=path, expected="variances of at least 0", got=float(variance.min())
-                )
-        scale = growth.norm_scale
-        return norm.transparent(
-            mean, variance, None if scale is None else self._per_entry(scale, entries, f"norm_scale for {path}")
-        )
-
-    def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = layers.weighted(self.site.model.get_submodule(path))
-        old = self._copied(path, GROUP_OUT)
-        if old is not None:
-            bias = layer.bias()
-            return {"weight": layer.filters().detach()[old]} | ({} if bias is None else {"bias": bias.detach()[old]})
-        filters = self.growth.carried.get(path)
-        if filters is None:
-            return {"weight": layer.identity(entries)}
-        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), {}, f"new filters of {path}")}
-
-    def _bare(self, path: str, entries: int) -> Tensor:
-        """New entries of a bare tensor, its channel axis in front."""
-        tensor, axis = attribute(self.site.model, path).detach(), self.site.layout.dims[path]
-        front = tensor.movedim(axis, 0)
-        old = self._copied(path, ENTRY)
-        if old is not None:
-            return front[old]
-        shape = (entries, *front.shape[1:])
-        for role, given, at in (("incoming", self.growth.incoming, 0), ("outgoing", self.growth.outgoing, 1)):
-            if path in (self.site.producers if role == "incoming" else self.site.consumers):
-                values = self._given(given, path, f"{role} entries").movedim(at, 0)
-                values = self._fitted(_padded(values, shape), shape, {}, f"{role} entries of {path}")
-                return values * self.amplitude if role == "outgoing" else values
-        if path in self.growth.entries:
-            return self._fitted(self.growth.entries[path], shape, {}, f"new entries of {path}")
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            return front[-1:].expand(shape)
-        return front[self.site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
-
-    def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
-        """A value a channel, or one an entry, as one an entry."""
-        if value.shape == (self.growth.channels,) and entries % self.growth.channels == 0:
-            value = value.repeat_interleave(entries // self.growth.channels)
-        return self._fitted(value, (entries,), {}, label)
-
-    def _copied(self, path: str, side: str) -> list[int] | None:
-        """The old entries that the new ones copy, channel by channel; None where they are no copies."""
-        copied = self.growth.copied_from
-        if copied is None:
-            return None
-        old, size = self.site.entries(path, side), self.site.granularity
-        per_unit = self.site.layout.per_unit((path, side), self.site.space)
-        if per_unit % size == 0:  # entries of its own for every channel
-            own = per_unit // size
-            return [old[channel * own + each] for channel in copied.tolist() for each in range(own)]
-        units = [channel // size for channel in copied.tolist()[::size]]
-        return [old[unit * per_unit + each] for unit in units for each in range(per_unit)]
-
-    def _given(self, weights: Mapping[str, Tensor], path: str, label: str) -> Tensor:
-        if path not in weights:
-            raise SurgeryError(
-                f"the proposal has no {label} for this layer",
-                where=path,
-                expected=f"a tensor for {path}",
-                got=", ".join(weights),
-            )
-        return weights[path]
-
-    def _fitted(
-        self, tensor: Tensor, shape: tuple[int, ...], others: Mapping[int, Key], label: str, groups: int = 1
-    ) -> Tensor:
-        """A proposed tensor of the shape that the model needs now; neighbours that grew in the meantime get zeros."""
-        require_finite(tensor, label, self.site)
-        tensor = tensor.detach()
-        for axis, key in others.items():
-            if tensor.dim() == len(shape):
-                at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
-                if at != list(range(shape[axis])):
-                    size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
-                    tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
-        if tuple(tensor.shape) != tuple(shape):
-            raise SurgeryError(
-                f"the {label} have the wrong shape",
-                where=self.site.name,
-                expected=tuple(shape),
-                got=tuple(tensor.shape),
-                fix=AGAIN,
-            )
-        return tensor
-
-
-def positions_now(
-    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
-) -> list[int]:
-    """Where the entries that an axis had once lie now.
-
-    Args:
-        site: whose layout tells it.
-        key: the axis.
-        length: how many entries it had.
-        units: how many units each space had then; where it says nothing, it is read off `length`.
-        label: what has that length, for the message.
-        groups: positions within a group, where the length is that of one.
-
-    Returns:
-        `length` positions along the axis as it is now.
-
-    Raises:
-        SurgeryError: channels have gone since, or the length leaves in doubt which ones have come.
-    """
-    sizes, layout = site.sizes, site.layout
-    size, runs = sizes(key) // groups, layout.axes.get(key, ())
-    wrong = SurgeryError(
-        f"the {label} have the wrong shape",
-        where=site.name,
-        expected=f"{size} entries for {key[0]} ({key[1]})",
-        got=length,
-        fix=AGAIN,
-    )
-    if not runs:
-        if length != size:
-            raise wrong
-        return list(range(length))
-    now = {run.space: layout.units(run.space, sizes) for run in runs if run.space is not None}
-    then = {space: units.get(space, now[space]) for space in now}
-    if len(now) == 1 and not set(now) & set(units):
-        (space,) = now
-        fewer, rest = divmod((size - length) * groups, layout.per_unit(key, space))
-        then = {space: now[space] - fewer - bool(rest)}
-    for space in now:
-        if then[space] > now[space]:
-            raise SurgeryError(
-                f"channels that the {label} belong to have been taken away since",
-                where=f"{site.name}: {key[0]}",
-                expected=f"at least {then[space]} units of {_producers(site, space)}",
-                got=now[space],
-                fix=AGAIN,
-            )
-    owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
-    if len(owners_then) != length * groups:
-        raise wrong
-    place = {owner: at for at, owner in enumerate(owners_now)}
-    fixed = iter([at for at, owner in enumerate(owners_now) if owner[0] < 0])  # they never grow
-    found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
-    inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
-    if any(each != inside[0] for each in inside):
-        raise SurgeryError(
-            f"the groups that the {label} belong to have grown unlike each other", where=key[0], fix=AGAIN
-        )
-    return inside[0]
-
-
-def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros behind the entries of every axis: slices of a kernel whose other rank has grown since, at its end."""
-    if values.dim() != len(shape) or any(mine > now for mine, now in zip(values.shape, shape, strict=True)):
-        return values
-    return F.pad(values, [side for m, n in zip(values.shape[::-1], shape[::-1], strict=True) for side in (0, n - m)])
-
-
-def require_finite(tensor: Tensor, label: str, site: Site) -> None:
-    """Check that a proposed tensor is a tensor of finite numbers.
-
-    Raises:
-        SurgeryError: naming it by `label`.
-    """
-    if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
-        got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
-
-
-def _producers(site: Site, space: int) -> str:
-    return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
-
-
-def _check_proposal(site: Site, growth: ChannelGrowth) -> None:
-    """Refuse a proposal for another site, for layers that it does not have, or for an impossible number of channels."""
-    if growth.site != site.name:
-        raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
-    for label, given, allowed in (
-        ("incoming", growth.incoming, site.producers),
-        ("outgoing", growth.outgoing, site.consumers),
-        ("norms", growth.norms, site.followers),
-        ("carried", growth.carried, site.followers),
-        ("entries", growth.entries, site.followers),
-    ):
-        extra = set(given) - set(allowed)
-        if extra:
-            raise SurgeryError(
-                f"{label} names layers that are not part of the site",
-                where=site.name,
-                expected=", ".join(allowed) or "none",
-                got=", ".join(sorted(extra)),
-            )
-    if not growth.incoming:
-        raise SurgeryError("the proposal has no incoming weights", where=site.name, expected=", ".join(site.producers))
-    if growth.channels < 1 or growth.channels % site.granularity:
-        raise SurgeryError(
-            "this number of channels cannot be added",
-            where=site.name,
-            expected=f"a positive multiple of {site.granularity}" if site.granularity > 1 else "at least 1",
-            got=growth.channels,
-            fix=f"ask for {site.growable_channels(max(growth.channels, 1))} channels",
-        )
-    index = growth.copied_from
-    if index is not None and (index.shape != (growth.channels,) or index.min() < 0 or index.max() >= site.width):
-        raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
-
-
-def _revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
-    """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
-    owner_path, _, name = path.rpartition(".")
-    try:
-        tensor, owner = attribute(site.model, path), site.model.get_submodule(owner_path)
-    except AttributeError:
-        raise SurgeryError("this parameter does not exist", where=path, fix="revise parameters of the model") from None
-    if not isinstance(tensor, nn.Parameter) and name not in owner._buffers:
-        raise SurgeryError(
-            "this weight is computed from others, and cannot be replaced", where=path,
-            fix="use a method that leaves old weights as they are, or store the weight as it is",
-        )  # fmt: skip
-    label = f"revision of {path}"
-    require_finite(replacement, label, site)
-    result = tensor.detach().clone()
-    where: list[Tensor] = []
-    keys = _keys(site, owner_path, name, path)
-    if replacement.dim() != tensor.dim():
-        raise SurgeryError(
-            f"the {label} has the wrong shape",
-            where=site.name,
-            expected=tuple(tensor.shape),
-            got=tuple(replacement.shape),
-        )
-    for axis, length in enumerate(replacement.shape):
-        key, groups = keys.get(axis, (None, 1))
-        if key is None and length != tensor.shape[axis]:
-            raise SurgeryError(
-                f"the {label} has the wrong shape",
-                where=site.name,
-                expected=tuple(tensor.shape),
-                got=tuple(replacement.shape),
-            )
-        at = list(range(length)) if key is None else positions_now(site, key, length, growth.units, label, groups)
-        where.append(
-            torch.tensor(at, device=tensor.device).view([-1 if each == axis else 1 for each in range(tensor.dim())])
-        )
-    result[tuple(where)] = replacement.detach().to(result)
-    return result
-
-
-def _keys(site: Site, owner: str, name: str, path: str) -> dict[int, tuple[Key, int]]:
-    """Which axis of the layout each axis of a tensor is, and how many groups share it."""
-    if path in site.layout.dims:
-        return {site.layout.dims[path]: ((path, ENTRY), 1)}
-    module = site.model.get_submodule(owner)
-    found: dict[int, tuple[Key, int]] = {}
-    for side in (OUT, IN, ENTRY, GROUP_OUT, GROUP_IN):
-        if layers.has_side(module, side) and (owner, side) in site.layout.axes:
-            for slot in layers.adapter(module).slots(side):
-                if slot.name == name:
-                    groups = layers.groups_of(module) if slot.axis == 1 else 1
-                    found.setdefault(slot.axis, ((owner, side), groups))
-    return found

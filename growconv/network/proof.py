@@ -22,7 +22,6 @@ from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
 
 SEEN = "something reads these channels that cannot be followed, such as NumPy, a scripted module or torch.vmap"
-NO_GRADIENT = "runs under torch.no_grad or torch.inference_mode, so that new channels would never train"
 ROUNDING = 1e-4
 """Change of the output, relative to its largest entry, that float32 may make; beyond it float64 decides."""
 EXACT = 1e-7
@@ -44,8 +43,6 @@ class Proof:
         self.model = model
         self.examples = examples
         self.sites = {number: site.of(model) for number, site in sites.items()}
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._mute: set[str] = set()
 
     def failures(self) -> dict[int, str]:
         """The sites that fail, and why."""
@@ -65,58 +62,46 @@ class Proof:
             if example.training:
                 return {}  # a batch of one in front of a batch norm, mostly
             raise
-        if self._mute:
-            return {
-                number: f"{path} {NO_GRADIENT}"
-                for number, site in self.sites.items()
-                for path in (*site.producers, *site.consumers)
-                if path in self._mute
-            }
-
         def seen(part: Sequence[int]) -> bool:
             try:
-                return not _equal(self._run(example, recorded, part), before)
+                after = self._run(example, recorded, part)
+                return not _equal(after, before) and not _equal(after, self._run(example, recorded, part, still=True))
             except Exception:
                 return True
 
         return dict.fromkeys(_search(seen, list(self.sites)), SEEN)
 
     def _run(
-        self, example: Example, recorded: dict[tuple[str, int], Tensor], disturbed: Iterable[int]
+        self, example: Example, recorded: dict[tuple[str, int], Tensor], disturbed: Iterable[int], still: bool = False
     ) -> list[Tensor]:
-        """The outputs; recorded or, where sites are disturbed, with their consumers given what was recorded."""
+        """The outputs; recorded or, where sites are disturbed, with their consumers given what was recorded.
+
+        With `still` nothing is disturbed, but all else is as if it were: the same kernels run on the same layouts.
+        """
         chosen = [self.sites[number] for number in disturbed]
         handles = []
         if chosen:
             for path, entries in _gathered(chosen, OUT).items():
-                handles.append(self.model.get_submodule(path).register_forward_hook(_disturb(entries)))
+                hook = _disturb(entries, 1.0 if still else 1.37, 0.0 if still else 0.31)
+                handles.append(self.model.get_submodule(path).register_forward_hook(hook))
             for path, entries in _gathered(chosen, IN).items():
                 handles.append(self.model.get_submodule(path).register_forward_pre_hook(_hand(path, entries, recorded), with_kwargs=True))
         else:
             for path in {path for site in self.sites.values() for path in (*site.producers, *site.consumers)}:
                 handles.append(self.model.get_submodule(path).register_forward_pre_hook(_record(path, recorded), with_kwargs=True))
-                handles.append(self.model.get_submodule(path).register_forward_hook(self._listen(path)))
         try:
-            return self._outputs(self.model, example, grad=not chosen)
+            return self._outputs(self.model, example)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _listen(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, _args: tuple, output: Tensor) -> None:
-            trains = any(parameter.requires_grad for parameter in module.parameters())
-            if trains and not output.requires_grad:
-                self._mute.add(path)
-
-        return hook
-
-    def _outputs(self, model: nn.Module, example: Example, grad: bool = False) -> list[Tensor]:
+    def _outputs(self, model: nn.Module, example: Example) -> list[Tensor]:
         """A run with random operations held still; buffers are as before afterwards."""
         model.train(example.training)
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         torch.manual_seed(0)
         try:
-            with torch.set_grad_enabled(grad), _Still():
+            with torch.no_grad(), _Still():
                 output = model(*example.arguments[0], **example.arguments[1])
             return [tensor.detach().clone() for tensor in tensors_in(output)]
         finally:
@@ -151,7 +136,11 @@ class Proof:
         try:
             for number in part:
                 site = self.sites[number].of(twin)
-                grow(twin, site, silent_growth(site, more[number] * site.granularity), 0.0)
+                channels = more[number] * site.granularity
+                if site.copied:
+                    grow(twin, site, copied_growth(site, channels))
+                else:
+                    grow(twin, site, silent_growth(site, channels), 0.0)
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
         for place, old in before.items():
@@ -201,6 +190,40 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     )
 
 
+def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
+    """Copies of all channels, whose consumers share their weights among the copies (Chen et al. 2016, "Net2Net").
+
+    Args:
+        site: where.
+        channels: a multiple of its granularity.
+    """
+    times = channels // site.width
+    incoming, biases, outgoing, revised = {}, {}, {}, {}
+    for path in site.producers:
+        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path, OUT)
+        incoming[path] = torch.cat([layer.filters().detach()[entries]] * times)
+        bias = layer.bias()
+        if bias is not None:
+            biases[path] = torch.cat([bias.detach()[entries]] * times)
+    for path in site.consumers:
+        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path)
+        shared = layer.filters().detach().clone()
+        shared[:, entries] /= times + 1
+        outgoing[path] = torch.cat([shared[:, entries]] * times, dim=1)
+        revised[f"{path}.weight"] = layer.stored(shared)
+    return ChannelGrowth(
+        site.name,
+        "copies",
+        incoming,
+        outgoing,
+        torch.zeros(channels),
+        incoming_bias=biases,
+        requested=channels,
+        revised=revised,
+        copied_from=torch.arange(site.width).repeat(times),
+    )
+
+
 class _Still(TorchDispatchMode):
     """Random operations give their mean, so that runs at different widths can be compared."""
 
@@ -229,11 +252,11 @@ def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
     return found
 
 
-def _disturb(entries: list[int]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _disturb(entries: list[int], factor: float, shift: float) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     def hook(module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         axis = layers.channel_axis(module, output.dim())
         index = torch.tensor(entries, device=output.device)
-        return output.index_copy(axis, index, output.index_select(axis, index) * 1.37 + 0.31)
+        return output.clone().index_copy_(axis, index, output.index_select(axis, index) * factor + shift)
 
     return hook
 
@@ -263,7 +286,7 @@ def _hand(
             return None
         axis = layers.channel_axis(module, given.dim())
         index = torch.tensor(entries, device=given.device)
-        changed = given.index_copy(axis, index, known.index_select(axis, index))
+        changed = given.clone().index_copy_(axis, index, known.index_select(axis, index))
         if args and args[0] is given:
             return (changed, *args[1:]), kwargs
         return args, {name: changed if value is given else value for name, value in kwargs.items()}
@@ -278,7 +301,7 @@ def _search(fails: Callable[[Sequence[int]], bool], numbers: Sequence[int]) -> l
     if len(numbers) == 1:
         return list(numbers)
     half = len(numbers) // 2
-    return _search(fails, numbers[:half]) + _search(fails, numbers[half:]) or list(numbers)
+    return (_search(fails, numbers[:half]) + _search(fails, numbers[half:])) or list(numbers)
 
 
 def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

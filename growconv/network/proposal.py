@@ -14,10 +14,10 @@ from growconv.errors import SolverError
 class ChannelGrowth:
     """Weights of K new channels of one site, for every layer that produces, carries or consumes them.
 
-    Most axes have one entry a channel; a flattened (K, H, W) map has H·W, the values and gates in front of a GLU 2. Where
-    an axis has several, they come channel by channel: all entries of the first new channel, then those of the second
-    (`GrowthSite.ratio` says how many). Filters are (out, in/groups, *kernel) for every kind of layer, without kernel
-    axes for a linear one.
+    Most axes have one entry a channel; a flattened (K, H, W) map has H·W, the values and gates in front of a GLU 2.
+    Where an axis has several, they come channel by channel: all entries of the first new channel, then those of the
+    second (`GrowthSite.ratio` says how many). Filters are (out, in/groups, *kernel) for every kind of layer, without
+    kernel axes for a linear one.
 
     Attributes:
         site: name of the site.
@@ -38,8 +38,8 @@ class ChannelGrowth:
             Missing: the identity tap.
         entries: per bare parameter or buffer its new entries, with the channel axis in front (entries, *others).
             Missing: the mean of the old ones, which is right for a factor and for a summand.
-        revised: path of a parameter or buffer to a replacement for its old entries (its shape when this was solved), for
-            methods that change existing weights.
+        revised: path of a parameter or buffer to a replacement for its old entries (its shape when this was solved),
+            for methods that change existing weights.
         copied_from: (K,) index of the old channel that each new one copies, for methods that duplicate channels: every
             norm layer, grouped layer and bare parameter in between then gives the new channel the entries (weight,
             bias, running statistics, kernel) of that old channel. None: the new channels are no copies.

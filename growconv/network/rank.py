@@ -4,32 +4,25 @@ A rank term is a hidden channel inside the layer: one factor produces it, the ke
 factor consumes it. So it has a layout like channels between two layers, and is planned, put in and scheduled like them.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from growconv.convolution.cp import CPConv
 from growconv.convolution.decomposition import cp_kernel
-from growconv.convolution.factorized import FactorizedConv
-from growconv.convolution.tucker import TuckerConv
 from growconv.errors import ArgumentValueError, SiteError
+from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
 from growconv.network.model import unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
-SIDES = ("out", "in")
-
 
 class RankSite(Site):
     """The terms of one factorized convolution, as channels that can grow.
 
-    Its growths name factors where those of other sites name layers. CP: incoming the input vectors (K, C1), outgoing the
-    output vectors (C2, K), entries the vectors (K, taps) of every axis. Tucker, input rank: incoming the input vectors
-    (K, C1), outgoing the core's slices (r2, K, *kernel_size). Tucker, output rank: incoming slices (K, r1, *kernel_size),
-    outgoing the output vectors (C2, K).
+    Its growths name factors where those of other sites name layers. CP: incoming the input vectors (K, C1), outgoing
+    the output vectors (C2, K), entries the vectors (K, taps) of every axis. Tucker, input rank: incoming the input
+    vectors (K, C1), outgoing the core's slices (r2, K, *kernel_size). Tucker, output rank: incoming slices (K, r1,
+    *kernel_size), outgoing the output vectors (C2, K).
 
     Args:
         model: the raw model, or the layer itself.
@@ -38,6 +31,7 @@ class RankSite(Site):
 
     Attributes:
         width: the rank now.
+        bound: the rank above which no kernel of this shape needs another term.
     """
 
     def __init__(self, model: nn.Module, path: str, side: str | None = None) -> None:
@@ -45,34 +39,25 @@ class RankSite(Site):
             module = model.get_submodule(path)
         except AttributeError:
             raise SiteError("there is no such module", where=path, fix="see model.named_modules()") from None
-        if not isinstance(module, CPConv | TuckerConv):
-            raise SiteError(
-                "only a factorized convolution has a rank",
-                expected="CPConv or TuckerConv",
-                got=type(module),
-                where=path,
-            )
-        if isinstance(module, TuckerConv) != (side in SIDES) or side not in (None, *SIDES):
+        ranks = layers.ranks(module)
+        if not ranks:
+            expected, got = "CPConv or TuckerConv", type(module).__name__
+            raise SiteError("only a factorized convolution has a rank", where=path, expected=expected, got=got)
+        if side not in ranks:
             raise ArgumentValueError(
                 "a Tucker convolution has two ranks, a CP convolution has one",
-                expected="side='out' or side='in'" if isinstance(module, TuckerConv) else "no side",
+                expected=" or ".join(f"side={each!r}" for each in ranks),
                 got=repr(side),
                 where=path,
             )
-        self.model, self.path, self.side = model, path, side
+        self.model, self.path, self.side, rank = model, path, side, ranks[side]
         self.name = f"{path or type(module).__name__} {side + 'put ' if side else ''}rank"
-        self.kind = "rank"
-        names = {None: ("in_factor", "out_factor"), "in": ("in_factor", "core"), "out": ("core", "out_factor")}[side]
-        carrying = [f"axis_factor_{axis}" for axis in range(module.axes)] if side is None else []
-        self.producers, self.consumers = (self._at(names[0]),), (self._at(names[1]),)
-        self.followers = tuple(self._at(name) for name in carrying)
-        dims = dict.fromkeys((*self.producers, *self.followers, *self.consumers), 1)
-        if side == "out":
-            dims[self._at("core")] = 0
+        self.kind, self.bound = "rank", rank.bound
+        dims = {f"{path}.{name}".lstrip("."): dim for name, dim in rank.dims.items()}
+        at = dict(zip(rank.dims, dims, strict=True))
+        self.producers, self.consumers = (at[rank.producer],), (at[rank.consumer],)
+        self.followers = tuple(at[name] for name in rank.carriers)
         self.layout, self.space = Layout({(each, ENTRY): (Run(0, 1),) for each in dims}, (1,), dims), 0
-
-    def _at(self, name: str) -> str:
-        return f"{self.path}.{name}" if self.path else name
 
     def of(self, model: nn.Module | None) -> "RankSite":
         """The same rank of another model with the same names; this one for None or its own model."""
@@ -89,19 +74,9 @@ class RankSite(Site):
         RankSite(self.model if model is None else unwrapped(model), self.path, self.side)
 
     @property
-    def module(self) -> CPConv | TuckerConv:
+    def module(self) -> nn.Module:
         """The layer."""
-        return self.model.get_submodule(self.path)  # pyright: ignore[reportReturnType]
-
-    @property
-    def bound(self) -> int:
-        """The rank above which no kernel of this shape needs another term."""
-        module = self.module
-        shape = (module.out_channels, module.in_channels, *module.kernel_size)
-        if self.side is None:
-            return math.prod(shape) // max(shape)
-        own, other = (0, 1) if self.side == "out" else (1, 0)
-        return min(shape[own], shape[other] * math.prod(module.kernel_size))
+        return self.model.get_submodule(self.path)
 
     @property
     def closed_form(self) -> bool:
@@ -114,31 +89,30 @@ class RankSite(Site):
         Raises:
             ArgumentValueError: for none, or more than any kernel of this shape needs.
         """
-        if isinstance(terms, bool) or not 1 <= terms <= self.bound - self.width:
-            raise ArgumentValueError(
-                "impossible number of new terms",
-                expected=f"1 to {self.bound - self.width}: the rank is {self.width} of at most {self.bound}",
-                got=terms,
-                where=self.name,
-            )
+        room = self.bound - self.width
+        if isinstance(terms, bool) or not 1 <= terms <= room:
+            expected = f"1 to {room}: the rank is {self.width} of at most {self.bound}"
+            raise ArgumentValueError("impossible number of new terms", expected=expected, got=terms, where=self.name)
 
     def kernel(self, growth: ChannelGrowth) -> Tensor:
         """What new terms add to the full kernel at amplitude 1, (C2, C1, *kernel_size)."""
         incoming, outgoing = growth.incoming[self.producers[0]], growth.outgoing[self.consumers[0]]
-        module = self.module
         if self.side is None:
             return cp_kernel([outgoing, incoming.T, *(growth.entries[path].T for path in self.followers)])
         if self.side == "in":
-            half = module.out_factor.detach().to(outgoing) @ outgoing.flatten(1)
+            half = self._factor("out_factor").to(outgoing) @ outgoing.flatten(1)
             kernel = torch.einsum("ckt,ki->cit", half.unflatten(1, (growth.channels, -1)), incoming)
         else:
-            inputs = module.in_factor.detach().to(incoming) @ incoming.flatten(2)
+            inputs = self._factor("in_factor").to(incoming) @ incoming.flatten(2)
             kernel = torch.einsum("ck,kit->cit", outgoing, inputs)
-        return kernel.unflatten(2, module.kernel_size)
+        return kernel.unflatten(2, layers.weighted(self.module).kernel_size)
+
+    def _factor(self, name: str) -> Tensor:
+        return self.module.get_parameter(name).detach()
 
     def added(self, growth: ChannelGrowth, x: Tensor) -> Tensor:
         """What new terms add to the layer's output at amplitude 1, given its input."""
-        return self.module.convolve(x, self.kernel(growth).to(x))
+        return layers.weighted(self.module).apply(x, self.kernel(growth).to(x))
 
     def term_norms(self) -> tuple[Tensor, Tensor]:
         """Norms (rank,) of the old terms: on the incoming side, with what carries them, and on the outgoing side."""
@@ -178,9 +152,6 @@ def find_rank_sites(model: nn.Module) -> tuple[RankSite, ...]:
         One site per CP convolution, two per Tucker convolution (output rank, then input rank), in the model's order,
         those at their bound left out.
     """
-    sites: list[RankSite] = []
-    for path, module in model.named_modules():
-        if isinstance(module, FactorizedConv):
-            sides: Sequence[str | None] = (None,) if isinstance(module, CPConv) else SIDES
-            sites += [RankSite(model, path, side) for side in sides]
+    ranks = [(path, side) for path, module in model.named_modules() for side in layers.ranks(module)]
+    sites = [RankSite(model, path, side) for path, side in ranks]
     return tuple(site for site in sites if site.width < site.bound)

@@ -145,7 +145,7 @@ class Widening:
             more = {live[0]: 2}
         units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
         layout = self.layout()
-        found = Numbers()
+        found = Numbers(self.numbers.repeated)
         try:
             with self.pretender.widened(layout, [space.units for space in self.spaces], units):
                 for example in self.examples:
@@ -267,6 +267,9 @@ class Widening:
         """Another number of blocks for a space, or the reason why there is none."""
         space = self.spaces[number]
         space.tried.add(space.blocks)
+        if space.copied:
+            space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
+            return
         groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
         for blocks in dict.fromkeys((*groups, *BLOCKS)):
             if blocks in space.tried or len(space.roots) % blocks:

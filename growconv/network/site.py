@@ -71,7 +71,7 @@ class Site(ABC):
 
     @property
     def units(self) -> dict[int, int]:
-        """Units now of every channel space on an axis of a producer or consumer: the widths that weights are made for."""
+        """Units now of every channel space on an axis of a producer or consumer: what weights are made for."""
         sides = [(path, side) for path in (*self.producers, *self.consumers) for side in (OUT, IN, ENTRY)]
         runs = [run for key in sides for run in self.layout.axes.get(key, ())]
         sizes = self.sizes
@@ -117,8 +117,8 @@ class GrowthSite(Site):
         model: the model that the site was found in.
         name: "conv1 -> conv2"; several producers or consumers are joined, long lists shortened.
         kind: "pair" (one producer, one consumer), "fan" (several consumers), "stream" (several producers tied by
-            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a grouped
-            convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
+            additions or gates), "concatenation" (a consumer has other channels too), "depthwise" or "grouped" (a
+            grouped convolution in between grows along), "linear" (a linear layer produces or consumes), "transposed".
         producers: paths of the layers that write the channels, in forward order.
         followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
         consumers: paths of the layers that read the channels.
@@ -126,6 +126,8 @@ class GrowthSite(Site):
         calls: how often each producer and consumer is called in one forward pass.
         layout: where the channels of all sites of the model lie.
         space: which of the layout's spaces this site is.
+        copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
+            times as one likes, keep the function.
     """
 
     model: nn.Module
@@ -138,6 +140,7 @@ class GrowthSite(Site):
     calls: dict[str, int] = field(repr=False)
     layout: Layout = field(repr=False)
     space: int = field(repr=False)
+    copied: bool = False
 
     def of(self, model: nn.Module | None) -> "GrowthSite":
         """The same site of another model with the same names; this one for None or its own model."""
@@ -151,7 +154,7 @@ class GrowthSite(Site):
 
     @property
     def closed_form(self) -> bool:
-        """Whether the closed-form statistics (S, N, ...) apply: one plain producer, consumers linear but for activations."""
+        """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
         return self.no_closed_form is None
 
     @property
@@ -194,6 +197,8 @@ class GrowthSite(Site):
         importlib.import_module("growconv.solvers")  # where the methods enter themselves
         if method not in REFUSALS:
             raise SiteError("no such growth method", expected=", ".join(sorted(REFUSALS)), got=repr(method))
+        if self.copied and method != "net2net":
+            return "its channels depend on each other: only copies of all of them keep the function (net2net)"
         return REFUSALS[method](self)
 
     def check(self, model: nn.Module | None = None) -> None:

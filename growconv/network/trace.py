@@ -33,11 +33,16 @@ SIZED = frozenset("split_with_sizes split slice view _unsafe_view reshape expand
 class Numbers:
     """Numbers of channels and bare parameters' entries, and which of them live and die together.
 
+    Args:
+        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie them
+            then, since it stays as it is.
+
     Attributes:
         owners: per number the axis and the position that it stands for.
         blocked: per number why it cannot grow.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
+        silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
             attribute, index in a list): the numbers of the entries that it counts.
         shapes: of bare parameters and buffers.
@@ -45,10 +50,12 @@ class Numbers:
         order: paths of the layers in the order of their first call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: bool = False) -> None:
+        self.repeated = repeated
         self.owners: list[tuple[Key, int]] = []
         self.blocked: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
+        self.silent: set[str] = set()
         self.columns: dict[Key, list[int]] = {}
         self.calls: dict[str, int] = {}
         self.order: list[str] = []
@@ -156,6 +163,7 @@ def look(
     numbers: Numbers,
     whole_groups: Callable[[str, nn.Module], bool],
     outputs_block: bool = True,
+    gradients: bool = False,
 ) -> object:
     """Send numbers through one forward pass.
 
@@ -165,6 +173,7 @@ def look(
         numbers: what is found goes here; those of earlier passes stay.
         whole_groups: whether the groups of a grouped convolution are channels that come and go as a whole.
         outputs_block: the numbers in the model's output cannot grow.
+        gradients: note which layers run without gradients although their weights train.
 
     Returns:
         The model's output.
@@ -173,9 +182,10 @@ def look(
         LookFailed: the model's code raised an error.
     """
     mode = _Mode(model, numbers, whole_groups)
+    mode.gradients = gradients
     handles = mode.hook(model)
     try:
-        with torch.no_grad(), mode:
+        with torch.set_grad_enabled(gradients), mode:
             output = model(*arguments[0], **arguments[1])
     except Exception as error:
         raise LookFailed(error, mode.met) from error
@@ -202,6 +212,7 @@ class _Mode(TorchDispatchMode):
         self.met: set[int] = set()
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.gradients = False
         self._inside = 0
         self._bare, self._owned, self._alias = _parameters(model)
         self._inputs: list[Tensor] = []
@@ -261,6 +272,9 @@ class _Mode(TorchDispatchMode):
         self.calls[path] = self.calls.get(path, 0) + 1
         if path not in numbers.order:
             numbers.order.append(path)
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if trains and self.gradients and not output.requires_grad:
+            numbers.silent.add(path)
         companion = self.companion(source)
         axis = layers.channel_axis(module, source.dim())
         columns = compact(companion.movedim(axis, 0), keep=(0,)).flatten(1)
@@ -345,6 +359,8 @@ class _Mode(TorchDispatchMode):
                 self._reduce(name, args, kwargs, companions[id(args[0])], results)
             elif name in operations.NORMALIZING:
                 self._scale(args, companions, results)
+            elif name in operations.LAYER_NORMS:
+                self._normalize_layers(name, args, companions, results)
             elif name in operations.PRODUCTS:
                 self._multiply(name, args, companions, results)
             elif name == "glu":
@@ -517,6 +533,8 @@ class _Mode(TorchDispatchMode):
             dims = [args[position] if len(args) > position and isinstance(args[position], int) and name != "topk" else args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)]
         dims = [dim % max(companion.dim(), 1) for dim in dims]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
+        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
+            return
         value = narrow.amax(dims, keepdim=True) if dims else narrow
         self.numbers.unify(value.expand_as(narrow), narrow)
         for result in results:
@@ -539,6 +557,23 @@ class _Mode(TorchDispatchMode):
                 self._put(result, own)
             elif result.dim() == 1 and len(result) == len(first):
                 self._put(result, first)
+
+    def _normalize_layers(
+        self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]
+    ) -> None:
+        """A layer norm: all entries of the last axes together, with a scale and a shift for each."""
+        own, count = companions[id(args[0])], len(args[1])
+        for other in args[2:4]:
+            if isinstance(other, Tensor):
+                self.numbers.unify(own, companions[id(other)].expand(own.shape))
+        if not (self.numbers.repeated and name in operations.REPEATABLE):
+            flat = compact(own, keep=range(own.dim() - count, own.dim())).flatten(own.dim() - count)
+            self.numbers.unify(flat.amax(-1, keepdim=True).expand_as(flat), flat)
+        for axis, size in enumerate(args[1]):
+            along = _along(own, own.dim() - count + axis)
+            if _numbered(along) and len(along) > 1:
+                self._note([size], [along])
+        self._put(results[0], own)
 
     def _multiply(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A matrix product: rows and columns keep their numbers where nothing along the contracted axis has any."""

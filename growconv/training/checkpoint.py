@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from growconv.errors import ArgumentTypeError, CheckpointError
 from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.network.optimizer import follow_ages
 
 FORMAT = "growconv checkpoint 1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -247,6 +248,7 @@ def restore(
     model.load_state_dict(found.model)
     if optimizer is not None and found.optimizer is not None:
         optimizer.load_state_dict(_with_tuples(found.optimizer, optimizer))
+        follow_ages([optimizer])
     if scheduler is not None and found.scheduler is not None:
         scheduler.load_state_dict(found.scheduler)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, GrowthError, SiteError, SurgeryError
-from growconv.network import blocks
 from growconv.network.apply import grow
 from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
 from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters
@@ -201,9 +200,3 @@ def test_refusals_come_before_anything_changes() -> None:
         with pytest.raises(kind, match=message):
             refused()
         assert same(everything(model), before), message
-
-
-def test_modules_describe_themselves() -> None:
-    for module in (nn.Conv1d(2, 3, 3, padding="same"), nn.Sequential(nn.Conv3d(2, 2, 1, bias=False), nn.Identity())):
-        again = blocks.built(blocks.described(module))
-        assert str(again) == str(module)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,14 @@ from torch import nn
 from growconv.errors import ArgumentValueError, CheckpointError, GrowthError, SurgeryError
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits, count_parameters
+from growconv.network.site import GrowthSite
 from tests.network import hand
-from tests.network.test_apply import everything, same
+from tests.network.test_apply import everything, interrupt_everywhere, same
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def surgery(model: nn.Module, site, optimizer=None) -> list[GrowthEvent]:
+def surgery(model: nn.Module, site: GrowthSite, optimizer: torch.optim.Optimizer | None = None) -> list[GrowthEvent]:
     """Grow twice and shrink once."""
     events = [grow(model, site, hand.growth(site, 2), 0.5, optimizer)]
     events.append(shrink(model, site, range(site.granularity, 2 * site.granularity), optimizer))
@@ -135,3 +137,35 @@ def test_histories_that_cannot_be_read_are_refused() -> None:
     history = GrowthHistory(surgery(model, site))
     with pytest.raises(CheckpointError, match="began with another model"):
         history.replay(model)
+
+
+def test_an_interrupt_in_a_replay_undoes_all_of_it() -> None:
+    model, _, site = hand.build("mlp")
+    fresh, example, _ = hand.build("mlp")
+    optimizer = torch.optim.Adam(fresh.parameters())
+    fresh(example).sum().backward()
+    optimizer.step()
+    event = grow(model, site, hand.growth(site, 1))
+    assert interrupt_everywhere(fresh, optimizer, lambda: apply_edits(fresh, event.edits, optimizer)) > 30
+
+
+def test_models_grow_in_threads_of_their_own() -> None:
+    built = [hand.build(name) for name in ("pair", "stream", "mlp", "depthwise") * 2]
+    expected = [model.eval()(example) for model, example, _ in built]
+    failures = []
+
+    def work(model: nn.Module, site: GrowthSite) -> None:
+        try:
+            for seed in range(5):
+                grow(model, site, hand.growth(site, 1, seed), 0.0, torch.optim.SGD(model.parameters(), lr=0.1))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(model, site)) for model, _, site in built]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for (model, example, _), output in zip(built, expected, strict=True):
+        torch.testing.assert_close(model(example), output, rtol=0, atol=1e-12)

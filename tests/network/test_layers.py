@@ -193,7 +193,7 @@ def test_sizes_and_sides() -> None:
     ) == (2, 0, 1)
     assert layers.described(torch.zeros(2, 3)) == "tensor (2, 3)"
     assert layers.described(linear).startswith("Linear(")
-    with pytest.raises(SiteError, match="no layer that channels lie on"):
+    with pytest.raises(SiteError, match="no layer of the kind"):
         layers.size(nn.ReLU(), OUT)
     with pytest.raises(SiteError, match="no such side"):
         layers.size(norm, OUT)

@@ -3,43 +3,48 @@
 `isinstance` on kinds of layers lives here alone. A new kind is one more adapter, named in `ADAPTERS`.
 """
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
-from growconv.network.layers.base import Adapter, Part, Removal, Slot
-from growconv.network.layers.factorized import Factorized
+from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
+from growconv.network.layers.factorized import Factorized, Rank
 from growconv.network.layers.norms import GroupNorm, Norm, PReLU
 from growconv.network.layers.weighted import Convolution, TransposedConvolution, Weighted
 from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_dropout", "is_norm", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended", "problem",
-    "set_outputs", "size", "weighted",
+    "has_side", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups",
+    "pretended", "problem", "ranks", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
+Kind = TypeVar("Kind", bound=Adapter)
 
 
 def _find(module: object) -> Adapter | None:
-    if not isinstance(module, nn.Module):
-        return None
-    return next((kind(module) for kind in ADAPTERS if kind.serves(module)), None)
+    return next((kind(module) for kind in ADAPTERS if isinstance(module, nn.Module) and kind.serves(module)), None)
+
+
+def _require(module: nn.Module, kind: type[Kind], expected: str) -> Kind:
+    found = _find(module)
+    if not isinstance(found, kind):
+        raise SiteError(
+            "this module is no layer of the kind that is needed", expected=expected, got=type(module).__name__
+        )
+    return found
 
 
 def adapter(module: nn.Module) -> Adapter:
-    """What knows a layer.
+    """What knows a layer that channels can lie on.
 
     Raises:
         SiteError: for a module that is no weighted layer, norm or PReLU.
     """
-    found = _find(module)
-    if found is None:
-        raise SiteError(
-            "no layer that channels lie on", got=type(module).__name__, expected="a convolution, linear layer or norm"
-        )
-    return found
+    return _require(module, Adapter, "a convolution, linear layer, norm or PReLU")
 
 
 def weighted(module: nn.Module) -> Weighted:
@@ -48,10 +53,7 @@ def weighted(module: nn.Module) -> Weighted:
     Raises:
         SiteError: for anything else.
     """
-    found = _find(module)
-    if not isinstance(found, Weighted):
-        raise SiteError("no layer with weights", got=type(module).__name__, expected="a convolution or linear layer")
-    return found
+    return _require(module, Weighted, "a convolution or linear layer")
 
 
 def norm(module: nn.Module) -> Norm:
@@ -60,12 +62,13 @@ def norm(module: nn.Module) -> Norm:
     Raises:
         SiteError: for anything else.
     """
+    return _require(module, Norm, "a batch, instance or group norm, or PReLU")
+
+
+def ranks(module: object) -> dict[str | None, Rank]:
+    """The ranks of a factorized convolution, by side; none for anything else."""
     found = _find(module)
-    if not isinstance(found, Norm):
-        raise SiteError(
-            "no norm layer", got=type(module).__name__, expected="a batch, instance or group norm, or PReLU"
-        )
-    return found
+    return found.ranks() if isinstance(found, Factorized) else {}
 
 
 def is_weighted(module: object) -> bool:
@@ -86,6 +89,11 @@ def is_dropout(module: object) -> bool:
 def is_transposed(module: object) -> bool:
     """True for a transposed convolution."""
     return isinstance(_find(module), TransposedConvolution)
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """True for torch's own Conv1d to Conv3d with a weight of its own."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in module._parameters
 
 
 def groups_of(module: object) -> int:
@@ -111,7 +119,11 @@ def size(module: nn.Module, side: str) -> int:
     Raises:
         SiteError: the layer has no such axis.
     """
-    return adapter(module).size(side)
+    found = adapter(module)
+    if side not in found.sides:
+        expected, got = " or ".join(found.sides), f"{side} of {type(module).__name__}"
+        raise SiteError("this layer has no such side", expected=expected, got=got)
+    return found.size(side)
 
 
 def channel_axis(module: nn.Module, ndim: int) -> int:

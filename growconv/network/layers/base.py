@@ -1,13 +1,12 @@
 """What the rest of network/ asks of a layer; one adapter a kind of layer answers it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from growconv.errors import SiteError
 from growconv.network.layout import Place
 from growconv.network.tensors import Insertion
 
@@ -113,25 +112,6 @@ class Adapter(ABC):
             if hasattr(parameter, "device_mesh"):
                 return f"{name} is sharded over devices"
         return None
-
-    def require(self, side: str) -> None:
-        """Check that the layer has a side.
-
-        Raises:
-            SiteError: it has none such.
-        """
-        if side not in self.sides:
-            raise SiteError(
-                "this layer has no such side",
-                expected=" or ".join(self.sides),
-                got=side,
-                where=type(self.module).__name__,
-            )
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The layer's parameters and buffers, by name."""
-        yield from self.module.named_parameters()
-        yield from self.module.named_buffers()
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:

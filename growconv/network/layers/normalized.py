@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from growconv.network.layers.base import Part, Removal, Slot, stored
+from growconv.network.layers.base import Part, Removal, Slot
 from growconv.network.tensors import without
 
 
@@ -34,18 +34,15 @@ class NormalizedWeight:
     length: str
     direction: str
 
-    def _lengths(self) -> Tensor:
-        return self._stored(self.length)
+    def _g(self) -> Tensor:
+        return self.module.get_parameter(self.length)
 
-    def _stored(self, name: str) -> Tensor:
-        found = stored(self.module, name)
-        if found is None:
-            raise AttributeError(f"{type(self.module).__name__} has no {name}")
-        return found
+    def _v(self) -> Tensor:
+        return self.module.get_parameter(self.direction)
 
     def effective(self) -> Tensor:
         """The weight that the layer multiplies with, in the way the layer stores it."""
-        return torch._weight_norm(self._stored(self.direction), self._lengths(), self.dim)
+        return torch._weight_norm(self._v(), self._g(), self.dim)  # pyright: ignore
 
     def slots(self, axis: int) -> list[Slot]:
         """The stored tensors that are as long as an axis of the weight."""
@@ -59,12 +56,12 @@ class NormalizedWeight:
         values, along = part.values, part.insertion.axis == self.dim
         if values is None:
             return [Part(slot.name, part.insertion, None) for slot in self.slots(part.insertion.axis)]
-        values = values.to(self._lengths())
+        values = values.to(self._g())
         if along:
             length = _norms(values, self.dim)
             direction = torch.where(length > 0, values, torch.ones_like(values))  # zeros have no direction: v/‖v‖
             return [Part(self.direction, part.insertion, direction), Part(self.length, part.insertion, length)]
-        g, v = self._lengths().detach(), self._stored(self.direction).detach()
+        g, v = self._g().detach(), self._v().detach()
         scale = torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
         return [Part(self.direction, part.insertion, values * scale)]
 
@@ -78,7 +75,7 @@ class NormalizedWeight:
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
         """Lengths of the old slices that leave the old entries of the weight alone; no direction where it was zero."""
-        g, v = self._lengths().detach(), self._stored(self.direction).detach()
+        g, v = self._g().detach(), self._v().detach()
         old = _norms(v, self.dim)
         inside = [
             p.values

@@ -29,7 +29,6 @@ class Norm(Adapter):
 
     def size(self, side: str) -> int:
         """Channels that it normalises."""
-        self.require(side)
         return int(getattr(self.module, self.count))
 
     def slots(self, side: str) -> list[Slot]:

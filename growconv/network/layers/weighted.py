@@ -51,7 +51,6 @@ class Weighted(Adapter):
 
     def size(self, side: str) -> int:
         """Channels or features that it writes or reads."""
-        self.require(side)
         return int(getattr(self.module, self.names[0 if side in (OUT, GROUP_OUT) else 1]))
 
     def channel_axis(self, ndim: int) -> int:
@@ -111,11 +110,15 @@ class Weighted(Adapter):
             What the layer would return, differentiable in x, weight and bias.
         """
         groups = self.groups if groups is None else groups
-        kind = parametrize.type_before_parametrizations(self.module)
-        twin: nn.Module = kind.__new__(kind)
+        kind: type[nn.Module] = parametrize.type_before_parametrizations(self.module)
+        twin = object.__new__(kind)
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
+        shape = self._turned(weight, groups).shape
+        extras |= {
+            name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()
+        }
         twin.__dict__["_parameters"] = {
             **self.module._parameters,
             **extras,
@@ -126,6 +129,10 @@ class Weighted(Adapter):
         if groups != self.groups:
             twin.__dict__["groups"] = groups
         return kind.forward(twin, x)
+
+    def stored(self, filters: Tensor) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
+        return self._turned(filters, self.groups)
 
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
@@ -141,7 +148,6 @@ class Weighted(Adapter):
 
     def slots(self, side: str) -> list[Slot]:
         """The weight; for outputs also the bias, and whatever else a subclass has for each output."""
-        self.require(side)
         own = [Slot("bias", 0)] if self.bias() is not None else []
         own += [Slot(name, 0) for name, _ in self._extras()]
         if side == GROUP_IN and not self.transposed:
@@ -150,23 +156,36 @@ class Weighted(Adapter):
             return own
         axis = 0 if self._listed(side) else 1
         weights = [Slot("weight", axis)] if self._normalized is None else self._normalized.slots(axis)
+        weights += [Slot(name, axis) for name, _ in self._alike()]
         return weights if side in (IN, GROUP_IN) else [*weights, *own]
 
     def _extras(self) -> Iterable[tuple[str, Tensor]]:
         """Further tensors of a subclass with one entry for each output, as the gain of a standardised convolution."""
         for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
-            if tensor is None or name in ("weight", "bias") or not tensor.dim() or self._normalized is not None:
+            if tensor is None or name in ("weight", "bias") or self._normalized is not None:
                 continue
-            if tensor.numel() == len(tensor) == self.size(OUT):
+            if tensor.is_floating_point() and tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
+                yield name, tensor
+
+    def _alike(self) -> Iterable[tuple[str, Tensor]]:
+        """Further tensors of a subclass with one entry for each weight, as the mask of a pruned convolution."""
+        weight = stored(self.module, "weight")
+        for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
+            if tensor is None or tensor is weight or weight is None or self._normalized is not None:
+                continue
+            if tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape == weight.shape:
                 yield name, tensor
 
     def problem(self) -> str | None:
         """Also: parameters that are not known to belong to the outputs."""
-        reason = problem(self.module) or super().problem()
-        known = {"weight", "bias", *(name for name, _ in self._extras()), *(slot.name for slot in self.slots(OUT))}
-        known |= {slot.name for slot in self.slots(IN)} | {"" if self._normalized is None else self._normalized.length}
-        strange = [name for name, tensor in self.tensors() if name not in known and tensor.numel() > 1]
-        return reason or (f"nobody knows which channels its {strange[0]} belongs to" if strange else None)
+        reason = super().problem() or problem(self.module)
+        if reason:
+            return reason
+        known = {"weight", "bias", *(slot.name for side in (OUT, IN) for slot in self.slots(side))}
+        known |= set() if self._normalized is None else {self._normalized.length}
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        strange = [name for name, tensor in tensors if name not in known and tensor.numel() > 1]
+        return f"nobody knows which channels its {strange[0]} belongs to" if strange else None
 
     def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
         """New entries along outputs or inputs.
@@ -176,23 +195,11 @@ class Weighted(Adapter):
             places: where they come, along all channels of that side; inside every group for a grouped convolution.
             values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
         """
-        weight = values.get("weight")
-        ranks = self._ranks(side, places)
-        parts: list[Part] = []
-
-        def block(place: Place) -> Tensor:
-            rows = weight[list(place.entries)] if side == OUT else self._columns(weight, place, ranks)
-            return rows.transpose(0, 1) if self.transposed else rows
-
-        if self._listed(side):
-            for place in places:
-                insertion = Insertion(0, place.position, len(place.entries))
-                parts.append(Part("weight", insertion, None if weight is None else block(place)))
-        else:
-            for position, shares in self._shares(side, places).items():
-                insertion = Insertion(1, position, len(shares[0].entries))
-                blocks = None if weight is None else torch.cat([block(place) for place in shares])
-                parts.append(Part("weight", insertion, blocks))
+        weight, parts = values.get("weight"), []
+        for position, shares in self._shares(side, places).items():
+            insertion = Insertion(0 if self._listed(side) else 1, position, len(shares[0].entries))
+            blocks = [] if weight is None else [self._block(side, place, places, weight) for place in shares]
+            parts.append(Part("weight", insertion, torch.cat(blocks) if blocks else None))
         return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
@@ -209,33 +216,30 @@ class Weighted(Adapter):
         inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
         for size, places in ((inputs, places_in), (outputs, places_out)):
             if any(place.position % size or len(place.entries) % size for place in places):
-                raise SurgeryError(
-                    "groups come as a whole, between others", expected=f"multiples of {size}", got=places
-                )
-        weight = values.get("weight")
+                expected = f"multiples of {size}"
+                raise SurgeryError("groups come as a whole, between others", expected=expected, got=places)
         if not self.transposed:
-            parts = [
-                Part(
-                    "weight",
-                    Insertion(0, each.position, len(each.entries)),
-                    None if weight is None else weight[list(each.entries)],
-                )
-                for each in places_out
-            ]
-            return self._as_stored(parts) + self._per_output(places_out, values)
+            return self.insertions(OUT, places_out, values)
+        weight, parts = values.get("weight"), []
         written = [entry for place in places_out for entry in place.entries]
-        parts, first = [], 0
         for place in places_in:
             count = len(place.entries) // inputs
-            rows = None
-            if weight is not None:
-                rows = self._turned(weight[written[first * outputs : (first + count) * outputs]], count)
+            own, written = written[: count * outputs], written[count * outputs :]
+            rows = None if weight is None else self._turned(weight[own], count)
             parts.append(Part("weight", Insertion(0, place.position, len(place.entries)), rows))
-            first += count
         return self._as_stored(parts) + self._per_output(places_out, values)
 
     def _as_stored(self, parts: list[Part]) -> list[Part]:
-        return parts if self._normalized is None else self._normalized.parts(parts)
+        """New entries of the weight as the layer stores them; tensors with an entry for each weight get their mean."""
+        if self._normalized is not None:
+            return self._normalized.parts(parts)
+        beside = []
+        for name, tensor in self._alike():
+            for part in parts:
+                shape = list(tensor.shape)
+                shape[part.insertion.axis] = part.insertion.count
+                beside.append(Part(name, part.insertion, tensor.detach().mean().expand(shape)))
+        return parts + beside
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
         """Lengths of weight-normalized filters that got longer or shorter."""
@@ -262,13 +266,7 @@ class Weighted(Adapter):
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Numbers of channels, and of groups where whole groups come or go."""
-        outputs = added.get(OUT, 0) + added.get(GROUP_OUT, 0)
-        inputs = added.get(IN, 0) + added.get(GROUP_IN, 0)
-        found = {}
-        if outputs:
-            found[self.names[0]] = self.size(OUT) + outputs
-        if inputs:
-            found[self.names[1]] = self.size(IN) + inputs
+        found = {self.names[side in (IN, GROUP_IN)]: self.size(side) + more for side, more in added.items()}
         if added.get(GROUP_IN):
             found["groups"] = self.groups + added[GROUP_IN] * self.groups // self.size(IN)
         return found
@@ -282,36 +280,36 @@ class Weighted(Adapter):
                 bias = values.get("bias")
                 parts.append(Part("bias", insertion, None if bias is None else bias[entries]))
             for name, tensor in self._extras():
-                mean = tensor.detach().to(torch.get_default_dtype()).mean(0, keepdim=True)
-                parts.append(Part(name, insertion, mean.expand(len(entries), *tensor.shape[1:])))
+                parts.append(
+                    Part(name, insertion, _widened(tensor.detach(), len(tensor) + len(entries))[len(tensor) :])
+                )
         return parts
 
     def _group(self, side: str, place: Place) -> int:
         """The group that new entries at the end of its share belong to."""
         return (place.position - 1) * self.groups // self.size(side)
 
-    def _ranks(self, side: str, places: Sequence[Place]) -> dict[int, int]:
-        """Of each new entry its number among those of its group: its column among the new ones."""
-        ranks: dict[int, int] = {}
-        for group in range(self.groups):
-            own = sorted(e for place in places if self._group(side, place) == group for e in place.entries)
-            ranks |= {entry: rank for rank, entry in enumerate(own)}
-        return ranks
-
-    def _columns(self, weight: Tensor, place: Place, ranks: Mapping[int, int]) -> Tensor:
-        """The columns of a place's entries, for the outputs that read them."""
-        rows = self.size(OUT) // self.groups
-        group = self._group(IN, place)
-        return weight[group * rows : (group + 1) * rows, [ranks[entry] for entry in place.entries]]
+    def _block(self, side: str, place: Place, places: Sequence[Place], weight: Tensor) -> Tensor:
+        """The new filters or columns that come at one place, as stored."""
+        entries = list(place.entries)
+        if side == IN:  # columns of its own group, for the outputs that read it
+            group, rows = self._group(IN, place), self.size(OUT) // self.groups
+            own = sorted(entry for each in places if self._group(IN, each) == group for entry in each.entries)
+            column = {entry: index for index, entry in enumerate(own)}
+            found = weight[group * rows : (group + 1) * rows, [column[entry] for entry in entries]]
+        else:
+            found = weight[entries]
+        return found.transpose(0, 1) if self.transposed else found
 
     def _shares(self, side: str, places: Sequence[Place]) -> dict[int, list[Place]]:
-        """The places by their position within a group, one for each group.
+        """The places by their position along the stored axis; where groups share that axis, one for each group.
 
         Raises:
             SurgeryError: not every group gets the same.
         """
-        size = self.size(side) // self.groups
-        shares: dict[int, list[Place]] = {}
+        if self._listed(side):
+            return {place.position: [place] for place in places}
+        size, shares = self.size(side) // self.groups, {}
         for place in places:
             shares.setdefault(place.position - self._group(side, place) * size, []).append(place)
         for found in shares.values():
@@ -321,7 +319,6 @@ class Weighted(Adapter):
                     "every group of a grouped convolution has to get the same number of new channels",
                     expected=f"equal shares for {self.groups} groups",
                     got={place.position: len(place.entries) for place in places},
-                    where=type(self.module).__name__,
                 )
         return shares
 
@@ -351,11 +348,5 @@ class TransposedConvolution(Convolution):
 
 def _widened(tensor: Tensor, rows: int) -> Tensor:
     """A tensor with one entry for each output, for another number of outputs: further ones have the mean."""
-    if len(tensor) == rows:
-        return tensor
-    mean = tensor.mean(0, keepdim=True)
-    return (
-        torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
-        if rows > len(tensor)
-        else mean.expand(rows, *tensor.shape[1:])
-    )
+    mean = tensor.mean(0, keepdim=True).expand(rows, *tensor.shape[1:])
+    return mean if rows < len(tensor) else torch.cat([tensor, mean[len(tensor) :]])

@@ -1,0 +1,306 @@
+"""The new entries that a proposal gives every layer, checked, and in the shapes of the model as it is now.
+
+A proposal may be older than the model: where neighbours have grown since it was solved, its weights on their new
+channels are zero; where they have shrunk, or nobody can tell, it is refused.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from growconv.errors import SurgeryError
+from growconv.network import layers
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
+from growconv.network.model import attribute
+from growconv.network.proposal import ChannelGrowth
+from growconv.network.site import Site
+
+AGAIN = "solve again on statistics of the model as it is now"
+
+
+class NewEntries:
+    """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
+
+    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
+        self.site, self.growth, self.amplitude = site, growth, amplitude
+
+    def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
+        """By tensor name, for a path and side."""
+        entries = self.site.layout.per_unit((path, side), self.site.space) * self.growth.channels
+        entries //= self.site.granularity
+        if path in self.site.layout.dims:
+            return {"": self._bare(path, entries)}
+        if side == ENTRY:
+            return self._normalised(path, entries)
+        return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
+
+    def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"incoming weights of {path}"
+        weight = self._given(self.growth.incoming, path, label)
+        found = {"weight": self._fitted(weight, layer.shape(OUT, entries), label, 1, (path, IN), layer.groups)}
+        if layer.bias() is not None:
+            label = f"incoming bias of {path}"
+            found["bias"] = self._fitted(self._given(self.growth.incoming_bias, path, label), (entries,), label)
+        elif path in self.growth.incoming_bias:
+            raise SurgeryError(
+                "a bias was given for a layer without one", where=path, fix="leave it out of incoming_bias"
+            )
+        return found
+
+    def _consumed(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"outgoing weights of {path}"
+        weight = self._given(self.growth.outgoing, path, label)
+        weight = self._fitted(weight, layer.shape(IN, entries), label, 0, (path, OUT))
+        return {"weight": weight.to(layer.filters().dtype) * self.amplitude}
+
+    def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
+        """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
+        norm, growth = layers.norm(self.site.model.get_submodule(path)), self.growth
+        old = self._copied(path, ENTRY)
+        if old is not None:
+            return {slot.name: tensor_at(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
+        zeros = torch.zeros(growth.channels, dtype=torch.float64)
+        moments = growth.norms.get(path, (zeros, zeros + 1))
+        given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
+        names = ("mean", "variance", "norm_scale")
+        mean, variance, scale = (
+            self._per_entry(value, entries, f"{name} for {path}") for name, value in zip(names, given, strict=True)
+        )
+        if bool((variance < 0).any()):
+            raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=float(variance.min()))
+        return norm.transparent(mean, variance, scale)
+
+    def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        old = self._copied(path, GROUP_OUT)
+        if old is not None:
+            bias = layer.bias()
+            return {"weight": layer.filters().detach()[old]} | ({} if bias is None else {"bias": bias.detach()[old]})
+        filters = self.growth.carried.get(path)
+        if filters is None:
+            return {"weight": layer.identity(entries)}
+        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), f"new filters of {path}")}
+
+    def _bare(self, path: str, entries: int) -> Tensor:
+        """New entries of a bare tensor, its channel axis in front."""
+        site, growth = self.site, self.growth
+        tensor = tensor_at(site.model, path).detach()
+        front = tensor.movedim(site.layout.dims[path], 0)
+        shape = (entries, *front.shape[1:])
+        old = self._copied(path, ENTRY)
+        if old is not None:
+            return front[old]
+        if path in site.producers:
+            given = self._given(growth.incoming, path, "incoming entries")
+            return self._fitted(_padded(given, shape), shape, f"incoming entries of {path}")
+        if path in site.consumers:
+            given = self._given(growth.outgoing, path, "outgoing entries").movedim(1, 0)
+            return self._fitted(_padded(given, shape), shape, f"outgoing entries of {path}") * self.amplitude
+        if path in growth.entries:
+            return self._fitted(growth.entries[path], shape, f"new entries of {path}")
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return front[-1:].expand(shape)
+        return front[site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
+
+    def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
+        """A value a channel, or one an entry, as one an entry."""
+        if value.shape == (self.growth.channels,) and entries % self.growth.channels == 0:
+            value = value.repeat_interleave(entries // self.growth.channels)
+        return self._fitted(value, (entries,), label)
+
+    def _copied(self, path: str, side: str) -> list[int] | None:
+        """The old entries that the new ones copy, channel by channel; None where they are no copies."""
+        if self.growth.copied_from is None:
+            return None
+        channels, size = self.growth.copied_from.tolist(), self.site.granularity
+        per_unit = self.site.layout.per_unit((path, side), self.site.space)
+        if per_unit % size:  # channels of a unit share entries
+            channels, size = [channel // size for channel in channels[::size]], 1
+        own, old = per_unit // size, self.site.entries(path, side)
+        return [old[channel * own + each] for channel in channels for each in range(own)]
+
+    def _given(self, weights: Mapping[str, Tensor], path: str, label: str) -> Tensor:
+        if path not in weights:
+            expected = f"a tensor for {path}"
+            raise SurgeryError(f"the proposal has no {label}", where=path, expected=expected, got=", ".join(weights))
+        return weights[path]
+
+    def _fitted(
+        self, tensor: Tensor, shape: tuple[int, ...], label: str, axis: int = 0, key: Key | None = None, groups: int = 1
+    ) -> Tensor:
+        """A proposed tensor of the shape that the model needs now; neighbours that grew in the meantime get zeros."""
+        require_finite(tensor, label, self.site)
+        tensor = tensor.detach()
+        if key is not None and tensor.dim() == len(shape):
+            at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
+            if at != list(range(shape[axis])):
+                size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
+                tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
+        if tuple(tensor.shape) != tuple(shape):
+            raise _misshapen(label, self.site, tuple(shape), tuple(tensor.shape))
+        return tensor
+
+
+def _misshapen(label: str, site: Site, expected: object, got: object) -> SurgeryError:
+    return SurgeryError(f"the {label} have the wrong shape", where=site.name, expected=expected, got=got, fix=AGAIN)
+
+
+def positions_now(
+    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
+) -> list[int]:
+    """Where the entries that an axis had once lie now.
+
+    Args:
+        site: whose layout tells it.
+        key: the axis.
+        length: how many entries it had.
+        units: how many units each space had then; where it says nothing, it is read off `length`.
+        label: what has that length, for the message.
+        groups: positions within a group, where the length is that of one.
+
+    Returns:
+        `length` positions along the axis as it is now.
+
+    Raises:
+        SurgeryError: channels have gone since, or the length leaves in doubt which ones have come.
+    """
+    sizes, layout = site.sizes, site.layout
+    size, runs = sizes(key) // groups, layout.axes.get(key, ())
+    wrong = _misshapen(label, site, f"{size} entries for {key[0]} ({key[1]})", length)
+    if not runs:
+        if length != size:
+            raise wrong
+        return list(range(length))
+    now = {run.space: layout.units(run.space, sizes) for run in runs if run.space is not None}
+    then = {space: units.get(space, now[space]) for space in now}
+    if len(now) == 1 and not set(now) & set(units):
+        (space,) = now
+        fewer, rest = divmod((size - length) * groups, layout.per_unit(key, space))
+        then = {space: now[space] - fewer - bool(rest)}
+    for space in now:
+        if then[space] > now[space]:
+            owners = " + ".join(path for path, side in layout.keys(space) if side == OUT)
+            raise SurgeryError(
+                f"channels that the {label} belong to have been taken away since",
+                where=f"{site.name}: {key[0]}",
+                expected=f"at least {then[space]} units of {owners or key[0]}",
+                got=now[space],
+                fix=AGAIN,
+            )
+    if then == now and length == size:
+        return list(range(length))
+    owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
+    if len(owners_then) != length * groups:
+        raise wrong
+    place = {owner: at for at, owner in enumerate(owners_now)}
+    fixed = iter([at for at, owner in enumerate(owners_now) if owner[0] < 0])  # they never grow
+    found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
+    inside = [[at - group * size for at in found[group * length : (group + 1) * length]] for group in range(groups)]
+    if any(each != inside[0] for each in inside):
+        raise SurgeryError(f"the groups that the {label} belong to have grown unequally", where=key[0], fix=AGAIN)
+    return inside[0]
+
+
+def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros behind the entries of every axis: slices of a kernel whose other rank has grown since, at its end."""
+    if values.dim() != len(shape) or any(mine > now for mine, now in zip(values.shape, shape, strict=True)):
+        return values
+    return F.pad(values, [side for m, n in zip(values.shape[::-1], shape[::-1], strict=True) for side in (0, n - m)])
+
+
+def require_finite(tensor: Tensor, label: str, site: Site) -> None:
+    """Check that a proposed tensor is a tensor of finite numbers.
+
+    Raises:
+        SurgeryError: naming it by `label`.
+    """
+    if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
+        got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
+
+
+def _producers(site: Site, space: int) -> str:
+    return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
+
+
+def check_proposal(site: Site, growth: ChannelGrowth) -> None:
+    """Refuse a proposal for another site, for layers that it does not have, or for an impossible number of channels."""
+    if growth.site != site.name:
+        raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
+    for label, given, allowed in (
+        ("incoming", growth.incoming, site.producers),
+        ("outgoing", growth.outgoing, site.consumers),
+        ("norms", growth.norms, site.followers),
+        ("carried", growth.carried, site.followers),
+        ("entries", growth.entries, site.followers),
+    ):
+        extra = set(given) - set(allowed)
+        if extra:
+            raise SurgeryError(
+                f"{label} names layers that are not part of the site",
+                where=site.name,
+                expected=", ".join(allowed) or "none",
+                got=", ".join(sorted(extra)),
+            )
+    if not growth.incoming:
+        raise SurgeryError("the proposal has no incoming weights", where=site.name, expected=", ".join(site.producers))
+    if growth.channels < 1 or growth.channels % site.granularity:
+        raise SurgeryError(
+            "this number of channels cannot be added",
+            where=site.name,
+            expected=f"a positive multiple of {site.granularity}" if site.granularity > 1 else "at least 1",
+            got=growth.channels,
+            fix=f"ask for {site.growable_channels(max(growth.channels, 1))} channels",
+        )
+    index = growth.copied_from
+    if index is not None and (index.shape != (growth.channels,) or index.min() < 0 or index.max() >= site.width):
+        raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
+
+
+def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) -> Tensor:
+    """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
+    owner, _, name = path.rpartition(".")
+    label = f"new values of {path}"
+    tensor, module = tensor_at(site.model, path), site.model.get_submodule(owner)
+    if layers.stored(module, name) is None:
+        raise SurgeryError(
+            "this weight is computed from others, and cannot be replaced",
+            where=path,
+            fix="use a method that leaves old weights as they are, or store the weight as it is",
+        )
+    require_finite(replacement, label, site)
+    if replacement.dim() != tensor.dim():
+        raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
+    keys: dict[int, tuple[Key, int]] = {site.layout.dims.get(path, -1): ((path, ENTRY), 1)}
+    for side in (OUT, IN, ENTRY, GROUP_OUT, GROUP_IN):
+        if (owner, side) in site.layout.axes and layers.has_side(module, side):
+            for slot in layers.adapter(module).slots(side):
+                if slot.name == name:
+                    keys.setdefault(slot.axis, ((owner, side), layers.groups_of(module) if slot.axis else 1))
+    result, where = tensor.detach().clone(), []
+    for axis, length in enumerate(replacement.shape):
+        at = list(range(length))
+        if axis in keys:
+            at = positions_now(site, keys[axis][0], length, growth.units, label, keys[axis][1])
+        elif length != tensor.shape[axis]:
+            raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
+        where.append(torch.tensor(at).view([-1 if each == axis else 1 for each in range(tensor.dim())]))
+    result[tuple(where)] = replacement.detach().to(result)
+    return result
+
+
+def tensor_at(model: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer of a model.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    try:
+        found = attribute(model, path)
+    except AttributeError:
+        found = None
+    if not isinstance(found, Tensor):
+        raise SurgeryError("this parameter does not exist", where=path, fix="name parameters or buffers of the model")
+    return found
