@@ -170,4 +170,10 @@ def not_rewritable(site: GrowthSite, *paths: str) -> str | None:
     for path in paths:
         if not layers.weighted(site.model.get_submodule(path)).rewritable:
             return f"the weight of {path} is computed from others, and the method gives old weights other values"
-    return None
+    return not_plain(site, *paths)
+
+
+def not_plain(site: GrowthSite, *paths: str) -> str | None:
+    """Which of some layers does not multiply with its weight as it is; None where all do."""
+    found = next((path for path in paths if not layers.weighted(site.model.get_submodule(path)).plain), None)
+    return None if found is None else f"{found} has a forward of its own, which makes another weight of the stored one"
