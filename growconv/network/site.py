@@ -11,7 +11,7 @@ from torch import nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, IN, OUT, Key, Layout, Place, Sizes
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
 from growconv.network.model import attribute, unwrapped
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
@@ -182,6 +182,8 @@ class GrowthSite(Site):
                     return f"{step.name} between {route.producer} and {route.consumer} has no closed form"
                 if isinstance(step, Pool) and step.geometry.ceil_mode:
                     return "a pooling with ceil_mode lies in between"
+                if isinstance(step, Depthwise) and self.ratio(step.path, GROUP_IN) != self.ratio(step.path, GROUP_OUT):
+                    return f"{step.path} gives several outputs for each of its inputs"
                 if isinstance(step, Depthwise) and self.granularity > 1:
                     return f"{step.path} is grouped, so new channels come in groups"
         return None

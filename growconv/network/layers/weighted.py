@@ -138,6 +138,22 @@ class Weighted(Adapter):
         """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
         return self._turned(filters, self.groups)
 
+    def as_stored(self, filters: Tensor) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
+        return self._turned(filters, self.groups)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer multiplies with its stored weight, and not with what a forward of its own makes of it."""
+        kind = parametrize.type_before_parametrizations(self.module)
+        methods = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+        return all(each is None or each.__module__.startswith("torch.") for each in methods)
+
+    @property
+    def rewritable(self) -> bool:
+        """Whether the weight is a parameter of its own, so that old entries can be given other values."""
+        return self.module._parameters.get("weight") is not None
+
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
         if not self.transposed:
