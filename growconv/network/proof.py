@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from growconv.errors import GrowthError
 from growconv.network import layers
-from growconv.network.apply import grow
+from growconv.network.exchange import exchange, refresh
 from growconv.network.layout import IN, OUT
 from growconv.network.model import tensors_in
+from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
@@ -137,10 +138,10 @@ class Proof:
             for number in part:
                 site = self.sites[number].of(twin)
                 channels = more[number] * site.granularity
-                if site.copied:
-                    grow(twin, site, copied_growth(site, channels))
-                else:
-                    grow(twin, site, silent_growth(site, channels), 0.0)
+                growth = copied_growth(site, channels) if site.copied else silent_growth(site, channels)
+                plan = plan_growth(site, growth)
+                exchange(twin, plan.changes, plan.attributes, ())
+            refresh(twin)
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
         for place, old in before.items():

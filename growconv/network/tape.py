@@ -9,6 +9,7 @@ read like a program without side effects, and run again with true writes in plac
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -63,7 +64,7 @@ class Operation:
         """Name without namespace and overload: "relu_"."""
         return operation_name(self.func)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it is given."""
         return tuple(leaf.value for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
