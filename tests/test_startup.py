@@ -55,3 +55,12 @@ def test_the_version_has_one_source():
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "growconv/__init__.py"
     assert importlib.metadata.version("growconv") == growconv.__version__
+
+
+def test_a_run_loads_no_more_than_it_needs(tmp_path):
+    options = "trainer.epochs=1 data.limit=64 growth.times=1 growth.samples=32 growth.batch_size=16 baselines=[]"
+    arguments = [*options.split(), "report=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    loaded = loaded_after(f"from growconv.cli import main\nif main({arguments}): raise SystemExit(1)")
+    assert "growconv.training.loop" in loaded
+    heavy = {"torch._dynamo", "torchmetrics", "transformers", "lightning_fabric", "sklearn", "matplotlib", "wandb"}
+    assert not loaded & heavy
