@@ -60,6 +60,8 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
         print(f"data: {sizes}", flush=True)
     named = baselines(config, sweep)
     title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
+    if sweep:
+        title = directory.name  # what tells the run from the others
     results = [(title, run_one(config, directory, devices, dataset, title, resume))]
     for name in named:
         fixed, title = baseline_config(config, name), f"fixed {name}"

@@ -71,8 +71,10 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, state="" if accuracy is None else f"val {100 * accuracy:.2f}%")
 
     def epoch(self, state: Mapping[str, Any]) -> None:
-        """Print the line of a finished epoch."""
-        self.say(describe(state, self.console.width if self.console.is_terminal else None))
+        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side."""
+        label = "" if self.mode == "bar" else f"{self.title}  "
+        width = self.console.width - len(label) if self.console.is_terminal else None
+        self.say(label + describe(state, width))
 
     def events(self, step: int, events: Sequence[GrowthEvent]) -> None:
         """Print what one growth round did."""
@@ -91,7 +93,7 @@ def describe(state: Mapping[str, Any], width: int | None = None) -> str:
 
     Args:
         state: the numbers.
-        width: characters of the line; what does not fit is left out, from the end. None leaves nothing out.
+        width: characters of the line; what does not fit after epoch and loss is left out. None leaves nothing out.
     """
     digits = len(str(state["epochs"]))
     parts = [f"epoch {state['epoch']:>{digits}}/{state['epochs']}", f"loss {state['train_loss']:.4f}"]
@@ -104,7 +106,7 @@ def describe(state: Mapping[str, Any], width: int | None = None) -> str:
     if state.get("next_growth") is not None:
         parts.append(f"grows at {state['next_growth']}")
     parts.append(f"{si(state['train_flops'])}FLOP")
-    while width is not None and len("  ".join(parts)) > width:
+    while width is not None and len("  ".join(parts)) > width and len(parts) > 2:
         parts.pop()
     return "  ".join(parts)
 
