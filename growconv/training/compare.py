@@ -6,15 +6,16 @@ Runs that differ only in their seed are one line. What cannot be compared is lef
 import argparse
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from growconv.training.comparison import FIGURES, Comparison, Difference, Group, compare
 from growconv.training.plots import draw_comparison, save_figure
+from growconv.training.terminal import make_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,18 +158,29 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _print(comparison: Comparison, output: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
-    heading, *body = table_rows(comparison)
-    table = Table(title="mean ± std over seeds; differences paired by seed, 95 % intervals")
-    for index, name in enumerate(heading):
-        table.add_column(escape(name), justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    """The table, in two parts where the terminal is too narrow for one: accuracies, then what they cost."""
+    console = make_console()
+    rows = table_rows(comparison)
+    every = range(len(rows[0]))
+    costs = every[2 + sum(figure.endswith("accuracy") for figure in FIGURES) : -1]
+    halves = [[column for column in every if column not in costs], [0, *costs]]
+    whole = _table(rows, every)
+    fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
+    console.print("mean ± std over seeds; differences paired by seed, 95 % intervals")
+    for table in [whole] if fits else [_table(rows, half) for half in halves]:
+        console.print(table)
     for note in comparison.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {note}", markup=False)
     for path, reason in comparison.left_out:
-        console.print(f"left out: {escape(path)}: {escape(reason)}")
-    console.print(f"written to {escape(str(output))}: comparison.md, comparison.csv, runs.csv, comparison.svg, .png")
+        console.print(f"left out: {path}: {reason}", markup=False)
+    console.print(f"written to {output}: comparison.md, comparison.csv, runs.csv, comparison.svg, .png", markup=False)
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> Table:
+    """Some columns of the rows, the first of which is the heading."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in columns:
+        table.add_column(escape(rows[0][column]), justify="left" if column == 0 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(escape(row[column]) for column in columns))
+    return table

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from growconv.errors import ArgumentValueError, CheckpointError
 from growconv.training.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, read_run
@@ -123,6 +122,8 @@ def paired_difference(differences: Sequence[float]) -> Difference | None:
     mean = float(values.mean())
     if values.size < 2:
         return Difference(mean, math.nan, math.nan, 1)
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
     return Difference(mean, mean - half, mean + half, int(values.size))
 

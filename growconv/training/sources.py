@@ -9,8 +9,9 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +35,12 @@ class RawData(NamedTuple):
 
 def digits() -> RawData:
     """scikit-learn's 1797 handwritten digits, 8×8, levels 0 to 16; every fifth one is for the test."""
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
-    inputs = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    targets = torch.from_numpy(bunch.target.astype(np.int64))
+    package = find_spec("sklearn")  # only its file: importing sklearn.datasets takes as long as importing torch
+    if package is None or package.origin is None:
+        raise DataError("scikit-learn is not installed", where="data=digits", fix="pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    inputs = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(table[:, -1].astype(np.int64))
     test = torch.zeros(len(targets), dtype=torch.bool)
     test[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))[: len(targets) // 5]] = True
     return RawData(inputs[~test], targets[~test], inputs[test], targets[test], 10)
