@@ -2,12 +2,13 @@
 
 growconv data=fashion_mnist model=resnet20 growth=functional
 growconv -m growth=tiny,random seed=0,1,2
-growconv resume=RUN_DIR
+growconv resume=RUN_DIR [trust=true]
 growconv sites model=resnet20
 growconv compare RUN_DIR...
 growconv report RUN_DIR
 """
 
+import argparse
 import hashlib
 import logging
 import os
@@ -63,23 +64,27 @@ def train(config: DictConfig) -> float:
     return float(run(values, context.runtime.output_dir, sweep=sweep)["best_val_accuracy"])
 
 
-def resume(directory: str, overrides: Sequence[str]) -> None:
+def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> None:
     """Go on with a run where it stopped.
 
     Args:
         directory: the run directory.
         overrides: further overrides; only settings that change no number may differ.
+        trust: whether its config may run code from anywhere and reach the hosts that it names.
 
     Raises:
         CheckpointError: no run lies there, or an override differs from its config.
+        ConfigError: its config asks for what `training.trust` refuses.
     """
     from growconv.training.experiment import run
     from growconv.training.rundir import RunDirectory
+    from growconv.training.trust import require_trusted
 
-    stored = RunDirectory(directory).config()
+    files = RunDirectory(directory)
+    stored = files.config()
     settings.require_complete(stored, directory)
     wanted = settings.plain(settings.compose(list(overrides)))
-    asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
+    asked = {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
     changed = [
         line
         for line in settings.differences(stored, wanted)
@@ -92,9 +97,14 @@ def resume(directory: str, overrides: Sequence[str]) -> None:
             got="\n    ".join(["", *changed]),
             fix=f"resume it as it was (growconv resume={directory}), or start a new run",
         )
-    for key in settings.FREE_ON_RESUME:
-        if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in asked):
-            _copy_setting(wanted, stored, key.split("."))
+    for name in asked:
+        for free in settings.FREE_ON_RESUME:
+            if name == free or name.startswith(f"{free}."):
+                _copy_setting(wanted, stored, name.split("."))
+            elif free.startswith(f"{name}."):
+                _copy_setting(wanted, stored, free.split("."))
+    if not trust:
+        require_trusted(stored, files.config_file, wanted, asked)
     run(stored, directory, resume=True)
 
 
@@ -174,15 +184,32 @@ def _dispatch(arguments: list[str]) -> int:
         from growconv.training.report import main as report
 
         return report(arguments[1:]) or 0
+    trust = "trust=true" in arguments
+    arguments = [argument for argument in arguments if argument not in ("trust=true", "trust=false")]
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if resumed:
         others = [argument for argument in arguments if argument not in resumed]
         if len(resumed) > 1 or any(argument.startswith("-") for argument in others):
             raise ConfigError("one run is resumed at a time", where="resume", got=" ".join(arguments))
-        resume(resumed[0].removeprefix("resume="), others)
+        resume(resumed[0].removeprefix("resume="), others, trust)
         return 0
+    if not trust:
+        _require_trusted_path(arguments)
     _with_hydra(arguments)
     return 0
+
+
+def _require_trusted_path(arguments: list[str]) -> None:
+    """Look into the config that --config-path names, as the command in a report does, before Hydra acts on it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn", default="config")
+    given, others = parser.parse_known_args(arguments)
+    if given.config_path is not None:
+        from growconv.training.trust import require_trusted_file
+
+        file = Path(given.config_path) / f"{given.config_name.removesuffix('.yaml')}.yaml"
+        require_trusted_file(file, {argument.split("=")[0].lstrip("+") for argument in others})
 
 
 def _with_hydra(arguments: list[str]) -> None:

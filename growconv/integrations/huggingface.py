@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.history import GrowthHistory
@@ -135,7 +142,8 @@ def load_grown(kind: type[Model], folder: str | Path) -> Model:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError("no weights to load", expected=weights, where=str(folder), fix="save with safetensors")
-    config = AutoConfig.from_pretrained(folder)
+    # The class's own config, never one that config.json names: no code of a stranger is asked for, let alone run.
+    config = (kind.config_class or PretrainedConfig).from_pretrained(folder, local_files_only=True)
     saved = getattr(config, ENTRY, None)
     if saved is None:
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """Growth inside a PyTorch Lightning training run."""
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,15 @@ def load_grown(module: Module, path: str | Path) -> Module:
     """
     from lightning_fabric.utilities.cloud_io import _load
 
-    checkpoint = _load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = _load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            "This checkpoint is damaged, or holds more than numbers.",
+            where=str(path),
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="keep objects out of what save_hyperparameters stores; load a file that you trust with Lightning itself",
+        ) from error
     restore_growth(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module

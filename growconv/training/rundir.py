@@ -76,15 +76,19 @@ class RunDirectory:
             write_atomically(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             write_atomically(self.path / "environment.json", json.dumps(versions, indent=2) + "\n")
 
+    @property
+    def config_file(self) -> Path:
+        """Where the run's config lies."""
+        early = self.path / ".hydra" / CONFIG  # all there is of a run that was killed in its very first moments
+        return early if early.is_file() and not (self.path / CONFIG).is_file() else self.path / CONFIG
+
     def config(self) -> dict[str, Any]:
         """The config of the run that lies here.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        path = self.path / CONFIG
-        if not path.is_file() and (self.path / ".hydra" / CONFIG).is_file():
-            path = self.path / ".hydra" / CONFIG  # killed in its very first moments
+        path = self.config_file
         if not path.is_file():
             raise CheckpointError(
                 "no run lies here" if not self.path.is_dir() or not any(self.path.iterdir()) else "a file is missing",
