@@ -203,7 +203,7 @@ def load_grown(module: Module, path: str | Path) -> Module:
             "This checkpoint is damaged, or holds more than numbers.",
             where=str(path),
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="keep objects out of what save_hyperparameters stores; load a file that you trust with Lightning itself",
+            fix="save plain hyperparameters only; a file that you trust can be loaded with Lightning itself",
         ) from error
     restore_growth(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -3,7 +3,8 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,32 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
     """
     fabric = make_fabric(config["trainer"])
     directory = Path(on_first(fabric, lambda: str(directory)))
-    resume = resume or (sweep and on_first(fabric, lambda: _holds_same_run(RunDirectory(directory), config)))
-    if config["trainer"]["deterministic"]:
-        torch.use_deterministic_algorithms(True)
-    dataset = make_dataset(config["data"]).to(fabric.device)
-    named = baselines(config, sweep)
-    title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
-    results = [(title, run_one(config, directory, fabric, dataset, title, resume))]
-    for name in named:
-        fixed, title = baseline_config(config, name), f"fixed {name}"
-        results.append((title, run_one(fixed, directory / f"fixed_{name}", fabric, dataset, title, resume)))
-    if fabric.is_global_zero:
-        if config["trainer"]["progress"] != "none":
-            make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
-        if config["report"]:
-            report.main([str(directory)])
+    with _alone_in(directory, fabric):
+        resume = resume or (sweep and on_first(fabric, lambda: _holds_same_run(RunDirectory(directory), config)))
+        if config["trainer"]["deterministic"]:
+            torch.use_deterministic_algorithms(True)
+        dataset = make_dataset(config["data"]).to(fabric.device)
+        named = baselines(config, sweep)
+        title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
+        results = [(title, run_one(config, directory, fabric, dataset, title, resume))]
+        for name in named:
+            fixed, title, inside = baseline_config(config, name), f"fixed {name}", directory / f"fixed_{name}"
+            with _alone_in(inside, fabric):
+                results.append((title, run_one(fixed, inside, fabric, dataset, title, resume)))
+        if fabric.is_global_zero:
+            if config["trainer"]["progress"] != "none":
+                make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
+            if config["report"]:
+                report.main([str(directory)])
     return results[0][1]
+
+
+@contextmanager
+def _alone_in(directory: Path, fabric: Fabric) -> Iterator[None]:
+    """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
+    with ExitStack() as stack:
+        on_first(fabric, lambda: stack.enter_context(RunDirectory(directory).locked()))
+        yield
 
 
 def run_one(

@@ -1,17 +1,25 @@
 """RunDirectory: the files of a run, each written so that a kill at any moment leaves it readable."""
 
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
 from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY
 
 CHECKPOINTS = "checkpoint"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of file systems that cannot lock: network file systems mounted without a lock service, some FUSE ones."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -44,6 +52,39 @@ class RunDirectory:
     def __init__(self, path: str | Path, active: bool = True) -> None:
         self.path = Path(path)
         self.active = active
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process works in this directory.
+
+        The operating system holds the lock and takes it back when the process ends, however it ends.
+
+        Raises:
+            CheckpointError: another process works here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                "Another process works in this run directory.",
+                where=str(self.path),
+                fix=f"wait until it ends, or stop it (fuser {shlex.quote(str(self.path / LOCK))} names it); "
+                "a new run takes another directory: hydra.run.dir=...",
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{self.path} lies on a file system without locks ({error.strerror}): take care yourself that no two "
+                "processes work in it",
+                stacklevel=2,
+            )
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def checkpoints(self) -> Path:
