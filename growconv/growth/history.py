@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from growconv.errors import CheckpointError
+from growconv.errors import CheckpointError, SurgeryError
+from growconv.growth.validation import MOST, check_counts, check_edits, check_event, shapes_of, without_data
 from growconv.network.surgery import GrowthEvent, apply_edits, count_parameters
 
 FORMAT = 1
@@ -50,19 +51,18 @@ class GrowthHistory:
         """Whether a model has the size that the first event found; True for an empty history."""
         return not self.events or count_parameters(model) == self.events[0].parameters_before
 
-    def replay(self, model: nn.Module) -> nn.Module:
-        """Give a fresh small model the shapes of the grown one, in place.
-
-        The new entries are zeros until weights are loaded.
+    def rehearse(self, model: nn.Module, most: int = MOST) -> nn.Module:
+        """Replay on a copy of the model whose tensors have no memory.
 
         Args:
-            model: the model as it was built at the start of the run; its optimizer is built afterwards.
+            model: as for `replay`; it is left as it is.
+            most: entries that a tensor may have at any moment.
 
         Returns:
-            The same model.
+            The copy, with the shapes of the grown model.
 
         Raises:
-            CheckpointError: the model is not the one that the history began with.
+            CheckpointError: the model is not the one that the history began with, or the history is forged or damaged.
         """
         if not self.starts_from(model):
             raise CheckpointError(
@@ -72,6 +72,37 @@ class GrowthHistory:
                 where=type(model).__name__,
                 fix="build the model with the run's own settings, before any growth and before its optimizer",
             )
+        edits = [edit for event in self.events for edit in event.edits]
+        check_edits(shapes_of(model), edits, most)
+        twin = without_data(model)
+        try:
+            apply_edits(twin, edits)
+        except (SurgeryError, TypeError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(
+                "The history does not fit this model.",
+                got=error,
+                where=type(model).__name__,
+                fix="build the model with the run's own settings, before any growth and before its optimizer",
+            ) from error
+        check_counts(twin, edits)
+        return twin
+
+    def replay(self, model: nn.Module, most: int = MOST) -> nn.Module:
+        """Give a fresh small model the shapes of the grown one, in place.
+
+        The new entries are zeros until weights are loaded.
+
+        Args:
+            model: the model as it was built at the start of the run; its optimizer is built afterwards.
+            most: entries that a tensor may have at any moment: what the weights to be loaded could fill.
+
+        Returns:
+            The same model.
+
+        Raises:
+            CheckpointError: as `rehearse`; the model is as before.
+        """
+        self.rehearse(model, most)
         for event in self.events:
             apply_edits(model, event.edits)
         return model
@@ -108,6 +139,9 @@ class GrowthHistory:
             CheckpointError: a record misses a field or has an unknown one.
         """
         try:
+            records = list(records)
+            for record in records:
+                check_event(record)
             return cls([GrowthEvent.from_dict(record) for record in records])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(

@@ -231,7 +231,12 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     if not files.checkpoints.is_dir() or not any(files.checkpoints.glob("*.safetensors")):
         return None
     found = find_checkpoint(files.path)
-    changed = differences(found.state["config"], config)
+    stored = found.state.get("config")
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(
+            "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
+        )
+    changed = differences(stored, config)
     if changed:
         raise CheckpointError(
             "the run was made with another config",
