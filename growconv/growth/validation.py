@@ -261,7 +261,11 @@ def check_schedule(state: object, phases: Sequence[str], policies: Mapping[str, 
     Raises:
         CheckpointError: names the entry.
     """
-    count, clock, last = (lambda v: _is(v, int) and v >= 0), (lambda v: _is(v, *_NUMBER) and v >= 0), (int, type(None))
+    count, clock, last = (
+        (lambda v: _is(v, int) and v >= 0),
+        (lambda v: _is(v, *_NUMBER) and 0 <= v < math.inf),
+        (int, type(None)),
+    )
     widths = lambda v: isinstance(v, Mapping) and all(map(count, v.values()))  # noqa: E731
     checks = {
         "initial_widths": widths,

@@ -26,6 +26,7 @@ from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.validation import most_entries
 from growconv.training import optimizer_record
+from growconv.training.records import read_json
 
 FORMAT = "growconv checkpoint 1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -155,7 +156,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
 
     try:
-        record = json.loads(text)
+        record = read_json(text)
         optimizer, scheduler, history = record["optimizer"], record["scheduler"], record["history"]
         if not isinstance(record["state"], dict) or (
             scheduler is not None and scheduler["history"] != history["events"]

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY
+from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
 
 CHECKPOINTS = "checkpoint"
 LOCK = ".lock"
@@ -137,7 +137,7 @@ class RunDirectory:
                 fix="give the directory of a run that has started: it holds config.yaml and checkpoint/",
             )
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = read_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError("damaged: not YAML", where=str(path), got=str(error).splitlines()[0]) from error
         if not isinstance(config, dict) or "trainer" not in config:
@@ -182,8 +182,8 @@ class RunDirectory:
         """
         path = self.path / SUMMARY
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            return read_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             raise CheckpointError(
                 "damaged or missing", where=str(path), got=error, fix="delete it and resume"
             ) from error

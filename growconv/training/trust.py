@@ -18,6 +18,7 @@ from torch import nn
 from growconv.errors import ConfigError
 from growconv.growth.decision import Policy
 from growconv.solvers.base import Solver
+from growconv.training.records import read_yaml
 
 _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
     "torch.nn": (torch.nn, nn.Module),
@@ -135,7 +136,12 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
     """
     if not file.is_file():
         return
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        config = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "This is no YAML file of settings.", where=str(file), got=str(error).splitlines()[0]
+        ) from error
     if not isinstance(config, Mapping):
         return
     references = (key for key, value in _leaves(config) if isinstance(value, str) and "${" in value)
