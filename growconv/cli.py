@@ -3,6 +3,7 @@
 What can be checked is checked before torch is loaded and before a run directory is made.
 """
 
+import argparse
 import hashlib
 import itertools
 import logging
@@ -116,6 +117,8 @@ def _dispatch(arguments: list[str]) -> None:
         fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
         raise ConfigError("a run is named with '='", where="resume", got=rest[0], fix=fix)
     else:
+        trust = "trust=true" in rest
+        rest = [text for text in rest if text not in ("trust=true", "trust=false")]
         overrides, flags = _split(rest)
         resumed = [text for text in overrides if text.startswith("resume=")]
         if "--version" in flags:
@@ -131,8 +134,11 @@ def _dispatch(arguments: list[str]) -> None:
         elif resumed:
             if len(resumed) > 1 or flags:
                 raise ConfigError("one run is resumed at a time", where="resume", got=shlex.join(arguments))
-            resume(resumed[0].removeprefix("resume="), [text for text in overrides if text not in resumed])
+            others = [text for text in overrides if text not in resumed]
+            resume(resumed[0].removeprefix("resume="), others, trust)
         else:
+            if not trust:
+                _require_trusted_path(rest)
             _train(rest, overrides, flags)
 
 
@@ -211,19 +217,23 @@ def show_sites(overrides: Sequence[str]) -> None:
     print(f"{sum(row.growable for row in rows)} of {len(rows)} layers can grow")
 
 
-def resume(directory: str, overrides: Sequence[str]) -> None:
+def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> None:
     """Go on with a run where it stopped.
 
     Args:
         directory: the run directory.
         overrides: further overrides; only settings that change no number may differ.
+        trust: whether its config may run code from anywhere and reach the hosts that it names.
 
     Raises:
         CheckpointError: no run lies there, or an override differs from its config.
+        ConfigError: its config asks for what `training.trust` refuses.
     """
     from growconv.training.rundir import RunDirectory
+    from growconv.training.trust import require_trusted
 
-    stored = RunDirectory(directory).config()
+    files = RunDirectory(directory)
+    stored = files.config()
     settings.require_complete(stored, directory)
     wanted = settings.plain(settings.compose(overrides))
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
@@ -239,9 +249,14 @@ def resume(directory: str, overrides: Sequence[str]) -> None:
             got="\n    ".join(["", *changed]),
             fix=f"resume it as it was (growconv resume={directory}), or start a new run",
         )
-    for key in settings.FREE_ON_RESUME:
-        if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in asked):
-            _copy_setting(wanted, stored, key.split("."))
+    for name in asked:
+        for free in settings.FREE_ON_RESUME:
+            if name == free or name.startswith(f"{free}."):
+                _copy_setting(wanted, stored, name.split("."))
+            elif free.startswith(f"{name}."):
+                _copy_setting(wanted, stored, free.split("."))
+    if not trust:
+        require_trusted(stored, files.config_file, wanted, asked)
     _announce(stored, Path(directory))
     try:
         from growconv.training.experiment import run
@@ -361,6 +376,19 @@ def _leave_processes() -> None:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+
+
+def _require_trusted_path(arguments: Sequence[str]) -> None:
+    """Look into the config that --config-path names, as the command in a report does, before Hydra acts on it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn", default="config")
+    given, others = parser.parse_known_args(list(arguments))
+    if given.config_path is not None:
+        from growconv.training.trust import require_trusted_file
+
+        file = Path(given.config_path) / f"{given.config_name.removesuffix('.yaml')}.yaml"
+        require_trusted_file(file, {argument.split("=")[0].lstrip("+") for argument in others})
 
 
 def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -> None:

@@ -52,6 +52,7 @@ from growconv.growth.settings import (
     checked_sites,
 )
 from growconv.growth.stop import Budget, Stop
+from growconv.growth.validation import check_schedule
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
 from growconv.network.graph import unwrapped
@@ -294,12 +295,38 @@ class GrowthScheduler:
             state: what `state_dict` gave, also after a trip through JSON.
 
         Raises:
-            CheckpointError: the state is of another schedule or another model; nothing has changed then.
+            CheckpointError: the state is damaged, of another schedule or another model; nothing has changed then.
+        """
+        self.check_state_dict(state)
+        for name, policy in self._policies().items():
+            policy.load_state_dict(state["policies"][name])
+        self.history = GrowthHistory.from_records(state["history"])
+        self.spent = {phase: float(state["spent"][phase]) for phase in PHASES}
+        self.flops_spent = float(state["flops_spent"])
+        self._initial_widths = dict(state["initial_widths"])
+        self._visits = dict(state["visits"])
+        self._rounds = int(state["rounds"])
+        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
+        self._last_pruning = state["last_pruning"]
+        if self.learning_rate is not None:
+            self.learning_rate.follow(self.model, self.history)
+        self._seconds_before, self._began = float(state["seconds"]), time.monotonic()
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare a state with this schedule and its model, whose shapes are grown already; nothing is changed.
+
+        Args:
+            state: as for `load_state_dict`.
+
+        Raises:
+            CheckpointError: what does not fit.
         """
         policies = self._policies()
-        history = GrowthHistory.from_records(state["history"])
+        check_schedule(state, PHASES, policies)
+        GrowthHistory.from_records(state["history"])
         for what, expected, got in (
             ("sites", sorted(self._initial_widths), sorted(state["initial_widths"])),
+            ("visits", sorted(self._visits), sorted(state["visits"])),
             ("policies", sorted(policies), sorted(state["policies"])),
             ("widths", {site.name: site.width for site in self.sites}, dict(state["widths"])),
         ):
@@ -311,20 +338,6 @@ class GrowthScheduler:
                     where="GrowthScheduler.load_state_dict",
                     fix="build model and schedule with the run's settings and replay the history before loading",
                 )
-        follow_ages(as_optimizers(self.optimizer))
-        for name, policy in policies.items():
-            policy.load_state_dict(state["policies"][name])
-        self.history = history
-        self.spent = {phase: float(state["spent"][phase]) for phase in PHASES}
-        self.flops_spent = float(state["flops_spent"])
-        self._initial_widths = dict(state["initial_widths"])
-        self._visits = dict(state["visits"])
-        self._rounds = int(state["rounds"])
-        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
-        self._last_pruning = state["last_pruning"]
-        if self.learning_rate is not None:
-            self.learning_rate.follow(self.model, self.history)
-        self._seconds_before, self._began = float(state["seconds"]), time.monotonic()
 
     def __str__(self) -> str:
         widths = ", ".join(f"{site.name}: {self._initial_widths[site.name]} → {site.width}" for site in self.sites)

@@ -5,14 +5,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.history import GrowthHistory
 from growconv.growth.preservation import undisturbed
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.validation import most_entries
 from growconv.integrations.drawing import draw_batches
 from growconv.network.site import GrowthSite, find_sites
 
@@ -135,15 +144,22 @@ def load_grown(kind: type[Model], folder: str | Path) -> Model:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError("no weights to load", expected=weights, where=str(folder), fix="save with safetensors")
-    config = AutoConfig.from_pretrained(folder)
+    # The class's own config, never one that config.json names: no code of a stranger is asked for, let alone run.
+    config = (kind.config_class or PretrainedConfig).from_pretrained(folder, local_files_only=True)
     saved = getattr(config, ENTRY, None)
     if saved is None:
         raise CheckpointError(
             "the model's config holds no growth history", where=str(folder / "config.json"), fix="use from_pretrained"
         )
+    try:
+        tensors, records = load_file(weights), saved["history"]
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "The saved model is damaged.", where=str(folder), got=error, fix="restore the folder"
+        ) from error
     model = kind(config)
-    GrowthHistory.from_records(saved["history"]).replay(model)
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+    GrowthHistory.from_records(records).replay(model, most_entries(tensors.values()))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

@@ -1,5 +1,6 @@
 """Growth inside a PyTorch Lightning training run."""
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.history import GrowthHistory
 from growconv.growth.preservation import undisturbed
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.validation import most_entries
 from growconv.integrations.drawing import draw_batches
 from growconv.network.site import GrowthSite, find_sites
 
@@ -174,10 +176,16 @@ def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any]) -> No
             where="callbacks",
         )
     if states[0]:
-        model = module.get_submodule(states[0]["attribute"])
-        history = GrowthHistory.from_records(states[0]["scheduler"]["history"])
+        try:
+            model = module.get_submodule(states[0]["attribute"])
+            records, tensors = states[0]["scheduler"]["history"], checkpoint["state_dict"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "The GrowthCallback's state is damaged.", got=repr(error), where="callbacks"
+            ) from error
+        history = GrowthHistory.from_records(records)
         if history.starts_from(model):
-            history.replay(model)
+            history.replay(model, most_entries(tensors.values()))
 
 
 def load_grown(module: Module, path: str | Path) -> Module:
@@ -195,7 +203,15 @@ def load_grown(module: Module, path: str | Path) -> Module:
     """
     from lightning_fabric.utilities.cloud_io import _load
 
-    checkpoint = _load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = _load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            "This checkpoint is damaged, or holds more than numbers.",
+            where=str(path),
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="save plain hyperparameters only; a file that you trust can be loaded with Lightning itself",
+        ) from error
     restore_growth(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module

@@ -3,14 +3,15 @@
 A checkpoint of a grown model holds its growth history, so that it loads into the small model that the run began with.
 """
 
-import copy
 import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from growconv.errors import ArgumentTypeError, CheckpointError
 from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.optimizer import follow_ages
+from growconv.growth.validation import most_entries
+from growconv.training import optimizer_record
+from growconv.training.records import read_json
 
 FORMAT = "growconv checkpoint 1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -90,7 +94,7 @@ def save_checkpoint(
         "state": dict(state or {}),
     }
     if optimizer is not None:
-        record["optimizer"], moments = _split_optimizer(optimizer.state_dict())
+        record["optimizer"], moments = optimizer_record.split(optimizer.state_dict())
         content |= moments
     # Copies: safetensors refuses tensors that share storage, as tied weights do.
     content = {
@@ -148,21 +152,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     text = metadata.get("record", "")
     if metadata.get("sha256") != _digest(text, content):
         raise CheckpointError("damaged: its checksum differs", where=str(path), fix=damaged)
-    record = json.loads(text)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
 
-    optimizer = record["optimizer"]
-    return Checkpoint(
-        path=path,
-        model=part("model/"),
-        optimizer=None if optimizer is None else _join_optimizer(optimizer, part("optimizer/")),
-        scheduler=record["scheduler"],
-        history=GrowthHistory.from_json(json.dumps(record["history"])),
-        state=record["state"],
-        tensors=part("tensors/"),
-    )
+    try:
+        record = read_json(text)
+        optimizer, scheduler, history = record["optimizer"], record["scheduler"], record["history"]
+        if not isinstance(record["state"], dict) or (
+            scheduler is not None and scheduler["history"] != history["events"]
+        ):
+            raise ValueError("its parts do not belong together")
+        return Checkpoint(
+            path=path,
+            model=part("model/"),
+            optimizer=None if optimizer is None else optimizer_record.join(optimizer, part("optimizer/")),
+            scheduler=scheduler,
+            history=GrowthHistory.from_json(json.dumps(history)),
+            state=record["state"],
+            tensors=part("tensors/"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(
+            "damaged: its record cannot be read", where=str(path), got=f"{type(error).__name__}: {error}", fix=damaged
+        ) from error
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -236,21 +249,62 @@ def restore(
     if scheduler is not None and found.scheduler is None:
         raise CheckpointError("no growth scheduler was saved", where=str(found.path), fix="load without one")
     grown = not _mismatches(model, found.model)
-    if not grown:
-        _rehearse(found, model)
-    if optimizer is not None:
-        _check_optimizer(found, model, optimizer)
-    if not grown:
-        old = {id(parameter): name for name, parameter in model.named_parameters()}
-        found.history.replay(model)
-        if optimizer is not None:
-            _follow(optimizer, old, dict(model.named_parameters()))
+    most = most_entries(found.model.values())
+    twin = model if grown else found.history.rehearse(model, most)
+    wrong = _mismatches(twin, found.model)
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint belongs to another model",
+            where=str(found.path),
+            got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            fix="build the model with the run's own settings, before any growth",
+        )
+    names: list[str] = []
+    if optimizer is not None and found.optimizer is not None:
+        names = _names_of(optimizer, model, found.path)
+        after = dict(twin.named_parameters())
+        if not set(names) <= set(after):
+            raise CheckpointError(
+                "layers were inserted into the model since its optimizer was built, whose groups cannot follow",
+                where=str(found.path),
+                fix="load the model alone and build the optimizer afterwards",
+            )
+        optimizer_record.check(found.optimizer, optimizer, [after[name].shape for name in names], str(found.path))
+    with _old_shapes_on_error(model, optimizer):
+        if not grown:
+            found.history.replay(model, most)
+            _follow(optimizer, iter(names), dict(model.named_parameters()))
+        if scheduler is not None and found.scheduler is not None:
+            scheduler.check_state_dict(found.scheduler)
+    # From here on nothing can be refused any more.
     model.load_state_dict(found.model)
     if optimizer is not None and found.optimizer is not None:
-        optimizer.load_state_dict(_with_tuples(found.optimizer, optimizer))
+        optimizer.load_state_dict(optimizer_record.with_tuples(found.optimizer, optimizer))
         follow_ages([optimizer])
     if scheduler is not None and found.scheduler is not None:
         scheduler.load_state_dict(found.scheduler)
+
+
+@contextmanager
+def _old_shapes_on_error(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """An error inside puts back the tensors, layers and attributes that were there before; their values are theirs."""
+    parts = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, dict(vars(module)), [dict(getattr(module, part)) for part in parts]) for module in model.modules()
+    ]
+    groups = [] if optimizer is None else [(group, list(group["params"])) for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in before:
+            vars(module).update(attributes)
+            for part, content in zip(parts, contents, strict=True):
+                registered = getattr(module, part)
+                registered.clear()
+                registered.update(content)
+        for group, members in groups:
+            group["params"][:] = members
+        raise
 
 
 class CheckpointFolder:
@@ -299,20 +353,6 @@ def _model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _rehearse(found: Checkpoint, model: nn.Module) -> None:
-    """Replay the history on a copy, to know that it fits before anything changes."""
-    twin = copy.deepcopy(model)
-    found.history.replay(twin)
-    wrong = _mismatches(twin, found.model)
-    if wrong:
-        raise CheckpointError(
-            "the checkpoint belongs to another model",
-            where=str(found.path),
-            got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
-            fix="build the model with the run's own settings, before any growth",
-        )
-
-
 def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     own = model.state_dict()
     lines = [f"{name} is missing in the checkpoint" for name in own if name not in saved]
@@ -325,64 +365,23 @@ def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def _check_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    if found.optimizer is None:
-        return
-    saved = [len(group["params"]) for group in found.optimizer["param_groups"]]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != own:
-        raise CheckpointError(
-            "the optimizer's groups differ from the saved ones",
-            where=str(found.path),
-            expected=f"groups of {saved} parameters",
-            got=own,
-            fix="build the optimizer as the run did",
-        )
-    known = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+def _names_of(optimizer: Optimizer, model: nn.Module, path: Path) -> list[str]:
+    """Names of the optimizer's parameters, in the order of its groups."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in known for parameter in members):
         raise CheckpointError(
             "the optimizer holds parameters that the model does not have",
-            where=str(found.path),
+            where=str(path),
             fix="build it from this model's parameters",
         )
+    return [known[id(parameter)] for parameter in members]
 
 
-def _follow(optimizer: Optimizer, old: Mapping[int, str], new: Mapping[str, nn.Parameter]) -> None:
+def _follow(optimizer: Optimizer | None, names: Iterator[str], new: Mapping[str, nn.Parameter]) -> None:
     """Put the replayed parameters in the places that the small ones had in the optimizer's groups."""
-    for group in optimizer.param_groups:
-        group["params"][:] = [new[old[id(parameter)]] for parameter in group["params"]]
-
-
-def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The optimizer's state as a JSON-able record and its tensors."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        plain[str(index)] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                plain[str(index)][key] = value
-    return {"state": plain, "param_groups": state["param_groups"]}, tensors
-
-
-def _join_optimizer(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in record["state"].items()}
-    for name, tensor in tensors.items():
-        index, key = name.split("/", 1)
-        state[int(index)][key] = tensor
-    return {"state": state, "param_groups": record["param_groups"]}
-
-
-def _with_tuples(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """JSON knows no tuples: options that are tuples in the optimizer (betas) become tuples again."""
-
-    def restored(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
-
-    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    return {"state": saved["state"], "param_groups": [restored(group, own) for group, own in groups]}
+    for group in () if optimizer is None else optimizer.param_groups:
+        group["params"][:] = [new[name] for name in islice(names, len(group["params"]))]
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,8 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,28 +52,41 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
     """
     devices = make_devices(config["trainer"])
     directory = Path(on_first(devices, lambda: str(directory)))
-    resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
-    if config["trainer"]["deterministic"]:
-        torch.use_deterministic_algorithms(True)
-    dataset = make_dataset(config["data"]).to(devices.device)
-    if devices.is_first and config["trainer"]["progress"] != "none":
-        sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test samples"
-        print(f"data: {sizes}", flush=True)
-    named = baselines(config, sweep)
-    title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
-    if sweep:
-        title = directory.name  # what tells the run from the others
-    results = [(title, run_one(config, directory, devices, dataset, title, resume))]
-    for name in named:
-        fixed, title = baseline_config(config, name), f"fixed {name}"
-        results.append((title, run_one(fixed, directory / f"fixed_{name}", devices, dataset, title, resume)))
-    if devices.is_first:
-        make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
-        if config["report"]:
-            from growconv.training.report import write_report  # matplotlib is for the end
+    with _alone_in(directory, devices):
+        resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
+        if config["trainer"]["deterministic"]:
+            torch.use_deterministic_algorithms(True)
+        dataset = make_dataset(config["data"]).to(devices.device)
+        if devices.is_first and config["trainer"]["progress"] != "none":
+            print(f"data: {_sizes(dataset)}", flush=True)
+        named = baselines(config, sweep)
+        title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
+        if sweep:
+            title = directory.name  # what tells the run from the others
+        results = [(title, run_one(config, directory, devices, dataset, title, resume))]
+        for name in named:
+            fixed, title, inside = baseline_config(config, name), f"fixed {name}", directory / f"fixed_{name}"
+            with _alone_in(inside, devices):
+                results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
+        if devices.is_first:
+            make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
+            if config["report"]:
+                from growconv.training.report import write_report  # matplotlib is for the end
 
-            print(f"report: {shown(write_report(directory))}")
+                print(f"report: {shown(write_report(directory))}")
     return results[0][1]
+
+
+def _sizes(dataset: Dataset) -> str:
+    return f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test samples"
+
+
+@contextmanager
+def _alone_in(directory: Path, devices: Devices) -> Iterator[None]:
+    """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
+    with ExitStack() as stack:
+        on_first(devices, lambda: stack.enter_context(RunDirectory(directory).locked()))
+        yield
 
 
 def run_one(
@@ -221,7 +235,12 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     if not files.checkpoints.is_dir() or not any(files.checkpoints.glob("*.safetensors")):
         return None
     found = find_checkpoint(files.path)
-    changed = differences(found.state["config"], config)
+    stored = found.state.get("config")
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(
+            "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
+        )
+    changed = differences(stored, config)
     if changed:
         raise CheckpointError(
             "the run was made with another config",

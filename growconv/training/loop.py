@@ -136,14 +136,18 @@ class Trainer:
                 got=self.devices.world_size,
                 fix=f"start it with: torchrun --nproc-per-node={world} -m growconv resume=... (1: plain growconv)",
             )
+        position = _position(found)
         restore(found, self.model, self.optimizer, self.scheduler)
-        self.position = Position(**found.state["position"])
+        self.position = position
         if self.devices.is_first:  # the checkpoint holds the sum over all ranks
             self._sums += torch.tensor([self.position.loss_sum, self.position.hits], dtype=torch.float64).to(self._sums)
         scaler = self.devices.scaler
-        if scaler is not None:
-            scaler.load_state_dict(found.state["scaler"])
-        set_random_states(self.devices, found.tensors, found.state["random"])
+        try:
+            if scaler is not None:
+                scaler.load_state_dict(found.state["scaler"])
+            set_random_states(self.devices, found.tensors, found.state["random"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise _damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
 
     @property
@@ -427,6 +431,32 @@ class Trainer:
             "steps": position.step,
             "epochs": position.epoch,
         }
+
+
+def _position(found: Checkpoint) -> Position:
+    """Where the checkpoint's run stands, each number of the type that it has in a run."""
+    try:
+        position = Position(**found.state["position"])
+    except (KeyError, TypeError) as error:
+        raise _damaged_state(found, error) from error
+    for name, value in asdict(position).items():
+        kinds: dict[str, tuple[type, ...]] = {"metrics": (list,)}
+        kinds |= dict.fromkeys(("step", "epoch", "batch"), (int,))
+        kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
+        if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
+            raise _damaged_state(found, f"{name}: {value!r}")
+    if not all(isinstance(line, dict) for line in position.metrics):
+        raise _damaged_state(found, "metrics that are no records")
+    return position
+
+
+def _damaged_state(found: Checkpoint, got: object) -> CheckpointError:
+    return CheckpointError(
+        "The checkpoint does not say where its run stands.",
+        where=str(found.path),
+        got=got,
+        fix="restore the file, or load its weights with growconv.load_checkpoint",
+    )
 
 
 def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -> int:
