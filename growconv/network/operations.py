@@ -1,5 +1,7 @@
 """The kinds of aten operations that numbers are sent through (`network.trace`); what is in none of them blocks."""
 
+import torch
+
 STRUCTURAL = frozenset(
     """view _unsafe_view reshape _reshape_alias permute transpose t slice select cat stack split split_with_sizes chunk
     unbind squeeze unsqueeze expand repeat flip roll index_select clone detach alias lift_fresh _to_copy contiguous
@@ -61,3 +63,10 @@ WRITING = frozenset("copy_ index_put_ _index_put_impl_ masked_scatter_ index_cop
 
 PRODUCTS = frozenset("mm bmm addmm baddbmm".split())
 """Matrix products outside of layers."""
+
+
+def pointwise(name: str) -> bool:
+    """Whether an operation, by its name without the underscore of one in place, computes entry by entry."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if packet is not None else []
+    return name in POINTWISE or any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads)

@@ -6,6 +6,7 @@
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
 from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
@@ -16,8 +17,8 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups", "pretended",
-    "problem", "ranks", "set_outputs", "size", "stored", "weighted",
+    "has_side", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups",
+    "pretended", "problem", "ranks", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -78,6 +79,11 @@ def is_weighted(module: object) -> bool:
 def is_norm(module: object) -> bool:
     """True for a layer with an entry for each channel that treats every channel alike: a norm, or such a PReLU."""
     return isinstance(_find(module), Norm)
+
+
+def is_dropout(module: object) -> bool:
+    """True for a layer that does nothing but in training, where it leaves entries out at random."""
+    return isinstance(module, _DropoutNd)
 
 
 def is_transposed(module: object) -> bool:

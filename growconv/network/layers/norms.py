@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -19,6 +20,7 @@ class Norm(Adapter):
 
     sides = (ENTRY,)
     count = "num_features"
+    normalises = True
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
@@ -67,6 +69,36 @@ class Norm(Adapter):
         factor = 1.0 if scale is None else scale.to(weight)
         return {"weight": weight * factor, "bias": mean * factor, "running_mean": mean, "running_var": variance}
 
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (entries,) of what the layer is given, over samples and locations, in float64."""
+        dims = [axis for axis in range(x.dim()) if axis != 1]
+        exact = x.detach().double()
+        return exact.mean(dims), exact.var(dims, unbiased=False)
+
+    def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What the layer does to new channels that come with the entries of `transparent`.
+
+        A batch norm is the identity on them; norms over the locations of a sample are run with its own statistics.
+
+        Args:
+            x: (n, entries, *grid), values of the new channels alone, in the order in which they come along the axis.
+            mean: as for `transparent`.
+            variance: as for `transparent`.
+            scale: as for `transparent`.
+        """
+        eps, (weight, bias) = float(getattr(self.module, "eps", 1e-5)), self._affine(x, mean, variance, scale)
+        if isinstance(self.module, _InstanceNorm) and (self.module.training or not self.module.track_running_stats):
+            return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return F.batch_norm(x, mean.to(x), variance.to(x), weight, bias, False, 0.0, eps)
+
+    def _affine(
+        self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of new entries, as far as the layer has them."""
+        values = self.transparent(mean, variance, scale)
+        given = (values[name].to(x) if stored(self.module, name) is not None else None for name in ("weight", "bias"))
+        return next(given), next(given)
+
 
 class GroupNorm(Norm):
     """GroupNorm: channels come and go with their groups, so that no old channel is normalised with new ones."""
@@ -95,11 +127,25 @@ class GroupNorm(Norm):
             )
         return {**super().counts(added), "num_groups": int(self.module.num_groups) + more // size}  # pyright: ignore[reportArgumentType]
 
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the group that each entry belongs to: with them the layer is the identity on average."""
+        mean, variance = super().moments(x)
+        size = self._per_group()
+        grouped = mean.unflatten(0, (-1, size)).mean(1, keepdim=True)
+        spread = (variance + mean.square()).unflatten(0, (-1, size)).mean(1, keepdim=True) - grouped.square()
+        return tuple(each.expand(-1, size).flatten() for each in (grouped, spread.clamp_min(0)))  # pyright: ignore
+
+    def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
+        """New groups, normalised by the statistics of each sample."""
+        weight, bias = self._affine(x, mean, variance, scale)
+        return F.group_norm(x, x.shape[1] // self._per_group(), weight, bias, float(self.module.eps))  # pyright: ignore
+
 
 class PReLU(Norm):
     """PReLU with one slope a channel; new channels get the mean slope."""
 
     count = "num_parameters"
+    normalises = False
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
@@ -110,6 +156,10 @@ class PReLU(Norm):
         """The mean slope: new channels get what the old ones have."""
         weight = stored(self.module, "weight")
         return {} if weight is None else {"weight": weight.detach().mean().expand(len(mean))}
+
+    def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
+        """New channels with the mean slope."""
+        return F.prelu(x, self.transparent(mean, variance)["weight"].to(x))
 
 
 def _picked(values: Tensor | None, place: Place) -> Tensor | None:

@@ -1,0 +1,572 @@
+"""Seats: a new channel borrows the place of an old one to see what lies between producers and consumers.
+
+What lies between treats all channels of a site alike. So the values that consumers read of new channels are had by
+running the recorded operations once more, with the new channels' values in the entries of old ones, and reading those
+entries where the consumers do. No operation sees another width, and none needs a rule. More new channels than old ones
+take several goes. Where every operation treats channels one by one, they are run on the new channels alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from growconv.errors import SiteError
+from growconv.network import layers, operations
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.model import attribute
+from growconv.network.site import GrowthSite
+from growconv.network.steps import hot_values_of, is_pointwise
+from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance of each entry in front of a norm layer."""
+Calls = Sequence[Tensor]
+"""What a layer gives or is given, one tensor for each of its calls."""
+
+_BATCH_NORMS = operations.NORMALIZING
+_REDUCTIONS = frozenset(["mean", "sum", "amax", "amin"])
+_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias"])
+_SIZED = _VIEWS | {
+    "expand",
+    "repeat",
+    "new_zeros",
+    "new_empty",
+    "new_ones",
+    "new_full",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+}
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What surgery will insert for new channels between producers and consumers, as in a ChannelGrowth.
+
+    Attributes:
+        norms: per norm layer mean and variance in front of it, (entries,) or (K,); measured where they are missing.
+        norm_scale: (K,) factor on what comes out of norm layers.
+        carried: per grouped convolution the filters of new groups; the identity tap where they are missing.
+    """
+
+    norms: Mapping[str, Moments] = field(default_factory=dict)
+    norm_scale: Tensor | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A site's part of a recorded forward pass: all that leads from its producers' outputs to its consumers' inputs.
+
+    Attributes:
+        site: the site; sizes are those of the recording, even if it has grown since.
+        steps: operations, and calls of norm layers, grouped convolutions and consumers, in order.
+        constants: values that do not depend on the producers, by number.
+        created: those of them that operations in place write to, so that each run needs a copy.
+        outputs: per producer the numbers of the outputs of its calls.
+        shapes: of these outputs.
+        places: per axis (path, side) the positions of the channels, (units, entries of a unit).
+        narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
+        samples: how many samples the pass had; None where the first axes of the outputs differ.
+        parts: whether the region can be run on some of the samples; None: not tried yet.
+    """
+
+    site: GrowthSite
+    steps: tuple[Step, ...]
+    constants: dict[int, Tensor]
+    created: frozenset[int]
+    outputs: dict[str, tuple[int, ...]]
+    shapes: dict[int, torch.Size]
+    places: dict[Key, Tensor]
+    narrow: bool
+    samples: int | None
+    recorded: int | None
+    parts: list[bool] = field(default_factory=list)
+
+    @property
+    def units(self) -> int:
+        """Old units: how many new ones have a seat at a time."""
+        return len(next(iter(self.places.values())))
+
+    def read(
+        self,
+        new: Mapping[str, Calls],
+        inserted: Inserted | None = None,
+        measured: dict[str, Moments] | None = None,
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """What the consumers read of new channels, differentiable in the values and in what is inserted.
+
+        Args:
+            new: per producer what it gives for K new channels, one tensor for each call, with K·ratio entries along the
+                channel axis, channel by channel.
+            inserted: what they find in between; None: transparent norms and identity taps.
+            measured: gets per norm layer the mean and variance (entries,) of what comes to it, in float64, and these
+                are inserted there.
+
+        Returns:
+            Per consumer, one tensor for each call, with the entries of the new channels along its channel axis.
+
+        Raises:
+            SiteError: values of a producer or of a call are missing, or the channels are no whole units.
+        """
+        self._check(new)
+        path = next(iter(self.outputs))
+        per_unit = self.places[path, OUT].shape[1]
+        count, rest = divmod(new[path][0].shape[self._axis(path, new[path][0])], per_unit)
+        if rest or not count:
+            raise SiteError(
+                "new channels come in whole units",
+                where=self.site.name,
+                expected=f"a multiple of {per_unit} entries of {path}",
+                got=new[path][0].shape[self._axis(path, new[path][0])],
+            )
+        at_once = count if self.narrow else self.units
+        goes = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+        found = [_Go(self, each, count, new, inserted or Inserted(), measured is not None) for each in goes]
+        reads = [go.run() for go in found]
+        if measured is not None:
+            for name in found[0].measured:
+                moments = [go.measured[name] for go in found]
+                measured[name] = (torch.cat([m for m, _ in moments]), torch.cat([v for _, v in moments]))
+        if len(reads) == 1:
+            return reads[0]
+        return {
+            path: tuple(
+                torch.cat(parts, self._axis(path, parts[0])) for parts in zip(*(r[path] for r in reads), strict=True)
+            )
+            for path in reads[0]
+        }
+
+    def _axis(self, path: str, tensor: Tensor) -> int:
+        return layers.channel_axis(self.site.model.get_submodule(path), tensor.dim())
+
+    def _check(self, new: Mapping[str, Calls]) -> None:
+        for path, numbers in self.outputs.items():
+            if len(new.get(path, ())) != len(numbers):
+                raise SiteError(
+                    "the values of new channels are needed from every producer",
+                    where=path,
+                    expected=f"{len(numbers)} tensor{'s' if len(numbers) > 1 else ''}",
+                    got=len(new.get(path, ())),
+                )
+
+    # ------------------------------------------------------------------------------------------ some of the samples
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the region can be run on some of its samples: tried once, on the first half of them."""
+        if not self.parts:
+            self.parts.append(self.samples is not None and self.samples > 1 and (self.narrow or self._half_agrees()))
+        return self.parts[0]
+
+    def part(self, index: slice | Tensor) -> "Region":
+        """The region for some of the samples.
+
+        Args:
+            index: a slice, or a tensor of indices.
+
+        Raises:
+            SiteError: the operations need all samples together.
+        """
+        if not self.divisible:
+            raise SiteError(
+                "what lies between the layers needs all samples of a batch together",
+                where=self.site.name,
+                fix="keep whole batches: several of them, to fit on some and check on others",
+            )
+        return self._cut(index)
+
+    def _cut(self, index: slice | Tensor) -> "Region":
+        count = self.samples or 0
+
+        def cut(tensor: Tensor) -> Tensor:
+            if not tensor.dim() or not tensor.shape[0] or tensor.shape[0] % count:
+                return tensor
+            return tensor if tensor.shape[0] == 1 else tensor.unflatten(0, (count, -1))[index].flatten(0, 1)
+
+        samples = len(torch.empty(count)[index])
+        kept = {number: cut(tensor) for number, tensor in self.constants.items()}
+        return replace(self, constants=kept, samples=samples, parts=[True])
+
+    def _half_agrees(self) -> bool:
+        """Whether half of the samples alone read what they read among all of them."""
+        index = slice(0, (self.samples or 0) // 2)
+        whole = {path: [self.constants[number] for number in numbers] for path, numbers in self.outputs.items()}
+        try:
+            half = self._cut(index)
+            parts = {path: [tensor[index] for tensor in tensors] for path, tensors in whole.items()}
+            with torch.no_grad():
+                alone, among = (
+                    _Go(region, range(self.units), self.units, values, Inserted(), False).run()
+                    for region, values in ((half, half._seated(parts)), (self, self._seated(whole)))
+                )
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        pairs = [(a, b) for path in among for a, b in zip(alone[path], among[path], strict=True)]
+        return all(a.shape == b[index].shape and torch.allclose(a, b[index], 1e-4, 1e-5) for a, b in pairs)
+
+    def _seated(self, outputs: Mapping[str, Calls]) -> dict[str, list[Tensor]]:
+        """The site's own entries of its producers' outputs, as values of new channels."""
+        return {
+            path: [each.index_select(self._axis(path, each), self.places[path, OUT].flatten()) for each in tensors]
+            for path, tensors in outputs.items()
+        }
+
+
+class _Go:
+    """One run of a region.
+
+    Args:
+        region: what is run.
+        units: which units of the new channels; as many as have seats.
+        count: units of all new channels.
+        new: their values.
+        inserted: see `Region.read`.
+        measure: whether norms get what is measured in front of them.
+    """
+
+    def __init__(
+        self, region: Region, units: range, count: int, new: Mapping[str, Calls], inserted: Inserted, measure: bool
+    ) -> None:
+        self.region = region
+        self.units = units
+        self.count = count
+        self.new = new
+        self.inserted = inserted
+        self.measure = measure
+        self.measured: dict[str, Moments] = {}
+        self.env: dict[int, Tensor] = {}
+        self.like = next(iter(new.values()))[0]
+
+    def run(self) -> dict[str, tuple[Tensor, ...]]:
+        """What the consumers read."""
+        region, found = self.region, {path: [] for path, side in self.region.places if side == IN}
+        for path, numbers in region.outputs.items():
+            for number, value in zip(numbers, self.new[path], strict=True):
+                self.env[number] = self._seat(path, number, value)
+        for step in region.steps:
+            if isinstance(step, Rewritten):
+                self.env[step.new] = self._value(step.old)
+            elif isinstance(step, Operation):
+                self._operate(step)
+            elif step.path in found:
+                found[step.path].append(self._take(step.path, self._value(step.input)))
+            else:
+                self.env[step.output] = self._follow(step)
+        return {path: tuple(tensors) for path, tensors in found.items()}
+
+    # ------------------------------------------------------------------------------------------ seats
+
+    def _slots(self, path: str, side: str) -> Tensor:
+        """The positions of this go's seats along an axis, channel by channel."""
+        return self.region.places[path, side][: len(self.units)].flatten()
+
+    def _of_go(self, value: Tensor, axis: int = 0) -> Tensor:
+        """The share of this go of something with entries for all new channels."""
+        size = value.shape[axis] // self.count
+        return value.narrow(axis, self.units.start * size, len(self.units) * size)
+
+    def _seat(self, path: str, number: int, value: Tensor) -> Tensor:
+        """A producer's output with the new channels in their seats."""
+        own = self._of_go(value, self.region._axis(path, value))
+        if self.region.narrow:
+            return own.clone() if number in self.region.created else own
+        shape = self.region.shapes[number]
+        own = own.squeeze(0) if own.dim() > len(shape) else own
+        return self._put(self._constant(number), own, self._slots(path, OUT), self.region._axis(path, own))
+
+    def _put(self, whole: Tensor, own: Tensor, slots: Tensor, axis: int) -> Tensor:
+        return whole.index_copy(axis, slots, own.to(whole))
+
+    def _take(self, path: str, value: Tensor, side: str = IN) -> Tensor:
+        """What a layer reads of the new channels."""
+        if self.region.narrow:
+            return value
+        read = value.index_select(self.region._axis(path, value), self._slots(path, side))
+        batched = side != IN or self.region._axis(path, read) > 0
+        return read if batched else read.unsqueeze(0)  # a layer that was given a single sample
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def _value(self, number: int) -> Tensor:
+        if number not in self.env:
+            constant = self._constant(number)
+            self.env[number] = constant.clone() if number in self.region.created else constant
+        return self.env[number]
+
+    def _constant(self, number: int) -> Tensor:
+        value = self.region.constants[number]
+        return value.to(self.like.dtype) if value.is_floating_point() else value
+
+    def _operate(self, step: Operation) -> None:
+        args, kwargs = tree_map(
+            lambda leaf: self._value(leaf.value) if isinstance(leaf, Ref) else leaf, (step.args, dict(step.kwargs))
+        )
+        output = self._computed(step, args, kwargs)
+        self.env |= zip(step.outputs, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], strict=True)
+
+    def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
+        name, region = step.name, self.region
+        if (
+            name == "_to_copy"
+            and args[0].is_floating_point()
+            and getattr(kwargs.get("dtype"), "is_floating_point", True)
+        ):
+            return args[0].clone()  # the precision of the model is not that of the statistics
+        if region.narrow and name in _VIEWS:
+            return args[0] if args[0].dim() == len(args[1]) else args[0].flatten(1)
+        if name in _BATCH_NORMS:
+            args = tuple(
+                each.clone() if place in (3, 4) and isinstance(each, Tensor) else each
+                for place, each in enumerate(args)
+            )
+        if name in _SIZED and region.samples != region.recorded:
+            args = tuple(self._resized(each) if isinstance(each, list) else each for each in args)
+        if torch.Tag.nondeterministic_seeded in step.func.tags:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(step.outputs[0])
+                return step.func(*args, **kwargs)
+        if name in _VIEWS:
+            try:
+                return step.func(*args, **kwargs)
+            except RuntimeError:
+                return args[0].reshape(args[1])
+        return step.func(*args, **kwargs)
+
+    def _resized(self, sizes: list[int]) -> list[int]:
+        """Recorded sizes for another number of samples."""
+        before, now = self.region.recorded or 1, self.region.samples or 1
+        if not sizes or sizes[0] % before or sizes[0] <= 0:
+            return sizes
+        return [sizes[0] // before * now, *sizes[1:]]
+
+    def _follow(self, step: LayerCall) -> Tensor:
+        """A norm layer or grouped convolution: run on the new channels alone, which are then put in their seats."""
+        module, value = self.region.site.model.get_submodule(step.path), self._value(step.input)
+        carries = layers.is_weighted(module)
+        sides = (GROUP_IN, GROUP_OUT) if carries else (ENTRY, ENTRY)
+        own = self._sorted(self._take(step.path, value, sides[0]), step.path, sides[0])
+        result = self._carried(step.path, own) if carries else self._normalised(step.path, own)
+        result = self._sorted(result, step.path, sides[1], back=True)
+        if self.region.narrow:
+            return result
+        axis = self.region._axis(step.path, result)
+        whole = value
+        if carries:
+            shape = list(result.shape)
+            shape[axis] = self.region.places[step.path, GROUP_OUT].numel()
+            whole = result.new_zeros(shape)
+        return self._put(whole, result, self._slots(step.path, sides[1]), axis)
+
+    def _sorted(self, value: Tensor, path: str, side: str, back: bool = False) -> Tensor:
+        """Entries channel by channel brought into the order in which a unit has them along the axis, or back."""
+        order = self.region.places[path, side][0].argsort()
+        if bool((order == torch.arange(len(order), device=order.device)).all()):
+            return value
+        order = order.argsort() if back else order
+        axis = self.region._axis(path, value)
+        return value.unflatten(axis, (-1, len(order))).index_select(axis + 1, order).flatten(axis, axis + 1)
+
+    def _carried(self, path: str, value: Tensor) -> Tensor:
+        layer = layers.weighted(self.region.site.model.get_submodule(path))
+        entries = len(self.units) * self.region.places[path, GROUP_OUT].shape[1]
+        if path in self.inserted.carried:
+            filters = self._sorted_rows(self._of_go(self.inserted.carried[path]), path)
+        else:
+            filters = self._sorted_rows(layer.identity(entries), path)
+        groups = value.shape[self.region._axis(path, value)] // self._group_inputs(path)
+        return layer.apply(value, filters.to(value), None, groups)
+
+    def _group_inputs(self, path: str) -> int:
+        """Inputs of one group of a grouped convolution, which growth leaves alone."""
+        layer = layers.weighted(self.region.site.model.get_submodule(path))
+        return layer.size(IN) // layer.groups
+
+    def _sorted_rows(self, filters: Tensor, path: str) -> Tensor:
+        order = self.region.places[path, GROUP_OUT][0].argsort()
+        return filters.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+    def _normalised(self, path: str, value: Tensor) -> Tensor:
+        norm = layers.norm(self.region.site.model.get_submodule(path))
+        entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
+        if not norm.normalises:
+            return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
+        if self.measure or given is None:
+            moments = norm.moments(value)
+            self.measured[path] = tuple(self._sorted(each[None], path, ENTRY, back=True)[0] for each in moments)  # pyright: ignore
+        else:
+            moments = tuple(self._sorted(self._entries(each, entries)[None], path, ENTRY)[0] for each in given)
+        scale = self.inserted.norm_scale
+        if scale is not None:
+            scale = self._sorted(self._entries(scale, entries)[None], path, ENTRY)[0]
+        mean, variance = (each.to(value) for each in moments)
+        return norm.inserted(value, mean, variance, scale)
+
+    def _entries(self, value: Tensor, entries: int) -> Tensor:
+        """One value an entry of this go, from one a channel or one an entry of all new channels."""
+        own = self._of_go(value)
+        return own.repeat_interleave(entries // len(own))
+
+
+# ------------------------------------------------------------------------------------------ from a tape
+
+
+def region_of(tape: Tape, site: GrowthSite) -> Region:
+    """The part of a recording that lies between the producers and consumers of a site.
+
+    Args:
+        tape: a recorded forward pass of the site's model.
+        site: the site.
+
+    Returns:
+        The region; it holds only what it needs of the tape.
+
+    Raises:
+        SiteError: a consumer was called that reads nothing from the producers.
+    """
+    hot, made = hot_values_of(tape, site)
+    outputs = {
+        path: tuple(call.output for call in tape.calls(path)) for path in site.producers if path not in site.layout.dims
+    }
+    steps, needed = _needed(tape, site, hot, made)
+    places = _places(site)
+    memories = {
+        tape.values[number].storage
+        for step in steps
+        if isinstance(step, Operation) and step.writes
+        for number in step.outputs
+    }
+    written = {number for number in (*needed, *made) if tape.values[number].storage in memories}
+    narrow = _in_order(places, site) and all(_is_narrow(tape, step, hot, site) for step in steps)
+    kept = {number for number in needed if number not in made} | (set() if narrow else made)
+    samples = _samples(tape, site)
+    return Region(
+        site=site,
+        steps=tuple(steps),
+        constants={number: _constant(tape, number, site) for number in kept},
+        created=frozenset(written),
+        outputs=outputs,
+        shapes={number: tape.values[number].tensor.shape for number in made},
+        places=places,
+        narrow=narrow,
+        samples=samples,
+        recorded=samples,
+    )
+
+
+def _samples(tape: Tape, site: GrowthSite) -> int | None:
+    """How many samples the pass had; None for layers that were given single samples, or calls of several numbers."""
+    counts = set()
+    for path in site.producers:
+        for call in tape.calls(path):
+            shape = tape.values[call.output].tensor.shape
+            alone = layers.channel_axis(site.model.get_submodule(path), len(shape)) == 0
+            counts.add(None if alone else shape[0])
+    return next(iter(counts)) if len(counts) == 1 else None
+
+
+def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tuple[list[Step], set[int]]:
+    """The steps that lead from the producers to the consumers, and the values that they start from."""
+    steps: list[Step] = []
+    needed: set[int] = set()
+    inside: set[int] = set()
+    for step in reversed(tape.steps):
+        if isinstance(step, LayerCall):
+            if step.path in site.consumers:
+                if step.input not in hot:
+                    raise SiteError("a call of this layer reads nothing of what the producers give", where=step.path)
+                steps.append(step)
+                needed.add(step.input)
+            elif step.output in needed and step.output in hot and step.output not in made:
+                steps.append(step)
+                inside.add(step.output)
+                needed.add(step.input)
+        elif isinstance(step, Rewritten):
+            if step.new in needed and step.new in hot:
+                steps.append(step)
+                inside.add(step.new)
+                needed |= {step.old, step.by}
+        elif any(number in needed and number in hot for number in step.outputs):
+            steps.append(step)
+            inside |= set(step.outputs)
+            needed |= set(step.inputs)
+    return steps[::-1], needed - inside
+
+
+def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
+    """A value as a constant: at least float32; bare parameters of the site with their mean in the site's entries."""
+    value = tape.values[number]
+    tensor = value.tensor.detach()
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    path = value.source
+    if path is None or (path, ENTRY) not in site.axes or path not in site.layout.dims:
+        return tensor
+    axis, entries = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
+    if tensor.shape != attribute(site.model, path).shape:
+        return tensor
+    own = tensor.index_select(axis, entries)
+    mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else own.narrow(axis, len(entries) - 1, 1)
+    return tensor.index_copy(axis, entries, mean.expand(own.shape))
+
+
+def _places(site: GrowthSite) -> dict[Key, Tensor]:
+    """Per axis the positions of the channels, (units, entries of a unit), as they are now."""
+    units = site.width // site.granularity
+    found = {}
+    for path, side in site.axes:
+        if path in site.layout.dims:
+            continue
+        device = next(iter(site.model.get_submodule(path).parameters()), torch.empty(0)).device
+        found[path, side] = torch.tensor(site.entries(path, side), device=device).view(units, -1)
+    order = [(path, OUT) for path in site.producers] + [(path, IN) for path in site.consumers]
+    return {key: found[key] for key in (*order, *found) if key in found}
+
+
+def _in_order(places: Mapping[Key, Tensor], site: GrowthSite) -> bool:
+    """Whether no axis holds anything else, and all channels lie one after the other."""
+    sizes = site.sizes
+    return all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
+
+
+def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
+    """Whether a step treats channels one by one and names no size of theirs."""
+    if isinstance(step, LayerCall):
+        return True
+    if isinstance(step, Rewritten):
+        return False
+    tensors = [tape.values[number] for number in step.inputs]
+    before, after = tensors[0].tensor, tape.values[step.outputs[0]].tensor
+    scalars = [each for each in tensors if each.tensor.dim() == 0]
+    channels = [number for number in step.inputs if tape.values[number].tensor.dim()]
+    if any(number not in hot or tape.values[number].source for number in channels) or (scalars and before.dim() == 0):
+        return False
+    if any(tape.values[number].tensor.shape != before.shape for number in channels):
+        return False
+    if is_pointwise(step) or step.name in ("clone", "_to_copy"):
+        return after.shape == before.shape
+    last = any(not layers.weighted(site.model.get_submodule(path)).kernel_size for path in site.producers)
+    if (last and before.dim() > 2) or len(channels) != 1:
+        return False
+    return _keeps_channels(step, before, after)
+
+
+def _keeps_channels(step: Operation, before: Tensor, after: Tensor) -> bool:
+    """Whether an operation on (n, channels, *grid) changes only the grid, or joins it to the channels."""
+    name, args = step.name, step.args
+    if name in operations.RESIZING:
+        return before.dim() > 2 and after.shape[:2] == before.shape[:2]
+    if name == "constant_pad_nd":
+        return len(args[1]) <= 2 * (before.dim() - 2)
+    if name in _VIEWS:
+        return after.shape == before.shape or (after.dim() == 2 < before.dim() and after.shape[0] == before.shape[0])
+    if name in _REDUCTIONS or name in ("squeeze", "unsqueeze"):
+        given = args[1] if len(args) > 1 else None
+        dims = [given] if isinstance(given, int) else given
+        count = before.dim() + (name == "unsqueeze")
+        return bool(dims) and all(dim % count > 1 for dim in dims) and not step.kwargs.get("dtype")
+    return False

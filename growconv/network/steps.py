@@ -1,0 +1,247 @@
+"""What lies between the producers and consumers of sites, step by step, read off one recorded run."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from growconv.convolution.geometry import Geometry
+from growconv.network import layers, operations
+from growconv.network.layout import ENTRY, GROUP_IN
+from growconv.network.model import Arguments
+from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
+from growconv.network.site import GrowthSite
+from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
+
+_NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
+_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"])
+_HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
+_WINDOWED = ("max_pool", "avg_pool")
+
+
+def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite]) -> dict[str, tuple[Route, ...]]:
+    """The routes of sites, from one recorded run in evaluation mode.
+
+    Args:
+        model: the model, or a copy of it; it is run once, its mode is put back and its buffers stay.
+        arguments: of its forward.
+        sites: of that model, or of one with the same names.
+
+    Returns:
+        By name of the site, one route per producer and consumer that a chain of steps joins; pairs that are joined
+        otherwise have a route with its problem.
+    """
+    modes = {module: module.training for module in model.modules()}
+    tape = Tape(model)
+    try:
+        model.eval()
+        with torch.no_grad(), tape:
+            model(*arguments[0], **arguments[1])
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return {site.name: recorded_routes(tape, site.of(model)) for site in sites}
+
+
+def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
+    """The routes of one site on a recording."""
+    walker = _Walker(tape, site)
+    found: dict[tuple[str, str], Route] = {}
+    for consumer in site.consumers:
+        for call in tape.calls(consumer):
+            steps, producer, problem = walker.back(call.input)
+            for path in site.producers if producer is None else (producer,):
+                route = Route(path, consumer, steps, problem)
+                known = found.setdefault((path, consumer), route)
+                if producer is not None and known != route:
+                    route = Route(path, consumer, (), "several ways lead from one to the other")
+                    found[path, consumer] = route
+    return tuple(found.values())
+
+
+def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
+    """The values of a recording that have channels of a site, and among them those that its producers made."""
+    made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
+    bare = {number for number, value in enumerate(tape.values) if value.source in site.layout.dims}
+    own = set(site.axes)
+    sources = made | {number for number in bare if (str(tape.values[number].source), ENTRY) in own}
+    return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
+
+
+class _Walker:
+    """Goes back from a consumer's input to the producer that it comes from."""
+
+    def __init__(self, tape: Tape, site: GrowthSite) -> None:
+        self.tape = tape
+        self.site = site
+        self.hot, self.made = hot_values_of(tape, site)
+        self.maker: dict[int, LayerCall | Operation | Rewritten] = {}
+        for step in tape.steps:
+            if isinstance(step, LayerCall):
+                self.maker[step.output] = step
+            elif isinstance(step, Rewritten):
+                self.maker[step.new] = step
+            else:
+                self.maker |= dict.fromkeys(step.outputs, step)
+
+    def back(self, value: int) -> tuple[tuple[Step, ...], str | None, str | None]:
+        """Steps before a value, the producer that they start from, and what keeps them from being a chain."""
+        steps: list[Step] = []
+        while value not in self.made:
+            maker = self.maker.get(value)
+            if maker is None:
+                return tuple(reversed(steps)), None, f"{self.tape.values[value].source} makes channels of its own"
+            if isinstance(maker, Rewritten):
+                steps.append(Other("a write in place"))
+                sources = [number for number in (maker.by, maker.old) if number in self.hot]
+            elif isinstance(maker, LayerCall):
+                steps += self._layer(maker)
+                sources = [maker.input]
+            else:
+                sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
+            if not sources:
+                return tuple(reversed(steps)), None, "a tensor that is written to makes channels of its own"
+            if len(sources) > 1:
+                start = self._composite(value)
+                if start is None:
+                    name = maker.name if isinstance(maker, Operation) else "a write in place"
+                    return tuple(reversed(steps)), None, f"{name} joins several producers"
+                steps.append(Activation(f"composite {maker.name.rstrip('_')}" if isinstance(maker, Operation) else ""))
+                value = start
+                continue
+            if isinstance(maker, Operation):
+                found, value = self._operation(maker, sources[0], value)
+                steps += found
+            else:
+                value = sources[0]
+        return tuple(reversed(steps)), self.maker[value].path, None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _composite(self, value: int) -> int | None:
+        """The single value from which an elementwise expression such as x·sigmoid(x) is computed, or None."""
+        frontier = {value}
+        while True:
+            latest = max(frontier)
+            maker = self.maker.get(latest)
+            if latest in self.made or not isinstance(maker, Operation) or not is_pointwise(maker):
+                return None
+            frontier.remove(latest)
+            frontier |= {number for number in maker.inputs if number in self.hot}
+            if any(self.tape.values[number].source is not None for number in frontier):
+                return None
+            if len(frontier) == 1:
+                return next(iter(frontier))
+
+    def _layer(self, call: LayerCall) -> list[Step]:
+        module = self.site.model.get_submodule(call.path)
+        if layers.is_weighted(module):
+            if layers.is_transposed(module):
+                return [Other(type(module).__name__)]
+            return [Depthwise(call.path, Geometry.of(module))]
+        if not layers.norm(module).normalises:
+            return [Activation("prelu", call.path, homogeneous=True)]
+        return [Norm(call.path)]
+
+    def _operation(self, step: Operation, source: int, value: int) -> tuple[list[Step], int]:
+        """What an operation with one hot value is, and the value in front of it."""
+        before, after = self.tape.values[source].tensor, self.tape.values[value].tensor
+        name = step.name.rstrip("_")
+        if name in _NOTHING and before.shape == after.shape:
+            return [], source
+        if is_pointwise(step) and before.shape == after.shape:
+            others = [self.tape.values[number].tensor for number in step.inputs if number != source]
+            if any(tensor.numel() > 1 for tensor in others):
+                return [Other(name)], source
+            path = (
+                step.module if step.module and not list(self.site.model.get_submodule(step.module).children()) else None
+            )
+            return [Activation(name, path, name in _HOMOGENEOUS)], source
+        if name == "squeeze":
+            inner = self._one_axis_pool(source)
+            if inner is not None:
+                return inner
+        if name in _VIEWS:
+            return _view(name, before, after), source
+        if name == "cat" and after.dim() > 1:
+            return (
+                [] if (step.args[1] if len(step.args) > 1 else 0) in (1, 1 - after.dim()) else [Other(name)]
+            ), source
+        return pooling(step, before, after) or [Other(name)], source
+
+    def _one_axis_pool(self, value: int) -> tuple[list[Step], int] | None:
+        """A pooling of one axis, which torch runs as one of two: unsqueeze, pooling, squeeze."""
+        pool = self.maker.get(value)
+        if not isinstance(pool, Operation) or len(pool.inputs) != 1:
+            return None
+        start = self.maker.get(pool.inputs[0])
+        if not isinstance(start, Operation) or start.name != "unsqueeze" or start.inputs[0] not in self.hot:
+            return None
+        before, after = (self.tape.values[number].tensor for number in (pool.inputs[0], value))
+        found = pooling(pool, before, after)
+        if found is None or len(found) != 1 or before.dim() != 4:
+            return None
+        return [_one_axis(found[0])], start.inputs[0]
+
+
+def is_pointwise(step: Operation) -> bool:
+    """Whether an operation computes entry by entry."""
+    return torch.Tag.pointwise in step.func.tags or operations.pointwise(step.name.rstrip("_"))
+
+
+def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None:
+    """The steps that a pooling of the grid is; None for any other operation."""
+    name, axes = step.name, before.dim() - 2
+    if name in ("mean", "amax") and axes > 0:
+        given = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
+        dims = {dim % before.dim() for dim in ([given] if isinstance(given, int) else given or ())}  # pyright: ignore
+        if dims != set(range(2, before.dim())):
+            return None
+        pool = AdaptivePool((1,) * axes, average=name == "mean")
+        return [pool] if after.dim() == before.dim() else [Flatten((1,) * axes), pool]
+    if name.lstrip("_").startswith("adaptive_"):
+        return [AdaptivePool(tuple(after.shape[2:]), average="avg" in name)]
+    if not name.startswith(_WINDOWED) or "unpool" in name:
+        return None
+    average = name.startswith("avg")
+    names = ("self", "kernel_size", "stride", "padding", *(_AVERAGE if average else _MAXIMUM))
+    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
+
+    def spread(label: str, default: Sequence[int]) -> tuple[int, ...]:
+        found = list(given.get(label) or ())  # pyright: ignore[reportArgumentType]
+        return tuple(found * axes if len(found) == 1 else found or default)
+
+    kernel = spread("kernel_size", ())
+    padding = tuple((side, side) for side in spread("padding", (0,) * axes))
+    geometry = Geometry(
+        kernel,
+        spread("stride", kernel),
+        spread("dilation", (1,) * axes),
+        padding,
+        ceil_mode=bool(given.get("ceil_mode")),
+    )
+    return [Pool(geometry, average, average and bool(given.get("count_include_pad", True)))]
+
+
+_AVERAGE = ("ceil_mode", "count_include_pad", "divisor_override")
+_MAXIMUM = ("dilation", "ceil_mode")
+
+
+def _view(name: str, before: Tensor, after: Tensor) -> list[Step]:
+    """A change of shape: nothing, a flattened grid, or something else."""
+    if before.shape == after.shape:
+        return []
+    if before.dim() > 2 and after.dim() == 2 and before.shape[0] == after.shape[0]:
+        return [Flatten(tuple(before.shape[2:]))]
+    return [Other(name)]
+
+
+def _one_axis(step: Step) -> Step:
+    """A pooling of two axes of which the first has one entry, as one of the second."""
+    if isinstance(step, AdaptivePool):
+        return AdaptivePool(step.output_size[1:], step.average)
+    if isinstance(step, Pool):
+        own = step.geometry
+        geometry = Geometry(
+            own.kernel_size[1:], own.stride[1:], own.dilation[1:], own.padding[1:], ceil_mode=own.ceil_mode
+        )
+        return Pool(geometry, step.average, step.counts_padding)
+    return step

@@ -1,0 +1,373 @@
+"""A forward pass as a list of aten operations, recorded once for all sites of a model.
+
+Layers with weights and norm layers are recorded as calls, by module path and without what they do inside; everything
+else as the operations that reached the dispatcher. A value is what a tensor held at one moment: an operation in place
+makes a new value of the tensor that it overwrites, and of every other tensor on the same memory. So a recording can be
+read like a program without side effects, and run again with true writes in place.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from growconv.network import layers
+from growconv.network.model import tensors_in
+
+Memory = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
+"""Which entries of which storage a tensor shows, and as what: tensors that agree in it hold the same."""
+
+_RANDOM = frozenset(["bernoulli", "bernoulli_"])
+_NOISE_STAYS = frozenset(["div", "div_", "mul", "mul_", "view", "expand", "clone", "_to_copy"])
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a value among the arguments of an operation."""
+
+    value: int
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An aten operation.
+
+    Attributes:
+        func: the operation.
+        args: its positional arguments; a Ref for every tensor.
+        kwargs: its keyword arguments, likewise.
+        outputs: the values that it makes, in order; for one in place the new value of what it overwrites.
+        writes: whether it overwrites an argument.
+        module: path of the innermost module that was running.
+    """
+
+    func: OpOverload
+    args: tuple
+    kwargs: Mapping[str, object]
+    outputs: tuple[int, ...]
+    writes: bool
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name without namespace and overload: "relu_"."""
+        return operation_name(self.func)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The values that it is given."""
+        return tuple(leaf.value for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a layer with weights or of a norm layer: its path, the value that it was given, and the one it gave."""
+
+    path: str
+    input: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A tensor has a new value because an operation in place wrote through another tensor on the same memory."""
+
+    old: int
+    by: int
+    new: int
+
+
+Step = Operation | LayerCall | Rewritten
+
+
+@dataclass(eq=False)
+class Value:
+    """What a tensor held at one moment.
+
+    Attributes:
+        tensor: the tensor; a copy once an operation in place is about to change it.
+        storage: which memory it was on.
+        source: path of the parameter or buffer that it is; None for other tensors.
+        noise: whether it is random numbers that a dropout multiplies with.
+    """
+
+    tensor: Tensor
+    storage: int
+    source: str | None = None
+    noise: bool = False
+
+
+@dataclass(eq=False)
+class _Known:
+    """The present values of all tensors on one memory; a tensor on it is held, so that it is not given to others."""
+
+    holder: Tensor
+    values: dict[Memory, int] = field(default_factory=dict)
+
+
+class Tape(TorchDispatchMode):
+    """Records what runs inside a `with` block: only this thread, and only hooks on this model.
+
+    Dropout is recorded as what it is without training: the identity. Every tensor stays alive as long as the tape does;
+    what is needed later is taken out of it (`network.seats.Region`), and the tape is let go.
+
+    Args:
+        model: the model that will be called.
+
+    Attributes:
+        steps: what has run, in order.
+        values: all values, by their numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.steps: list[Step] = []
+        self.values: list[Value] = []
+        self._known: dict[int, _Known] = {}
+        self._sources = {
+            _memory(tensor): path for path, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if _has_memory(tensor)
+        }  # fmt: skip
+        self._handles: list[RemovableHandle] = []
+        self._inside = 0
+        self._given: list[int | None] = []
+        self._stack = [""]
+        self._thread = threading.get_ident()
+
+    def calls(self, path: str) -> list[LayerCall]:
+        """The calls of a layer, in order."""
+        return [step for step in self.steps if isinstance(step, LayerCall) and step.path == path]
+
+    # ------------------------------------------------------------------------------------------ context
+
+    def __enter__(self) -> Self:
+        """Put hooks on every module and start to record."""
+        for path, module in self.model.named_modules():
+            opaque = layers.is_weighted(module) or layers.is_norm(module)
+            if opaque or layers.is_dropout(module):
+                enter, leave = self._entered, self._left(path, identity=not opaque)
+            else:
+                enter, leave = self._pushed(path), self._popped
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop recording, and take the hooks off."""
+        super().__exit__(kind, error, trace)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------------------------------ modules
+
+    def _foreign(self) -> bool:
+        return threading.get_ident() != self._thread
+
+    def _pushed(self, path: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            if not self._foreign():
+                self._stack.append(path)
+
+        return hook
+
+    def _popped(self, *_: object) -> None:
+        if not self._foreign() and len(self._stack) > 1:
+            self._stack.pop()
+
+    def _entered(self, _module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        if self._foreign():
+            return
+        self._inside += 1
+        found = tensors_in([args, kwargs])
+        self._given.append(self.number(found[0]) if found and self._inside == 1 else None)
+
+    def _left(self, path: str, identity: bool) -> Callable[[nn.Module, tuple, object], None]:
+        def hook(_module: nn.Module, _args: tuple, output: object) -> None:
+            if self._foreign() or not self._given:
+                return
+            self._inside -= 1
+            given = self._given.pop()
+            if given is None or not isinstance(output, Tensor):
+                return
+            if not identity:
+                self.steps.append(LayerCall(path, given, self._add(output)))
+            elif _memory(output) != _memory(self.values[given].tensor):
+                self._copied(given, output, path)
+
+        return hook
+
+    def _copied(self, given: int, output: Tensor, path: str) -> None:
+        """A dropout: what comes out is what goes in."""
+        number = self._add(output)
+        self.steps.append(Operation(torch.ops.aten.clone.default, (Ref(given),), {}, (number,), False, path))
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of what a tensor holds now; a tensor from outside gets one."""
+        memory = _memory(tensor)
+        known = self._known.get(memory[0])
+        found = None if known is None else known.values.get(memory)
+        return self._add(tensor, self._sources.get(memory)) if found is None else found
+
+    def _add(self, tensor: Tensor, source: str | None = None) -> int:
+        memory = _memory(tensor)
+        number = len(self.values)
+        self.values.append(Value(tensor, memory[0], source))
+        self._known.setdefault(memory[0], _Known(tensor)).values[memory] = number
+        return number
+
+    def _secure(self, tensor: Tensor) -> dict[int, Tensor]:
+        """Copy all values on a memory that is about to be written to; returns the tensors themselves."""
+        known = self._known.get(_memory(tensor)[0])
+        found = {} if known is None else {number: self.values[number].tensor for number in known.values.values()}
+        for number, shown in found.items():
+            self.values[number].tensor = shown.clone()
+        return found
+
+    def _overwrite(self, tensor: Tensor, shown: Mapping[int, Tensor]) -> int:
+        """New values of everything on the memory of a tensor that was written to."""
+        memory = _memory(tensor)
+        values = self._known[memory[0]].values
+        number = self._add(tensor, self.values[values[memory]].source)
+        for key, old in values.items():
+            if key != memory:
+                values[key] = len(self.values)
+                self.values.append(Value(shown[old], memory[0], self.values[old].source))
+                self.steps.append(Rewritten(old, number, values[key]))
+        return number
+
+    # ------------------------------------------------------------------------------------------ operations
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run an operation and write it down."""
+        kwargs = dict(kwargs or {})
+        if self._inside or not all(
+            _has_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        ):
+            return func(*args, **kwargs)
+        refs = tree_map(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        written = written_arguments(func, args, kwargs)
+        shown = {number: each for tensor in written for number, each in self._secure(tensor).items()}
+        output = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in written:
+            if not any(_memory(tensor) == _memory(each) for each in outputs):
+                self._known[_memory(tensor)[0]].values.clear()  # as the running statistics of a functional batch norm
+        if not outputs or not all(map(_has_memory, outputs)):
+            return output
+        self._write_down(func, refs, written, outputs, shown)
+        return output
+
+    def _write_down(
+        self, func: OpOverload, refs: tuple, written: list[Tensor], outputs: list[Tensor], shown: Mapping[int, Tensor]
+    ) -> None:
+        name = operation_name(func)
+        operation = Operation(func, refs[0], refs[1], (), bool(written), self._stack[-1])
+        inputs = [self.values[number] for number in operation.inputs]
+        if name in ("detach", "alias", "lift_fresh") and not written:
+            return  # the same memory: the same value
+        noisy = name in _RANDOM or (name in _NOISE_STAYS and bool(inputs) and all(each.noise for each in inputs))
+        dropped = name in ("mul", "mul_", "native_dropout") and not noisy
+        if dropped and (name == "native_dropout" or any(each.noise for each in inputs)):
+            self._drop_out(operation, outputs, written)
+            return
+        position = len(self.steps)
+        numbers = []
+        for tensor in outputs:
+            inplace = any(_memory(tensor) == _memory(each) for each in written)
+            numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
+            self.values[numbers[-1]].noise = noisy
+        done = Operation(func, refs[0], refs[1], tuple(numbers), bool(written), self._stack[-1])
+        self.steps.insert(position, done)  # in front of what it has rewritten
+
+    def _drop_out(self, operation: Operation, outputs: list[Tensor], written: list[Tensor]) -> None:
+        """Numbers times random ones: what comes out without training."""
+        kept = next(number for number in operation.inputs if not self.values[number].noise)
+        if written:
+            self._known[_memory(outputs[0])[0]].values[_memory(outputs[0])] = kept
+        else:
+            self._copied(kept, outputs[0], operation.module)
+
+
+def operation_name(func: OpOverload) -> str:
+    """Name of an operation without namespace and overload."""
+    return func.overloadpacket._qualified_op_name.split("::")[1]
+
+
+def written_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """The tensors that an operation overwrites."""
+    if not func._schema.is_mutable:
+        return []
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    return found
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta" and not _nested(tensor)
+
+
+def _nested(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def _memory(tensor: Tensor) -> Memory:
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tensor.shape,
+        tuple(tensor.stride()),
+        tensor.dtype,
+    )
+
+
+def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool]) -> set[int]:
+    """The values of a recording that depend on some of them.
+
+    Args:
+        tape: the recording.
+        sources: numbers of values.
+        follows: whether the output of a layer depends on its input, by its path; False: the layer cuts.
+
+    Returns:
+        Their numbers. Everything on a memory that a dependent operation writes to is among them, from its creation on.
+    """
+    given, memories = set(sources), set[int]()
+    while True:
+        hot, before = set(given), frozenset(memories)
+
+        def touched(numbers: Iterable[int], hot: set[int] = hot, before: frozenset[int] = before) -> bool:
+            return any(number in hot or tape.values[number].storage in before for number in numbers)
+
+        for step in tape.steps:
+            if isinstance(step, LayerCall):
+                if follows(step.path) and touched([step.input]):
+                    hot.add(step.output)
+            elif isinstance(step, Rewritten):
+                if touched([step.old, step.by]):
+                    hot.add(step.new)
+            elif touched(step.inputs):
+                hot |= set(step.outputs)
+                if step.writes:
+                    memories |= {tape.values[number].storage for number in step.outputs}
+        if memories == before:
+            return hot
