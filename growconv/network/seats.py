@@ -48,7 +48,7 @@ class Inserted:
     """What surgery will insert for new channels between producers and consumers, as in a ChannelGrowth.
 
     Attributes:
-        norms: per norm layer mean and variance in front of it, (entries,) or (K,); measured where they are missing.
+        norms: per norm layer mean and variance in front of it, (entries,) or (K,); 0 and 1 where they are missing.
         norm_scale: (K,) factor on what comes out of norm layers.
         carried: per grouped convolution the filters of new groups; the identity tap where they are missing.
     """
@@ -70,6 +70,7 @@ class Region:
         outputs: per producer the numbers of the outputs of its calls.
         shapes: of these outputs.
         places: per axis (path, side) the positions of the channels, (units, entries of a unit).
+        sizes: the length of these axes.
         narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
         samples: how many samples the pass had; None where the first axes of the outputs differ.
         parts: whether the region can be run on some of the samples; None: not tried yet.
@@ -82,10 +83,18 @@ class Region:
     outputs: dict[str, tuple[int, ...]]
     shapes: dict[int, torch.Size]
     places: dict[Key, Tensor]
+    sizes: dict[Key, int]
     narrow: bool
     samples: int | None
     recorded: int | None
     parts: list[bool] = field(default_factory=list)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each producer and consumer was called."""
+        called = [step.path for step in self.steps if isinstance(step, LayerCall)]
+        consumers = {path: called.count(path) for path, side in self.places if side == IN}
+        return consumers | {path: len(numbers) for path, numbers in self.outputs.items()}
 
     @property
     def units(self) -> int:
@@ -103,7 +112,7 @@ class Region:
         Args:
             new: per producer what it gives for K new channels, one tensor for each call, with K·ratio entries along the
                 channel axis, channel by channel.
-            inserted: what they find in between; None: transparent norms and identity taps.
+            inserted: what they find in between; None: norms as for values of mean 0 and variance 1, identity taps.
             measured: gets per norm layer the mean and variance (entries,) of what comes to it, in float64, and these
                 are inserted there.
 
@@ -154,6 +163,57 @@ class Region:
                     got=len(new.get(path, ())),
                 )
 
+    # ------------------------------------------------------------------------------------------ new weights
+
+    def produced(self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What new filters of a producer give, with K·ratio entries along the channel axis, channel by channel.
+
+        Args:
+            path: the producer.
+            x: what it is given.
+            weight: (K·ratio, in/groups, *kernel), channel by channel.
+            bias: (K·ratio,) or None.
+        """
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        if layer.groups == 1:
+            return layer.apply(x, weight, bias)
+        order = self.by_group(path, OUT, len(weight))
+        given = layer.apply(x, weight[order], None if bias is None else bias[order], layer.groups)
+        return given.index_select(layer.channel_axis(given.dim()), order.argsort())
+
+    def consumed(self, path: str, read: Tensor, weight: Tensor) -> Tensor:
+        """What a consumer adds to its output for new channels.
+
+        Args:
+            path: the consumer.
+            read: what it reads of them, as from `read`.
+            weight: (out, K·ratio/groups, *kernel), every group of outputs with the columns of its own inputs.
+        """
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        if layer.groups > 1:
+            axis = layer.channel_axis(read.dim())
+            read = read.index_select(axis, self.by_group(path, IN, read.shape[axis]))
+        return layer.apply(read, weight, None, layer.groups)
+
+    def by_group(self, path: str, side: str, entries: int) -> Tensor:
+        """The entries of new channels, channel by channel, in the order in which the groups of a layer have them.
+
+        Args:
+            path: a producer or consumer.
+            side: OUT or IN.
+            entries: how many there are.
+
+        Raises:
+            SiteError: the groups have unlike shares of the channels.
+        """
+        groups = layers.groups_of(self.site.model.get_submodule(path))
+        one = self.places[path, side][0] // (self.sizes[path, side] // groups)
+        counts = [int((one == group).sum()) for group in range(groups)]
+        if len(set(counts)) > 1:
+            raise SiteError("the groups of this layer have unlike shares of the channels", where=path, got=counts)
+        owner = one.repeat(entries // len(one))
+        return owner.argsort(stable=True)
+
     # ------------------------------------------------------------------------------------------ some of the samples
 
     @property
@@ -182,14 +242,8 @@ class Region:
 
     def _cut(self, index: slice | Tensor) -> "Region":
         count = self.samples or 0
-
-        def cut(tensor: Tensor) -> Tensor:
-            if not tensor.dim() or not tensor.shape[0] or tensor.shape[0] % count:
-                return tensor
-            return tensor if tensor.shape[0] == 1 else tensor.unflatten(0, (count, -1))[index].flatten(0, 1)
-
         samples = len(torch.empty(count)[index])
-        kept = {number: cut(tensor) for number, tensor in self.constants.items()}
+        kept = {number: some_of(tensor, index, count) for number, tensor in self.constants.items()}
         return replace(self, constants=kept, samples=samples, parts=[True])
 
     def _half_agrees(self) -> bool:
@@ -215,6 +269,13 @@ class Region:
             path: [each.index_select(self._axis(path, each), self.places[path, OUT].flatten()) for each in tensors]
             for path, tensors in outputs.items()
         }
+
+
+def some_of(tensor: Tensor, index: slice | Tensor, samples: int) -> Tensor:
+    """The entries of some samples of a tensor that has all of them in front, one or several rows each, or none."""
+    if tensor.dim() == 0 or not tensor.shape[0] or tensor.shape[0] % samples:
+        return tensor
+    return tensor.unflatten(0, (samples, -1))[index].flatten(0, 1)
 
 
 class _Go:
@@ -395,9 +456,11 @@ class _Go:
         entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
         if not norm.normalises:
             return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
-        if self.measure or given is None:
+        if self.measure:
             moments = norm.moments(value)
             self.measured[path] = tuple(self._sorted(each[None], path, ENTRY, back=True)[0] for each in moments)  # pyright: ignore
+        elif given is None:
+            moments = value.new_zeros(entries), value.new_ones(entries)
         else:
             moments = tuple(self._sorted(self._entries(each, entries)[None], path, ENTRY)[0] for each in given)
         scale = self.inserted.norm_scale
@@ -452,6 +515,7 @@ def region_of(tape: Tape, site: GrowthSite) -> Region:
         outputs=outputs,
         shapes={number: tape.values[number].tensor.shape for number in made},
         places=places,
+        sizes={key: site.sizes(key) for key in places},
         narrow=narrow,
         samples=samples,
         recorded=samples,

@@ -66,6 +66,16 @@ class Operation:
         """The values that it is given."""
         return tuple(leaf.value for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
 
+    def __reduce__(self) -> tuple:
+        """By name, since operations cannot be pickled."""
+        name = (self.func._schema.name, self.func._overloadname)
+        return _operation, (*name, self.args, self.kwargs, self.outputs, self.writes, self.module)
+
+
+def _operation(name: str, overload: str, *rest: object) -> Operation:
+    space, packet = name.split("::")
+    return Operation(getattr(getattr(getattr(torch.ops, space), packet), overload), *rest)  # pyright: ignore
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -242,7 +252,8 @@ class Tape(TorchDispatchMode):
         """New values of everything on the memory of a tensor that was written to."""
         memory = _memory(tensor)
         values = self._known[memory[0]].values
-        number = self._add(tensor, self.values[values[memory]].source)
+        before = values.get(memory)  # none where the operation has set its strides anew
+        number = self._add(tensor, None if before is None else self.values[before].source)
         for key, old in values.items():
             if key != memory:
                 values[key] = len(self.values)
@@ -290,7 +301,7 @@ class Tape(TorchDispatchMode):
         position = len(self.steps)
         numbers = []
         for tensor in outputs:
-            inplace = any(_memory(tensor) == _memory(each) for each in written)
+            inplace = any(tensor is each or _memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
         done = Operation(func, refs[0], refs[1], tuple(numbers), bool(written), self._stack[-1])

@@ -26,7 +26,7 @@ def require_closed_form(site: GrowthSite, method: str) -> None:
     """Refuse a site whose channels are no plain pair of convolutions, with the site's own reason."""
     if site.closed_form is not None:
         raise SolverError(
-            f"the method {method!r} works on the statistics of one writer and its readers",
+            f"the method {method!r} works on the statistics of one producer and its consumers",
             got=site.closed_form,
             where=site.name,
             fix="use method='functional' or 'random' for this site",
@@ -38,7 +38,7 @@ def require_statistics(subject: PairStatistics, *names: str) -> None:
 
     Args:
         subject: PairStatistics.
-        *names: attributes of every reader that must be there.
+        *names: attributes of every consumer that must be there.
 
     Raises:
         StatisticsError: which statistic of which site, and how to collect it.
@@ -51,20 +51,20 @@ def require_statistics(subject: PairStatistics, *names: str) -> None:
             where=where,
             fix="run at least one batch with a backward pass inside the collector",
         )
-    for reader in subject.readers:
+    for consumer in subject.consumers:
         for name in names:
-            value = getattr(reader, name)
+            value = getattr(consumer, name)
             if value is None:
                 raise StatisticsError(
                     f"the statistic {name} was not collected",
-                    where=f"{where}, reader {reader.consumer}",
+                    where=f"{where}, consumer {consumer.consumer}",
                     fix=f"collect with quantities={{'{name}', ...}}, or solver.reads",
                 )
             if not bool(torch.isfinite(value).all()):
                 raise StatisticsError(
                     f"the statistic {name} is not finite",
                     got=f"{int((~torch.isfinite(value)).sum())} entries infinite or undefined",
-                    where=f"{where}, reader {reader.consumer}",
+                    where=f"{where}, consumer {consumer.consumer}",
                     fix="look for an overflow in the loss, or lower the loss scale",
                 )
 
@@ -92,12 +92,12 @@ def assemble(
     """A proposal from the factors of Θ = Σ_k left_k ⊗ right_k.
 
     Args:
-        subject: statistics of a site with one writer. Its `patch_mean` and `patch_gram`, where they were collected,
-            give the norm layer behind the writer its moments; its kept samples the signs and the expected decrease.
+        subject: statistics of a site with one producer. Its `patch_mean` and `patch_gram`, where they were collected,
+            give the norm layer behind the producer its moments; its kept samples the signs and the expected decrease.
         model: the model, for shapes, dtype and device of the weights.
         method: name of the solver.
-        left: (k, a), the writer's new filters, the bias last where it has one.
-        rights: per reader (k, b, c2), in the order of `subject.readers`.
+        left: (k, a), the producer's new filters, the bias last where it has one.
+        rights: per consumer (k, b, c2), in the order of `subject.consumers`.
         gains: (k,) captured energy.
         requested: number of channels asked for.
         reason: why there are fewer.
@@ -114,12 +114,12 @@ def assemble(
     kernel = weight_of(model, producer)
     entries = kernel[0].numel()
     outgoing = {}
-    for reader, right in zip(subject.readers, rights, strict=True):
-        weight = weight_of(model, reader.consumer)
-        # (k, b, c) to (c, k·ratio, *kernel): a flattening reader has its grid where a convolution has its kernel.
-        entries_per_channel = subject.growth_site.ratio(reader.consumer)
+    for consumer, right in zip(subject.consumers, rights, strict=True):
+        weight = weight_of(model, consumer.consumer)
+        # (k, b, c) to (c, k·ratio, *kernel): a flattening consumer has its grid where a convolution has its kernel.
+        entries_per_channel = subject.growth_site.ratio(consumer.consumer)
         shape = (right.shape[2], channels * entries_per_channel, *weight.shape[2:])
-        outgoing[reader.consumer] = right.permute(2, 0, 1).reshape(shape).to(weight).contiguous()
+        outgoing[consumer.consumer] = right.permute(2, 0, 1).reshape(shape).to(weight).contiguous()
     growth = ChannelGrowth(
         site=subject.growth_site.name,
         method=method,
@@ -144,7 +144,7 @@ def empty(subject: PairStatistics, model: nn.Module, method: str, requested: int
     """A proposal of no channels, with the reason."""
     kernel = weight_of(model, subject.producer)
     left = kernel.new_zeros(0, kernel[0].numel() + subject.incoming_bias)
-    rights = [kernel.new_zeros(0, 1, reader.outgoing_shape[0]) for reader in subject.readers]
+    rights = [kernel.new_zeros(0, 1, consumer.outgoing_shape[0]) for consumer in subject.consumers]
     return assemble(subject, model, method, left, rights, kernel.new_zeros(0), requested, reason)
 
 
@@ -157,7 +157,7 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
 
 
 def norm_moments(subject: PairStatistics, left: Float[Tensor, "k a"]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of the new channels' own values before the norm layer that directly follows the writer.
+    """Mean and variance of the new channels' own values before the norm layer that directly follows the producer.
 
     The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean².
     """

@@ -35,7 +35,7 @@ class Solver(ABC):
             method that looks at the weights alone. May be a property that depends on the hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
         energy_gains: the channels' gains are captured energies in the unit of ‖v‖²/n.
-        linearises: takes what lies between writer and reader as linear; `solve` warns where that is not 0 at 0.
+        linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
     """
 

@@ -37,7 +37,7 @@ def captured_energy(
 ) -> float:
     """Share of the expressivity bottleneck that new channels take away: ⟨v⊥, δz⟩² / (‖δz‖² ‖v⊥‖²).
 
-    δz is what the new channels add to the readers' outputs, through the model's own operations in between; its best
+    δz is what the new channels add to the consumers' outputs, through the model's own operations in between; its best
     single scale is taken. Measure it on samples that the solver did not see. Inputs and gradients of the site's layers
     are held in memory for all samples.
 
@@ -58,8 +58,8 @@ def captured_energy(
         return 0.0
     collected = collect_statistics(model, [site], batches, loss, quantities={"samples"}, keep_samples=ALL, **options)
     kept = kept_samples(collected[site.name], "captured_energy")
-    if statistics is not None and all(reader.best_update is not None for reader in statistics.readers):
-        updates = {reader.consumer: reader.apply_update for reader in statistics.readers}
+    if statistics is not None and all(consumer.best_update is not None for consumer in statistics.consumers):
+        updates = {consumer.consumer: consumer.apply_update for consumer in statistics.consumers}
         targets = {path: kept.v[path] - update(kept.h[path]) for path, update in updates.items()}
     else:
         targets = {path: _projected(model.get_submodule(path), kept.h[path], kept.v[path]) for path in site.consumers}
@@ -93,14 +93,14 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
             for path, delta in _added(subject.growth_site, growth, kept.x, index).items():
                 total += float((kept.v[path][index] * delta).sum(dtype=torch.float64))
         return total / len(kept)
-    if subject.growth_site.closed_form is not None or any(reader.N_raw is None for reader in subject.readers):
+    if subject.growth_site.closed_form is not None or any(consumer.N_raw is None for consumer in subject.consumers):
         return None
     weight, bias = growth.incoming[subject.producer], growth.incoming_bias.get(subject.producer)
     left = weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
     total = 0.0
-    for reader in subject.readers:
-        raw = torch.as_tensor(reader.N_raw)
-        right = growth.outgoing[reader.consumer].flatten(1).unflatten(1, (growth.channels, -1)).to(raw)
+    for consumer in subject.consumers:
+        raw = torch.as_tensor(consumer.N_raw)
+        right = growth.outgoing[consumer.consumer].flatten(1).unflatten(1, (growth.channels, -1)).to(raw)
         total += float(torch.einsum("ka,abc,ckb->", left.to(raw), raw, right))
     return total
 
@@ -115,14 +115,14 @@ def linearisation_note(site: GrowthSite) -> str | None:
     if offset is None or abs(offset) < 1e-12:
         return None
     return (
-        f"what lies between writer and reader is {offset:.3g} at 0: the closed-form methods see its linear part only, "
+        f"what lies between producer and consumer is {offset:.3g} at 0: the closed-form methods see its linear part only, "
         f"so that a new channel also adds the constant {offset:.3g}·Σω, which their gains leave out; "
         "method='functional' sees it"
     )
 
 
 def value_at_zero(site: GrowthSite) -> float | None:
-    """What a new channel of zeros gives its readers, the entry farthest from 0; None where it cannot be tried."""
+    """What a new channel of zeros gives its consumers, the entry farthest from 0; None where it cannot be tried."""
     graph = site.spaces.graph
     new: dict[str, Any] = {}
     for path in site.producers:
@@ -174,7 +174,7 @@ def kept_samples(subject: PairStatistics, method: str) -> KeptSamples:
 
 
 def bottleneck(subject: PairStatistics) -> dict[str, Tensor]:
-    """v⊥ of the kept samples per reader: with the statistics' W* where it was collected, else with the samples' own.
+    """v⊥ of the kept samples per consumer: with the statistics' W* where it was collected, else with the samples' own.
 
     Args:
         subject: statistics with kept samples.
@@ -182,10 +182,10 @@ def bottleneck(subject: PairStatistics) -> dict[str, Tensor]:
     kept = kept_samples(subject, "v⊥")
     model = subject.growth_site.model
     return {
-        reader.consumer: kept.v_perp(reader.consumer)
-        if reader.best_update is not None
-        else _projected(model.get_submodule(reader.consumer), kept.h[reader.consumer], kept.v[reader.consumer])
-        for reader in subject.readers
+        consumer.consumer: kept.v_perp(consumer.consumer)
+        if consumer.best_update is not None
+        else _projected(model.get_submodule(consumer.consumer), kept.h[consumer.consumer], kept.v[consumer.consumer])
+        for consumer in subject.consumers
     }
 
 

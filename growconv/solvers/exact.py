@@ -27,7 +27,7 @@ from growconv.solvers.assembly import assemble, require_closed_form, require_sta
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.kept import require_samples, sample_averages, sample_maps
-from growconv.statistics.pair import PairStatistics, ReaderStatistics
+from growconv.statistics.pair import PairStatistics, ConsumerStatistics
 from growconv.statistics.problem import PairProblem
 
 ROUTES = ("auto", "dense", "statistics", "samples")
@@ -42,7 +42,7 @@ class ExactChannels(NamedTuple):
 
     Attributes:
         alpha: (k, a), filters of the first conv, the bias last where it has one.
-        omega: per reader (k, b, c), weights of the second conv.
+        omega: per consumer (k, b, c), weights of the second conv.
         gains: (k,) descending; the first k of them sum to what the first k filters capture with their best ω.
         history: the objective after each round, in the unit of ‖v⊥‖²/n and 0 for no channels; never rising.
     """
@@ -87,10 +87,10 @@ def exact(
 def minimise(
     terms: Sequence[tuple[BilinearMetric, Tensor]], channels: int, rank_tolerance: float, **options: Any
 ) -> ExactChannels:
-    """Minimise the sum of J over the readers, which share the filters.
+    """Minimise the sum of J over the consumers, which share the filters.
 
     Args:
-        terms: per reader its quadratic form and N (a, b, c).
+        terms: per consumer its quadratic form and N (a, b, c).
         channels: how many, at least 1.
         rank_tolerance: share of the largest singular value of Θ below which one counts as zero.
         **options: of `growconv.linalg.shared_left_least_squares`.
@@ -174,11 +174,11 @@ def descending(gains: Sequence[float]) -> list[float]:
 
 
 class SampleMetric:
-    """The quadratic form of one reader from the samples themselves: nothing of size (a·b)² is ever formed.
+    """The quadratic form of one consumer from the samples themselves: nothing of size (a·b)² is ever formed.
 
     Args:
         problem: the pair.
-        x: input of the writer (n, C0, *size), float64.
+        x: input of the producer (n, C0, *size), float64.
         reduced: S of these samples.
     """
 
@@ -190,7 +190,7 @@ class SampleMetric:
         return self._reduced
 
     def gram(self, left: Tensor) -> Tensor:
-        """Second moment of the patches that the reader would see of channels with these filters."""
+        """Second moment of the patches that the consumer would see of channels with these filters."""
         total: Tensor | None = None
         for chunk in self._chunks(left):
             rows = unfold(self._hidden(left, chunk), self._problem.second).transpose(0, 1).flatten(1)
@@ -276,11 +276,11 @@ class Exact(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share their filters."""
+        """See `Solver.solve`; several consumers share their filters."""
         require_closed_form(site, self.name)
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)
-        terms = [self._term(subject, reader, model) for reader in subject.readers]
+        terms = [self._term(subject, consumer, model) for consumer in subject.consumers]
         starts = self.random_starts
         if starts is None:
             dense = all(isinstance(metric, DenseMetric) for metric, _ in terms)
@@ -298,24 +298,24 @@ class Exact(Solver):
         return assemble(subject, model, self.name, found.alpha, found.omega, found.gains, channels, reason, self.signs)
 
     def _term(
-        self, subject: PairStatistics, reader: ReaderStatistics, model: nn.Module
+        self, subject: PairStatistics, consumer: ConsumerStatistics, model: nn.Module
     ) -> tuple[BilinearMetric, Tensor]:
-        full, product = reader.S_full, reader.full_product
+        full, product = consumer.S_full, consumer.full_product
         if self.route == "samples" or (self.route == "auto" and full is None and product is None):
-            return self._sample_term(subject, reader.consumer, model)
+            return self._sample_term(subject, consumer.consumer, model)
         require_statistics(subject, "N")
-        S, N = reader.S, reader.N
+        S, N = consumer.S, consumer.N
         if N is None or (full is None and (product is None or S is None)) or (self.route == "dense" and full is None):
             raise StatisticsError(
                 "S_full was not collected",
-                where=f"{subject.site}, reader {reader.consumer}",
+                where=f"{subject.site}, consumer {consumer.consumer}",
                 fix="collect with full=True, or use route='samples' with keep_samples",
             )
         if full is not None and self.route != "statistics":
             return DenseMetric(full, N.shape[0]), N
         if S is None:
             raise StatisticsError("S was not collected", where=subject.site, fix="collect with quantities=solver.reads")
-        return OperatorMetric(reader.apply_S_full, S, N.shape[1]), N
+        return OperatorMetric(consumer.apply_S_full, S, N.shape[1]), N
 
     def _sample_term(self, subject: PairStatistics, path: str, model: nn.Module) -> tuple[BilinearMetric, Tensor]:
         site, kept = subject.growth_site, require_samples(subject, "exact on samples")

@@ -12,9 +12,9 @@ from growconv.network import layers
 
 
 def filters_of(model: nn.Module, path: str, site: Any = None) -> Tensor:
-    """Weight of a writer as (out, in, *kernel), detached; with a site only the filters of its channels.
+    """Weight of a producer as (out, in, *kernel), detached; with a site only the filters of its channels.
 
-    A transposed convolution keeps its axes the other way; a writer has other filters than the site's where something
+    A transposed convolution keeps its axes the other way; a producer has other filters than the site's where something
     else takes its channels in pieces.
     """
     module = model.get_submodule(path)
@@ -24,7 +24,7 @@ def filters_of(model: nn.Module, path: str, site: Any = None) -> Tensor:
 
 
 def bias_of(model: nn.Module, path: str, site: Any = None) -> Tensor | None:
-    """Bias of a writer, detached; None where it has none; with a site only the entries of its channels."""
+    """Bias of a producer, detached; None where it has none; with a site only the entries of its channels."""
     bias = getattr(model.get_submodule(path), "bias", None)
     if not isinstance(bias, Tensor):
         return None
@@ -32,7 +32,7 @@ def bias_of(model: nn.Module, path: str, site: Any = None) -> Tensor | None:
 
 
 def readings_of(site: Any, model: nn.Module, path: str) -> Tensor:
-    """A reader's weights on the site's old channels, (out, width, ratio, *kernel), detached."""
+    """A consumer's weights on the site's old channels, (out, width, ratio, *kernel), detached."""
     module = model.get_submodule(path)
     weight = _weight(module, path)
     weight = weight.transpose(0, 1) if layers.is_transposed(module) else weight
@@ -40,7 +40,7 @@ def readings_of(site: Any, model: nn.Module, path: str) -> Tensor:
 
 
 def revised_readings(site: Any, model: nn.Module, path: str, readings: Tensor) -> Tensor:
-    """The reader's whole weight in its own layout, with other (out, width, ratio, *kernel) on the old channels."""
+    """The consumer's whole weight in its own layout, with other (out, width, ratio, *kernel) on the old channels."""
     module = model.get_submodule(path)
     weight = _weight(module, path).clone()
     target = weight.transpose(0, 1) if layers.is_transposed(module) else weight
@@ -54,7 +54,7 @@ def own_layout(model: nn.Module, path: str, filters: Tensor) -> Tensor:
 
 
 def filter_norms(site: Any, model: nn.Module) -> Float[Tensor, " width"]:
-    """Norm of each old channel's incoming weights, biases included, over all writers."""
+    """Norm of each old channel's incoming weights, biases included, over all producers."""
     square: Any = 0
     for path in site.producers:
         square = square + filters_of(model, path, site).flatten(1).square().sum(1)
@@ -66,7 +66,7 @@ def filter_norms(site: Any, model: nn.Module) -> Float[Tensor, " width"]:
 def normalised(
     incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], norm: Tensor | float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same filters, each channel's norm over all writers set to one value; a channel of zeros stays as it is."""
+    """The same filters, each channel's norm over all producers set to one value; a channel of zeros stays as it is."""
     total: Any = sum(weight.flatten(1).square().sum(1) for weight in incoming.values())
     total = total + sum(bias.square() for bias in biases.values())
     factor = norm / torch.where(total > 0, total, 1.0).sqrt()
@@ -77,7 +77,7 @@ def normalised(
 def random_filters(
     site: Any, model: nn.Module, channels: int, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gaussian filters of variance 1 / fan-in for every writer, and biases of zero where it has one."""
+    """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
     incoming, biases = {}, {}
     for path in site.producers:
         like = filters_of(model, path)
@@ -90,7 +90,7 @@ def random_filters(
 
 
 def silent_outgoing(site: Any, model: nn.Module, channels: int) -> dict[str, Tensor]:
-    """Outgoing weights of zero, (out, channels·ratio, *kernel) per reader."""
+    """Outgoing weights of zero, (out, channels·ratio, *kernel) per consumer."""
     outgoing = {}
     for path in site.consumers:
         old = readings_of(site, model, path)

@@ -1,4 +1,4 @@
-"""New filters of all writers of a site, and what is done to whole channels of them."""
+"""New filters of all producers of a site, and what is done to whole channels of them."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Filters = dict[str, tuple[Tensor, Tensor | None]]
-"""Per writer the new filters (K, in, *kernel) and biases (K,), None for a writer without one."""
+"""Per producer the new filters (K, in, *kernel) and biases (K,), None for a producer without one."""
 
 
 def count_of(filters: Filters) -> int:
@@ -46,7 +46,7 @@ def scaled(filters: Filters, factor: Float[Tensor, " k"]) -> Filters:
 
 
 def norms(filters: Filters) -> Float[Tensor, " k"]:
-    """Norm of every channel's filters, biases included, over all writers."""
+    """Norm of every channel's filters, biases included, over all producers."""
     squares = [flattened(weight, bias).square().sum(1) for weight, bias in filters.values()]
     return torch.stack(squares).sum(0).sqrt()
 

@@ -1,7 +1,7 @@
-"""The fit behind `functional`: filters by L-BFGS, with the readers' weights solved for at every step.
+"""The fit behind `functional`: filters by L-BFGS, with the consumers' weights solved for at every step.
 
 δz is linear in the outgoing weights ω, so that for given filters the best ω is a small least-squares problem: the Gram
-matrix of what the readers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is left
+matrix of what the consumers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is left
 is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
@@ -37,19 +37,19 @@ class Samples:
     """What new channels are fitted to.
 
     Attributes:
-        inputs: per writer what it reads, as the module receives it, samples first.
-        targets: per reader v⊥, laid out as its output.
-        old: per reader what it reads of the channels that there are.
-        writers: per writer the layer, for its geometry.
-        readers: per reader the layer, for its geometry.
-        between: from what new filters give, per writer (n, K, *hidden), to what each reader would read of them.
+        inputs: per producer what it reads, as the module receives it, samples first.
+        targets: per consumer v⊥, laid out as its output.
+        old: per consumer what it reads of the channels that there are.
+        producers: per producer the layer, for its geometry.
+        consumers: per consumer the layer, for its geometry.
+        between: from what new filters give, per producer (n, K, *hidden), to what each consumer would read of them.
     """
 
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     old: dict[str, Tensor]
-    writers: dict[str, nn.Module]
-    readers: dict[str, nn.Module]
+    producers: dict[str, nn.Module]
+    consumers: dict[str, nn.Module]
     between: Between
 
     def __len__(self) -> int:
@@ -67,35 +67,35 @@ class Samples:
 
     @cached_property
     def energy(self) -> float:
-        """‖v⊥‖², summed over samples and readers."""
+        """‖v⊥‖², summed over samples and consumers."""
         norms = [torch.linalg.vector_norm(target.flatten(), dtype=torch.float64) for target in self.targets.values()]
         return float(torch.stack(norms).square().sum())
 
     def write(self, filters: Filters) -> dict[str, Tensor]:
-        """What these filters give, per writer."""
-        return {path: apply_filters(module, self.inputs[path], *filters[path]) for path, module in self.writers.items()}
+        """What these filters give, per producer."""
+        return {path: apply_filters(module, self.inputs[path], *filters[path]) for path, module in self.producers.items()}
 
     def read(self, filters: Filters) -> dict[str, Tensor]:
-        """What each reader would read of new channels with these filters."""
+        """What each consumer would read of new channels with these filters."""
         return self.between(self.write(filters))
 
     def added(self, filters: Filters, outgoing: Weights) -> dict[str, Tensor]:
-        """δz per reader."""
-        return {path: apply_columns(self.readers[path], h, outgoing[path]) for path, h in self.read(filters).items()}
+        """δz per consumer."""
+        return {path: apply_columns(self.consumers[path], h, outgoing[path]) for path, h in self.read(filters).items()}
 
     def chunks(self, filters: Filters) -> list["Samples"]:
         """The samples in pieces whose columns fit into the scratch memory."""
         first = next(iter(filters.values()))[0]
         with torch.no_grad():
             one = self.part(slice(0, 1)).read(filters)
-        size = sum(columns(self.readers[path], h).numel() for path, h in one.items()) * first.element_size()
+        size = sum(columns(self.consumers[path], h).numel() for path, h in one.items()) * first.element_size()
         step = max(1, COLUMN_BYTES.get(first.device.type, COLUMN_BYTES["cuda"]) // max(size, 1))
         return [self.part(slice(start, start + step)) for start in range(0, len(self), step)]
 
 
 @dataclass
 class Normal:
-    """The normal equations of one reader's outgoing weights.
+    """The normal equations of one consumer's outgoing weights.
 
     Attributes:
         gram: (d, d) Σ over positions of columns · columnsᵀ, d running over new channels and taps.
@@ -118,7 +118,7 @@ class Normal:
 
 
 def normal_equations(samples: Samples, filters: Filters) -> dict[str, Normal]:
-    """Gram matrices and correlations of what the readers would read; float64.
+    """Gram matrices and correlations of what the consumers would read; float64.
 
     Args:
         samples: what to fit.
@@ -128,7 +128,7 @@ def normal_equations(samples: Samples, filters: Filters) -> dict[str, Normal]:
     with torch.no_grad():
         for chunk in samples.chunks(filters):
             for path, h in chunk.read(filters).items():
-                module = samples.readers[path]
+                module = samples.consumers[path]
                 design, target = columns(module, h), positions(module, chunk.targets[path])
                 gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
                 if path in result:
@@ -140,20 +140,20 @@ def normal_equations(samples: Samples, filters: Filters) -> dict[str, Normal]:
 
 
 def best_outgoing(
-    equations: Mapping[str, Normal], readers: Mapping[str, nn.Module], like: Tensor, separable: bool, ridge: float
+    equations: Mapping[str, Normal], consumers: Mapping[str, nn.Module], like: Tensor, separable: bool, ridge: float
 ) -> Weights:
-    """The weights (out, K·ratio, *kernel) per reader that take the most off v⊥.
+    """The weights (out, K·ratio, *kernel) per consumer that take the most off v⊥.
 
     Args:
-        equations: normal equations per reader.
-        readers: the layers.
+        equations: normal equations per consumer.
+        consumers: the layers.
         like: a tensor of the dtype and on the device that the weights should have.
         separable: restrict every channel's kernel to rank one.
         ridge: see `Normal.solve`.
     """
     result = {}
     for path, normal in equations.items():
-        kernel = tuple(getattr(readers[path], "kernel_size", ()))
+        kernel = tuple(getattr(consumers[path], "kernel_size", ()))
         weights = normal.solve(ridge)
         weights = weights.mT.reshape(weights.shape[1], -1, *kernel)
         if separable:
@@ -170,7 +170,7 @@ def captured_share(samples: Samples, filters: Filters, outgoing: Weights) -> flo
     Args:
         samples: what to measure on.
         filters: the new filters.
-        outgoing: per reader (out, K·ratio, *kernel).
+        outgoing: per consumer (out, K·ratio, *kernel).
     """
     agreement, size = 0.0, 0.0
     with torch.no_grad():
@@ -191,7 +191,7 @@ class Point:
         loss: what is left of ‖v⊥‖² on the fitting samples, as a share, minus one.
         gradient: of the loss with respect to theta.
         curvature: (K,) size of the loss's second derivative per channel, up to a common factor: ‖ω_k‖².
-        outgoing: per reader the best weights (out, K·ratio, *kernel).
+        outgoing: per consumer the best weights (out, K·ratio, *kernel).
     """
 
     theta: Tensor
@@ -224,7 +224,7 @@ class Objective:
         filters = self.parametrization.filters(theta)
         fixed = each(filters, torch.Tensor.detach)
         equations = normal_equations(samples, fixed)
-        outgoing = best_outgoing(equations, samples.readers, theta, self.separable, self.ridge)
+        outgoing = best_outgoing(equations, samples.consumers, theta, self.separable, self.ridge)
         loss = 0.0
         for path, normal in equations.items():
             weights = outgoing[path].flatten(1).mT.double()
@@ -354,7 +354,7 @@ def greedy_order(
     A pivoted block elimination: what the chosen channels explain is projected out of the rest.
 
     Args:
-        equations: normal equations per reader.
+        equations: normal equations per consumer.
         channels: number of channels K.
         ridge: as in `Normal.solve`.
 

@@ -1,7 +1,7 @@
 """Channels fitted through the real activation: the minimiser of Σ‖v⊥ − conv2_new(between(conv1_new(x)))‖².
 
 The closed forms take what lies between the two convolutions as linear. Here it is the model's own: norms inserted as
-the identity, any activation, pooling, dropout off. The filters are searched for by L-BFGS with the readers' weights
+the identity, any activation, pooling, dropout off. The filters are searched for by L-BFGS with the consumers' weights
 solved for at every step (see `fitting`), on kept samples, from several starts, and stopped where the captured energy on
 samples held out from the fit no longer rises.
 """
@@ -141,9 +141,9 @@ class Functional(Solver):
         return self._assembled(subject, samples, model, filters, reason)
 
     def _coordinates(self, samples: Samples) -> Parametrization:
-        grams = {path: patch_gram(module, samples.inputs[path]) for path, module in samples.writers.items()}
+        grams = {path: patch_gram(module, samples.inputs[path]) for path, module in samples.producers.items()}
         dtype = next(iter(samples.inputs.values())).dtype
-        whitened = Whitened(grams, samples.writers, self.damping, dtype)
+        whitened = Whitened(grams, samples.producers, self.damping, dtype)
         return Separable(whitened) if self.kernel == "separable" else whitened
 
     def _objective(self, samples: Samples, coordinates: Parametrization) -> Objective:
@@ -225,7 +225,7 @@ class Functional(Solver):
         order, gains = greedy_order(equations, count // size)
         gains = (gains / size).repeat_interleave(size)
         like = next(iter(filters.values()))[0]
-        outgoing = best_outgoing(equations, samples.readers, like, self.kernel == "separable", RIDGE)
+        outgoing = best_outgoing(equations, samples.consumers, like, self.kernel == "separable", RIDGE)
 
         def shaped(path: str, tensor: Tensor) -> Tensor:
             weight = model.get_submodule(path).weight
@@ -249,11 +249,11 @@ class Functional(Solver):
     ) -> ChannelGrowth:
         """No channels, and why."""
         incoming, biases, outgoing = {}, {}, {}
-        for path, module in samples.writers.items():
+        for path, module in samples.producers.items():
             incoming[path] = samples.inputs[path].new_zeros(layers.filter_shape(module, 0))
             if getattr(module, "bias", None) is not None:
                 biases[path] = samples.inputs[path].new_zeros(0)
-        for path, module in samples.readers.items():
+        for path, module in samples.consumers.items():
             outgoing[path] = samples.targets[path].new_zeros(layers.column_shape(module, 0))
         return ChannelGrowth(
             site=site.name,
@@ -270,11 +270,11 @@ class Functional(Solver):
     def _warn(self, samples: Samples, site: GrowthSite, channels: int) -> None:
         """Say how many samples the fit would need: one a parameter."""
         separable, per_channel = self.kernel == "separable", 0
-        for module in samples.writers.values():
+        for module in samples.producers.values():
             shape = layers.filter_shape(module, 1)[1:]
             per_channel += sum(shape) if separable else math.prod(shape)
             per_channel += getattr(module, "bias", None) is not None
-        for path, module in samples.readers.items():
+        for path, module in samples.consumers.items():
             shape = layers.column_shape(module, site.ratio(path))
             per_channel += shape[0] + sum(shape[2:]) if separable else math.prod(shape)
         needed = channels * per_channel
@@ -310,8 +310,8 @@ def fitting_samples(subject: PairStatistics) -> Samples:
         inputs=dict(kept.x),
         targets=bottleneck(subject),
         old=dict(kept.h),
-        writers={path: site.model.get_submodule(path) for path in site.producers},
-        readers={path: site.model.get_submodule(path) for path in site.consumers},
+        producers={path: site.model.get_submodule(path) for path in site.producers},
+        consumers={path: site.model.get_submodule(path) for path in site.consumers},
         between=site.between,
     )
 
@@ -338,7 +338,7 @@ def telling_channels(fit: Samples, held_out: Samples, filters: Filters, size: in
         for path, normal_equation in equations.items():
             rows = count * (normal_equation.gram.shape[0] // channels)
             leading[path] = Normal(normal_equation.gram[:rows, :rows], normal_equation.cross[:rows])
-        outgoing = best_outgoing(leading, fit.readers, like, False, RIDGE)
+        outgoing = best_outgoing(leading, fit.consumers, like, False, RIDGE)
         gain = torch.zeros_like(before)
         with torch.no_grad():
             for path, delta in held_out.added(picked(filters, range(count)), outgoing).items():
@@ -365,7 +365,7 @@ def is_homogeneous(samples: Samples, filters: Filters) -> bool:
 
 def unit(filters: Filters, coordinates: Parametrization) -> Filters:
     """Filters whose output has about unit size: of norm one where the patches are whitened."""
-    rows = [writer.embed(*filters[writer.path]) for writer in coordinates.writers]
+    rows = [producer.embed(*filters[producer.path]) for producer in coordinates.producers]
     size = torch.cat(rows, 1).norm(dim=1)
     return scaled(filters, torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0))
 
@@ -375,9 +375,9 @@ def random_filters(
 ) -> Filters:
     """Filters of unit size with random directions, all those that the patches take being alike."""
     result: Filters = {}
-    for writer in coordinates.writers:
-        noise = normal((channels, writer.entries), writer.root, generator)
-        result[writer.path] = writer.unflatten(torch.nn.functional.normalize(noise, dim=1) @ writer.root)
+    for producer in coordinates.producers:
+        noise = normal((channels, producer.entries), producer.root, generator)
+        result[producer.path] = producer.unflatten(torch.nn.functional.normalize(noise, dim=1) @ producer.root)
     return result
 
 
@@ -390,7 +390,7 @@ def require_separate_channels(samples: Samples, site: GrowthSite) -> None:
     size, few = site.granularity, samples.part(slice(0, 2))
     generator = torch.Generator().manual_seed(0)
     filters: Filters = {}
-    for path, module in samples.writers.items():
+    for path, module in samples.producers.items():
         weight = normal(layers.filter_shape(module, 2 * size), samples.inputs[path], generator)
         bias = None if getattr(module, "bias", None) is None else weight.new_zeros(2 * size)
         filters[path] = (weight / weight[0].numel() ** 0.5, bias)
@@ -400,7 +400,7 @@ def require_separate_channels(samples: Samples, site: GrowthSite) -> None:
     with torch.no_grad():
         before, after = few.read(filters), few.read(changed)
     for path, value in before.items():
-        axis = layers.channel_axis(samples.readers[path], value.dim())
+        axis = layers.channel_axis(samples.consumers[path], value.dim())
         own = value.shape[axis] // 2
         if not torch.allclose(value.narrow(axis, 0, own), after[path].narrow(axis, 0, own), rtol=1e-4, atol=1e-6):
             steps = [

@@ -58,7 +58,7 @@ class GradMax(Solver):
     """Channels with α = 0 and the ω that make the first gradient on α the largest.
 
     With α = 0 every activation sits at 0, where ReLU's slope is 0 in PyTorch: all gradients would vanish and the
-    channels stay dead. There the channels are lifted: their bias (or the mean of the norm layer behind the writer, in
+    channels stay dead. There the channels are lifted: their bias (or the mean of the norm layer behind the producer, in
     training) is set a little above 0, where the slope is the 1 that the method assumes. This moves outputs by about
     `lift`.
 
@@ -92,20 +92,20 @@ class GradMax(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share one SVD of their stacked columns."""
+        """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         require_closed_form(site, self.name)
         require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
-        readers = subject.readers
-        stacked = torch.cat([reader.N_raw.flatten(1) for reader in readers], 1)
+        consumers = subject.consumers
+        stacked = torch.cat([consumer.N_raw.flatten(1) for consumer in consumers], 1)
         every = gradmax(stacked[:, None], requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
-        parts = omega[:, 0].split([reader.N_raw[0].numel() for reader in readers], 1)
-        norms = [readings_of(site, model, reader.consumer).transpose(0, 1).flatten(1) for reader in readers]
+        parts = omega[:, 0].split([consumer.N_raw[0].numel() for consumer in consumers], 1)
+        norms = [readings_of(site, model, consumer.consumer).transpose(0, 1).flatten(1) for consumer in consumers]
         norm = float(torch.cat(norms, 1).norm(dim=1).mean()) * self.outgoing
         rights = [
-            norm * part.reshape(found, *reader.N_raw.shape[1:]) for part, reader in zip(parts, readers, strict=True)
+            norm * part.reshape(found, *consumer.N_raw.shape[1:]) for part, consumer in zip(parts, consumers, strict=True)
         ]
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -125,10 +125,10 @@ class GradMax(Solver):
         liftable = height > 0 and (norms or subject.incoming_bias)
         if not liftable or _dead(site, model, subject.producer, height):
             raise SolverError(
-                "gradmax would build dead channels: the slope of what follows the writer is 0 where α = 0",
+                "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
                 got=", ".join(getattr(step, "name", type(step).__name__) for step in site.routes[0].steps),
                 where=site.name,
-                fix="set lift > 0 (the writer needs a bias, or a norm layer behind it), or use another method",
+                fix="set lift > 0 (the producer needs a bias, or a norm layer behind it), or use another method",
             )
         weight = next(iter(model.get_submodule(subject.producer).parameters()))
         mean = torch.full((alpha.shape[0],), height, dtype=weight.dtype, device=weight.device)
@@ -140,7 +140,7 @@ class GradMax(Solver):
 
 
 def _dead(site: GrowthSite, model: nn.Module, producer: str, value: float) -> bool:
-    """Whether what lies behind the writer has slope 0 everywhere for a new channel of one constant value."""
+    """Whether what lies behind the producer has slope 0 everywhere for a new channel of one constant value."""
     writing = site.spaces.bindings[(producer, "writes", 0)].nodes
     weight = next(iter(model.get_submodule(producer).parameters()))
     probes = []

@@ -201,7 +201,7 @@ class North(Solver):
         )
 
     def _select(self, sampled: SampledSite, channels: Channels, generator: torch.Generator | None) -> ChannelGrowth:
-        """NORTH-Select: responses after everything in between, as the readers see them."""
+        """NORTH-Select: responses after everything in between, as the consumers see them."""
         site, model = sampled.site, sampled.model
         if site.granularity > 1:
             raise SolverError(
@@ -248,7 +248,7 @@ class North(Solver):
 
 
 def flat_filters(model: nn.Module, path: str) -> Float[Tensor, "c a"]:
-    """Filters of a writer as rows in float64, the bias last where it has one."""
+    """Filters of a producer as rows in float64, the bias last where it has one."""
     filters = filters_of(model, path).flatten(1).double()
     bias = bias_of(model, path)
     return filters if bias is None else torch.cat([filters, bias.double()[:, None]], 1)

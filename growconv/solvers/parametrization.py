@@ -19,7 +19,7 @@ from growconv.solvers.rank_one import outer_product, rank_one_factors
 class Parametrization(Protocol):
     """From a matrix of parameters, one row a channel, to filters and back."""
 
-    writers: list["WriterCoordinates"]
+    producers: list["ProducerCoordinates"]
 
     def filters(self, theta: Float[Tensor, "k q"]) -> Filters:
         """The filters that parameters stand for; differentiable."""
@@ -31,13 +31,13 @@ class Parametrization(Protocol):
 
 
 @dataclass(frozen=True)
-class WriterCoordinates:
-    """One writer's filters, and the coordinates in which its patches have about the same size in every direction.
+class ProducerCoordinates:
+    """One producer's filters, and the coordinates in which its patches have about the same size in every direction.
 
     Attributes:
-        path: of the writer.
+        path: of the producer.
         shape: (in, *kernel) of a filter.
-        bias: whether the writer has one; it is the last entry.
+        bias: whether the producer has one; it is the last entry.
         root: (a, a) damped G^(-1/2) of its patches: a filter is a row of parameters times it.
         inverse: G^(1/2).
     """
@@ -64,13 +64,13 @@ class WriterCoordinates:
 
 
 class Whitened:
-    """Any filters, in coordinates that whiten the writers' patches.
+    """Any filters, in coordinates that whiten the producers' patches.
 
     The damping keeps directions that the data hardly uses short: together with early stopping it is the regulariser.
 
     Args:
-        grams: per writer the second moment of its patches per location, the constant entry of a bias last.
-        writers: per writer the layer, for its shapes.
+        grams: per producer the second moment of its patches per location, the constant entry of a bias last.
+        producers: per producer the layer, for its shapes.
         damping: added to the eigenvalues, as a share of their mean.
         dtype: of the parameters.
     """
@@ -78,12 +78,12 @@ class Whitened:
     def __init__(
         self,
         grams: Mapping[str, Tensor],
-        writers: Mapping[str, nn.Module],
+        producers: Mapping[str, nn.Module],
         damping: float = 0.1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.writers = []
-        for path, module in writers.items():
+        self.producers = []
+        for path, module in producers.items():
             gram = grams[path].double()
             values, vectors = torch.linalg.eigh(gram)
             floor = max(float(values.mean()) * damping, torch.finfo(torch.float32).tiny)
@@ -91,21 +91,21 @@ class Whitened:
             root, inverse = (vectors / size) @ vectors.mT, (vectors * size) @ vectors.mT
             shape = layers.filter_shape(module, 1)[1:]
             has_bias = getattr(module, "bias", None) is not None
-            self.writers.append(WriterCoordinates(path, shape, has_bias, root.to(dtype), inverse.to(dtype)))
+            self.producers.append(ProducerCoordinates(path, shape, has_bias, root.to(dtype), inverse.to(dtype)))
 
     @property
     def size(self) -> int:
         """Parameters per channel."""
-        return sum(writer.entries for writer in self.writers)
+        return sum(producer.entries for producer in self.producers)
 
     def filters(self, theta: Tensor) -> Filters:
         """See `Parametrization.filters`."""
-        parts = theta.split([writer.entries for writer in self.writers], 1)
-        return {w.path: w.unflatten(part @ w.root) for w, part in zip(self.writers, parts, strict=True)}
+        parts = theta.split([producer.entries for producer in self.producers], 1)
+        return {w.path: w.unflatten(part @ w.root) for w, part in zip(self.producers, parts, strict=True)}
 
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`; exact."""
-        return torch.cat([w.embed(*filters[w.path]) for w in self.writers], 1)
+        return torch.cat([w.embed(*filters[w.path]) for w in self.producers], 1)
 
 
 class Separable:
@@ -114,31 +114,31 @@ class Separable:
     One CP term a channel; the bias is free.
 
     Args:
-        whitened: the unrestricted parametrization of the same writers.
+        whitened: the unrestricted parametrization of the same producers.
     """
 
     def __init__(self, whitened: Whitened) -> None:
-        self.writers = whitened.writers
+        self.producers = whitened.producers
 
     def filters(self, theta: Tensor) -> Filters:
         """See `Parametrization.filters`."""
         result: Filters = {}
         start = 0
-        for writer in self.writers:
+        for producer in self.producers:
             factors = []
-            for size in writer.shape:
+            for size in producer.shape:
                 factors.append(theta[:, start : start + size])
                 start += size
-            bias = theta[:, start] if writer.bias else None
-            start += writer.bias
-            result[writer.path] = (outer_product(factors), bias)
+            bias = theta[:, start] if producer.bias else None
+            start += producer.bias
+            result[producer.path] = (outer_product(factors), bias)
         return result
 
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`; the nearest rank-one filters, factors of equal norm."""
         parts = []
-        for writer in self.writers:
-            weight, bias = filters[writer.path]
+        for producer in self.producers:
+            weight, bias = filters[producer.path]
             factors = rank_one_factors(weight)
             size = factors[0].norm(dim=1, keepdim=True)
             root = size ** (1 / len(factors))
@@ -153,12 +153,12 @@ class Bounded:
 
     Args:
         inner: the coordinates.
-        longest: largest norm of a channel's filters, biases included, over all writers.
+        longest: largest norm of a channel's filters, biases included, over all producers.
     """
 
     def __init__(self, inner: Parametrization, longest: float) -> None:
         self.inner = inner
-        self.writers = inner.writers
+        self.producers = inner.producers
         self.longest = longest
 
     def filters(self, theta: Tensor) -> Filters:
@@ -172,10 +172,10 @@ class Bounded:
 
 
 def patch_gram(module: nn.Module, inputs: Tensor, positions: int = 100_000) -> Float[Tensor, "a a"]:
-    """Second moment of a writer's patches per location, the constant entry of a bias last.
+    """Second moment of a producer's patches per location, the constant entry of a bias last.
 
     Args:
-        module: the writer.
+        module: the producer.
         inputs: what it reads.
         positions: about as many patches are looked at; evenly spread samples are left out beyond.
     """

@@ -16,7 +16,7 @@ from growconv.solvers.existing import normal, random_filters, readings_of, requi
 @register("random")
 @dataclass(frozen=True)
 class Random(Solver):
-    """Random filters for any site, several writers and readers included; reads no statistics.
+    """Random filters for any site, several producers and consumers included; reads no statistics.
 
     Attributes:
         gain: standard deviation of the incoming weights times √fan-in; √2 is He et al. 2015, for the ReLU family.

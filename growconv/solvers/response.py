@@ -15,7 +15,7 @@ from growconv.statistics.pair import PairStatistics
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Per sample and channel; δz_k is what channel k alone adds to the readers' outputs, summed over readers.
+    """Per sample and channel; δz_k is what channel k alone adds to the consumers' outputs, summed over consumers.
 
     Attributes:
         captured: ⟨v⊥, δz_k⟩ (n, k).

@@ -1,4 +1,4 @@
-"""New channels on kept samples: what they would give the readers, through the model's own operations in between."""
+"""New channels on kept samples: what they would give the consumers, through the model's own operations in between."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class SampledSite:
     Attributes:
         site: the GrowthSite.
         model: its model.
-        inputs: per writer what it read, (n, C0, *size).
-        read: per reader what it read, (n, C1, *size).
-        wanted: per reader v = −∂(Σ loss)/∂z, (n, C2, *out).
+        inputs: per producer what it read, (n, C0, *size).
+        read: per consumer what it read, (n, C1, *size).
+        wanted: per consumer v = −∂(Σ loss)/∂z, (n, C2, *out).
     """
 
     site: Any
@@ -73,7 +73,7 @@ class SampledSite:
         return next(iter(self.inputs.values())).shape[0]
 
     def write(self, incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values (n, K, *hidden) that filters give per writer."""
+        """Values (n, K, *hidden) that filters give per producer."""
         return {
             path: apply_layer(self.model.get_submodule(path), self.inputs[path], weight, biases.get(path))
             for path, weight in incoming.items()
@@ -85,38 +85,38 @@ class SampledSite:
         biases: Mapping[str, Tensor],
         measured: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """What each reader would read of new channels; norm layers are transparent, `measured` gets their moments."""
+        """What each consumer would read of new channels; norm layers are transparent, `measured` gets their moments."""
         moments = {} if measured is None else measured
         return self.site.between(self.write(incoming, biases), measured=moments)
 
     def change(self, hidden: Mapping[str, Tensor], outgoing: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """δz, the change of each reader's output (n, C2, *out)."""
+        """δz, the change of each consumer's output (n, C2, *out)."""
         return {
             path: apply_layer(self.model.get_submodule(path), hidden[path], weight, None)
             for path, weight in outgoing.items()
         }
 
     def old_readings(self, path: str) -> Tensor:
-        """What a reader read of the site's old channels."""
+        """What a consumer read of the site's old channels."""
         module, values = self.model.get_submodule(path), self.read[path]
         start, end = self.site.span(path)
         return values.narrow(layers.channel_axis(module, values.dim()), start, end - start)
 
     def responses(self, values: Tensor, path: str) -> Tensor:
-        """Values that a reader reads as one row a channel: (channels, samples · locations)."""
+        """Values that a consumer reads as one row a channel: (channels, samples · locations)."""
         module = self.model.get_submodule(path)
         rows = values.movedim(layers.channel_axis(module, values.dim()), 0)
         return rows.unflatten(0, (-1, self.site.ratio(path))).flatten(1)
 
     def patches(self, hidden: Mapping[str, Tensor], path: str) -> Tensor:
-        """What a reader multiplies its weights with, (n, K·ratio·taps, locations)."""
+        """What a consumer multiplies its weights with, (n, K·ratio·taps, locations)."""
         module, values = self.model.get_submodule(path), hidden[path]
         if isinstance(module, nn.Linear):
             return values.flatten(1, -2).mT if values.dim() > 2 else values[:, :, None]
         return unfold(values, Geometry.of(module))
 
     def residual(self, path: str) -> Tensor:
-        """v⊥ on these samples, (n, C2, locations): v without its least-squares fit by a reader's own weights."""
+        """v⊥ on these samples, (n, C2, locations): v without its least-squares fit by a consumer's own weights."""
         wanted = self.located(self.wanted, path).double()
         chunks = range(0, self.samples, CHUNK)
         square: Any = 0
@@ -130,14 +130,14 @@ class SampledSite:
         return (wanted - torch.cat(fits)).to(self.wanted[path])
 
     def _own_patches(self, path: str, start: int) -> Tensor:
-        """Patches of what a reader read of some samples, with a constant entry where it has a bias, in float64."""
+        """Patches of what a consumer read of some samples, with a constant entry where it has a bias, in float64."""
         patches = self.patches({path: self.read[path][start : start + CHUNK]}, path).double()
         if getattr(self.model.get_submodule(path), "bias", None) is None:
             return patches
         return torch.cat([patches, patches.new_ones(patches.shape[0], 1, patches.shape[2])], 1)
 
     def located(self, values: Mapping[str, Tensor], path: str) -> Tensor:
-        """Output values of a reader as (n, C2, locations)."""
+        """Output values of a consumer as (n, C2, locations)."""
         module, tensor = self.model.get_submodule(path), values[path]
         if isinstance(module, nn.Linear):
             return tensor.flatten(1, -2).mT if tensor.dim() > 2 else tensor[:, :, None]
@@ -164,5 +164,5 @@ def apply_layer(module: nn.Module, values: Tensor, weight: Tensor, bias: Tensor 
 
 
 def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
-    """Inner product summed over readers."""
+    """Inner product summed over consumers."""
     return torch.stack([(first[path] * second[path]).sum() for path in second]).sum()

@@ -78,7 +78,7 @@ def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
     for site in sites:
         if site.closed_form is not None:
             raise SolverError(
-                'samples="auto" judges gains on the statistics of one writer and its readers',
+                'samples="auto" judges gains on the statistics of one producer and its consumers',
                 got=site.closed_form,
                 where=site.name,
                 fix="give a number of samples for this site",

@@ -29,7 +29,7 @@ HOMOGENEOUS = frozenset(
 
 
 def homogeneous(site: GrowthSite) -> bool:
-    """Whether what lies between writers and readers takes a positive factor through: f(sx) = s·f(x)."""
+    """Whether what lies between producers and consumers takes a positive factor through: f(sx) = s·f(x)."""
     steps = [step for route in site.routes for step in route.steps]
     return not any(
         isinstance(step, Other) or (isinstance(step, Activation) and step.name not in HOMOGENEOUS) for step in steps
@@ -137,7 +137,7 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
 
 
 def _norms(growth: ChannelGrowth) -> Float[Tensor, " k"]:
-    """Norm of each new channel's incoming weights, biases included, over all writers."""
+    """Norm of each new channel's incoming weights, biases included, over all producers."""
     square = sum(weight.double().flatten(1).square().sum(1) for weight in growth.incoming.values())
     return torch.as_tensor(square + sum(bias.double().square() for bias in growth.incoming_bias.values())).sqrt()
 

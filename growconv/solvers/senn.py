@@ -6,7 +6,7 @@ channels is at least (theorem 3.2)
 
     Δη' = Tr[Γ⁻¹ E[g_r a_pᵀ] A_p⁻¹ E[a_p g_rᵀ]],
 
-a_p: what the reader reads of the new channels, A_p its second moment, g_r = v⊥: the reader's output gradient without
+a_p: what the consumer reads of the new channels, A_p its second moment, g_r = v⊥: the consumer's output gradient without
 what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The incoming weights maximise Δη'.
 For a convolution the averages are sums over locations, as in K-FAC for convolutions; Γ is the average over locations.
 """
@@ -32,7 +32,7 @@ def expansion_score(
     precision: Float[Tensor, "c c"],
     damping: float = 1e-4,
 ) -> Float[Tensor, ""]:
-    """Δη' of theorem 3.2 for one reader.
+    """Δη' of theorem 3.2 for one consumer.
 
     Args:
         proposed: a_p per sample and location, p = new channels times taps.
@@ -116,7 +116,7 @@ class Senn(Solver):
             )
         sampled = SampledSite.of(subject, model, self.name)
         wanted = {path: sampled.located(sampled.wanted, path) for path in site.consumers}
-        reader = {
+        consumer = {
             path: (sampled.residual(path), output_precision(gradient, self.damping))
             for path, gradient in wanted.items()
         }
@@ -127,23 +127,23 @@ class Senn(Solver):
         with torch.enable_grad():
             for _ in range(self.steps):
                 hidden = sampled.hidden(*normalised(drawn, biases, norm))
-                score = self._score(sampled, hidden, reader, range(requested))
+                score = self._score(sampled, hidden, consumer, range(requested))
                 gradients = torch.autograd.grad(-score, free, allow_unused=True)
                 for parameter, gradient in zip(free, gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient / score.detach().clamp_min(1e-30)
                 optimizer.step()
-        return self._growth(sampled, drawn, biases, reader, requested)
+        return self._growth(sampled, drawn, biases, consumer, requested)
 
     def _score(
         self,
         sampled: SampledSite,
         hidden: dict[str, Tensor],
-        readers: dict[str, tuple[Tensor, Tensor]],
+        consumers: dict[str, tuple[Tensor, Tensor]],
         channels: Sequence[int],
     ) -> Tensor:
-        """Δη' of some of the proposed channels, summed over the readers."""
+        """Δη' of some of the proposed channels, summed over the consumers."""
         scores = []
-        for path, (residual, precision) in readers.items():
+        for path, (residual, precision) in consumers.items():
             patches = sampled.patches(hidden, path)
             entries = patches.shape[1] // sampled.responses(hidden[path], path).shape[0]
             chosen = patches.unflatten(1, (-1, entries))[:, list(channels)].flatten(1, 2)
@@ -156,14 +156,14 @@ class Senn(Solver):
         sampled: SampledSite,
         drawn: dict[str, Tensor],
         biases: dict[str, Tensor],
-        readers: dict[str, tuple[Tensor, Tensor]],
+        consumers: dict[str, tuple[Tensor, Tensor]],
         requested: int,
     ) -> ChannelGrowth:
         site, model = sampled.site, sampled.model
         incoming, shifts = normalised(drawn, biases, filter_norms(site, model).mean())
         measured: dict[str, tuple[Tensor, Tensor]] = {}
         hidden = sampled.hidden(incoming, shifts, measured)
-        alone = torch.stack([self._score(sampled, hidden, readers, [index]) for index in range(requested)])
+        alone = torch.stack([self._score(sampled, hidden, consumers, [index]) for index in range(requested)])
         order = alone.argsort(descending=True)
         return ChannelGrowth(
             site=site.name,

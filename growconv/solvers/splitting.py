@@ -8,7 +8,7 @@ order the loss changes by ε²/2·vᵀS(θ)v (theorem 2.2), S(θ) = E[∇_σ L �
 with the lowest eigenvalues (algorithm 1), and one whose lowest eigenvalue is not negative is splitting-stable: it
 stays whole.
 
-Here σ is everything between the writer and v, so that S is the second derivative of −⟨v, δz⟩ by the channel's filter,
+Here σ is everything between the producer and v, so that S is the second derivative of −⟨v, δz⟩ by the channel's filter,
 with v fixed. It is never formed: Lanczos' method needs its products with vectors only, for all channels at once.
 """
 
@@ -117,7 +117,7 @@ def splitting_matrices(sampled: SampledSite, smoothing: float) -> tuple[Product,
         smoothing: of kinks, see `SmoothKinks`.
 
     Returns:
-        The products (c, a) → (c, a), a over all writers' filter entries and biases, and the old filters (c, a).
+        The products (c, a) → (c, a), a over all producers' filter entries and biases, and the old filters (c, a).
     """
     site, model = sampled.site, sampled.model
     norm = _norm_in_front(site, model)
@@ -130,9 +130,9 @@ def splitting_matrices(sampled: SampledSite, smoothing: float) -> tuple[Product,
             filters_of(model, path).shape[0],
         ):
             raise SolverError(
-                "splitting moves all filters of a writer",
+                "splitting moves all filters of a producer",
                 where=path,
-                expected="a writer of the site's channels only",
+                expected="a producer of the site's channels only",
                 fix="choose another method for this site",
             )
         bias = bias_of(model, path)
@@ -172,7 +172,7 @@ def splitting_matrices(sampled: SampledSite, smoothing: float) -> tuple[Product,
 
 
 def _norm_in_front(site: Any, model: nn.Module) -> nn.Module | None:
-    """The BatchNorm that directly follows every writer, None where there is no norm layer."""
+    """The BatchNorm that directly follows every producer, None where there is no norm layer."""
     norms = {tuple(step.path for step in route.steps if isinstance(step, Norm)) for route in site.routes}
     first = {route.steps[0] if route.steps else None for route in site.routes}
     if norms == {()}:
@@ -184,7 +184,7 @@ def _norm_in_front(site: Any, model: nn.Module) -> nn.Module | None:
             return module
     raise SolverError(
         "splitting needs the old channels' own way through the norm layers",
-        expected="no norm layer, or one BatchNorm with running statistics right behind the writer",
+        expected="no norm layer, or one BatchNorm with running statistics right behind the producer",
         got=", ".join(sorted({path for paths in norms for path in paths})),
         where=site.name,
         fix="use another method for this site",

@@ -99,19 +99,19 @@ class Tiny(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share one SVD of their stacked columns."""
+        """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         require_closed_form(site, self.name)
         require_statistics(subject, "S", "N")
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)
-        readers = subject.readers
-        # The readers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
-        S = shrink(torch.stack([reader.S for reader in readers]).mean(0), self.shrinkage, subject.samples)[0]
+        consumers = subject.consumers
+        # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
+        S = shrink(torch.stack([consumer.S for consumer in consumers]).mean(0), self.shrinkage, subject.samples)[0]
         every = tiny(S, subject.columns[:, None], channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)
         found = alpha.shape[0]
-        parts = omega[:, 0].split([reader.N[0].numel() for reader in readers], 1)
-        rights = [part.reshape(found, *reader.N.shape[1:]) for part, reader in zip(parts, readers, strict=True)]
+        parts = omega[:, 0].split([consumer.N[0].numel() for consumer in consumers], 1)
+        rights = [part.reshape(found, *consumer.N.shape[1:]) for part, consumer in zip(parts, consumers, strict=True)]
         reason = shortfall(found, channels, "S^(-1/2)·N")
         growth = assemble(subject, model, self.name, alpha, rights, gains, channels, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -43,7 +43,7 @@ class VarianceTransfer(Solver):
 
     Attributes:
         rescale: scale the old outgoing weights by √(C_t / C_t+1). Their change is undone where it costs nothing: in the
-            running statistics of a BatchNorm behind the reader (the paper's way), else, where all in between is
+            running statistics of a BatchNorm behind the consumer (the paper's way), else, where all in between is
             positively homogeneous, in the old incoming weights or the last norm in between (ours). Where neither is
             possible the old weights are left alone, and the growth says so.
     """
@@ -91,10 +91,10 @@ class VarianceTransfer(Solver):
     def _rescaled(self, site: Any, model: nn.Module, channels: int) -> tuple[dict[str, Tensor], str | None]:
         behind = {path: batch_norm_behind(site, model, path) for path in site.consumers}
         if all(norm is not None for norm in behind.values()):
-            return _rescaled_readers(site, model, channels, behind), None
+            return _rescaled_consumers(site, model, channels, behind), None
         obstacle = _not_homogeneous(site, model)
         if obstacle is not None:
-            return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every reader"
+            return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every consumer"
         return _rescaled_pair(site, model, (site.width / (site.width + channels)) ** 0.5), None
 
 
@@ -117,8 +117,8 @@ def batch_norm_behind(site: Any, model: nn.Module, path: str) -> str | None:
     return norm if tracked and calls == 1 else None
 
 
-def _rescaled_readers(site: Any, model: nn.Module, channels: int, behind: dict[str, str | None]) -> dict[str, Tensor]:
-    """Every reader's old weights and bias scaled for its larger fan-in, and the BatchNorm behind it to match."""
+def _rescaled_consumers(site: Any, model: nn.Module, channels: int, behind: dict[str, str | None]) -> dict[str, Tensor]:
+    """Every consumer's old weights and bias scaled for its larger fan-in, and the BatchNorm behind it to match."""
     revised = {}
     for path in site.consumers:
         width = filters_of(model, path).shape[1]
@@ -150,7 +150,7 @@ def _rescaled_pair(site: Any, model: nn.Module, scale: float) -> dict[str, Tenso
 
 
 def _scaled_layers(site: Any) -> tuple[str, ...]:
-    """The layers that set the scale of what the readers read: the last norm of each route, or the writers."""
+    """The layers that set the scale of what the consumers read: the last norm of each route, or the producers."""
     return tuple(dict.fromkeys(_last_norm(route.steps) or route.producer for route in site.routes))
 
 

@@ -171,7 +171,7 @@ def test_taking_samples_out_equals_never_having_seen_them(bias: bool) -> None:
     reduced = without(stats, kept.subset(slice(0, 16)), kept.subset(slice(16, None)))
     assert (reduced.samples, len(reduced.samples_kept)) == (32, 16)
     for name in ("S", "N_raw", "M", "S2", "S_full", "N"):
-        torch.testing.assert_close(getattr(reduced.reader, name), getattr(rest.reader, name), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(getattr(reduced.consumer, name), getattr(rest.consumer, name), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(reduced.patch_gram, rest.patch_gram)
 
 
@@ -198,7 +198,7 @@ def test_auto_and_error_bars_need_samples() -> None:
     with pytest.raises(StatisticsError, match="needs kept samples"):
         measure_gains(stats, solve(stats, "tiny", channels=2))
     _, stats = collected(model, teacher_batches(model, channels=2), quantities=SAMPLED, keep_samples=1000)
-    few = replace(stats, samples=40, readers=tuple(replace(r, samples=40) for r in stats.readers))
+    few = replace(stats, samples=40, consumers=tuple(replace(r, samples=40) for r in stats.consumers))
     with pytest.raises(StatisticsError, match="no samples would be left"):
         solve(few, "tiny", channels="auto")
 

@@ -24,19 +24,19 @@ def problem(
     activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool = True
 ) -> tuple[Samples, nn.Conv2d, nn.Conv2d]:
     torch.manual_seed(seed)
-    writer = nn.Conv2d(2, 1, 3, padding=1, bias=bias).double()
-    reader = nn.Conv2d(1, 3, (3, 2), stride=(1, 2), padding=1).double()
+    producer = nn.Conv2d(2, 1, 3, padding=1, bias=bias).double()
+    consumer = nn.Conv2d(1, 3, (3, 2), stride=(1, 2), padding=1).double()
     x = torch.randn(samples, 2, 5, 6, dtype=torch.float64)
     with torch.no_grad():
-        h = writer(x)
-        v = torch.randn_like(reader(h))
-    given = Samples({"w": x}, {"r": v}, {"r": h}, {"w": writer}, {"r": reader}, lambda new: {"r": activation(new["w"])})
-    return given, writer, reader
+        h = producer(x)
+        v = torch.randn_like(consumer(h))
+    given = Samples({"w": x}, {"r": v}, {"r": h}, {"w": producer}, {"r": consumer}, lambda new: {"r": activation(new["w"])})
+    return given, producer, consumer
 
 
 def coordinates(samples: Samples, damping: float = 0.1) -> Whitened:
-    grams = {"w": patch_gram(samples.writers["w"], samples.inputs["w"])}
-    return Whitened(grams, samples.writers, damping, torch.float64)
+    grams = {"w": patch_gram(samples.producers["w"], samples.inputs["w"])}
+    return Whitened(grams, samples.producers, damping, torch.float64)
 
 
 def test_gradient_is_that_of_the_projected_loss() -> None:
@@ -61,13 +61,13 @@ def test_gradient_is_that_of_the_projected_loss() -> None:
 
 
 def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
-    samples, _, reader = problem(torch.relu)
+    samples, _, consumer = problem(torch.relu)
     filters = {"w": (torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))}
     equations = normal_equations(samples, filters)
-    outgoing = best_outgoing(equations, samples.readers, samples.targets["r"], False, 1e-14)
+    outgoing = best_outgoing(equations, samples.consumers, samples.targets["r"], False, 1e-14)
     variable = outgoing["r"].clone().requires_grad_()
     h = samples.read(filters)["r"]
-    loss = (samples.targets["r"] - F.conv2d(h, variable, stride=reader.stride, padding=reader.padding)).square().sum()
+    loss = (samples.targets["r"] - F.conv2d(h, variable, stride=consumer.stride, padding=consumer.padding)).square().sum()
     (gradient,) = torch.autograd.grad(loss, variable)
     assert float(gradient.abs().max()) < 1e-8
 
@@ -75,7 +75,7 @@ def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
 def test_a_channel_that_is_never_read_gets_no_weight() -> None:
     samples, _, _ = problem(torch.relu)
     filters = {"w": (torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))}
-    outgoing = best_outgoing(normal_equations(samples, filters), samples.readers, samples.targets["r"], False, 1e-6)
+    outgoing = best_outgoing(normal_equations(samples, filters), samples.consumers, samples.targets["r"], False, 1e-6)
     assert bool(torch.isfinite(outgoing["r"]).all())
     assert float(outgoing["r"][:, 1].abs().max()) == 0.0
     assert float(outgoing["r"][:, 0].abs().max()) > 0.0

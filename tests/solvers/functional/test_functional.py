@@ -51,7 +51,7 @@ KINDS = ["relu", "leaky_relu", "gelu", "silu", "selu", "tanh", "norm", "max pool
 
 
 def student_and_data(kind: str) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """A model of width 1 whose reader should also give what two planted channels would add."""
+    """A model of width 1 whose consumer should also give what two planted channels would add."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Conv2d(2, 1, 3, padding=1), *between_layers(kind, 1), nn.Conv2d(1, 3, 3, padding=1))
     planted = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), *between_layers(kind, 2), nn.Conv2d(2, 3, 3, padding=1))

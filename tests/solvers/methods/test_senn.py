@@ -56,7 +56,7 @@ def test_locations_are_summed_as_in_the_fisher_of_a_convolution(taps, locations,
     torch.testing.assert_close(expansion_score(proposed, residual, precision, 1e-4), expected)
 
 
-def test_residual_gradients_are_orthogonal_to_what_the_reader_reads(any_model, collect):
+def test_residual_gradients_are_orthogonal_to_what_the_consumer_reads(any_model, collect):
     name, model, x, y = any_model
     sampled = SampledSite.of(collect(model, x, y, {"samples"}), model, "senn")
     for path in sampled.site.consumers:

@@ -45,22 +45,22 @@ def test_a_large_matrix_needs_few_products():
 
 def split_hessian(model, x, y, channel, smoothing):
     """∇²_θθ of the loss by one filter and bias at fixed output gradient: the splitting matrix, by autograd alone."""
-    writer, reader = model[0], next(m for m in list(model)[1:] if isinstance(m, torch.nn.Conv2d))
-    between = model[1 : list(model).index(reader)]
-    z = reader(between(writer(x))).detach().requires_grad_()
-    loss = functional.cross_entropy(model[list(model).index(reader) + 1 :](z), y)
+    producer, consumer = model[0], next(m for m in list(model)[1:] if isinstance(m, torch.nn.Conv2d))
+    between = model[1 : list(model).index(consumer)]
+    z = consumer(between(producer(x))).detach().requires_grad_()
+    loss = functional.cross_entropy(model[list(model).index(consumer) + 1 :](z), y)
     (gradient,) = torch.autograd.grad(loss, z)
 
     def objective(theta):
-        weight, bias = writer.weight.detach().clone(), None if writer.bias is None else writer.bias.detach().clone()
+        weight, bias = producer.weight.detach().clone(), None if producer.bias is None else producer.bias.detach().clone()
         weight[channel] = theta[: weight[0].numel()].view_as(weight[0])
         if bias is not None:
             bias[channel] = theta[-1]
         with SmoothKinks(smoothing):
-            return (reader(between(functional.conv2d(x, weight, bias, padding=1))) * gradient).sum()
+            return (consumer(between(functional.conv2d(x, weight, bias, padding=1))) * gradient).sum()
 
-    theta = writer.weight[channel].flatten()
-    theta = theta if writer.bias is None else torch.cat([theta, writer.bias[channel : channel + 1]])
+    theta = producer.weight[channel].flatten()
+    theta = theta if producer.bias is None else torch.cat([theta, producer.bias[channel : channel + 1]])
     return torch.autograd.functional.hessian(objective, theta.detach())
 
 
