@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from growconv.convolution.toeplitz import toeplitz_matrix
     from growconv.convolution.tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
     from growconv.convolution.unfold import mask_tensor
-    from growconv.errors import GrowthError
-    from growconv.growth import Budget, GrowthHistory, GrowthScheduler
-    from growconv.network.by_hand import site
-    from growconv.network.depth import insert_layer
-    from growconv.network.explain import explain_sites
+    from growconv.errors import GrowthError, GrowthWarning
+    from growconv.growth import Budget, GrowthScheduler
+    from growconv.network.apply import grow, shrink
+    from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
+    from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits
+    from growconv.network.find import explain_sites, find_sites, site
+    from growconv.network.optimizer import follow_ages
     from growconv.network.proposal import ChannelGrowth
-    from growconv.network.rank_site import RankSite, find_rank_sites
-    from growconv.network.refactor import merge_pair, split_conv
-    from growconv.network.site import GrowthSite, find_sites
-    from growconv.network.surgery import GrowthEvent, apply_edits, grow, shrink
+    from growconv.network.rank import RankSite, find_rank_sites
+    from growconv.network.site import GrowthSite
     from growconv.solvers import Solver, solve
     from growconv.solvers.energy import captured_energy
     from growconv.solvers.rank import collect_rank_statistics, grow_rank
@@ -50,6 +50,7 @@ __all__ = [
     "GrowthHistory",
     "GrowthScheduler",
     "GrowthSite",
+    "GrowthWarning",
     "PairStatistics",
     "RankSite",
     "Solver",
@@ -71,8 +72,10 @@ __all__ = [
     "explain_sites",
     "find_rank_sites",
     "find_sites",
+    "follow_ages",
     "grow",
     "grow_rank",
+    "insert_copy",
     "insert_layer",
     "load_checkpoint",
     "mask_tensor",
@@ -107,16 +110,16 @@ _HOMES = {
     "convolution.toeplitz": "toeplitz_matrix",
     "convolution.tucker": "TuckerConv1d TuckerConv2d TuckerConv3d",
     "convolution.unfold": "mask_tensor",
-    "errors": "GrowthError",
-    "growth": "Budget GrowthHistory GrowthScheduler",
-    "network.by_hand": "site",
-    "network.depth": "insert_layer",
-    "network.explain": "explain_sites",
+    "errors": "GrowthError GrowthWarning",
+    "growth": "Budget GrowthScheduler",
+    "network.apply": "grow shrink",
+    "network.depth": "insert_copy insert_layer merge_pair split_conv",
+    "network.event": "GrowthEvent GrowthHistory apply_edits",
+    "network.find": "explain_sites find_sites site",
+    "network.optimizer": "follow_ages",
     "network.proposal": "ChannelGrowth",
-    "network.rank_site": "RankSite find_rank_sites",
-    "network.refactor": "merge_pair split_conv",
-    "network.site": "GrowthSite find_sites",
-    "network.surgery": "GrowthEvent apply_edits grow shrink",
+    "network.rank": "RankSite find_rank_sites",
+    "network.site": "GrowthSite",
     "solvers": "Solver solve",
     "solvers.energy": "captured_energy",
     "solvers.rank": "collect_rank_statistics grow_rank",

@@ -204,7 +204,7 @@ def show_sites(overrides: Sequence[str]) -> None:
     values = settings.plain(settings.compose(overrides))
     import torch
 
-    from growconv.network.explain import explain_sites
+    from growconv.network.find import explain_sites
     from growconv.training.build import data_shape, make_model
     from growconv.training.progress import sites_table
     from growconv.training.terminal import make_console

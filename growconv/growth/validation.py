@@ -8,8 +8,9 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import CheckpointError
+from growconv.errors import CheckpointError, SurgeryError
 from growconv.growth.decision import Policy
+from growconv.network.event import GrowthHistory, apply_edits, count_parameters
 
 Kind = TypeVar("Kind")
 
@@ -28,9 +29,11 @@ SETTABLE = frozenset(
         "rank",
     }
 )
-"""Attributes that growing sets; a replay sets no others."""
+"""Attributes of torch's and growconv's own layers that growing sets; of other modules, sizes that are there already."""
 
 INSERTS = ("convolution", "residual")
+BLOCKS = ("insert", "copy", "split", "merge")
+"""Edits that put other modules in the place of old ones."""
 
 MOST = 2**40
 """Entries of one tensor that no model has; what is too big for the machine's memory is torch's to say."""
@@ -66,6 +69,58 @@ def most_entries(saved: Iterable[Tensor]) -> int:
     return SLACK * max(sum(tensor.numel() for tensor in saved), 2**16)
 
 
+def history_from(records: Iterable[Mapping[str, Any]]) -> GrowthHistory:
+    """The history that records of a file tell, each field compared with its type.
+
+    Raises:
+        CheckpointError: a record misses a field, or has one that no event has.
+    """
+    listed = list(records)
+    for record in listed:
+        check_event(record)
+    return GrowthHistory.from_records(listed)
+
+
+def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.Module:
+    """Replay a history on a copy of the model, whose tensors have no memory wherever that can be.
+
+    Args:
+        history: from a file.
+        model: as it was built at the start of the run; it is left as it is.
+        most: entries that a tensor may have at any moment.
+
+    Returns:
+        The copy, with the shapes of the grown model.
+
+    Raises:
+        CheckpointError: the model is not the one that the history began with, or the history is forged or damaged.
+    """
+    fix = "build the model with the run's own settings, before any growth and before its optimizer"
+    if not history.starts_from(model):
+        raise CheckpointError(
+            "The history began with another model.",
+            expected=f"{history.events[0].parameters_before} parameters",
+            got=f"{count_parameters(model)} parameters",
+            where=type(model).__name__,
+            fix=fix,
+        )
+    edits = [edit for event in history for edit in event.edits]
+    check_edits(model, edits, most)
+    kernels = any("split" in edit or "merge" in edit for edit in edits)  # computed from those that are there
+    twin = _copied(model, {}) if kernels else without_data(model)
+    try:
+        for event in history:
+            apply_edits(twin, event.edits)
+            if count_parameters(twin) > most or sum("copy" in edit for edit in event.edits) > 1:
+                raise SurgeryError("it asks for more parameters than the saved tensors could fill", where=event.site)
+    except (SurgeryError, TypeError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            "The history does not fit this model.", got=error, where=type(model).__name__, fix=fix
+        ) from error
+    check_counts(twin, edits)
+    return twin
+
+
 def check_event(record: object) -> None:
     """Compare the fields of one growth event with the types that they have.
 
@@ -82,39 +137,36 @@ def check_event(record: object) -> None:
             raise _refused("A gain of a growth event is no number.", got=_short(gain))
 
 
-def check_edits(
-    shapes: Mapping[str, Sequence[int]], edits: Iterable[object], most: int = MOST
-) -> dict[str, tuple[int, ...]]:
+def check_edits(model: nn.Module, edits: Iterable[object], most: int = MOST) -> None:
     """Follow the edits of a history on the shapes of a model's tensors, without the tensors.
 
     Args:
-        shapes: shape of every parameter and buffer by its name; names of one shared tensor have one and the same list.
+        model: as it was before the edits; it is left as it is.
         edits: those of all events, in order.
         most: entries that a tensor may have at any moment.
-
-    Returns:
-        The shapes afterwards. Tensors of layers that an edit inserts are not among them.
 
     Raises:
         CheckpointError: names the first edit that growing could not have written for this model.
     """
-    copies = {id(shape): list(shape) for shape in shapes.values()}
-    now = {name: copies[id(shape)] for name, shape in shapes.items()}
-    inserted: list[str] = []
+    now = shapes_of(model)
+    changed: list[str] = []  # modules that are others than before, with tensors of their own
     for edit in edits:
         if not isinstance(edit, Mapping) or not isinstance(edit.get("module"), str):
             raise _refused("An edit of the history names no module.", got=_short(edit))
-        if "insert" in edit:
-            now = _after_insertion(now, edit, most)
-            inserted.append(f"{edit['module']}.inserted.")
-        elif "attribute" in edit:
-            _check_attribute(edit, most)
-        else:
-            name = f"{edit['module']}.{edit.get('tensor')}".removeprefix(".")
-            if name not in now and not name.startswith(tuple(inserted)):
+        path = edit["module"]
+        if "attribute" in edit:
+            _check_attribute(edit, most, None if _within(path, changed) else model)
+        elif "tensor" in edit:
+            name = f"{path}.{edit['tensor']}".removeprefix(".")
+            if name not in now and not _within(path, changed):
                 raise _refused("An edit of the history is about a tensor that the model does not have.", edit)
             _resize(now.get(name), edit, most)
-    return {name: tuple(shape) for name, shape in now.items()}
+        else:
+            _check_block(now, edit, most, changed)
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _resize(shape: list[int] | None, edit: Mapping[str, Any], most: int) -> None:
@@ -148,35 +200,67 @@ def _resize(shape: list[int] | None, edit: Mapping[str, Any], most: int) -> None
         shape[axis] += change
 
 
-def _check_attribute(edit: Mapping[str, Any], most: int) -> None:
-    value = edit.get("value")
+def _check_attribute(edit: Mapping[str, Any], most: int, model: nn.Module | None) -> None:
+    """A size of a layer, or one that a module's own code keeps (an int or several); `model` None where it is not known."""
+    value, name = edit.get("value"), edit["attribute"]
     values = value if isinstance(value, list | tuple) else [value]
-    if edit["attribute"] not in SETTABLE:
+    if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
+        raise _refused("An edit of the history sets a width that is none.", edit)
+    if name in SETTABLE or model is None:
+        return
+    try:
+        kept = vars(model.get_submodule(edit["module"])).get(name)
+    except AttributeError:
+        kept = None
+    several = isinstance(kept, list | tuple) and len(kept) == len(values) and all(_is(each, int) for each in kept)
+    if not isinstance(name, str) or name.startswith("__") or not (several or (_is(kept, int) and _is(value, int))):
         raise _refused(
             "An edit of the history sets an attribute that growing never sets.",
             edit,
-            expected=", ".join(sorted(SETTABLE)),
+            expected=f"{', '.join(sorted(SETTABLE))}, or a size that the module has",
         )
-    if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
-        raise _refused("An edit of the history sets a width that is none.", edit)
 
 
-def _after_insertion(now: dict[str, list[int]], edit: Mapping[str, Any], most: int) -> dict[str, list[int]]:
-    """Names after a new layer came in front of a module, which then stands beside it."""
-    layer, path = edit["insert"], edit["module"]
-    numbers = ("channels", "axes", "kernel_size")
+def _check_block(now: dict[str, list[int]], edit: Mapping[str, Any], most: int, changed: list[str]) -> None:
+    """A layer put in front, a block copied, a convolution split or two merged: tensors there have other names then."""
+    path = edit["module"]
+    kind = next((each for each in BLOCKS if each in edit), None)
+    paths = [path, edit["merge"]] if kind == "merge" and isinstance(edit["merge"], str) else [path]
+    for each in paths:
+        if not each or not (_within(each, changed) or any(name.startswith(f"{each}.") for name in now)):
+            raise _refused("An edit of the history is about a module that the model does not have.", edit)
+    if kind is None or set(edit) != {"module", kind}:
+        raise _refused("An edit of the history does nothing that is known.", edit, expected=", ".join(BLOCKS))
+    if kind == "insert":
+        _check_insertion(edit, most)
+    elif kind == "split":
+        _check_split(edit, most)
+    elif not (isinstance(edit[kind], str) or (kind == "copy" and edit[kind] is None)):
+        raise _refused("An edit of the history names no layer.", edit)
+    changed += paths
+    for name in [name for name in now if _within(name.rpartition(".")[0], paths)]:
+        del now[name]
+
+
+def _check_insertion(edit: Mapping[str, Any], most: int) -> None:
+    layer, numbers = edit["insert"], ("channels", "axes", "kernel_size", "seed")
     whole = isinstance(layer, Mapping) and set(layer) == {"kind", "activation", *numbers}
     if not whole or layer["kind"] not in INSERTS or not all(_is(layer[name], int) for name in numbers):
         raise _refused("An edit of the history inserts a layer of no known kind.", edit, expected=", ".join(INSERTS))
-    channels, axes, taps = (layer[name] for name in numbers)
-    if not 0 <= axes <= 3 or not 1 <= taps <= 255 or channels < 1 or channels**2 * taps**axes > most:
+    channels, axes, taps, seed = (layer[name] for name in numbers)
+    fits = 0 <= axes <= 3 and 1 <= taps <= 255 and channels >= 1 and 0 <= seed < 2**31
+    if not fits or channels**2 * taps**axes > most:
         raise _refused("An edit of the history inserts a layer of no possible size.", edit)
-    if not path or not any(name.startswith(f"{path}.") for name in now):
-        raise _refused("An edit of the history is about a module that the model does not have.", edit)
-    return {
-        f"{path}.reader{name.removeprefix(path)}" if name.startswith(f"{path}.") else name: shape
-        for name, shape in now.items()
-    }
+
+
+def _check_split(edit: Mapping[str, Any], most: int) -> None:
+    values = edit["split"]
+    whole = isinstance(values, Mapping) and set(values) == {"hidden", "first_size"}
+    sizes = values["first_size"] if whole else None
+    if not isinstance(sizes, list | tuple) or not all(_is(each, int) and 1 <= each <= 255 for each in sizes):
+        raise _refused("An edit of the history splits a convolution into no sizes.", edit)
+    if not _is(values["hidden"], int) or not 1 <= values["hidden"] <= min(most, 2**20):
+        raise _refused("An edit of the history splits a convolution over no possible number of channels.", edit)
 
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
@@ -199,6 +283,10 @@ def without_data(model: nn.Module) -> nn.Module:
                 empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                 whole = isinstance(tensor, nn.Parameter)
                 kept[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if whole else empty
+    return _copied(model, kept)
+
+
+def _copied(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, kept)
     except Exception as error:  # whatever an attribute of the user's raises

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from growconv.errors import CheckpointError, ScheduleError
-from growconv.growth.history import GrowthHistory
-from growconv.growth.preservation import undisturbed
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.validation import most_entries
+from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.integrations.drawing import draw_batches
-from growconv.network.site import GrowthSite, find_sites
+from growconv.network.find import find_sites
+from growconv.network.model import undisturbed
+from growconv.network.site import GrowthSite
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -92,6 +92,7 @@ class GrowthCallback(TrainerCallback):
         sites = tuple(found if self.sites is None else self.sites(found))
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         self.scheduler = GrowthScheduler(model, optimizer, sites, **self.schedule)
+        self.scheduler.require_schedule()
         saved = getattr(model.config, ENTRY, None)
         if saved is not None:
             self.scheduler.load_state_dict(saved)
@@ -158,7 +159,9 @@ def load_grown(kind: type[Model], folder: str | Path) -> Model:
             "The saved model is damaged.", where=str(folder), got=error, fix="restore the folder"
         ) from error
     model = kind(config)
-    GrowthHistory.from_records(records).replay(model, most_entries(tensors.values()))
+    history = history_from(records)
+    rehearse(history, model, most_entries(tensors.values()))
+    history.replay(model)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())

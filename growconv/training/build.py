@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 import growconv.growth.scheduler as growing
 from growconv.errors import ConfigError, GrowthError
 from growconv.growth.decision import Policy
-from growconv.network.site import GrowthSite, find_sites
+from growconv.network.find import find_sites
+from growconv.network.site import GrowthSite
 from growconv.solvers.base import Solver, get_solver
 from growconv.training.config import call_target, locate
 from growconv.training.data import Dataset, load_data
@@ -24,8 +25,6 @@ from growconv.training.sources import CIFAR
 Config = Mapping[str, Any]
 
 POLICY_MODULES = ("when", "where", "amount", "stop", "learning_rate", "pruning")
-# Statistics of the closed form, which some sites do not have (several writers, transposed convolutions, ...).
-CLOSED_FORM = frozenset({"S", "N", "N_raw", "S_full"})
 
 
 def make_dataset(config: Config) -> Dataset:
@@ -140,17 +139,15 @@ def choose_sites(config: Config, sites: Sequence[GrowthSite]) -> tuple[GrowthSit
     if patterns is None:
         patterns = ["*"] if growth["start_width"] < 1 else config["model"]["hidden_sites"]
     named = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
-    solver = _solver(growth)
-    needs_closed_form = bool(solver.reads & CLOSED_FORM)
-    chosen = tuple(site for site in named if not (needs_closed_form and site.closed_form))
+    refusals = {site.name: site.refusal(_solver(growth).name) for site in named}
+    chosen = tuple(site for site in named if refusals[site.name] is None)
     if not chosen:
-        refused = [f"{site.name}: {site.closed_form}" for site in named]
         raise ConfigError(
             "no site is left that may grow" if named else "no site has such a name",
             where="growth.sites",
             expected="patterns of: " + "; ".join(site.name for site in sites),
-            got="; ".join(refused) or patterns,
-            fix="see `growconv sites` for names and reasons",
+            got="; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or patterns,
+            fix=f"see `growconv sites growth={growth['method']}` for names and reasons",
         )
     return chosen
 

@@ -9,9 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, CheckpointError
-from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.optimizer import follow_ages
-from growconv.growth.validation import most_entries
+from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.network.event import GrowthHistory
+from growconv.network.exchange import Journal
+from growconv.network.optimizer import as_optimizers, follow_ages
 from growconv.training import optimizer_record
 from growconv.training.records import read_json
 
@@ -168,7 +167,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             model=part("model/"),
             optimizer=None if optimizer is None else optimizer_record.join(optimizer, part("optimizer/")),
             scheduler=scheduler,
-            history=GrowthHistory.from_json(json.dumps(history)),
+            history=_history(history),
             state=record["state"],
             tensors=part("tensors/"),
         )
@@ -248,10 +247,9 @@ def restore(
         raise CheckpointError("no optimizer was saved", where=str(found.path), fix="load without one")
     if scheduler is not None and found.scheduler is None:
         raise CheckpointError("no growth scheduler was saved", where=str(found.path), fix="load without one")
-    grown = not _mismatches(model, found.model)
     most = most_entries(found.model.values())
-    twin = model if grown else found.history.rehearse(model, most)
-    wrong = _mismatches(twin, found.model)
+    grown = not _mismatches(model, found.model)
+    wrong = _mismatches(model if grown else rehearse(found.history, model, most), found.model)
     if wrong:
         raise CheckpointError(
             "the checkpoint belongs to another model",
@@ -259,52 +257,46 @@ def restore(
             got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             fix="build the model with the run's own settings, before any growth",
         )
-    names: list[str] = []
-    if optimizer is not None and found.optimizer is not None:
-        names = _names_of(optimizer, model, found.path)
-        after = dict(twin.named_parameters())
-        if not set(names) <= set(after):
-            raise CheckpointError(
-                "layers were inserted into the model since its optimizer was built, whose groups cannot follow",
-                where=str(found.path),
-                fix="load the model alone and build the optimizer afterwards",
-            )
-        optimizer_record.check(found.optimizer, optimizer, [after[name].shape for name in names], str(found.path))
-    with _old_shapes_on_error(model, optimizer):
+    if optimizer is not None:
+        _check_members(optimizer, model, found.path)
+    journal = Journal(model, as_optimizers(optimizer), [*model.parameters(), *model.buffers()])
+    try:
         if not grown:
-            found.history.replay(model, most)
-            _follow(optimizer, iter(names), dict(model.named_parameters()))
+            found.history.replay(model, optimizer)
+        if optimizer is not None and found.optimizer is not None:
+            shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+            optimizer_record.check(found.optimizer, optimizer, shapes, str(found.path))
         if scheduler is not None and found.scheduler is not None:
             scheduler.check_state_dict(found.scheduler)
-    # From here on nothing can be refused any more.
-    model.load_state_dict(found.model)
-    if optimizer is not None and found.optimizer is not None:
-        optimizer.load_state_dict(optimizer_record.with_tuples(found.optimizer, optimizer))
-        follow_ages([optimizer])
-    if scheduler is not None and found.scheduler is not None:
-        scheduler.load_state_dict(found.scheduler)
-
-
-@contextmanager
-def _old_shapes_on_error(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
-    """An error inside puts back the tensors, layers and attributes that were there before; their values are theirs."""
-    parts = ("_parameters", "_buffers", "_modules")
-    before = [
-        (module, dict(vars(module)), [dict(getattr(module, part)) for part in parts]) for module in model.modules()
-    ]
-    groups = [] if optimizer is None else [(group, list(group["params"])) for group in optimizer.param_groups]
-    try:
-        yield
+        model.load_state_dict(found.model)
+        if optimizer is not None and found.optimizer is not None:
+            optimizer.load_state_dict(optimizer_record.with_tuples(found.optimizer, optimizer))
+            follow_ages([optimizer])
+        if scheduler is not None and found.scheduler is not None:
+            scheduler.load_state_dict(found.scheduler)
     except BaseException:
-        for module, attributes, contents in before:
-            vars(module).update(attributes)
-            for part, content in zip(parts, contents, strict=True):
-                registered = getattr(module, part)
-                registered.clear()
-                registered.update(content)
-        for group, members in groups:
-            group["params"][:] = members
+        journal.restore()
         raise
+
+
+def replay(found: Checkpoint, model: nn.Module) -> None:
+    """Give a fresh small model the shapes of a checkpoint, before its optimizer is built; `restore` fills it.
+
+    Args:
+        found: the checkpoint.
+        model: the raw model as the run began with it.
+
+    Raises:
+        CheckpointError: it is another model. Nothing has changed then.
+    """
+    rehearse(found.history, model, most_entries(found.model.values()))
+    found.history.replay(model)
+
+
+def _history(record: Mapping[str, Any]) -> GrowthHistory:
+    """The history of a checkpoint, its fields compared with the types that they have."""
+    history_from(record["events"])
+    return GrowthHistory.from_json(json.dumps(record))
 
 
 class CheckpointFolder:
@@ -365,9 +357,8 @@ def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def _names_of(optimizer: Optimizer, model: nn.Module, path: Path) -> list[str]:
-    """Names of the optimizer's parameters, in the order of its groups."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+def _check_members(optimizer: Optimizer, model: nn.Module, path: Path) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in known for parameter in members):
         raise CheckpointError(
@@ -375,13 +366,6 @@ def _names_of(optimizer: Optimizer, model: nn.Module, path: Path) -> list[str]:
             where=str(path),
             fix="build it from this model's parameters",
         )
-    return [known[id(parameter)] for parameter in members]
-
-
-def _follow(optimizer: Optimizer | None, names: Iterator[str], new: Mapping[str, nn.Parameter]) -> None:
-    """Put the replayed parameters in the places that the small ones had in the optimizer's groups."""
-    for group in () if optimizer is None else optimizer.param_groups:
-        group["params"][:] = [new[name] for name in islice(names, len(group["params"]))]
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from growconv.training.build import (
     make_model,
     make_scheduler,
 )
-from growconv.training.checkpoint import Checkpoint, find_checkpoint
+from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
 from growconv.training.config import differences
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
@@ -120,6 +120,8 @@ def run_one(
     if config["trainer"]["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     check_output(model, dataset)
+    if found is not None:
+        replay(found, model)
     optimizer = make_optimizer(config["optimizer"], model)
     batch_size = global_batch_size(config, dataset, devices.world_size)
     total = steps_per_epoch(len(dataset.train), batch_size) * config["trainer"]["epochs"]

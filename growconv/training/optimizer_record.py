@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from growconv.errors import CheckpointError
-from growconv.network.bias_correction import BORN
+from growconv.network.entry_ages import AGES
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,7 +90,7 @@ def check(saved: Mapping[str, Any], optimizer: Optimizer, shapes: Sequence[Seque
                 sorted(keys),
             )
         for key, value in values.items():
-            fits = _births_fit(value, shape) if key == BORN else _fits(value, shape)
+            fits = _ages_fit(value, shape) if key == AGES else _fits(value, shape)
             if not fits:
                 got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:100]
                 raise _damaged(f"The optimizer's {key} of parameter {number} does not fit.", where, got, shape)
@@ -147,19 +147,24 @@ def _fits(value: object, shape: tuple[int, ...]) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def _births_fit(value: object, shape: tuple[int, ...]) -> bool:
-    """The record of when the entries of each axis came (network.bias_correction)."""
-    if not isinstance(value, Mapping) or set(value) != {"axes", "now", "left"}:
+def _ages_fit(value: object, shape: tuple[int, ...]) -> bool:
+    """The record of when the entries of each axis came, and of their twins (network.entry_ages)."""
+    if not isinstance(value, Mapping) or not {"born", "twins"} <= set(value) <= {"born", "twins", "now"}:
         return False
-    axes = value["axes"]
-    numbers = [value["now"], value["left"]]
-    if not isinstance(axes, list) or len(axes) != len(shape):
+    born, twins = value["born"], value["twins"]
+    if not isinstance(born, list) or len(born) != len(shape) or not isinstance(twins, Mapping):
         return False
-    for size, births in zip(shape, axes, strict=True):
+    numbers = [value.get("now", 0)]
+    for size, births in zip(shape, born, strict=True):
         if births is not None and (not isinstance(births, list) or len(births) != size):
             return False
         numbers += births or []
-    return all(isinstance(each, int | float) and not isinstance(each, bool) and each >= 0 for each in numbers)
+    for birth, state in twins.items():
+        if not isinstance(birth, str) or not birth.isdigit() or not isinstance(state, Mapping):
+            return False
+        if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in state.values()):
+            return False
+    return any(born) and all(type(each) is int and each >= 0 for each in numbers)
 
 
 def _damaged(problem: str, where: str, got: object, expected: object = None) -> CheckpointError:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from growconv.network.explain import LayerRow
-from growconv.network.surgery import GrowthEvent
+from growconv.network.event import GrowthEvent
+from growconv.network.find import LayerRow
 from growconv.training.terminal import make_console
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from growconv.network.surgery import GrowthEvent
+from growconv.network.event import GrowthEvent
 
 PATIENCE = 30  # seconds to wait for a server
 
