@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -16,8 +17,8 @@ from growconv.network.exchange import refresh
 from growconv.network.model import attribute, example_arguments, undisturbed
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import Site
-from growconv.solvers.existing import readings_of
+from growconv.network.site import GrowthSite, Site
+from growconv.solvers.existing import columns_of
 from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
 
 STRONGEST = 0.125
@@ -144,8 +145,9 @@ def amplitude_cap(site: Site, growth: ChannelGrowth) -> float:
     own = site.cap(growth)
     if own is not None:
         return STRONGEST * own
-    new = _outgoing_norms(weight.unflatten(1, (growth.channels, -1)) for weight in growth.outgoing.values())
-    old = _outgoing_norms(readings_of(site, site.model, path) for path in site.consumers)
+    site, units = cast(GrowthSite, site), growth.channels // site.granularity
+    new = _outgoing_norms(weight.unflatten(1, (units, -1)) for weight in growth.outgoing.values())
+    old = _outgoing_norms(columns_of(site, site.model, path) for path in site.consumers)
     strongest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
     if strongest <= 0:
         return 0.0
@@ -166,7 +168,9 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     """
     if site.own_method or growth.channels == 0 or growth.revised or growth.copied_from is not None:
         return growth
-    silent = torch.stack([(weight == 0).flatten(1).all(1) for weight in growth.incoming.values()]).all(0)
+    site, units = cast(GrowthSite, site), growth.channels // site.granularity
+    rows = [(weight == 0).unflatten(0, (units, -1)).flatten(1).all(1) for weight in growth.incoming.values()]
+    silent = torch.stack(rows).all(0)
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
@@ -216,8 +220,8 @@ class _Trials:
         return total / len(self.batches)
 
 
-def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " k"]:
-    """Norm of each channel's weights in all consumers, (out, k, ratio, *kernel) each."""
+def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " units"]:
+    """Norm of the weights on each unit of channels in all consumers, (out, units, entries, *kernel) each."""
     squares = [weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in weights]
     return torch.stack(squares).sum(0).sqrt()
 

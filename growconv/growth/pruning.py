@@ -18,7 +18,7 @@ from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from growconv.network.model import attribute
 from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
-from growconv.solvers.existing import filters_of, readings_of
+from growconv.solvers.existing import columns_of, filters_of
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
@@ -133,7 +133,7 @@ class Sizes:
                     for axis, entries in change.removed.items():
                         cut = (axis, site, len(entries) / site.granularity)
                         self.cuts.setdefault(id(change.tensor), []).append(cut)
-        # Per layer its FLOPs, which fall with its inputs and its outputs (or groups), how many of both it has, and which go.
+        # Per layer its FLOPs, its inputs and outputs, and which of them go with which site: FLOPs fall with both.
         self.costs: list[tuple[float, tuple[int, int], list[tuple[int, GrowthSite, float]]]] = []
         for path in cost.locations:
             layer = layers.weighted(model.get_submodule(path))
@@ -166,8 +166,9 @@ def norm_scores(site: GrowthSite) -> Tensor:
     It does not change when one side is scaled up and the other down. Behind a norm layer, which erases the incoming
     scale, the layer's |γ| takes the incoming norm's place.
     """
-    incoming = sum(_squares(filters_of(site.model, path, site), site.width) for path in site.producers)
-    outgoing = sum(_squares(readings_of(site, site.model, path).transpose(0, 1), site.width) for path in site.consumers)
+    incoming = sum(_squares(filters_of(site.model, path, site), site) for path in site.producers)
+    columns = [columns_of(site, site.model, path).transpose(0, 1) for path in site.consumers]
+    outgoing = sum(_squares(each.movedim(2, 1).flatten(0, 1), site) for each in columns)
     gamma: list[Tensor] = []
     for path in site.followers:
         scale = layers.scale_of(attribute(site.model, path))
@@ -179,9 +180,14 @@ def norm_scores(site: GrowthSite) -> Tensor:
     return (size * torch.as_tensor(outgoing)).sqrt()
 
 
-def _squares(entries: Tensor, width: int) -> Tensor:
-    """Sum of squares (width,) of what belongs to each channel, along the first axis, in float64 on the CPU."""
-    return entries.detach().double().cpu().reshape(width, -1).square().sum(1)
+def _squares(entries: Tensor, site: GrowthSite) -> Tensor:
+    """Sum of squares (width,) of what belongs to each channel, along the first axis, in float64 on the CPU.
+
+    Channels of a unit that share entries get equal parts of them.
+    """
+    squares = entries.detach().double().cpu().flatten(1).square().sum(1)
+    share = 1 if len(squares) % site.width == 0 else site.granularity
+    return squares.reshape(site.width // share, -1).sum(1).repeat_interleave(share) / share
 
 
 def energy_scores(
@@ -209,9 +215,9 @@ def energy_scores(
 def _energy(site: GrowthSite, statistics: PairStatistics) -> Tensor:
     total = torch.zeros(site.width, dtype=torch.float64)
     for consumer in statistics.consumers:
-        readings = readings_of(site, site.model, consumer.consumer).detach().double().cpu()
-        taps = readings[0, 0, 0].numel()
-        columns = readings.flatten(2)
+        read = columns_of(site, site.model, consumer.consumer).double().cpu()
+        taps = read[0, 0, 0].numel()
+        columns = read.flatten(1, 2).unflatten(1, (site.width, -1)).flatten(2)
         size = columns.shape[2]
         index = torch.tensor(site.entries(consumer.consumer, IN))
         entries = (index[:, None] * taps + torch.arange(taps)).flatten()

@@ -201,7 +201,7 @@ def _resize(shape: list[int] | None, edit: Mapping[str, Any], most: int) -> None
 
 
 def _check_attribute(edit: Mapping[str, Any], most: int, model: nn.Module | None) -> None:
-    """A size of a layer, or one that a module's own code keeps (an int or several); `model` None where it is not known."""
+    """A size of a layer, or one that a module's own code keeps; `model` None for modules that are not known yet."""
     value, name = edit.get("value"), edit["attribute"]
     values = value if isinstance(value, list | tuple) else [value]
     if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
