@@ -35,7 +35,7 @@ def build(seed=0):
 
 def inner(sites):
     """The channels between the two convolutions of each block."""
-    return [site for site in sites if site.closed_form is None and site.kind == "pair"]
+    return [site for site in sites if site.closed_form and site.kind == "pair"]
 
 
 def trainer_of(folder, model, callback, data, epochs=2, evaluation=None, **options):
