@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from functools import cache
+from typing import ClassVar
 
 from torch import nn
 
@@ -48,7 +49,7 @@ class Site(ABC):
     own_method: ClassVar[str | None] = None
 
     @abstractmethod
-    def of(self, model: nn.Module | None) -> Self:
+    def of(self, model: nn.Module | None) -> "Site":
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod
@@ -320,8 +321,9 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model, now."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
 
+    @cache
     def size(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
