@@ -6,7 +6,7 @@ entries where the consumers do. No operation sees another width, and none needs 
 take several goes. Where every operation treats channels one by one, they are run on the new channels alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,8 +18,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
 from growconv.network.model import attribute
 from growconv.network.site import GrowthSite
-from growconv.network.steps import hot_values_of, is_pointwise
-from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape
+from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of, is_pointwise
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each entry in front of a norm layer."""
@@ -51,11 +50,25 @@ class Inserted:
         norms: per norm layer mean and variance in front of it, (entries,) or (K,); 0 and 1 where they are missing.
         norm_scale: (K,) factor on what comes out of norm layers.
         carried: per grouped convolution the filters of new groups; the identity tap where they are missing.
+        copied: per new unit the old one whose entries it has everywhere in between, in the place of all the above; norm
+            layers then work as in evaluation. None: new channels are no copies.
+        instead: by name of an operation, what is computed in its place, from the same arguments.
     """
 
     norms: Mapping[str, Moments] = field(default_factory=dict)
     norm_scale: Tensor | None = None
     carried: Mapping[str, Tensor] = field(default_factory=dict)
+    copied: Tensor | None = None
+    instead: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bare:
+    """A bare parameter or buffer with entries for the channels: its axis, their positions, and what new ones get."""
+
+    axis: int
+    places: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +81,7 @@ class Region:
         constants: values that do not depend on the producers, by number.
         created: those of them that operations in place write to, so that each run needs a copy.
         outputs: per producer the numbers of the outputs of its calls.
+        bare: bare parameters and buffers with entries for the channels, by the number of their value.
         shapes: of these outputs.
         places: per axis (path, side) the positions of the channels, (units, entries of a unit).
         sizes: the length of these axes.
@@ -81,6 +95,7 @@ class Region:
     constants: dict[int, Tensor]
     created: frozenset[int]
     outputs: dict[str, tuple[int, ...]]
+    bare: dict[int, Bare]
     shapes: dict[int, torch.Size]
     places: dict[Key, Tensor]
     sizes: dict[Key, int]
@@ -361,7 +376,22 @@ class _Go:
 
     def _constant(self, number: int) -> Tensor:
         value = self.region.constants[number]
-        return value.to(self.like.dtype) if value.is_floating_point() else value
+        value = value.to(self.like.dtype) if value.is_floating_point() else value
+        bare, copied = self.region.bare.get(number), self.inserted.copied
+        if bare is None:
+            return value
+        slots = bare.places[: len(self.units)].flatten()
+        if copied is None:
+            return value.index_copy(bare.axis, slots, bare.mean.to(value).repeat_interleave(len(slots), bare.axis))
+        old = bare.places[copied[self.units.start : self.units.stop]].flatten()
+        return value.index_copy(bare.axis, slots, value.index_select(bare.axis, old))
+
+    def _old(self, path: str, side: str) -> Tensor:
+        """The positions of the old entries that the new ones of this go copy, in the order that units have them in."""
+        copied = self.inserted.copied
+        own = torch.arange(0) if copied is None else copied[self.units.start : self.units.stop]
+        places = self.region.places[path, side]
+        return places[own.to(places.device)][:, places[0].argsort()].flatten()
 
     def _operate(self, step: Operation) -> None:
         args, kwargs = tree_map(
@@ -372,6 +402,10 @@ class _Go:
 
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
+        instead = self.inserted.instead.get(name.rstrip("_"))
+        if instead is not None:
+            found = instead(*args, **kwargs)
+            return args[0].copy_(found) if step.writes else found
         if (
             name == "_to_copy"
             and args[0].is_floating_point()
@@ -435,12 +469,16 @@ class _Go:
     def _carried(self, path: str, value: Tensor) -> Tensor:
         layer = layers.weighted(self.region.site.model.get_submodule(path))
         entries = len(self.units) * self.region.places[path, GROUP_OUT].shape[1]
-        if path in self.inserted.carried:
+        bias = None
+        if self.inserted.copied is not None:
+            index, bias = self._old(path, GROUP_OUT), layer.bias()
+            filters, bias = layer.filters().detach()[index], None if bias is None else bias.detach()[index].to(value)
+        elif path in self.inserted.carried:
             filters = self._sorted_rows(self._of_go(self.inserted.carried[path]), path)
         else:
             filters = self._sorted_rows(layer.identity(entries), path)
         groups = value.shape[self.region._axis(path, value)] // self._group_inputs(path)
-        return layer.apply(value, filters.to(value), None, groups)
+        return layer.apply(value, filters.to(value), bias, groups)
 
     def _group_inputs(self, path: str) -> int:
         """Inputs of one group of a grouped convolution, which growth leaves alone."""
@@ -454,6 +492,8 @@ class _Go:
     def _normalised(self, path: str, value: Tensor) -> Tensor:
         norm = layers.norm(self.region.site.model.get_submodule(path))
         entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
+        if self.inserted.copied is not None:
+            return norm.copied(value, self._old(path, ENTRY))
         if not norm.normalises:
             return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
         if self.measure:
@@ -510,7 +550,8 @@ def region_of(tape: Tape, site: GrowthSite) -> Region:
     return Region(
         site=site,
         steps=tuple(steps),
-        constants={number: _constant(tape, number, site) for number in kept},
+        constants={number: _constant(tape, number) for number in kept},
+        bare=_bare(tape, kept, site),
         created=frozenset(written),
         outputs=outputs,
         shapes={number: tape.values[number].tensor.shape for number in made},
@@ -561,21 +602,29 @@ def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tupl
     return steps[::-1], needed - inside
 
 
-def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
-    """A value as a constant: at least float32; bare parameters of the site with their mean in the site's entries."""
+def _constant(tape: Tape, number: int) -> Tensor:
+    """A value as a constant, at least in float32; parameters are copied, since they will be trained."""
     value = tape.values[number]
     tensor = value.tensor.detach()
     if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    path = value.source
-    if path is None or (path, ENTRY) not in site.axes or path not in site.layout.dims:
-        return tensor
-    axis, entries = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
-    if tensor.shape != attribute(site.model, path).shape:
-        return tensor
-    own = tensor.index_select(axis, entries)
-    mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else own.narrow(axis, len(entries) - 1, 1)
-    return tensor.index_copy(axis, entries, mean.expand(own.shape))
+        return tensor.float()
+    return tensor if value.source is None else tensor.clone()
+
+
+def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite) -> dict[int, Bare]:
+    """The bare parameters and buffers with entries of the site among some values."""
+    found = {}
+    for number in numbers:
+        path, tensor = tape.values[number].source, tape.values[number].tensor.detach()
+        if path is None or path not in site.layout.dims or (path, ENTRY) not in site.axes:
+            continue
+        if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
+            continue
+        axis, places = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
+        own = tensor.index_select(axis, places)
+        mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else tensor.narrow(axis, -1, 1)
+        found[number] = Bare(axis, places.view(site.width // site.granularity, -1), mean)
+    return found
 
 
 def _places(site: GrowthSite) -> dict[Key, Tensor]:

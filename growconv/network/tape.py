@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from growconv.network import layers
+from growconv.network import layers, operations
+from growconv.network.layout import ENTRY, GROUP_IN
 from growconv.network.model import tensors_in
+from growconv.network.site import GrowthSite
 
 Memory = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
 """Which entries of which storage a tensor shows, and as what: tensors that agree in it hold the same."""
@@ -385,3 +387,17 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
                     memories |= {tape.values[number].storage for number in step.outputs}
         if memories == before:
             return hot
+
+
+def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
+    """The values of a recording that have channels of a site, and among them those that its producers made."""
+    made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
+    bare = {number for number, value in enumerate(tape.values) if value.source in site.layout.dims}
+    own = set(site.axes)
+    sources = made | {number for number in bare if (str(tape.values[number].source), ENTRY) in own}
+    return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
+
+
+def is_pointwise(step: Operation) -> bool:
+    """Whether an operation computes entry by entry."""
+    return torch.Tag.pointwise in step.func.tags or operations.pointwise(step.name.rstrip("_"))

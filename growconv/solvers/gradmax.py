@@ -1,7 +1,7 @@
 """Evci et al. 2022, "GradMax: Growing Neural Networks using Gradient Information" (ICLR)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,9 +12,10 @@ from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_closed_form, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import filter_norms, readings_of, require_number
+from growconv.solvers.existing import columns_of, filter_norms, require_number
+from growconv.statistics.pair import PairStatistics
 
 
 class GradMaxChannels(NamedTuple):
@@ -74,6 +75,7 @@ class GradMax(Solver):
     reads = frozenset({"N_raw"})
     function_preserving = True
     linearises = True
+    needs_closed_form = True
 
     def __post_init__(self) -> None:
         if not (self.outgoing > 0 and self.lift >= 0):
@@ -86,14 +88,13 @@ class GradMax(Solver):
 
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
-        require_closed_form(site, self.name)
         require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
         consumers = subject.consumers
@@ -102,14 +103,15 @@ class GradMax(Solver):
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
         parts = omega[:, 0].split([consumer.N_raw[0].numel() for consumer in consumers], 1)
-        norms = [readings_of(site, model, consumer.consumer).transpose(0, 1).flatten(1) for consumer in consumers]
+        norms = [columns_of(site, model, consumer.consumer).transpose(0, 1).flatten(1) for consumer in consumers]
         norm = float(torch.cat(norms, 1).norm(dim=1).mean()) * self.outgoing
         rights = [
-            norm * part.reshape(found, *consumer.N_raw.shape[1:]) for part, consumer in zip(parts, consumers, strict=True)
+            norm * part.reshape(found, *consumer.N_raw.shape[1:])
+            for part, consumer in zip(parts, consumers, strict=True)
         ]
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
-        if found and _dead(site, model, subject.producer, 0.0):
+        if found and any(route.dead_at_zero for route in site.routes):
             alpha, moved = self._lifted(subject, site, model, alpha)
         growth = assemble(
             subject, model, self.name, alpha, rights, gains, requested, shortfall(found, requested, "N_raw")
@@ -118,12 +120,12 @@ class GradMax(Solver):
         return replace(growth, spectrum=every.gains)
 
     def _lifted(
-        self, subject: Any, site: GrowthSite, model: nn.Module, alpha: Tensor
+        self, subject: PairStatistics, site: GrowthSite, model: nn.Module, alpha: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         height = self.lift * float(filter_norms(site, model).mean())
         norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
         liftable = height > 0 and (norms or subject.incoming_bias)
-        if not liftable or _dead(site, model, subject.producer, height):
+        if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
                 "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
                 got=", ".join(getattr(step, "name", type(step).__name__) for step in site.routes[0].steps),
@@ -137,23 +139,3 @@ class GradMax(Solver):
         alpha = alpha.clone()
         alpha[:, -1] = height
         return alpha, {}
-
-
-def _dead(site: GrowthSite, model: nn.Module, producer: str, value: float) -> bool:
-    """Whether what lies behind the producer has slope 0 everywhere for a new channel of one constant value."""
-    writing = site.spaces.bindings[(producer, "writes", 0)].nodes
-    weight = next(iter(model.get_submodule(producer).parameters()))
-    probes = []
-    for node in writing:
-        shape = list(site.spaces.graph.values[node])
-        axis = len(shape) - 1 if isinstance(model.get_submodule(producer), nn.Linear) else 1
-        shape[0], shape[axis] = 1, site.granularity
-        probes.append(torch.full(shape, value, dtype=weight.dtype, device=weight.device, requires_grad=True))
-    with torch.enable_grad():
-        outputs = site.between({producer: probes[0] if len(probes) == 1 else tuple(probes)})
-        total = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        for output in outputs.values():
-            for tensor in output if isinstance(output, tuple) else (output,):
-                total = total + tensor.sum()
-        gradients = torch.autograd.grad(total, probes, allow_unused=True)
-    return not any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients)

@@ -1,7 +1,7 @@
 """The closed form of Verbockhaven et al. 2024, "Growing Tiny Networks" (TMLR): taps taken as independent."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,10 @@ from growconv.errors import ArgumentValueError
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_closed_form, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
+from growconv.statistics.pair import PairStatistics
 
 
 class TinyChannels(NamedTuple):
@@ -85,6 +86,7 @@ class Tiny(Solver):
     signs: bool = True
     energy_gains = True
     linearises = True
+    needs_closed_form = True
 
     @property
     def reads(self) -> frozenset[str]:
@@ -93,14 +95,13 @@ class Tiny(Solver):
 
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
-        require_closed_form(site, self.name)
         require_statistics(subject, "S", "N")
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)

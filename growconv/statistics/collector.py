@@ -144,7 +144,8 @@ class StatisticsCollector:
         full: also collect S_full.
         keep_samples: how many samples' tensors to keep per site.
         quantities: what to collect, out of S, N (v projected off the existing weights), N_raw, M, S2, P, update,
-            S_full, patch (mean and second moment of the producer's patches) and samples; None for S and N. A solver's
+            S_full, patch (mean and second moment of the producer's patches; of sites without a closed form only
+            together with samples, and then it is left out) and samples; None for S and N. A solver's
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
         scratch_bytes: bound on temporary memory, and on P and S_full (256 MiB). Where P would be larger, N needs a
@@ -370,6 +371,8 @@ class StatisticsCollector:
                 fix="find the sites of the model that is collected on: growconv.find_sites(model, example_input)",
             )
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
+        if not site.closed_form and wanted == {"patch_gram"} and self.keep_samples:
+            wanted = frozenset()  # who reads it takes it from the samples there
         if wanted:
             require_closed_form(site)
         routes = {route.consumer: route for route in site.routes}
@@ -573,7 +576,8 @@ class StatisticsCollector:
 
     def _new_samples(self, site: str, path: str, each: _Pass) -> int:
         """How many samples a call adds: those of the loss, once; of every pass where nobody said what is one loss and
-        it is a sum, as it then has the samples of all its passes."""
+        it is a sum, as it then has the samples of all its passes.
+        """
         separate = self.reduction == "sum" and not each.loss.told
         key = (site, path, each.loss.passes.index(each) if separate else 0)
         if key in each.loss.counted:

@@ -401,6 +401,14 @@ class Equations:
         return Equations(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
 
 
+def by_sample(values: Tensor, samples: int) -> Tensor:
+    """Sums over all but the samples (samples,), in float64; rows beyond a multiple are counted with the first ones."""
+    rows = values.flatten(1).sum(1, dtype=torch.float64)
+    index = torch.arange(len(rows), device=rows.device)
+    index = index * samples // len(rows) if len(rows) % samples == 0 else index % samples
+    return rows.new_zeros(samples).index_add(0, index, rows)
+
+
 def own_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
     """The best change of a layer's own weights on samples.
 

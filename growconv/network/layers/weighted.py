@@ -138,6 +138,15 @@ class Weighted(Adapter):
         """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
         return self._turned(filters, self.groups)
 
+    def as_stored(self, filters: Tensor) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
+        return self._turned(filters, self.groups)
+
+    @property
+    def rewritable(self) -> bool:
+        """Whether the weight is a parameter of its own, so that old entries can be given other values."""
+        return self.module._parameters.get("weight") is not None
+
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
         if not self.transposed:
