@@ -118,7 +118,7 @@ def site(
     found = analyse(model, example_input)
     for each in found.sites:
         if set(each.producers) == set(written) and set(each.consumers) == set(read):
-            return each
+            return replace(each, by_hand=True)
     reason = next((row.reason for row in _rows(found) if row.path == written[0] and row.reason), None)
     near = [each.name for each in found.sites if set(each.producers) & set(written)]
     raise SiteError(
@@ -355,7 +355,12 @@ def _rows(found: Analysis) -> Iterator[LayerRow]:
             continue
         own = [number for side in (OUT, GROUP_OUT) for number in by_key.get((path, side), ())]
         grown = next((found.of_space[number] for number in own if number in found.of_space), None)
-        reads = [found.of_space[n].name for side in (IN, GROUP_IN) for n in by_key.get((path, side), ()) if n in found.of_space]
+        reads = [
+            found.of_space[n].name
+            for side in (IN, GROUP_IN)
+            for n in by_key.get((path, side), ())
+            if n in found.of_space
+        ]
         reason = None
         if grown is None:
             reasons = [found.spaces[number].reason for number in own]

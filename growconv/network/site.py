@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from growconv.errors import SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
 from growconv.network.model import attribute, unwrapped
+from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
 REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
@@ -31,6 +32,8 @@ class Site(ABC):
         consumers: paths of what consumes them.
         layout: where the channels lie.
         space: which of the layout's spaces this site is.
+        by_hand: whether the user named its layers, so that it is never left out in silence.
+        own_method: name of the only method that can serve it; None where those of layers can.
     """
 
     model: nn.Module
@@ -41,9 +44,11 @@ class Site(ABC):
     consumers: tuple[str, ...]
     layout: Layout
     space: int
+    by_hand: bool = False
+    own_method: ClassVar[str | None] = None
 
     @abstractmethod
-    def of(self, model: nn.Module | None) -> Self:
+    def of(self, model: nn.Module | None) -> "Site":
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod
@@ -53,6 +58,40 @@ class Site(ABC):
         Raises:
             SiteError: it has not, or not any more.
         """
+
+    @abstractmethod
+    def refusal(self, method: str) -> str | None:
+        """Why a growth method cannot serve this site; None where it can.
+
+        Args:
+            method: name of a registered method.
+        """
+
+    @property
+    @abstractmethod
+    def closed_form(self) -> bool:
+        """Whether the closed-form statistics (S, N, ...) apply."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+
+    @property
+    def room(self) -> int | None:
+        """Channels that it can still get; None where there is no limit."""
+        return None
+
+    def cap(self, growth: ChannelGrowth) -> float | None:
+        """The amplitude at which the strongest new channel is as strong as the mean of the old ones.
+
+        Args:
+            growth: the proposal.
+
+        Returns:
+            None where it takes more than the site itself to tell.
+        """
+        return None
 
     @property
     def sizes(self) -> Sizes:
@@ -129,6 +168,7 @@ class GrowthSite(Site):
         space: which of the layout's spaces this site is.
         copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
             times as one likes, keep the function.
+        by_hand: the user named its layers (`growconv.site`), so that a method which cannot serve it is an error.
     """
 
     model: nn.Module
@@ -142,6 +182,7 @@ class GrowthSite(Site):
     layout: Layout = field(repr=False)
     space: int = field(repr=False)
     copied: bool = False
+    by_hand: bool = field(default=False, repr=False)
 
     def of(self, model: nn.Module | None) -> "GrowthSite":
         """The same site of another model with the same names; this one for None or its own model."""
@@ -157,6 +198,17 @@ class GrowthSite(Site):
     def closed_form(self) -> bool:
         """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
         return self.no_closed_form is None
+
+    @property
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+        found: dict[str, float] = {}
+        for path, side in self.axes:
+            module = attribute(self.model, path)
+            if layers.is_weighted(module) and side in (OUT, IN, GROUP_OUT):
+                entries = float(self.ratio(path, side)) / layers.size(module, side)
+                found[path] = found.get(path, 0.0) + entries * layers.weighted(module).multiplications()
+        return found
 
     @property
     def no_closed_form(self) -> str | None:

@@ -26,10 +26,11 @@ from growconv.convolution.tucker import TuckerConv
 from growconv.convolution.unfold import unfold
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
-from growconv.network.graph import example_arguments, unwrapped
+from growconv.network.apply import grow
+from growconv.network.event import GrowthEvent
+from growconv.network.model import example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank_site import RankSite
-from growconv.network.surgery import GrowthEvent, grow
+from growconv.network.rank import RankSite
 
 CHUNK_BYTES = 64 * 2**20
 """Patches unfolded at a time."""

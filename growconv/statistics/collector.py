@@ -70,7 +70,7 @@ class _Pass:
             return None
         found = calls[index]
         self.waiting[path][index] -= 1
-        if self.waiting[path][index] <= 0:
+        if self.waiting[path][index] <= 0 and self.regions.keys() <= self.kept.keys():  # every site has its copies
             calls[index] = None
         return found
 
