@@ -209,6 +209,9 @@ class Layout:
         shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
         if np.abs(shares @ rates - wanted).max() > 1e-6:
             return None
+        for _ in range(30):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
+            weights = np.abs(shares)
+            shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
         fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]
         return [(k, float(s), f) for k, s, f in zip(keys, shares, fixed, strict=True) if abs(s) > 1e-9]
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache
 from typing import Self
 
 from torch import nn
@@ -268,8 +269,9 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model, now."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
 
+    @cache
     def size(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
