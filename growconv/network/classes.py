@@ -16,16 +16,18 @@ class Space:
         counts: per axis the entries of one class; producers first, in forward order.
         blocks: the classes come in so many equal stretches, of which a unit takes one class each (channel shuffles,
             convolutions that are widened inside every group).
+        neighbours: a unit takes neighbouring classes instead (even and odd channels that go different ways).
         reason: why it cannot grow; None as long as nothing speaks against it.
-        tried: numbers of blocks that were found not to fit.
+        tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
     """
 
     roots: list[int]
     counts: dict[Key, int]
     blocks: int = 1
+    neighbours: bool = False
     reason: str | None = None
-    tried: set[int] = field(default_factory=set)
+    tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
 
     @property

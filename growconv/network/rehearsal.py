@@ -143,6 +143,14 @@ class Widening:
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
         if len(live) == 1:
             more = {live[0]: 2}
+        culprits = self._rehearse(live, more)
+        cut = self._cut() & set(live)
+        if not culprits and cut:  # a part of them, such as a quarter, is another only once there are many more
+            culprits = self._rehearse(live, {number: self.spaces[number].units for number in cut})
+        return culprits
+
+    def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> dict[int, str]:
+        """Send the numbers through the pretending model at more units of some spaces; those that failed, and why."""
         units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
         layout = self.layout()
         found = Numbers(self.numbers.repeated)
@@ -156,6 +164,11 @@ class Widening:
             text = f"the code takes no other width: {type(failure.error).__name__}: {line}"
             return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
         return self._compare(found, layout, units, live)
+
+    def _cut(self) -> set[int]:
+        """The spaces of which slices or splits take a part."""
+        cut = np.asarray([number for part in self.numbers.cuts for number in part], dtype=np.int64)
+        return _spaces(self._classes[cut]) if len(cut) else set()
 
     def _met(self, failure: LookFailed, found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
         """The spaces of the numbers that the failing operation met."""
@@ -189,16 +202,23 @@ class Widening:
             if key[1] == ENTRY and key[0] in self.dims:
                 shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
                 found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1)[:, 0]
+        return self._alive(found, live)
+
+    def _alive(self, classes: NDArray[np.int64], live: Sequence[int]) -> NDArray[np.int64]:
+        """Classes of live spaces, -1 for the others."""
         alive = np.zeros(len(self.spaces) + 1, dtype=bool)
         alive[list(live)] = True
-        return np.where(alive[found // _SPACE], found, -1)
+        return np.where(alive[classes // _SPACE], classes, -1)
 
     def _codes(self, classes: NDArray[np.int64]) -> Codes:
         """Classes as space, unit and block."""
         result = np.full(len(classes), -1, dtype=np.int64)
         for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
             own = classes // _SPACE == number
-            block, unit = np.divmod(classes[own] % _SPACE, self.spaces[number].units)
+            space, index = self.spaces[number], classes[own] % _SPACE
+            block, unit = np.divmod(index, space.units)
+            if space.neighbours:
+                unit, block = np.divmod(index, space.blocks)
             result[own] = number * _SPACE + unit * _UNIT + block
         return result
 
@@ -266,18 +286,20 @@ class Widening:
     def _next_guess(self, number: int, reason: str) -> None:
         """Another number of blocks for a space, or the reason why there is none."""
         space = self.spaces[number]
-        space.tried.add(space.blocks)
+        space.tried.add((space.blocks, space.neighbours))
         if space.copied:
             space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
             return
         groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
-        for blocks in dict.fromkeys((*groups, *BLOCKS)):
-            if blocks in space.tried or len(space.roots) % blocks:
+        guesses = dict.fromkeys((*groups, *BLOCKS))
+        for blocks, neighbours in ((blocks, neighbours) for blocks in guesses for neighbours in (False, True)):
+            whole = blocks in (1, len(space.roots)) and neighbours
+            if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
-            space.blocks = blocks
+            space.blocks, space.neighbours = blocks, neighbours
             if self._fits(number):
                 return
-            space.tried.add(blocks)
+            space.tried.add((blocks, neighbours))
         space.reason = reason
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
@@ -331,6 +353,7 @@ class Widening:
                 if unit >= self.spaces[number].units:
                     culprits.setdefault(number, reason)
         high[-1] = -1
+        culprits |= self._cut_otherwise(found, np.maximum(high[np.append(roots, -1)], -1), live)
         for key, expected in known.items():
             if key[1] in (OUT, FILL) or (key[1] == ENTRY and key[0] in self.dims):
                 continue
@@ -346,6 +369,22 @@ class Widening:
             elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], [s.units for s in self.spaces], units):
                 culprits |= dict.fromkeys(_spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels")
         return {number: reason for number, reason in culprits.items() if number in live}
+
+    def _cut_otherwise(self, found: Numbers, codes: Codes, live: Sequence[int]) -> dict[int, str]:
+        """The spaces of which a slice or split takes other old channels than before."""
+        culprits: dict[int, str] = {}
+        if len(found.cuts) != len(self.numbers.cuts):
+            return culprits
+        old_units = np.array([space.units for space in self.spaces])
+        for old, new in zip(self.numbers.cuts, found.cuts, strict=True):
+            before = self._codes(self._alive(self._classes[np.asarray(old, dtype=np.int64)], live))
+            after = codes[np.asarray(new, dtype=np.int64)]
+            before, after = before[before >= 0], after[after >= 0]
+            after = after[after % _SPACE // _UNIT < old_units[after // _SPACE]]
+            if not np.array_equal(before, after):
+                text = "a slice or split in the code takes other channels once there are more"
+                culprits |= dict.fromkeys(_spaces(np.setxor1d(before, after)) or _spaces(before), text)
+        return culprits
 
     def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
         """Space, unit and block of every entry of an axis as the layout has it."""

@@ -45,6 +45,7 @@ class Numbers:
         silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
             attribute, index in a list): the numbers of the entries that it counts.
+        cuts: what slices and splits of several channels took, one after the other.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
         order: paths of the layers in the order of their first call.
@@ -61,6 +62,7 @@ class Numbers:
         self.order: list[str] = []
         self.shapes: dict[str, torch.Size] = {}
         self.literals: dict[tuple[str, str, int | None], list[int]] = {}
+        self.cuts: list[list[int]] = []
         self._parents: list[int] = []
         self._first: dict[Key, tuple[int, int]] = {}
 
@@ -248,7 +250,7 @@ class _Mode(TorchDispatchMode):
             if layers.is_weighted(module) or layers.is_norm(module):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
-            elif path:
+            elif path and not isinstance(module, torch.jit.ScriptModule):  # those take no hooks, and hide what is inside
                 step = (path, module)
                 handles.append(module.register_forward_pre_hook(lambda *_, step=step: self._stack.append(step)))
                 handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
@@ -286,13 +288,24 @@ class _Mode(TorchDispatchMode):
         numbers.consume((path, GROUP_IN if grouped else IN), columns)
         out_axis = layers.channel_axis(module, output.dim())
         count = output.shape[out_axis]
-        first = numbers.fresh((self._alias.get(path, path), GROUP_OUT if grouped else OUT), count)
+        first = numbers.fresh((path, GROUP_OUT if grouped else OUT), count)
+        if path in self._alias:
+            self._share(path, grouped, count)
         if grouped:
             groups = columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)  # a copy may pretend to have more
             self._carry(groups, numbers.columns[path, GROUP_IN], first, count, path)
         shape = [1] * output.dim()
         shape[out_axis] = count
         self._put(output, torch.arange(first, first + count).view(shape))
+
+    def _share(self, path: str, grouped: bool, count: int) -> None:
+        """Tie the channels of a layer to those of an earlier one that has the same weight."""
+        numbers, earlier = self.numbers, self._alias[path]
+        out, given = (GROUP_OUT, GROUP_IN) if grouped else (OUT, IN)
+        first = numbers.fresh((earlier, out), count)
+        numbers.tie(zip(range(first, first + count), numbers.range_of((path, out)), strict=True))
+        own = torch.tensor(numbers.columns[path, given])
+        numbers.consume((earlier, given), own[:, None])
 
     def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
         self.numbers.consume((path, ENTRY), columns)
@@ -423,10 +436,13 @@ class _Mode(TorchDispatchMode):
             dim = args[2] if len(args) > 2 else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
             if any(_numbered(part) for part in parts):
+                self.numbers.cuts += parts
                 self._note(given, parts)
         elif name == "slice":
             dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3]
             along = _along(whole, dim % whole.dim())
+            if _numbered(along) and _differs(along):
+                self.numbers.cuts.append(_along(self.companion(results[0]), dim % whole.dim()))
             for edge in (start, end):
                 if isinstance(edge, int) and 0 < edge < len(along) and _numbered(along):
                     self._note([edge], [along[:edge]])
