@@ -150,8 +150,16 @@ class Proof:
                 line = (str(error).splitlines() or [""])[0][:160]
                 return f"the grown model does not run: {type(error).__name__}: {line}"
             if not _close(new, old, ROUNDING) and not self._same_in_double(twin, self.examples[place]):
-                return "its channels depend on each other: new ones at amplitude 0 change the output"
+                return self._why_changed(part)
         return None
+
+    def _why_changed(self, part: Sequence[int]) -> str:
+        consumers = [path for number in part for path in self.sites[number].consumers]
+        kinds = {path: type(self.model.get_submodule(path)) for path in consumers}
+        own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.nn")), None)
+        if own is None:
+            return "its channels depend on each other: new ones at amplitude 0 change the output"
+        return f"new channels at amplitude 0 change the output: {own} makes something else of its weights when there are more"
 
     def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""

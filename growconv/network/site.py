@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
-from typing import Self
 
 from torch import nn
 
@@ -44,7 +43,7 @@ class Site(ABC):
     space: int
 
     @abstractmethod
-    def of(self, model: nn.Module | None) -> Self:
+    def of(self, model: nn.Module | None) -> "Site":
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod
