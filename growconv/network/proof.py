@@ -235,6 +235,10 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
 class _Still(TorchDispatchMode):
     """Random operations give their mean, so that runs at different widths can be compared."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch._dynamo, for seconds
+
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
