@@ -103,9 +103,10 @@ def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> 
     strictly, freely = strict.roots(), repeated.roots()
     owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
     classes: dict[int, set[int]] = {}
-    for tied, root in zip(strictly.tolist(), freely.tolist(), strict=True):
-        if root in owner:
-            classes.setdefault(tied, set()).add(root)
+    for key in {key for key, _ in repeated.owners}:  # not number by number: what fills an axis up may differ
+        for first, second in zip(strict.range_of(key), repeated.range_of(key), strict=False):
+            if freely[second] in owner:
+                classes.setdefault(int(strictly[first]), set()).add(int(freely[second]))
     for together in classes.values():
         involved = {owner[root] for root in together}
         for number in involved if len(together) > 1 else ():

@@ -557,9 +557,10 @@ class _Mode(TorchDispatchMode):
             dims = [args[position] if len(args) > position and isinstance(args[position], int) and name != "topk" else args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)]
         dims = [dim % max(companion.dim(), 1) for dim in dims]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
-        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
-            return
         value = narrow.amax(dims, keepdim=True) if dims else narrow
+        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
+            if not any(_varies(value, axis) for axis in range(value.dim())):
+                return  # all channels; where some of each remain, they are taken pair by pair
         self.numbers.unify(value.expand_as(narrow), narrow)
         for result in results:
             if result.dim() == companion.dim():

@@ -122,8 +122,8 @@ def untrained(grown: Grown, examples: object) -> list[str]:
     for site in sites:
         for path, side in (*((path, OUT) for path in site.producers), *((path, IN) for path in site.consumers)):
             for weight, new, old in _new_entries(site, path, side, grown.channels):
-                gradient = weight.grad
-                if gradient is None or (not gradient[new].abs().max() > 0 and gradient[old].abs().max() > 0):
+                gradient = weight.grad  # None where the output does not need the layer at all
+                if gradient is not None and not gradient[new].abs().max() > 0 and gradient[old].abs().max() > 0:
                     rows.append(f"{site.name}: {path} ({side})")
     return rows
 
