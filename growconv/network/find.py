@@ -119,7 +119,7 @@ def site(
     for each in found.sites:
         if set(each.producers) == set(written) and set(each.consumers) == set(read):
             return each
-    reason = next((row.reason for row in _rows(found) if row.path == written[0] and row.reason), None)
+    reason = next((row.reason for row in rows_of(found) if row.path == written[0] and row.reason), None)
     near = [each.name for each in found.sites if set(each.producers) & set(written)]
     raise SiteError(
         "these layers do not make up a site",
@@ -185,7 +185,7 @@ def explain_sites(
     Returns:
         A tuple of LayerRow that prints itself as a table.
     """
-    return SiteTable(_rows(analyse(model, example_input, modes=modes, rehearse=rehearse)))
+    return SiteTable(rows_of(analyse(model, example_input, modes=modes, rehearse=rehearse)))
 
 
 def analyse(
@@ -356,7 +356,7 @@ def _enter_sites(found: Analysis, twin: nn.Module, arguments: Arguments) -> None
     found.sites = tuple(found.of_space.values())
 
 
-def _rows(found: Analysis) -> Iterator[LayerRow]:
+def rows_of(found: Analysis) -> Iterator[LayerRow]:
     """One row per convolution and linear layer of an analysed model."""
     by_key: dict[Key, list[int]] = {}
     for number, space in enumerate(found.spaces):

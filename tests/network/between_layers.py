@@ -24,7 +24,9 @@ class Case:
     copied: tuple[str, ...] = field(default=())
 
 
-def between(operation: Callable[[Net, Tensor], Tensor], outputs: int = 8, inputs: int = 8, **more: nn.Module) -> Callable:
+def between(
+    operation: Callable[[Net, Tensor], Tensor], outputs: int = 8, inputs: int = 8, **more: nn.Module
+) -> Callable:
     """`a`, an operation, `b`."""
 
     def build() -> Net:
