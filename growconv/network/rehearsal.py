@@ -66,6 +66,8 @@ class Widening:
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
+        self._bound_once, self._bound_alone = False, set[int]()
+        self._reached = 0
         self._classes = self._classes_of()
         self._groups = {
             path: layers.groups_of(module)
@@ -85,12 +87,13 @@ class Widening:
             culprits = self._attempt(live)
             if not culprits:
                 break
-            if self._bind(culprits):
+            if self._bind_all(live, culprits):
                 continue
             if len(culprits) > 1:
                 culprits = self._alone(culprits)
             for number, reason in culprits.items():
-                self._next_guess(number, reason)
+                if not self._bind(number):
+                    self._next_guess(number, reason)
         return self.relay()
 
     def presume(self) -> Layout:
@@ -99,7 +102,6 @@ class Widening:
         for number, space in enumerate(self.spaces):
             if space.reason is None and not self._fits(number):
                 self._next_guess(number, "its channels are interleaved in a way that is not followed")
-        self.bound = set(self.numbers.literals)
         return self.relay()
 
     def relay(self) -> Layout:
@@ -160,9 +162,11 @@ class Widening:
                     self.pretender.model.train(example.training)
                     look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
         except LookFailed as failure:
+            self._reached = len(found.order)
             line = (str(failure.error).splitlines() or [""])[0][:160]
             text = f"the code takes no other width: {type(failure.error).__name__}: {line}"
             return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
+        self._reached = len(self.numbers.order) + 1
         return self._compare(found, layout, units, live)
 
     def _cut(self) -> set[int]:
@@ -315,15 +319,38 @@ class Widening:
             if rates:
                 yield SizeAttribute(path, name, index, rates)
 
-    def _bind(self, culprits: Iterable[int]) -> bool:
-        """Let attributes follow the widths once spaces fail that attributes count; False where that is done already."""
-        if self.bound:
+    def _counting(self, spaces: Iterable[int]) -> list[tuple[str, str, int | None]]:
+        """Attributes, not bound yet, that count channels of some spaces."""
+        wanted = set(spaces)
+        return [
+            place
+            for place, counted in sorted(self.numbers.literals.items(), key=str)
+            if place not in self.bound and wanted & _spaces(self._classes[np.asarray(counted, dtype=np.int64)])
+        ]
+
+    def _bind_all(self, live: Sequence[int], culprits: Mapping[int, str]) -> bool:
+        """Let all attributes that count spaces which fail follow the widths, if that gets further; tried once."""
+        before, more, reached = self.bound, set(self.numbers.literals), self._reached
+        if self._bound_once or not self._counting(culprits):
             return False
-        counted = {number for numbers in self.numbers.literals.values() for number in numbers if number >= 0}
-        classes = self._classes[np.asarray(sorted(counted), dtype=np.int64)]
-        if set(culprits) & set((classes[classes >= 0] // _SPACE).tolist()):
-            self.bound = set(self.numbers.literals)
-        return bool(self.bound)
+        self._bound_once, self.bound = True, before | more
+        if self._attempt(live).keys() < culprits.keys() or self._reached > reached:
+            return True
+        self.bound = before  # some have the number of the channels by chance
+        return False
+
+    def _bind(self, number: int) -> bool:
+        """Let one attribute follow the width of a space that fails, where it does not fail then; tried once."""
+        before = self.bound
+        if number in self._bound_alone:
+            return False
+        self._bound_alone.add(number)
+        for place in self._counting([number])[:8]:
+            self.bound = before | {place}
+            if not self._attempt([number]):
+                return True
+        self.bound = before
+        return False
 
     # ------------------------------------------------------------------------------------------ the widened model
 
