@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import nn
 
@@ -282,9 +282,7 @@ class GrowthSite(Site):
         sizes = site.sizes
         for key in site.axes:
             runs = site.layout.axes[key]
-            expected = sum(
-                run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs
-            )
+            expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",
@@ -318,7 +316,7 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after a change."""
 
     def length(key: Key) -> int:
         path, side = key

@@ -168,6 +168,8 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> "Tape":
         """Put hooks on every module and start to record."""
         for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # those take no hooks, and hide what is inside
             opaque = layers.is_weighted(module) or layers.is_norm(module)
             if opaque or layers.is_dropout(module):
                 enter, leave = self._entered, self._left(path, identity=not opaque)
