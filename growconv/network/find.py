@@ -1,10 +1,9 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError

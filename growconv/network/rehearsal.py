@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, runs_of
-from growconv.network.layout import ENTRY, FILL, GROUP_OUT, IN, OUT, Key, Layout, Run, SizeAttribute, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments
 from growconv.network.trace import LookFailed, Numbers, look
 

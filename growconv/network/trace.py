@@ -26,7 +26,7 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import Arguments, tensors_in
 
 NONE = -1
-SIZED = frozenset("split_with_sizes split slice view _unsafe_view reshape expand".split())
+SIZED = frozenset(["split_with_sizes", "split", "slice", "view", "_unsafe_view", "reshape", "expand"])
 """Structural operations that are told sizes."""
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.errors import SiteError
-from growconv.network.layout import Sizes, IN, OUT, Layout, Run, owners_of
+from growconv.network.layout import IN, OUT, Layout, Run, Sizes, owners_of
 
 KEY = ("b", IN)
 
