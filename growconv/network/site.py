@@ -222,10 +222,13 @@ class GrowthSite(Site):
             if layers.groups_of(module) > 1:
                 return f"{path} is a grouped convolution"
             own = [run for run in self.layout.axes[path, side] if run.space == self.space]
-            if len(own) > 1 or (own[0].outer > 1 and side == IN):
-                return f"{path} reads the channels several times"
-            if side == OUT and (own[0].outer * own[0].inner > 1 or len(self.layout.axes[path, side]) > 1):
+            if len(own) > 1 or own[0].outer > 1 or own[0].slots != tuple(range(own[0].inner)):
+                return f"the channels do not lie one after the other in {path}"
+            if side == OUT and (self.ratio(path, OUT) != 1 or len(self.layout.axes[path, side]) > 1):
                 return f"{path} writes several entries for a channel, or other channels too"
+        missing = set(self.consumers) - {route.consumer for route in self.routes}
+        if missing:
+            return f"nobody saw what lies between the producer and {min(missing)}"
         for route in self.routes:
             if route.problem:
                 return route.problem
