@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from growconv.statistics.totals import entries_text
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
 
+@runtime_checkable
 class Scaler(Protocol):
     """What tells a loss scale, as torch.amp.GradScaler."""
 
