@@ -1,8 +1,12 @@
 """Channel classes: what lives and dies together, gathered into channel spaces whose positions form runs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
 from growconv.network.trace import Numbers
@@ -56,26 +60,25 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
     """
     reasons, order = numbers.reasons(), {path: place for place, path in enumerate(numbers.order)}
     used = numbers.used_outside
-    grouped: dict[tuple, list[tuple[int, int]]] = {}
+    grouped: dict[tuple[tuple[Key, int], ...], list[tuple[int, int]]] = {}
     why: dict[Key, str] = {}
-    for root, members in numbers.members().items():
-        produced = [key for key in members if key[1] == OUT]
+    for root, axes in numbers.signatures().items():
         reason = reasons.get(root)
-        outside = next((path for path, _ in members if path in used), None)
+        outside = next((key[0] for key, _, _ in axes if key[0] in used), None)
         if reason is None and outside is not None:
             reason = f"the weights of {outside} are used outside of the layer ({used[outside]})"
-        if reason is None and not produced:
+        if reason is None and not any(key[1] == OUT for key, _, _ in axes):
             reason = "it is read from channels that cannot grow"
-        if reason is None and not any(side == IN for _, side in members):
+        if reason is None and not any(key[1] == IN for key, _, _ in axes):
             reason = "nothing reads it"
         if reason is not None:
-            for key in members:
+            for key, _, _ in axes:
                 if key[1] in (OUT, GROUP_OUT):
                     why.setdefault(key, reason)
             continue
-        ordered = sorted(members, key=lambda key: (key[1] != OUT, order.get(key[0], len(order)), key))
-        signature = tuple((key, len(members[key])) for key in ordered)
-        grouped.setdefault(signature, []).append((min(members[ordered[0]]), root))
+        ordered = sorted(axes, key=lambda axis: (axis[0][1] != OUT, order.get(axis[0][0], len(order)), axis[0]))
+        signature = tuple((key, count) for key, count, _ in ordered)
+        grouped.setdefault(signature, []).append((ordered[0][2], root))
     found = [Space([root for _, root in sorted(classes)], dict(signature)) for signature, classes in grouped.items()]
     first = {space.roots[0]: min(grouped[tuple(space.counts.items())])[0] for space in found}
     found.sort(key=lambda space: (order.get(space.keys[0][0], 0), first[space.roots[0]]))
@@ -84,11 +87,7 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
 
 def collapsed(numbers: Numbers) -> bool:
     """Whether several channels of one layer are one class: they depend on each other, or form a group."""
-    return any(
-        side == OUT and len(positions) > 1
-        for members in numbers.members().values()
-        for (_, side), positions in members.items()
-    )
+    return any(key[1] == OUT and count > 1 for axes in numbers.signatures().values() for key, count, _ in axes)
 
 
 def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> None:
@@ -99,23 +98,17 @@ def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> 
         repeated: numbers that they have not.
         spaces: of the second; those that depend on each other across spaces are given a reason.
     """
-    roots, owner = strict.roots(), {}
-    for number, space in enumerate(spaces):
-        for root in space.roots:
-            owner[root] = number
-    met: dict[int, set[int]] = {}
+    strictly, freely = strict.roots(), repeated.roots()
+    owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
     classes: dict[int, set[int]] = {}
-    for number in range(len(repeated.owners)):
-        root = repeated.root(number)
+    for tied, root in zip(strictly.tolist(), freely.tolist(), strict=True):
         if root in owner:
-            met.setdefault(int(roots[number]), set()).add(owner[root])
-            classes.setdefault(int(roots[number]), set()).add(root)
-    for strictly, involved in met.items():
-        if len(classes[strictly]) < 2:
-            continue
-        for number in involved:
+            classes.setdefault(tied, set()).add(root)
+    for together in classes.values():
+        involved = {owner[root] for root in together}
+        for number in involved if len(together) > 1 else ():
             space = spaces[number]
-            if len(involved) > 1 or len(classes[strictly]) != len(space.roots):
+            if len(involved) > 1 or len(together) != len(space.roots):
                 space.reason = "its channels depend on each other and on others"
             else:
                 space.copied, space.blocks = True, len(space.roots)
@@ -133,63 +126,50 @@ class Torn(Exception):
         self.space = space
 
 
-Unit = tuple[int, int, int]
-"""Space, unit and block of an entry."""
-
-
-def runs_of(axis: Sequence[Unit | None], units: Mapping[int, int], entries: Mapping[int, int]) -> tuple[Run, ...]:
+def runs_of(
+    axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]
+) -> tuple[Run, ...]:
     """The runs that an axis is made of.
 
     Args:
-        axis: per entry its space, unit and block.
+        axis: per entry its space, unit and block (n, 3); space -1 for entries that never grow.
         units: per space its number of units.
         entries: per space the entries that a class has along this axis.
 
     Raises:
         Torn: for a space whose entries are in no such order.
     """
+    edges = [0, *(np.flatnonzero(np.diff(axis[:, 0])) + 1).tolist(), len(axis)]
     runs: list[Run] = []
-    met: Counter[Unit] = Counter()
-    start = 0
-    while start < len(axis):
-        first = axis[start]
-        space = None if first is None else first[0]
-        end = start
-        while end < len(axis) and (None if (each := axis[end]) is None else each[0]) == space:
-            end += 1
-        if first is None:
-            runs.append(Run(None, end - start))
-        else:
-            stretch = [each for each in axis[start:end] if each is not None]
-            run, used = _run(stretch, units[first[0]], entries[first[0]], met)
+    met: Counter[tuple[int, int]] = Counter()
+    for start, end in pairwise(edges):
+        while start < end:
+            space = int(axis[start, 0])
+            if space < 0:
+                runs.append(Run(None, end - start))
+                break
+            run = _run(axis[start:end], units[space], entries[space], met)
             runs.append(run)
-            end = start + used
-        start = end
+            start += run.length(units[space])
     return tuple(runs)
 
 
-def _run(stretch: Sequence[Unit], units: int, entries: int, met: Counter[Unit]) -> tuple[Run, int]:
-    """The longest run at the start of a stretch of one space, and its length."""
-    space, unit, _ = stretch[0]
-    inner = len(stretch)
-    if units > 1:
-        inner = next((place for place, each in enumerate(stretch) if each[1] != unit), len(stretch))
+def _run(stretch: NDArray[np.int64], units: int, entries: int, met: Counter[tuple[int, int]]) -> Run:
+    """The longest run at the start of a stretch of one space; what a block has had before is in `met`."""
+    space, unit = int(stretch[0, 0]), stretch[:, 1]
+    others = np.flatnonzero(unit != unit[0])
+    inner = int(others[0]) if units > 1 and len(others) else len(stretch)
     whole, left = divmod(len(stretch), units * inner)
-    for outer in dict.fromkeys((whole if not left else 0, 1)):
+    for outer in dict.fromkeys((0 if left else whole, 1)):
         length = outer * units * inner
         if outer < 1 or length > len(stretch):
             continue
-        seen = met.copy()
-        slots: dict[tuple[int, int], int] = {}
-        fits = True
-        for place, each in enumerate(stretch[:length]):
-            repetition, rest = divmod(place, units * inner)
-            which, neighbour = divmod(rest, inner)
-            slot = each[2] * entries + seen[each]
-            seen[each] += 1
-            fits = fits and each[1] == which and slots.setdefault((repetition, neighbour), slot) == slot
-        if fits:
-            met.clear()
-            met.update(seen)
-            return Run(space, outer, inner, tuple(slots[o, i] for o in range(outer) for i in range(inner))), length
+        grid = stretch[:length].reshape(outer, units, inner, 3)
+        if not (grid[..., 1] == np.arange(units)[:, None]).all() or (grid[..., 2] != grid[:, :1, :, 2]).any():
+            continue
+        slots = []
+        for block in grid[:, 0, :, 2].reshape(-1).tolist():
+            slots.append(block * entries + met[space, block])
+            met[space, block] += 1
+        return Run(space, outer, inner, tuple(slots))
     raise Torn(space)

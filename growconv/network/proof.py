@@ -227,6 +227,10 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
 class _Still(TorchDispatchMode):
     """Random operations give their mean, so that runs at different widths can be compared."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch._dynamo, for seconds
+
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
@@ -246,9 +250,11 @@ class _Still(TorchDispatchMode):
 def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
     """Per layer the entries along one side of all sites."""
     found: dict[str, list[int]] = {}
+    sizes = None
     for site in sites:
+        sizes = sizes or site.sizes  # all are sites of one model
         for path in site.producers if side == OUT else site.consumers:
-            found.setdefault(path, []).extend(site.entries(path, side))
+            found.setdefault(path, []).extend(site.entries(path, side, sizes))
     return found
 
 

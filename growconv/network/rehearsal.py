@@ -239,9 +239,8 @@ class Widening:
         return self._parse(self._codes(self._axis(key, live)), key, [space.units for space in self.spaces])
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int]) -> tuple[Run, ...]:
-        entries = {number: space.counts.get(key, 0) for number, space in enumerate(self.spaces)}
-        axis = [None if code < 0 else (code // _SPACE, code % _SPACE // _UNIT, code % _UNIT) for code in codes.tolist()]
-        return runs_of(axis, dict(enumerate(units)), entries)
+        axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
+        return runs_of(np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces])
 
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""

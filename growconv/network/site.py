@@ -86,19 +86,20 @@ class Site(ABC):
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
         return self.layout.ratio((path, side), self.space)
 
-    def entries(self, path: str, side: str = IN) -> list[int]:
-        """The positions of the channels along an axis of a layer, now, channel by channel."""
-        return self.layout.entries((path, side), self.space, self.sizes)
+    def entries(self, path: str, side: str = IN, sizes: Sizes | None = None) -> list[int]:
+        """The positions of the channels along an axis of a layer, now, channel by channel; `sizes` if known."""
+        return self.layout.entries((path, side), self.space, sizes or self.sizes)
 
-    def places(self, path: str, side: str, channels: int) -> list[Place]:
+    def places(self, path: str, side: str, channels: int, sizes: Sizes | None = None) -> list[Place]:
         """Where so many new channels come along an axis of a layer, now.
 
         Args:
             path: module path, or path of a bare parameter.
             side: a side of `network.layout`.
             channels: a multiple of the granularity.
+            sizes: the lengths of the axes, if they are known.
         """
-        return self.layout.places((path, side), self.space, channels // self.granularity, self.sizes)
+        return self.layout.places((path, side), self.space, channels // self.granularity, sizes or self.sizes)
 
     def growable_channels(self, channels: int) -> int:
         """The next number of channels that whole units allow, at least `channels`."""
@@ -226,16 +227,11 @@ class GrowthSite(Site):
                     got="nothing" if found is None else type(found).__name__,
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        units, sizes = site.layout.units(site.space, site.sizes), site.sizes
+        sizes = site.sizes
         for key in site.axes:
-            spaces = {run.space for run in site.layout.axes[key]} - {None}
-            known = {
-                each: units if each == site.space else site.layout.units(each, sizes)
-                for each in spaces
-                if each is not None
-            }
+            runs = site.layout.axes[key]
             expected = sum(
-                run.length(known.get(run.space, 0) if run.space is not None else 0) for run in site.layout.axes[key]
+                run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs
             )
             if expected != sizes(key):
                 raise SiteError(
@@ -270,15 +266,15 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model, now."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
 
-    def size(key: Key) -> int:
+    def length(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
             return int(attribute(model, path).shape[layout.dims[path]])
         return layers.size(model.get_submodule(path), side)
 
-    return size
+    return Sizes(length)
 
 
 def frozen_weight(site: GrowthSite) -> str | None:

@@ -139,6 +139,10 @@ class Tape(TorchDispatchMode):
         values: all values, by their numbers.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch._dynamo, for seconds
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

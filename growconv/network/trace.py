@@ -132,15 +132,19 @@ class Numbers:
             found.setdefault(self.root(number), reason)
         return found
 
-    def members(self) -> dict[int, dict[Key, list[int]]]:
-        """Per class, by its root, the positions on every axis that it has."""
-        found: dict[int, dict[Key, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for number, (key, position) in enumerate(self.owners):
-            found[self.root(number)][key].append(position)
-        for key, numbers in self.columns.items():
-            for position, number in enumerate(numbers):
-                if number >= 0:
-                    found[self.root(number)][key].append(position)
+    def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
+        """Per class, by its root, the axes that it lies on, with the number of its entries and the first of them."""
+        roots = self.roots()
+        keys = [*self._first, *self.columns]
+        parts = [roots[first : first + count] for first, count in self._first.values()]
+        for numbers in self.columns.values():
+            known = np.asarray(numbers, dtype=np.int64)
+            parts.append(np.where(known >= 0, roots[np.maximum(known, 0)] if len(roots) else known, NONE))
+        found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
+        for key, part in zip(keys, parts, strict=True):
+            for root, first, count in zip(*(each.tolist() for each in np.unique(part, return_index=True, return_counts=True)), strict=True):
+                if root >= 0:
+                    found[root].append((key, count, first))
         return found
 
 
@@ -202,6 +206,10 @@ def look(
 
 class _Mode(TorchDispatchMode):
     """Runs every operation on the tensors and on their companions."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch._dynamo, for seconds
 
     def __init__(
         self, model: nn.Module, numbers: Numbers, whole_groups: Callable[[str, nn.Module], bool]
@@ -652,10 +660,7 @@ def _varies(companion: Tensor, axis: int) -> bool:
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(shape, to) == to
-    except RuntimeError:
-        return False
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _same_leading(first: torch.Size, second: torch.Size) -> int:

@@ -6,6 +6,7 @@ stored lists all channels of one side, group after group, and the other has thos
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from growconv.errors import SurgeryError
 from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
-from growconv.network.layers.normalized import normalized_weight, problem
+from growconv.network.layers.normalized import NormalizedWeight, normalized_weight, problem
 from growconv.network.layout import GROUP_IN, GROUP_OUT, IN, OUT, Place
 from growconv.network.tensors import Insertion
 
@@ -37,12 +38,15 @@ class Weighted(Adapter):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.groups = int(getattr(module, "groups", 1))
-        self._normalized = normalized_weight(module)
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
         """Whether it is a linear layer."""
         return isinstance(module, nn.Linear)
+
+    @cached_property
+    def _normalized(self) -> NormalizedWeight | None:
+        return normalized_weight(self.module)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
