@@ -250,9 +250,11 @@ class _Still(TorchDispatchMode):
 def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
     """Per layer the entries along one side of all sites."""
     found: dict[str, list[int]] = {}
+    sizes = None
     for site in sites:
+        sizes = sizes or site.sizes  # all are sites of one model
         for path in site.producers if side == OUT else site.consumers:
-            found.setdefault(path, []).extend(site.entries(path, side))
+            found.setdefault(path, []).extend(site.entries(path, side, sizes))
     return found
 
 

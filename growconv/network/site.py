@@ -5,14 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
 from typing import ClassVar
 
 from torch import nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
 from growconv.network.model import attribute, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
@@ -126,19 +125,20 @@ class Site(ABC):
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
         return self.layout.ratio((path, side), self.space)
 
-    def entries(self, path: str, side: str = IN) -> list[int]:
-        """The positions of the channels along an axis of a layer, now, channel by channel."""
-        return self.layout.entries((path, side), self.space, self.sizes)
+    def entries(self, path: str, side: str = IN, sizes: Sizes | None = None) -> list[int]:
+        """The positions of the channels along an axis of a layer, now, channel by channel; `sizes` if known."""
+        return self.layout.entries((path, side), self.space, sizes or self.sizes)
 
-    def places(self, path: str, side: str, channels: int) -> list[Place]:
+    def places(self, path: str, side: str, channels: int, sizes: Sizes | None = None) -> list[Place]:
         """Where so many new channels come along an axis of a layer, now.
 
         Args:
             path: module path, or path of a bare parameter.
             side: a side of `network.layout`.
             channels: a multiple of the granularity.
+            sizes: the lengths of the axes, if they are known.
         """
-        return self.layout.places((path, side), self.space, channels // self.granularity, self.sizes)
+        return self.layout.places((path, side), self.space, channels // self.granularity, sizes or self.sizes)
 
     def growable_channels(self, channels: int) -> int:
         """The next number of channels that whole units allow, at least `channels`."""
@@ -214,7 +214,7 @@ class GrowthSite(Site):
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
         if len(self.producers) > 1:
-            return f"{len(self.producers)} layers write the channels"
+            return f"{len(self.producers)} layers produce the channels"
         for path, side in ((self.producers[0], OUT), *((path, IN) for path in self.consumers)):
             module = self.model.get_submodule(path)
             if layers.is_transposed(module):
@@ -223,9 +223,10 @@ class GrowthSite(Site):
                 return f"{path} is a grouped convolution"
             own = [run for run in self.layout.axes[path, side] if run.space == self.space]
             if len(own) > 1 or (own[0].outer > 1 and side == IN):
-                return f"{path} reads the channels several times"
-            if side == OUT and (own[0].outer * own[0].inner > 1 or len(self.layout.axes[path, side]) > 1):
-                return f"{path} writes several entries for a channel, or other channels too"
+                return f"{path} consumes the channels several times"
+            spread = own[0].outer > 1 or self.ratio(path, side) != 1
+            if side == OUT and (spread or len(self.layout.axes[path, side]) > 1):
+                return f"{path} produces several entries for a channel, or other channels too"
         for route in self.routes:
             if route.problem:
                 return route.problem
@@ -234,6 +235,8 @@ class GrowthSite(Site):
                     return f"{step.name} between {route.producer} and {route.consumer} has no closed form"
                 if isinstance(step, Pool) and step.geometry.ceil_mode:
                     return "a pooling with ceil_mode lies in between"
+                if isinstance(step, Depthwise) and self.ratio(step.path, GROUP_IN) != self.ratio(step.path, GROUP_OUT):
+                    return f"{step.path} gives several outputs for each of its inputs"
                 if isinstance(step, Depthwise) and self.granularity > 1:
                     return f"{step.path} is grouped, so new channels come in groups"
         return None
@@ -277,16 +280,11 @@ class GrowthSite(Site):
                     got="nothing" if found is None else type(found).__name__,
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        units, sizes = site.layout.units(site.space, site.sizes), site.sizes
+        sizes = site.sizes
         for key in site.axes:
-            spaces = {run.space for run in site.layout.axes[key]} - {None}
-            known = {
-                each: units if each == site.space else site.layout.units(each, sizes)
-                for each in spaces
-                if each is not None
-            }
+            runs = site.layout.axes[key]
             expected = sum(
-                run.length(known.get(run.space, 0) if run.space is not None else 0) for run in site.layout.axes[key]
+                run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs
             )
             if expected != sizes(key):
                 raise SiteError(
@@ -323,14 +321,13 @@ class GrowthSite(Site):
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
     """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
 
-    @cache
-    def size(key: Key) -> int:
+    def length(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
             return int(attribute(model, path).shape[layout.dims[path]])
         return layers.size(model.get_submodule(path), side)
 
-    return size
+    return Sizes(length)
 
 
 def frozen_weight(site: GrowthSite) -> str | None:

@@ -318,6 +318,7 @@ def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> 
     return torch.cat(found)
 
 
+@torch.no_grad()
 def is_homogeneous(fit: Fit, filters: Filters) -> bool:
     """Whether what lies between is positively homogeneous, as the ReLU family is: a filter's norm can move into ω."""
     (piece, *_) = fit.samples.few(8).passes

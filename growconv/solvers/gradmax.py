@@ -14,7 +14,7 @@ from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import columns_of, filter_norms, require_number
+from growconv.solvers.existing import columns_of, filter_norms, not_plain, require_number
 from growconv.statistics.pair import PairStatistics
 
 
@@ -85,6 +85,10 @@ class GradMax(Solver):
                 got=f"outgoing={self.outgoing}, lift={self.lift}",
                 where="gradmax",
             )
+
+    def refusal(self, site: GrowthSite) -> str | None:
+        """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
+        return super().refusal(site) or not_plain(site, *site.producers)
 
     def solve(
         self,

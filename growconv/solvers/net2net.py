@@ -20,6 +20,7 @@ from growconv.solvers.existing import (
     columns_of,
     filters_of,
     normal,
+    not_plain,
     not_rewritable,
     picked_rows,
     require_number,
@@ -103,8 +104,8 @@ class Net2Net(Solver):
             )
 
     def refusal(self, site: GrowthSite) -> str | None:
-        """Where consumers' weights are computed from others, so that the copied channels' share cannot be taken off."""
-        return not_rewritable(site, *site.consumers)
+        """Where consumers' weights are computed from others, or copied filters would not make copied channels."""
+        return not_rewritable(site, *site.consumers) or not_plain(site, *site.producers)
 
     def solve(
         self,

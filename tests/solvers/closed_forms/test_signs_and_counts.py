@@ -10,7 +10,7 @@ from torch import nn
 import growconv
 from growconv.errors import StatisticsError
 from growconv.solvers import measure_gains, solve, tiny
-from growconv.solvers.kept import without
+from growconv.statistics.held_out import without
 from growconv.solvers.response import channel_responses, choose_signs
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
@@ -147,7 +147,7 @@ def test_error_bars_shrink_with_the_samples_and_cover_the_truth() -> None:
     torch.testing.assert_close(part.errors, 2 * full.errors, rtol=0.35, atol=0)
     assert ((part.gains - full.gains).abs() < 4 * part.errors).all()
     assert full.samples_for(full.relative_error / 2) == pytest.approx(4 * 300)
-    per_sample = channel_responses(stats, growth, model).captured
+    per_sample = channel_responses(stats, growth).captured
     draws = torch.randint(0, 300, (400, 300), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(per_sample[draws].mean(1).std(0), full.errors, rtol=0.15, atol=0)
     assert "±" in str(full)
@@ -207,6 +207,6 @@ def test_signs_are_repeatable() -> None:
     model = pair(between=lambda _: [nn.ReLU()])
     _, stats = collected(model, teacher_batches(model, channels=3), quantities=SAMPLED, keep_samples=64)
     growth = solve(stats, "tiny", channels=3)
-    again = choose_signs(stats, growth, model)
+    again = choose_signs(stats, growth)
     torch.testing.assert_close(again.alpha, growth.alpha)
     torch.testing.assert_close(again.norms, growth.norms)

@@ -15,7 +15,8 @@ from growconv.errors import StatisticsError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers import LinearisationWarning, expected_decrease, solve
-from growconv.solvers.energy import captured_energy, linearisation_note
+from growconv.solvers.base import linearisation_note
+from growconv.solvers.energy import captured_energy
 from growconv.statistics import collect_statistics
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.statistics import collect_statistics
 
 
