@@ -13,8 +13,8 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, So
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.factorized import fit_channels
 from growconv.network.growing import plan_size
-from growconv.network.rank_site import RankSite, find_rank_sites
-from growconv.network.surgery import apply_edits
+from growconv.network.rank import RankSite, find_rank_sites
+from growconv.network.event import apply_edits
 from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
 
 
