@@ -295,7 +295,7 @@ class Tape(TorchDispatchMode):
         position = len(self.steps)
         numbers = []
         for tensor in outputs:
-            inplace = any(_memory(tensor) == _memory(each) for each in written)
+            inplace = torch.Tag.inplace_view not in func.tags and any(_memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
         done = Operation(func, refs[0], refs[1], tuple(numbers), bool(written), self._stack[-1])

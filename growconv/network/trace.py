@@ -363,6 +363,9 @@ class _Mode(TorchDispatchMode):
         self, func: Callable, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
     ) -> None:
         companions = {id(tensor): self.companion(tensor) for tensor in sources}
+        if torch.Tag.inplace_view in func.tags:  # unsqueeze_, transpose_, ...
+            self._put(args[0], getattr(companions[id(args[0])], name.removesuffix("_"))(*args[1:], **kwargs))
+            return
         structural = name in operations.STRUCTURAL
         if not structural and not any(bool((compact(each) >= 0).any()) for each in companions.values()):
             return
