@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
 from growconv.network.trace import Numbers
 
+
 @dataclass
 class Space:
     """Classes of one signature: the same number of entries on the same axes.
@@ -129,9 +130,7 @@ class Torn(Exception):
         self.space = space
 
 
-def runs_of(
-    axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]
-) -> tuple[Run, ...]:
+def runs_of(axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]) -> tuple[Run, ...]:
     """The runs that an axis is made of.
 
     Args:

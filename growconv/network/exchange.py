@@ -28,8 +28,8 @@ class Journal:
         self._mappings: list[tuple[dict, dict]] = []
         self._lists: list[tuple[list, list]] = []
         for module in model.modules():
-            for mapping in (module.__dict__, module._parameters, module._buffers, module._modules):
-                self._mappings.append((mapping, dict(mapping)))
+            inside = [value for value in vars(module).values() if isinstance(value, dict)]  # hooks among them
+            self._mappings += [(mapping, dict(mapping)) for mapping in (vars(module), *inside)]
         for optimizer in optimizers:
             self._remember(optimizer)
         parameters = list(model.parameters())

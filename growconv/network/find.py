@@ -1,10 +1,9 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
@@ -118,7 +117,7 @@ def site(
     found = analyse(model, example_input)
     for each in found.sites:
         if set(each.producers) == set(written) and set(each.consumers) == set(read):
-            return each
+            return replace(each, by_hand=True)
     reason = next((row.reason for row in rows_of(found) if row.path == written[0] and row.reason), None)
     near = [each.name for each in found.sites if set(each.producers) & set(written)]
     raise SiteError(
@@ -367,7 +366,12 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
             continue
         own = [number for side in (OUT, GROUP_OUT) for number in by_key.get((path, side), ())]
         grown = next((found.of_space[number] for number in own if number in found.of_space), None)
-        reads = [found.of_space[n].name for side in (IN, GROUP_IN) for n in by_key.get((path, side), ()) if n in found.of_space]
+        reads = [
+            found.of_space[n].name
+            for side in (IN, GROUP_IN)
+            for n in by_key.get((path, side), ())
+            if n in found.of_space
+        ]
         reason = None
         if grown is None:
             reasons = [found.spaces[number].reason for number in own]

@@ -37,8 +37,24 @@ FILL = "fill"
 GROUP_IN, GROUP_OUT = "group in", "group out"
 """Both axes of a grouped or depthwise convolution whose groups are channels of one space: whole groups come and go."""
 
-Sizes = Callable[[Key], int]
-"""The length of an axis now."""
+
+class Sizes:
+    """The length of every axis now, and what follows from it; each is asked for once, so make another after a change.
+
+    Args:
+        length: the length of an axis.
+    """
+
+    def __init__(self, length: Callable[[Key], int]) -> None:
+        self._length = length
+        self._lengths: dict[Key, int] = {}
+        self.units: dict[int, int] = {}
+
+    def __call__(self, key: Key) -> int:
+        """The length of an axis."""
+        if key not in self._lengths:
+            self._lengths[key] = self._length(key)
+        return self._lengths[key]
 
 
 @dataclass(frozen=True)
@@ -156,20 +172,17 @@ class Layout:
         Raises:
             SiteError: no axis tells it, or axes contradict each other.
         """
-        return self._known(space, sizes, {})
+        if space not in sizes.units:
+            sizes.units[space] = self._alone(space, sizes) if space in self._telling else self._together(space, sizes)
+        return sizes.units[space]
 
-    def _known(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
-        if space not in known:
-            known[space] = self._alone(space, sizes, known) if space in self._telling else self._together(space, sizes)
-        return known[space]
-
-    def _alone(self, space: int, sizes: Sizes, known: dict[int, int]) -> int:
+    def _alone(self, space: int, sizes: Sizes) -> int:
         """The units of a space that one axis tells."""
         key = self._telling[space]
         rest = 0
         for run in self.axes[key]:
             if run.space != space:
-                rest += run.length(0 if run.space is None else self._known(run.space, sizes, known))
+                rest += run.length(0 if run.space is None else self.units(run.space, sizes))
         units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
         if left or units < 0:
             raise SiteError(
@@ -209,7 +222,9 @@ class Layout:
         shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
         if np.abs(shares @ rates - wanted).max() > 1e-6:
             return None
-        for _ in range(30):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
+        for _ in range(
+            30
+        ):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
             weights = np.abs(shares)
             shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
         fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]
@@ -224,10 +239,9 @@ class Layout:
             units: how many more units.
             sizes: the length of every axis now.
         """
-        known: dict[int, int] = {}
         per_unit, found, start = self.per_unit(key, space), [], 0
         for run in self.axes[key]:
-            have = 0 if run.space is None else self._known(run.space, sizes, known)
+            have = 0 if run.space is None else self.units(run.space, sizes)
             if run.space == space:
                 for outer in range(run.outer):
                     slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
@@ -238,11 +252,10 @@ class Layout:
 
     def entries(self, key: Key, space: int, sizes: Sizes) -> list[int]:
         """The positions of a space's entries along an axis now, channel by channel."""
-        known: dict[int, int] = {}
         per_unit, start = self.per_unit(key, space), 0
-        positions = [0] * (per_unit * self._known(space, sizes, known))
+        positions = [0] * (per_unit * self.units(space, sizes))
         for run in self.axes[key]:
-            have = 0 if run.space is None else self._known(run.space, sizes, known)
+            have = 0 if run.space is None else self.units(run.space, sizes)
             if run.space == space:
                 for outer in range(run.outer):
                     for unit in range(have):

@@ -207,10 +207,10 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     if len(units) * size != len(index):
         expected = f"runs of {size} channels that start at a multiple of {size}"
         raise SurgeryError("channels of this site go in whole groups", where=site.name, expected=expected, got=index)
-    plan = Plan(site.model)
+    plan, sizes = Plan(site.model), site.sizes
 
     def gone(path: str, side: str) -> list[int]:
-        entries = site.entries(path, side)
+        entries = site.entries(path, side, sizes)
         per_unit = site.layout.per_unit((path, side), site.space)
         return sorted(entries[unit * per_unit + each] for unit in units for each in range(per_unit))
 
@@ -265,9 +265,9 @@ def _sides(site: Site) -> dict[str, list[str]]:
 
 def _plan(site: Site, channels: int, values: Values) -> Plan:
     """New channels for every layer and bare tensor of a site."""
-    plan = Plan(site.model)
+    plan, sizes = Plan(site.model), site.sizes
     for path, sides in _sides(site).items():
-        places = {side: site.places(path, side, channels) for side in sides}
+        places = {side: site.places(path, side, channels, sizes) for side in sides}
         if path in site.layout.dims:
             axis, own = site.layout.dims[path], values(path, ENTRY).get("")
             for place in places[ENTRY]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, runs_of
-from growconv.network.layout import ENTRY, FILL, GROUP_OUT, IN, OUT, Key, Layout, Run, SizeAttribute, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -130,7 +130,9 @@ class Widening:
                 found[part[0]] = failed.get(part[0], next(iter(failed.values())))
             elif failed:
                 waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
-        return found or {number: f"it only grows together with others ({reason})" for number, reason in culprits.items()}
+        return found or {
+            number: f"it only grows together with others ({reason})" for number, reason in culprits.items()
+        }
 
     def layout(self) -> Layout:
         """Where the channels of all spaces without a reason lie."""
@@ -237,7 +239,9 @@ class Widening:
             varying = [d for d in range(grid.ndim) if bool((grid != grid.take([0], axis=d)).any())]
             if len(varying) > 1:
                 for number in involved:
-                    self.spaces[number].reason = f"entries of {path} belong to different channels along several of its axes"
+                    self.spaces[
+                        number
+                    ].reason = f"entries of {path} belong to different channels along several of its axes"
                 continue
             dim = varying[0] if varying else int(np.argmax(shape))
             self.dims[path] = dim
@@ -264,7 +268,9 @@ class Widening:
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
-        return runs_of(np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces])
+        return runs_of(
+            np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces]
+        )
 
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""
@@ -369,7 +375,11 @@ class Widening:
                 np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
         for first, last in {(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True) if b >= 0 and a != b}:
             own = {each // _SPACE for each in (first, last) if each >= 0}
-            text = "its channels depend on each other" if len(own) == 1 else "its channels are tied to others once there are more"
+            text = (
+                "its channels depend on each other"
+                if len(own) == 1
+                else "its channels are tied to others once there are more"
+            )
             culprits |= dict.fromkeys(own, text)
         if culprits:
             return culprits
@@ -392,8 +402,12 @@ class Widening:
             actual = np.maximum(actual, -1)
             if not np.array_equal(actual, expected):
                 culprits |= self._arrivals(key, actual, expected, units)
-            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], [s.units for s in self.spaces], units):
-                culprits |= dict.fromkeys(_spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels")
+            elif key[0] in self._groups and not self._equal_groups(
+                key, layout.axes[key], [s.units for s in self.spaces], units
+            ):
+                culprits |= dict.fromkeys(
+                    _spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels"
+                )
         return {number: reason for number, reason in culprits.items() if number in live}
 
     def _cut_otherwise(self, found: Numbers, codes: Codes, live: Sequence[int]) -> dict[int, str]:
@@ -433,7 +447,9 @@ class Widening:
                 return {}
         if len(actual) < len(expected):
             return dict.fromkeys(involved, f"a literal size in the code: new channels do not arrive at {key[0]}")
-        return dict.fromkeys(involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more")
+        return dict.fromkeys(
+            involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more"
+        )
 
 
 def _spaces(codes: Codes) -> set[int]:
@@ -480,7 +496,9 @@ class Pretender:
                 layers.set_outputs(module, self._widths[key[0]])
                 undo.append(lambda module=module, before=before: layers.set_outputs(module, before))
             elif key[1] == ENTRY and key[0] in layout.dims:
-                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units)))
+                undo.append(
+                    _repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units))
+                )
         for each in layout.attributes:
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
             undo.append(resize_attribute(self.model, each, more))

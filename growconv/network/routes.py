@@ -78,12 +78,21 @@ class Route:
         consumer: module path of the layer that consumes them.
         steps: what lies between, in forward order.
         problem: why the steps are no plain chain; None where they are.
+        behind: path of the norm layer that alone takes what the consumer gives, and takes nothing else; None: no such.
+        at_zero: what the consumer reads of a new channel of zeros, the entry farthest from 0; like the following looked
+            at where the site has a closed form.
+        dead_at_zero: whether what it reads does not change with a channel that is 0 everywhere.
+        dead_above_zero: the same for one a little above 0.
     """
 
     producer: str
     consumer: str
     steps: tuple[Step, ...]
     problem: str | None = None
+    behind: str | None = None
+    at_zero: float = 0.0
+    dead_at_zero: bool = False
+    dead_above_zero: bool = False
 
     @property
     def local(self) -> bool:

@@ -6,7 +6,7 @@ entries where the consumers do. No operation sees another width, and none needs 
 take several goes. Where every operation treats channels one by one, they are run on the new channels alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,8 +18,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
 from growconv.network.model import attribute
 from growconv.network.site import GrowthSite
-from growconv.network.steps import hot_values_of, is_pointwise
-from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape
+from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of, is_pointwise
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each entry in front of a norm layer."""
@@ -48,14 +47,28 @@ class Inserted:
     """What surgery will insert for new channels between producers and consumers, as in a ChannelGrowth.
 
     Attributes:
-        norms: per norm layer mean and variance in front of it, (entries,) or (K,); measured where they are missing.
+        norms: per norm layer mean and variance in front of it, (entries,) or (K,); 0 and 1 where they are missing.
         norm_scale: (K,) factor on what comes out of norm layers.
         carried: per grouped convolution the filters of new groups; the identity tap where they are missing.
+        copied: per new unit the old one whose entries it has everywhere in between, in the place of all the above; norm
+            layers then work as in evaluation. None: new channels are no copies.
+        instead: by name of an operation, what is computed in its place, from the same arguments.
     """
 
     norms: Mapping[str, Moments] = field(default_factory=dict)
     norm_scale: Tensor | None = None
     carried: Mapping[str, Tensor] = field(default_factory=dict)
+    copied: Tensor | None = None
+    instead: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bare:
+    """A bare parameter or buffer with entries for the channels: its axis, their positions, and what new ones get."""
+
+    axis: int
+    places: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +81,10 @@ class Region:
         constants: values that do not depend on the producers, by number.
         created: those of them that operations in place write to, so that each run needs a copy.
         outputs: per producer the numbers of the outputs of its calls.
+        bare: bare parameters and buffers with entries for the channels, by the number of their value.
         shapes: of these outputs.
         places: per axis (path, side) the positions of the channels, (units, entries of a unit).
+        sizes: the length of these axes.
         narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
         samples: how many samples the pass had; None where the first axes of the outputs differ.
         parts: whether the region can be run on some of the samples; None: not tried yet.
@@ -80,12 +95,21 @@ class Region:
     constants: dict[int, Tensor]
     created: frozenset[int]
     outputs: dict[str, tuple[int, ...]]
+    bare: dict[int, Bare]
     shapes: dict[int, torch.Size]
     places: dict[Key, Tensor]
+    sizes: dict[Key, int]
     narrow: bool
     samples: int | None
     recorded: int | None
     parts: list[bool] = field(default_factory=list)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each producer and consumer was called."""
+        called = [step.path for step in self.steps if isinstance(step, LayerCall)]
+        consumers = {path: called.count(path) for path, side in self.places if side == IN}
+        return consumers | {path: len(numbers) for path, numbers in self.outputs.items()}
 
     @property
     def units(self) -> int:
@@ -103,7 +127,7 @@ class Region:
         Args:
             new: per producer what it gives for K new channels, one tensor for each call, with K·ratio entries along the
                 channel axis, channel by channel.
-            inserted: what they find in between; None: transparent norms and identity taps.
+            inserted: what they find in between; None: norms as for values of mean 0 and variance 1, identity taps.
             measured: gets per norm layer the mean and variance (entries,) of what comes to it, in float64, and these
                 are inserted there.
 
@@ -154,6 +178,57 @@ class Region:
                     got=len(new.get(path, ())),
                 )
 
+    # ------------------------------------------------------------------------------------------ new weights
+
+    def produced(self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What new filters of a producer give, with K·ratio entries along the channel axis, channel by channel.
+
+        Args:
+            path: the producer.
+            x: what it is given.
+            weight: (K·ratio, in/groups, *kernel), channel by channel.
+            bias: (K·ratio,) or None.
+        """
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        if layer.groups == 1:
+            return layer.apply(x, weight, bias)
+        order = self.by_group(path, OUT, len(weight))
+        given = layer.apply(x, weight[order], None if bias is None else bias[order], layer.groups)
+        return given.index_select(layer.channel_axis(given.dim()), order.argsort())
+
+    def consumed(self, path: str, read: Tensor, weight: Tensor) -> Tensor:
+        """What a consumer adds to its output for new channels.
+
+        Args:
+            path: the consumer.
+            read: what it reads of them, as from `read`.
+            weight: (out, K·ratio/groups, *kernel), every group of outputs with the columns of its own inputs.
+        """
+        layer = layers.weighted(self.site.model.get_submodule(path))
+        if layer.groups > 1:
+            axis = layer.channel_axis(read.dim())
+            read = read.index_select(axis, self.by_group(path, IN, read.shape[axis]))
+        return layer.apply(read, weight, None, layer.groups)
+
+    def by_group(self, path: str, side: str, entries: int) -> Tensor:
+        """The entries of new channels, channel by channel, in the order in which the groups of a layer have them.
+
+        Args:
+            path: a producer or consumer.
+            side: OUT or IN.
+            entries: how many there are.
+
+        Raises:
+            SiteError: the groups have unlike shares of the channels.
+        """
+        groups = layers.groups_of(self.site.model.get_submodule(path))
+        one = self.places[path, side][0] // (self.sizes[path, side] // groups)
+        counts = [int((one == group).sum()) for group in range(groups)]
+        if len(set(counts)) > 1:
+            raise SiteError("the groups of this layer have unlike shares of the channels", where=path, got=counts)
+        owner = one.repeat(entries // len(one))
+        return owner.argsort(stable=True)
+
     # ------------------------------------------------------------------------------------------ some of the samples
 
     @property
@@ -182,14 +257,8 @@ class Region:
 
     def _cut(self, index: slice | Tensor) -> "Region":
         count = self.samples or 0
-
-        def cut(tensor: Tensor) -> Tensor:
-            if not tensor.dim() or not tensor.shape[0] or tensor.shape[0] % count:
-                return tensor
-            return tensor if tensor.shape[0] == 1 else tensor.unflatten(0, (count, -1))[index].flatten(0, 1)
-
         samples = len(torch.empty(count)[index])
-        kept = {number: cut(tensor) for number, tensor in self.constants.items()}
+        kept = {number: some_of(tensor, index, count) for number, tensor in self.constants.items()}
         return replace(self, constants=kept, samples=samples, parts=[True])
 
     def _half_agrees(self) -> bool:
@@ -215,6 +284,13 @@ class Region:
             path: [each.index_select(self._axis(path, each), self.places[path, OUT].flatten()) for each in tensors]
             for path, tensors in outputs.items()
         }
+
+
+def some_of(tensor: Tensor, index: slice | Tensor, samples: int) -> Tensor:
+    """The entries of some samples of a tensor that has all of them in front, one or several rows each, or none."""
+    if tensor.dim() == 0 or not tensor.shape[0] or tensor.shape[0] % samples:
+        return tensor
+    return tensor.unflatten(0, (samples, -1))[index].flatten(0, 1)
 
 
 class _Go:
@@ -300,7 +376,22 @@ class _Go:
 
     def _constant(self, number: int) -> Tensor:
         value = self.region.constants[number]
-        return value.to(self.like.dtype) if value.is_floating_point() else value
+        value = value.to(self.like.dtype) if value.is_floating_point() else value
+        bare, copied = self.region.bare.get(number), self.inserted.copied
+        if bare is None:
+            return value
+        slots = bare.places[: len(self.units)].flatten()
+        if copied is None:
+            return value.index_copy(bare.axis, slots, bare.mean.to(value).repeat_interleave(len(slots), bare.axis))
+        old = bare.places[copied[self.units.start : self.units.stop]].flatten()
+        return value.index_copy(bare.axis, slots, value.index_select(bare.axis, old))
+
+    def _old(self, path: str, side: str) -> Tensor:
+        """The positions of the old entries that the new ones of this go copy, in the order that units have them in."""
+        copied = self.inserted.copied
+        own = torch.arange(0) if copied is None else copied[self.units.start : self.units.stop]
+        places = self.region.places[path, side]
+        return places[own.to(places.device)][:, places[0].argsort()].flatten()
 
     def _operate(self, step: Operation) -> None:
         args, kwargs = tree_map(
@@ -311,6 +402,10 @@ class _Go:
 
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
+        instead = self.inserted.instead.get(name.rstrip("_"))
+        if instead is not None:
+            found = instead(*args, **kwargs)
+            return args[0].copy_(found) if step.writes else found
         if (
             name == "_to_copy"
             and args[0].is_floating_point()
@@ -374,12 +469,16 @@ class _Go:
     def _carried(self, path: str, value: Tensor) -> Tensor:
         layer = layers.weighted(self.region.site.model.get_submodule(path))
         entries = len(self.units) * self.region.places[path, GROUP_OUT].shape[1]
-        if path in self.inserted.carried:
+        bias = None
+        if self.inserted.copied is not None:
+            index, bias = self._old(path, GROUP_OUT), layer.bias()
+            filters, bias = layer.filters().detach()[index], None if bias is None else bias.detach()[index].to(value)
+        elif path in self.inserted.carried:
             filters = self._sorted_rows(self._of_go(self.inserted.carried[path]), path)
         else:
             filters = self._sorted_rows(layer.identity(entries), path)
         groups = value.shape[self.region._axis(path, value)] // self._group_inputs(path)
-        return layer.apply(value, filters.to(value), None, groups)
+        return layer.apply(value, filters.to(value), bias, groups)
 
     def _group_inputs(self, path: str) -> int:
         """Inputs of one group of a grouped convolution, which growth leaves alone."""
@@ -393,11 +492,15 @@ class _Go:
     def _normalised(self, path: str, value: Tensor) -> Tensor:
         norm = layers.norm(self.region.site.model.get_submodule(path))
         entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
+        if self.inserted.copied is not None:
+            return norm.copied(value, self._old(path, ENTRY))
         if not norm.normalises:
             return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
-        if self.measure or given is None:
+        if self.measure:
             moments = norm.moments(value)
             self.measured[path] = tuple(self._sorted(each[None], path, ENTRY, back=True)[0] for each in moments)  # pyright: ignore
+        elif given is None:
+            moments = value.new_zeros(entries), value.new_ones(entries)
         else:
             moments = tuple(self._sorted(self._entries(each, entries)[None], path, ENTRY)[0] for each in given)
         scale = self.inserted.norm_scale
@@ -447,11 +550,13 @@ def region_of(tape: Tape, site: GrowthSite) -> Region:
     return Region(
         site=site,
         steps=tuple(steps),
-        constants={number: _constant(tape, number, site) for number in kept},
+        constants={number: _constant(tape, number) for number in kept},
+        bare=_bare(tape, kept, site),
         created=frozenset(written),
         outputs=outputs,
         shapes={number: tape.values[number].tensor.shape for number in made},
         places=places,
+        sizes={key: site.sizes(key) for key in places},
         narrow=narrow,
         samples=samples,
         recorded=samples,
@@ -497,21 +602,29 @@ def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tupl
     return steps[::-1], needed - inside
 
 
-def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
-    """A value as a constant: at least float32; bare parameters of the site with their mean in the site's entries."""
+def _constant(tape: Tape, number: int) -> Tensor:
+    """A value as a constant, at least in float32; parameters are copied, since they will be trained."""
     value = tape.values[number]
     tensor = value.tensor.detach()
     if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    path = value.source
-    if path is None or (path, ENTRY) not in site.axes or path not in site.layout.dims:
-        return tensor
-    axis, entries = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
-    if tensor.shape != attribute(site.model, path).shape:
-        return tensor
-    own = tensor.index_select(axis, entries)
-    mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else own.narrow(axis, len(entries) - 1, 1)
-    return tensor.index_copy(axis, entries, mean.expand(own.shape))
+        return tensor.float()
+    return tensor if value.source is None else tensor.clone()
+
+
+def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite) -> dict[int, Bare]:
+    """The bare parameters and buffers with entries of the site among some values."""
+    found = {}
+    for number in numbers:
+        path, tensor = tape.values[number].source, tape.values[number].tensor.detach()
+        if path is None or path not in site.layout.dims or (path, ENTRY) not in site.axes:
+            continue
+        if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
+            continue
+        axis, places = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
+        own = tensor.index_select(axis, places)
+        mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else tensor.narrow(axis, -1, 1)
+        found[number] = Bare(axis, places.view(site.width // site.granularity, -1), mean)
+    return found
 
 
 def _places(site: GrowthSite) -> dict[Key, Tensor]:

@@ -5,14 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
+from typing import ClassVar
 
 from torch import nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, IN, OUT, Key, Layout, Place, Sizes
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
 from growconv.network.model import attribute, unwrapped
+from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
 REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
@@ -31,6 +32,8 @@ class Site(ABC):
         consumers: paths of what consumes them.
         layout: where the channels lie.
         space: which of the layout's spaces this site is.
+        by_hand: whether the user named its layers, so that it is never left out in silence.
+        own_method: name of the only method that can serve it; None where those of layers can.
     """
 
     model: nn.Module
@@ -41,6 +44,8 @@ class Site(ABC):
     consumers: tuple[str, ...]
     layout: Layout
     space: int
+    by_hand: bool = False
+    own_method: ClassVar[str | None] = None
 
     @abstractmethod
     def of(self, model: nn.Module | None) -> "Site":
@@ -53,6 +58,40 @@ class Site(ABC):
         Raises:
             SiteError: it has not, or not any more.
         """
+
+    @abstractmethod
+    def refusal(self, method: str) -> str | None:
+        """Why a growth method cannot serve this site; None where it can.
+
+        Args:
+            method: name of a registered method.
+        """
+
+    @property
+    @abstractmethod
+    def closed_form(self) -> bool:
+        """Whether the closed-form statistics (S, N, ...) apply."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+
+    @property
+    def room(self) -> int | None:
+        """Channels that it can still get; None where there is no limit."""
+        return None
+
+    def cap(self, growth: ChannelGrowth) -> float | None:
+        """The amplitude at which the strongest new channel is as strong as the mean of the old ones.
+
+        Args:
+            growth: the proposal.
+
+        Returns:
+            None where it takes more than the site itself to tell.
+        """
+        return None
 
     @property
     def sizes(self) -> Sizes:
@@ -86,19 +125,20 @@ class Site(ABC):
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
         return self.layout.ratio((path, side), self.space)
 
-    def entries(self, path: str, side: str = IN) -> list[int]:
-        """The positions of the channels along an axis of a layer, now, channel by channel."""
-        return self.layout.entries((path, side), self.space, self.sizes)
+    def entries(self, path: str, side: str = IN, sizes: Sizes | None = None) -> list[int]:
+        """The positions of the channels along an axis of a layer, now, channel by channel; `sizes` if known."""
+        return self.layout.entries((path, side), self.space, sizes or self.sizes)
 
-    def places(self, path: str, side: str, channels: int) -> list[Place]:
+    def places(self, path: str, side: str, channels: int, sizes: Sizes | None = None) -> list[Place]:
         """Where so many new channels come along an axis of a layer, now.
 
         Args:
             path: module path, or path of a bare parameter.
             side: a side of `network.layout`.
             channels: a multiple of the granularity.
+            sizes: the lengths of the axes, if they are known.
         """
-        return self.layout.places((path, side), self.space, channels // self.granularity, self.sizes)
+        return self.layout.places((path, side), self.space, channels // self.granularity, sizes or self.sizes)
 
     def growable_channels(self, channels: int) -> int:
         """The next number of channels that whole units allow, at least `channels`."""
@@ -128,6 +168,7 @@ class GrowthSite(Site):
         space: which of the layout's spaces this site is.
         copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
             times as one likes, keep the function.
+        by_hand: the user named its layers (`growconv.site`), so that a method which cannot serve it is an error.
     """
 
     model: nn.Module
@@ -141,6 +182,7 @@ class GrowthSite(Site):
     layout: Layout = field(repr=False)
     space: int = field(repr=False)
     copied: bool = False
+    by_hand: bool = field(default=False, repr=False)
 
     def of(self, model: nn.Module | None) -> "GrowthSite":
         """The same site of another model with the same names; this one for None or its own model."""
@@ -156,6 +198,17 @@ class GrowthSite(Site):
     def closed_form(self) -> bool:
         """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
         return self.no_closed_form is None
+
+    @property
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+        found: dict[str, float] = {}
+        for path, side in self.axes:
+            module = attribute(self.model, path)
+            if layers.is_weighted(module) and side in (OUT, IN, GROUP_OUT):
+                entries = float(self.ratio(path, side)) / layers.size(module, side)
+                found[path] = found.get(path, 0.0) + entries * layers.weighted(module).multiplications()
+        return found
 
     @property
     def no_closed_form(self) -> str | None:
@@ -181,6 +234,8 @@ class GrowthSite(Site):
                     return f"{step.name} between {route.producer} and {route.consumer} has no closed form"
                 if isinstance(step, Pool) and step.geometry.ceil_mode:
                     return "a pooling with ceil_mode lies in between"
+                if isinstance(step, Depthwise) and self.ratio(step.path, GROUP_IN) != self.ratio(step.path, GROUP_OUT):
+                    return f"{step.path} gives several outputs for each of its inputs"
                 if isinstance(step, Depthwise) and self.granularity > 1:
                     return f"{step.path} is grouped, so new channels come in groups"
         return None
@@ -224,17 +279,10 @@ class GrowthSite(Site):
                     got="nothing" if found is None else type(found).__name__,
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        units, sizes = site.layout.units(site.space, site.sizes), site.sizes
+        sizes = site.sizes
         for key in site.axes:
-            spaces = {run.space for run in site.layout.axes[key]} - {None}
-            known = {
-                each: units if each == site.space else site.layout.units(each, sizes)
-                for each in spaces
-                if each is not None
-            }
-            expected = sum(
-                run.length(known.get(run.space, 0) if run.space is not None else 0) for run in site.layout.axes[key]
-            )
+            runs = site.layout.axes[key]
+            expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",
@@ -268,16 +316,15 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after a change."""
 
-    @cache
-    def size(key: Key) -> int:
+    def length(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
             return int(attribute(model, path).shape[layout.dims[path]])
         return layers.size(model.get_submodule(path), side)
 
-    return size
+    return Sizes(length)
 
 
 def frozen_weight(site: GrowthSite) -> str | None:

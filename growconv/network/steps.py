@@ -1,17 +1,20 @@
 """What lies between the producers and consumers of sites, step by step, read off one recorded run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
-from growconv.network import layers, operations
-from growconv.network.layout import ENTRY, GROUP_IN
-from growconv.network.model import Arguments
+from growconv.network import layers
+from growconv.network.layout import OUT
+from growconv.network.model import Arguments, tensors_in
 from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
+from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite
-from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
+from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values_of, is_pointwise
+from growconv.network.tape import Step as Recorded
 
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"])
@@ -36,11 +39,75 @@ def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite
     try:
         model.eval()
         with torch.no_grad(), tape:
-            model(*arguments[0], **arguments[1])
+            output = model(*arguments[0], **arguments[1])
+        returned = {tape.number(tensor) for tensor in tensors_in(output)}
+        behind = _norms_behind(tape, returned)
+        found = {}
+        for each in sites:
+            site = each.of(model)
+            routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
+            if replace(site, routes=routes).closed_form:
+                probed = _at_zero(region_of(tape, site))
+                routes = tuple(replace(route, **probed) for route in routes)  # pyright: ignore[reportArgumentType]
+            found[each.name] = routes
+        return found
     finally:
         for module, training in modes.items():
             module.training = training
-    return {site.name: recorded_routes(tape, site.of(model)) for site in sites}
+
+
+def _norms_behind(tape: Tape, returned: Iterable[int]) -> dict[str, str]:
+    """Per layer the norm layer that alone takes what it gives, in every call, and takes nothing else."""
+    users: dict[int, list[Recorded]] = {number: [] for number in returned}
+    for number in returned:
+        users[number] = [Rewritten(number, number, number)]  # somebody outside
+    for step in tape.steps:
+        given = (
+            (step.input,)
+            if isinstance(step, LayerCall)
+            else (step.old,)
+            if isinstance(step, Rewritten)
+            else step.inputs
+        )
+        for number in given:
+            users.setdefault(number, []).append(step)
+    calls: dict[str, list[LayerCall]] = {}
+    for step in tape.steps:
+        if isinstance(step, LayerCall):
+            calls.setdefault(step.path, []).append(step)
+    found = {}
+    for path, own in calls.items():
+        takers = [users.get(call.output, []) for call in own]
+        norms = {step.path for each in takers for step in each if isinstance(step, LayerCall)}
+        if len(norms) == 1 and all(len(each) == 1 and isinstance(each[0], LayerCall) for each in takers):
+            (norm,) = norms
+            if layers.is_norm(tape.model.get_submodule(norm)) and len(calls[norm]) == len(own):
+                found[path] = norm
+    return found
+
+
+def _at_zero(region: Region) -> dict[str, float | bool]:
+    """What new channels of one constant value give: their value at 0, and whether all slopes are 0 at 0 and above."""
+    found: dict[str, float | bool] = {}
+    for label, height in (("dead_at_zero", 0.0), ("dead_above_zero", 1e-3)):
+        new: dict[str, list[Tensor]] = {}
+        for path, numbers in region.outputs.items():
+            per_unit, module = region.places[path, OUT].shape[1], region.site.model.get_submodule(path)
+            new[path] = []
+            for number in numbers:
+                shape = list(region.shapes[number])
+                shape[layers.channel_axis(module, len(shape))] = per_unit
+                like = next(module.parameters())
+                new[path].append(like.new_full(shape, height, dtype=torch.float64).requires_grad_())
+        with torch.enable_grad():
+            values = [each for calls in region.read(new).values() for each in calls]
+            probes = [each for calls in new.values() for each in calls]
+            total = torch.stack([each.sum() for each in values]).sum()
+            slopes = torch.autograd.grad(total, probes, allow_unused=True) if total.requires_grad else ()
+        found[label] = not any(slope is not None and bool((slope != 0).any()) for slope in slopes)
+        if height == 0:
+            found["at_zero"] = max((float(each.detach().flatten()[each.abs().argmax()]) for each in values), key=abs)
+    return found
 
 
 def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
@@ -57,15 +124,6 @@ def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
                     route = Route(path, consumer, (), "several ways lead from one to the other")
                     found[path, consumer] = route
     return tuple(found.values())
-
-
-def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
-    """The values of a recording that have channels of a site, and among them those that its producers made."""
-    made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
-    bare = {number for number, value in enumerate(tape.values) if value.source in site.layout.dims}
-    own = set(site.axes)
-    sources = made | {number for number in bare if (str(tape.values[number].source), ENTRY) in own}
-    return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
 
 
 class _Walker:
@@ -180,11 +238,6 @@ class _Walker:
         if found is None or len(found) != 1 or before.dim() != 4:
             return None
         return [_one_axis(found[0])], start.inputs[0]
-
-
-def is_pointwise(step: Operation) -> bool:
-    """Whether an operation computes entry by entry."""
-    return torch.Tag.pointwise in step.func.tags or operations.pointwise(step.name.rstrip("_"))
 
 
 def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None:

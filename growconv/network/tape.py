@@ -9,6 +9,7 @@ read like a program without side effects, and run again with true writes in plac
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -18,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from growconv.network import layers
+from growconv.network import layers, operations
+from growconv.network.layout import ENTRY, GROUP_IN
 from growconv.network.model import tensors_in
+from growconv.network.site import GrowthSite
 
 Memory = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
 """Which entries of which storage a tensor shows, and as what: tensors that agree in it hold the same."""
@@ -60,10 +63,20 @@ class Operation:
         """Name without namespace and overload: "relu_"."""
         return operation_name(self.func)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it is given."""
         return tuple(leaf.value for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
+
+    def __reduce__(self) -> tuple:
+        """By name, since operations cannot be pickled."""
+        name = (self.func._schema.name, self.func._overloadname)
+        return _operation, (*name, self.args, self.kwargs, self.outputs, self.writes, self.module)
+
+
+def _operation(name: str, overload: str, *rest: object) -> Operation:
+    space, packet = name.split("::")
+    return Operation(getattr(getattr(getattr(torch.ops, space), packet), overload), *rest)  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -247,7 +260,8 @@ class Tape(TorchDispatchMode):
         """New values of everything on the memory of a tensor that was written to."""
         memory = _memory(tensor)
         values = self._known[memory[0]].values
-        number = self._add(tensor, self.values[values[memory]].source)
+        before = values.get(memory)  # none where the operation has set its strides anew
+        number = self._add(tensor, None if before is None else self.values[before].source)
         for key, old in values.items():
             if key != memory:
                 values[key] = len(self.values)
@@ -295,7 +309,7 @@ class Tape(TorchDispatchMode):
         position = len(self.steps)
         numbers = []
         for tensor in outputs:
-            inplace = torch.Tag.inplace_view not in func.tags and any(_memory(tensor) == _memory(each) for each in written)
+            inplace = any(tensor is each or _memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
         done = Operation(func, refs[0], refs[1], tuple(numbers), bool(written), self._stack[-1])
@@ -376,3 +390,17 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
                     memories |= {tape.values[number].storage for number in step.outputs}
         if memories == before:
             return hot
+
+
+def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
+    """The values of a recording that have channels of a site, and among them those that its producers made."""
+    made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
+    bare = {number for number, value in enumerate(tape.values) if value.source in site.layout.dims}
+    own = set(site.axes)
+    sources = made | {number for number in bare if (str(tape.values[number].source), ENTRY) in own}
+    return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
+
+
+def is_pointwise(step: Operation) -> bool:
+    """Whether an operation computes entry by entry."""
+    return torch.Tag.pointwise in step.func.tags or operations.pointwise(step.name.rstrip("_"))

@@ -3,9 +3,9 @@
 `tiny`, `gradmax` and `exact` are the methods on bare tensors; the classes are what `solve` looks up by name.
 """
 
-from growconv.solvers.base import SOLVERS, Channels, Solver, get_solver, register, solve
+from growconv.solvers.base import SOLVERS, Channels, LinearisationWarning, Solver, get_solver, register, solve
 from growconv.solvers.counting import MeasuredGains, measure_gains
-from growconv.solvers.energy import LinearisationWarning, captured_energy, expected_decrease
+from growconv.solvers.energy import captured_energy, expected_decrease
 from growconv.solvers.exact import Exact, ExactChannels, exact
 from growconv.solvers.firefly import Firefly
 from growconv.solvers.functional import FewSamplesWarning, Functional

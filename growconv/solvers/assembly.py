@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import SolverError, StatisticsError
+from growconv.errors import StatisticsError
 from growconv.linalg import fix_signs
+from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
-from growconv.network.site import GrowthSite
 from growconv.solvers.energy import expected_decrease
+from growconv.solvers.existing import filters_of
 from growconv.solvers.response import choose_signs
 from growconv.solvers.scale import at_old_scale, homogeneous
 from growconv.statistics.pair import PairStatistics
@@ -22,23 +23,12 @@ NOT_TAKEN = 8
 NOTHING_TO_GAIN = "nothing to gain: no new channel would lower the loss to first order (N is zero)"
 
 
-def require_closed_form(site: GrowthSite, method: str) -> None:
-    """Refuse a site whose channels are no plain pair of convolutions, with the site's own reason."""
-    if site.closed_form is not None:
-        raise SolverError(
-            f"the method {method!r} works on the statistics of one writer and its readers",
-            got=site.closed_form,
-            where=site.name,
-            fix="use method='functional' or 'random' for this site",
-        )
-
-
 def require_statistics(subject: PairStatistics, *names: str) -> None:
     """Refuse statistics that were not collected, are empty or not finite.
 
     Args:
         subject: PairStatistics.
-        *names: attributes of every reader that must be there.
+        *names: attributes of every consumer that must be there.
 
     Raises:
         StatisticsError: which statistic of which site, and how to collect it.
@@ -51,20 +41,20 @@ def require_statistics(subject: PairStatistics, *names: str) -> None:
             where=where,
             fix="run at least one batch with a backward pass inside the collector",
         )
-    for reader in subject.readers:
+    for consumer in subject.consumers:
         for name in names:
-            value = getattr(reader, name)
+            value = getattr(consumer, name)
             if value is None:
                 raise StatisticsError(
                     f"the statistic {name} was not collected",
-                    where=f"{where}, reader {reader.consumer}",
+                    where=f"{where}, consumer {consumer.consumer}",
                     fix=f"collect with quantities={{'{name}', ...}}, or solver.reads",
                 )
             if not bool(torch.isfinite(value).all()):
                 raise StatisticsError(
                     f"the statistic {name} is not finite",
                     got=f"{int((~torch.isfinite(value)).sum())} entries infinite or undefined",
-                    where=f"{where}, reader {reader.consumer}",
+                    where=f"{where}, consumer {consumer.consumer}",
                     fix="look for an overflow in the loss, or lower the loss scale",
                 )
 
@@ -92,12 +82,12 @@ def assemble(
     """A proposal from the factors of Θ = Σ_k left_k ⊗ right_k.
 
     Args:
-        subject: statistics of a site with one writer. Its `patch_mean` and `patch_gram`, where they were collected,
-            give the norm layer behind the writer its moments; its kept samples the signs and the expected decrease.
+        subject: statistics of a site with one producer. Its `patch_mean` and `patch_gram`, where they were collected,
+            give the norm layer behind the producer its moments; its kept samples the signs and the expected decrease.
         model: the model, for shapes, dtype and device of the weights.
         method: name of the solver.
-        left: (k, a), the writer's new filters, the bias last where it has one.
-        rights: per reader (k, b, c2), in the order of `subject.readers`.
+        left: (k, a), the producer's new filters, the bias last where it has one.
+        rights: per consumer (k, b, c2), in the order of `subject.consumers`.
         gains: (k,) captured energy.
         requested: number of channels asked for.
         reason: why there are fewer.
@@ -111,15 +101,15 @@ def assemble(
         left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
         parts = joined.split([right[0].numel() for right in rights], 1)
         rights = [part.reshape(right.shape) for part, right in zip(parts, rights, strict=True)]
-    kernel = weight_of(model, producer)
+    kernel = filters_of(model, producer)
     entries = kernel[0].numel()
     outgoing = {}
-    for reader, right in zip(subject.readers, rights, strict=True):
-        weight = weight_of(model, reader.consumer)
-        # (k, b, c) to (c, k·ratio, *kernel): a flattening reader has its grid where a convolution has its kernel.
-        entries_per_channel = subject.growth_site.ratio(reader.consumer)
+    for consumer, right in zip(subject.consumers, rights, strict=True):
+        weight = filters_of(model, consumer.consumer)
+        # (k, b, c) to (c, k·ratio, *kernel): a flattening consumer has its grid where a convolution has its kernel.
+        entries_per_channel = int(subject.growth_site.ratio(consumer.consumer))
         shape = (right.shape[2], channels * entries_per_channel, *weight.shape[2:])
-        outgoing[reader.consumer] = right.permute(2, 0, 1).reshape(shape).to(weight).contiguous()
+        outgoing[consumer.consumer] = right.permute(2, 0, 1).reshape(shape).to(weight).contiguous()
     growth = ChannelGrowth(
         site=subject.growth_site.name,
         method=method,
@@ -136,28 +126,20 @@ def assemble(
         # one at which it works, and at which the gradients on the outgoing weights are of the usual size.
         growth = at_old_scale(subject.growth_site, growth)
     if channels and signs and subject.samples_kept is not None:
-        return choose_signs(subject, growth, model)
+        return choose_signs(subject, growth)
     return replace(growth, expected_decrease=_decrease(subject, growth))
 
 
 def empty(subject: PairStatistics, model: nn.Module, method: str, requested: int, reason: str) -> ChannelGrowth:
     """A proposal of no channels, with the reason."""
-    kernel = weight_of(model, subject.producer)
+    kernel = filters_of(model, subject.producer)
     left = kernel.new_zeros(0, kernel[0].numel() + subject.incoming_bias)
-    rights = [kernel.new_zeros(0, 1, reader.outgoing_shape[0]) for reader in subject.readers]
+    rights = [kernel.new_zeros(0, 1, consumer.outgoing_shape[0]) for consumer in subject.consumers]
     return assemble(subject, model, method, left, rights, kernel.new_zeros(0), requested, reason)
 
 
-def weight_of(model: nn.Module, path: str) -> Tensor:
-    """The weight of a layer, detached."""
-    weight = model.get_submodule(path).weight
-    if not isinstance(weight, Tensor):
-        raise SolverError("this layer has no weight", where=path)
-    return weight.detach()
-
-
 def norm_moments(subject: PairStatistics, left: Float[Tensor, "k a"]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of the new channels' own values before the norm layer that directly follows the writer.
+    """Mean and variance of the new channels' own values before the norm layer that directly follows the producer.
 
     The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean².
     """
@@ -169,8 +151,12 @@ def norm_moments(subject: PairStatistics, left: Float[Tensor, "k a"]) -> dict[st
     for route in subject.growth_site.routes:
         first = next(iter(route.steps), None)
         if isinstance(first, Norm):
-            weight = weight_of(subject.growth_site.model, route.producer)
-            norms[first.path] = (mean.to(weight), variance.to(weight))
+            norm = layers.norm(subject.growth_site.model.get_submodule(first.path))
+            if norm.by_sample and subject.samples_kept is not None:
+                continue  # depends on the signs of the whole group: measured once they are chosen
+            weight = filters_of(subject.growth_site.model, route.producer)
+            pooled = norm.pooled(mean, variance)
+            norms[first.path] = (pooled[0].to(weight), pooled[1].to(weight))
     return norms
 
 

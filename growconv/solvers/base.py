@@ -14,14 +14,19 @@ from torch import nn
 
 from growconv.errors import ArgumentTypeError, SolverError
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
-from growconv.solvers.energy import LinearisationWarning, linearisation_note
+from growconv.network.site import REFUSALS, GrowthSite
+from growconv.statistics.pair import PairStatistics
 
 SOLVERS: dict[str, type["Solver"]] = {}
 """Every registered method by name; fill it through `register`."""
 
 Channels = int | Literal["auto"]
 """A number of new channels, or "auto": as many as the samples can tell from noise."""
+
+
+class LinearisationWarning(UserWarning):
+    """A method that takes the activation as linear was asked for channels behind one that is not 0 at 0."""
+
 
 SolverClass = TypeVar("SolverClass", bound="type[Solver]")
 
@@ -35,8 +40,9 @@ class Solver(ABC):
             method that looks at the weights alone. May be a property that depends on the hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
         energy_gains: the channels' gains are captured energies in the unit of ‖v‖²/n.
-        linearises: takes what lies between writer and reader as linear; `solve` warns where that is not 0 at 0.
+        linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
+        needs_closed_form: serves sites with closed-form statistics only.
     """
 
     name: ClassVar[str] = ""
@@ -45,11 +51,20 @@ class Solver(ABC):
     energy_gains: bool = False
     linearises: bool = False
     function_preserving: bool = False
+    needs_closed_form: bool = False
+
+    def refusal(self, site: GrowthSite) -> str | None:
+        """Why the method cannot serve a site; None where it can.
+
+        Args:
+            site: where; nothing is computed on it.
+        """
+        return site.no_closed_form if self.needs_closed_form else None
 
     @abstractmethod
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics | None,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
@@ -89,6 +104,7 @@ def register(name: str) -> Callable[[SolverClass], SolverClass]:
             )
         solver.name = name
         SOLVERS[name] = solver
+        REFUSALS[name] = lambda site: solver().refusal(site)
         return solver
 
     return enter
@@ -163,7 +179,7 @@ def _imported(path: str) -> str:
 
 
 def solve(
-    subject: Any,
+    subject: PairStatistics | GrowthSite,
     method: "str | Solver" = "tiny",
     channels: Channels = 8,
     model: nn.Module | None = None,
@@ -192,8 +208,8 @@ def solve(
         LinearisationWarning: the method takes the activation as linear, and it is not 0 at 0.
     """
     solver = get_solver(method, **hyperparameters)
-    statistics = subject if hasattr(subject, "growth_site") else None
-    site = subject.growth_site if statistics is not None else subject
+    statistics = subject if isinstance(subject, PairStatistics) else None
+    site = statistics.growth_site if statistics is not None else subject
     if not isinstance(site, GrowthSite):
         raise ArgumentTypeError(
             "solve takes the statistics of a site, or a site",
@@ -209,9 +225,19 @@ def solve(
             where=site.name,
             fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
         )
+    refused = solver.refusal(site)
+    if refused is not None:
+        raise SolverError(
+            f"the method {solver.name!r} cannot serve this site",
+            got=refused,
+            where=site.name,
+            fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
+        )
     requested = _validated_channels(channels, site)
     growth = solver.solve(statistics, site, requested, model if model is not None else site.model, generator)
     _require_finite(growth)
+    units = statistics.units if statistics is not None and statistics.units else site.units
+    growth = growth if growth.units else replace(growth, units=dict(units))
     note = linearisation_note(site) if solver.linearises and growth.channels else None
     if note is not None:
         warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
@@ -219,6 +245,26 @@ def solve(
         reason = growth.reason or f"the site grows in whole groups of {site.granularity}"
         growth = replace(growth, requested=channels, reason=reason)
     return growth
+
+
+def linearisation_note(site: GrowthSite) -> str | None:
+    """What the methods that take the activation as linear mean where it is not 0 at 0; None where it is.
+
+    Args:
+        site: where.
+    """
+    offset = max((route.at_zero for route in site.routes), key=abs, default=0.0)
+    if abs(offset) < 1e-12:
+        return None
+    return (
+        f"what lies between producer and consumer is {offset:.3g} at 0: the closed-form methods see its linear part "
+        f"only, so that a new channel also adds the constant {offset:.3g}·Σω, which their gains leave out; "
+        "method='functional' sees it"
+    )
+
+
+def _serving(site: GrowthSite) -> list[str]:
+    return [name for name in sorted(SOLVERS) if site.refusal(name) is None]
 
 
 def _validated_channels(channels: Channels, site: GrowthSite) -> Channels:

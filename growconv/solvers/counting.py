@@ -10,8 +10,9 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import empty
 from growconv.solvers.base import Solver
-from growconv.solvers.kept import require_samples, without
+from growconv.solvers.energy import require_samples
 from growconv.solvers.response import channel_responses
+from growconv.statistics.held_out import without
 from growconv.statistics.pair import PairStatistics
 
 HELD_OUT = 0.5
@@ -50,19 +51,18 @@ class MeasuredGains:
         return "\n".join(lines)
 
 
-def measure_gains(subject: PairStatistics, growth: ChannelGrowth, model: nn.Module | None = None) -> MeasuredGains:
+def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGains:
     """Gains of a proposal on the kept samples, with error bars.
 
     Args:
         subject: statistics with kept samples; the gains are unbiased where the solver has not seen these samples.
         growth: the proposal.
-        model: the model; None takes the site's.
 
     Raises:
         StatisticsError: fewer than two samples were kept.
     """
     kept = require_samples(subject, "an error bar", least=2)
-    captured = channel_responses(subject, growth, model if model is not None else subject.growth_site.model).captured
+    captured = channel_responses(subject, growth).captured
     return MeasuredGains(captured.mean(0), captured.std(0) / len(kept) ** 0.5, len(kept))
 
 
@@ -90,7 +90,7 @@ def held_out_gains(
     fitting, held_out = require_samples(subject, "a held-out gain", least=4).split(1 - HELD_OUT)
     rest = without(subject, held_out, fitting)
     proposal = solver.solve(rest, site, channels, model, generator)
-    return proposal, measure_gains(replace(rest, samples_kept=held_out), proposal, model)
+    return proposal, measure_gains(replace(rest, samples_kept=held_out), proposal)
 
 
 def worthwhile(

@@ -1,7 +1,7 @@
 """Channels that truly minimise J(Θ) = ‖v⊥‖²/n − 2⟨N, Θ⟩ + ⟨Θ, S_full Θ⟩ over Θ of rank K, taps and all."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ from growconv.linalg import (
 )
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import assemble, require_closed_form, require_statistics, shortfall
+from growconv.solvers.assembly import assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
-from growconv.solvers.kept import require_samples, sample_averages, sample_maps
-from growconv.statistics.pair import PairStatistics, ReaderStatistics
+from growconv.solvers.energy import require_samples
+from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held_out import sample_averages, sample_problems
+from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import PairProblem
 
 ROUTES = ("auto", "dense", "statistics", "samples")
@@ -42,7 +44,7 @@ class ExactChannels(NamedTuple):
 
     Attributes:
         alpha: (k, a), filters of the first conv, the bias last where it has one.
-        omega: per reader (k, b, c), weights of the second conv.
+        omega: per consumer (k, b, c), weights of the second conv.
         gains: (k,) descending; the first k of them sum to what the first k filters capture with their best ω.
         history: the objective after each round, in the unit of ‖v⊥‖²/n and 0 for no channels; never rising.
     """
@@ -87,10 +89,10 @@ def exact(
 def minimise(
     terms: Sequence[tuple[BilinearMetric, Tensor]], channels: int, rank_tolerance: float, **options: Any
 ) -> ExactChannels:
-    """Minimise the sum of J over the readers, which share the filters.
+    """Minimise the sum of J over the consumers, which share the filters.
 
     Args:
-        terms: per reader its quadratic form and N (a, b, c).
+        terms: per consumer its quadratic form and N (a, b, c).
         channels: how many, at least 1.
         rank_tolerance: share of the largest singular value of Θ below which one counts as zero.
         **options: of `growconv.linalg.shared_left_least_squares`.
@@ -174,50 +176,56 @@ def descending(gains: Sequence[float]) -> list[float]:
 
 
 class SampleMetric:
-    """The quadratic form of one reader from the samples themselves: nothing of size (a·b)² is ever formed.
+    """The quadratic form of one consumer from the samples themselves: nothing of size (a·b)² is ever formed.
 
     Args:
-        problem: the pair.
-        x: input of the writer (n, C0, *size), float64.
+        parts: of batches and calls the pair and the input of the producer (n, C0, *size), float64.
+        samples: how many there are.
         reduced: S of these samples.
     """
 
-    def __init__(self, problem: PairProblem, x: Float[Tensor, "n c *size"], reduced: Float[Tensor, "a a"]) -> None:
-        self._problem, self._padded, self._reduced = problem, pad(x, problem.first), reduced
+    def __init__(
+        self, parts: Sequence[tuple[PairProblem, Tensor]], samples: int, reduced: Float[Tensor, "a a"]
+    ) -> None:
+        self._parts = [(problem, pad(x, problem.first)) for problem, x in parts]
+        self._samples, self._reduced = samples, reduced
 
     def reduced(self) -> Tensor:
         """S."""
         return self._reduced
 
     def gram(self, left: Tensor) -> Tensor:
-        """Second moment of the patches that the reader would see of channels with these filters."""
+        """Second moment of the patches that the consumer would see of channels with these filters."""
         total: Tensor | None = None
-        for chunk in self._chunks(left):
-            rows = unfold(self._hidden(left, chunk), self._problem.second).transpose(0, 1).flatten(1)
+        for problem, chunk in self._chunks(left):
+            rows = unfold(self._hidden(problem, left, chunk), problem.second).transpose(0, 1).flatten(1)
             total = rows @ rows.mT if total is None else total + rows @ rows.mT
         if total is None:
             raise StatisticsError("no samples were kept", fix="collect with keep_samples=512, say")
-        return total / len(self._padded)
+        return total / self._samples
 
     def pull(self, left: Tensor, coupling: Tensor) -> Tensor:
         """Half the gradient of ⟨coupling, gram⟩: that of ½‖conv2(conv1(x))‖² with a root of the coupling as conv2."""
-        second, total = self._problem.second, torch.zeros_like(left)
+        total = torch.zeros_like(left)
         values, vectors = torch.linalg.eigh(coupling)
-        root = (vectors * values.clamp_min(0).sqrt()).mT.reshape(-1, len(left), *second.kernel_size)
-        for chunk in self._chunks(left):
+        root = (vectors * values.clamp_min(0).sqrt()).mT
+        for problem, chunk in self._chunks(left):
             with torch.enable_grad():
                 variable = left.detach().requires_grad_()
-                padded = pad(self._hidden(variable, chunk), second)
-                energy = _convolve(padded, root, second).square().sum() / (2 * len(self._padded))
+                padded = pad(self._hidden(problem, variable, chunk), problem.second)
+                kernels = root.reshape(-1, len(left), *problem.second.kernel_size)
+                energy = _convolve(padded, kernels, problem.second).square().sum() / (2 * self._samples)
                 total += torch.autograd.grad(energy, variable)[0]
         return total
 
-    def _chunks(self, left: Tensor) -> tuple[Tensor, ...]:
-        per_sample = len(left) * self._problem.second.taps * math.prod(self._problem.output_size)
-        return self._padded.split(max(1, CHUNK_ENTRIES // per_sample))
+    def _chunks(self, left: Tensor) -> Iterator[tuple[PairProblem, Tensor]]:
+        for problem, padded in self._parts:
+            per_sample = len(left) * problem.second.taps * math.prod(problem.output_size)
+            for chunk in padded.split(max(1, CHUNK_ENTRIES // per_sample)):
+                yield problem, chunk
 
-    def _hidden(self, left: Tensor, padded: Tensor) -> Tensor:
-        problem, entries = self._problem, self._problem.patch_entries
+    def _hidden(self, problem: PairProblem, left: Tensor, padded: Tensor) -> Tensor:
+        entries = problem.patch_entries
         kernels = left[:, :entries].reshape(len(left), problem.channels[0], *problem.first.kernel_size)
         hidden = problem.between(_convolve(padded, kernels, problem.first))
         if problem.first_bias:
@@ -256,6 +264,7 @@ class Exact(Solver):
     signs: bool = True
     energy_gains = True
     linearises = True
+    needs_closed_form = True
 
     def __post_init__(self) -> None:
         if self.route not in ROUTES:
@@ -270,17 +279,16 @@ class Exact(Solver):
 
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share their filters."""
-        require_closed_form(site, self.name)
+        """See `Solver.solve`; several consumers share their filters."""
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)
-        terms = [self._term(subject, reader, model) for reader in subject.readers]
+        terms = [self._term(subject, consumer) for consumer in subject.consumers]
         starts = self.random_starts
         if starts is None:
             dense = all(isinstance(metric, DenseMetric) for metric, _ in terms)
@@ -297,33 +305,30 @@ class Exact(Solver):
         reason = shortfall(found.alpha.shape[0], channels, "the best Θ")
         return assemble(subject, model, self.name, found.alpha, found.omega, found.gains, channels, reason, self.signs)
 
-    def _term(
-        self, subject: PairStatistics, reader: ReaderStatistics, model: nn.Module
-    ) -> tuple[BilinearMetric, Tensor]:
-        full, product = reader.S_full, reader.full_product
+    def _term(self, subject: PairStatistics, consumer: ConsumerStatistics) -> tuple[BilinearMetric, Tensor]:
+        full, product = consumer.S_full, consumer.full_product
         if self.route == "samples" or (self.route == "auto" and full is None and product is None):
-            return self._sample_term(subject, reader.consumer, model)
+            return self._sample_term(subject, consumer.consumer)
         require_statistics(subject, "N")
-        S, N = reader.S, reader.N
+        S, N = consumer.S, consumer.N
         if N is None or (full is None and (product is None or S is None)) or (self.route == "dense" and full is None):
             raise StatisticsError(
                 "S_full was not collected",
-                where=f"{subject.site}, reader {reader.consumer}",
+                where=f"{subject.site}, consumer {consumer.consumer}",
                 fix="collect with full=True, or use route='samples' with keep_samples",
             )
         if full is not None and self.route != "statistics":
             return DenseMetric(full, N.shape[0]), N
         if S is None:
             raise StatisticsError("S was not collected", where=subject.site, fix="collect with quantities=solver.reads")
-        return OperatorMetric(reader.apply_S_full, S, N.shape[1]), N
+        return OperatorMetric(consumer.apply_S_full, S, N.shape[1]), N
 
-    def _sample_term(self, subject: PairStatistics, path: str, model: nn.Module) -> tuple[BilinearMetric, Tensor]:
-        site, kept = subject.growth_site, require_samples(subject, "exact on samples")
-        problem, x, _, _ = sample_maps(site, model, kept, path, kept.v[path])
-        small = self.route == "auto" and problem.full_entries <= DENSE_ENTRIES
-        names = frozenset({"N_raw", "S_full" if small else "S"})
-        averages = sample_averages(site, model, kept, path, names, projected=True)
+    def _sample_term(self, subject: PairStatistics, path: str) -> tuple[BilinearMetric, Tensor]:
+        kept = require_samples(subject, "exact on samples").projected()
+        problems = sample_problems(kept, path)
+        small = self.route == "auto" and max(each[0].full_entries for each in problems) <= DENSE_ENTRIES
+        averages = sample_averages(kept, path, frozenset({"N_raw", "S_full" if small else "S"}))
         N = averages["N_raw"]
         if small:
             return DenseMetric(averages["S_full"], N.shape[0]), N
-        return SampleMetric(problem, x, averages["S"]), N
+        return SampleMetric([(problem, x) for problem, x, _, _ in problems], len(kept), averages["S"]), N

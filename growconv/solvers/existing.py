@@ -1,7 +1,10 @@
-"""What the methods that look at a site's old weights share: reading them in one layout, whatever the layer."""
+"""What the methods that look at a site's old weights share: reading them in one layout, whatever the layer.
 
-from collections.abc import Mapping
-from typing import Any
+Weights are filters (out, in/groups, *kernel) for every kind of layer. A site grows by whole *units* (`granularity`
+channels each, mostly one); norms and scales are those of units.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -9,93 +12,138 @@ from torch import Tensor, nn
 
 from growconv.errors import SolverError
 from growconv.network import layers
+from growconv.network.layout import IN, OUT
+from growconv.network.site import GrowthSite
+from growconv.solvers.base import Channels
 
 
-def filters_of(model: nn.Module, path: str, site: Any = None) -> Tensor:
-    """Weight of a writer as (out, in, *kernel), detached; with a site only the filters of its channels.
-
-    A transposed convolution keeps its axes the other way; a writer has other filters than the site's where something
-    else takes its channels in pieces.
-    """
-    module = model.get_submodule(path)
-    weight = _weight(module, path)
-    weight = weight.transpose(0, 1) if layers.is_transposed(module) else weight
-    return weight if site is None else weight[site.entries(path, "writes")]
+def filters_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor:
+    """Filters (out, in/groups, *kernel) of a layer, detached; with a site only those of its channels, one by one."""
+    filters = layers.weighted(model.get_submodule(path)).filters().detach()
+    return filters if site is None else filters[site.of(model).entries(path, OUT)]
 
 
-def bias_of(model: nn.Module, path: str, site: Any = None) -> Tensor | None:
-    """Bias of a writer, detached; None where it has none; with a site only the entries of its channels."""
-    bias = getattr(model.get_submodule(path), "bias", None)
-    if not isinstance(bias, Tensor):
+def bias_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor | None:
+    """Bias of a layer, detached; None where it has none; with a site only the entries of its channels."""
+    bias = layers.weighted(model.get_submodule(path)).bias()
+    if bias is None:
         return None
-    return bias.detach() if site is None else bias.detach()[site.entries(path, "writes")]
+    return bias.detach() if site is None else bias.detach()[site.of(model).entries(path, OUT)]
 
 
-def readings_of(site: Any, model: nn.Module, path: str) -> Tensor:
-    """A reader's weights on the site's old channels, (out, width, ratio, *kernel), detached."""
-    module = model.get_submodule(path)
-    weight = _weight(module, path)
-    weight = weight.transpose(0, 1) if layers.is_transposed(module) else weight
-    return weight[:, site.entries(path)].unflatten(1, (site.width, -1))
+def units_of(site: GrowthSite) -> int:
+    """Units that the site has now."""
+    return site.width // site.granularity
 
 
-def revised_readings(site: Any, model: nn.Module, path: str, readings: Tensor) -> Tensor:
-    """The reader's whole weight in its own layout, with other (out, width, ratio, *kernel) on the old channels."""
-    module = model.get_submodule(path)
-    weight = _weight(module, path).clone()
-    target = weight.transpose(0, 1) if layers.is_transposed(module) else weight
-    target[:, site.entries(path)] = readings.flatten(1, 2)
-    return weight
+def columns_of(site: GrowthSite, model: nn.Module, path: str) -> Tensor:
+    """A consumer's weights on the site's old channels, (out, units, entries, *kernel), detached.
+
+    The entries are those of a unit within a group, for a grouped consumer those that the output's own group reads.
+    """
+    filters = filters_of(model, path)
+    rows = [filters[own][:, inside] for own, inside in _groups(site.of(model), path)]
+    return torch.cat(rows).unflatten(1, (units_of(site.of(model)), -1))
 
 
-def own_layout(model: nn.Module, path: str, filters: Tensor) -> Tensor:
-    """Filters (out, in, *kernel) as the layer stores its weight."""
-    return filters.transpose(0, 1) if layers.is_transposed(model.get_submodule(path)) else filters
+def with_scaled_columns(
+    site: GrowthSite, model: nn.Module, path: str, factor: Float[Tensor, " units"], revised: Tensor | None = None
+) -> Tensor:
+    """A consumer's whole weight as it stores it, the columns on each old unit times a number.
+
+    Args:
+        site: the site.
+        model: its model.
+        path: the consumer.
+        factor: per old unit.
+        revised: other values of the layer's stored weight, where it is a producer of the site too; None: its own.
+    """
+    layer = layers.weighted(model.get_submodule(path))
+    filters = (layer.filters().detach() if revised is None else layer.as_stored(revised)).clone()
+    for own, inside in _groups(site.of(model), path):
+        index = torch.tensor(inside, device=filters.device)
+        filters[own] = filters[own].index_copy(1, index, scaled_columns(filters[own][:, index], factor))
+    return layer.as_stored(filters)
 
 
-def filter_norms(site: Any, model: nn.Module) -> Float[Tensor, " width"]:
-    """Norm of each old channel's incoming weights, biases included, over all writers."""
-    square: Any = 0
-    for path in site.producers:
-        square = square + filters_of(model, path, site).flatten(1).square().sum(1)
-        bias = bias_of(model, path, site)
-        square = square if bias is None else square + bias.square()
-    return square.sqrt()
+def _groups(site: GrowthSite, path: str) -> list[tuple[slice, list[int]]]:
+    """Per group of a consumer its outputs, and the columns of the channels among those that they read."""
+    layer = layers.weighted(site.model.get_submodule(path))
+    rows, inputs = layer.size(OUT) // layer.groups, layer.size(IN) // layer.groups
+    entries = site.entries(path, IN)
+    return [
+        (slice(group * rows, (group + 1) * rows), [each % inputs for each in entries if each // inputs == group])
+        for group in range(layer.groups)
+    ]
+
+
+def filter_norms(site: GrowthSite, model: nn.Module) -> Float[Tensor, " units"]:
+    """Norm of each old unit's incoming weights, biases included, over all producers."""
+    incoming = {path: filters_of(model, path, site) for path in site.producers}
+    biases = {path: bias for path in site.producers if (bias := bias_of(model, path, site)) is not None}
+    return norms_of(incoming, biases, units_of(site.of(model)))
+
+
+def norms_of(incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], units: int) -> Float[Tensor, " units"]:
+    """Norm of each unit's filters, biases included, over all producers."""
+    rows = [tensor.flatten(1) for tensor in incoming.values()] + [bias[:, None] for bias in biases.values()]
+    squares = [row.unflatten(0, (units, -1)).flatten(1).square().sum(1) for row in rows]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def normalised(
-    incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], norm: Tensor | float
+    incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], norm: Tensor | float, units: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same filters, each channel's norm over all writers set to one value; a channel of zeros stays as it is."""
-    total: Any = sum(weight.flatten(1).square().sum(1) for weight in incoming.values())
-    total = total + sum(bias.square() for bias in biases.values())
-    factor = norm / torch.where(total > 0, total, 1.0).sqrt()
-    scaled = {path: weight * factor.view(-1, *[1] * (weight.dim() - 1)) for path, weight in incoming.items()}
-    return scaled, {path: bias * factor for path, bias in biases.items()}
+    """The same filters, each unit's norm over all producers set to one value; a unit of zeros stays as it is."""
+    total = norms_of(incoming, biases, units)
+    factor = norm / torch.where(total > 0, total, 1.0)
+    scaled = {path: scaled_rows(weight, factor) for path, weight in incoming.items()}
+    return scaled, {path: scaled_rows(bias, factor) for path, bias in biases.items()}
+
+
+def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
+    """Filters with each unit's rows times a number."""
+    rows = factor.to(weight).repeat_interleave(len(weight) // max(len(factor), 1))
+    return weight * rows.view(-1, *[1] * (weight.dim() - 1))
+
+
+def scaled_columns(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
+    """Outgoing weights with each unit's columns times a number."""
+    columns = factor.to(weight).repeat_interleave(weight.shape[1] // max(len(factor), 1))
+    return weight * columns.view(1, -1, *[1] * (weight.dim() - 2))
+
+
+def of_units(order: Sequence[int], size: int) -> list[int]:
+    """Indices of rows or channels from indices of units that have `size` of them."""
+    return [unit * size + member for unit in order for member in range(size)]
+
+
+def picked_rows(weight: Tensor, order: Sequence[int], units: int) -> Tensor:
+    """The rows of some units."""
+    return weight[of_units(order, len(weight) // units)].contiguous()
 
 
 def random_filters(
-    site: Any, model: nn.Module, channels: int, generator: torch.Generator | None
+    site: GrowthSite, model: nn.Module, channels: int, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gaussian filters of variance 1 / fan-in for every writer, and biases of zero where it has one."""
+    """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
     incoming, biases = {}, {}
     for path in site.producers:
-        like = filters_of(model, path)
-        fan_in = like[0].numel()
-        incoming[path] = normal((channels, *like.shape[1:]), like, generator) / fan_in**0.5
-        bias = bias_of(model, path)
-        if bias is not None:
-            biases[path] = bias.new_zeros(channels)
+        layer, like = layers.weighted(model.get_submodule(path)), filters_of(model, path)
+        shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
+        incoming[path] = normal(shape, like, generator) / like[0].numel() ** 0.5
+        if layer.bias() is not None:
+            biases[path] = like.new_zeros(shape[0])
     return incoming, biases
 
 
-def silent_outgoing(site: Any, model: nn.Module, channels: int) -> dict[str, Tensor]:
-    """Outgoing weights of zero, (out, channels·ratio, *kernel) per reader."""
-    outgoing = {}
+def silent_outgoing(site: GrowthSite, model: nn.Module, channels: int) -> dict[str, Tensor]:
+    """Outgoing weights of zero, (out, K·ratio/groups, *kernel) per consumer."""
+    found = {}
     for path in site.consumers:
-        old = readings_of(site, model, path)
-        outgoing[path] = old.new_zeros(old.shape[0], channels * old.shape[2], *old.shape[3:])
-    return outgoing
+        layer = layers.weighted(model.get_submodule(path))
+        found[path] = filters_of(model, path).new_zeros(layer.shape(IN, int(channels * site.ratio(path, IN))))
+    return found
 
 
 def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -104,7 +152,7 @@ def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
     return torch.randn(shape, generator=generator, device=place, dtype=torch.float64).to(like)
 
 
-def require_number(channels: Any, method: str, site: Any) -> int:
+def require_number(channels: Channels, method: str, site: GrowthSite) -> int:
     """The number of channels as int; methods without a measure of noise refuse "auto"."""
     if channels == "auto":
         raise SolverError(
@@ -117,8 +165,15 @@ def require_number(channels: Any, method: str, site: Any) -> int:
     return int(channels)
 
 
-def _weight(module: nn.Module, path: str) -> Tensor:
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise SolverError("this layer has no weight", where=path)
-    return weight.detach()
+def not_rewritable(site: GrowthSite, *paths: str) -> str | None:
+    """Why old weights of some layers cannot be given other values; None where they can."""
+    for path in paths:
+        if not layers.weighted(site.model.get_submodule(path)).rewritable:
+            return f"the weight of {path} is computed from others, and the method gives old weights other values"
+    return not_plain(site, *paths)
+
+
+def not_plain(site: GrowthSite, *paths: str) -> str | None:
+    """Which of some layers does not multiply with its weight as it is; None where all do."""
+    found = next((path for path in paths if not layers.weighted(site.model.get_submodule(path)).plain), None)
+    return None if found is None else f"{found} has a forward of its own, which makes another weight of the stored one"

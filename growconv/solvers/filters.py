@@ -1,18 +1,81 @@
-"""New filters of all writers of a site, and what is done to whole channels of them."""
+"""Filters: new filters of all producers of a site, and what is done to whole units of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Filters = dict[str, tuple[Tensor, Tensor | None]]
-"""Per writer the new filters (K, in, *kernel) and biases (K,), None for a writer without one."""
+from growconv.solvers.existing import norms_of, of_units, scaled_rows
+
+Weights = tuple[Tensor, Tensor | None]
+"""Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""
 
 
-def count_of(filters: Filters) -> int:
-    """Number of channels K."""
-    return next(iter(filters.values()))[0].shape[0]
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """New filters of all producers.
+
+    Attributes:
+        units: how many units they are for; every producer has the same number of filters for each.
+        by_path: per producer its weights, unit by unit.
+    """
+
+    units: int
+    by_path: dict[str, Weights]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Path, filters and biases of every producer."""
+        for path, (weight, bias) in self.by_path.items():
+            yield path, weight, bias
+
+    def __getitem__(self, path: str) -> Weights:
+        """The weights of a producer."""
+        return self.by_path[path]
+
+    @property
+    def incoming(self) -> dict[str, Tensor]:
+        """The filters by producer."""
+        return {path: weight for path, weight, _ in self}
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """The biases of the producers that have one."""
+        return {path: bias for path, _, bias in self if bias is not None}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        return next(iter(self.by_path.values()))[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [each for _, weight, bias in self for each in (weight, bias) if each is not None]
+
+    def each(self, change: Callable[[Tensor], Tensor], units: int | None = None) -> "Filters":
+        """The same function applied to all weights and biases."""
+        changed = {path: (change(weight), None if bias is None else change(bias)) for path, weight, bias in self}
+        return Filters(self.units if units is None else units, changed)
+
+    def picked(self, units: Sequence[int]) -> "Filters":
+        """Some of the units, in the order given."""
+        return self.each(lambda tensor: tensor[of_units(units, len(tensor) // self.units)], len(units))
+
+    def scaled(self, factor: Float[Tensor, " units"]) -> "Filters":
+        """Every unit times a number."""
+        return self.each(lambda tensor: scaled_rows(tensor, factor))
+
+    @property
+    def norms(self) -> Float[Tensor, " units"]:
+        """Norm of every unit's filters, biases included, over all producers."""
+        return norms_of(self.incoming, self.biases, self.units)
+
+    def at_norm(self, norm: float) -> "Filters":
+        """Every unit scaled to one norm; a unit of zeros stays as it is."""
+        own = self.norms
+        return self.scaled(torch.where(own > 0, norm / torch.where(own > 0, own, 1.0), 1.0))
 
 
 def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
@@ -20,43 +83,10 @@ def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
     return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
 
 
-def each(filters: Filters, change: Callable[[Tensor], Tensor]) -> Filters:
-    """The same function applied to all weights and biases."""
-    return {path: (change(weight), None if bias is None else change(bias)) for path, (weight, bias) in filters.items()}
-
-
-def picked(filters: Filters, channels: Sequence[int]) -> Filters:
-    """Some of the channels, in the order given."""
-    index = list(channels)
-    return each(filters, lambda tensor: tensor[index])
-
-
 def joined(parts: Sequence[Filters]) -> Filters:
-    """Channels of several proposals, one after the other."""
-    result: Filters = {}
-    for path in parts[0]:
+    """Units of several proposals, one after the other."""
+    found: dict[str, Weights] = {}
+    for path in parts[0].by_path:
         biases = [bias for part in parts if (bias := part[path][1]) is not None]
-        result[path] = (torch.cat([part[path][0] for part in parts]), torch.cat(biases) if biases else None)
-    return result
-
-
-def scaled(filters: Filters, factor: Float[Tensor, " k"]) -> Filters:
-    """Every channel times a number."""
-    return each(filters, lambda tensor: tensor * factor.to(tensor).view(-1, *[1] * (tensor.dim() - 1)))
-
-
-def norms(filters: Filters) -> Float[Tensor, " k"]:
-    """Norm of every channel's filters, biases included, over all writers."""
-    squares = [flattened(weight, bias).square().sum(1) for weight, bias in filters.values()]
-    return torch.stack(squares).sum(0).sqrt()
-
-
-def at_norm(filters: Filters, norm: float) -> Filters:
-    """Every channel scaled to one norm; a channel of zeros stays as it is."""
-    own = norms(filters)
-    return scaled(filters, torch.where(own > 0, norm / torch.where(own > 0, own, 1.0), 1.0))
-
-
-def in_blocks(order: Sequence[int], size: int) -> list[int]:
-    """Indices of channels from indices of whole groups."""
-    return [group * size + member for group in order for member in range(size)]
+        found[path] = (torch.cat([part[path][0] for part in parts]), torch.cat(biases) if biases else None)
+    return Filters(sum(part.units for part in parts), found)

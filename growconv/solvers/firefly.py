@@ -9,24 +9,31 @@ is what is computed here. The paper's other candidates, splittings of old neuron
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import ArgumentValueError
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.seats import Inserted, Moments
+from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
 from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.energy import require_samples
 from growconv.solvers.existing import (
+    columns_of,
     filter_norms,
     normal,
     normalised,
+    of_units,
+    picked_rows,
     random_filters,
-    readings_of,
     require_number,
+    scaled_columns,
+    silent_outgoing,
 )
-from growconv.solvers.sampled import SampledSite, inner
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 
 
 @register("firefly")
@@ -57,61 +64,63 @@ class Firefly(Solver):
 
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm."""
-        requested = require_number(channels, self.name, site)
-        if site.granularity > 1:
-            raise SolverError(
-                "firefly keeps channels one by one",
-                got=f"a site that grows in groups of {site.granularity}",
-                where=site.name,
-                fix="use another method",
-            )
-        sampled = SampledSite.of(subject, model, self.name)
-        candidates = Candidates(sampled, requested * self.candidates, generator)
+        requested, size = require_number(channels, self.name, site), site.granularity
+        candidates = Candidates(require_samples(subject, self.name), model, requested * self.candidates, generator)
         candidates.train(self.steps, self.learning_rate)
         gains = candidates.taylor_gains()
-        order = [int(index) for index in gains.abs().argsort(descending=True)[:requested] if gains[index] != 0]
-        return candidates.keep(order, gains, requested)
+        best = gains.abs().argsort(descending=True)[: requested // size]
+        return candidates.keep([int(index) for index in best if gains[index] != 0], gains, requested)
 
 
 class Candidates:
-    """Candidate channels with their free parameters; both sides are normalised on use."""
+    """Candidate units of channels with their free parameters; both sides are normalised on use.
 
-    def __init__(self, sampled: SampledSite, count: int, generator: torch.Generator | None) -> None:
-        site, model = sampled.site, sampled.model
-        self.sampled = sampled
+    Args:
+        kept: the samples.
+        model: the model.
+        channels: how many candidates.
+        generator: source of randomness.
+    """
+
+    def __init__(self, kept: KeptSamples, model: nn.Module, channels: int, generator: torch.Generator | None) -> None:
+        site = kept.site
+        self.kept = kept
+        self.count = channels // site.granularity
         self.norm = filter_norms(site, model).mean()
-        incoming, biases = random_filters(site, model, count, generator)
+        incoming, biases = random_filters(site, model, channels, generator)
         self.incoming = {path: weight.requires_grad_() for path, weight in incoming.items()}
         self.biases = {path: bias.requires_grad_() for path, bias in biases.items()}
         self.outgoing: dict[str, Tensor] = {}
-        for path in site.consumers:
-            old = readings_of(site, model, path)
-            shape = (old.shape[0], count, *old.shape[2:])
-            self.outgoing[path] = (normal(shape, old, generator) / math.sqrt(old.numel())).requires_grad_()
+        for path, zeros in silent_outgoing(site, model, channels).items():
+            drawn = normal(tuple(zeros.shape), zeros, generator) / math.sqrt(columns_of(site, model, path).numel())
+            self.outgoing[path] = drawn.requires_grad_()
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """α at the old filters' mean norm, its biases, ω at norm 1 as (out, count, ratio, *kernel)."""
-        incoming, biases = normalised(self.incoming, self.biases, self.norm)
-        total: Any = sum(
-            (weight.transpose(0, 1).flatten(1).square().sum(1) for weight in self.outgoing.values()), torch.tensor(0.0)
-        )
+        """α at the old filters' mean norm, its biases, ω at norm 1 as (out, entries, *kernel)."""
+        incoming, biases = normalised(self.incoming, self.biases, self.norm, self.count)
+        squares = [
+            weight.unflatten(1, (self.count, -1)).transpose(0, 1).flatten(1).square().sum(1)
+            for weight in self.outgoing.values()
+        ]
+        total = torch.stack(squares).sum(0)
         factor = 1 / total.sqrt().clamp_min(torch.finfo(total.dtype).tiny)
-        outgoing = {
-            path: weight * factor.view(1, -1, *[1] * (weight.dim() - 2)) for path, weight in self.outgoing.items()
-        }
-        return incoming, biases, outgoing
+        return incoming, biases, {path: scaled_columns(weight, factor) for path, weight in self.outgoing.items()}
 
-    def decrease(self, outgoing: dict[str, Tensor], hidden: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """⟨v, δz⟩ averaged over samples, and δz."""
-        change = self.sampled.change(hidden, {path: weight.flatten(1, 2) for path, weight in outgoing.items()})
-        return inner(change, self.sampled.wanted) / self.sampled.samples, change
+    def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> tuple[Tensor, Tensor]:
+        """⟨v, δz⟩ on a piece of the samples, and ‖δz‖²."""
+        change = piece.added(read, outgoing)
+        pairs = [(d, v) for path in change for d, v in zip(change[path], piece.v[path], strict=True)]
+        return (
+            torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum(),
+            torch.stack([delta.square().sum() for delta, _ in pairs]).sum(),
+        )
 
     def train(self, steps: int, learning_rate: float) -> None:
         """Step one: gradient ascent on the candidates' summed Taylor gains; they do not see each other."""
@@ -119,57 +128,59 @@ class Candidates:
         optimizer = torch.optim.Adam(free, lr=learning_rate)
         with torch.enable_grad():
             for _ in range(steps):
-                incoming, biases, outgoing = self.weights()
-                decrease, _ = self.decrease(outgoing, self.sampled.hidden(incoming, biases))
-                gradients = torch.autograd.grad(-decrease, free, allow_unused=True)
-                for parameter, gradient in zip(free, gradients, strict=True):
-                    parameter.grad = gradient
+                optimizer.zero_grad()
+                for piece in self.kept.passes:
+                    incoming, biases, outgoing = self.weights()
+                    decrease, _ = self.decrease(piece, outgoing, piece.read(incoming, biases))
+                    (-decrease / len(self.kept)).backward(inputs=free)
                 optimizer.step()
 
     def taylor_gains(self) -> Tensor:
         """−s_l = ∂⟨v, δz⟩/∂ε_l of every candidate, on all samples (equation 7 at ε = 0)."""
-        with torch.no_grad():
-            incoming, biases, outgoing = self.weights()
-            hidden = self.sampled.hidden(incoming, biases)
         strength = torch.ones(self.count, dtype=self.norm.dtype, device=self.norm.device, requires_grad=True)
-        with torch.enable_grad():
-            scaled = {p: weight * strength.view(1, -1, *[1] * (weight.dim() - 2)) for p, weight in outgoing.items()}
-            decrease, _ = self.decrease(scaled, hidden)
-            (gains,) = torch.autograd.grad(decrease, strength)
-        return gains
-
-    @property
-    def count(self) -> int:
-        """Number of candidates."""
-        return next(iter(self.incoming.values())).shape[0]
+        total = torch.zeros_like(strength)
+        for piece in self.kept.passes:
+            with torch.no_grad():
+                incoming, biases, outgoing = self.weights()
+                read = piece.read(incoming, biases)
+            with torch.enable_grad():
+                scaled = {path: scaled_columns(weight, strength) for path, weight in outgoing.items()}
+                total += torch.autograd.grad(self.decrease(piece, scaled, read)[0], strength)[0]
+        return total.detach() / len(self.kept)
 
     @torch.no_grad()
     def keep(self, order: list[int], gains: Tensor, requested: int) -> ChannelGrowth:
         """The chosen candidates, ω with the sign that lowers the loss and one common scale that fits v best."""
+        site, size = self.kept.site, self.kept.site.granularity
         incoming, biases, outgoing = self.weights()
-        incoming = {path: weight[order].contiguous() for path, weight in incoming.items()}
-        biases = {path: bias[order] for path, bias in biases.items()}
+        incoming = {path: picked_rows(weight, order, self.count) for path, weight in incoming.items()}
+        biases = {path: picked_rows(bias, order, self.count) for path, bias in biases.items()}
+        columns = {path: of_units(order, weight.shape[1] // self.count) for path, weight in outgoing.items()}
         signs = gains[order].sign()
-        outgoing = {p: w[:, order] * signs.view(1, -1, *[1] * (w.dim() - 2)) for p, w in outgoing.items()}
-        measured: dict[str, tuple[Tensor, Tensor]] = {}
+        outgoing = {path: scaled_columns(outgoing[path][:, index], signs) for path, index in columns.items()}
+        measured: dict[str, Moments] = {}
         expected, reason = 0.0, NOTHING_TO_GAIN
         if order:
-            hidden = self.sampled.hidden(incoming, biases, measured)
-            decrease, change = self.decrease(outgoing, hidden)
-            scale = decrease * self.sampled.samples / inner(change, change)
-            outgoing = {path: weight * scale for path, weight in outgoing.items()}
-            expected = float(decrease * scale)
-            reason = f"only {len(order)} of {requested} candidates change the loss" if len(order) < requested else None
+            measured = self.kept.moments(incoming, biases)
+            inserted, decrease, energy = Inserted(norms=measured), torch.zeros(()), torch.zeros(())
+            for piece in self.kept.passes:
+                one, other = self.decrease(piece, outgoing, piece.read(incoming, biases, inserted))
+                decrease, energy = decrease.to(one) + one, energy.to(other) + other
+            scale = decrease / energy
+            outgoing = {path: weight * scale.to(weight) for path, weight in outgoing.items()}
+            expected = float(decrease * scale) / len(self.kept)
+            few = f"only {len(order) * size} of {requested} candidates change the loss"
+            reason = few if len(order) * size < requested else None
         return ChannelGrowth(
-            site=self.sampled.site.name,
+            site=site.name,
             method="firefly",
             incoming=incoming,
             incoming_bias=biases,
-            outgoing={path: weight.flatten(1, 2).contiguous() for path, weight in outgoing.items()},
-            gains=gains[order].abs(),
+            outgoing={path: weight.contiguous() for path, weight in outgoing.items()},
+            gains=gains[order].abs().repeat_interleave(size) / size,
             requested=requested,
             reason=reason,
             norms=measured,
             expected_decrease=expected,
-            spectrum=gains.abs().sort(descending=True).values,
+            spectrum=gains.abs().sort(descending=True).values.repeat_interleave(size) / size,
         )

@@ -1,26 +1,26 @@
-"""The fit behind `functional`: filters by L-BFGS, with the readers' weights solved for at every step.
+"""The fit behind `functional`: filters by L-BFGS, with the consumers' weights solved for at every step.
 
 δz is linear in the outgoing weights ω, so that for given filters the best ω is a small least-squares problem: the Gram
-matrix of what the readers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is left
+matrix of what the consumers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is left
 is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.linalg import solve_psd
-from growconv.network.remainder import apply_columns, apply_filters
-from growconv.solvers.columns import columns, positions
+from growconv.network import layers
+from growconv.network.seats import Calls
+from growconv.network.site import GrowthSite
 from growconv.solvers.exact import descending
-from growconv.solvers.filters import Filters, each
+from growconv.solvers.filters import Filters
 from growconv.solvers.parametrization import Parametrization
 from growconv.solvers.rank_one import rank_one_least_squares
+from growconv.statistics.samples import KeptPass, KeptSamples
 
 COLUMN_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 """Memory of the columns of one chunk of samples: what a CPU's cache holds is read back twice as fast."""
@@ -28,74 +28,54 @@ COLUMN_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 RIDGE = 1e-6
 """Added to the diagonal of a Gram matrix scaled to ones on it: keeps the solve finite, changes nothing else."""
 
-Between = Callable[[dict[str, Any]], dict[str, Any]]
 Weights = dict[str, Tensor]
+Path = tuple[str, int]
+"""A consumer, and one of its groups."""
+Reads = Callable[[KeptPass, Filters], Mapping[str, Calls]]
+"""What the consumers would read of new channels with some filters, on one piece of the samples."""
+
+
+def through_the_model(piece: KeptPass, filters: Filters) -> Mapping[str, Calls]:
+    """What they read through the model's own operations, norm layers being as for values of mean 0 and variance 1."""
+    return piece.read(filters.incoming, filters.biases)
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What new channels are fitted to.
+class Fit:
+    """What new channels are fitted to: samples whose v is what they should give, and the way to the consumers.
 
     Attributes:
-        inputs: per writer what it reads, as the module receives it, samples first.
-        targets: per reader v⊥, laid out as its output.
-        old: per reader what it reads of the channels that there are.
-        writers: per writer the layer, for its geometry.
-        readers: per reader the layer, for its geometry.
-        between: from what new filters give, per writer (n, K, *hidden), to what each reader would read of them.
+        samples: the samples.
+        reads: the way.
     """
 
-    inputs: dict[str, Tensor]
-    targets: dict[str, Tensor]
-    old: dict[str, Tensor]
-    writers: dict[str, nn.Module]
-    readers: dict[str, nn.Module]
-    between: Between
+    samples: KeptSamples
+    reads: Reads = through_the_model
 
-    def __len__(self) -> int:
-        """Number of samples n."""
-        return next(iter(self.inputs.values())).shape[0]
+    @property
+    def site(self) -> GrowthSite:
+        """The site."""
+        return self.samples.site
 
-    def part(self, index: slice) -> "Samples":
-        """Some of the samples."""
-        return replace(
-            self,
-            inputs={path: tensor[index] for path, tensor in self.inputs.items()},
-            targets={path: tensor[index] for path, tensor in self.targets.items()},
-            old={path: tensor[index] for path, tensor in self.old.items()},
-        )
+    def module(self, path: str) -> nn.Module:
+        """A layer of the site."""
+        return self.site.model.get_submodule(path)
 
-    @cached_property
-    def energy(self) -> float:
-        """‖v⊥‖², summed over samples and readers."""
-        norms = [torch.linalg.vector_norm(target.flatten(), dtype=torch.float64) for target in self.targets.values()]
-        return float(torch.stack(norms).square().sum())
-
-    def write(self, filters: Filters) -> dict[str, Tensor]:
-        """What these filters give, per writer."""
-        return {path: apply_filters(module, self.inputs[path], *filters[path]) for path, module in self.writers.items()}
-
-    def read(self, filters: Filters) -> dict[str, Tensor]:
-        """What each reader would read of new channels with these filters."""
-        return self.between(self.write(filters))
-
-    def added(self, filters: Filters, outgoing: Weights) -> dict[str, Tensor]:
-        """δz per reader."""
-        return {path: apply_columns(self.readers[path], h, outgoing[path]) for path, h in self.read(filters).items()}
-
-    def chunks(self, filters: Filters) -> list["Samples"]:
+    def pieces(self, filters: Filters) -> Iterator[KeptPass]:
         """The samples in pieces whose columns fit into the scratch memory."""
-        first = next(iter(filters.values()))[0]
+        first, like = self.samples.passes[0], filters.like
         with torch.no_grad():
-            one = self.part(slice(0, 1)).read(filters)
-        size = sum(columns(self.readers[path], h).numel() for path, h in one.items()) * first.element_size()
-        step = max(1, COLUMN_BYTES.get(first.device.type, COLUMN_BYTES["cuda"]) // max(size, 1))
-        return [self.part(slice(start, start + step)) for start in range(0, len(self), step)]
+            one = first.part(slice(0, 1)) if first.region.divisible else first
+            size = sum(
+                each.numel() for path, read in self.reads(one, filters).items() for each in one.design(path, read)
+            )
+        room = COLUMN_BYTES.get(like.device.type, COLUMN_BYTES["cuda"]) // like.element_size()
+        return self.samples.pieces(size // one.samples, room)
 
 
 @dataclass
 class Normal:
-    """The normal equations of one reader's outgoing weights.
+    """The normal equations of one consumer's outgoing weights.
 
     Attributes:
         gram: (d, d) Σ over positions of columns · columnsᵀ, d running over new channels and taps.
@@ -117,68 +97,68 @@ class Normal:
         return solution * inverse[:, None]
 
 
-def normal_equations(samples: Samples, filters: Filters) -> dict[str, Normal]:
-    """Gram matrices and correlations of what the readers would read; float64.
+def normal_equations(fit: Fit, filters: Filters) -> dict[Path, Normal]:
+    """Gram matrices and correlations of what the consumers would read, per consumer and group; float64.
 
     Args:
-        samples: what to fit.
+        fit: what to fit.
         filters: the new filters.
     """
-    result: dict[str, Normal] = {}
+    result: dict[Path, Normal] = {}
     with torch.no_grad():
-        for chunk in samples.chunks(filters):
-            for path, h in chunk.read(filters).items():
-                module = samples.readers[path]
-                design, target = columns(module, h), positions(module, chunk.targets[path])
-                gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
-                if path in result:
-                    result[path].gram += gram
-                    result[path].cross += cross
-                else:
-                    result[path] = Normal(gram, cross)
+        for piece in fit.pieces(filters):
+            for path, read in fit.reads(piece, filters).items():
+                for group, (design, target) in enumerate(
+                    zip(piece.design(path, read), piece.targets(path), strict=True)
+                ):
+                    gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
+                    known = result.setdefault((path, group), Normal(torch.zeros_like(gram), torch.zeros_like(cross)))
+                    known.gram += gram
+                    known.cross += cross
     return result
 
 
 def best_outgoing(
-    equations: Mapping[str, Normal], readers: Mapping[str, nn.Module], like: Tensor, separable: bool, ridge: float
+    equations: Mapping[Path, Normal], site: GrowthSite, like: Tensor, separable: bool, ridge: float
 ) -> Weights:
-    """The weights (out, K·ratio, *kernel) per reader that take the most off v⊥.
+    """The weights (out, K·ratio/groups, *kernel) per consumer that take the most off v⊥.
 
     Args:
-        equations: normal equations per reader.
-        readers: the layers.
+        equations: normal equations per consumer and group.
+        site: the site, for the kernels of its consumers.
         like: a tensor of the dtype and on the device that the weights should have.
         separable: restrict every channel's kernel to rank one.
         ridge: see `Normal.solve`.
     """
-    result = {}
-    for path, normal in equations.items():
-        kernel = tuple(getattr(readers[path], "kernel_size", ()))
+    rows: dict[str, list[Tensor]] = {}
+    for (path, _), normal in equations.items():
+        kernel = layers.weighted(site.model.get_submodule(path)).kernel_size
         weights = normal.solve(ridge)
         weights = weights.mT.reshape(weights.shape[1], -1, *kernel)
         if separable:
             start = weights.movedim(1, 0)
             weights = rank_one_least_squares(normal.gram, normal.cross, start).movedim(0, 1)
-        # in torch's own layout: a convolution picks its algorithm by the strides of its weights
-        result[path] = weights.to(like).contiguous()
-    return result
+        rows.setdefault(path, []).append(weights.to(like))
+    # in torch's own layout: a convolution picks its algorithm by the strides of its weights
+    return {path: torch.cat(parts).contiguous() for path, parts in rows.items()}
 
 
-def captured_share(samples: Samples, filters: Filters, outgoing: Weights) -> float:
+def captured_share(fit: Fit, filters: Filters, outgoing: Weights) -> float:
     """⟨v⊥, δz⟩² / (‖δz‖² ‖v⊥‖²): the captured energy at the best single scale.
 
     Args:
-        samples: what to measure on.
+        fit: what to measure on.
         filters: the new filters.
-        outgoing: per reader (out, K·ratio, *kernel).
+        outgoing: per consumer (out, K·ratio/groups, *kernel).
     """
     agreement, size = 0.0, 0.0
     with torch.no_grad():
-        for chunk in samples.chunks(filters):
-            for path, delta in chunk.added(filters, outgoing).items():
-                agreement += float((chunk.targets[path] * delta).sum(dtype=torch.float64))
-                size += float(delta.square().sum(dtype=torch.float64))
-    energy = samples.energy
+        for piece in fit.pieces(filters):
+            for path, calls in piece.added(fit.reads(piece, filters), outgoing).items():
+                for delta, target in zip(calls, piece.v[path], strict=True):
+                    agreement += float((target * delta).sum(dtype=torch.float64))
+                    size += float(delta.square().sum(dtype=torch.float64))
+    energy = fit.samples.energy
     return 0.0 if size <= 0 or energy <= 0 or agreement <= 0 else agreement**2 / (size * energy)
 
 
@@ -187,11 +167,11 @@ class Point:
     """One place of the search.
 
     Attributes:
-        theta: parameters of the filters (K, q).
+        theta: parameters of the filters, one row a unit.
         loss: what is left of ‖v⊥‖² on the fitting samples, as a share, minus one.
         gradient: of the loss with respect to theta.
-        curvature: (K,) size of the loss's second derivative per channel, up to a common factor: ‖ω_k‖².
-        outgoing: per reader the best weights (out, K·ratio, *kernel).
+        curvature: size of the loss's second derivative per unit, up to a common factor: ‖ω_k‖².
+        outgoing: per consumer the best weights (out, K·ratio/groups, *kernel).
     """
 
     theta: Tensor
@@ -206,44 +186,52 @@ class Objective:
     """The loss as a function of the filters alone.
 
     Attributes:
-        samples: what to fit.
+        fit: what to fit.
         parametrization: from parameters to filters.
         ridge: added to the diagonal of the scaled Gram matrix; small, it keeps the solve finite.
         separable: restrict every channel's outgoing kernel to rank one.
     """
 
-    samples: Samples
+    fit: Fit
     parametrization: Parametrization
     ridge: float = RIDGE
     separable: bool = False
 
     def __call__(self, theta: Tensor) -> Point:
         """Loss and gradient at one place."""
-        samples, energy = self.samples, self.samples.energy
+        fit, energy = self.fit, self.fit.samples.energy
         theta = theta.detach().requires_grad_()
         filters = self.parametrization.filters(theta)
-        fixed = each(filters, torch.Tensor.detach)
-        equations = normal_equations(samples, fixed)
-        outgoing = best_outgoing(equations, samples.readers, theta, self.separable, self.ridge)
+        fixed = filters.each(torch.Tensor.detach)
+        equations = normal_equations(fit, fixed)
+        outgoing = best_outgoing(equations, fit.site, theta, self.separable, self.ridge)
         loss = 0.0
-        for path, normal in equations.items():
-            weights = outgoing[path].flatten(1).mT.double()
+        for normal, weights in zip(equations.values(), _by_group(equations, outgoing), strict=True):
             loss += float((weights * (normal.gram @ weights - 2 * normal.cross)).sum()) / energy
-        leaves = each(fixed, lambda tensor: tensor.clone().requires_grad_())
-        flat = [tensor for pair in leaves.values() for tensor in pair if tensor is not None]
-        totals = [torch.zeros_like(tensor) for tensor in flat]
-        for chunk in samples.chunks(fixed):
-            added = chunk.added(leaves, outgoing)
-            seeds = [(added[path].detach() - chunk.targets[path]) * (2 / energy) for path in added]
-            for total, part in zip(totals, torch.autograd.grad(list(added.values()), flat, seeds), strict=True):
-                total += part
-        ends = [tensor for pair in filters.values() for tensor in pair if tensor is not None]
-        (gradient,) = torch.autograd.grad(ends, theta, totals)
+        leaves = fixed.each(lambda tensor: tensor.clone().requires_grad_())
+        totals = [torch.zeros_like(tensor) for tensor in leaves.tensors]
+        for piece in fit.pieces(fixed):
+            added = piece.added(fit.reads(piece, leaves), outgoing)
+            ends = [delta for calls in added.values() for delta in calls]
+            wanted = [target for path in added for target in piece.v[path]]
+            seeds = [(delta.detach() - target) * (2 / energy) for delta, target in zip(ends, wanted, strict=True)]
+            for total, part in zip(
+                totals, torch.autograd.grad(ends, leaves.tensors, seeds, allow_unused=True), strict=True
+            ):
+                total += 0 if part is None else part
+        (gradient,) = torch.autograd.grad(filters.tensors, theta, totals)
         curvature = sum(
             weights.unflatten(1, (theta.shape[0], -1)).movedim(1, 0).flatten(1).square().sum(1)
             for weights in outgoing.values()
         )
         return Point(theta.detach(), loss, gradient, torch.as_tensor(curvature), outgoing)
+
+
+def _by_group(equations: Mapping[Path, Normal], outgoing: Weights) -> Iterator[Tensor]:
+    """The weights (d, c) of each group, in float64."""
+    groups = {path: sum(each == path for each, _ in equations) for path in outgoing}
+    for path, group in equations:
+        yield outgoing[path].flatten(1).chunk(groups[path])[group].mT.double()
 
 
 @dataclass
@@ -265,7 +253,7 @@ class Search:
 
 def minimize(
     objective: Objective,
-    held_out: Samples,
+    held_out: Fit,
     start: Tensor,
     iterations: int,
     patience: int = 5,
@@ -276,7 +264,7 @@ def minimize(
     Args:
         objective: the loss of the filters.
         held_out: samples that the objective does not see.
-        start: parameters to start from (K, q).
+        start: parameters to start from, one row a unit.
         iterations: steps at most.
         patience: steps without a better held-out captured energy before stopping.
         memory: pairs of steps and gradient changes kept.
@@ -321,7 +309,7 @@ def minimize(
     return best
 
 
-def _share(objective: Objective, held_out: Samples, point: Point) -> float:
+def _share(objective: Objective, held_out: Fit, point: Point) -> float:
     with torch.no_grad():
         filters = objective.parametrization.filters(point.theta)
     return captured_share(held_out, filters, point.outgoing)
@@ -347,15 +335,15 @@ def _direction(point: Point, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def greedy_order(
-    equations: Mapping[str, Normal], channels: int, ridge: float = 1e-6
+    equations: Mapping[Path, Normal], channels: int, ridge: float = 1e-6
 ) -> tuple[list[int], Float[Tensor, " k"]]:
-    """Order in which each channel adds the most captured energy to those before it, all outgoing weights refitted.
+    """Order in which each unit adds the most captured energy to those before it, all outgoing weights refitted.
 
     A pivoted block elimination: what the chosen channels explain is projected out of the rest.
 
     Args:
-        equations: normal equations per reader.
-        channels: number of channels K.
+        equations: normal equations per consumer and group.
+        channels: number of units.
         ridge: as in `Normal.solve`.
 
     Returns:

@@ -1,7 +1,7 @@
 """Channels fitted through the real activation: the minimiser of Σ‖v⊥ − conv2_new(between(conv1_new(x)))‖².
 
 The closed forms take what lies between the two convolutions as linear. Here it is the model's own: norms inserted as
-the identity, any activation, pooling, dropout off. The filters are searched for by L-BFGS with the readers' weights
+the identity, any activation, pooling, dropout off. The filters are searched for by L-BFGS with the consumers' weights
 solved for at every step (see `fitting`), on kept samples, from several starts, and stopped where the captured energy on
 samples held out from the fit no longer rises.
 """
@@ -11,25 +11,27 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
+from growconv.errors import ArgumentValueError, SolverError
 from growconv.network import layers
+from growconv.network.layout import IN, OUT
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.energy import bottleneck, expected_decrease, kept_samples
-from growconv.solvers.existing import filter_norms, normal
-from growconv.solvers.filters import Filters, at_norm, count_of, each, in_blocks, joined, picked, scaled
+from growconv.solvers.energy import expected_decrease, require_samples
+from growconv.solvers.existing import filter_norms, filters_of, normal, of_units
+from growconv.solvers.filters import Filters, joined
 from growconv.solvers.fitting import (
     RIDGE,
+    Fit,
     Normal,
     Objective,
-    Samples,
     Search,
     best_outgoing,
     greedy_order,
@@ -40,6 +42,7 @@ from growconv.solvers.linear_start import exact_filters, tiny_filters
 from growconv.solvers.parametrization import Bounded, Parametrization, Separable, Whitened, patch_gram
 from growconv.solvers.scale import old_steepness
 from growconv.statistics import PairStatistics
+from growconv.statistics.samples import KeptSamples, by_sample
 
 logger = logging.getLogger("growconv.solvers")
 
@@ -101,80 +104,76 @@ class Functional(Solver):
 
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; works on sites of every kind, streams included."""
-        samples = fitting_samples(subject)
+        kept = require_samples(subject, self.name)
+        kept.require_finite()
+        samples, size = kept.projected(), site.granularity
         most = site.growable_channels(min(max(site.width, 4), 32)) if channels == "auto" else channels
-        if not samples.energy > 1e-12 * _energy(subject):
-            return self._nothing(samples, site, most, model, NOTHING_TO_GAIN)
-        require_separate_channels(samples, site)
+        if not samples.energy > 1e-12 * kept.energy:
+            return self._nothing(samples, most, NOTHING_TO_GAIN)
         self._warn(samples, site, most)
-        fit, held_out = _split(samples, self.held_out)
+        rest, judge = split(samples, self.held_out)
+        fit, held_out = Fit(rest), Fit(judge)
         coordinates = self._coordinates(fit)
-        free = is_homogeneous(
-            fit, random_filters(fit, coordinates, 2 * site.granularity, torch.Generator().manual_seed(0))
-        )
+        free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
         longest = float((filter_norms(site, model) if free else old_steepness(site)).mean())
         if not free and longest > 0:
             coordinates = Bounded(coordinates, longest)
-        search = self._search(fit, held_out, coordinates, most, site, generator)
+        search = self._search(fit, held_out, coordinates, most // size, generator)
         with torch.no_grad():
             filters = coordinates.filters(search.point.theta)
             # where the scale is free, that of the old filters keeps training even
-            filters = at_norm(filters, longest) if free and longest > 0 else filters
-        size = site.granularity
-        filters = picked(filters, in_blocks(greedy_order(normal_equations(fit, filters), most // size)[0], size))
+            filters = filters.at_norm(longest) if free and longest > 0 else filters
+        filters = filters.picked(greedy_order(normal_equations(fit, filters), most // size)[0])
         reason = None
         if channels == "auto":
-            kept = telling_channels(fit, held_out, filters, size)
-            reason = f"{kept} of {most} tried channels have a held-out gain above its error bar"
-            if kept == 0:
-                return self._nothing(samples, site, most, model, reason)
-            filters = picked(filters, range(kept))
+            units = telling_units(fit, held_out, filters)
+            reason = f"{units * size} of {most} tried channels have a held-out gain above its error bar"
+            if units == 0:
+                return self._nothing(samples, most, reason)
+            filters = filters.picked(range(units))
         return self._assembled(subject, samples, model, filters, reason)
 
-    def _coordinates(self, samples: Samples) -> Parametrization:
-        grams = {path: patch_gram(module, samples.inputs[path]) for path, module in samples.writers.items()}
-        dtype = next(iter(samples.inputs.values())).dtype
-        whitened = Whitened(grams, samples.writers, self.damping, dtype)
+    def _coordinates(self, fit: Fit) -> Parametrization:
+        inputs = {path: [x for each in fit.samples.passes for x in each.x[path]] for path in fit.site.producers}
+        grams = {path: patch_gram(fit.module(path), each) for path, each in inputs.items()}
+        counts = {path: int(fit.site.granularity * fit.site.ratio(path, OUT)) for path in inputs}
+        modules = {path: (fit.module(path), count) for path, count in counts.items()}
+        whitened = Whitened(grams, modules, self.damping, fit.samples.like.dtype)
         return Separable(whitened) if self.kernel == "separable" else whitened
 
-    def _objective(self, samples: Samples, coordinates: Parametrization) -> Objective:
-        return Objective(samples, coordinates, separable=self.kernel == "separable")
+    def _objective(self, fit: Fit, coordinates: Parametrization) -> Objective:
+        return Objective(fit, coordinates, separable=self.kernel == "separable")
 
     def _search(
-        self,
-        fit: Samples,
-        held_out: Samples,
-        coordinates: Parametrization,
-        channels: int,
-        site: GrowthSite,
-        generator: torch.Generator | None,
+        self, fit: Fit, held_out: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
     ) -> Search:
         """Try every start on a part of the samples, and go on with the best."""
         # a quarter tells the starts apart; below a few hundred samples their ranking would be noise
-        part = fit.part(slice(None, None, max(1, min(4, len(fit) // 200))))
+        step = max(1, min(4, len(fit.samples) // 200))
+        part = Fit(fit.samples.subset(slice(None, None, step))) if step > 1 else fit
         trial = self._objective(part, coordinates)
         best: tuple[str, Search] | None = None
-        for name, filters in self._starts(part, coordinates, channels, site, generator):
+        for name, filters in self._starts(part, coordinates, units, generator):
             found = minimize(trial, held_out, coordinates.encode(filters), self.trial_iterations, self.patience)
-            logger.debug("%s: from %s, held-out captured energy %.3g", site.name, name, found.held_out)
+            logger.debug("%s: from %s, held-out captured energy %.3g", fit.site.name, name, found.held_out)
             if best is None or found.held_out > best[1].held_out:
                 best = name, found
         if best is None:
-            raise SolverError("no start for the search", where=site.name)
+            raise SolverError("no start for the search", where=fit.site.name)
         start = best[1].point.theta
         result = minimize(self._objective(fit, coordinates), held_out, start, self.iterations, self.patience)
         logger.info(
             "%s: functional from %s, %d steps, held-out captured energy %.3g",
-            site.name,
+            fit.site.name,
             best[0],
             result.iterations,
             result.held_out,
@@ -182,102 +181,91 @@ class Functional(Solver):
         return result
 
     def _starts(
-        self,
-        samples: Samples,
-        coordinates: Parametrization,
-        channels: int,
-        site: GrowthSite,
-        generator: torch.Generator | None,
+        self, fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
     ) -> list[tuple[str, Filters]]:
         """Filters to start from by name, of unit size where the patches are whitened."""
-        size = site.granularity
         result: list[tuple[str, Filters]] = []
-        if site.closed_form is None and set(self.starts) - {"random"}:
-            tiny = unit(tiny_filters(samples, site, channels), coordinates)
-            missing = channels - count_of(tiny)
+        plain = fit.site.closed_form and fit.site.ratio(fit.site.producers[0], OUT) == 1
+        if plain and set(self.starts) - {"random"}:
+            tiny = tiny_filters(fit, units * fit.site.granularity)
+            tiny = unit(replace(tiny, units=tiny.units // fit.site.granularity), coordinates)
+            missing = units - tiny.units
             if missing:
-                tiny = joined([tiny, random_filters(samples, coordinates, missing, generator)])
+                tiny = joined([tiny, random_filters(fit, coordinates, missing, generator)])
             if "tiny" in self.starts:
                 result.append(("tiny", tiny))
             if "signs" in self.starts:
-                both = joined([tiny, each(tiny, torch.neg)])
-                result.append(("signs", _best_of(samples, both, channels, size)))
+                both = joined([tiny, tiny.each(torch.neg)])
+                result.append(("signs", _best_of(fit, both, units)))
             if "exact" in self.starts:
-                exact = exact_filters(samples, site, coordinates.encode(tiny), coordinates)
-                exact = unit(exact, coordinates)
-                both = joined([exact, each(exact, torch.neg)])
-                result.append(("exact", _best_of(samples, both, channels, size)))
+                exact = unit(exact_filters(fit, coordinates.encode(tiny), coordinates), coordinates)
+                both = joined([exact, exact.each(torch.neg)])
+                result.append(("exact", _best_of(fit, both, units)))
         if "random" in self.starts or not result:
-            pool = random_filters(samples, coordinates, 3 * channels, generator)
-            result.append(("random", _best_of(samples, pool, channels, size)))
+            pool = random_filters(fit, coordinates, 3 * units, generator)
+            result.append(("random", _best_of(fit, pool, units)))
         return result
 
     def _assembled(
-        self, subject: PairStatistics, samples: Samples, model: nn.Module, filters: Filters, reason: str | None
+        self, subject: PairStatistics, samples: KeptSamples, model: nn.Module, filters: Filters, reason: str | None
     ) -> ChannelGrowth:
         """The proposal: norms measured, and outgoing weights solved for on all samples, the best channel first."""
-        site, size, count = subject.growth_site, subject.growth_site.granularity, count_of(filters)
-        measured: dict[str, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            site.between(dict(samples.write(filters)), measured=measured)
-        inserted = replace(samples, between=lambda new: site.between(new, measured))
-        equations = normal_equations(inserted, filters)
-        order, gains = greedy_order(equations, count // size)
-        gains = (gains / size).repeat_interleave(size)
-        like = next(iter(filters.values()))[0]
-        outgoing = best_outgoing(equations, samples.readers, like, self.kernel == "separable", RIDGE)
+        site, size, count = samples.site, samples.site.granularity, filters.units
+        measured = samples.moments(filters.incoming, filters.biases)
+        inserted = Inserted(norms=measured)
+        fit = Fit(samples, lambda piece, new: piece.read(new.incoming, new.biases, inserted))
+        equations = normal_equations(fit, filters)
+        order, gains = greedy_order(equations, count)
+        outgoing = best_outgoing(equations, site, filters.like, self.kernel == "separable", RIDGE)
 
         def shaped(path: str, tensor: Tensor) -> Tensor:
-            weight = model.get_submodule(path).weight
-            return tensor.detach().to(weight if isinstance(weight, Tensor) else tensor).contiguous()
+            return tensor.detach().to(filters_of(model, path)).contiguous()
 
         growth = ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: shaped(path, weight) for path, (weight, _) in filters.items()},
-            incoming_bias={path: shaped(path, bias) for path, (_, bias) in filters.items() if bias is not None},
+            incoming={path: shaped(path, weight) for path, weight in filters.incoming.items()},
+            incoming_bias={path: shaped(path, bias) for path, bias in filters.biases.items()},
             outgoing={path: shaped(path, weight) for path, weight in outgoing.items()},
-            gains=gains / len(samples),
-            requested=count,
+            gains=(gains / size).repeat_interleave(size) / len(samples),
+            requested=count * size,
             norms=measured,
         )
-        growth = replace(growth.subset(in_blocks(order, size), reason), gains=growth.gains)
+        growth = replace(growth.subset(of_units(order, size), reason), gains=growth.gains)
         return replace(growth, expected_decrease=expected_decrease(subject, growth))
 
-    def _nothing(
-        self, samples: Samples, site: GrowthSite, requested: int, model: nn.Module, reason: str
-    ) -> ChannelGrowth:
+    def _nothing(self, samples: KeptSamples, requested: int, reason: str) -> ChannelGrowth:
         """No channels, and why."""
-        incoming, biases, outgoing = {}, {}, {}
-        for path, module in samples.writers.items():
-            incoming[path] = samples.inputs[path].new_zeros(layers.filter_shape(module, 0))
-            if getattr(module, "bias", None) is not None:
-                biases[path] = samples.inputs[path].new_zeros(0)
-        for path, module in samples.readers.items():
-            outgoing[path] = samples.targets[path].new_zeros(layers.column_shape(module, 0))
+        incoming, biases, outgoing, like = {}, {}, {}, samples.like
+        for path in samples.site.producers:
+            layer = layers.weighted(samples.site.model.get_submodule(path))
+            incoming[path] = like.new_zeros(layer.shape(OUT, 0))
+            if layer.bias() is not None:
+                biases[path] = like.new_zeros(0)
+        for path in samples.site.consumers:
+            outgoing[path] = like.new_zeros(layers.weighted(samples.site.model.get_submodule(path)).shape(IN, 0))
         return ChannelGrowth(
-            site=site.name,
+            site=samples.site.name,
             method=self.name,
             incoming=incoming,
             incoming_bias=biases,
             outgoing=outgoing,
-            gains=next(iter(incoming.values())).new_zeros(0, dtype=torch.float64),
+            gains=like.new_zeros(0, dtype=torch.float64),
             requested=requested,
             reason=reason,
             expected_decrease=0.0,
         )
 
-    def _warn(self, samples: Samples, site: GrowthSite, channels: int) -> None:
+    def _warn(self, samples: KeptSamples, site: GrowthSite, channels: int) -> None:
         """Say how many samples the fit would need: one a parameter."""
-        separable, per_channel = self.kernel == "separable", 0
-        for module in samples.writers.values():
-            shape = layers.filter_shape(module, 1)[1:]
-            per_channel += sum(shape) if separable else math.prod(shape)
-            per_channel += getattr(module, "bias", None) is not None
-        for path, module in samples.readers.items():
-            shape = layers.column_shape(module, site.ratio(path))
-            per_channel += shape[0] + sum(shape[2:]) if separable else math.prod(shape)
-        needed = channels * per_channel
+        separable, needed = self.kernel == "separable", 0
+        for path in site.producers:
+            layer = layers.weighted(site.model.get_submodule(path))
+            shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
+            needed += shape[0] * ((sum(shape[1:]) if separable else math.prod(shape[1:])) + (layer.bias() is not None))
+        for path in site.consumers:
+            shape = layers.weighted(site.model.get_submodule(path)).shape(IN, int(channels * site.ratio(path, IN)))
+            needed += channels * (shape[0] + sum(shape[2:])) if separable else math.prod(shape)
         if len(samples) < needed:
             warnings.warn(
                 f"{site.name}: fewer kept samples than parameters of the fit, {len(samples)} for {needed}: what it "
@@ -288,154 +276,97 @@ class Functional(Solver):
             )
 
 
-def fitting_samples(subject: PairStatistics) -> Samples:
-    """The kept samples of a site as a fit takes them.
+def telling_units(fit: Fit, held_out: Fit, filters: Filters) -> int:
+    """How many of the units, in their order, take more off the held-out bottleneck than its error bar.
 
     Args:
-        subject: statistics with kept samples.
-
-    Raises:
-        StatisticsError: no samples were kept, or some are not finite.
-    """
-    site = subject.growth_site
-    kept = kept_samples(subject, "functional")
-    for path, tensor in (*kept.x.items(), *kept.h.items(), *kept.v.items()):
-        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-            raise StatisticsError(
-                "the kept samples are not finite",
-                where=f"{site.name}, {path}",
-                fix="look for an overflow in the loss, or lower the loss scale",
-            )
-    return Samples(
-        inputs=dict(kept.x),
-        targets=bottleneck(subject),
-        old=dict(kept.h),
-        writers={path: site.model.get_submodule(path) for path in site.producers},
-        readers={path: site.model.get_submodule(path) for path in site.consumers},
-        between=site.between,
-    )
-
-
-def telling_channels(fit: Samples, held_out: Samples, filters: Filters, size: int = 1) -> int:
-    """How many of the channels, in their order, take more off the held-out bottleneck than its error bar.
-
-    Args:
-        fit: samples that the outgoing weights are solved on, for the first 1, 2, ... channels.
+        fit: samples that the outgoing weights are solved on, for the first 1, 2, ... units.
         held_out: samples that judge.
-        filters: the filters, the best channel first.
-        size: channels come in groups of this size.
+        filters: the filters, the best unit first.
 
     Returns:
-        The number up to the last channel whose mean gain over the held-out samples is above its standard error.
+        The number up to the last unit whose mean gain over the held-out samples is above its standard error.
     """
-    channels = count_of(filters)
     equations = normal_equations(fit, filters)
-    like = next(iter(filters.values()))[0]
-    before = torch.zeros(len(held_out), dtype=torch.float64, device=like.device)
-    last = 0
-    for count in range(size, channels + 1, size):
+    count, last, before = len(held_out.samples), 0, None
+    for units in range(1, filters.units + 1):
         leading = {}
         for path, normal_equation in equations.items():
-            rows = count * (normal_equation.gram.shape[0] // channels)
+            rows = units * (normal_equation.gram.shape[0] // filters.units)
             leading[path] = Normal(normal_equation.gram[:rows, :rows], normal_equation.cross[:rows])
-        outgoing = best_outgoing(leading, fit.readers, like, False, RIDGE)
-        gain = torch.zeros_like(before)
-        with torch.no_grad():
-            for path, delta in held_out.added(picked(filters, range(count)), outgoing).items():
-                taken = 2 * held_out.targets[path] * delta - delta.square()
-                gain += taken.flatten(1).sum(1, dtype=torch.float64)
-        more = gain - before
-        error = float(more.std()) / len(held_out) ** 0.5 if len(held_out) > 1 else math.inf
+        outgoing = best_outgoing(leading, fit.site, filters.like, False, RIDGE)
+        gain = _gain_by_sample(held_out, filters.picked(range(units)), outgoing)
+        more = gain if before is None else gain - before
+        error = float(more.std()) / count**0.5 if count > 1 else math.inf
         if float(more.mean()) > error:
-            last = count
+            last = units
         before = gain
     return last
 
 
-def is_homogeneous(samples: Samples, filters: Filters) -> bool:
+def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> Tensor:
+    """What new channels take off ‖v⊥‖² of every sample."""
+    found = []
+    with torch.no_grad():
+        for batch in fit.samples.batches:
+            gain = fit.samples.like.new_zeros(batch.samples, dtype=torch.float64)
+            for piece in batch.passes:
+                for path, calls in piece.added(fit.reads(piece, filters), outgoing).items():
+                    for delta, target in zip(calls, piece.v[path], strict=True):
+                        gain += by_sample(2 * target * delta - delta.square(), batch.samples)
+            found.append(gain)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def is_homogeneous(fit: Fit, filters: Filters) -> bool:
     """Whether what lies between is positively homogeneous, as the ReLU family is: a filter's norm can move into ω."""
-    few = samples.part(slice(0, 8))
-    once = few.read(filters)
+    (piece, *_) = fit.samples.few(8).passes
+    once = fit.reads(piece, filters)
     for factor in (0.5, 4.0):
-        for path, value in few.read(each(filters, lambda tensor, factor=factor: tensor * factor)).items():
-            if not torch.allclose(value, factor * once[path], rtol=1e-3, atol=1e-4 * float(value.abs().max())):
-                return False
+        read = fit.reads(piece, filters.each(lambda tensor, factor=factor: tensor * factor))
+        for path, calls in read.items():
+            for value, before in zip(calls, once[path], strict=True):
+                if not torch.allclose(value, factor * before, rtol=1e-3, atol=1e-4 * float(value.abs().max())):
+                    return False
     return True
 
 
 def unit(filters: Filters, coordinates: Parametrization) -> Filters:
     """Filters whose output has about unit size: of norm one where the patches are whitened."""
-    rows = [writer.embed(*filters[writer.path]) for writer in coordinates.writers]
+    rows = [producer.embed(*filters[producer.path]).reshape(filters.units, -1) for producer in coordinates.producers]
     size = torch.cat(rows, 1).norm(dim=1)
-    return scaled(filters, torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0))
+    return filters.scaled(torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0))
 
 
-def random_filters(
-    samples: Samples, coordinates: Parametrization, channels: int, generator: torch.Generator | None
-) -> Filters:
+def random_filters(fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None) -> Filters:
     """Filters of unit size with random directions, all those that the patches take being alike."""
-    result: Filters = {}
-    for writer in coordinates.writers:
-        noise = normal((channels, writer.entries), writer.root, generator)
-        result[writer.path] = writer.unflatten(torch.nn.functional.normalize(noise, dim=1) @ writer.root)
-    return result
+    found = {}
+    for producer in coordinates.producers:
+        noise = normal((units * producer.filters, producer.entries), producer.root, generator)
+        found[producer.path] = producer.unflatten(torch.nn.functional.normalize(noise, dim=1) @ producer.root)
+    return Filters(units, found)
 
 
-def require_separate_channels(samples: Samples, site: GrowthSite) -> None:
-    """Refuse a site where one new channel changes what another gives, but for the channels of its own group.
+def _best_of(fit: Fit, filters: Filters, units: int) -> Filters:
+    """The units that together capture the most, chosen one after the other."""
+    order, _ = greedy_order(normal_equations(fit, filters), filters.units)
+    return filters.picked(order[:units])
+
+
+def split(samples: KeptSamples, share: float) -> tuple[KeptSamples, KeptSamples]:
+    """All samples but a share, and that share.
 
     Raises:
-        SolverError: naming the operations in between.
+        SolverError: they cannot be divided.
     """
-    size, few = site.granularity, samples.part(slice(0, 2))
-    generator = torch.Generator().manual_seed(0)
-    filters: Filters = {}
-    for path, module in samples.writers.items():
-        weight = normal(layers.filter_shape(module, 2 * size), samples.inputs[path], generator)
-        bias = None if getattr(module, "bias", None) is None else weight.new_zeros(2 * size)
-        filters[path] = (weight / weight[0].numel() ** 0.5, bias)
-    changed = {path: (weight.clone(), bias) for path, (weight, bias) in filters.items()}
-    for weight, _ in changed.values():
-        weight[size:] *= -3
-    with torch.no_grad():
-        before, after = few.read(filters), few.read(changed)
-    for path, value in before.items():
-        axis = layers.channel_axis(samples.readers[path], value.dim())
-        own = value.shape[axis] // 2
-        if not torch.allclose(value.narrow(axis, 0, own), after[path].narrow(axis, 0, own), rtol=1e-4, atol=1e-6):
-            steps = [
-                str(getattr(step, "path", None) or getattr(step, "name", type(step).__name__))
-                for route in site.routes
-                if route.consumer == path
-                for step in route.steps
-            ]
-            raise SolverError(
-                "an operation between the layers mixes channels, so that new ones cannot be fitted by themselves",
-                got=", ".join(dict.fromkeys(steps)) or "an operation in between",
-                where=f"{site.name}, before {path}",
-                fix="use method='random' or 'net2net' for this site",
-            )
-
-
-def _best_of(samples: Samples, filters: Filters, channels: int, size: int) -> Filters:
-    """The channels that together capture the most, chosen one after the other."""
-    groups = count_of(filters) // size
-    order, _ = greedy_order(normal_equations(samples, filters), groups)
-    return picked(filters, in_blocks(order[: channels // size], size))
-
-
-def _energy(subject: PairStatistics) -> float:
-    kept = kept_samples(subject, "functional")
-    return sum(float(torch.linalg.vector_norm(v.flatten(), dtype=torch.float64)) ** 2 for v in kept.v.values())
-
-
-def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
-    if len(samples) < 2:
+    if len(samples) < 2 or (len(samples.batches) < 2 and not samples.batches[0].divisible):
         raise SolverError(
             "the fit is judged on samples that it has not seen",
-            expected="at least 2 kept samples",
-            got=len(samples),
+            expected="at least 2 kept samples, in 2 batches where what lies between the layers needs all of a batch",
+            got=f"{len(samples)} samples in {len(samples.batches)} batches",
+            where=samples.site.name,
             fix="collect with keep_samples=2000, say",
         )
     count = min(max(1, round(share * len(samples))), len(samples) - 1)
-    return samples.part(slice(0, len(samples) - count)), samples.part(slice(len(samples) - count, None))
+    return samples.split((len(samples) - count) / len(samples))

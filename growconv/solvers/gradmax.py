@@ -1,7 +1,7 @@
 """Evci et al. 2022, "GradMax: Growing Neural Networks using Gradient Information" (ICLR)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,9 +12,10 @@ from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_closed_form, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import filter_norms, readings_of, require_number
+from growconv.solvers.existing import columns_of, filter_norms, not_plain, require_number
+from growconv.statistics.pair import PairStatistics
 
 
 class GradMaxChannels(NamedTuple):
@@ -58,7 +59,7 @@ class GradMax(Solver):
     """Channels with α = 0 and the ω that make the first gradient on α the largest.
 
     With α = 0 every activation sits at 0, where ReLU's slope is 0 in PyTorch: all gradients would vanish and the
-    channels stay dead. There the channels are lifted: their bias (or the mean of the norm layer behind the writer, in
+    channels stay dead. There the channels are lifted: their bias (or the mean of the norm layer behind the producer, in
     training) is set a little above 0, where the slope is the 1 that the method assumes. This moves outputs by about
     `lift`.
 
@@ -74,6 +75,7 @@ class GradMax(Solver):
     reads = frozenset({"N_raw"})
     function_preserving = True
     linearises = True
+    needs_closed_form = True
 
     def __post_init__(self) -> None:
         if not (self.outgoing > 0 and self.lift >= 0):
@@ -84,32 +86,36 @@ class GradMax(Solver):
                 where="gradmax",
             )
 
+    def refusal(self, site: GrowthSite) -> str | None:
+        """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
+        return super().refusal(site) or not_plain(site, *site.producers)
+
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share one SVD of their stacked columns."""
-        require_closed_form(site, self.name)
+        """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
-        readers = subject.readers
-        stacked = torch.cat([reader.N_raw.flatten(1) for reader in readers], 1)
+        consumers = subject.consumers
+        stacked = torch.cat([consumer.N_raw.flatten(1) for consumer in consumers], 1)
         every = gradmax(stacked[:, None], requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
-        parts = omega[:, 0].split([reader.N_raw[0].numel() for reader in readers], 1)
-        norms = [readings_of(site, model, reader.consumer).transpose(0, 1).flatten(1) for reader in readers]
+        parts = omega[:, 0].split([consumer.N_raw[0].numel() for consumer in consumers], 1)
+        norms = [columns_of(site, model, consumer.consumer).transpose(0, 1).flatten(1) for consumer in consumers]
         norm = float(torch.cat(norms, 1).norm(dim=1).mean()) * self.outgoing
         rights = [
-            norm * part.reshape(found, *reader.N_raw.shape[1:]) for part, reader in zip(parts, readers, strict=True)
+            norm * part.reshape(found, *consumer.N_raw.shape[1:])
+            for part, consumer in zip(parts, consumers, strict=True)
         ]
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
-        if found and _dead(site, model, subject.producer, 0.0):
+        if found and any(route.dead_at_zero for route in site.routes):
             alpha, moved = self._lifted(subject, site, model, alpha)
         growth = assemble(
             subject, model, self.name, alpha, rights, gains, requested, shortfall(found, requested, "N_raw")
@@ -118,17 +124,17 @@ class GradMax(Solver):
         return replace(growth, spectrum=every.gains)
 
     def _lifted(
-        self, subject: Any, site: GrowthSite, model: nn.Module, alpha: Tensor
+        self, subject: PairStatistics, site: GrowthSite, model: nn.Module, alpha: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         height = self.lift * float(filter_norms(site, model).mean())
         norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
         liftable = height > 0 and (norms or subject.incoming_bias)
-        if not liftable or _dead(site, model, subject.producer, height):
+        if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
-                "gradmax would build dead channels: the slope of what follows the writer is 0 where α = 0",
+                "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
                 got=", ".join(getattr(step, "name", type(step).__name__) for step in site.routes[0].steps),
                 where=site.name,
-                fix="set lift > 0 (the writer needs a bias, or a norm layer behind it), or use another method",
+                fix="set lift > 0 (the producer needs a bias, or a norm layer behind it), or use another method",
             )
         weight = next(iter(model.get_submodule(subject.producer).parameters()))
         mean = torch.full((alpha.shape[0],), height, dtype=weight.dtype, device=weight.device)
@@ -137,23 +143,3 @@ class GradMax(Solver):
         alpha = alpha.clone()
         alpha[:, -1] = height
         return alpha, {}
-
-
-def _dead(site: GrowthSite, model: nn.Module, producer: str, value: float) -> bool:
-    """Whether what lies behind the writer has slope 0 everywhere for a new channel of one constant value."""
-    writing = site.spaces.bindings[(producer, "writes", 0)].nodes
-    weight = next(iter(model.get_submodule(producer).parameters()))
-    probes = []
-    for node in writing:
-        shape = list(site.spaces.graph.values[node])
-        axis = len(shape) - 1 if isinstance(model.get_submodule(producer), nn.Linear) else 1
-        shape[0], shape[axis] = 1, site.granularity
-        probes.append(torch.full(shape, value, dtype=weight.dtype, device=weight.device, requires_grad=True))
-    with torch.enable_grad():
-        outputs = site.between({producer: probes[0] if len(probes) == 1 else tuple(probes)})
-        total = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        for output in outputs.values():
-            for tensor in output if isinstance(output, tuple) else (output,):
-                total = total + tensor.sum()
-        gradients = torch.autograd.grad(total, probes, allow_unused=True)
-    return not any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients)

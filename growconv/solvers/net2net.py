@@ -6,7 +6,6 @@ weights divided by the number of copies, |{x : g(x) = g(j)}|).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,15 +13,22 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.existing import (
     bias_of,
+    columns_of,
     filters_of,
     normal,
-    readings_of,
+    not_plain,
+    not_rewritable,
+    picked_rows,
     require_number,
-    revised_readings,
+    scaled_columns,
+    units_of,
+    with_scaled_columns,
 )
+from growconv.statistics.pair import PairStatistics
 
 
 def draw_copies(
@@ -97,10 +103,14 @@ class Net2Net(Solver):
                 "shares stay positive", expected="0 ≤ imbalance < 1", got=self.imbalance, where="imbalance"
             )
 
+    def refusal(self, site: GrowthSite) -> str | None:
+        """Where consumers' weights are computed from others, or copied filters would not make copied channels."""
+        return not_rewritable(site, *site.consumers) or not_plain(site, *site.producers)
+
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics | None,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
@@ -109,24 +119,24 @@ class Net2Net(Solver):
         requested = require_number(channels, self.name, site)
         source = draw_copies(site.width, requested, site.granularity, generator)
         kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator)
+        size, new = site.granularity, requested // site.granularity
+        units = (source[::size] // size).tolist()
         incoming, biases = {}, {}
         for path in site.producers:
             old = filters_of(model, path, site)
-            copied = source.to(old.device)
-            filters = old[copied]
+            filters = picked_rows(old, units, units_of(site))
             if self.noise:
                 scale = filters.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (filters.dim() - 1))
                 filters = filters + self.noise * scale * normal(tuple(filters.shape), filters, generator)
             incoming[path] = filters.contiguous()
             bias = bias_of(model, path, site)
             if bias is not None:
-                biases[path] = bias[copied]
+                biases[path] = picked_rows(bias, units, units_of(site))
         outgoing, revised = {}, {}
         for path in site.consumers:
-            old = readings_of(site, model, path)
-            copied = source.to(old.device)
-            outgoing[path] = (old[:, copied] * _along_channels(shared, old)).flatten(1, 2).contiguous()
-            revised[f"{path}.weight"] = revised_readings(site, model, path, old * _along_channels(kept, old))
+            old = columns_of(site, model, path)
+            outgoing[path] = scaled_columns(old[:, units].flatten(1, 2), _by_unit(shared, new)).contiguous()
+            revised[f"{path}.weight"] = with_scaled_columns(site, model, path, _by_unit(kept, units_of(site)))
         like = next(iter(incoming.values()))
         return ChannelGrowth(
             site=site.name,
@@ -141,5 +151,6 @@ class Net2Net(Solver):
         )
 
 
-def _along_channels(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like).view(1, -1, *[1] * (like.dim() - 2))
+def _by_unit(shares: Float[Tensor, " channels"], units: int) -> Float[Tensor, " units"]:
+    """The shares of units, whose channels all have the same."""
+    return shares.unflatten(0, (units, -1))[:, 0]

@@ -12,26 +12,35 @@ chooses how many where "auto" is asked for: ⌊C·(φ − γ)⌋ channels.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, SolverError
+from growconv.network import layers
+from growconv.network.layout import IN, OUT
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers.assembly import norm_moments, require_closed_form, require_statistics
+from growconv.network.seats import Calls, Inserted, Moments
+from growconv.network.site import GrowthSite
+from growconv.solvers.assembly import norm_moments, require_statistics
 from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.energy import require_samples
 from growconv.solvers.existing import (
     bias_of,
     filter_norms,
     filters_of,
     normal,
     normalised,
+    picked_rows,
     random_filters,
     silent_outgoing,
+    units_of,
 )
-from growconv.solvers.sampled import SampledSite
+from growconv.solvers.filters import flattened
+from growconv.solvers.parametrization import patch_gram
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptPass, KeptSamples
 
 
 def effective_dimension(gram: Float[Tensor, "c c"], tolerance: float = 0.01) -> int:
@@ -141,114 +150,156 @@ class North(Solver):
 
     @property
     def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the variant needs."""
-        return frozenset({"pre": {"patch"}, "select": {"samples"}, "weight": ()}[self.variant])
+        """What the variant needs; "pre" takes the second moments of sites without a closed form from kept samples."""
+        return frozenset({"pre": {"patch", "samples"}, "select": {"samples"}, "weight": ()}[self.variant])
 
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics | None,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`."""
+        """See `Solver.solve`; every producer's filters are orthogonal to its own old ones."""
         if self.variant == "select":
-            return self._select(SampledSite.of(subject, model, self.name), channels, generator)
-        require_closed_form(site, self.name)
-        path = site.producers[0]
-        old = flat_filters(model, path)
-        if self.variant == "weight":
-            gram = torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
-        else:
-            require_statistics(subject)
-            gram = subject.patch_gram
-            if gram is None:
-                raise SolverError(
-                    "the second moment of the patches was not collected",
-                    where=site.name,
-                    fix="collect with quantities={'patch', ...}, or solver.reads",
-                )
-        requested = self._number(old @ gram @ old.mT, channels, site)
+            return self._select(require_samples(subject, self.name), channels, model, generator)
+        old = {path: flattened(*_exact(model, path, site)) for path in site.producers}
+        grams = {path: self._gram(subject, site, path, rows) for path, rows in old.items()}
+        used = torch.block_diag(*(rows @ grams[path] @ rows.mT for path, rows in old.items()))
+        requested = self._number(used, channels, site, sum(map(len, old.values())))
         if requested == 0:
             return self._none(site, model)
-        filters = orthogonal_filters(normal((requested, old.shape[1]), gram, generator), old, gram)
-        found = filters.shape[0] // site.granularity * site.granularity
+        found: dict[str, Tensor] = {}
+        units = requested // site.granularity
+        for path, rows in old.items():
+            each = len(rows) // units_of(site)
+            drawn = normal((units * each, rows.shape[1]), grams[path], generator)
+            found[path] = orthogonal_filters(drawn, rows, grams[path])
+            units = min(units, len(found[path]) // each)
         reason = None
-        if found < requested:
-            reason = f"asked for {requested}, got {found}: no more directions are free of the old responses"
-        filters = (
-            filters[:found] / filters[:found].norm(dim=1, keepdim=True) * filter_norms(site, model).mean().double()
-        )
-        return self._grown(site, model, path, filters, requested, reason, subject)
+        if units * site.granularity < requested:
+            left = units * site.granularity
+            reason = f"asked for {requested}, got {left}: no more directions are free of the old responses"
+        rows = {path: found[path][: units * (len(old[path]) // units_of(site))] for path in found}
+        return self._grown(site, model, rows, requested, reason, subject)
+
+    def _gram(self, subject: PairStatistics | None, site: GrowthSite, path: str, old: Tensor) -> Tensor:
+        """Second moment of a producer's patches; the identity where responses are not looked at."""
+        if self.variant == "weight":
+            return torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
+        if subject is not None and subject.patch_gram is not None:
+            require_statistics(subject)
+            return subject.patch_gram
+        if subject is None or subject.samples_kept is None:
+            raise SolverError(
+                "the second moment of the patches was not collected",
+                where=site.name,
+                fix="collect with quantities={'patch', 'samples'}, or solver.reads",
+            )
+        inputs = [x for each in require_samples(subject, self.name).passes for x in each.x[path]]
+        return patch_gram(site.model.get_submodule(path), inputs)
 
     def _grown(
-        self, site: Any, model: nn.Module, path: str, filters: Tensor, requested: int, reason: str | None, subject: Any
+        self,
+        site: GrowthSite,
+        model: nn.Module,
+        rows: dict[str, Tensor],
+        requested: int,
+        reason: str | None,
+        subject: PairStatistics | None,
     ) -> ChannelGrowth:
-        like = filters_of(model, path)
-        entries = like[0].numel()
-        biased = bias_of(model, path) is not None
+        """A proposal from one row a filter, its bias last, brought to the old units' mean norm."""
+        incoming, biases = {}, {}
+        for path, each in rows.items():
+            like = filters_of(model, path)
+            entries = like[0].numel()
+            incoming[path] = each[:, :entries].reshape(-1, *like.shape[1:]).contiguous()
+            if bias_of(model, path) is not None:
+                biases[path] = each[:, entries].contiguous()
+        first = next(iter(rows))
+        ratio = int(site.granularity * site.ratio(first, OUT))
+        units = len(rows[first]) // ratio
+        if units:
+            incoming, biases = normalised(incoming, biases, filter_norms(site, model).mean().double(), units)
+        norms: dict[str, Moments] = {}
+        if subject is not None and units:
+            kept = subject.samples_kept
+            if subject.patch_gram is not None:
+                norms = norm_moments(subject, flattened(incoming[first], biases.get(first)))
+            elif kept is not None:
+                norms = kept.moments(incoming, biases)
+        outgoing = silent_outgoing(site, model, units * site.granularity)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: filters[:, :entries].reshape(-1, *like.shape[1:]).to(like).contiguous()},
-            incoming_bias={path: filters[:, entries].to(like).contiguous()} if biased else {},
-            outgoing=silent_outgoing(site, model, filters.shape[0]),
-            gains=like.new_zeros(filters.shape[0]),
+            incoming={path: each.to(filters_of(model, path)) for path, each in incoming.items()},
+            incoming_bias={path: each.to(filters_of(model, path)) for path, each in biases.items()},
+            outgoing=outgoing,
+            gains=next(iter(outgoing.values())).new_zeros(units * site.granularity),
             requested=requested,
             reason=reason,
-            norms={} if subject is None else norm_moments(subject, filters),
+            norms=norms,
         )
 
-    def _select(self, sampled: SampledSite, channels: Channels, generator: torch.Generator | None) -> ChannelGrowth:
-        """NORTH-Select: responses after everything in between, as the readers see them."""
-        site, model = sampled.site, sampled.model
-        if site.granularity > 1:
-            raise SolverError(
-                "north with variant='select' chooses channels one by one",
-                got=f"a site that grows in groups of {site.granularity}",
-                where=site.name,
-                fix="use variant='weight', or another method",
-            )
-        old = torch.cat([sampled.responses(sampled.old_readings(path), path) for path in site.consumers], 1)
-        requested = self._number(old @ old.mT, channels, site)
+    def _select(
+        self, kept: KeptSamples, channels: Channels, model: nn.Module, generator: torch.Generator | None
+    ) -> ChannelGrowth:
+        """NORTH-Select: responses after everything in between, as the consumers see them."""
+        site, size = kept.site, kept.site.granularity
+        old = torch.cat([self._old_responses(each, path) for each in kept.passes for path in site.consumers], 1)
+        requested = self._number(old @ old.mT, channels, site, site.width)
         if requested == 0:
             return self._none(site, model)
-        drawn, biases = random_filters(site, model, requested * self.candidates, generator)
-        drawn, biases = normalised(drawn, biases, filter_norms(site, model).mean())
-        measured: dict[str, tuple[Tensor, Tensor]] = {}
+        units, pool = requested // size, requested // size * self.candidates
+        drawn, biases = random_filters(site, model, pool * size, generator)
+        drawn, biases = normalised(drawn, biases, filter_norms(site, model).mean(), pool)
+        measured = kept.moments(drawn, biases)
+        parts = []
         with torch.no_grad():
-            hidden = sampled.hidden(drawn, biases, measured)
-        new = torch.cat([sampled.responses(hidden[path], path) for path in site.consumers], 1)
-        chosen, _ = most_orthogonal(new, old, requested)
+            for each in kept.passes:
+                read = each.read(drawn, biases, Inserted(norms=measured))
+                parts += [self._responses(each, path, read[path], pool) for path in site.consumers]
+        new = torch.cat(parts, 1)
+        chosen, _ = most_orthogonal(new, old, units)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: weight[chosen] for path, weight in drawn.items()},
-            incoming_bias={path: bias[chosen] for path, bias in biases.items()},
+            incoming={path: picked_rows(weight, chosen, pool) for path, weight in drawn.items()},
+            incoming_bias={path: picked_rows(bias, chosen, pool) for path, bias in biases.items()},
             outgoing=silent_outgoing(site, model, requested),
             gains=new.new_zeros(requested),
             requested=requested,
-            norms={path: (mean[chosen], variance[chosen]) for path, (mean, variance) in measured.items()},
+            norms={p: (picked_rows(m, chosen, pool), picked_rows(v, chosen, pool)) for p, (m, v) in measured.items()},
         )
 
-    def _number(self, gram: Tensor, channels: Channels, site: Any) -> int:
+    def _responses(self, piece: KeptPass, path: str, read: Calls, units: int) -> Tensor:
+        """What a consumer reads as one row a unit: (units, entries · samples · locations)."""
+        axis = layers.channel_axis(piece.region.site.model.get_submodule(path), read[0].dim())
+        return torch.cat([each.movedim(axis, 0).unflatten(0, (units, -1)).flatten(1) for each in read], 1)
+
+    def _old_responses(self, piece: KeptPass, path: str) -> Tensor:
+        """The same of the old units."""
+        places = piece.region.places[path, IN]
+        axis = layers.channel_axis(piece.region.site.model.get_submodule(path), piece.h[path][0].dim())
+        own = [each.index_select(axis, places.flatten()) for each in piece.h[path]]
+        return self._responses(piece, path, own, len(places))
+
+    def _number(self, gram: Tensor, channels: Channels, site: GrowthSite, directions: int) -> int:
         """The number asked for, or for "auto" the excess of the effective dimension over γ of the width."""
         if channels != "auto":
             return int(channels)
-        used = effective_dimension(gram, self.tolerance)
+        used = effective_dimension(gram, self.tolerance) * site.width / directions
         return max(int(used - self.gamma * site.width), 0) // site.granularity * site.granularity
 
-    def _none(self, site: Any, model: nn.Module) -> ChannelGrowth:
+    def _none(self, site: GrowthSite, model: nn.Module) -> ChannelGrowth:
         """No channels: the old ones leave directions unused."""
-        path = site.producers[0]
-        filters = flat_filters(model, path)[:0]
+        rows = {path: flattened(*_exact(model, path, site))[:0] for path in site.producers}
         reason = f"nothing added: fewer than {self.gamma:.0%} of the {site.width} directions are in use"
-        return self._grown(site, model, path, filters, 0, reason, None)
+        return self._grown(site, model, rows, 0, reason, None)
 
 
-def flat_filters(model: nn.Module, path: str) -> Float[Tensor, "c a"]:
-    """Filters of a writer as rows in float64, the bias last where it has one."""
-    filters = filters_of(model, path).flatten(1).double()
-    bias = bias_of(model, path)
-    return filters if bias is None else torch.cat([filters, bias.double()[:, None]], 1)
+def _exact(model: nn.Module, path: str, site: GrowthSite) -> tuple[Tensor, Tensor | None]:
+    """A producer's filters and biases of the site's channels in float64."""
+    bias = bias_of(model, path, site)
+    return filters_of(model, path, site).double(), None if bias is None else bias.double()

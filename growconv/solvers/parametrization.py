@@ -1,7 +1,7 @@
 """Coordinates in which new filters are searched for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,16 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.solvers.columns import columns
-from growconv.solvers.filters import Filters, flattened, norms, scaled
+from growconv.network.layout import OUT
+from growconv.solvers.filters import Filters, Weights, flattened
 from growconv.solvers.rank_one import outer_product, rank_one_factors
+from growconv.statistics.columns import columns
 
 
 @runtime_checkable
 class Parametrization(Protocol):
-    """From a matrix of parameters, one row a channel, to filters and back."""
+    """From a matrix of parameters, one row a unit, to filters and back."""
 
-    writers: list["WriterCoordinates"]
+    producers: list["ProducerCoordinates"]
 
     def filters(self, theta: Float[Tensor, "k q"]) -> Filters:
         """The filters that parameters stand for; differentiable."""
@@ -31,19 +32,21 @@ class Parametrization(Protocol):
 
 
 @dataclass(frozen=True)
-class WriterCoordinates:
-    """One writer's filters, and the coordinates in which its patches have about the same size in every direction.
+class ProducerCoordinates:
+    """One producer's filters, and the coordinates in which its patches have about the same size in every direction.
 
     Attributes:
-        path: of the writer.
-        shape: (in, *kernel) of a filter.
-        bias: whether the writer has one; it is the last entry.
+        path: of the producer.
+        shape: (in/groups, *kernel) of a filter.
+        filters: filters of a unit.
+        bias: whether the producer has one; it is the last entry.
         root: (a, a) damped G^(-1/2) of its patches: a filter is a row of parameters times it.
         inverse: G^(1/2).
     """
 
     path: str
     shape: tuple[int, ...]
+    filters: int
     bias: bool
     root: Tensor
     inverse: Tensor
@@ -53,24 +56,33 @@ class WriterCoordinates:
         """Weights of a filter, the bias included."""
         return math.prod(self.shape) + self.bias
 
-    def unflatten(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Filters and biases from rows."""
+    @property
+    def size(self) -> int:
+        """Parameters of a unit."""
+        return self.filters * self.entries
+
+    def rows(self, theta: Tensor) -> Float[Tensor, "filters a"]:
+        """One row a filter from one a unit."""
+        return theta.reshape(-1, self.entries)
+
+    def unflatten(self, flat: Tensor) -> Weights:
+        """Filters and biases from rows, one a filter."""
         weight = flat[:, : math.prod(self.shape)].reshape(-1, *self.shape).contiguous()
         return weight, flat[:, -1] if self.bias else None
 
     def embed(self, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
-        """Whitened rows of filters."""
+        """Whitened rows of filters, one a filter."""
         return flattened(weight, bias).to(self.inverse) @ self.inverse
 
 
 class Whitened:
-    """Any filters, in coordinates that whiten the writers' patches.
+    """Any filters, in coordinates that whiten the producers' patches.
 
     The damping keeps directions that the data hardly uses short: together with early stopping it is the regulariser.
 
     Args:
-        grams: per writer the second moment of its patches per location, the constant entry of a bias last.
-        writers: per writer the layer, for its shapes.
+        grams: per producer the second moment of its patches per location, the constant entry of a bias last.
+        producers: per producer the layer, for its shapes, and how many filters of it a unit has.
         damping: added to the eigenvalues, as a share of their mean.
         dtype: of the parameters.
     """
@@ -78,73 +90,71 @@ class Whitened:
     def __init__(
         self,
         grams: Mapping[str, Tensor],
-        writers: Mapping[str, nn.Module],
+        producers: Mapping[str, tuple[nn.Module, int]],
         damping: float = 0.1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.writers = []
-        for path, module in writers.items():
+        self.producers = []
+        for path, (module, count) in producers.items():
             gram = grams[path].double()
             values, vectors = torch.linalg.eigh(gram)
             floor = max(float(values.mean()) * damping, torch.finfo(torch.float32).tiny)
             size = (values.clamp_min(0) + floor).sqrt()
             root, inverse = (vectors / size) @ vectors.mT, (vectors * size) @ vectors.mT
-            shape = layers.filter_shape(module, 1)[1:]
-            has_bias = getattr(module, "bias", None) is not None
-            self.writers.append(WriterCoordinates(path, shape, has_bias, root.to(dtype), inverse.to(dtype)))
+            layer = layers.weighted(module)
+            shape, has_bias = layer.shape(OUT, 1)[1:], layer.bias() is not None
+            self.producers.append(ProducerCoordinates(path, shape, count, has_bias, root.to(dtype), inverse.to(dtype)))
 
     @property
     def size(self) -> int:
-        """Parameters per channel."""
-        return sum(writer.entries for writer in self.writers)
+        """Parameters per unit."""
+        return sum(producer.size for producer in self.producers)
 
     def filters(self, theta: Tensor) -> Filters:
         """See `Parametrization.filters`."""
-        parts = theta.split([writer.entries for writer in self.writers], 1)
-        return {w.path: w.unflatten(part @ w.root) for w, part in zip(self.writers, parts, strict=True)}
+        parts = theta.split([producer.size for producer in self.producers], 1)
+        found = {w.path: w.unflatten(w.rows(part) @ w.root) for w, part in zip(self.producers, parts, strict=True)}
+        return Filters(len(theta), found)
 
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`; exact."""
-        return torch.cat([w.embed(*filters[w.path]) for w in self.writers], 1)
+        return torch.cat([w.embed(*filters[w.path]).reshape(filters.units, -1) for w in self.producers], 1)
 
 
 class Separable:
     """Filters of rank one: an outer product of one vector over the input channels and one for every axis of the kernel.
 
-    One CP term a channel; the bias is free.
+    One CP term a filter; the bias is free.
 
     Args:
-        whitened: the unrestricted parametrization of the same writers.
+        whitened: the unrestricted parametrization of the same producers.
     """
 
     def __init__(self, whitened: Whitened) -> None:
-        self.writers = whitened.writers
+        self.producers = whitened.producers
 
     def filters(self, theta: Tensor) -> Filters:
         """See `Parametrization.filters`."""
-        result: Filters = {}
-        start = 0
-        for writer in self.writers:
-            factors = []
-            for size in writer.shape:
-                factors.append(theta[:, start : start + size])
-                start += size
-            bias = theta[:, start] if writer.bias else None
-            start += writer.bias
-            result[writer.path] = (outer_product(factors), bias)
-        return result
+        found, start = {}, 0
+        for producer in self.producers:
+            width = sum(producer.shape) + producer.bias
+            rows = theta[:, start : start + producer.filters * width].reshape(-1, width)
+            start += producer.filters * width
+            *factors, bias = rows.split([*producer.shape, producer.bias], 1)
+            found[producer.path] = (outer_product(factors), bias[:, 0] if producer.bias else None)
+        return Filters(len(theta), found)
 
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`; the nearest rank-one filters, factors of equal norm."""
         parts = []
-        for writer in self.writers:
-            weight, bias = filters[writer.path]
+        for producer in self.producers:
+            weight, bias = filters[producer.path]
             factors = rank_one_factors(weight)
             size = factors[0].norm(dim=1, keepdim=True)
             root = size ** (1 / len(factors))
-            parts += [torch.where(size > 0, factors[0] / size, factors[0]) * root, *(f * root for f in factors[1:])]
-            if bias is not None:
-                parts.append(bias[:, None])
+            first = torch.where(size > 0, factors[0] / size, factors[0]) * root
+            rows = [first, *(factor * root for factor in factors[1:]), *([] if bias is None else [bias[:, None]])]
+            parts.append(torch.cat(rows, 1).reshape(filters.units, -1))
         return torch.cat(parts, 1)
 
 
@@ -153,42 +163,45 @@ class Bounded:
 
     Args:
         inner: the coordinates.
-        longest: largest norm of a channel's filters, biases included, over all writers.
+        longest: largest norm of a channel's filters, biases included, over all producers.
     """
 
     def __init__(self, inner: Parametrization, longest: float) -> None:
         self.inner = inner
-        self.writers = inner.writers
+        self.producers = inner.producers
         self.longest = longest
 
     def filters(self, theta: Tensor) -> Filters:
         """See `Parametrization.filters`."""
         filters = self.inner.filters(theta)
-        return scaled(filters, (self.longest / norms(filters).clamp_min(self.longest)))
+        return filters.scaled(self.longest / filters.norms.clamp_min(self.longest))
 
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`."""
         return self.inner.encode(filters)
 
 
-def patch_gram(module: nn.Module, inputs: Tensor, positions: int = 100_000) -> Float[Tensor, "a a"]:
-    """Second moment of a writer's patches per location, the constant entry of a bias last.
+def patch_gram(module: nn.Module, inputs: Sequence[Tensor], positions: int = 100_000) -> Float[Tensor, "a a"]:
+    """Second moment of a producer's patches per location, the constant entry of a bias last.
 
     Args:
-        module: the writer.
-        inputs: what it reads.
+        module: the producer; of one with groups, the mean over the groups.
+        inputs: what it reads, batches of any size.
         positions: about as many patches are looked at; evenly spread samples are left out beyond.
     """
-    one = columns(module, inputs[:1])
+    layer = layers.weighted(module)
+    one = columns(module, inputs[0][:1])
     wanted = max(1, positions // max(one.shape[1], 1))
-    chosen = inputs[:: max(1, inputs.shape[0] // wanted)]
+    skip = max(1, sum(len(each) for each in inputs) // wanted)
     total, count = None, 0
     step = max(1, 2**24 // max(one.numel(), 1))
-    for chunk in chosen.split(step):
-        patches = columns(module, chunk)
-        if getattr(module, "bias", None) is not None:
-            patches = torch.cat([patches, torch.ones_like(patches[:1])])
-        product = (patches @ patches.mT).double()
-        total = product if total is None else total + product
-        count += patches.shape[1]
+    for chunk in (chunk for each in inputs for chunk in each[::skip].split(step)):
+        axis = layer.channel_axis(chunk.dim())
+        for own in chunk.chunk(layer.groups, axis):
+            patches = columns(module, own)
+            if layer.bias() is not None:
+                patches = torch.cat([patches, torch.ones_like(patches[:1])])
+            product = (patches @ patches.mT).double()
+            total = product if total is None else total + product
+            count += patches.shape[1]
     return torch.as_tensor(total) / max(count, 1)

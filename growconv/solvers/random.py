@@ -1,7 +1,6 @@
 """The baseline: new filters drawn as at initialisation, read by nobody or a little."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,13 +9,21 @@ from growconv.errors import SolverError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import normal, random_filters, readings_of, require_number, silent_outgoing
+from growconv.solvers.existing import (
+    columns_of,
+    normal,
+    random_filters,
+    require_number,
+    scaled_columns,
+    silent_outgoing,
+)
+from growconv.statistics.pair import PairStatistics
 
 
 @register("random")
 @dataclass(frozen=True)
 class Random(Solver):
-    """Random filters for any site, several writers and readers included; reads no statistics.
+    """Random filters for any site, streams and groups included; reads no statistics.
 
     Attributes:
         gain: standard deviation of the incoming weights times √fan-in; √2 is He et al. 2015, for the ReLU family.
@@ -43,7 +50,7 @@ class Random(Solver):
 
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics | None,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
@@ -55,11 +62,11 @@ class Random(Solver):
         outgoing = silent_outgoing(site, model, count)
         if self.outgoing > 0:
             for path, zeros in outgoing.items():
-                old = readings_of(site, model, path)
+                old = columns_of(site, model, path)
                 norm = old.transpose(0, 1).flatten(1).norm(dim=1).mean() * self.outgoing
-                drawn = normal(tuple(zeros.shape), zeros, generator).unflatten(1, (count, -1))
-                scale = norm / drawn.transpose(0, 1).flatten(1).norm(dim=1)
-                outgoing[path] = (drawn * scale.view(1, -1, *[1] * (drawn.dim() - 2))).flatten(1, 2)
+                drawn = normal(tuple(zeros.shape), zeros, generator)
+                units = drawn.unflatten(1, (count // site.granularity, -1)).transpose(0, 1).flatten(1)
+                outgoing[path] = scaled_columns(drawn, norm / units.norm(dim=1))
         first = next(iter(incoming.values()))
         return ChannelGrowth(
             site=site.name,

@@ -26,10 +26,11 @@ from growconv.convolution.tucker import TuckerConv
 from growconv.convolution.unfold import unfold
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
-from growconv.network.graph import example_arguments, unwrapped
+from growconv.network.apply import grow
+from growconv.network.event import GrowthEvent
+from growconv.network.model import example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank_site import RankSite
-from growconv.network.surgery import GrowthEvent, grow
+from growconv.network.rank import RankSite
 
 CHUNK_BYTES = 64 * 2**20
 """Patches unfolded at a time."""
@@ -37,7 +38,7 @@ CHUNK_BYTES = 64 * 2**20
 
 @runtime_checkable
 class LayerMoments(Protocol):
-    """What rank growth reads of one layer; `RankStatistics` and the readers of `PairStatistics` have it."""
+    """What rank growth reads of one layer; `RankStatistics` and the consumers of `PairStatistics` have it."""
 
     @property
     def M(self) -> Tensor:
@@ -129,7 +130,7 @@ def grow_rank(
         module: CP or Tucker convolution.
         ranks: number of terms to add; for Tucker a pair (output rank, input rank), of which one may be 0, or one number
             for both.
-        statistics: M and S2 of the layer, from `collect_rank_statistics` or of a reader of `PairStatistics`. None adds
+        statistics: M and S2 of the layer, from `collect_rank_statistics` or of a consumer of `PairStatistics`. None adds
             terms that read random directions and write nothing, which preserves the function at any amplitude.
         amplitude: multiplies the outgoing side of the new terms; 0 preserves the function.
         optimizer: the optimizer (or a list) that trains the layer; its state follows.

@@ -76,10 +76,10 @@ def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
             where='samples="auto"',
         )
     for site in sites:
-        if site.closed_form is not None:
+        if not site.closed_form:
             raise SolverError(
-                'samples="auto" judges gains on the statistics of one writer and its readers',
-                got=site.closed_form,
+                'samples="auto" judges gains on the statistics of one producer and its consumers',
+                got=site.no_closed_form,
                 where=site.name,
                 fix="give a number of samples for this site",
             )

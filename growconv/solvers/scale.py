@@ -12,28 +12,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from growconv.network import layers
+from growconv.network.layout import ENTRY
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
 from growconv.network.site import GrowthSite
-from growconv.solvers.existing import filter_norms
+from growconv.solvers.existing import filter_norms, norms_of, scaled_columns, scaled_rows, units_of
 
 FASTER = 1 / 8
 """What new channels behind a norm layer may add to how fast the layer that reads them learns. That grows with the sum
 of the channels' squared sizes: twice the channels at full size learn twice as fast at once, and the loss of the next
 steps suffers."""
 
-HOMOGENEOUS = frozenset(
-    {"ReLU", "LeakyReLU", "PReLU", "Identity", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu"}
-)
-"""Activations with σ(sx) = sσ(x) for every s > 0."""
-
 
 def homogeneous(site: GrowthSite) -> bool:
-    """Whether what lies between writers and readers takes a positive factor through: f(sx) = s·f(x)."""
-    steps = [step for route in site.routes for step in route.steps]
-    return not any(
-        isinstance(step, Other) or (isinstance(step, Activation) and step.name not in HOMOGENEOUS) for step in steps
-    )
+    """Whether what lies between producers and consumers takes a positive factor through: f(sx) = s·f(x)."""
+    return not_homogeneous(site) is None
+
+
+def not_homogeneous(site: GrowthSite) -> str | None:
+    """The first thing in between through which a positive factor does not pass; None where it passes through all.
+
+    Norm layers count with their transparent entries: a batch norm passes, one with the statistics of a sample does not.
+    """
+    for route in site.routes:
+        if route.problem:
+            return route.problem
+        for step in route.steps:
+            if isinstance(step, Other) or (isinstance(step, Activation) and not step.homogeneous):
+                return f"{step.name} lies in between"
+            if isinstance(step, Norm) and layers.norm(site.model.get_submodule(step.path)).by_sample:
+                return f"{step.path} normalises every sample by itself"
+    return None if site.routes else "nothing is known of what lies in between"
 
 
 def scaling_norms(site: GrowthSite) -> list[str]:
@@ -47,7 +57,7 @@ def scaling_norms(site: GrowthSite) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def old_sizes(site: GrowthSite) -> Float[Tensor, " width"]:
+def old_sizes(site: GrowthSite) -> Float[Tensor, " units"]:
     """How large each old channel comes out: √(weight² + bias²) of its norm layers, or the norm of its filters.
 
     The first is the root mean square behind a norm layer that normalises over the batch, averaged over several.
@@ -58,14 +68,14 @@ def old_sizes(site: GrowthSite) -> Float[Tensor, " width"]:
     squares = []
     for path in paths:
         module = site.model.get_submodule(path)
-        index = site.entries(path, "norm")
+        index = site.entries(path, ENTRY)
         parts = (getattr(module, name) for name in ("weight", "bias"))
         square = sum(part.detach().double()[index].square() for part in parts if isinstance(part, Tensor))
-        squares.append(torch.as_tensor(square).unflatten(0, (site.width, -1)).mean(1))
+        squares.append(torch.as_tensor(square).unflatten(0, (units_of(site), -1)).mean(1))
     return torch.stack(squares).mean(0).sqrt()
 
 
-def old_steepness(site: GrowthSite) -> Float[Tensor, " width"]:
+def old_steepness(site: GrowthSite) -> Float[Tensor, " units"]:
     """Norm of each old channel's filters, times what a norm layer with running statistics multiplies them with.
 
     The steepest slope of the channel over its inputs. New channels come with transparent norms: theirs is ‖α‖.
@@ -77,22 +87,24 @@ def old_steepness(site: GrowthSite) -> Float[Tensor, " width"]:
         variance, weight = getattr(module, "running_var", None), module.weight
         if isinstance(variance, Tensor) and isinstance(weight, Tensor):
             slope = weight.detach().double().abs() / (variance.double() + getattr(module, "eps", 0.0)).sqrt()
-            factors.append(slope[site.entries(path, "norm")].unflatten(0, (site.width, -1)).mean(1))
+            factors.append(slope[site.entries(path, ENTRY)].unflatten(0, (units_of(site), -1)).mean(1))
     return norms * torch.stack(factors).mean(0) if factors else norms
 
 
-def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " k"]:
-    """How large each new channel comes out, in the sense of `old_sizes`."""
-    paths = scaling_norms(site)
+def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:
+    """How large each new unit comes out, in the sense of `old_sizes`."""
+    paths, norms = scaling_norms(site), _norms(site, growth)
     if not paths:
-        return _norms(growth)
+        return norms
     squares = []
     for path in paths:
-        ones = _norms(growth).new_ones(growth.channels)
+        ones = norms.new_ones(len(norms))
         mean, variance = growth.norms.get(path, (torch.zeros_like(ones), ones))
-        squares.append(mean.to(ones).square() + variance.to(ones) + getattr(site.model.get_submodule(path), "eps", 0.0))
+        square = mean.to(ones).square() + variance.to(ones) + float(getattr(site.model.get_submodule(path), "eps", 0.0))
+        squares.append(square.unflatten(0, (len(norms), -1)).mean(1))
     size = torch.stack(squares).mean(0).sqrt()
-    return size if growth.norm_scale is None else size * growth.norm_scale.to(size)
+    scale = growth.norm_scale
+    return size if scale is None else size * scale.to(size).unflatten(0, (len(size), -1)).mean(1)
 
 
 def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
@@ -109,14 +121,14 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     Returns:
         The proposal at the old channels' scale; behind norm layers whose weights are all zero at its own.
     """
-    norms = _norms(growth)
+    norms = _norms(site, growth)
     factor = filter_norms(site, site.model).double().mean().to(norms) / norms
     changed = replace(
         growth,
-        incoming={path: weight * _along(weight, factor, 0) for path, weight in growth.incoming.items()},
-        incoming_bias={path: bias * factor.to(bias) for path, bias in growth.incoming_bias.items()},
+        incoming={path: scaled_rows(weight, factor) for path, weight in growth.incoming.items()},
+        incoming_bias={path: scaled_rows(bias, factor) for path, bias in growth.incoming_bias.items()},
         norms={
-            path: (mean * factor.to(mean), variance * factor.to(variance).square())
+            path: (scaled_rows(mean, factor), scaled_rows(variance, factor.square()))
             for path, (mean, variance) in growth.norms.items()
         },
     )
@@ -124,24 +136,15 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     if scaling_norms(site) and typical > 0:
         scale = typical / new_sizes(site, changed)
         like = next(iter(growth.incoming.values()))
+        each = scale.repeat_interleave(site.granularity)
         changed = replace(
-            changed, norm_scale=(scale if growth.norm_scale is None else scale * growth.norm_scale).to(like)
+            changed, norm_scale=(each if growth.norm_scale is None else each * growth.norm_scale).to(like)
         )
         factor = factor * scale
-
-    def inverse(weight: Tensor) -> Tensor:
-        blocks = weight.unflatten(1, (growth.channels, -1))
-        return (blocks / _along(blocks, factor, 1)).flatten(1, 2)
-
-    return replace(changed, outgoing={path: inverse(weight) for path, weight in growth.outgoing.items()})
+    return replace(changed, outgoing={p: scaled_columns(w, 1 / factor) for p, w in growth.outgoing.items()})
 
 
-def _norms(growth: ChannelGrowth) -> Float[Tensor, " k"]:
-    """Norm of each new channel's incoming weights, biases included, over all writers."""
-    square = sum(weight.double().flatten(1).square().sum(1) for weight in growth.incoming.values())
-    return torch.as_tensor(square + sum(bias.double().square() for bias in growth.incoming_bias.values())).sqrt()
-
-
-def _along(weight: Tensor, factor: Tensor, axis: int) -> Tensor:
-    """A factor per channel, shaped to multiply a weight with the channels along an axis."""
-    return factor.to(weight).view(*[1] * axis, -1, *[1] * (weight.dim() - axis - 1))
+def _norms(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:
+    """Norm of each new unit's incoming weights, biases included, over all producers."""
+    exact = [{path: each.double() for path, each in given.items()} for given in (growth.incoming, growth.incoming_bias)]
+    return norms_of(*exact, growth.channels // site.granularity)

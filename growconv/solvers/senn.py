@@ -6,24 +6,34 @@ channels is at least (theorem 3.2)
 
     Δη' = Tr[Γ⁻¹ E[g_r a_pᵀ] A_p⁻¹ E[a_p g_rᵀ]],
 
-a_p: what the reader reads of the new channels, A_p its second moment, g_r = v⊥: the reader's output gradient without
+a_p: what the consumer reads of the new channels, A_p its second moment, g_r = v⊥: the consumer's output gradient without
 what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The incoming weights maximise Δη'.
 For a convolution the averages are sums over locations, as in K-FAC for convolutions; Γ is the average over locations.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import ArgumentValueError
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.seats import Inserted
+from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import filter_norms, normalised, random_filters, require_number, silent_outgoing
-from growconv.solvers.sampled import SampledSite
+from growconv.solvers.energy import require_samples
+from growconv.solvers.existing import (
+    filter_norms,
+    normalised,
+    picked_rows,
+    random_filters,
+    require_number,
+    silent_outgoing,
+)
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptSamples
 
 
 def expansion_score(
@@ -32,7 +42,7 @@ def expansion_score(
     precision: Float[Tensor, "c c"],
     damping: float = 1e-4,
 ) -> Float[Tensor, ""]:
-    """Δη' of theorem 3.2 for one reader.
+    """Δη' of theorem 3.2 for one consumer.
 
     Args:
         proposed: a_p per sample and location, p = new channels times taps.
@@ -99,79 +109,100 @@ class Senn(Solver):
 
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the channels' own scores, best first, each as if it came alone."""
         requested = require_number(channels, self.name, site)
-        if site.granularity > 1:
-            raise SolverError(
-                "senn scores channels one by one",
-                got=f"a site that grows in groups of {site.granularity}",
-                where=site.name,
-                fix="use another method",
-            )
-        sampled = SampledSite.of(subject, model, self.name)
-        wanted = {path: sampled.located(sampled.wanted, path) for path in site.consumers}
-        reader = {
-            path: (sampled.residual(path), output_precision(gradient, self.damping))
-            for path, gradient in wanted.items()
-        }
+        kept = require_samples(subject, self.name)
+        consumers = [
+            _Consumer(path, group, precision)
+            for path in site.consumers
+            for group, precision in enumerate(self._precisions(kept, path))
+        ]
         drawn, biases = random_filters(site, model, requested, generator)
         free = [weight.requires_grad_() for weight in (*drawn.values(), *biases.values())]
         optimizer = torch.optim.Adam(free, lr=self.learning_rate)
-        norm = filter_norms(site, model).mean()
+        units, norm = requested // site.granularity, filter_norms(site, model).mean()
         with torch.enable_grad():
             for _ in range(self.steps):
-                hidden = sampled.hidden(*normalised(drawn, biases, norm))
-                score = self._score(sampled, hidden, reader, range(requested))
+                incoming, shifts = normalised(drawn, biases, norm, units)
+                score = self._score(self._designs(kept, incoming, shifts, None), kept, consumers, units, range(units))
                 gradients = torch.autograd.grad(-score, free, allow_unused=True)
                 for parameter, gradient in zip(free, gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient / score.detach().clamp_min(1e-30)
                 optimizer.step()
-        return self._growth(sampled, drawn, biases, reader, requested)
+        return self._growth(kept, normalised(drawn, biases, norm, units), consumers, requested, model)
+
+    def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:
+        """Γ⁻¹ of a consumer, one for each of its groups."""
+        parts = zip(*(each.targets(path) for each in kept.passes), strict=True)
+        return [output_precision(torch.cat(part, 1)[None], self.damping) for part in parts]
+
+    def _designs(
+        self, kept: KeptSamples, incoming: dict[str, Tensor], biases: dict[str, Tensor], inserted: Inserted | None
+    ) -> dict[tuple[str, int], Tensor]:
+        """What the consumers multiply new columns with, (d, p), per consumer and group."""
+        found: dict[tuple[str, int], list[Tensor]] = {}
+        for each in kept.passes:
+            for path, read in each.read(incoming, biases, inserted).items():
+                for group, design in enumerate(each.design(path, read)):
+                    found.setdefault((path, group), []).append(design)
+        return {key: torch.cat(parts, 1) for key, parts in found.items()}
 
     def _score(
         self,
-        sampled: SampledSite,
-        hidden: dict[str, Tensor],
-        readers: dict[str, tuple[Tensor, Tensor]],
-        channels: Sequence[int],
+        designs: dict[tuple[str, int], Tensor],
+        kept: KeptSamples,
+        consumers: Sequence["_Consumer"],
+        units: int,
+        chosen: Sequence[int],
     ) -> Tensor:
-        """Δη' of some of the proposed channels, summed over the readers."""
-        scores = []
-        for path, (residual, precision) in readers.items():
-            patches = sampled.patches(hidden, path)
-            entries = patches.shape[1] // sampled.responses(hidden[path], path).shape[0]
-            chosen = patches.unflatten(1, (-1, entries))[:, list(channels)].flatten(1, 2)
-            scores.append(expansion_score(chosen, residual, precision, self.damping))
+        """Δη' of some of the proposed units, summed over the consumers."""
+        scores, projected = [], kept.projected()
+        for each in consumers:
+            design = designs[each.path, each.group].unflatten(0, (units, -1))[list(chosen)].flatten(0, 1)
+            residual = torch.cat([one.targets(each.path)[each.group] for one in projected.passes], 1)
+            scores.append(expansion_score(design[None], residual[None], each.precision, self.damping) / len(kept))
         return torch.stack(scores).sum()
 
     @torch.no_grad()
     def _growth(
         self,
-        sampled: SampledSite,
-        drawn: dict[str, Tensor],
-        biases: dict[str, Tensor],
-        readers: dict[str, tuple[Tensor, Tensor]],
+        kept: KeptSamples,
+        weights: tuple[dict[str, Tensor], dict[str, Tensor]],
+        consumers: Sequence["_Consumer"],
         requested: int,
+        model: nn.Module,
     ) -> ChannelGrowth:
-        site, model = sampled.site, sampled.model
-        incoming, shifts = normalised(drawn, biases, filter_norms(site, model).mean())
-        measured: dict[str, tuple[Tensor, Tensor]] = {}
-        hidden = sampled.hidden(incoming, shifts, measured)
-        alone = torch.stack([self._score(sampled, hidden, readers, [index]) for index in range(requested)])
-        order = alone.argsort(descending=True)
+        (incoming, biases), site, size = weights, kept.site, kept.site.granularity
+        units = requested // size
+        measured = kept.moments(incoming, biases)
+        designs = self._designs(kept, incoming, biases, Inserted(norms=measured))
+        alone = torch.stack([self._score(designs, kept, consumers, units, [index]) for index in range(units)])
+        order = alone.argsort(descending=True).tolist()
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: weight[order].contiguous() for path, weight in incoming.items()},
-            incoming_bias={path: bias[order] for path, bias in shifts.items()},
+            incoming={path: picked_rows(weight, order, units) for path, weight in incoming.items()},
+            incoming_bias={path: picked_rows(bias, order, units) for path, bias in biases.items()},
             outgoing=silent_outgoing(site, model, requested),
-            gains=alone[order],
+            gains=alone[order].repeat_interleave(size) / size,
             requested=requested,
-            norms={path: (mean[order], variance[order]) for path, (mean, variance) in measured.items()},
+            norms={
+                path: (picked_rows(mean, order, units), picked_rows(variance, order, units))
+                for path, (mean, variance) in measured.items()
+            },
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Consumer:
+    """A group of a consumer, and Γ⁻¹ of its outputs."""
+
+    path: str
+    group: int
+    precision: Tensor

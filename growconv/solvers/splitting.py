@@ -8,36 +8,43 @@ order the loss changes by ε²/2·vᵀS(θ)v (theorem 2.2), S(θ) = E[∇_σ L �
 with the lowest eigenvalues (algorithm 1), and one whose lowest eigenvalue is not negative is splitting-stable: it
 stays whole.
 
-Here σ is everything between the writer and v, so that S is the second derivative of −⟨v, δz⟩ by the channel's filter,
+Here σ is everything between the producer and v, so that S is the second derivative of −⟨v, δz⟩ by the channel's filter,
 with v fixed. It is never formed: Lanczos' method needs its products with vectors only, for all channels at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import ArgumentValueError
+from growconv.network import layers
+from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Norm
+from growconv.network.seats import Inserted
+from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.energy import require_samples
 from growconv.solvers.existing import (
     bias_of,
+    columns_of,
     filter_norms,
     filters_of,
     normal,
-    own_layout,
-    readings_of,
+    not_rewritable,
+    of_units,
+    picked_rows,
     require_number,
-    revised_readings,
+    scaled_rows,
+    units_of,
+    with_scaled_columns,
 )
-from growconv.solvers.sampled import SampledSite, inner
+from growconv.solvers.filters import flattened
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptSamples
 
 Product = Callable[[Tensor], Tensor]
 
@@ -81,8 +88,8 @@ def lowest_eigenpairs(
     return values[:, 0], lowest * torch.where(largest < 0, -1.0, 1.0)
 
 
-class SmoothKinks(TorchFunctionMode):
-    """Inside, ReLU and LeakyReLU have the curvature of a softplus, as in the paper's experiments.
+def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:
+    """ReLU and LeakyReLU with the curvature of a softplus, as in the paper's experiments, by name of the operation.
 
     Their own second derivative is zero almost everywhere and hides the kink, which is all there is to gain.
 
@@ -90,76 +97,42 @@ class SmoothKinks(TorchFunctionMode):
         width: of the smoothed kink, as a share of the root mean square of what comes in.
     """
 
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        self.width = width
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the piecewise linear functions, let all others pass."""
-        name = getattr(func, "__name__", "")
-        if name in ("relu", "relu_"):
-            return self._softplus(args[0])
-        if name in ("leaky_relu", "leaky_relu_"):
-            slope = args[1] if len(args) > 1 else (kwargs or {}).get("negative_slope", 0.01)
-            return slope * args[0] + (1 - slope) * self._softplus(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def _softplus(self, x: Tensor) -> Tensor:
-        scale = (self.width * x.detach().square().mean().sqrt()).clamp_min(torch.finfo(x.dtype).tiny)
+    def softplus(x: Tensor) -> Tensor:
+        scale = (width * x.detach().square().mean().sqrt()).clamp_min(torch.finfo(x.dtype).tiny)
         return functional.softplus(x / scale, threshold=50) * scale
 
+    def leaky(x: Tensor, slope: float = 0.01) -> Tensor:
+        return slope * x + (1 - slope) * softplus(x)
 
-def splitting_matrices(sampled: SampledSite, smoothing: float) -> tuple[Product, Float[Tensor, "c a"]]:
-    """Products with the splitting matrices of all old channels.
+    return {"relu": softplus, "leaky_relu": leaky}
+
+
+def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) -> tuple[Product, Float[Tensor, "u a"]]:
+    """Products with the splitting matrices of all old units (mostly one channel each).
 
     Args:
-        sampled: the site on samples.
-        smoothing: of kinks, see `SmoothKinks`.
+        kept: samples of the site.
+        model: the model.
+        smoothing: of kinks, see `smooth_kinks`.
 
     Returns:
-        The products (c, a) → (c, a), a over all writers' filter entries and biases, and the old filters (c, a).
+        The products (u, a) → (u, a), a over all producers' filter entries and biases of a unit, and the old filters.
     """
-    site, model = sampled.site, sampled.model
-    norm = _norm_in_front(site, model)
-    kernels = _old_kernels(site, model)
-    readings = {path: readings_of(site, model, path).flatten(1, 2) for path in site.consumers}
-    parts, biased = {}, {}
-    for path in site.producers:
-        if len(site.spans(path, "writes")) != 1 or site.spans(path, "writes")[0] != (
-            0,
-            filters_of(model, path).shape[0],
-        ):
-            raise SolverError(
-                "splitting moves all filters of a writer",
-                where=path,
-                expected="a writer of the site's channels only",
-                fix="choose another method for this site",
-            )
-        bias = bias_of(model, path)
-        parts[path], biased[path] = filters_of(model, path), bias is not None
-    rows = []
-    for path, filters in parts.items():
-        rows.append(filters.flatten(1))
-        bias = bias_of(model, path)
-        rows += [] if bias is None else [bias[:, None]]
-    theta = torch.cat(rows, 1).detach().requires_grad_()
+    site, units = kept.site, units_of(kept.site)
+    old = {path: (filters_of(model, path, site), bias_of(model, path, site)) for path in site.producers}
+    columns = {path: columns_of(site, model, path).flatten(1, 2) for path in site.consumers}
+    inserted = Inserted(copied=torch.arange(units), instead=smooth_kinks(smoothing))
+    theta = torch.cat([flattened(*pair).reshape(units, -1) for pair in old.values()], 1).detach().requires_grad_()
 
     def objective() -> Tensor:
-        incoming, biases, offset = {}, {}, 0
-        for path, filters in parts.items():
-            entries = filters[0].numel()
-            incoming[path] = theta[:, offset : offset + entries].reshape(filters.shape)
-            offset += entries
-            if biased[path]:
-                biases[path] = theta[:, offset]
-                offset += 1
-        written = sampled.write(incoming, biases)
-        if norm is not None:
-            written = {path: _as_in_eval(norm, values) for path, values in written.items()}
-        change = sampled.change(site.between(written, carried=kernels), readings)
-        return -inner(change, sampled.wanted) / sampled.samples
+        incoming, biases = unflattened(theta, old)
+        total = []
+        for each in kept.passes:
+            change = each.added(each.read(incoming, biases, inserted), columns)
+            total += [(d * v).sum() for path in change for d, v in zip(change[path], each.v[path], strict=True)]
+        return -torch.stack(total).sum() / len(kept)
 
-    with torch.enable_grad(), SmoothKinks(smoothing):
+    with torch.enable_grad():
         (gradient,) = torch.autograd.grad(objective(), theta, create_graph=True)
 
     def product(vectors: Tensor) -> Tensor:
@@ -171,45 +144,20 @@ def splitting_matrices(sampled: SampledSite, smoothing: float) -> tuple[Product,
     return product, theta.detach()
 
 
-def _norm_in_front(site: Any, model: nn.Module) -> nn.Module | None:
-    """The BatchNorm that directly follows every writer, None where there is no norm layer."""
-    norms = {tuple(step.path for step in route.steps if isinstance(step, Norm)) for route in site.routes}
-    first = {route.steps[0] if route.steps else None for route in site.routes}
-    if norms == {()}:
-        return None
-    step = next(iter(first))
-    if len(norms) == 1 and len(first) == 1 and isinstance(step, Norm) and len(next(iter(norms))) == 1:
-        module = model.get_submodule(step.path)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            return module
-    raise SolverError(
-        "splitting needs the old channels' own way through the norm layers",
-        expected="no norm layer, or one BatchNorm with running statistics right behind the writer",
-        got=", ".join(sorted({path for paths in norms for path in paths})),
-        where=site.name,
-        fix="use another method for this site",
-    )
-
-
-def _as_in_eval(norm: Any, values: Tensor) -> Tensor:
-    weight = None if norm.weight is None else norm.weight.detach()
-    bias = None if norm.bias is None else norm.bias.detach()
-    return functional.batch_norm(values, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
-
-
-def _old_kernels(site: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Kernels of the depthwise convolutions in between."""
-    kernels = {}
-    for binding in site.bindings:
-        if binding.role == "carries":
-            if bias_of(model, binding.path) is not None:
-                raise SolverError(
-                    "splitting cannot see past a depthwise convolution with a bias",
-                    where=f"{site.name}, {binding.path}",
-                    fix="use another method for this site",
-                )
-            kernels[binding.path] = model.get_submodule(binding.path).weight.detach()  # pyright: ignore
-    return kernels
+def unflattened(
+    theta: Float[Tensor, "u a"], like: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Filters and biases by producer from one row a unit, laid out as those that it was made of."""
+    incoming, biases, offset = {}, {}, 0
+    for path, (filters, bias) in like.items():
+        entries = filters[0].numel() + (bias is not None)
+        count = len(filters) // len(theta)
+        rows = theta[:, offset : offset + count * entries].reshape(len(filters), entries)
+        offset += count * entries
+        incoming[path] = rows[:, : filters[0].numel()].reshape(filters.shape)
+        if bias is not None:
+            biases[path] = rows[:, -1]
+    return incoming, biases
 
 
 @register("splitting")
@@ -242,57 +190,57 @@ class Splitting(Solver):
 
     def solve(
         self,
-        subject: Any,
-        site: Any,
+        subject: PairStatistics,
+        site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are −λ_min of the channels that split, in the unit of the loss per filter²."""
-        requested = require_number(channels, self.name, site)
-        if site.granularity > 1:
-            raise SolverError(
-                "splitting splits channels one by one",
-                got=f"a site that grows in groups of {site.granularity}",
-                where=site.name,
-                fix="use another method",
-            )
-        sampled = SampledSite.of(subject, model, self.name)
-        product, start = splitting_matrices(sampled, self.smoothing)
+        requested, size = require_number(channels, self.name, site), site.granularity
+        kept = require_samples(subject, self.name)
+        product, start = splitting_matrices(kept, model, self.smoothing)
         values, vectors = lowest_eigenpairs(product, normal(tuple(start.shape), start, generator), self.iterations)
-        order = values.argsort()[: min(requested, site.width)]
+        order = values.argsort()[: min(requested // size, units_of(site))]
         order = order[values[order] < -1e-7 * values.abs().max().clamp_min(0)]
         return self._split(site, model, order, values, vectors, requested)
 
+    def refusal(self, site: GrowthSite) -> str | None:
+        """Where old weights are computed from others, so that the old half cannot be moved."""
+        return not_rewritable(site, *site.producers, *site.consumers)
+
     def _split(
-        self, site: Any, model: nn.Module, order: Tensor, values: Tensor, vectors: Tensor, requested: int
+        self, site: GrowthSite, model: nn.Module, order: Tensor, values: Tensor, vectors: Tensor, requested: int
     ) -> ChannelGrowth:
         step = self.step * filter_norms(site, model)
+        old = {path: (filters_of(model, path, site), bias_of(model, path, site)) for path in site.producers}
+        moves, shifts = unflattened(vectors * step[:, None], old)
+        units, size, chosen = units_of(site), site.granularity, order.tolist()
+        split_now = torch.zeros_like(values, dtype=torch.bool).index_fill(0, order, value=True).to(values)
         incoming, biases, revised, outgoing = {}, {}, {}, {}
-        offset = 0
-        for path in site.producers:
-            old, bias = filters_of(model, path), bias_of(model, path)
-            entries = old[0].numel()
-            moves = (vectors[:, offset : offset + entries] * step[:, None]).to(old).reshape(old.shape)
-            offset += entries
-            incoming[path] = (old - moves)[order].contiguous()
-            moved = old.index_add(0, order, moves[order])
-            revised[f"{path}.weight"] = own_layout(model, path, moved)
-            if bias is not None:
-                shift = (vectors[:, offset] * step).to(bias)
-                offset += 1
-                biases[path] = (bias - shift)[order]
-                revised[f"{path}.bias"] = bias.index_add(0, order, shift[order])
+        for path, (filters, bias) in old.items():
+            entries = torch.tensor(site.of(model).entries(path, OUT), device=filters.device)
+            incoming[path] = picked_rows(filters - moves[path].to(filters), chosen, units)
+            whole = filters_of(model, path)
+            moved = filters + scaled_rows(moves[path].to(filters), split_now)
+            stored = layers.weighted(model.get_submodule(path)).as_stored(whole.index_copy(0, entries, moved))
+            revised[f"{path}.weight"] = stored
+            everything = bias_of(model, path)
+            if bias is not None and everything is not None:
+                biases[path] = picked_rows(bias - shifts[path].to(bias), chosen, units)
+                moved = bias + scaled_rows(shifts[path].to(bias), split_now)
+                revised[f"{path}.bias"] = everything.index_copy(0, entries, moved)
         for path in site.consumers:
-            readings = readings_of(site, model, path).clone()
-            readings[:, order] /= 2
-            outgoing[path] = readings[:, order].flatten(1, 2).contiguous()
-            revised[f"{path}.weight"] = revised_readings(site, model, path, readings)
+            outgoing[path] = (columns_of(site, model, path)[:, order] / 2).flatten(1, 2).contiguous()
+            name = f"{path}.weight"
+            revised[name] = with_scaled_columns(site, model, path, 1 - split_now / 2, revised.get(name))
         found = len(order)
         reason = None
-        if found < requested:
-            stable = int((values >= 0).sum())
-            reason = f"asked for {requested}, got {found}: of {site.width} channels {stable} are splitting-stable"
+        if found * size < requested:
+            stable = int((values >= 0).sum()) * size
+            reason = (
+                f"asked for {requested}, got {found * size}: of {site.width} channels {stable} are splitting-stable"
+            )
         decrease = float((step[order] ** 2 * -values[order]).sum() / 2)
         return ChannelGrowth(
             site=site.name,
@@ -300,11 +248,11 @@ class Splitting(Solver):
             incoming=incoming,
             incoming_bias=biases,
             outgoing=outgoing,
-            gains=-values[order],
+            gains=(-values[order]).repeat_interleave(size) / size,
             requested=requested,
             reason=reason,
             revised=revised if found else {},
-            copied_from=order,
+            copied_from=torch.tensor(of_units(chosen, size), device=order.device, dtype=torch.long),
             expected_decrease=decrease,
-            spectrum=(-values).clamp_min(0).sort(descending=True).values,
+            spectrum=(-values).clamp_min(0).sort(descending=True).values.repeat_interleave(size) / size,
         )

@@ -1,7 +1,7 @@
 """The closed form of Verbockhaven et al. 2024, "Growing Tiny Networks" (TMLR): taps taken as independent."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,10 @@ from growconv.errors import ArgumentValueError
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_closed_form, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
+from growconv.statistics.pair import PairStatistics
 
 
 class TinyChannels(NamedTuple):
@@ -85,6 +86,7 @@ class Tiny(Solver):
     signs: bool = True
     energy_gains = True
     linearises = True
+    needs_closed_form = True
 
     @property
     def reads(self) -> frozenset[str]:
@@ -93,25 +95,24 @@ class Tiny(Solver):
 
     def solve(
         self,
-        subject: Any,
+        subject: PairStatistics,
         site: GrowthSite,
         channels: Channels,
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; several readers share one SVD of their stacked columns."""
-        require_closed_form(site, self.name)
+        """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         require_statistics(subject, "S", "N")
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)
-        readers = subject.readers
-        # The readers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
-        S = shrink(torch.stack([reader.S for reader in readers]).mean(0), self.shrinkage, subject.samples)[0]
+        consumers = subject.consumers
+        # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
+        S = shrink(torch.stack([consumer.S for consumer in consumers]).mean(0), self.shrinkage, subject.samples)[0]
         every = tiny(S, subject.columns[:, None], channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)
         found = alpha.shape[0]
-        parts = omega[:, 0].split([reader.N[0].numel() for reader in readers], 1)
-        rights = [part.reshape(found, *reader.N.shape[1:]) for part, reader in zip(parts, readers, strict=True)]
+        parts = omega[:, 0].split([consumer.N[0].numel() for consumer in consumers], 1)
+        rights = [part.reshape(found, *consumer.N.shape[1:]) for part, consumer in zip(parts, consumers, strict=True)]
         reason = shortfall(found, channels, "S^(-1/2)·N")
         growth = assemble(subject, model, self.name, alpha, rights, gains, channels, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -2,13 +2,15 @@
 
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.collector import QUANTITIES, StatisticsCollector
-from growconv.statistics.pair import KeptSamples, PairStatistics, ReaderStatistics
+from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptSamples
 
 __all__ = [
     "QUANTITIES",
+    "ConsumerStatistics",
     "KeptSamples",
     "PairStatistics",
-    "ReaderStatistics",
     "StatisticsCollector",
     "collect_statistics",
 ]

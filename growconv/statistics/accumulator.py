@@ -1,4 +1,4 @@
-"""Accumulators: sums over batches for one reader, whatever the image sizes, by the path chosen for each statistic."""
+"""Accumulators: sums over batches for one consumer, whatever the image sizes, by the path chosen for each statistic."""
 
 import math
 from collections.abc import Callable
@@ -22,11 +22,11 @@ TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gr
 
 
 @dataclass
-class ReaderSums:
-    """Sums over the samples of one reader.
+class ConsumerSums:
+    """Sums over the samples of one consumer.
 
     Attributes:
-        where: name of site and reader, for messages.
+        where: name of site and consumer, for messages.
         quantities: which of TENSOR_STATISTICS to sum.
         path: "auto", "dense", "unfold" or "offset".
         scratch_bytes: bound on temporary memory.
@@ -44,15 +44,15 @@ class ReaderSums:
     _open: "dict[frozenset[str], _SizedSums]" = field(default_factory=dict)
     _problem: PairProblem | None = None
 
-    def add(self, problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, counts: bool) -> None:
+    def add(self, problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, samples: int) -> None:
         """Add a batch.
 
         Args:
             problem: shapes and geometry of this batch.
-            x: input of the writer (n, C0, *size).
-            h: input of the reader (n, C1, *grid).
-            v: desired change of the reader's output (n, C2, *out).
-            counts: whether the samples are new ones, and not a further call of a shared layer on the same samples.
+            x: input of the producer (n, C0, *size).
+            h: input of the consumer (n, C1, *grid).
+            v: desired change of the consumer's output (n, C2, *out).
+            samples: how many new samples these are; 0 for a further call on the same ones.
         """
         if self._problem != problem:
             self.close()
@@ -63,14 +63,14 @@ class ReaderSums:
                 self._open[part] = _SizedSums(self, shape, part, x.shape[0])
                 self.choices |= self._open[part].choices
             self._open[part].add(*inputs)
-        self.count(v, counts)
+        self.count(v, samples)
 
     def _parts(
         self, problem: PairProblem, maps: tuple[Tensor, Tensor, Tensor]
     ) -> dict[frozenset[str], tuple[PairProblem, tuple[Tensor, Tensor, Tensor]]]:
-        """The statistics by the problem that they are computed on: what lies in between joins the writer, if it can.
+        """The statistics by the problem that they are computed on: what lies in between joins the producer, if it can.
 
-        The dense path, being the reference, does without; so do the writer's own patches, which come before.
+        The dense path, being the reference, does without; so do the producer's own patches, which come before.
         """
         if self.path == "dense" or problem.local:
             return {self.quantities: (problem, maps)}
@@ -87,15 +87,15 @@ class ReaderSums:
             return None
         return lambda theta: torch.stack([product(theta) for product in products]).sum(dim=0) / samples
 
-    def count(self, v: Tensor, counts: bool) -> None:
+    def count(self, v: Tensor, samples: int) -> None:
         """Add a batch's energy and number of samples only.
 
         Args:
-            v: desired change of the reader's output.
-            counts: see `add`.
+            v: desired change of the consumer's output.
+            samples: see `add`.
         """
         self.energy += float(torch.linalg.vector_norm(v.flatten(1), dim=1).double().square().sum())
-        self.samples += v.shape[0] if counts else 0
+        self.samples += samples
 
     def describe(self) -> list[str]:
         """How each statistic is computed, a line each."""
@@ -135,20 +135,20 @@ class ReaderSums:
 class _SizedSums:
     """Sums at one image size, each statistic by its own path."""
 
-    def __init__(self, reader: ReaderSums, problem: PairProblem, statistics: frozenset[str], samples: int) -> None:
+    def __init__(self, consumer: ConsumerSums, problem: PairProblem, statistics: frozenset[str], samples: int) -> None:
         self.problem = problem
-        self.scratch_bytes = reader.scratch_bytes
-        self.choices = choose_paths(problem, statistics, reader.path, samples, reader.where)
-        self.as_product = "S_full" in statistics and 8 * problem.full_entries > reader.scratch_bytes
-        if self.as_product and reader.path in ("auto", "offset"):
-            self.choices |= choose_paths(problem, frozenset({"S_full"}), "offset", samples, reader.where)
+        self.scratch_bytes = consumer.scratch_bytes
+        self.choices = choose_paths(problem, statistics, consumer.path, samples, consumer.where)
+        self.as_product = "S_full" in statistics and 8 * problem.full_entries > consumer.scratch_bytes
+        if self.as_product and consumer.path in ("auto", "offset"):
+            self.choices |= choose_paths(problem, frozenset({"S_full"}), "offset", samples, consumer.where)
         elif self.as_product:
             raise StatisticsError(
                 f"S_full would have {entries_text(problem.full_entries)}, more than scratch_bytes",
-                where=reader.where,
+                where=consumer.where,
                 fix="collect with path='auto', which keeps it as a product, or with a larger scratch_bytes",
             )
-        self.offset = OffsetPath(problem, self._by("offset"), reader.scratch_bytes) if self._by("offset") else None
+        self.offset = OffsetPath(problem, self._by("offset"), consumer.scratch_bytes) if self._by("offset") else None
         self.correlations = Totals()
         self.dense = Totals()
         self.unfolded = Totals()

@@ -67,7 +67,7 @@ def choose_paths(
 
 def unfold_cost(problem: PairProblem, name: str) -> float:
     """Multiply-adds of a statistic for one sample by the unfold path."""
-    a, d, c = problem.patch_entries, problem.reader_entries, problem.channels[2]
+    a, d, c = problem.patch_entries, problem.consumer_entries, problem.channels[2]
     b = problem.second.taps
     hidden, outputs = math.prod(problem.hidden_size), math.prod(problem.output_size)
     patches, own = UNFOLD * a * hidden, UNFOLD * d * outputs
@@ -90,7 +90,7 @@ def _obstacle(problem: PairProblem, name: str) -> str | None:
     elif name == "patch_gram":
         del roles["second"]
     elif not problem.local:
-        return "the grid changes between writer and reader"
+        return "the grid changes between producer and consumer"
     for role, geometry in roles.items():
         if geometry.padding_mode != "zeros":
             return f"the {role} layer has {geometry.padding_mode} padding"

@@ -1,20 +1,19 @@
 """collect_statistics: run batches through a model and come back with statistics, the model unchanged."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import StatisticsError
-from growconv.network.graph import example_arguments
+from growconv.errors import ArgumentTypeError, StatisticsError
+from growconv.network import layers
+from growconv.network.model import example_arguments
 from growconv.network.site import GrowthSite
 from growconv.statistics.collector import Average, StatisticsCollector
 from growconv.statistics.pair import PairStatistics
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def collect_statistics(
@@ -35,8 +34,9 @@ def collect_statistics(
         model: the model that the sites belong to.
         sites: where to collect.
         batches: (input, target) pairs; the input is a tensor, or a tuple of positional or a mapping of keyword
-            arguments of the model. An iterator is read into a list, since it may be needed twice.
-        loss: loss(model(input), target), a scalar.
+            arguments of the model. A tensor alone is an input without a target. An iterator is read into a list, since
+            it may be needed twice.
+        loss: loss(model(input), target), a scalar; it may run the model again, and all its forward passes count.
         run: calls each pass over the batches; several processes wait for each other there.
         average: see `StatisticsCollector.second_pass`.
         **options: of StatisticsCollector.
@@ -45,8 +45,16 @@ def collect_statistics(
         Statistics by name of the site.
 
     Raises:
-        StatisticsError: for no batches, or a loss that is no scalar, not finite, or does not depend on the parameters.
+        ArgumentTypeError: for batches of another form.
+        StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not finite, or does not depend on the parameters.
     """
+    if torch.is_inference_mode_enabled():
+        raise StatisticsError(
+            "statistics need gradients, which inference mode never records",
+            expected="a call outside of torch.inference_mode()",
+            got="torch.inference_mode()",
+            fix="leave the context, or use torch.no_grad() in its place: gradients are switched on here",
+        )
     batches = list(batches) if isinstance(batches, Iterator) else batches
     collector = StatisticsCollector(model, sites, **options)
     with _undisturbed(model):
@@ -60,7 +68,9 @@ def collect_statistics(
 
 def _run(collector: StatisticsCollector, batches: Iterable[tuple[Any, Any]], loss: Callable[..., Tensor]) -> None:
     count = 0
-    for count, (x, y) in enumerate(batches, start=1):
+    for count, batch in enumerate(batches, start=1):
+        x, y = _pair(batch, count)
+        collector.next_loss()
         with torch.enable_grad():
             arguments, keywords = example_arguments(x)
             value = loss(collector.model(*arguments, **keywords), y)
@@ -69,6 +79,24 @@ def _run(collector: StatisticsCollector, batches: Iterable[tuple[Any, Any]], los
             torch.autograd.grad(value, collector.outputs, allow_unused=True)
     if not count:
         raise StatisticsError("statistics of zero samples", got="no batches", fix="pass at least one batch")
+
+
+def _pair(batch: object, number: int) -> tuple[Any, Any]:
+    """Input and target of a batch; a tensor alone, or in a tuple of one, has no target."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, list | tuple) and len(batch) in (1, 2):
+        return (batch[0], batch[1]) if len(batch) == 2 else (batch[0], None)
+    got = f"a sequence of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    if isinstance(batch, Mapping):
+        got = f"a mapping with {', '.join(map(str, batch))}"
+    raise ArgumentTypeError(
+        "a batch must tell what the model is given and what the loss is",
+        expected="(input, target), where the input is a tensor, a tuple of arguments or a mapping of keyword arguments",
+        got=got,
+        where=f"batch {number}",
+        fix="bring it into that form, for example ((b['image'], b['label']) for b in batches)",
+    )
 
 
 def _check(value: Any, batch: int, nonfinite: str) -> None:
@@ -94,7 +122,7 @@ def _check(value: Any, batch: int, nonfinite: str) -> None:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Dropout off; buffers and modes as before afterwards."""
-    dropouts = [module for module in model.modules() if isinstance(module, _DROPOUTS) and module.training]
+    dropouts = [module for module in model.modules() if layers.is_dropout(module) and module.training]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         for module in dropouts:

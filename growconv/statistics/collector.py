@@ -5,70 +5,134 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.geometry import Geometry
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
-from growconv.network.graph import unwrapped
+from growconv.network import layers
+from growconv.network.model import tensors_in, unwrapped
 from growconv.network.routes import Route
+from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite
-from growconv.statistics.accumulator import ReaderSums
+from growconv.network.tape import Tape
+from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.options import PATHS, QUANTITIES, SCRATCH_BYTES, checked_quantities, require_closed_form
-from growconv.statistics.pair import KeptSamples, PairStatistics, ReaderStatistics
+from growconv.statistics.pair import ConsumerStatistics, PairStatistics
 from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import PairProblem, batched, pair_problem
+from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
 from growconv.statistics.totals import entries_text
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, FactorizedConv)
 
 
-@dataclass
-class _Call:
-    """One call of a layer in the forward pass: its input, and how many readers still wait for it."""
+class Scaler(Protocol):
+    """What tells a loss scale, as torch.amp.GradScaler."""
 
-    tensor: Tensor | None
-    waiting: int
-
-    def take(self) -> Tensor | None:
-        tensor = self.tensor
-        self.waiting -= 1
-        if self.waiting <= 0:
-            self.tensor = None
-        return tensor
+    def get_scale(self) -> float:
+        """The factor that losses are multiplied by now."""
+        ...
 
 
-@dataclass
-class _Reader:
-    """One reader of one site."""
+@dataclass(eq=False)
+class _Pass:
+    """One forward pass of the model.
+
+    Attributes:
+        loss: what it belongs to.
+        inputs: per layer what each of its calls was given; None once nobody waits for it any more.
+        waiting: per layer and call how many consumers still wait for that.
+        shapes: per consumer the shapes of its outputs.
+        samples: per consumer how many samples its first call had.
+        regions: per site what lies between its layers.
+        kept: per site what is to be kept of it.
+        left_out: sites at which something was not finite.
+    """
+
+    loss: "_Loss"
+    inputs: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    waiting: dict[str, list[int]] = field(default_factory=dict)
+    shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    kept: "dict[str, _Kept]" = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+
+    def take(self, path: str, index: int) -> Tensor | None:
+        """What a call was given; it is let go with the last one who asks."""
+        calls = self.inputs.get(path, [])
+        if index >= len(calls):
+            return None
+        found = calls[index]
+        self.waiting[path][index] -= 1
+        if self.waiting[path][index] <= 0 and self.regions.keys() <= self.kept.keys():  # every site has its copies
+            calls[index] = None
+        return found
+
+
+@dataclass(eq=False)
+class _Loss:
+    """All forward passes of one loss.
+
+    Attributes:
+        passes: in order.
+        samples: per consumer how many samples its first call had, which the loss is taken to be a mean or sum over.
+        counted: sites, consumers and passes whose samples have been counted.
+        differentiated: whether a gradient has arrived.
+        told: whether a loop has said that here a loss begins.
+    """
+
+    passes: list[_Pass] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)
+    counted: set[tuple[str, str, int]] = field(default_factory=set)
+    differentiated: bool = False
+    told: bool = False
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Copies of what one pass gave the layers of one site, and the gradients that have arrived."""
+
+    x: dict[str, list[Tensor]]
+    h: dict[str, list[Tensor]]
+    v: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Consumer:
+    """One consumer of one site."""
 
     path: str
-    route: Route
-    sums: ReaderSums
-    projected: ReaderSums | None = None
+    route: Route | None
+    sums: ConsumerSums
+    projected: ConsumerSums | None = None
     second_pass: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Site:
     """One site and what has been kept of its samples."""
 
     site: GrowthSite
-    readers: dict[str, _Reader]
-    kept: dict[str, dict[str, list[Tensor]]] = field(default_factory=lambda: {"x": {}, "h": {}, "v": {}})
+    consumers: dict[str, _Consumer]
+    kept: list[KeptBatch] = field(default_factory=list)
     skipped: int = 0
+
+    @property
+    def samples_kept(self) -> int:
+        """Number of samples kept so far."""
+        return sum(batch.samples for batch in self.kept)
 
 
 class StatisticsCollector:
     """Context manager that collects statistics while the model runs forward and backward.
 
-    Calls are paired in order: the j-th call of a writer belongs to the j-th call of its reader. Forward passes without
+    Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes without
     gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
     exception; the statistics stay.
 
@@ -80,7 +144,8 @@ class StatisticsCollector:
         full: also collect S_full.
         keep_samples: how many samples' tensors to keep per site.
         quantities: what to collect, out of S, N (v projected off the existing weights), N_raw, M, S2, P, update,
-            S_full, patch (mean and second moment of the writer's patches) and samples; None for S and N. A solver's
+            S_full, patch (mean and second moment of the producer's patches; of sites without a closed form only
+            together with samples, and then it is left out) and samples; None for S and N. A solver's
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
         scratch_bytes: bound on temporary memory, and on P and S_full (256 MiB). Where P would be larger, N needs a
@@ -97,7 +162,7 @@ class StatisticsCollector:
     def __init__(
         self,
         model: nn.Module,
-        sites: GrowthSite | Iterable[Any],
+        sites: GrowthSite | Iterable[GrowthSite],
         *,
         reduction: str = "mean",
         full: bool = False,
@@ -105,7 +170,7 @@ class StatisticsCollector:
         quantities: Iterable[str] | None = None,
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
-        loss_scale: Any = 1.0,
+        loss_scale: float | Scaler = 1.0,
         nonfinite: str = "error",
     ) -> None:
         self.model = unwrapped(model)
@@ -128,13 +193,15 @@ class StatisticsCollector:
         self.nonfinite = nonfinite
         self._collected = [self._prepare(site) for site in self.sites]
         self._handles: list[RemovableHandle] = []
-        self._calls: dict[str, list[_Call]] = {}
+        self._loss = _Loss()
+        self._pass: _Pass | None = None
+        self._tape: Tape | None = None
         self._outputs: list[GradientEdge] = []
         self._finished: dict[str, PairStatistics] | None = None
         self._second = False
-        self._projections: dict[tuple[str, str], ReaderStatistics] = {}
-        self._read = self._readers_by_path()
-        self._waiting = self._writers_by_path()
+        self._projections: dict[tuple[str, str], ConsumerStatistics] = {}
+        self._consumed = self._consumers_by_path()
+        self._waiting = self._producers_by_path()
 
     # ---------------------------------------------------------------------------------------------- context
 
@@ -143,8 +210,9 @@ class StatisticsCollector:
         if self._handles:
             raise StatisticsError("this collector is already collecting", fix="enter it once at a time")
         self._handles.append(self.model.register_forward_pre_hook(self._begin))
-        self._handles.append(self.model.register_forward_hook(self._end, always_call=False))
-        for path in dict.fromkeys([*self._waiting, *self._read]):
+        self._handles.append(self.model.register_forward_hook(self._stop_tape, always_call=True))
+        self._handles.append(self.model.register_forward_hook(self._end))
+        for path in dict.fromkeys([*self._waiting, *self._consumed]):
             layer = self.model.get_submodule(path)
             hook = self._hook_of(path)
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
@@ -157,7 +225,7 @@ class StatisticsCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._calls.clear()
+        self.next_loss(told=False)
         self._outputs.clear()
 
     @contextmanager
@@ -177,23 +245,23 @@ class StatisticsCollector:
             raise StatisticsError("no second pass is needed", fix="read collector.statistics")
         own = self.statistics
         self._projections = {
-            (name, reader.consumer): reader
+            (name, consumer.consumer): consumer
             for name, stats in (own if average is None else average(own)).items()
-            for reader in stats.readers
+            for consumer in stats.consumers
         }
-        waiting = [reader for reader in self._all_readers() if reader.second_pass is not None]
-        for reader in waiting:
-            reader.projected = ReaderSums(reader.sums.where, frozenset({"N_raw"}), self.path, self.scratch_bytes)
+        waiting = [consumer for consumer in self._all_consumers() if consumer.second_pass is not None]
+        for consumer in waiting:
+            consumer.projected = ConsumerSums(consumer.sums.where, frozenset({"N_raw"}), self.path, self.scratch_bytes)
         self._second = True
         try:
             with self:
                 yield self
             for collected in self._collected:
-                for statistics in own[collected.site.name].readers:
-                    _enter_projection(collected.readers[statistics.consumer], statistics)
+                for statistics in own[collected.site.name].consumers:
+                    _enter_projection(collected.consumers[statistics.consumer], statistics)
         except BaseException:
-            for reader in waiting:
-                reader.projected = None
+            for consumer in waiting:
+                consumer.projected = None
             raise
         finally:
             self._second = False
@@ -201,12 +269,14 @@ class StatisticsCollector:
 
     @property
     def needs_second_pass(self) -> bool:
-        """Whether N of some reader waits for a second pass over the same batches."""
-        return any(reader.second_pass is not None and reader.projected is None for reader in self._all_readers())
+        """Whether N of some consumer waits for a second pass over the same batches."""
+        return any(
+            consumer.second_pass is not None and consumer.projected is None for consumer in self._all_consumers()
+        )
 
     @property
     def outputs(self) -> tuple[GradientEdge, ...]:
-        """Where the readers' outputs of the latest forward pass stand in the graph, for torch.autograd.grad."""
+        """Where the consumers' outputs of the present loss stand in the graph, for torch.autograd.grad."""
         return tuple(self._outputs)
 
     # ---------------------------------------------------------------------------------------------- results
@@ -218,80 +288,80 @@ class StatisticsCollector:
         Raises:
             StatisticsError: for a site that no sample or no gradient has reached.
         """
+        if self._loss.differentiated:
+            self.next_loss(told=False)
         if self._finished is None:
             self._finished = self._build()
         return self._finished
 
     def explain(self) -> str:
-        """How each statistic is computed, and why so: a line each, below its site and reader."""
+        """How each statistic is computed, and why so: a line each, below its site and consumer."""
         lines = []
-        for reader in self._all_readers():
-            lines.append(reader.sums.where)
-            lines += [f"  {line}" for line in reader.sums.describe()]
-            lines += [f"  {reader.second_pass}"] if reader.second_pass else []
+        for consumer in self._all_consumers():
+            lines.append(consumer.sums.where)
+            lines += [f"  {line}" for line in consumer.sums.describe()]
+            lines += [f"  {consumer.second_pass}"] if consumer.second_pass else []
         return "\n".join(lines)
 
     def _build(self) -> dict[str, PairStatistics]:
         result = {}
         for collected in self._collected:
             site = collected.site
-            readers: list[ReaderStatistics] = []
+            consumers: list[ConsumerStatistics] = []
             patches: dict[str, Tensor] = {}
-            for reader in collected.readers.values():
-                statistics, found = self._reader_statistics(reader)
+            for consumer in collected.consumers.values():
+                statistics, found = self._consumer_statistics(consumer)
                 patches = patches or found
-                readers.append(statistics)
-            writer: Any = self.model.get_submodule(site.producers[0])
+                consumers.append(statistics)
+            producer = layers.weighted(self.model.get_submodule(site.producers[0]))
             result[site.name] = PairStatistics(
                 site=site.name,
                 growth_site=site,
                 producer=site.producers[0],
-                samples=max(reader.samples for reader in readers),
-                readers=tuple(readers),
-                incoming_shape=tuple(writer.weight.shape[1:]),
-                incoming_bias=writer.bias is not None,
+                samples=max(consumer.samples for consumer in consumers),
+                consumers=tuple(consumers),
+                incoming_shape=tuple(producer.filters().shape[1:]),
+                incoming_bias=producer.bias() is not None,
                 patch_mean=patches.get("patch_mean"),
                 patch_gram=patches.get("patch_gram"),
-                samples_kept=self._kept(collected, readers),
+                samples_kept=self._kept(collected, consumers),
+                units=site.units,
                 skipped_batches=collected.skipped,
-                notes=tuple(r.second_pass for r in collected.readers.values() if r.second_pass),
+                notes=tuple(r.second_pass for r in collected.consumers.values() if r.second_pass),
             )
         return result
 
-    def _reader_statistics(self, reader: _Reader) -> tuple[ReaderStatistics, dict[str, Tensor]]:
+    def _consumer_statistics(self, consumer: _Consumer) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
         with full_precision(torch.device("cpu")):
-            averages = reader.sums.averages()
-        layer: Any = self.model.get_submodule(reader.path)
+            averages = consumer.sums.averages()
+        layer = layers.weighted(self.model.get_submodule(consumer.path))
         pending = None
-        if reader.second_pass is not None:
-            pending = f"{reader.second_pass}: run the batches again inside `with collector.second_pass():`"
+        if consumer.second_pass is not None:
+            pending = f"{consumer.second_pass}: run the batches again inside `with collector.second_pass():`"
         patches = {name: averages.pop(name) for name in ("patch_mean", "patch_gram") if name in averages}
-        statistics = ReaderStatistics(
-            consumer=reader.path,
-            samples=reader.sums.samples,
-            outgoing_shape=tuple(layer.weight.shape),
-            bias=layer.bias is not None,
-            geometry=None if isinstance(layer, nn.Linear) else _geometry(layer),
+        statistics = ConsumerStatistics(
+            consumer=consumer.path,
+            samples=consumer.sums.samples,
+            outgoing_shape=tuple(layer.filters().shape),
+            bias=layer.bias() is not None,
+            geometry=_geometry(layer),
             moments=averages,
-            gradient_energy=reader.sums.energy / reader.sums.samples,
+            gradient_energy=consumer.sums.energy / consumer.sums.samples,
             pending=pending,
-            full_product=reader.sums.full_product(),
+            full_product=consumer.sums.full_product(),
         )
-        _enter_projection(reader, statistics)
+        _enter_projection(consumer, statistics)
         return statistics, patches
 
-    def _kept(self, collected: _Site, readers: list[ReaderStatistics]) -> KeptSamples | None:
+    def _kept(self, collected: _Site, consumers: list[ConsumerStatistics]) -> KeptSamples | None:
         if not self.keep_samples:
             return None
-        joined = {
-            kind: {path: torch.cat(parts)[: self.keep_samples] for path, parts in tensors.items()}
-            for kind, tensors in collected.kept.items()
-        }
-        return KeptSamples(joined["x"], joined["h"], joined["v"], {reader.consumer: reader for reader in readers})
+        by_path = {consumer.consumer: consumer for consumer in consumers}
+        return KeptSamples(collected.site, tuple(collected.kept), by_path)
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _prepare(self, site: Any) -> _Site:
+    def _prepare(self, site: GrowthSite) -> _Site:
         if not isinstance(site, GrowthSite):
             raise ArgumentTypeError("a site is needed", expected="growconv.GrowthSite", got=type(site).__name__)
         if site.model is not self.model:
@@ -301,69 +371,108 @@ class StatisticsCollector:
                 fix="find the sites of the model that is collected on: growconv.find_sites(model, example_input)",
             )
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
+        if not site.closed_form and wanted == {"patch_gram"} and self.keep_samples:
+            wanted = frozenset()  # who reads it takes it from the samples there
         if wanted:
             require_closed_form(site)
         routes = {route.consumer: route for route in site.routes}
-        readers = {
-            path: _Reader(path, routes[path], ReaderSums(_where(site, path), wanted, self.path, self.scratch_bytes))
+        consumers = {
+            path: _Consumer(
+                path, routes.get(path), ConsumerSums(_where(site, path), wanted, self.path, self.scratch_bytes)
+            )
             for path in site.consumers
         }
-        return _Site(site, readers)
+        return _Site(site, consumers)
 
-    def _all_readers(self) -> Iterator[_Reader]:
+    def _all_consumers(self) -> Iterator[_Consumer]:
         for collected in self._collected:
-            yield from collected.readers.values()
+            yield from collected.consumers.values()
 
-    def _readers_by_path(self) -> dict[str, list[tuple[_Site, _Reader]]]:
-        result: dict[str, list[tuple[_Site, _Reader]]] = {}
+    def _consumers_by_path(self) -> dict[str, list[tuple[_Site, _Consumer]]]:
+        result: dict[str, list[tuple[_Site, _Consumer]]] = {}
         for collected in self._collected:
-            for path, reader in collected.readers.items():
-                result.setdefault(path, []).append((collected, reader))
+            for path, consumer in collected.consumers.items():
+                result.setdefault(path, []).append((collected, consumer))
         return result
 
-    def _writers_by_path(self) -> dict[str, int]:
-        """How many readers wait for the input of each writer."""
+    def _producers_by_path(self) -> dict[str, int]:
+        """How many consumers wait for the input of each producer."""
         result: dict[str, int] = {}
         for collected in self._collected:
             for path in collected.site.producers:
-                result[path] = result.get(path, 0) + len(collected.readers)
+                result[path] = result.get(path, 0) + len(collected.consumers)
         return result
 
     # ---------------------------------------------------------------------------------------------- hooks
 
-    def _begin(self, _model: nn.Module, _args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._calls = {}
-            self._outputs = []
+    def next_loss(self, told: bool = True) -> None:
+        """Let all that runs from here on belong to another loss.
 
-    def _end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
-        if not torch.is_grad_enabled():
+        A loop that knows where a loss begins calls it there. Else the first forward pass after a backward pass does.
+
+        Args:
+            told: whether that is known, and not guessed.
+        """
+        loss, self._loss, self._pass = self._loss, _Loss(told=told), None
+        self._outputs = []
+        for collected in self._collected if self.keep_samples else ():
+            self._keep_loss(collected, loss)
+
+    def _begin(self, _model: nn.Module, _args: tuple) -> None:
+        if not self._measures():
+            return
+        if self._loss.differentiated:
+            self.next_loss(told=False)
+        self._pass = _Pass(self._loss)
+        self._loss.passes.append(self._pass)
+        if not self._second and any(self._wants_samples(collected) for collected in self._collected):
+            self._tape = Tape(self.model)
+            self._tape.__enter__()
+
+    def _stop_tape(self, *_: object) -> None:
+        if self._tape is not None:
+            self._tape.__exit__(None, None, None)
+
+    def _end(self, _model: nn.Module, _args: tuple, _output: object) -> None:
+        tape, self._tape, each = self._tape, None, self._pass
+        if not self._measures() or each is None:
             return
         for collected in self._collected:
-            for path in collected.readers:
-                read = len(self._calls.get(path, ()))
-                for producer in collected.site.producers:
-                    written = len(self._calls.get(producer, ()))
-                    if read and written != read:
-                        raise StatisticsError(
-                            "writer and reader were called a different number of times",
-                            where=collected.site.name,
-                            got=f"{producer} {written} times, {path} {read} times",
-                            fix="leave this site out: its calls cannot be paired",
-                        )
+            if tape is not None and self._wants_samples(collected) and self._was_called(collected, each):
+                with torch.no_grad():
+                    each.regions[collected.site.name] = region_of(tape, collected.site)
+            if any(consumer.sums.quantities for consumer in collected.consumers.values()):
+                self._check_pairs(collected, each)
+
+    def _measures(self) -> bool:
+        return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+    def _wants_samples(self, collected: _Site) -> bool:
+        return self.keep_samples > collected.samples_kept
+
+    def _was_called(self, collected: _Site, each: _Pass) -> bool:
+        return any(each.inputs.get(path) for path in collected.site.consumers)
+
+    def _check_pairs(self, collected: _Site, each: _Pass) -> None:
+        for path in collected.consumers:
+            read = len(each.inputs.get(path, ()))
+            for producer in collected.site.producers:
+                given = len(each.inputs.get(producer, ()))
+                if read and given != read:
+                    raise StatisticsError(
+                        "producer and consumer were called a different number of times",
+                        where=collected.site.name,
+                        got=f"{producer} {given} times, {path} {read} times",
+                        fix="leave this site out: its calls cannot be paired; or collect quantities=('samples',) only",
+                    )
 
     def _hook_of(self, path: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            return self._called(path, module, args, kwargs, output)
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, object], output: Tensor) -> Tensor | None:
+            return self._called(path, module, tensors_in([args, kwargs])[0], output) if self._measures() else None
 
         return hook
 
-    def _called(
-        self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        source: Tensor = next(item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+    def _called(self, path: str, module: nn.Module, source: Tensor, output: Tensor) -> Tensor | None:
         tensor = source.detach()
         if not next(module.parameters()).requires_grad:
             tensor = tensor.clone()  # autograd does not guard it against operations in place
@@ -371,28 +480,23 @@ class StatisticsCollector:
             raise StatisticsError(
                 "an empty batch cannot be measured", where=path, got=f"an input of shape {tuple(tensor.shape)}"
             )
-        calls = self._calls.setdefault(path, [])
+        each = self._pass
+        if each is None:  # a layer that is called outside of the model's own forward
+            each = self._pass = _Pass(self._loss)
+            self._loss.passes.append(each)
+        calls = each.inputs.setdefault(path, [])
         index = len(calls)
-        calls.append(_Call(tensor, self._waiting.get(path, 0)))
-        if path not in self._waiting:
-            calls[-1].tensor = None
-        if path not in self._read:
+        calls.append(tensor)
+        each.waiting.setdefault(path, []).append(self._waiting.get(path, 0))
+        if path not in self._consumed:
             return None
+        each.shapes.setdefault(path, []).append(output.shape)
+        count = batched(output, module).shape[0]
+        each.samples.setdefault(path, count)
+        each.loss.samples.setdefault(path, count)
         replaced = None
         if not output.requires_grad:
             output = replaced = output.detach().requires_grad_().clone()  # nothing before this layer trains
-        calls_so_far = self._calls
-        # in a stream a reader may run before the last writer: its inputs are looked up once the forward pass is over
-        jobs = [
-            (
-                collected,
-                reader,
-                None
-                if len(collected.site.producers) > 1
-                else self._inputs_of(collected.site, path, index, calls_so_far),
-            )
-            for collected, reader in self._read[path]
-        ]
         done = False
 
         def backward(gradient: Tensor) -> None:
@@ -401,85 +505,103 @@ class StatisticsCollector:
                 raise StatisticsError(
                     "the loss was propagated back twice through one forward pass",
                     where=path,
-                    fix="add the losses up and call backward() once, or run the model again",
+                    fix="add the losses up and call backward() once, or run the model again; losses with a gradient "
+                    "penalty, or that call backward() themselves, cannot be measured",
                 )
-            done = True
+            done = each.loss.differentiated = True
             with full_precision(gradient.device):
-                for collected, reader, found in jobs:
-                    inputs = found or self._inputs_of(collected.site, path, index, calls_so_far)
-                    self._measure(collected, reader, module, inputs, tensor, gradient.detach(), index)
+                for collected, consumer in self._consumed[path]:
+                    self._measure(collected, consumer, module, each, tensor, gradient.detach(), index)
 
         output.register_hook(backward)
         self._outputs.append(get_gradient_edge(output))  # stays right when the output is overwritten in place
         return replaced
 
-    def _inputs_of(
-        self, site: GrowthSite, reader: str, index: int, calls_so_far: dict[str, list[_Call]]
-    ) -> dict[str, Tensor]:
+    def _inputs_of(self, site: GrowthSite, consumer: str, index: int, each: _Pass) -> dict[str, Tensor]:
         inputs = {}
         for producer in site.producers:
-            calls = calls_so_far.get(producer, [])
-            tensor = calls[index].take() if index < len(calls) else None
+            tensor = each.take(producer, index)
             if tensor is None:
                 raise StatisticsError(
-                    "the reader was called more often than the writer, or before it",
+                    "the consumer was called more often than the producer, or before it",
                     where=site.name,
-                    got=f"call {index + 1} of {reader}, {len(calls)} calls of {producer}",
+                    got=f"call {index + 1} of {consumer}, {len(each.inputs.get(producer, ()))} calls of {producer}",
                     fix="leave this site out: its calls cannot be paired",
                 )
             inputs[producer] = tensor
         return inputs
 
-    # ---------------------------------------------------------------------------------------------- one batch
+    # ---------------------------------------------------------------------------------------------- one call
 
     def _measure(
         self,
         collected: _Site,
-        reader: _Reader,
+        consumer: _Consumer,
         module: nn.Module,
-        inputs: dict[str, Tensor],
+        each: _Pass,
         h: Tensor,
         gradient: Tensor,
         index: int,
     ) -> None:
+        """Add what one call of a consumer tells, once its gradient has come."""
         if not self._second:
             self._finished = None
-        sums = reader.projected if self._second else reader.sums
+        sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
         if sums is None:
             return
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
-        x = {path: batched(t, self.model.get_submodule(path)).to(exact) for path, t in inputs.items()}
         h, v = batched(h, module).to(exact), batched(gradient, module).to(exact)
-        v = v * (-(v.shape[0] if self.reduction == "mean" else 1) / self._scale())
-        if not self._finite(collected, reader, x, h, v):
+        v = v * (-(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale())
+        kept = self._copies(collected, each)
+        x = {}
+        if sums.quantities:
+            found = self._inputs_of(site, consumer.path, index, each)
+            x = {path: batched(t, self.model.get_submodule(path)).to(exact) for path, t in found.items()}
+        if not self._finite(collected, consumer, each, x, h, v):
             return
         if self._second:
-            v = v - self._projections[collected.site.name, reader.path].apply_update(h)
-        elif index == 0 and self.keep_samples:
-            self._keep(collected, reader, x, h, v)
+            v = v - self._projections[site.name, consumer.path].apply_update(h)
+        elif kept is not None:
+            kept.v.setdefault(consumer.path, {})[index] = v
+        count = self._new_samples(site.name, consumer.path, each)
         if not sums.quantities:
-            sums.count(v, index == 0)
+            sums.count(v, count)
             return
-        writer = self.model.get_submodule(collected.site.producers[0])
-        problem, *maps = pair_problem(reader.route, writer, module, x[collected.site.producers[0]], h, v)
-        self._plan_projection(reader, problem)
-        sums.add(problem, *maps, counts=index == 0)
+        producer = self.model.get_submodule(site.producers[0])
+        if consumer.route is None:
+            raise StatisticsError("no way leads from the producer to this consumer", where=consumer.path)
+        problem, *maps = pair_problem(consumer.route, producer, module, x[site.producers[0]], h, v)
+        self._plan_projection(consumer, problem)
+        sums.add(problem, *maps, samples=count)
+
+    def _new_samples(self, site: str, path: str, each: _Pass) -> int:
+        """How many samples a call adds: those of the loss, once; of every pass where nobody said what is one loss and
+        it is a sum, as it then has the samples of all its passes.
+        """
+        separate = self.reduction == "sum" and not each.loss.told
+        key = (site, path, each.loss.passes.index(each) if separate else 0)
+        if key in each.loss.counted:
+            return 0
+        each.loss.counted.add(key)
+        return each.samples[path] if separate else each.loss.samples[path]
 
     def _scale(self) -> float:
-        scale = self.loss_scale
-        value = float(scale.get_scale()) if hasattr(scale, "get_scale") else float(scale)
+        value = float(self.loss_scale if isinstance(self.loss_scale, int | float) else self.loss_scale.get_scale())
         if not (math.isfinite(value) and value > 0):
             raise ArgumentValueError("loss_scale must be a positive number", got=value)
         return value
 
-    def _finite(self, collected: _Site, reader: _Reader, x: dict[str, Tensor], h: Tensor, v: Tensor) -> bool:
+    def _finite(
+        self, collected: _Site, consumer: _Consumer, each: _Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
+    ) -> bool:
         named = [(f"the input of {path}", tensor) for path, tensor in x.items()]
-        named += [(f"the input of {reader.path}", h), (f"the gradient at the output of {reader.path}", v)]
+        named += [(f"the input of {consumer.path}", h), (f"the gradient at the output of {consumer.path}", v)]
         bad = [name for name, tensor in named if not bool(torch.isfinite(tensor.sum(dim=0)).all())]
         if not bad:
             return True
         if self.nonfinite == "skip":
             collected.skipped += 1
+            each.left_out.add(collected.site.name)
             return False
         raise StatisticsError(
             "not finite: " + ", ".join(bad),
@@ -487,45 +609,83 @@ class StatisticsCollector:
             fix="lower the learning rate, pass the GradScaler as loss_scale, or collect with nonfinite='skip'",
         )
 
-    def _keep(self, collected: _Site, reader: _Reader, x: dict[str, Tensor], h: Tensor, v: Tensor) -> None:
-        kept = collected.kept
-        for kind, path, tensor in (("h", reader.path, h), ("v", reader.path, v)):
-            self._append(kept[kind], path, tensor)
-        if reader.path == next(iter(collected.readers)):
-            for path, tensor in x.items():
-                self._append(kept["x"], path, tensor)
+    # ---------------------------------------------------------------------------------------------- kept samples
 
-    def _append(self, store: dict[str, list[Tensor]], path: str, tensor: Tensor) -> None:
-        parts = store.setdefault(path, [])
-        missing = self.keep_samples - sum(part.shape[0] for part in parts)
-        if missing > 0 and (not parts or parts[0].shape[1:] == tensor.shape[1:]):
-            parts.append(tensor[:missing].clone())
+    def _copies(self, collected: _Site, each: _Pass) -> _Kept | None:
+        """What the layers of a site were given, copied with the first gradient; None where it is not to be kept."""
+        site = collected.site
+        if site.name not in each.regions:
+            return None
+        if site.name not in each.kept:
+            calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
+            x, h = (
+                {
+                    path: [self._copied(path, tensor) for tensor in each.inputs.get(path, [])[: calls[path]]]
+                    for path in paths
+                }
+                for paths in (site.producers, site.consumers)
+            )
+            each.kept[site.name] = _Kept(x, h)
+        return each.kept[site.name]
 
-    def _plan_projection(self, reader: _Reader, problem: PairProblem) -> None:
+    def _copied(self, path: str, tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            raise StatisticsError("an input of this layer is gone already", where=path)
+        exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+        return batched(tensor, self.model.get_submodule(path)).to(exact, copy=True)
+
+    def _keep_loss(self, collected: _Site, loss: _Loss) -> None:
+        """Keep the passes of a loss whose gradients have come, as many samples as are still missing."""
+        site, passes = collected.site, []
+        for each in loss.passes:
+            kept = each.kept.get(site.name)
+            if kept is None or site.name in each.left_out:
+                continue
+            v = {path: tuple(self._gradients(kept, each, path)) for path in site.consumers}
+            x, h = ({path: tuple(calls) for path, calls in maps.items()} for maps in (kept.x, kept.h))
+            passes.append(KeptPass(x, h, v, each.regions[site.name]))
+        missing = self.keep_samples - collected.samples_kept
+        if not passes or missing <= 0:
+            return
+        separate = self.reduction == "sum" and not loss.told
+        counts = [max(each.samples.values()) for each in loss.passes] if separate else list(loss.samples.values())
+        batch = KeptBatch(sum(counts) if separate else max(counts), tuple(passes))
+        if batch.samples > missing and batch.divisible:
+            batch = batch.part(slice(0, missing))
+        collected.kept.append(batch)
+
+    def _gradients(self, kept: _Kept, each: _Pass, path: str) -> Iterator[Tensor]:
+        """V of every call of a consumer; zeros where the loss does not depend on it."""
+        found = kept.v.get(path, {})
+        for index, shape in enumerate(each.shapes.get(path, [])[: len(kept.h[path])]):
+            like = kept.h[path][index]
+            yield found[index] if index in found else batched(like.new_zeros(shape), self.model.get_submodule(path))
+
+    def _plan_projection(self, consumer: _Consumer, problem: PairProblem) -> None:
         """Give P up in favour of a second pass where it does not fit."""
-        needless = "P" in reader.sums.quantities and "P" not in self.quantities
+        needless = "P" in consumer.sums.quantities and "P" not in self.quantities
         if needless and 8 * problem.projection_entries > self.scratch_bytes:
-            reader.sums.quantities -= {"P"}
-            reader.second_pass = (
+            consumer.sums.quantities -= {"P"}
+            consumer.second_pass = (
                 f"P would have {entries_text(problem.projection_entries)}, more than scratch_bytes: "
                 "N comes from a second pass over the same batches"
             )
 
 
-def _enter_projection(reader: _Reader, statistics: ReaderStatistics) -> None:
-    """Give a reader's statistics the N that a second pass has found, if there was one."""
-    if reader.projected is None:
+def _enter_projection(consumer: _Consumer, statistics: ConsumerStatistics) -> None:
+    """Give a consumer's statistics the N that a second pass has found, if there was one."""
+    if consumer.projected is None:
         return
     with full_precision(torch.device("cpu")):
-        projected = reader.projected.averages()["N_raw"]
+        projected = consumer.projected.averages()["N_raw"]
         statistics.moments["N"] = projected
-        statistics.moments["N_energy"] = projected.new_tensor(reader.projected.energy / reader.projected.samples)
+        statistics.moments["N_energy"] = projected.new_tensor(consumer.projected.energy / consumer.projected.samples)
     statistics.pending = None
 
 
-def _where(site: GrowthSite, reader: str) -> str:
-    return site.name if len(site.consumers) == 1 else f"{site.name}, reader {reader}"
+def _where(site: GrowthSite, consumer: str) -> str:
+    return site.name if len(site.consumers) == 1 else f"{site.name}, consumer {consumer}"
 
 
-def _geometry(layer: nn.Module) -> Geometry | None:
-    return Geometry.of(layer) if isinstance(layer, _CONVOLUTIONS) else None
+def _geometry(layer: layers.Weighted) -> Geometry | None:
+    return Geometry.of(layer.module) if layer.kernel_size and not layer.transposed else None

@@ -46,7 +46,7 @@ def full_border(problem: PairProblem, maps: dict[str, Tensor], samples: int) -> 
 
     Args:
         problem: the pair.
-        maps: "x": the writer's input summed over samples.
+        maps: "x": the producer's input summed over samples.
         samples: how many.
     """
     return _Constants(problem, maps, samples).full_border()

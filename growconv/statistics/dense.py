@@ -18,8 +18,8 @@ def expanded_patches(problem: PairProblem, x: Float[Tensor, "n c *size"]) -> Flo
     return torch.einsum("ial,mbl->imab", u, mask)
 
 
-def reader_patches(problem: PairProblem, h: Float[Tensor, "n c *size"]) -> Float[Tensor, "n m d"]:
-    """Hp_imd: patches of the reader's own input, with its constant entry."""
+def consumer_patches(problem: PairProblem, h: Float[Tensor, "n c *size"]) -> Float[Tensor, "n m d"]:
+    """Hp_imd: patches of the consumer's own input, with its constant entry."""
     hp = unfold(h, problem.second).transpose(1, 2)
     if problem.second_bias:
         hp = torch.cat([hp, torch.ones_like(hp[..., :1])], dim=2)
@@ -38,9 +38,9 @@ def dense_sums(
     Args:
         problem: the pair.
         quantities: names among S, S_full, N_raw, M, S2, P, patch_mean and patch_gram.
-        x: input of the writer.
-        h: input of the reader.
-        v: desired change of the reader's output.
+        x: input of the producer.
+        h: input of the consumer.
+        v: desired change of the consumer's output.
 
     Returns:
         Name to tensor, in the dtype of the inputs: S (a, a), S_full (ab, ab), N_raw (a, b, c), M (d, c), S2 (d, d),
@@ -48,7 +48,7 @@ def dense_sums(
     """
     flat_v = v.flatten(2).transpose(1, 2)
     patches = expanded_patches(problem, x)
-    hp = reader_patches(problem, h)
+    hp = consumer_patches(problem, h)
     a, b = patches.shape[2:]
     u = problem.first_patches(x)
     formulas = {

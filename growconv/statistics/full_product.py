@@ -22,7 +22,7 @@ class FullProduct:
     Args:
         path: an offset path that collected S_full.
         totals: its correlations.
-        x: the writer's input summed over samples (c, *size).
+        x: the producer's input summed over samples (c, *size).
         samples: how many samples were summed.
     """
 

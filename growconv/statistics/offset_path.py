@@ -158,9 +158,9 @@ class OffsetPath:
 
         Args:
             totals: sums so far.
-            x: input of the writer (n, C0, *size).
-            h: input of the reader (n, C1, *grid).
-            v: desired change of the reader's output (n, C2, *out).
+            x: input of the producer (n, C0, *size).
+            h: input of the consumer (n, C1, *grid).
+            v: desired change of the consumer's output (n, C2, *out).
         """
         maps = {"x": x, "h": h, "v": v}
         self.spectral = [c for c in self.correlations.values() if self._is_spectral(c, x.shape[0])]

@@ -23,7 +23,7 @@ MAPS = {
     "S2": "hh",
     "M": "hv",
 }
-"""The two maps of each statistic: x read by the writer, h read by the reader, v wanted of the reader's output."""
+"""The two maps of each statistic: x read by the producer, h read by the consumer, v wanted of the consumer's output."""
 
 Diagonal = tuple[int, int, int]
 Pair = tuple[int, int]
@@ -34,8 +34,8 @@ class AxisProblem:
     """One axis of a pair of convolutions.
 
     Attributes:
-        first: the writer's geometry on this axis: taps, stride, dilation, low and high padding.
-        second: the reader's.
+        first: the producer's geometry on this axis: taps, stride, dilation, low and high padding.
+        second: the consumer's.
         sizes: locations of x, h and v.
     """
 
@@ -48,7 +48,7 @@ class AxisProblem:
         return self.sizes["xhv".index(which)]
 
     def step(self, which: str) -> int:
-        """Locations of a map between neighbouring outputs of the reader."""
+        """Locations of a map between neighbouring outputs of the consumer."""
         return {"x": self.first.stride[0] * self.second.stride[0], "h": self.second.stride[0], "v": 1}[which]
 
 
@@ -117,7 +117,7 @@ class _Reads:
 
     @property
     def x(self) -> np.ndarray:
-        """(t, b, m): what the writer reads for the hidden location that the reader reads."""
+        """(t, b, m): what the producer reads for the hidden location that the consumer reads."""
         return np.where(self.h >= 0, self.u[:, self.h], -1)
 
     def combinations(self, name: str) -> tuple[tuple[int, ...], list[np.ndarray]]:

@@ -56,10 +56,7 @@ def require_closed_form(site: GrowthSite) -> None:
     Raises:
         StatisticsError: with the reason.
     """
-    reason = site.closed_form
-    for path in (*site.producers, *site.consumers):
-        if getattr(site.model.get_submodule(path), "groups", 1) != 1:
-            reason = reason or f"{path} is a grouped convolution"
+    reason = site.no_closed_form
     if reason:
         raise StatisticsError(
             "this site has no closed-form statistics",

@@ -1,4 +1,4 @@
-"""One writer and one reader: all that the statistics need to know of them, and their tensors in one layout."""
+"""One producer and one consumer: all that the statistics need to know of them, and their tensors in one layout."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold, windows
 from growconv.errors import StatisticsError
+from growconv.network import layers
 from growconv.network.routes import AdaptivePool, Depthwise, Flatten, Pool, Route
 
 GridStep = Pool | AdaptivePool | Depthwise
@@ -20,17 +21,17 @@ GridStep = Pool | AdaptivePool | Depthwise
 
 @dataclass(frozen=True)
 class PairProblem:
-    """Shapes and geometry of one (writer, reader) pair on one image size. Letters as in the einsum legend.
+    """Shapes and geometry of one (producer, consumer) pair on one image size. Letters as in the einsum legend.
 
     Attributes:
-        first: geometry of the writer, whose patches have A entries.
-        second: geometry of the reader, B taps.
+        first: geometry of the producer, whose patches have A entries.
+        second: geometry of the consumer, B taps.
         steps: what changes the grid in between; linear on the channels' values.
-        input_size: grid of the writer's input x.
-        hidden_size: grid of the reader's input h.
+        input_size: grid of the producer's input x.
+        hidden_size: grid of the consumer's input h.
         channels: C0, C1, C2, of x, h and v.
-        first_bias: whether patches of the writer carry a constant entry, last in A.
-        second_bias: whether patches of the reader carry one, last in D.
+        first_bias: whether patches of the producer carry a constant entry, last in A.
+        second_bias: whether patches of the consumer carry one, last in D.
     """
 
     first: Geometry
@@ -44,34 +45,34 @@ class PairProblem:
 
     @property
     def patch_entries(self) -> int:
-        """Entries of the writer's patch without the constant one."""
+        """Entries of the producer's patch without the constant one."""
         return self.channels[0] * self.first.taps
 
     @property
-    def reader_entries(self) -> int:
-        """Entries of the reader's own patch without the constant one."""
+    def consumer_entries(self) -> int:
+        """Entries of the consumer's own patch without the constant one."""
         return self.channels[1] * self.second.taps
 
     @property
     def output_size(self) -> tuple[int, ...]:
-        """Grid of the reader's output, m."""
+        """Grid of the consumer's output, m."""
         return self.second.output_size(self.hidden_size)
 
     @property
     def first_output_size(self) -> tuple[int, ...]:
-        """Grid of the writer's output, before any step in between."""
+        """Grid of the producer's output, before any step in between."""
         return self.first.output_size(self.input_size)
 
     @property
     def local(self) -> bool:
-        """Whether the writer's output grid is the reader's input grid."""
+        """Whether the producer's output grid is the consumer's input grid."""
         return not self.steps
 
     @property
     def projection_entries(self) -> int:
         """Entries A·B·D of P, the largest statistic."""
         a = self.patch_entries + self.first_bias
-        d = self.reader_entries + self.second_bias
+        d = self.consumer_entries + self.second_bias
         return a * self.second.taps * d
 
     @property
@@ -80,46 +81,46 @@ class PairProblem:
         return ((self.patch_entries + self.first_bias) * self.second.taps) ** 2
 
     def between(self, maps: Float[Tensor, "n k *grid"]) -> Float[Tensor, "n k *hidden"]:
-        """The linear part of what lies between writer and reader.
+        """The linear part of what lies between producer and consumer.
 
         Args:
-            maps: values on the writer's output grid.
+            maps: values on the producer's output grid.
 
         Returns:
-            Values on the reader's input grid: poolings average, depthwise convolutions are their identity tap.
+            Values on the consumer's input grid: poolings average, depthwise convolutions are their identity tap.
         """
         for step in self.steps:
             maps = _apply(step, maps)
         return maps
 
     def features(self, x: Float[Tensor, "n c *size"]) -> Float[Tensor, "n a *hidden"]:
-        """Patches U as maps on the reader's input grid, without the constant entry.
+        """Patches U as maps on the consumer's input grid, without the constant entry.
 
         Args:
-            x: input of the writer.
+            x: input of the producer.
         """
         patches = unfold(x, self.first)
         return self.between(patches.view(*patches.shape[:2], *self.first_output_size))
 
     def first_patches(self, x: Float[Tensor, "n c *size"]) -> Float[Tensor, "n a l"]:
-        """Patches on the writer's own output grid, before any step in between, with the constant entry."""
+        """Patches on the producer's own output grid, before any step in between, with the constant entry."""
         patches = unfold(x, self.first)
         return torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1) if self.first_bias else patches
 
     def constant(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " *hidden"]:
-        """What the writer's bias entry, 1 at every location, is on the reader's input grid."""
+        """What the producer's bias entry, 1 at every location, is on the consumer's input grid."""
         return self.between(torch.ones(1, 1, *self.first_output_size, dtype=dtype, device=device))[0, 0]
 
 
 def folded(problem: PairProblem, x: Float[Tensor, "n c *size"]) -> tuple[PairProblem, Float[Tensor, "n c *folded"]]:
-    """The same pair with what changes the grid in between taken into the writer, where that is exact.
+    """The same pair with what changes the grid in between taken into the producer, where that is exact.
 
-    An average over a window of the writer's outputs is an output for an averaged input; keeping every s-th output is a
+    An average over a window of the producer's outputs is an output for an averaged input; keeping every s-th output is a
     larger stride. So a pooling without padding, and a depthwise convolution that keeps the grid's origin, disappear.
 
     Args:
         problem: the pair.
-        x: input of the writer.
+        x: input of the producer.
 
     Returns:
         A local problem and its input; both unchanged where some step cannot be taken in.
@@ -179,7 +180,7 @@ def batched(tensor: Tensor, layer: nn.Module) -> Tensor:
         tensor: what the layer read or wrote.
         layer: convolution or linear layer.
     """
-    axes = 1 if isinstance(layer, nn.Linear) else len(getattr(layer, "kernel_size")) + 1  # noqa: B009
+    axes = len(layers.weighted(layer).kernel_size) + 1
     return tensor.unsqueeze(0) if tensor.dim() == axes else tensor
 
 
@@ -189,17 +190,17 @@ def linear_geometry(axes: int) -> Geometry:
 
 
 def pair_problem(
-    route: Route, writer: nn.Module, reader: nn.Module, x: Tensor, h: Tensor, v: Tensor
+    route: Route, producer: nn.Module, consumer: nn.Module, x: Tensor, h: Tensor, v: Tensor
 ) -> tuple[PairProblem, Tensor, Tensor, Tensor]:
     """Shapes and geometry of a batch, and its tensors as maps (n, channels, *grid).
 
     Args:
-        route: the steps from writer to reader.
-        writer: convolution or linear layer.
-        reader: convolution or linear layer.
-        x: input of the writer, as the module saw it, with a batch axis.
-        h: input of the reader, likewise.
-        v: desired change of the reader's output, likewise.
+        route: the steps from producer to consumer.
+        producer: convolution or linear layer.
+        consumer: convolution or linear layer.
+        x: input of the producer, as the module saw it, with a batch axis.
+        h: input of the consumer, likewise.
+        v: desired change of the consumer's output, likewise.
 
     Returns:
         The problem, x, h and v as maps.
@@ -209,13 +210,13 @@ def pair_problem(
     """
     where = f"{route.producer} -> {route.consumer}"
     flattened = next((step.grid for step in route.steps if isinstance(step, Flatten)), None)
-    if isinstance(writer, nn.Linear):
+    if not layers.weighted(producer).kernel_size:
         x = _channels_first(x)
         first = linear_geometry(x.dim() - 2)
     else:
-        first = Geometry.of(writer)
-    if not isinstance(reader, nn.Linear):
-        second = Geometry.of(reader)
+        first = Geometry.of(producer)
+    if layers.weighted(consumer).kernel_size:
+        second = Geometry.of(consumer)
     elif flattened is None:
         h, v = _channels_first(h), _channels_first(v)
         second = linear_geometry(h.dim() - 2)
@@ -230,8 +231,8 @@ def pair_problem(
         input_size=tuple(x.shape[2:]),
         hidden_size=tuple(h.shape[2:]),
         channels=(x.shape[1], h.shape[1], v.shape[1]),
-        first_bias=writer.bias is not None,
-        second_bias=reader.bias is not None,
+        first_bias=layers.weighted(producer).bias() is not None,
+        second_bias=layers.weighted(consumer).bias() is not None,
     )
     grid = tuple(problem.constant(torch.float32, torch.device("cpu")).shape)
     if (
@@ -240,10 +241,10 @@ def pair_problem(
         or not (x.shape[0] == h.shape[0] == v.shape[0])
     ):
         raise StatisticsError(
-            "the tensors of writer and reader do not fit the route between them",
+            "the tensors of producer and consumer do not fit the route between them",
             where=where,
             expected=f"{x.shape[0]} samples on a grid {grid}",
-            got=f"a reader input of shape {tuple(h.shape)} and output of shape {tuple(v.shape)}",
+            got=f"a consumer input of shape {tuple(h.shape)} and output of shape {tuple(v.shape)}",
             fix="check the site's steps: print(site), site.routes",
         )
     return problem, x, h, v

@@ -60,7 +60,7 @@ def weight_gradient(
     return weight.flatten(2).permute(1, 2, 0)
 
 
-def _reader_gradient(h: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+def _consumer_gradient(h: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
     """`weight_gradient` with a layer's own padding, around the maps only where the gradient cannot think it."""
     if geometry.padding_mode == "zeros" and all(low == high for low, high in geometry.padding):
         return weight_gradient(h, v, geometry, tuple(low for low, _ in geometry.padding))
@@ -82,14 +82,14 @@ def add_unfolded_sums(
         totals: sums so far, by name.
         problem: the pair.
         quantities: names among S, S_full, N_raw, M, S2, P and patch_gram.
-        x: input of the writer.
-        h: input of the reader.
-        v: desired change of the reader's output.
+        x: input of the producer.
+        h: input of the consumer.
+        v: desired change of the consumer's output.
         scratch_bytes: bound on what the patches of one chunk may take. At least one sample is unfolded at once, in
-            slabs of rows where the writer's grid is the reader's and padding is zeros.
+            slabs of rows where the producer's grid is the consumer's and padding is zeros.
     """
     if "M" in quantities:
-        totals.add("M", _reader_gradient(h, v, problem.second).flatten(0, 1))
+        totals.add("M", _consumer_gradient(h, v, problem.second).flatten(0, 1))
     if not quantities - {"M"}:
         return
     q = tap_multiplicities(problem.hidden_size, problem.second, dtype=x.dtype, device=x.device)
@@ -150,7 +150,7 @@ def _chunks(problem: PairProblem, quantities: frozenset[str], itemsize: int, scr
     patches = problem.patch_entries * max(math.prod(problem.hidden_size), math.prod(problem.first_output_size))
     entries = 2 * patches if quantities & {"N_raw", "P", "S", "patch_gram"} else 0
     if quantities & {"S2", "P"}:
-        entries += problem.reader_entries * outputs
+        entries += problem.consumer_entries * outputs
     if "S_full" in quantities:
         entries += patches + problem.patch_entries * problem.second.taps * outputs
     per_sample = max(1, entries * itemsize)
@@ -175,7 +175,7 @@ def _add_slab(
     outputs = slice(slab.first_output, slab.end_output)
     reads_outputs = slab.end_output > slab.first_output
     if quantities & {"S2", "P"} and reads_outputs:
-        hp = _reader_patches(problem, h, outputs)  # (n, d, *out)
+        hp = _consumer_patches(problem, h, outputs)  # (n, d, *out)
         if "S2" in quantities and slab.new_outputs < slab.end_output:
             fresh = hp[:, :, slab.new_outputs - slab.first_output :]
             totals.add("S2", gram(fresh.transpose(0, 1).reshape(fresh.shape[1], -1)))
@@ -212,12 +212,12 @@ def _without_padding(geometry: Geometry) -> Geometry:
     return replace(geometry, padding=((0, 0),) * geometry.axes, padding_mode="zeros", ceil_mode=False)
 
 
-def _reader_patches(problem: PairProblem, h: Tensor, outputs: slice) -> Float[Tensor, "n d *out"]:
+def _consumer_patches(problem: PairProblem, h: Tensor, outputs: slice) -> Float[Tensor, "n d *out"]:
     second = problem.second
     view = windows(pad(h, second), second)
     index = (slice(None),) * (2 + second.axes) + (outputs,)
     view = view[index]
-    return view.reshape(h.shape[0], problem.reader_entries, *view.shape[2 + second.axes :])
+    return view.reshape(h.shape[0], problem.consumer_entries, *view.shape[2 + second.axes :])
 
 
 def _patches(problem: PairProblem, x: Tensor, slab: _Slab) -> Float[Tensor, "n a *rows"]:

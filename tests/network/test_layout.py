@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.errors import SiteError
-from growconv.network.layout import IN, OUT, Layout, Run, owners_of
+from growconv.network.layout import IN, OUT, Layout, Run, Sizes, owners_of
 
 KEY = ("b", IN)
 
@@ -34,7 +34,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
 def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[Layout, list[int]], more: int) -> None:
     layout, units = drawn
     sizes = {key: len(owners_of(runs, units)) for key, runs in layout.axes.items()}
-    assert [layout.units(space, sizes.__getitem__) for space in (0, 1)] == units
+    assert [layout.units(space, Sizes(sizes.__getitem__)) for space in (0, 1)] == units
     old = [tuple(owner) for owner in layout.owners(KEY, units).tolist()]
     for space in (0, 1):
         if not layout.per_unit(KEY, space):
@@ -44,11 +44,13 @@ def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[
             tuple(o) for o in layout.owners(KEY, [u + more * (s == space) for s, u in enumerate(units)]).tolist()
         ]
         grown = list(old)
-        for place in sorted(layout.places(KEY, space, more, sizes.__getitem__), key=lambda place: -place.position):
+        for place in sorted(
+            layout.places(KEY, space, more, Sizes(sizes.__getitem__)), key=lambda place: -place.position
+        ):
             new = [(space, units[space] + entry // per_unit, entry % per_unit) for entry in place.entries]
             grown[place.position : place.position] = new
         assert grown == expected
-        entries = layout.entries(KEY, space, sizes.__getitem__)
+        entries = layout.entries(KEY, space, Sizes(sizes.__getitem__))
         assert [old[at] for at in entries] == [
             (space, u, slot) for u in range(units[space]) for slot in range(per_unit)
         ]

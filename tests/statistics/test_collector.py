@@ -37,8 +37,8 @@ def collected(model, x=X, y=Y, loss=F.cross_entropy, **options):
 
 
 def assert_same(first, second, tolerance=1e-5):
-    for name, value in first.reader.moments.items():
-        other = second.reader.moments[name]
+    for name, value in first.consumer.moments.items():
+        other = second.consumer.moments[name]
         assert float((value - other).norm()) <= tolerance * float(other.norm()), name
     assert first.samples == second.samples
 
@@ -125,7 +125,7 @@ def test_frozen_layers_can_be_measured():
     assert_same(collector.statistics[site.name], reference)
 
 
-def test_frozen_reader_that_overwrites_its_input_is_not_fooled():
+def test_frozen_consumer_that_overwrites_its_input_is_not_fooled():
     class Overwriting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -141,7 +141,7 @@ def test_frozen_reader_that_overwrites_its_input_is_not_fooled():
 
     torch.manual_seed(1)
     model = Overwriting()
-    site = growconv.site(model, "a", "b")
+    site = growconv.site(model, "a", "b", example_input=X)
     expected = collect_statistics(model, site, [(X, Y)], F.cross_entropy, quantities=("S2",))[site.name].S2
     model.overwrites = True
     for parameter in model.b.parameters():
@@ -160,9 +160,10 @@ def test_gradient_checkpointing():
             x = x.clone().requires_grad_()
             return checkpoint(self.body, x, use_reentrant=self.reentrant).relu().mean(dim=(2, 3))
 
+    plain = growconv.site(Checkpointed(reentrant=False), "body.0", "body.2", example_input=X)
     for reentrant in (False, True):
         model = Checkpointed(reentrant)
-        site = growconv.site(model, "body.0", "body.2", between=("body.1",))
+        site = plain.of(model)
         with StatisticsCollector(model, site) as collector:
             F.cross_entropy(model(X), Y).backward()
         assert_same(collector.statistics[site.name], collected(network()))
@@ -187,7 +188,9 @@ def test_shared_modules_sum_over_their_calls():
     middle = model.b(torch.relu(model.a(X))).detach()
     once = nn.Sequential(model.a, nn.ReLU(), model.b, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batch = (torch.cat([X, middle]), torch.cat([y, y]))
-    by_hand = collect_statistics(once, growconv.site(once, "0", "2"), [batch], F.cross_entropy, quantities="S")
+    by_hand = collect_statistics(
+        once, growconv.site(once, "0", "2", example_input=X), [batch], F.cross_entropy, quantities="S"
+    )
     torch.testing.assert_close(found.S, 2 * by_hand["0 -> 2"].S, rtol=1e-5, atol=1e-4)
 
 
@@ -199,9 +202,8 @@ def test_calls_that_cannot_be_paired_are_refused():
 
     host = Host(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1))
     plain = nn.Sequential(*host)
-    site = growconv.site(plain, "0", "1")
-    site.model = host
-    with pytest.raises(StatisticsError, match="more often"), StatisticsCollector(host, site):
+    site = growconv.site(plain, "0", "1", example_input=X).of(host)
+    with pytest.raises(StatisticsError, match="number of times"), StatisticsCollector(host, site):
         host(X)
     assert hooks(host) == 0
 
@@ -298,14 +300,14 @@ def test_images_of_several_sizes():
 
 def test_only_what_is_asked_for_is_computed():
     found = collected(network(), quantities=("S",))
-    assert set(found.reader.moments) == {"S"}
+    assert set(found.consumer.moments) == {"S"}
     assert found.N is None
     assert found.update is None
     assert found.samples_kept is None
     with pytest.raises(StatisticsError, match="S_full was not collected"):
         found.apply_S_full(torch.zeros(28, 9, 1))
     kept = collected(network(), quantities=("samples",), keep_samples=4)
-    assert not kept.reader.moments
+    assert not kept.consumer.moments
     assert len(kept.samples_kept) == 4
     assert kept.gradient_energy > 0
     first, rest = kept.samples_kept.split(0.5)
@@ -338,7 +340,7 @@ def test_hooks_and_caches_are_freed_after_an_exception():
     with pytest.raises(RuntimeError, match="expected"):
         loop()
     assert hooks(model) == 0
-    assert not collector._calls
+    assert not collector._loss.passes
     assert not collector._outputs
     assert collector.statistics[site.name].samples == len(X)
 

@@ -59,7 +59,7 @@ def loss(z, target):
 
 
 def collect(model, x, target, s, **options):
-    site = growconv.site(model, "conv1", "conv2")
+    site = growconv.site(model, "conv1", "conv2", example_input=x)
     options.setdefault("path", s["path"])
     options.setdefault("quantities", ("S", "N", "S_full", "update", "P", "N_raw"))
     found = growconv.collect_statistics(model, site, [(x, target)], loss, reduction="sum", **options)
@@ -148,7 +148,7 @@ def test_patch_moments_predict_the_new_channels_own_values():
     s = {"k1": (3, 3), "k2": (3, 3), "s1": 2, "s2": 1, "p1": 1, "p2": 1, "d1": 1, "d2": 1, "bias1": True, "bias2": True}
     model = Pair(s).double()
     x = torch.randn(6, 2, 11, 12, dtype=torch.float64)
-    site = growconv.site(model, "conv1", "conv2")
+    site = growconv.site(model, "conv1", "conv2", example_input=x)
     for path in ("dense", "unfold", "offset"):
         stats = growconv.collect_statistics(
             model, site, [(x, torch.zeros(()))], lambda z, _: z.square().mean(), quantities=("patch",), path=path

@@ -63,7 +63,7 @@ def test_the_same_statistics(s):
     theirs.update_computation()
 
     model = nn.Sequential(first, nn.Tanh(), second)
-    site = growconv.site(model, "0", "2")
+    site = growconv.site(model, "0", "2", example_input=x)
     stats = collect_statistics(
         model, site, [(x, target)], lambda z, y: (z - y).square().sum(), reduction="sum", path=s["path"]
     )[site.name]

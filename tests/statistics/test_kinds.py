@@ -13,7 +13,7 @@ Y = torch.tensor([0, 1, 2, 3, 1])
 
 
 class Fan(nn.Module):
-    """One writer, two readers with other strides and kernels."""
+    """One producer, two consumers with other strides and kernels."""
 
     def __init__(self):
         super().__init__()
@@ -121,12 +121,12 @@ def case(name):
 @pytest.mark.parametrize("scratch", [1 << 28, 20_000])
 def test_the_chosen_path_agrees_with_the_reference(name, scratch):
     model, x, site = case(name)
-    assert site.closed_form is None
+    assert site.closed_form
     quantities = [q for q in EVERYTHING if scratch > 1 << 20 or q not in ("S_full", "N")]
     expected = collect_statistics(model, site, [(x, Y)], F.cross_entropy, quantities=quantities, path="dense")
     found = collect_statistics(model, site, [(x, Y)], F.cross_entropy, quantities=quantities, scratch_bytes=scratch)
-    assert [r.consumer for r in found[site.name].readers] == list(site.consumers)
-    for mine, reference in zip(found[site.name].readers, expected[site.name].readers, strict=True):
+    assert [r.consumer for r in found[site.name].consumers] == list(site.consumers)
+    for mine, reference in zip(found[site.name].consumers, expected[site.name].consumers, strict=True):
         assert mine.moments.keys() == reference.moments.keys()
         for key, value in reference.moments.items():
             assert float((mine.moments[key] - value).abs().max()) <= 1e-10 * float(value.abs().max()), key
@@ -139,26 +139,26 @@ def test_n_raw_is_the_gradient_of_a_linear_new_channel(name):
     """A new channel is carried by the model's own operations, activations aside; its outgoing gradient is N_raw."""
     model, x, site = case(name)
     stats = collect_statistics(model, site, [(x, Y)], F.cross_entropy, quantities=("N_raw",), keep_samples=5)[site.name]
-    writer = model.get_submodule(site.producers[0])
+    producer = model.get_submodule(site.producers[0])
     kept = stats.samples_kept
-    weight = torch.randn(1, *writer.weight.shape[1:], dtype=torch.float64)
-    bias = torch.randn(1, dtype=torch.float64) if writer.bias is not None else None
+    weight = torch.randn(1, *producer.weight.shape[1:], dtype=torch.float64)
+    bias = torch.randn(1, dtype=torch.float64) if producer.bias is not None else None
     entries = torch.cat([weight.flatten(), bias]) if bias is not None else weight.flatten()
-    new = _apply(writer, kept.x[site.producers[0]], weight, bias)
+    new = _apply(producer, kept.x[site.producers[0]], weight, bias)
     for name, module in list(model.named_children()):
         if isinstance(module, (nn.ReLU, nn.ReLU6, nn.Tanh)):
             setattr(model, name, nn.Identity())
-    for reader, route in zip(stats.readers, site.routes, strict=True):
+    for consumer, route in zip(stats.consumers, site.routes, strict=True):
         read = new
         for step in route.steps:
             read = _carried(model, step, read)
-        consumer = model.get_submodule(reader.consumer)
-        entries_read = read.shape[-1] if isinstance(consumer, nn.Linear) else read.shape[1]
-        shape = (consumer.weight.shape[0], entries_read, *consumer.weight.shape[2:])
+        layer = model.get_submodule(consumer.consumer)
+        entries_read = read.shape[-1] if isinstance(layer, nn.Linear) else read.shape[1]
+        shape = (layer.weight.shape[0], entries_read, *layer.weight.shape[2:])
         zero = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        written = _apply(consumer, read, zero, None)
-        (gradient,) = torch.autograd.grad((written * kept.v[reader.consumer]).sum() / len(x), zero)
-        found = torch.einsum("a,abc->cb", entries, reader.N_raw)
+        written = _apply(layer, read, zero, None)
+        (gradient,) = torch.autograd.grad((written * kept.v[consumer.consumer]).sum() / len(x), zero)
+        found = torch.einsum("a,abc->cb", entries, consumer.N_raw)
         torch.testing.assert_close(found, gradient.flatten(1), rtol=1e-9, atol=1e-12)
 
 
@@ -195,11 +195,11 @@ def _carried(model, step, maps):
 def test_a_fan_has_no_single_n():
     model, x, site = case("fan")
     stats = collect_statistics(model, site, [(x, Y)], F.cross_entropy)[site.name]
-    with pytest.raises(growconv.GrowthError, match="2 readers"):
+    with pytest.raises(growconv.GrowthError, match="2 consumers"):
         _ = stats.N
-    torch.testing.assert_close(stats.S, stats.readers[0].S + stats.readers[1].S)
+    torch.testing.assert_close(stats.S, stats.consumers[0].S + stats.consumers[1].S)
     assert stats.columns.shape == (16, 3 * 4 + 1 * 4)
-    torch.testing.assert_close(stats.columns[:, :12].view(16, 3, 4), stats.readers[0].N)
+    torch.testing.assert_close(stats.columns[:, :12].view(16, 3, 4), stats.consumers[0].N)
     assert stats.raw_columns.shape == stats.columns.shape
     assert set(stats.outgoing_shapes) == {"b", "c"}
 

@@ -86,7 +86,7 @@ def test_memory_formats_and_strides():
 def test_single_images_without_a_batch_axis():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
-    site = growconv.site(model, "0", "2")
+    site = growconv.site(model, "0", "2", example_input=X)
     loss = lambda z, _: z.square().sum()  # noqa: E731
     single = collect_statistics(model, site, [(X[0], None)], loss, keep_samples=1)[site.name]
     batch = collect_statistics(model, site, [(X[:1], None)], loss, keep_samples=1)[site.name]
@@ -118,7 +118,7 @@ def test_switches_are_put_back():
 def test_values_that_are_not_finite_are_named_or_skipped(spoilt, named, value):
     model = network()
     model[1] = nn.Identity()
-    site = growconv.site(model, "0", "2")
+    site = growconv.site(model, "0", "2", example_input=X)
     noise = torch.tensor([0.0, value, 0, 0, 0]).view(5, 1, 1)
     model[1].register_forward_hook(lambda module, args, h: h + noise if spoilt == "h" else None)
     x = X.clone()

@@ -91,6 +91,29 @@ class Norm(Adapter):
             return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
         return F.batch_norm(x, mean.to(x), variance.to(x), weight, bias, False, 0.0, eps)
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether it normalises with the statistics of each sample, so that it takes no scale through."""
+        return isinstance(self.module, _InstanceNorm) and (self.module.training or not self.module.track_running_stats)
+
+    def copied(self, x: Tensor, index: Tensor) -> Tensor:
+        """What the layer does to new channels that copy the entries of old ones, with its running statistics.
+
+        Args:
+            x: as for `inserted`.
+            index: (entries,) the old entries.
+        """
+        own = {name: stored(self.module, name) for name in TENSORS}
+        weight, bias, mean, variance = (None if each is None else each.detach()[index].to(x) for each in own.values())
+        eps = float(getattr(self.module, "eps", 1e-5))
+        if self.by_sample:
+            return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return F.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, eps)
+
+    def pooled(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments that make the layer the identity, from the entries' own."""
+        return mean, variance
+
     def _affine(
         self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -129,7 +152,21 @@ class GroupNorm(Norm):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the group that each entry belongs to: with them the layer is the identity on average."""
-        mean, variance = super().moments(x)
+        return self.pooled(*super().moments(x))
+
+    @property
+    def by_sample(self) -> bool:
+        """It always does."""
+        return True
+
+    def copied(self, x: Tensor, index: Tensor) -> Tensor:
+        """Groups that copy old ones, normalised by the statistics of each sample."""
+        own = (stored(self.module, name) for name in TENSORS[:2])
+        weight, bias = (None if each is None else each.detach()[index].to(x) for each in own)
+        return F.group_norm(x, x.shape[1] // self._per_group(), weight, bias, float(self.module.eps))  # pyright: ignore
+
+    def pooled(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of each entry's group, the channels of a group one after the other."""
         size = self._per_group()
         grouped = mean.unflatten(0, (-1, size)).mean(1, keepdim=True)
         spread = (variance + mean.square()).unflatten(0, (-1, size)).mean(1, keepdim=True) - grouped.square()
@@ -156,6 +193,11 @@ class PReLU(Norm):
         """The mean slope: new channels get what the old ones have."""
         weight = stored(self.module, "weight")
         return {} if weight is None else {"weight": weight.detach().mean().expand(len(mean))}
+
+    def copied(self, x: Tensor, index: Tensor) -> Tensor:
+        """New channels with the slopes of old ones."""
+        weight = stored(self.module, "weight")
+        return x if weight is None else F.prelu(x, weight.detach()[index].to(x))
 
     def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
         """New channels with the mean slope."""

@@ -138,11 +138,42 @@ class Weighted(Adapter):
         """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
         return self._turned(filters, self.groups)
 
+    def as_stored(self, filters: Tensor) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
+        return self._turned(filters, self.groups)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer multiplies with its stored weight, and not with what a forward of its own makes of it."""
+        kind = parametrize.type_before_parametrizations(self.module)
+        methods = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+        return all(each is None or each.__module__.startswith("torch.") for each in methods)
+
+    @property
+    def rewritable(self) -> bool:
+        """Whether the weight is a parameter of its own, so that old entries can be given other values."""
+        return self.module._parameters.get("weight") is not None
+
     def _turned(self, weight: Tensor, groups: int) -> Tensor:
         """Filters from the stored weight, or the other way round."""
         if not self.transposed:
             return weight
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    # ---------------------------------------------------------------------------------------------- cost
+
+    def multiplications(self) -> float:
+        """Multiply-adds at each location at which the layer applies its kernel."""
+        return float(self.filters().numel())
+
+    def locations(self, x: Tensor, output: Tensor) -> float:
+        """At how many locations the layer applies its kernel, over all samples.
+
+        Args:
+            x: what it was given.
+            output: what it returned.
+        """
+        return output.numel() / self.size(OUT)
 
     # ---------------------------------------------------------------------------------------------- surgery
 
@@ -348,6 +379,10 @@ class TransposedConvolution(Convolution):
     def serves(module: nn.Module) -> bool:
         """Whether it is a transposed convolution."""
         return isinstance(module, _ConvTransposeNd)
+
+    def locations(self, x: Tensor, output: Tensor) -> float:
+        """Every input location is multiplied with the whole kernel."""
+        return x.numel() / self.size(IN)
 
 
 def _widened(tensor: Tensor, rows: int) -> Tensor:

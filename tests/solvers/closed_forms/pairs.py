@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growconv.network.site import GrowthSite, find_sites
+from growconv.network.find import find_sites
+from growconv.network.site import GrowthSite
 from growconv.statistics import PairStatistics, collect_statistics
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import DenseMetric, bilinear_least_squares
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.solvers import exact, solve
 from growconv.statistics import collect_statistics
 
@@ -150,28 +150,28 @@ def test_the_route_auto_takes_what_was_collected() -> None:
 
 
 class Fan(nn.Module):
-    """One writer, two readers of different kernels and strides."""
+    """One producer, two consumers of different kernels and strides."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.writer = nn.Conv2d(3, 2, 3, padding=1)
+        self.producer = nn.Conv2d(3, 2, 3, padding=1)
         self.left = nn.Conv2d(2, 3, 3, padding=1, bias=False)
         self.right = nn.Conv2d(2, 4, 1, stride=2, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.writer(x)
+        hidden = self.producer(x)
         return torch.cat([self.left(hidden).flatten(1), self.right(hidden).flatten(1)], 1)
 
 
-def test_readers_share_their_filters() -> None:
+def test_consumers_share_their_filters() -> None:
     torch.manual_seed(0)
     model, teacher = Fan().double(), Fan().double()
     x = torch.randn(90, 3, 7, 7, dtype=torch.float64)
     with torch.no_grad():
-        model.writer.weight.zero_()
-        model.writer.bias.zero_()
+        model.producer.weight.zero_()
+        model.producer.bias.zero_()
         batches = [(x, model(x) + teacher(x))]
-    site = next(s for s in find_sites(model, x[:1]) if s.producers == ("writer",))
+    site = next(s for s in find_sites(model, x[:1]) if s.producers == ("producer",))
     assert site.kind == "fan"
     stats = collect_statistics(model, [site], batches, squared_error, quantities=EVERYTHING)[site.name]
     growth = solve(stats, "exact", channels=2, signs=False)
@@ -184,7 +184,7 @@ def test_readers_share_their_filters() -> None:
     }
 
 
-def test_a_linear_reader_behind_a_flattened_map_is_a_kernel_of_the_whole_grid() -> None:
+def test_a_linear_consumer_behind_a_flattened_map_is_a_kernel_of_the_whole_grid() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2 * 9, 5, bias=False)).double()
     teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3 * 9, 5, bias=False)).double()

@@ -6,7 +6,6 @@ from torch import nn
 
 import growconv
 from growconv.errors import ArgumentValueError, ScheduleError, SolverError, StatisticsError
-from growconv.growth import GrowthScheduler
 from growconv.solvers import collect_until_known, get_solver
 from growconv.solvers.counting import held_out_gains
 
@@ -50,7 +49,7 @@ def test_a_schedule_reads_what_it_needs() -> None:
         model, batches = noisy()
         sites = growconv.find_sites(model, batches[0][0])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scheduler = GrowthScheduler(
+        scheduler = growconv.GrowthScheduler(
             model, optimizer, sites, every=1, amount=1, held_out=0.25, samples="auto", relative_error=error
         )
         assert scheduler.due(1)
@@ -70,8 +69,8 @@ def test_bad_arguments() -> None:
     with pytest.raises(SolverError, match="no gains that more samples"):
         collect_until_known(model, {site: 2}, batches, squared_error, "net2net")
     with pytest.raises(SolverError, match="no gains that more samples"):
-        GrowthScheduler(model, optimizer, [site], method="random", samples="auto")
+        growconv.GrowthScheduler(model, optimizer, [site], method="random", samples="auto")
     with pytest.raises(ScheduleError, match="unknown number of samples"):
-        GrowthScheduler(model, optimizer, [site], samples="many")
+        growconv.GrowthScheduler(model, optimizer, [site], samples="many")
     with pytest.raises(ScheduleError, match="must be positive"):
-        GrowthScheduler(model, optimizer, [site], samples="auto", relative_error=0)
+        growconv.GrowthScheduler(model, optimizer, [site], samples="auto", relative_error=0)

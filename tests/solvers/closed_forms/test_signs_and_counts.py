@@ -10,8 +10,8 @@ from torch import nn
 import growconv
 from growconv.errors import StatisticsError
 from growconv.solvers import measure_gains, solve, tiny
-from growconv.solvers.kept import without
 from growconv.solvers.response import channel_responses, choose_signs
+from growconv.statistics.held_out import without
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
 
@@ -147,7 +147,7 @@ def test_error_bars_shrink_with_the_samples_and_cover_the_truth() -> None:
     torch.testing.assert_close(part.errors, 2 * full.errors, rtol=0.35, atol=0)
     assert ((part.gains - full.gains).abs() < 4 * part.errors).all()
     assert full.samples_for(full.relative_error / 2) == pytest.approx(4 * 300)
-    per_sample = channel_responses(stats, growth, model).captured
+    per_sample = channel_responses(stats, growth).captured
     draws = torch.randint(0, 300, (400, 300), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(per_sample[draws].mean(1).std(0), full.errors, rtol=0.15, atol=0)
     assert "±" in str(full)
@@ -171,7 +171,7 @@ def test_taking_samples_out_equals_never_having_seen_them(bias: bool) -> None:
     reduced = without(stats, kept.subset(slice(0, 16)), kept.subset(slice(16, None)))
     assert (reduced.samples, len(reduced.samples_kept)) == (32, 16)
     for name in ("S", "N_raw", "M", "S2", "S_full", "N"):
-        torch.testing.assert_close(getattr(reduced.reader, name), getattr(rest.reader, name), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(getattr(reduced.consumer, name), getattr(rest.consumer, name), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(reduced.patch_gram, rest.patch_gram)
 
 
@@ -198,7 +198,7 @@ def test_auto_and_error_bars_need_samples() -> None:
     with pytest.raises(StatisticsError, match="needs kept samples"):
         measure_gains(stats, solve(stats, "tiny", channels=2))
     _, stats = collected(model, teacher_batches(model, channels=2), quantities=SAMPLED, keep_samples=1000)
-    few = replace(stats, samples=40, readers=tuple(replace(r, samples=40) for r in stats.readers))
+    few = replace(stats, samples=40, consumers=tuple(replace(r, samples=40) for r in stats.consumers))
     with pytest.raises(StatisticsError, match="no samples would be left"):
         solve(few, "tiny", channels="auto")
 
@@ -207,6 +207,6 @@ def test_signs_are_repeatable() -> None:
     model = pair(between=lambda _: [nn.ReLU()])
     _, stats = collected(model, teacher_batches(model, channels=3), quantities=SAMPLED, keep_samples=64)
     growth = solve(stats, "tiny", channels=3)
-    again = choose_signs(stats, growth, model)
+    again = choose_signs(stats, growth)
     torch.testing.assert_close(again.alpha, growth.alpha)
     torch.testing.assert_close(again.norms, growth.norms)

@@ -185,7 +185,7 @@ def test_statistics_that_were_not_collected_or_are_broken() -> None:
     with pytest.raises(StatisticsError, match="S was not collected"):
         solve(stats, "tiny", channels=2)
     _, stats = collected(model, batches)
-    stats.readers[0].moments["S"][0, 0] = float("nan")
+    stats.consumers[0].moments["S"][0, 0] = float("nan")
     with pytest.raises(StatisticsError, match="statistic S is not finite"):
         solve(stats, "tiny", channels=2)
 

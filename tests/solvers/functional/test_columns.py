@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from growconv.solvers.columns import columns, positions
+from growconv.statistics.columns import columns, positions
 
 
 def check(module: nn.Module, x: torch.Tensor) -> None:

@@ -15,7 +15,8 @@ from growconv.errors import StatisticsError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers import LinearisationWarning, expected_decrease, solve
-from growconv.solvers.energy import captured_energy, linearisation_note
+from growconv.solvers.base import linearisation_note
+from growconv.solvers.energy import captured_energy
 from growconv.statistics import collect_statistics
 
 
@@ -57,18 +58,18 @@ def proposal(model: nn.Module, method: str = "functional", channels: int = 2, **
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
 def test_captured_energy_against_the_grown_model(activation: type[nn.Module], norm: bool) -> None:
     model = small_model(activation, norm)
-    reader_name = "3" if norm else "2"
+    consumer_name = "3" if norm else "2"
     site, growth = first_site(model), proposal(model)
     x, y = data(40, seed=2)
 
-    # an independent referee: differences of the reader's output, and a least-squares fit of v on the reader's patches
+    # an independent referee: differences of the consumer's output, and a least-squares fit of v on the consumer's patches
     outputs: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
         outputs["h"], outputs["z"] = args[0], output
 
-    reader: nn.Conv2d = model.get_submodule(reader_name)  # pyright: ignore[reportAssignmentType]
-    handle = reader.register_forward_hook(keep)
+    consumer: nn.Conv2d = model.get_submodule(consumer_name)  # pyright: ignore[reportAssignmentType]
+    handle = consumer.register_forward_hook(keep)
     loss = F.cross_entropy(model(x), y, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, outputs["z"])
     h, before = outputs["h"].detach(), outputs["z"].detach()
@@ -79,7 +80,7 @@ def test_captured_energy_against_the_grown_model(activation: type[nn.Module], no
     bottleneck = v - design @ torch.linalg.lstsq(design, v).solution
     grown = copy.deepcopy(model)
     growconv.grow(grown, first_site(grown), growth)
-    handle = grown.get_submodule(reader_name).register_forward_hook(keep)
+    handle = grown.get_submodule(consumer_name).register_forward_hook(keep)
     grown(x)
     handle.remove()
     delta = (outputs["z"].detach() - before).flatten(2).transpose(1, 2).flatten(0, 1)

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growconv.network.layout import IN, OUT
+from growconv.network.seats import region_of
+from growconv.network.tape import Tape
+from growconv.solvers.filters import Filters
 from growconv.solvers.fitting import (
+    Fit,
     Objective,
-    Samples,
     best_outgoing,
     captured_share,
     greedy_order,
@@ -18,38 +22,54 @@ from growconv.solvers.fitting import (
 )
 from growconv.solvers.parametrization import Separable, Whitened, patch_gram
 from growconv.solvers.rank_one import outer_product, rank_one_factors, rank_one_least_squares
+from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
+from tests.network import hand
 
 
-def problem(
-    activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool = True
-) -> tuple[Samples, nn.Conv2d, nn.Conv2d]:
+def problem(activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool = True) -> tuple[Fit, nn.Conv2d]:
     torch.manual_seed(seed)
-    writer = nn.Conv2d(2, 1, 3, padding=1, bias=bias).double()
-    reader = nn.Conv2d(1, 3, (3, 2), stride=(1, 2), padding=1).double()
+    producer = nn.Conv2d(2, 1, 3, padding=1, bias=bias).double()
+    consumer = nn.Conv2d(1, 3, (3, 2), stride=(1, 2), padding=1).double()
     x = torch.randn(samples, 2, 5, 6, dtype=torch.float64)
+    model = hand.Net(lambda m, x: m.r(activation(m.w(x))), w=producer, r=consumer)
+    site = hand.site(model, {("w", OUT): hand.PLAIN, ("r", IN): hand.PLAIN})
     with torch.no_grad():
-        h = writer(x)
-        v = torch.randn_like(reader(h))
-    given = Samples({"w": x}, {"r": v}, {"r": h}, {"w": writer}, {"r": reader}, lambda new: {"r": activation(new["w"])})
-    return given, writer, reader
+        with Tape(model) as tape:
+            model(x)
+        h = producer(x)
+        v = torch.randn_like(consumer(h))
+    kept = KeptPass({"w": (x,)}, {"r": (h,)}, {"r": (v,)}, region_of(tape, site))
+    return Fit(KeptSamples(site, (KeptBatch(samples, (kept,)),), {})), consumer
 
 
-def coordinates(samples: Samples, damping: float = 0.1) -> Whitened:
-    grams = {"w": patch_gram(samples.writers["w"], samples.inputs["w"])}
-    return Whitened(grams, samples.writers, damping, torch.float64)
+def inputs(fit: Fit) -> Tensor:
+    return fit.samples.passes[0].x["w"][0]
+
+
+def targets(fit: Fit) -> Tensor:
+    return fit.samples.passes[0].v["r"][0]
+
+
+def of(weight: Tensor, bias: Tensor | None) -> Filters:
+    return Filters(len(weight), {"w": (weight, bias)})
+
+
+def coordinates(fit: Fit, damping: float = 0.1) -> Whitened:
+    grams = {"w": patch_gram(fit.module("w"), [inputs(fit)])}
+    return Whitened(grams, {"w": (fit.module("w"), 1)}, damping, torch.float64)
 
 
 def test_gradient_is_that_of_the_projected_loss() -> None:
-    samples, _, _ = problem()
-    whitened = coordinates(samples)
+    fit, _ = problem()
+    whitened = coordinates(fit)
     theta = torch.randn(2, whitened.size, dtype=torch.float64)
-    point = Objective(samples, whitened, ridge=1e-13)(theta)
+    point = Objective(fit, whitened, ridge=1e-13)(theta)
 
     def slow(theta: Tensor) -> Tensor:
         weight, bias = whitened.filters(theta)["w"]
-        h = torch.tanh(F.conv2d(samples.inputs["w"], weight, bias, padding=1))
+        h = torch.tanh(F.conv2d(inputs(fit), weight, bias, padding=1))
         design = F.unfold(F.pad(h, (1, 1, 1, 1)), (3, 2), stride=(1, 2)).transpose(0, 1).flatten(1)
-        target = samples.targets["r"].transpose(0, 1).flatten(1)
+        target = targets(fit).transpose(0, 1).flatten(1)
         solution = torch.linalg.lstsq(design.mT, target.mT).solution
         return (design.mT @ solution - target.mT).square().sum() / target.square().sum() - 1
 
@@ -61,86 +81,87 @@ def test_gradient_is_that_of_the_projected_loss() -> None:
 
 
 def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
-    samples, _, reader = problem(torch.relu)
-    filters = {"w": (torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))}
-    equations = normal_equations(samples, filters)
-    outgoing = best_outgoing(equations, samples.readers, samples.targets["r"], False, 1e-14)
+    fit, consumer = problem(torch.relu)
+    filters = of(torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
+    equations = normal_equations(fit, filters)
+    outgoing = best_outgoing(equations, fit.site, targets(fit), False, 1e-14)
     variable = outgoing["r"].clone().requires_grad_()
-    h = samples.read(filters)["r"]
-    loss = (samples.targets["r"] - F.conv2d(h, variable, stride=reader.stride, padding=reader.padding)).square().sum()
+    h = fit.reads(fit.samples.passes[0], filters)["r"][0]
+    loss = (targets(fit) - F.conv2d(h, variable, stride=consumer.stride, padding=consumer.padding)).square().sum()
     (gradient,) = torch.autograd.grad(loss, variable)
     assert float(gradient.abs().max()) < 1e-8
 
 
 def test_a_channel_that_is_never_read_gets_no_weight() -> None:
-    samples, _, _ = problem(torch.relu)
-    filters = {"w": (torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))}
-    outgoing = best_outgoing(normal_equations(samples, filters), samples.readers, samples.targets["r"], False, 1e-6)
+    fit, _ = problem(torch.relu)
+    filters = of(torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))
+    outgoing = best_outgoing(normal_equations(fit, filters), fit.site, targets(fit), False, 1e-6)
     assert bool(torch.isfinite(outgoing["r"]).all())
     assert float(outgoing["r"][:, 1].abs().max()) == 0.0
     assert float(outgoing["r"][:, 0].abs().max()) > 0.0
 
 
 def test_captured_share_is_what_the_best_single_scale_takes_away() -> None:
-    samples, _, _ = problem(torch.relu)
-    filters = {"w": (torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64))}
+    fit, _ = problem(torch.relu)
+    filters = of(torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64))
     outgoing = {"r": torch.randn(3, 2, 3, 2, dtype=torch.float64)}
-    delta, target = samples.added(filters, outgoing)["r"], samples.targets["r"]
+    (piece,) = fit.samples.passes
+    delta, target = piece.added(fit.reads(piece, filters), outgoing)["r"][0], targets(fit)
     scale = float((delta * target).sum() / delta.square().sum())
     if scale < 0:
         outgoing, delta = {"r": -outgoing["r"]}, -delta
         scale = -scale
     left = float((target - scale * delta).square().sum() / target.square().sum())
-    assert captured_share(samples, filters, outgoing) == pytest.approx(1 - left, rel=1e-10)
-    assert captured_share(samples, filters, {"r": -outgoing["r"]}) == 0.0
+    assert captured_share(fit, filters, outgoing) == pytest.approx(1 - left, rel=1e-10)
+    assert captured_share(fit, filters, {"r": -outgoing["r"]}) == 0.0
 
 
 @pytest.mark.parametrize("activation", [torch.relu, F.leaky_relu, F.gelu, F.silu, F.selu, torch.tanh])
 def test_the_search_never_loses_ground(activation) -> None:
-    samples, _, _ = problem(activation, samples=40)
-    whitened = coordinates(samples)
+    fit, _ = problem(activation, samples=40)
+    whitened = coordinates(fit)
     start = torch.nn.functional.normalize(torch.randn(2, whitened.size, dtype=torch.float64), dim=1)
-    found = minimize(Objective(samples, whitened), samples, start, iterations=12, patience=20)
-    fitted = [fit for fit, _ in found.history]
+    found = minimize(Objective(fit, whitened), fit, start, iterations=12, patience=20)
+    fitted = [share for share, _ in found.history]
     assert fitted == sorted(fitted)
     assert fitted[-1] > 1.2 * fitted[0]
     assert found.held_out == pytest.approx(max(share for _, share in found.history))
 
 
 def test_the_search_stops_where_held_out_samples_gain_nothing() -> None:
-    samples, _, _ = problem(torch.relu, samples=6)
-    other, _, _ = problem(torch.relu, samples=60, seed=1)  # nothing in common: all that is fitted is noise
-    whitened = coordinates(samples)
+    fit, _ = problem(torch.relu, samples=6)
+    other, _ = problem(torch.relu, samples=60, seed=1)  # nothing in common: all that is fitted is noise
+    whitened = coordinates(fit)
     start = torch.randn(4, whitened.size, dtype=torch.float64)
-    found = minimize(Objective(samples, whitened), other, start, iterations=100, patience=3)
+    found = minimize(Objective(fit, whitened), other, start, iterations=100, patience=3)
     assert found.iterations < 60
     assert found.held_out >= found.history[-1][1]
 
 
 def test_whitened_coordinates_come_back() -> None:
-    samples, _, _ = problem()
-    whitened = coordinates(samples, 1e-3)
+    fit, _ = problem()
+    whitened = coordinates(fit, 1e-3)
     theta = torch.randn(4, whitened.size, dtype=torch.float64)
     torch.testing.assert_close(whitened.encode(whitened.filters(theta)), theta)
 
 
 def test_patches_are_white_in_the_coordinates() -> None:
-    samples, _, _ = problem(samples=200)
-    whitened = coordinates(samples, 1e-9)
+    fit, _ = problem(samples=200)
+    whitened = coordinates(fit, 1e-9)
     theta = torch.eye(whitened.size, dtype=torch.float64)
     weight, bias = whitened.filters(theta)["w"]
-    outputs = F.conv2d(samples.inputs["w"], weight, bias, padding=1).transpose(0, 1).flatten(1)
+    outputs = F.conv2d(inputs(fit), weight, bias, padding=1).transpose(0, 1).flatten(1)
     torch.testing.assert_close(outputs @ outputs.mT / outputs.shape[1], theta, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_order_against_brute_force() -> None:
-    samples, _, _ = problem(torch.relu, samples=30)
-    filters = {"w": (torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))}
-    equations = normal_equations(samples, filters)
+    fit, _ = problem(torch.relu, samples=30)
+    filters = of(torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+    equations = normal_equations(fit, filters)
     order, gains = greedy_order(equations, 4, ridge=1e-13)
 
     def captured(chosen: list[int]) -> float:
-        some = normal_equations(samples, {"w": (filters["w"][0][chosen], filters["w"][1][chosen])})["r"]
+        some = normal_equations(fit, filters.picked(chosen))["r", 0]
         return float((some.cross * torch.linalg.solve(some.gram, some.cross)).sum())
 
     assert sorted(order) == [0, 1, 2, 3]
@@ -152,9 +173,9 @@ def test_greedy_order_against_brute_force() -> None:
 
 
 def test_equal_channels_share_one_gain() -> None:
-    samples, _, _ = problem(torch.relu, samples=30)
+    fit, _ = problem(torch.relu, samples=30)
     weight, bias = torch.randn(1, 2, 3, 3, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
-    order, gains = greedy_order(normal_equations(samples, {"w": (weight.repeat(3, 1, 1, 1), bias.repeat(3))}), 3)
+    order, gains = greedy_order(normal_equations(fit, of(weight.repeat(3, 1, 1, 1), bias.repeat(3))), 3)
     assert sorted(order) == [0, 1, 2]
     assert float(gains[1:].abs().max()) < 1e-4 * float(gains[0])
 
@@ -176,11 +197,11 @@ def test_rank_one_least_squares() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_separable_filters_and_kernels_are_of_rank_one(bias: bool) -> None:
-    samples, _, _ = problem(torch.relu, samples=40, bias=bias)
-    separable = Separable(coordinates(samples))
-    start = separable.encode({"w": (torch.randn(2, 2, 3, 3).double(), torch.zeros(2).double() if bias else None)})
-    objective = Objective(samples, separable, separable=True)
-    found = minimize(objective, samples, start, iterations=10, patience=20)
+    fit, _ = problem(torch.relu, samples=40, bias=bias)
+    separable = Separable(coordinates(fit))
+    start = separable.encode(of(torch.randn(2, 2, 3, 3).double(), torch.zeros(2).double() if bias else None))
+    objective = Objective(fit, separable, separable=True)
+    found = minimize(objective, fit, start, iterations=10, patience=20)
     assert found.history[-1][0] > found.history[0][0] > 0
     weight = separable.filters(found.point.theta)["w"][0]
     for kernel in (*weight, *found.point.outgoing["r"].transpose(0, 1)):

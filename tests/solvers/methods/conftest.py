@@ -1,11 +1,11 @@
-"""Small networks with one of each thing that can lie between a writer and a reader."""
+"""Small networks with one of each thing that can lie between a producer and a consumer."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.statistics import collect_statistics
 
 
@@ -26,17 +26,17 @@ class Residual(nn.Module):
 
 
 class Fan(nn.Module):
-    """One writer, two readers, the second of them linear behind a flattened map."""
+    """One producer, two consumers, the second of them linear behind a flattened map."""
 
     def __init__(self):
         super().__init__()
-        self.writer = nn.Conv2d(3, 4, 3, bias=False)
+        self.producer = nn.Conv2d(3, 4, 3, bias=False)
         self.norm = nn.BatchNorm2d(4)
         self.conv = nn.Conv2d(4, 3, 1)
         self.linear = nn.Linear(4 * 4 * 4, 3)
 
     def forward(self, x):
-        h = functional.leaky_relu(self.norm(self.writer(x)))
+        h = functional.leaky_relu(self.norm(self.producer(x)))
         return self.conv(h).mean((2, 3)) + self.linear(h.flatten(1))
 
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
-from growconv.network.site import find_sites
-from growconv.network.surgery import grow
+from growconv.errors import ArgumentValueError, StatisticsError
+from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
 from growconv.solvers.firefly import Candidates
-from growconv.solvers.sampled import SampledSite
 
 
 @pytest.mark.parametrize("name", ["relu", "norm", "tanh", "gelu and pooling", "fan", "linear", "residual", "depthwise"])
@@ -29,14 +28,12 @@ def test_the_prediction_is_the_derivative_of_the_true_loss(make, collect, name):
 def test_taylor_gains_are_derivatives_by_each_candidates_strength(make, collect):
     model, x, y = make("relu")
     statistics = collect(model, x, y, {"samples"})
-    candidates = Candidates(SampledSite.of(statistics, model, "firefly"), 5, torch.Generator().manual_seed(0))
+    candidates = Candidates(statistics.samples_kept, model, 5, torch.Generator().manual_seed(0))
     gains = candidates.taylor_gains()
     incoming, biases, outgoing = candidates.weights()
     hidden = functional.relu(functional.conv2d(x, incoming["0"], biases["0"], padding=1))
     strength = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    z = model[2](functional.relu(model[0](x))) + functional.conv2d(
-        hidden, outgoing["2"].flatten(1, 2) * strength.view(1, -1, 1, 1)
-    )
+    z = model[2](functional.relu(model[0](x))) + functional.conv2d(hidden, outgoing["2"] * strength.view(1, -1, 1, 1))
     loss = functional.cross_entropy(model[3:](z), y)
     torch.testing.assert_close(gains, -torch.autograd.grad(loss, strength)[0])
 
@@ -45,7 +42,7 @@ def test_the_kept_candidates_are_those_with_the_largest_gains(make, collect):
     model, x, y = make("relu")
     statistics = collect(model, x, y, {"samples"})
     growth = solve(statistics, "firefly", 4, candidates=6, steps=2, generator=torch.Generator().manual_seed(5))
-    candidates = Candidates(SampledSite.of(statistics, model, "firefly"), 24, torch.Generator().manual_seed(5))
+    candidates = Candidates(statistics.samples_kept, model, 24, torch.Generator().manual_seed(5))
     candidates.train(2, get_solver("firefly").learning_rate)
     gains = candidates.taylor_gains().abs()
     torch.testing.assert_close(growth.gains, gains.sort(descending=True).values[:4])
@@ -55,18 +52,19 @@ def test_the_kept_candidates_are_those_with_the_largest_gains(make, collect):
 
 def test_training_raises_every_candidates_gain_and_they_do_not_see_each_other(make, collect):
     model, x, y = make("relu")
-    sampled = SampledSite.of(collect(model, x, y, {"samples"}), model, "firefly")
-    candidates = Candidates(sampled, 16, torch.Generator().manual_seed(0))
+    kept = collect(model, x, y, {"samples"}).samples_kept
+    candidates = Candidates(kept, model, 16, torch.Generator().manual_seed(0))
     before = candidates.taylor_gains()
     candidates.train(30, 0.1)
     after = candidates.taylor_gains()
     assert (after > before).all()
     assert (after > 0).all()
-    alone = Candidates(sampled, 16, torch.Generator().manual_seed(0))
+    alone = Candidates(kept, model, 16, torch.Generator().manual_seed(0))
     for tensors in (alone.incoming, alone.biases):
         for path, tensor in tensors.items():
             tensors[path] = tensor.detach()[:1].requires_grad_()
     alone.outgoing = {path: tensor.detach()[:, :1].requires_grad_() for path, tensor in alone.outgoing.items()}
+    alone.count = 1
     alone.train(30, 0.1)
     torch.testing.assert_close(alone.taylor_gains(), after[:1])
 
@@ -105,6 +103,3 @@ def test_what_is_missing_is_named(make, collect):
         solve(collect(model, x, y, {"S"}), "firefly", 2)
     with pytest.raises(ArgumentValueError, match="candidates"):
         solve(find_sites(model, x)[0], "firefly", 2, candidates=0)
-    grouped, x, y = make("group norm")
-    with pytest.raises(SolverError, match="groups of 2"):
-        solve(collect(grouped, x, y, {"samples"}), "firefly", 2)

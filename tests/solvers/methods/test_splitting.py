@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from growconv.errors import ArgumentValueError, SolverError
-from growconv.network.site import find_sites
-from growconv.network.surgery import grow
+from growconv.errors import ArgumentValueError
+from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
-from growconv.solvers.sampled import SampledSite
-from growconv.solvers.splitting import SmoothKinks, lowest_eigenpairs, splitting_matrices
+from growconv.solvers.splitting import lowest_eigenpairs, splitting_matrices
 
 
 @given(count=st.integers(1, 4), size=st.integers(1, 8), rank=st.integers(0, 8), seed=st.integers(0, 99))
@@ -43,24 +43,41 @@ def test_a_large_matrix_needs_few_products():
     assert ((vectors * expected.eigenvectors[:, :, 0]).sum(1).abs() > 0.999).all()
 
 
+class SmoothKinks(TorchFunctionMode):
+    """Inside, ReLU has the curvature of a softplus."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("relu", "relu_"):
+            scale = self.width * args[0].detach().square().mean().sqrt()
+            return functional.softplus(args[0] / scale, threshold=50) * scale
+        return func(*args, **(kwargs or {}))
+
+
 def split_hessian(model, x, y, channel, smoothing):
     """∇²_θθ of the loss by one filter and bias at fixed output gradient: the splitting matrix, by autograd alone."""
-    writer, reader = model[0], next(m for m in list(model)[1:] if isinstance(m, torch.nn.Conv2d))
-    between = model[1 : list(model).index(reader)]
-    z = reader(between(writer(x))).detach().requires_grad_()
-    loss = functional.cross_entropy(model[list(model).index(reader) + 1 :](z), y)
+    producer, consumer = model[0], next(m for m in list(model)[1:] if isinstance(m, torch.nn.Conv2d))
+    between = model[1 : list(model).index(consumer)]
+    z = consumer(between(producer(x))).detach().requires_grad_()
+    loss = functional.cross_entropy(model[list(model).index(consumer) + 1 :](z), y)
     (gradient,) = torch.autograd.grad(loss, z)
 
     def objective(theta):
-        weight, bias = writer.weight.detach().clone(), None if writer.bias is None else writer.bias.detach().clone()
+        weight, bias = (
+            producer.weight.detach().clone(),
+            None if producer.bias is None else producer.bias.detach().clone(),
+        )
         weight[channel] = theta[: weight[0].numel()].view_as(weight[0])
         if bias is not None:
             bias[channel] = theta[-1]
         with SmoothKinks(smoothing):
-            return (reader(between(functional.conv2d(x, weight, bias, padding=1))) * gradient).sum()
+            return (consumer(between(functional.conv2d(x, weight, bias, padding=1))) * gradient).sum()
 
-    theta = writer.weight[channel].flatten()
-    theta = theta if writer.bias is None else torch.cat([theta, writer.bias[channel : channel + 1]])
+    theta = producer.weight[channel].flatten()
+    theta = theta if producer.bias is None else torch.cat([theta, producer.bias[channel : channel + 1]])
     return torch.autograd.functional.hessian(objective, theta.detach())
 
 
@@ -69,7 +86,7 @@ def test_products_are_those_of_the_splitting_matrices(make, collect, name):
     model, x, y = make(name)
     model.eval()
     statistics = collect(model, x, y, {"samples"})
-    product, theta = splitting_matrices(SampledSite.of(statistics, model, "splitting"), smoothing=0.25)
+    product, theta = splitting_matrices(statistics.samples_kept, model, smoothing=0.25)
     vectors = torch.randn(theta.shape, dtype=torch.float64)
     found = product(vectors)
     for channel in range(4):
@@ -137,12 +154,19 @@ def test_stable_channels_stay_whole(make, collect):
     assert not growth.revised
 
 
-def test_what_splitting_cannot_see_through_is_named(make, collect):
-    model, x, y = make("depthwise")
-    with pytest.raises(SolverError, match="BatchNorm"):
-        solve(collect(model, x, y, {"samples"}), "splitting", 2)
-    grouped, x, y = make("group norm")
-    with pytest.raises(SolverError, match="groups of 2"):
-        solve(collect(grouped, x, y, {"samples"}), "splitting", 2)
+@pytest.mark.parametrize("name", ["group norm", "residual", "fan"])
+def test_every_kind_of_site_splits(make, collect, name):
+    model, x, y = make(name)
+    model.eval()
+    before = model(x)
+    statistics = collect(model, x, y, {"samples"})
+    growth = solve(statistics, "splitting", 2, step=1e-5)
+    assert growth.channels == 2
+    grow(model, statistics.growth_site, growth)
+    assert (model(x) - before).abs().max() < 1e-5
+
+
+def test_impossible_steps_are_named(make):
+    model, x, _ = make("relu")
     with pytest.raises(ArgumentValueError, match="step"):
         solve(find_sites(model, x)[0], "splitting", 2, step=0.0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from growconv.network.site import find_sites
-from growconv.network.surgery import grow
+from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.variance_transfer import batch_norm_behind
 
@@ -84,6 +84,6 @@ def test_where_no_scale_passes_old_weights_stay_and_the_growth_says_so(make):
     site = find_sites(model, x)[0]
     growth = solve(site, "variance_transfer", 4)
     assert not growth.revised
-    assert "Tanh lies in between" in growth.reason
+    assert "tanh lies in between" in growth.reason
     plain, inputs, _ = make("relu")
     assert not solve(find_sites(plain, inputs)[0], "variance_transfer", 4, rescale=False).revised

@@ -21,7 +21,7 @@ def columns(module: nn.Module, values: Tensor) -> Float[Tensor, "d p"]:
         (d, p). Rows in the order of a weight (out, in, *kernel) flattened behind its first axis; columns in the order
         of `positions`.
     """
-    if isinstance(module, nn.Linear):
+    if not layers.weighted(module).kernel_size:
         return values.reshape(-1, values.shape[-1]).mT
     if layers.is_transposed(module):
         return _transposed_columns(module, values)
@@ -45,7 +45,7 @@ def positions(module: nn.Module, outputs: Tensor) -> Float[Tensor, "c p"]:
 
 def _transposed_columns(module: nn.Module, values: Tensor) -> Tensor:
     """A transposed convolution is one with the mirrored kernel on the input with zeros put between its entries."""
-    axes = layers.axes_of(module)
+    axes = len(layers.weighted(module).kernel_size)
     stride, padding, dilation, extra, kernel = (
         tuple(getattr(module, name)) for name in ("stride", "padding", "dilation", "output_padding", "kernel_size")
     )

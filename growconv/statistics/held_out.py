@@ -1,0 +1,92 @@
+"""Averages over kept samples alone, and statistics without them."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from growconv.errors import StatisticsError
+from growconv.statistics.accumulator import TENSOR_STATISTICS, ConsumerSums
+from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.options import SCRATCH_BYTES
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.problem import PairProblem, pair_problem
+from growconv.statistics.samples import KeptSamples
+
+Problem = tuple[PairProblem, Float[Tensor, "n a *size"], Float[Tensor, "n d *hidden"], Float[Tensor, "n c *out"]]
+
+
+def sample_problems(kept: KeptSamples, consumer: str) -> list[Problem]:
+    """One pair of a site and its samples as maps, in float64, one entry for each call and batch.
+
+    Args:
+        kept: samples of a site with one producer; their v is taken, so give `kept.projected()` for v⊥.
+        consumer: the consumer.
+    """
+    site = kept.site
+    route = next(route for route in site.routes if route.consumer == consumer)
+    layers = [site.model.get_submodule(path) for path in (route.producer, consumer)]
+    found = []
+    for each in kept.passes:
+        calls = zip(each.x[route.producer], each.h[consumer], each.v[consumer], strict=True)
+        found += [pair_problem(route, *layers, x.double(), h.double(), v.double()) for x, h, v in calls]
+    return found
+
+
+def without(subject: PairStatistics, left_out: KeptSamples, remaining: KeptSamples) -> PairStatistics:
+    """The same statistics over all samples but some.
+
+    W* and S_full kept as a product still know the samples that are left out; a gain measured on those is therefore very
+    slightly optimistic.
+
+    Args:
+        subject: statistics of a site with one producer.
+        left_out: kept samples, fewer than were averaged over.
+        remaining: the other kept samples.
+    """
+    count = len(left_out)
+
+    def reduced(total: Tensor, part: Tensor, samples: int) -> Tensor:
+        return (samples * total - count * part.to(total)) / (samples - count)
+
+    consumers: list[ConsumerStatistics] = []
+    patches: dict[str, Tensor] = {}
+    for index, consumer in enumerate(subject.consumers):
+        if consumer.samples <= count:
+            raise StatisticsError(
+                "no samples would be left to solve on",
+                expected=f"more than {count} samples",
+                got=consumer.samples,
+                where=subject.site,
+                fix="collect on more batches than are kept as samples",
+            )
+        names = frozenset(consumer.moments) & TENSOR_STATISTICS
+        first = index == 0 and subject.patch_gram is not None
+        own = sample_averages(left_out, consumer.consumer, names | ({"patch_gram"} if first else frozenset()))
+        moments = {name: reduced(consumer.moments[name], own[name], consumer.samples) for name in names}
+        if "N" in consumer.moments:
+            projected = sample_averages(left_out.projected(), consumer.consumer, frozenset({"N_raw"}))["N_raw"]
+            moments["N"] = reduced(consumer.moments["N"], projected, consumer.samples)
+        for name in ("patch_mean", "patch_gram"):
+            total = getattr(subject, name)
+            if first and total is not None:
+                patches[name] = reduced(total, own[name], subject.samples)
+        consumers.append(replace(consumer, samples=consumer.samples - count, moments=moments))
+    kept = replace(remaining, consumers={consumer.consumer: consumer for consumer in consumers})
+    return replace(subject, samples=subject.samples - count, consumers=tuple(consumers), samples_kept=kept, **patches)
+
+
+@torch.no_grad()
+def sample_averages(kept: KeptSamples, consumer: str, names: frozenset[str]) -> dict[str, Tensor]:
+    """Averages over the kept samples.
+
+    Args:
+        kept: samples of a site with one producer; with those of `kept.projected()`, N_raw is N.
+        consumer: the consumer.
+        names: among S, S_full, N_raw, M, S2, P and patch_gram (with patch_mean).
+    """
+    sums = ConsumerSums(f"{kept.site.name}, consumer {consumer}", names, "auto", SCRATCH_BYTES)
+    for number, problem in enumerate(sample_problems(kept, consumer)):
+        sums.add(*problem, samples=0 if number else len(kept))
+    return sums.averages()

@@ -1,0 +1,479 @@
+"""Kept samples: whole batches of what the layers of a site saw, and what new channels would do on them.
+
+A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the consumers'
+outputs (v), call by call, and the region between them, so that nothing of one batch ever meets another. Several passes
+are kept together where one loss has run the model several times.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from growconv.errors import ArgumentValueError, StatisticsError
+from growconv.linalg import solve_psd
+from growconv.network import layers
+from growconv.network.layout import IN
+from growconv.network.seats import Calls, Inserted, Moments, Region, some_of
+from growconv.network.site import GrowthSite
+from growconv.statistics.columns import columns, positions
+from growconv.statistics.consumer import ConsumerStatistics
+
+Maps = dict[str, tuple[Tensor, ...]]
+"""Per layer one tensor for each of its calls."""
+
+RIDGES = (1e-4, 1e-2, 1.0, 100.0, math.inf)
+"""Ridges, in units of the design's mean eigenvalue, for an update that few samples determine; the last allows none."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPass:
+    """One forward pass.
+
+    Attributes:
+        x: per producer its inputs (n, C0, *size), as the module was given them.
+        h: per consumer its inputs (n, C1, *grid), likewise.
+        v: per consumer −∂(Σ_i loss_i)/∂z, (n, C2, *out); zeros for a call that the loss does not depend on.
+        region: what lies between them.
+    """
+
+    x: Maps
+    h: Maps
+    v: Maps
+    region: Region
+
+    @property
+    def samples(self) -> int:
+        """Rows that the pass had."""
+        return self.region.samples or next(iter(self.v.values()))[0].shape[0]
+
+    def part(self, index: slice | Tensor) -> "KeptPass":
+        """Some of the samples, where the region allows that."""
+        count = self.samples
+
+        def pick(maps: Maps) -> Maps:
+            return {path: tuple(some_of(each, index, count) for each in calls) for path, calls in maps.items()}
+
+        return KeptPass(pick(self.x), pick(self.h), pick(self.v), self.region.part(index))
+
+    def produced(self, incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Calls]:
+        """What new filters (K·ratio, in/groups, *kernel) give, per producer and call."""
+        return {
+            path: [
+                self.region.produced(path, x, _as(weight, x), None if path not in biases else _as(biases[path], x))
+                for x in self.x[path]
+            ]
+            for path, weight in incoming.items()
+        }
+
+    def read(
+        self,
+        incoming: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        inserted: Inserted | None = None,
+        measured: dict[str, Moments] | None = None,
+    ) -> Maps:
+        """What the consumers would read of new channels; see `Region.read`."""
+        return self.region.read(self.produced(incoming, biases), inserted, measured)
+
+    def added(self, read: Mapping[str, Calls], outgoing: Mapping[str, Tensor]) -> Maps:
+        """δz, what columns (out, K·ratio/groups, *kernel) on new channels add, per consumer and call."""
+        return {
+            path: tuple(self.region.consumed(path, each, _as(weight, each)) for each in read[path])
+            for path, weight in outgoing.items()
+        }
+
+    def design(self, path: str, read: Calls) -> list[Tensor]:
+        """What a consumer multiplies its new columns with, (d, p) for each of its groups, all calls side by side.
+
+        Rows channel by channel and tap by tap; a column for each sample and location.
+        """
+        module = self.region.site.model.get_submodule(path)
+        groups = layers.groups_of(module)
+        if groups > 1:
+            axis = layers.channel_axis(module, read[0].dim())
+            order = self.region.by_group(path, IN, read[0].shape[axis])
+            read = [each.index_select(axis, order) for each in read]
+        return _designs(module, read, groups)
+
+    def targets(self, path: str) -> list[Tensor]:
+        """V of a consumer as (c, p) for each of its groups, columns as those of `design`."""
+        module = self.region.site.model.get_submodule(path)
+        wanted = torch.cat([positions(module, each) for each in self.v[path]], 1)
+        return list(wanted.chunk(layers.groups_of(module), 0))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBatch:
+    """The forward passes of one loss, with the number of samples that the loss is a mean or sum over."""
+
+    samples: int
+    passes: tuple[KeptPass, ...]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether some of the samples can be taken by themselves."""
+        return len(self.passes) == 1 and self.passes[0].samples == self.samples and self.passes[0].region.divisible
+
+    def part(self, index: slice | Tensor) -> "KeptBatch":
+        """Some of the samples."""
+        part = self.passes[0].part(index)
+        return KeptBatch(part.samples, (part,))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptSamples:
+    """Batches of samples of one site, and what new channels do on them.
+
+    Attributes:
+        site: the site, as it was when the samples were collected.
+        batches: in the order in which they came.
+        consumers: the statistics that the samples belong to, by consumer.
+    """
+
+    site: GrowthSite
+    batches: tuple[KeptBatch, ...]
+    consumers: dict[str, ConsumerStatistics]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return sum(batch.samples for batch in self.batches)
+
+    @property
+    def passes(self) -> tuple[KeptPass, ...]:
+        """The forward passes of all batches."""
+        return tuple(each for batch in self.batches for each in batch.passes)
+
+    # ------------------------------------------------------------------------------------------ as tensors
+
+    @property
+    def x(self) -> dict[str, Tensor]:
+        """Per producer its inputs, all calls and all batches whose tensors have the shapes of the first one's."""
+        return self._joined("x")
+
+    @property
+    def h(self) -> dict[str, Tensor]:
+        """Per consumer its inputs; rows as those of `x`."""
+        return self._joined("h")
+
+    @property
+    def v(self) -> dict[str, Tensor]:
+        """Per consumer −∂(Σ_i loss_i)/∂z; rows as those of `x`."""
+        return self._joined("v")
+
+    def _joined(self, kind: str) -> dict[str, Tensor]:
+        passes = [each for each in self.passes if _shapes(each) == _shapes(self.passes[0])]
+        return {
+            path: torch.cat([tensor for each in passes for tensor in getattr(each, kind)[path]])
+            for path in getattr(passes[0], kind)
+        }
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the samples."""
+        return next(iter(self.passes[0].v.values()))[0]
+
+    # ------------------------------------------------------------------------------------------ some of them
+
+    def subset(self, index: slice | Tensor) -> "KeptSamples":
+        """Some of the samples; of batches that cannot be divided all or none.
+
+        Args:
+            index: a slice, or a tensor of indices, in the order of all samples; a batch that cannot be divided comes
+                with its first sample.
+        """
+        chosen = set(torch.arange(len(self))[index].tolist())
+        found, start = [], 0
+        for batch in self.batches:
+            own = [each for each in range(batch.samples) if start + each in chosen]
+            start += batch.samples
+            if len(own) == batch.samples or (own and own[0] == 0 and not batch.divisible):
+                found.append(batch)
+            elif own and batch.divisible:
+                found.append(batch.part(torch.tensor(own, device=self.like.device)))
+        return replace(self, batches=tuple(found))
+
+    def split(self, fraction: float) -> tuple["KeptSamples", "KeptSamples"]:
+        """The first `fraction` of the samples and the rest, at least one in each; batches only where they can be divided.
+
+        Args:
+            fraction: share of the first part, between 0 and 1.
+
+        Raises:
+            ArgumentValueError: for an impossible share, or samples that cannot be divided.
+        """
+        if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) < 2 and not self.batches[0].divisible):
+            raise ArgumentValueError(
+                "the kept samples cannot be split",
+                expected="a share between 0 and 1 of at least 2 samples, in two batches where what lies between the "
+                "layers needs all samples of a batch together",
+                got=f"{fraction} of {len(self)} samples in {len(self.batches)} batches",
+                where=self.site.name,
+                fix="keep more samples: keep_samples=...",
+            )
+        left = min(max(1, round(fraction * len(self))), len(self) - 1)
+        first: list[KeptBatch] = []
+        rest: list[KeptBatch] = []
+        for number, batch in enumerate(self.batches):
+            last = number == len(self.batches) - 1 and not rest
+            take = min(left, batch.samples) if batch.divisible else batch.samples * (2 * left >= batch.samples)
+            take = 0 if last and not batch.divisible else take
+            take = batch.samples if not first and not take and not batch.divisible and not rest else take
+            if 0 < take < batch.samples:
+                first.append(batch.part(slice(0, take)))
+                rest.append(batch.part(slice(take, None)))
+            else:
+                (first if take else rest).append(batch)
+            left = max(0, left - take)
+        return replace(self, batches=tuple(first)), replace(self, batches=tuple(rest))
+
+    def few(self, count: int) -> "KeptSamples":
+        """About as many of the first samples."""
+        return replace(self, batches=self.batches[:1]).subset(slice(0, count))
+
+    def pieces(self, entries: int, scratch: int) -> Iterator[KeptPass]:
+        """All passes, in pieces where they can be divided.
+
+        Args:
+            entries: how many entries a sample needs at once.
+            scratch: how many there is room for.
+        """
+        step = max(1, scratch // max(1, entries))
+        for batch in self.batches:
+            if batch.samples <= step or not batch.divisible:
+                yield from batch.passes
+                continue
+            for start in range(0, batch.samples, step):
+                yield batch.passes[0].part(slice(start, start + step))
+
+    # ------------------------------------------------------------------------------------------ what is wanted
+
+    @cached_property
+    def energy(self) -> float:
+        """‖v‖², summed over samples and consumers."""
+        norms = [
+            torch.linalg.vector_norm(each.flatten(), dtype=torch.float64)
+            for kept in self.passes
+            for calls in kept.v.values()
+            for each in calls
+        ]
+        return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+    def projected(self) -> "KeptSamples":
+        """The same samples with v⊥ in the place of v: what no update of the consumers' own weights can give.
+
+        The update is W* of the statistics where it was collected. Else it is fitted to these samples, with a ridge
+        chosen by cross-validation where they are few: a plain least-squares update would explain noise, in the end all
+        of v.
+        """
+        return self._projected
+
+    @cached_property
+    def _projected(self) -> "KeptSamples":
+        updates = {path: self._update(path) for path in self.consumers}
+        batches = []
+        for batch in self.batches:
+            passes = []
+            for each in batch.passes:
+                v = {
+                    path: tuple(v - updates[path](h) for h, v in zip(each.h[path], each.v[path], strict=True))
+                    for path in each.v
+                }
+                passes.append(replace(each, v=v))
+            batches.append(replace(batch, passes=tuple(passes)))
+        return replace(self, batches=tuple(batches))
+
+    def _update(self, path: str) -> "_Update":
+        statistics, layer = self.consumers[path], layers.weighted(self.site.model.get_submodule(path))
+        if statistics.best_update is not None:
+            weight = statistics.update
+            return _Update(layer, torch.as_tensor(weight), statistics.update_bias)
+        pairs = [pair for each in self.passes for pair in zip(each.h[path], each.v[path], strict=True)]
+        return _Update(layer, *own_update(layer.module, pairs))
+
+    def v_perp(self, consumer: str) -> Tensor:
+        """v⊥ of one consumer; rows as those of `v`.
+
+        Args:
+            consumer: its module path.
+        """
+        return self.projected().v[consumer]
+
+    # ------------------------------------------------------------------------------------------ new channels
+
+    def moments(self, incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Moments]:
+        """Mean and variance (entries,) of new channels in front of every norm layer in between, over all samples.
+
+        Args:
+            incoming: per producer new filters (K·ratio, in/groups, *kernel).
+            biases: per producer with a bias (K·ratio,).
+        """
+        totals: dict[str, tuple[Tensor, Tensor, float]] = {}
+        with torch.no_grad():
+            for each in self.passes:
+                measured: dict[str, Moments] = {}
+                new = each.produced(incoming, biases)
+                each.region.read(new, None, measured)
+                weight = float(sum(value.numel() for calls in new.values() for value in calls))
+                for path, (mean, variance) in measured.items():
+                    first, second, count = totals.get(path, (0.0, 0.0, 0.0))
+                    second = second + weight * (variance + mean.square())
+                    totals[path] = (first + weight * mean, second, count + weight)
+        found = {}
+        for path, (first, second, count) in totals.items():
+            mean = first / count
+            found[path] = (mean, (second / count - mean.square()).clamp_min(0))
+        return found
+
+    def require_finite(self) -> None:
+        """Refuse samples that are not finite.
+
+        Raises:
+            StatisticsError: naming the layer.
+        """
+        for each in self.passes:
+            for path, calls in (*each.x.items(), *each.h.items(), *each.v.items()):
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in calls):
+                    raise StatisticsError(
+                        "the kept samples are not finite",
+                        where=f"{self.site.name}, {path}",
+                        fix="look for an overflow in the loss, or lower the loss scale",
+                    )
+
+    def joined(self, other: "KeptSamples", consumers: Iterable[ConsumerStatistics]) -> "KeptSamples":
+        """The samples of both, with the statistics that belong to all of them."""
+        by_path = {each.consumer: each for each in consumers}
+        return KeptSamples(self.site, (*self.batches, *other.batches), by_path)
+
+
+@dataclass(frozen=True, eq=False)
+class _Update:
+    """A change of a consumer's own weights, applied to what it reads."""
+
+    layer: layers.Weighted
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.layer.apply(h, _as(self.weight, h), None if self.bias is None else _as(self.bias, h))
+
+
+def _as(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.to(like.dtype) if weight.device == like.device else weight.to(like)
+
+
+def _shapes(kept: KeptPass) -> list[torch.Size]:
+    maps = (*kept.x.values(), *kept.h.values(), *kept.v.values())
+    return [each.shape[1:] for calls in maps for each in calls]
+
+
+def _designs(module: nn.Module, read: Sequence[Tensor], groups: int) -> list[Tensor]:
+    axis = layers.channel_axis(module, read[0].dim())
+    parts = [each.chunk(groups, axis) for each in read]
+    return [torch.cat([columns(module, own) for own in calls], 1) for calls in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Equations:
+    """Normal equations of a layer's own update: gram (d, d), cross (d, c), and the number of rows that they sum."""
+
+    gram: Tensor
+    cross: Tensor
+    rows: int
+
+    def ridged(self, ridge: float) -> Tensor:
+        """The solution with a ridge; zeros for an infinite one."""
+        if math.isinf(ridge):
+            return torch.zeros_like(self.cross)
+        lifted = self.gram.clone()
+        lifted.diagonal().add_(ridge)
+        return solve_psd(lifted, self.cross)
+
+    def loss(self, weights: Tensor) -> float:
+        """‖v − H·weights‖², less ‖v‖²."""
+        return float((weights * (self.gram @ weights - 2 * self.cross)).sum())
+
+    def __add__(self, other: "Equations") -> "Equations":
+        """Those of both."""
+        return Equations(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
+
+
+def by_sample(values: Tensor, samples: int) -> Tensor:
+    """Sums over all but the samples (samples,), in float64; rows beyond a multiple are counted with the first ones."""
+    rows = values.flatten(1).sum(1, dtype=torch.float64)
+    index = torch.arange(len(rows), device=rows.device)
+    index = index * samples // len(rows) if len(rows) % samples == 0 else index % samples
+    return rows.new_zeros(samples).index_add(0, index, rows)
+
+
+def own_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    """The best change of a layer's own weights on samples.
+
+    With fewer than four rows an entry a ridge chosen by cross-validation keeps it to what carries over to others.
+
+    Args:
+        module: convolution or linear layer.
+        pairs: what it read, and what its output should do, of some samples each.
+
+    Returns:
+        The change of its weight (out, in/groups, *kernel) and of its bias, None for a layer without one.
+    """
+    samples = sum(len(h) for h, _ in pairs)
+    halves: tuple[list[Equations], list[Equations]] = ([], [])
+    seen = 0
+    for h, v in pairs:
+        cut = min(max(samples // 2 - seen, 0), len(h))
+        seen += len(h)
+        for half, part in zip(halves, (slice(0, cut), slice(cut, None)), strict=True):
+            if len(h[part]):
+                half.append(_own_equations(module, h[part], v[part]))
+    first, second = (sum(half[1:], half[0]) if half else None for half in halves)
+    both = [each for each in (first, second) if each is not None]
+    total = sum(both[1:], both[0])
+    if total.rows >= 4 * total.gram.shape[-1] or first is None or second is None:
+        weights = torch.stack([solve_psd(*each) for each in zip(total.gram, total.cross, strict=True)])
+    else:
+        weights = torch.stack([_carried_over(*each) for each in _by_group(first, second)])
+    layer = layers.weighted(module)
+    weights = weights.mT.flatten(0, 1)
+    has_bias = layer.bias() is not None
+    weight = (weights[:, :-1] if has_bias else weights).reshape(len(weights), -1, *layer.kernel_size).contiguous()
+    return weight, weights[:, -1] if has_bias else None
+
+
+def _by_group(first: Equations, second: Equations) -> Iterator[tuple[Equations, Equations]]:
+    for parts in zip(first.gram, first.cross, second.gram, second.cross, strict=True):
+        yield Equations(*parts[:2], first.rows), Equations(*parts[2:], second.rows)
+
+
+def _carried_over(first: Equations, second: Equations) -> Tensor:
+    """The update with the ridge under which each half of the samples explains the other best."""
+    total = first + second
+    unit = float(total.gram.diagonal().mean()) / total.rows
+
+    def left_over(ridge: float) -> float:
+        pairs = ((first, second), (second, first))
+        return sum(other.loss(own.ridged(ridge * unit * own.rows)) for own, other in pairs)
+
+    return total.ridged(min(RIDGES, key=left_over) * unit * total.rows)
+
+
+def _own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
+    """Normal equations of every group of a layer: gram (g, d, d) and cross (g, d, c)."""
+    layer = layers.weighted(module)
+    one = _designs(module, [h[:1]], layer.groups)[0]
+    step = max(1, 2**22 // max(1, one.numel()))
+    found: Equations | None = None
+    for values, wanted in zip(h.split(step), v.split(step), strict=True):
+        designs = torch.stack(_designs(module, [values], layer.groups))
+        if layer.bias() is not None:
+            designs = torch.cat([designs, torch.ones_like(designs[:, :1])], 1)
+        targets = positions(module, wanted).unflatten(0, (layer.groups, -1))
+        own = Equations((designs @ designs.mT).double(), (designs @ targets.mT).double(), designs.shape[2])
+        found = own if found is None else found + own
+    if found is None:
+        raise StatisticsError("an update of zero samples", got="no samples")
+    return found
