@@ -95,7 +95,7 @@ def test_finding_sites_changes_nothing(name: str) -> None:
         ("input", "size of tensor"),
         ("fixed tensor", "size of tensor"),
         ("recurrent", "rnn|lstm"),
-        ("gather", "literal size"),
+        ("gather", "interleaved"),
         ("matrix", "multiplies its channels with each other"),
         ("sort", "depend on each other"),
     ],
