@@ -1,6 +1,7 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.site import GrowthSite
+from growconv.network.routes import Route
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -218,7 +220,7 @@ def analyse(
                 for number, reason in failed.items():
                     spaces[number].reason = reason
                 found.layout = widening.relay()
-        _enter_sites(found, _copied(model), arguments[0])
+        _enter_sites(found, _copied(model), examples)
     return found
 
 
@@ -296,10 +298,14 @@ def _unused_parameters(model: nn.Module, numbers: Numbers) -> dict[str, set[int]
 
 def _sites(found: Analysis) -> dict[int, GrowthSite]:
     """A site, without routes, for every space that can grow and whose width can be read off the layers."""
-    sites = {}
+    sites: dict[int, GrowthSite] = {}
+    names: Counter[str] = Counter()
     for number, space in enumerate(found.spaces):
         if space.reason is None:
             each = _site(found, number, space)
+            names[each.name] += 1
+            if names[each.name] > 1:  # the same layers have other channels of theirs apart
+                each = replace(each, name=f"{each.name} ({names[each.name]})")
             try:
                 each.check()
                 space.reason = tied_weights(each)
@@ -347,11 +353,25 @@ def _kind(found: Analysis, number: int, space: Space) -> str:
     return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
 
 
-def _enter_sites(found: Analysis, twin: nn.Module, arguments: Arguments) -> None:
-    """Make the sites."""
+def _enter_sites(found: Analysis, twin: nn.Module, examples: Sequence[Example]) -> None:
+    """Make the sites, with what lies between: of each consumer from the first example that calls it."""
     sites = _sites(found)
-    routes = routes_of(twin.eval(), arguments, [replace(each, model=twin) for each in sites.values()])
-    found.of_space = {number: replace(each, routes=routes[each.name]) for number, each in sites.items()}
+    routes: dict[int, tuple[Route, ...]] = dict.fromkeys(sites, ())
+    for example in examples:
+        open_ = {n: each for n, each in sites.items() if set(each.consumers) - {r.consumer for r in routes[n]}}
+        if not open_:
+            break
+        try:
+            twins = [replace(each, model=twin) for each in open_.values()]
+            seen = routes_of(twin, example.arguments, twins, example.training)
+        except Exception:
+            if not example.training:
+                raise
+            continue  # a batch of one in front of a batch norm, mostly
+        for number, each in open_.items():
+            known = {route.consumer for route in routes[number]}
+            routes[number] += tuple(route for route in seen[each.name] if route.consumer not in known)
+    found.of_space = {number: replace(each, routes=routes[number]) for number, each in sites.items()}
     found.sites = tuple(found.of_space.values())
 
 

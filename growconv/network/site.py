@@ -214,7 +214,7 @@ class GrowthSite(Site):
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
         if len(self.producers) > 1:
-            return f"{len(self.producers)} layers write the channels"
+            return f"{len(self.producers)} layers produce the channels"
         for path, side in ((self.producers[0], OUT), *((path, IN) for path in self.consumers)):
             module = self.model.get_submodule(path)
             if layers.is_transposed(module):
@@ -222,10 +222,13 @@ class GrowthSite(Site):
             if layers.groups_of(module) > 1:
                 return f"{path} is a grouped convolution"
             own = [run for run in self.layout.axes[path, side] if run.space == self.space]
-            if len(own) > 1 or (own[0].outer > 1 and side == IN):
-                return f"{path} reads the channels several times"
-            if side == OUT and (own[0].outer * own[0].inner > 1 or len(self.layout.axes[path, side]) > 1):
-                return f"{path} writes several entries for a channel, or other channels too"
+            if len(own) > 1 or own[0].outer > 1 or own[0].slots != tuple(range(own[0].inner)):
+                return f"the channels do not lie one after the other in {path}"
+            if side == OUT and (self.ratio(path, OUT) != 1 or len(self.layout.axes[path, side]) > 1):
+                return f"{path} produces several entries for a channel, or other channels too"
+        missing = set(self.consumers) - {route.consumer for route in self.routes}
+        if missing:
+            return f"nobody saw what lies between the producer and {min(missing)}"
         for route in self.routes:
             if route.problem:
                 return route.problem

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, SolverError
+from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import REFUSALS, GrowthSite
+from growconv.solvers.widths import as_collected
 from growconv.statistics.pair import PairStatistics
 
 SOLVERS: dict[str, type["Solver"]] = {}
@@ -225,7 +227,7 @@ def solve(
             where=site.name,
             fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
         )
-    refused = solver.refusal(site)
+    refused = site.refusal(solver.name) if site.copied else solver.refusal(site)
     if refused is not None:
         raise SolverError(
             f"the method {solver.name!r} cannot serve this site",
@@ -234,10 +236,12 @@ def solve(
             fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
         )
     requested = _validated_channels(channels, site)
-    growth = solver.solve(statistics, site, requested, model if model is not None else site.model, generator)
+    site = site.of(model)
+    current = None if statistics is None else as_collected(statistics, site)
+    there = site if current is None else current.growth_site
+    growth = solver.solve(current, there, requested, there.model, generator)
     _require_finite(growth)
-    units = statistics.units if statistics is not None and statistics.units else site.units
-    growth = growth if growth.units else replace(growth, units=dict(units))
+    growth = _stored_as(growth, there)
     note = linearisation_note(site) if solver.linearises and growth.channels else None
     if note is not None:
         warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
@@ -245,6 +249,22 @@ def solve(
         reason = growth.reason or f"the site grows in whole groups of {site.granularity}"
         growth = replace(growth, requested=channels, reason=reason)
     return growth
+
+
+def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
+    """The proposal in the precision of the layers, with the widths that it belongs to."""
+    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in (*site.producers, *site.consumers)}
+
+    def cast(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {path: each.to(weights[path]) for path, each in given.items()}
+
+    return replace(
+        growth,
+        incoming=cast(growth.incoming),
+        incoming_bias=cast(growth.incoming_bias),
+        outgoing=cast(growth.outgoing),
+        units=growth.units or site.units,
+    )
 
 
 def linearisation_note(site: GrowthSite) -> str | None:

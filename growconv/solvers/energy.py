@@ -110,7 +110,7 @@ def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptS
     kept = subject.samples_kept
     if kept is None or len(kept) < max(least, 1):
         raise StatisticsError(
-            f"{what!r} works on kept samples",
+            f"{what} needs kept samples",
             expected=f"at least {least}",
             got="none" if kept is None else len(kept),
             where=subject.site,

@@ -18,8 +18,11 @@ from growconv.solvers.base import Channels
 
 
 def filters_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor:
-    """Filters (out, in/groups, *kernel) of a layer, detached; with a site only those of its channels, one by one."""
-    filters = layers.weighted(model.get_submodule(path)).filters().detach()
+    """Filters (out, in/groups, *kernel) of a layer, detached; with a site only those of its channels, one by one.
+
+    At least in float32: that is what methods compute in, and `solve` brings proposals back to the model's precision.
+    """
+    filters = _exact(layers.weighted(model.get_submodule(path)).filters().detach())
     return filters if site is None else filters[site.of(model).entries(path, OUT)]
 
 
@@ -28,7 +31,12 @@ def bias_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tens
     bias = layers.weighted(model.get_submodule(path)).bias()
     if bias is None:
         return None
-    return bias.detach() if site is None else bias.detach()[site.of(model).entries(path, OUT)]
+    bias = _exact(bias.detach())
+    return bias if site is None else bias[site.of(model).entries(path, OUT)]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def units_of(site: GrowthSite) -> int:
@@ -59,7 +67,7 @@ def with_scaled_columns(
         revised: other values of the layer's stored weight, where it is a producer of the site too; None: its own.
     """
     layer = layers.weighted(model.get_submodule(path))
-    filters = (layer.filters().detach() if revised is None else layer.as_stored(revised)).clone()
+    filters = (filters_of(model, path) if revised is None else layer.as_stored(revised)).clone()
     for own, inside in _groups(site.of(model), path):
         index = torch.tensor(inside, device=filters.device)
         filters[own] = filters[own].index_copy(1, index, scaled_columns(filters[own][:, index], factor))

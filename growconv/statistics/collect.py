@@ -75,6 +75,7 @@ def _run(collector: StatisticsCollector, batches: Iterable[tuple[Any, Any]], los
             arguments, keywords = example_arguments(x)
             value = loss(collector.model(*arguments, **keywords), y)
         _check(value, count, collector.nonfinite)
+        collector.loss_computed()
         if collector.outputs:
             torch.autograd.grad(value, collector.outputs, allow_unused=True)
     if not count:

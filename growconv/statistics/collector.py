@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from growconv.statistics.totals import entries_text
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
 
+@runtime_checkable
 class Scaler(Protocol):
     """What tells a loss scale, as torch.amp.GradScaler."""
 
@@ -70,7 +71,7 @@ class _Pass:
             return None
         found = calls[index]
         self.waiting[path][index] -= 1
-        if self.waiting[path][index] <= 0 and self.regions.keys() <= self.kept.keys():  # every site has its copies
+        if self.waiting[path][index] <= 0 and not self.regions:
             calls[index] = None
         return found
 
@@ -85,6 +86,7 @@ class _Loss:
         counted: sites, consumers and passes whose samples have been counted.
         differentiated: whether a gradient has arrived.
         told: whether a loop has said that here a loss begins.
+        ready: whether it has said that the loss is computed, so that gradients may come.
     """
 
     passes: list[_Pass] = field(default_factory=list)
@@ -92,6 +94,7 @@ class _Loss:
     counted: set[tuple[str, str, int]] = field(default_factory=set)
     differentiated: bool = False
     told: bool = False
+    ready: bool = False
 
 
 @dataclass(eq=False)
@@ -418,6 +421,10 @@ class StatisticsCollector:
         for collected in self._collected if self.keep_samples else ():
             self._keep_loss(collected, loss)
 
+    def loss_computed(self) -> None:
+        """Say that the loss is computed: gradients that come before, after `next_loss`, would be part of it."""
+        self._loss.ready = True
+
     def _begin(self, _model: nn.Module, _args: tuple) -> None:
         if not self._measures():
             return
@@ -501,9 +508,9 @@ class StatisticsCollector:
 
         def backward(gradient: Tensor) -> None:
             nonlocal done
-            if done:
+            if done or torch.is_grad_enabled() or (each.loss.told and not each.loss.ready):
                 raise StatisticsError(
-                    "the loss was propagated back twice through one forward pass",
+                    "the loss was propagated back twice, or a gradient is part of the loss itself",
                     where=path,
                     fix="add the losses up and call backward() once, or run the model again; losses with a gradient "
                     "penalty, or that call backward() themselves, cannot be measured",

@@ -116,12 +116,12 @@ class KeptBatch:
     @property
     def divisible(self) -> bool:
         """Whether some of the samples can be taken by themselves."""
-        return len(self.passes) == 1 and self.passes[0].samples == self.samples and self.passes[0].region.divisible
+        return all(each.samples == self.samples and each.region.divisible for each in self.passes)
 
     def part(self, index: slice | Tensor) -> "KeptBatch":
         """Some of the samples."""
-        part = self.passes[0].part(index)
-        return KeptBatch(part.samples, (part,))
+        parts = tuple(each.part(index) for each in self.passes)
+        return KeptBatch(parts[0].samples, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +247,7 @@ class KeptSamples:
                 yield from batch.passes
                 continue
             for start in range(0, batch.samples, step):
-                yield batch.passes[0].part(slice(start, start + step))
+                yield from batch.part(slice(start, start + step)).passes
 
     # ------------------------------------------------------------------------------------------ what is wanted
 
@@ -342,6 +342,14 @@ class KeptSamples:
                         where=f"{self.site.name}, {path}",
                         fix="look for an overflow in the loss, or lower the loss scale",
                     )
+
+    def of(self, site: GrowthSite) -> "KeptSamples":
+        """The same samples with the site of another model of the same names and widths."""
+        batches = []
+        for batch in self.batches:
+            passes = tuple(replace(each, region=replace(each.region, site=site)) for each in batch.passes)
+            batches.append(replace(batch, passes=passes))
+        return KeptSamples(site, tuple(batches), self.consumers)
 
     def joined(self, other: "KeptSamples", consumers: Iterable[ConsumerStatistics]) -> "KeptSamples":
         """The samples of both, with the statistics that belong to all of them."""

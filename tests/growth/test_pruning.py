@@ -70,7 +70,7 @@ KINDS = ("weight_norm", "other_axis")
 FACTORIZED = ("cp", "tucker", "reconstructed")
 
 
-@pytest.mark.parametrize("kind", (*KINDS, *FACTORIZED))
+@pytest.mark.parametrize("kind", [*KINDS, *FACTORIZED])
 def test_sizes_where_kernels_are_stored_as_something_else(kind, sites_of, digits):
     model = stored_otherwise(kind)
     sites = sites_of(model)

@@ -72,11 +72,11 @@ def moments(rank, world):
     answer["passes"] = torch.tensor(float(all(statistics.notes for statistics in twice.values())))
     for name, statistics in found.items():
         for consumer in statistics.consumers:
-            values = {**reader.moments, "N": reader.N, "energy": torch.tensor(reader.gradient_energy)}
-            answer |= {f"{name} {reader.consumer} {key}": value for key, value in values.items()}
+            values = {**consumer.moments, "N": consumer.N, "energy": torch.tensor(consumer.gradient_energy)}
+            answer |= {f"{name} {consumer.consumer} {key}": value for key, value in values.items()}
             kept = statistics.samples_kept
             answer[f"{name} kept"] = (
-                kept.x[statistics.producer].square().sum() + kept.v_perp(reader.consumer).square().sum()
+                kept.x[statistics.producer].square().sum() + kept.v_perp(consumer.consumer).square().sum()
             )
         answer |= {f"{name} mean": statistics.patch_mean, f"{name} gram": statistics.patch_gram}
         answer[f"{name} samples"] = torch.tensor(float(statistics.samples))

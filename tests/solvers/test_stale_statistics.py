@@ -1,0 +1,64 @@
+"""Statistics that are older than a change of the model: exactly right, or an error that names what changed."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import growconv
+from growconv.errors import GrowthError
+from growconv.solvers import SOLVERS, get_solver
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*fewer kept"), pytest.mark.filterwarnings("ignore:.*what lies between")]
+READING = sorted(name for name in SOLVERS if get_solver(name).reads)
+
+
+def build() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    return model.double(), torch.randn(12, 3, 9, 9, dtype=torch.float64), torch.randint(0, 3, (12,))
+
+
+@pytest.mark.parametrize("method", READING)
+def test_collect_once_and_grow_every_site_in_any_order(method: str) -> None:
+    reads = get_solver(method).reads
+    for order in itertools.permutations(range(3)):
+        model, x, y = build()
+        sites = growconv.find_sites(model, x)
+        kept = {"keep_samples": 12} if "samples" in reads else {}
+        found = growconv.collect_statistics(model, sites, [(x, y)], F.cross_entropy, quantities=reads, **kept)
+        untouched = copy.deepcopy(model)
+        for index in order:
+            site = sites[index]
+            late = growconv.solve(found[site.name], method, 2, generator=torch.Generator().manual_seed(0))
+            early = growconv.solve(
+                found[site.name], method, 2, model=untouched, generator=torch.Generator().manual_seed(0)
+            )
+            for path, weight in early.incoming.items():
+                torch.testing.assert_close(late.incoming[path], weight)
+            for path, weight in early.outgoing.items():
+                torch.testing.assert_close(late.outgoing[path], weight)
+            before = model.eval()(x)
+            if late.channels:
+                growconv.grow(model, site, late, amplitude=0.0)
+            if method != "splitting":
+                torch.testing.assert_close(model(x), before)
+        model.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("method", READING)
+def test_channels_that_have_gone_are_named(method: str) -> None:
+    model, x, y = build()
+    sites = growconv.find_sites(model, x)
+    reads = get_solver(method).reads
+    kept = {"keep_samples": 12} if "samples" in reads else {}
+    found = growconv.collect_statistics(model, sites, [(x, y)], F.cross_entropy, quantities=reads, **kept)
+    growconv.shrink(model, sites[0], [1])
+    with pytest.raises(GrowthError, match=r"(?s)taken away.*units of 0"):
+        growconv.solve(found[sites[1].name], method, 2)

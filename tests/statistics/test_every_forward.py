@@ -1,0 +1,161 @@
+"""Losses that run the model several times, batches as they are, and kept samples that never mix batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import growconv
+from growconv.errors import ArgumentTypeError, StatisticsError
+from growconv.statistics import StatisticsCollector, collect_statistics
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Conv2d(4, 2, 3)).double()
+
+
+def data(samples: int = 8, size: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def negative_gradient(model: nn.Sequential, value: Tensor) -> Tensor:
+    """−∂L/∂(weight, bias) of the consumer as (d, c)."""
+    weight, bias = torch.autograd.grad(value, [model[2].weight, model[2].bias])
+    return -torch.cat([weight.flatten(1), bias[:, None]], 1).T
+
+
+def contrastive(model: nn.Module, output: Tensor, other: Tensor) -> Tensor:
+    return (output - model(other)).square().mean() + output.sin().mean() + F.softplus(model(other.flip(3))).mean()
+
+
+@pytest.mark.parametrize("others", [8, 5])
+@pytest.mark.parametrize("path", ["auto", "unfold", "dense"])
+def test_all_forward_passes_of_a_loss_count(path: str, others: int) -> None:
+    model, x, other = network(), data(), data(8, seed=1)
+    (site,) = growconv.find_sites(model, x)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return contrastive(model, output, target) + model(target[:others]).square().mean()
+
+    expected = negative_gradient(model, loss(model(x), other))
+    by_function = collect_statistics(model, [site], [(x, other)], loss, quantities=("M", "samples"), keep_samples=8, path=path)
+    with StatisticsCollector(model, [site], quantities=("M",), path=path) as collector:
+        loss(model(x), other).backward()
+    for found in (by_function[site.name], collector.statistics[site.name]):
+        assert found.samples == 8
+        torch.testing.assert_close(found.M, expected, rtol=1e-9, atol=1e-12)
+    kept = by_function[site.name].samples_kept
+    assert kept is not None
+    assert len(kept) == 8
+    assert len(kept.passes) == 4
+    total = torch.zeros_like(expected)
+    for each in kept.passes:
+        (h,), (v,) = each.h["2"], each.v["2"]
+        patches = F.unfold(h, 3)
+        patches = torch.cat([patches, torch.ones_like(patches[:, :1])], 1)
+        total += torch.einsum("idm,icm->dc", patches, v.flatten(2)) / len(kept)
+    torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_predicted_decrease_through_several_passes_is_the_slope() -> None:
+    model, x, other = network(), data(), data(8, seed=1)
+    (site,) = growconv.find_sites(model, x)
+    found = collect_statistics(
+        model, [site], [(x, other)], lambda o, t: contrastive(model, o, t), quantities={"samples", "S", "N"}, keep_samples=8
+    )
+    for method in ("tiny", "functional", "firefly"):
+        with pytest.warns() if method == "functional" else pytest.MonkeyPatch.context():
+            growth = growconv.solve(found[site.name], method, 2)
+        values = []
+        for amplitude in (-1e-4, 1e-4):
+            grown = network()
+            grown.load_state_dict(model.state_dict())
+            growconv.grow(grown, site, growth, amplitude=amplitude)
+            values.append(float(contrastive(grown, grown(x), other).detach()))
+        assert growth.expected_decrease == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3)
+
+
+def test_samples_of_several_image_sizes_stay_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+    ).double()
+    batches = [(data(n, size, seed), torch.zeros(n, dtype=torch.long)) for seed, (n, size) in enumerate([(4, 10), (4, 8), (3, 10)])]
+    sites = growconv.find_sites(model, batches[0][0])
+    found = collect_statistics(model, sites, batches, F.cross_entropy, quantities={"S", "N", "samples"}, keep_samples=10)
+    for site, layers in zip(sites, ((model[0], model[1:2]), (model[2], model[3:6])), strict=True):
+        kept = found[site.name].samples_kept
+        assert kept is not None
+        assert len(kept) == 10
+        for each in kept.passes:
+            x, h = each.x[site.producers[0]][0], each.h[site.consumers[0]][0]
+            torch.testing.assert_close(layers[1](layers[0](x)).detach(), h)
+        x, h = kept.x[site.producers[0]], kept.h[site.consumers[0]]
+        assert len(x) == len(h) == len(kept.v[site.consumers[0]]) == 4 + 2
+        for method in ("tiny", "functional", "firefly", "senn", "splitting"):
+            if method == "functional":
+                with pytest.warns():
+                    growth = growconv.solve(found[site.name], method, 2)
+            else:
+                growth = growconv.solve(found[site.name], method, 2)
+            assert growth.channels in (0, 1, 2)
+
+
+def test_batches_of_other_forms() -> None:
+    model, x = network(), data()
+    (site,) = growconv.find_sites(model, x)
+
+    def loss(output: Tensor, _: object) -> Tensor:
+        return output.square().mean()
+
+    expected = collect_statistics(model, [site], [(x, None)], loss)[site.name].S
+    for batch in (x, (x,), [x, None]):
+        assert torch.equal(collect_statistics(model, [site], [batch], loss)[site.name].S, expected)
+    for batch, named in (((x, 1, 2), "sequence of 3"), ({"image": x, "label": 1}, "image, label"), ("x", "str")):
+        with pytest.raises(ArgumentTypeError, match=named):
+            collect_statistics(model, [site], [batch], loss)
+    with torch.inference_mode(), pytest.raises(StatisticsError, match="inference mode"):
+        collect_statistics(model, [site], [(x, None)], loss)
+
+
+def test_a_gradient_penalty_is_an_error() -> None:
+    model, x = network(), data()
+    (site,) = growconv.find_sites(model, x)
+
+    def loss(output: Tensor, _: object) -> Tensor:
+        inputs = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return output.mean() + slope.square().mean()
+
+    with pytest.raises(StatisticsError, match="gradient is part"):
+        collect_statistics(model, [site], [(x, None)], loss)
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(x + torch.relu(self.b(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["functional", "firefly", "senn", "splitting", "north", "net2net", "random"])
+@pytest.mark.filterwarnings("ignore:.*fewer kept")
+def test_half_precision_models(method: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Stream().to(dtype), torch.randn(6, 3, 6, 6).to(dtype)
+    (site,) = growconv.find_sites(model, x)
+    reads = growconv.solvers.get_solver(method).reads
+    subject = site
+    if reads:
+        options = {"quantities": reads, "keep_samples": 6}
+        subject = collect_statistics(model, [site], [(x, None)], lambda o, _: o.float().square().mean(), **options)[site.name]
+        assert all(each.dtype == torch.float32 for each in subject.samples_kept.v.values())
+    growth = growconv.solve(subject, method, 2)
+    if growth.channels:
+        growconv.grow(model, site, growth)
+    assert model(x).dtype == dtype
