@@ -26,11 +26,12 @@ def glu(m: Net, x: Tensor) -> Tensor:
 
 
 def test_classes_of_one_signature_form_a_space() -> None:
-    model = Net(
-        glu, a=nn.Conv2d(3, 8, 1), n=nn.BatchNorm2d(8), b=nn.Conv2d(4, 5, 1), c=nn.Conv2d(5, 2, 1)
-    )
+    model = Net(glu, a=nn.Conv2d(3, 8, 1), n=nn.BatchNorm2d(8), b=nn.Conv2d(4, 5, 1), c=nn.Conv2d(5, 2, 1))
     spaces, why = spaces_of(numbers_of(model))
-    assert [space.counts for space in spaces] == [{("a", OUT): 2, ("b", IN): 1, ("n", ENTRY): 2}, {("b", OUT): 1, ("c", IN): 1}]
+    assert [space.counts for space in spaces] == [
+        {("a", OUT): 2, ("b", IN): 1, ("n", ENTRY): 2},
+        {("b", OUT): 1, ("c", IN): 1},
+    ]
     assert [space.units for space in spaces] == [4, 5]
     assert [space.channels for space in spaces] == [1, 1]
     assert spaces[0].paths(OUT, IN) == ("a", "b")

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from growconv.network.find import analyse, explain_sites, find_sites, rows_of
 from tests.network import drawn, referee
 
-EVERYTHING_GROWS = ("conv", "conv", "conv", "norm", "activation", "scale", "pool", "grid", "softmax", "standard", "between")
+EVERYTHING_GROWS = (
+    "conv",
+    "conv",
+    "conv",
+    "norm",
+    "activation",
+    "scale",
+    "pool",
+    "grid",
+    "softmax",
+    "standard",
+    "between",
+)
 """Steps after which every channel that is read can grow."""
 
 

@@ -38,7 +38,9 @@ def test_a_head_that_an_argument_asks_for(second: object) -> None:
     referee.check(model, [X, second], sites)
 
 
-@pytest.mark.parametrize(("model", "reader"), [(readers.TwoHeads("method"), "aux"), (readers.Prototypes(), "prototypes")])
+@pytest.mark.parametrize(
+    ("model", "reader"), [(readers.TwoHeads("method"), "aux"), (readers.Prototypes(), "prototypes")]
+)
 def test_a_method_beside_forward(model: nn.Module, reader: str) -> None:
     assert f"{reader} is used by none of the examples" in str(reasons(model.double())["a"])
 
@@ -55,7 +57,10 @@ def test_what_torch_does_not_show_is_noticed(read: readers.Extra) -> None:
     [
         (readers.reading(readers.in_vmap), "depend on each other|broadcasting"),
         (readers.reading(readers.by_weight), "convolution is not followed"),
-        (readers.reading(readers.in_functional_call, c=nn.Conv2d(4, 2, 1)), "weights of c are used outside of the layer"),
+        (
+            readers.reading(readers.in_functional_call, c=nn.Conv2d(4, 2, 1)),
+            "weights of c are used outside of the layer",
+        ),
         (readers.autoencoder, "e.weight and d.weight are one weight, but play different parts"),
         (readers.Silent, "runs under torch.no_grad"),
     ],
@@ -113,7 +118,12 @@ def test_one_site_that_fails_does_not_take_others_along() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.Conv2d(4, 2, 1),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.b(torch.relu(self.a(x)))

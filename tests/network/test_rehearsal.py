@@ -18,7 +18,7 @@ X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().man
 
 
 class Split(nn.Module):
-    """Parts of the sizes that an attribute has, each to a layer of its own; another attribute has such a size by chance."""
+    """Parts of the sizes that an attribute has, each to a layer of its own; another has such a size by chance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,11 +133,16 @@ def test_presuming_lays_out_without_trying() -> None:
 
 def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
     model = Net(
-        lambda m, x: m.b(F.relu(m.n(m.a(x)) * m.scale)).flatten(1), a=nn.Conv2d(3, 4, 3), n=nn.BatchNorm2d(4), b=nn.Conv2d(4, 2, 1)
+        lambda m, x: m.b(F.relu(m.n(m.a(x)) * m.scale)).flatten(1),
+        a=nn.Conv2d(3, 4, 3),
+        n=nn.BatchNorm2d(4),
+        b=nn.Conv2d(4, 2, 1),
     )
     model.scale = nn.Parameter(torch.arange(4.0).view(4, 1, 1))
     plain = (Run(0, 1),)
-    layout = Layout({("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0})
+    layout = Layout(
+        {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
+    )
     pretender = Pretender(copy.deepcopy(model))
     numbers = Numbers()
     with pretender.widened(layout, [4], [6]):
@@ -159,11 +164,15 @@ def test_sizes_are_put_back() -> None:
 
 
 def test_a_space_of_one_channel_is_laid_out_by_where_new_ones_arrive() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 1)
+    ).double()
     found = analyse(model, X)
     assert found.layout.axes["3", IN] == (Run(0, 1, 16, tuple(range(16))),)
     referee.check(model, X, found.sites)
-    last = Net(lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 1, 3), b=nn.Linear(16, 2)).double()
+    last = Net(
+        lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 1, 3), b=nn.Linear(16, 2)
+    ).double()
     found = analyse(last, X)
     assert found.layout.axes["b", IN] == (Run(0, 16, 1, tuple(range(16))),)
     referee.check(last, X, found.sites)

@@ -19,7 +19,9 @@ def looked(model: nn.Module, *inputs: Tensor, repeated: bool = False) -> Numbers
     return numbers
 
 
-def through(operation: Callable[[Tensor], Tensor], outputs: int = 4, inputs: int = 4, repeated: bool = False) -> Numbers:
+def through(
+    operation: Callable[[Tensor], Tensor], outputs: int = 4, inputs: int = 4, repeated: bool = False
+) -> Numbers:
     """The numbers of `a`, an operation, `b`."""
     model = Net(lambda m, x: m.b(operation(m.a(x))), a=nn.Conv2d(3, outputs, 1), b=nn.Conv2d(inputs, 2, 1))
     return looked(model, torch.randn(2, 3, 4, 4), repeated=repeated)
