@@ -196,7 +196,7 @@ def _no_equals(text: str) -> ConfigError:
 
 
 def show_sites(overrides: Sequence[str]) -> None:
-    """Print where the model of a config can grow, and why not elsewhere.
+    """Print where the model of a config can grow, why not elsewhere, and which sites a method named here serves.
 
     Args:
         overrides: as for a run.
@@ -213,8 +213,13 @@ def show_sites(overrides: Sequence[str]) -> None:
     model = make_model(values, shape)
     channels, size, _ = shape
     rows = explain_sites(model, torch.zeros(2, channels, size, size))
-    make_console().print(sites_table(rows))
+    method = values["growth"]["method"] if any(text.startswith("growth") for text in overrides) else "none"
+    make_console().print(sites_table(rows, None if method == "none" else method))
     print(f"{sum(row.growable for row in rows)} of {len(rows)} layers can grow")
+    if method != "none":
+        sites = {row.site: row.grows for row in rows if row.grows is not None}
+        served = sum(site.refusal(method) is None for site in sites.values())
+        print(f"growth={method} serves {served} of {len(sites)} sites")
 
 
 def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> None:
