@@ -13,7 +13,9 @@ import hashlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from growconv.errors import CheckpointError, ConfigError, GrowthError
+from growconv.errors import CheckpointError, ConfigError
 from growconv.training import config as settings
+from growconv.training import failures
 
 # Ranks above 0 leave no trace of their own.
 SILENT = (
@@ -145,21 +148,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None reads the process's.
 
     Returns:
-        0 when all went well, 1 after an error that the user can mend, 130 after Ctrl-C.
+        0 when all went well, 1 after an error, 130 after Ctrl-C, 141 where standard output was closed, and 128 plus the
+        signal's number after a signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    asked_for_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         code = _dispatch(arguments)
         _leave_processes()
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("stopped; go on with: growconv resume=RUN_DIR", file=sys.stderr)
         return 130
-    except GrowthError as error:
-        return _complain(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
-        return _complain(f"{error}{cause}")
+    except BrokenPipeError:
+        failures.leave_closed_pipe()
+        _complain("Standard output was closed before the end; a run goes on with growconv resume=RUN_DIR")
+        return 141
+    except failures.Stopped as error:
+        _complain(str(error))
+        return error.code
+    except Exception as error:
+        if asked_for_trace:
+            traceback.print_exc()
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
+            return _complain(f"{error}{cause}")
+        return _complain(failures.explain(error))
 
 
 def _leave_processes() -> None:
@@ -217,8 +232,8 @@ def _with_hydra(arguments: list[str]) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         arguments = [*arguments, *SILENT]
         logging.disable(logging.WARNING)
+    before, shown = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    before = sys.argv
     sys.argv = [before[0] if before else "growconv", *arguments]
     decorate: Callable[[Any], Any] = hydra.main(
         version_base="1.3", config_path=str(settings.conf_dir()), config_name="config"
@@ -227,8 +242,14 @@ def _with_hydra(arguments: list[str]) -> None:
         decorate(train)()
     finally:
         sys.argv = before
+        if shown is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = shown
 
 
 def _complain(text: str) -> int:
-    print(f"growconv: {text}", file=sys.stderr)
+    shown = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+    with suppress(OSError):  # the terminal may be gone
+        print(f"growconv: {shown}", file=sys.stderr, flush=True)
     return 1

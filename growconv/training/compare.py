@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from growconv.training.comparison import FIGURES, Comparison, Difference, Group, compare
 from growconv.training.plots import draw_comparison, save_figure
+from growconv.training.progress import make_console
 from growconv.training.records import is_number, plain_text
 
 
@@ -122,8 +122,8 @@ def _write_runs(comparison: Comparison, path: Path) -> None:
         for group in comparison.groups:
             for run in group.runs:
                 figures = [run.summary[figure] if is_number(run.summary.get(figure)) else "" for figure in FIGURES]
-                name, path = _cell(group.label), _cell(run.path.as_posix())
-                writer.writerow([name, run.seed, *figures, run.growth_seconds, len(run.events), path])
+                name, place = _cell(group.label), _cell(run.path.as_posix())
+                writer.writerow([name, run.seed, *figures, run.growth_seconds, len(run.events), place])
 
 
 def _spread(mean: float, std: float, figure: str) -> str:
@@ -175,9 +175,7 @@ def _cell(value: object) -> object:
 
 
 def _print(comparison: Comparison, output: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = make_console(180, soft_wrap=False)
     heading, *body = table_rows(comparison)
     table = Table(title="mean ± std over seeds; differences paired by seed, 95 % intervals")
     for index, name in enumerate(heading):

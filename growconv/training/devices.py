@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor
 
@@ -70,12 +71,16 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
             got=f"trainer.accelerator={accelerator}",
             fix="leave it false, or use model.norm=group, which does not depend on the batch",
         )
+    # Named, so that Fabric looks for none: neither a Slurm job's variables nor an installed srun decide anything.
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    environment = TorchElasticEnvironment() if elastic else LightningEnvironment()
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed" and accelerator == "cpu":
         # Fabric turns this into bfloat16 in silence; torch's CPU autocast and scaler do have float16.
-        options = {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))}
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}
     nodes = max(1, world // max(1, here))
     strategy = "ddp" if world > 1 else "auto"
+    options["plugins"] = [*options.get("plugins", []), environment]
     fabric = Fabric(accelerator=accelerator, devices=here, num_nodes=nodes, strategy=strategy, **options)
     fabric.launch()
     return fabric

@@ -17,10 +17,14 @@ from growconv.growth.when import AtSteps, Every
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import on_first, random_states, set_random_states, share_buffers, sum_over_ranks
+from growconv.training.failures import Stopped, noted_signals
 from growconv.training.flops import training_flops
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
 from growconv.training.tracking import Tracker
+
+AGREE_EVERY = 10
+"""Steps between two questions among several processes whether a signal asked one of them to end."""
 
 
 @dataclass
@@ -101,6 +105,7 @@ class Trainer:
         self._sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
         self._clock = 0.0
+        self._signals: list[str] = []
         self._wrapped: Any = None
         self._wrapped_optimizer: Any = None
 
@@ -113,10 +118,11 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer a finite number.
             CheckpointError: a checkpoint could not be written.
+            Stopped: SIGTERM or SIGHUP came; a checkpoint is written.
         """
         self._clock = time.monotonic() - self.position.seconds
         self._prepare()
-        with self.progress:
+        with noted_signals() as self._signals, self.progress:
             while self.position.epoch < self.options["epochs"]:
                 self._epoch()
         return self._summary()
@@ -201,10 +207,28 @@ class Trainer:
                 position.best = fresh["val_accuracy"]
             if over:
                 position.batch = 0
-            if over or grew or (every and position.step % every == 0):
+            stopping = self._asked_to_stop()
+            if over or grew or stopping or (every and position.step % every == 0):
                 self._save(best)
+            if stopping:
+                raise Stopped(
+                    "The run was asked to end, and is saved.",
+                    where=str(self.directory.path),
+                    got=stopping,
+                    fix=f"go on with growconv resume={self.directory.path}",
+                )
             if over:
                 return
+
+    def _asked_to_stop(self) -> str | None:
+        """The signal that came; several processes, which it reaches at different steps, agree on it now and then."""
+        came = self._signals[0] if self._signals else None
+        if self.fabric.world_size == 1:
+            return came
+        if self.position.step % AGREE_EVERY and self.position.batch < self.epoch_steps:
+            return None
+        anywhere = sum_over_ranks(self.fabric, torch.tensor(float(came is not None), device=self.fabric.device))
+        return (came or "SIGTERM") if float(anywhere) > 0 else None
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
         inputs, targets = self.dataset.batch(self.dataset.train, index, augment)

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,19 @@ def si(number: float | int) -> str:
     return f"{number:.3g}"
 
 
-def make_console() -> Console:
-    """Standard output; without a terminal wide enough for a whole table."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=120)
+class _PlainConsole(Console):
+    """rich ends the process by itself where nobody reads any more; here the command line does, with a message."""
+
+    def on_broken_pipe(self) -> None:
+        """Tell it as any other write does."""
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, "standard output is closed")
+
+
+def make_console(width: int = 120, soft_wrap: bool = True) -> Console:
+    """Standard output; without a terminal of this width, so that whole tables fit."""
+    console = _PlainConsole(soft_wrap=soft_wrap)
+    return console if console.is_terminal else _PlainConsole(soft_wrap=soft_wrap, width=width)
 
 
 class TrainingProgress:
