@@ -8,8 +8,8 @@ from typing import Any
 from growconv.errors import ConfigError
 from growconv.network.surgery import GrowthEvent
 
-PATIENCE, PATIENCE_AT_END = 4, 10
-"""Seconds to wait for a server's login and again for the run's start, and for the last numbers to be taken."""
+PATIENCE = 4
+"""Seconds to wait for a server's login, and again for the run's start."""
 
 
 class Tracker:
@@ -124,10 +124,8 @@ def _start_wandb(
 ) -> Any:
     import wandb
 
-    further: dict[str, Any] = {} if options["server"] is None else {"base_url": options["server"]}
-    if "finish_timeout" in wandb.Settings.model_fields:  # newer versions of wandb
-        further["finish_timeout"] = PATIENCE_AT_END
-    settings = wandb.Settings(silent=True, init_timeout=PATIENCE, login_timeout=PATIENCE, console="off", **further)
+    server = {} if options["server"] is None else {"base_url": options["server"]}
+    settings = wandb.Settings(silent=True, init_timeout=PATIENCE, login_timeout=PATIENCE, console="off", **server)
 
     def start(mode: Any) -> Any:
         return wandb.init(
