@@ -10,6 +10,7 @@ import torch
 
 from growconv.cli import main
 from growconv.training.checkpoint import read_checkpoint
+from growconv.training.devices import make_fabric
 
 QUICK = [
     "trainer.epochs=3",
@@ -117,3 +118,24 @@ def test_what_only_makes_it_faster_changes_nothing(options, tmp_path):
     assert len(fast.history) == len(plain.history) > 0
     for name, tensor in plain.model.items():
         torch.testing.assert_close(fast.model[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_slurm_decides_nothing_unasked(tmp_path, monkeypatch):
+    """Neither an installed srun (Fabric would warn) nor the variables of a job (Fabric would wait for its tasks)."""
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job = {
+        "NTASKS": "4",
+        "JOB_ID": "7",
+        "JOB_NAME": "growing",
+        "PROCID": "2",
+        "LOCALID": "2",
+        "NODEID": "1",
+        "NNODES": "2",
+    }
+    for name, value in (job | {"STEP_ID": "0", "NODELIST": "a[1-2]", "NTASKS_PER_NODE": "2"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    fabric = make_fabric({"accelerator": "cpu", "precision": "32-true", "devices": None, "sync_batchnorm": False})
+    assert (fabric.world_size, fabric.global_rank, fabric.local_rank) == (1, 0, 0)
