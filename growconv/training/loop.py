@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,43 +19,13 @@ from growconv.training.data import Dataset, Split, epoch_order, generator_for, s
 from growconv.training.devices import on_first, random_states, set_random_states, share_buffers, sum_over_ranks
 from growconv.training.failures import Stopped, noted_signals
 from growconv.training.flops import training_flops
+from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
 from growconv.training.tracking import Tracker
 
 AGREE_EVERY = 10
 """Steps between two questions among several processes whether a signal asked one of them to end."""
-
-
-@dataclass
-class Position:
-    """Where a run stands; all of it goes into the checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: finished epochs.
-        batch: batches of the present epoch done.
-        loss_sum: training loss summed over the present epoch's samples, as of the checkpoint.
-        hits: correct answers among them.
-        step_flops: FLOPs of all training steps so far, growth passes left out.
-        seconds: wall-clock seconds of training, evaluation and growth.
-        growth_seconds: those spent on growing.
-        best: best validation accuracy so far.
-        first_loss: training loss of the first batch, to measure progress against.
-        metrics: the lines of metrics.jsonl.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    hits: float = 0.0
-    step_flops: float = 0.0
-    seconds: float = 0.0
-    growth_seconds: float = 0.0
-    best: float | None = None
-    first_loss: float | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -145,7 +115,7 @@ class Trainer:
                 got=self.fabric.world_size,
                 fix=f"start it with: torchrun --nproc-per-node={world} -m growconv resume=... (1: plain growconv)",
             )
-        position = _position(found)
+        position = position_of(found)
         restore(found, self.model, self.optimizer, self.scheduler)
         self.position = position
         if self.fabric.is_global_zero:  # the checkpoint holds the sum over all ranks
@@ -156,7 +126,7 @@ class Trainer:
                 scaler.load_state_dict(found.state["scaler"])
             set_random_states(self.fabric, found.tensors, found.state["random"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise _damaged_state(found, error) from error
+            raise damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
 
     @property
@@ -472,32 +442,6 @@ class Trainer:
             "steps": position.step,
             "epochs": position.epoch,
         }
-
-
-def _position(found: Checkpoint) -> Position:
-    """Where the checkpoint's run stands, each number of the type that it has in a run."""
-    try:
-        position = Position(**found.state["position"])
-    except (KeyError, TypeError) as error:
-        raise _damaged_state(found, error) from error
-    for name, value in asdict(position).items():
-        kinds: dict[str, tuple[type, ...]] = {"metrics": (list,)}
-        kinds |= dict.fromkeys(("step", "epoch", "batch"), (int,))
-        kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
-        if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
-            raise _damaged_state(found, f"{name}: {value!r}")
-    if not all(isinstance(line, dict) for line in position.metrics):
-        raise _damaged_state(found, "metrics that are no records")
-    return position
-
-
-def _damaged_state(found: Checkpoint, got: object) -> CheckpointError:
-    return CheckpointError(
-        "The checkpoint does not say where its run stands.",
-        where=str(found.path),
-        got=got,
-        fix="restore the file, or load its weights with growconv.load_checkpoint",
-    )
 
 
 def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -> int:

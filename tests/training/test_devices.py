@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -139,3 +141,18 @@ def test_slurm_decides_nothing_unasked(tmp_path, monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     fabric = make_fabric({"accelerator": "cpu", "precision": "32-true", "devices": None, "sync_batchnorm": False})
     assert (fabric.world_size, fabric.global_rank, fabric.local_rank) == (1, 0, 0)
+
+
+@pytest.mark.long
+def test_a_signal_to_two_processes_saves_once_and_whole(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "growconv", *QUICK, "trainer.epochs=300", f"hydra.run.dir={run}"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert "asked to end, and is saved" in err, err[-3000:]
+    assert final(run).state["position"]["step"] > 0
+    assert not (run / "summary.json").exists()
