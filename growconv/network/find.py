@@ -143,6 +143,7 @@ class LayerRow:
         kind: kind of that site.
         reason: why its outputs cannot grow; None where they can.
         reads: names of the sites that it reads.
+        grows: the site itself, to be asked `grows.refusal(method)`.
     """
 
     path: str
@@ -152,6 +153,7 @@ class LayerRow:
     kind: str | None
     reason: str | None
     reads: tuple[str, ...]
+    grows: GrowthSite | None = field(default=None, repr=False, compare=False)
 
     @property
     def growable(self) -> bool:
@@ -400,7 +402,7 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
             reason = uncalled or next((text for text in reasons if text), "its outputs are not followed")
         yield LayerRow(
             path, _described(module), layers.size(module, OUT), grown and grown.name, grown and grown.kind, reason,
-            tuple(dict.fromkeys(reads)),
+            tuple(dict.fromkeys(reads)), grown,
         )  # fmt: skip
 
 
