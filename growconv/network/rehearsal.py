@@ -96,6 +96,13 @@ class Widening:
                     self._next_guess(number, reason)
         return self.relay()
 
+    def takes_all(self) -> bool:
+        """Whether all spaces take other widths as they are taken to at first, if need be with sizes in attributes."""
+        self._bare_axes()
+        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
+        culprits = self._attempt(live)
+        return not culprits or (self._bind_all(live, culprits) and not self._attempt(live))
+
     def presume(self) -> Layout:
         """The layout at the present widths, taken to hold at others."""
         self._bare_axes()
