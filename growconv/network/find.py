@@ -12,7 +12,15 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, Tr
 from growconv.network import layers
 from growconv.network.classes import Space, collapsed, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
-from growconv.network.model import Arguments, attribute, example_arguments, tensors_in, undisturbed, unwrapped
+from growconv.network.model import (
+    Arguments,
+    attribute,
+    example_arguments,
+    same_chance,
+    tensors_in,
+    undisturbed,
+    unwrapped,
+)
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
@@ -292,6 +300,7 @@ def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = Fa
     numbers = Numbers(repeated)
     for example in examples:
         model.train(example.training)
+        same_chance()
         try:
             look(model, example.arguments, numbers, whole_groups, gradients=True)
         except LookFailed as failure:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
-from growconv.network.model import Arguments
+from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
@@ -169,6 +169,7 @@ class Widening:
             with self.pretender.widened(layout, [space.units for space in self.spaces], units):
                 for example in self.examples:
                     self.pretender.model.train(example.training)
+                    same_chance()
                     look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
         except LookFailed as failure:
             self._reached = len(found.order)
