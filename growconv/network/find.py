@@ -215,16 +215,16 @@ def analyse(
         strict = _numbered(twin, examples)
         numbers = _numbered(twin, examples, repeated=True) if collapsed(strict) else strict
         found, widening = _analysed(model, twin, examples, strict, numbers, rehearse)
-        spaces = found.spaces
-        if rehearse:
-            for _ in range(len(spaces)):
-                failed = Proof(_copied(model), examples, _sites(found)).failures()
-                if not failed:
-                    break
-                for number, reason in failed.items():
-                    spaces[number].reason = reason
-                found.layout = widening.relay()
-        _enter_sites(found, _copied(model), examples)
+        sites = _sites(found)
+        for _ in range(len(found.spaces) if rehearse else 0):
+            failed = Proof(_copied(model), examples, sites).failures()
+            if not failed:
+                break
+            for number, reason in failed.items():
+                found.spaces[number].reason = reason
+            found.layout = widening.relay()
+            sites = _sites(found)
+        _enter_sites(found, sites, _copied(model), examples)
     return found
 
 
@@ -408,7 +408,7 @@ def _kind(found: Analysis, number: int, space: Space) -> str:
     return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
 
 
-def _enter_sites(found: Analysis, twin: nn.Module, examples: Sequence[Example]) -> None:
+def _enter_sites(found: Analysis, sites: dict[int, GrowthSite], twin: nn.Module, examples: Sequence[Example]) -> None:
     """Make the sites, with what lies between: of each consumer from the first example that calls it."""
     sites = _sites(found)
     routes: dict[int, tuple[Route, ...]] = dict.fromkeys(sites, ())
