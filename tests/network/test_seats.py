@@ -154,7 +154,8 @@ def test_the_models_own_forward_with_the_entries_replaced(name: str, grad: bool,
         return output.detach().index_copy(1, torch.tensor(entries[p]), new[p][count[p] - 1])
 
     with torch.no_grad():
-        model.scale.copy_(model.scale.mean().expand(8, 1, 1))  # as surgery does
+        if hasattr(model, "scale"):
+            model.scale.copy_(model.scale.mean().expand(8, 1, 1))  # as surgery does
     hooks = [model.get_submodule(p).register_forward_hook(lambda m, a, o, p=p: replaced(p, o)) for p in new]
     read: dict[str, list[Tensor]] = {p: [] for p in site.consumers}
     hooks += [
@@ -181,7 +182,7 @@ def test_the_models_own_forward_with_the_entries_replaced(name: str, grad: bool,
 
 
 def used(model: Zoo) -> Zoo:
-    """The model without layers that its code does not call, which might consume anything."""
+    """The model without layers and parameters that its code does not use, which might consume anything."""
     called = set()
     hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in model.named_children()]
     model(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
@@ -189,6 +190,10 @@ def used(model: Zoo) -> Zoo:
         hook.remove()
     for name in [name for name, _ in model.named_children() if name not in called]:
         delattr(model, name)
+    model(torch.zeros(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    if model.scale.grad is None:
+        del model.scale
+    model.zero_grad()
     return model
 
 
