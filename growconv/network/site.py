@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Self
 
 from torch import nn
 
@@ -43,7 +42,7 @@ class Site(ABC):
     space: int
 
     @abstractmethod
-    def of(self, model: nn.Module | None) -> Self:
+    def of(self, model: nn.Module | None) -> "Site":
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +164,7 @@ class Tape(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------ context
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Tape":
         """Put hooks on every module and start to record."""
         for path, module in self.model.named_modules():
             opaque = layers.is_weighted(module) or layers.is_norm(module)

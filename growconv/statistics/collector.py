@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from growconv.statistics.totals import entries_text
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
 
+@runtime_checkable
 class Scaler(Protocol):
     """What tells a loss scale, as torch.amp.GradScaler."""
 
@@ -164,7 +165,7 @@ class StatisticsCollector:
     def __init__(
         self,
         model: nn.Module,
-        sites: GrowthSite | Iterable[GrowthSite],
+        sites: GrowthSite | Iterable[object],
         *,
         reduction: str = "mean",
         full: bool = False,
@@ -176,7 +177,7 @@ class StatisticsCollector:
         nonfinite: str = "error",
     ) -> None:
         self.model = unwrapped(model)
-        self.sites = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
+        given = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
         self.quantities = checked_quantities(quantities, full, keep_samples)
         for label, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
@@ -193,7 +194,8 @@ class StatisticsCollector:
         self.scratch_bytes = scratch_bytes
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
-        self._collected = [self._prepare(site) for site in self.sites]
+        self._collected = [self._prepare(site) for site in given]
+        self.sites = tuple(collected.site for collected in self._collected)
         self._handles: list[RemovableHandle] = []
         self._loss = _Loss()
         self._pass: _Pass | None = None
@@ -363,7 +365,7 @@ class StatisticsCollector:
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _prepare(self, site: GrowthSite) -> _Site:
+    def _prepare(self, site: object) -> _Site:
         if not isinstance(site, GrowthSite):
             raise ArgumentTypeError("a site is needed", expected="growconv.GrowthSite", got=type(site).__name__)
         if site.model is not self.model:

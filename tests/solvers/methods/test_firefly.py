@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
-from growconv.network.find import find_sites
+from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
 from growconv.solvers.firefly import Candidates
 
