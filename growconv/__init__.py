@@ -1,34 +1,43 @@
-"""growconv: convolutional networks that grow while they train."""
+"""growconv: convolutional networks that grow while they train.
 
-from growconv.convolution.cost import conv_cost
-from growconv.convolution.cp import CPConv1d, CPConv2d, CPConv3d
-from growconv.convolution.kernels import (
-    compose_convs,
-    compose_kernels,
-    composite_matrix,
-    composite_size,
-    exact_locations,
-)
-from growconv.convolution.pooling import commute_average_pool
-from growconv.convolution.split import split_kernel
-from growconv.convolution.toeplitz import toeplitz_matrix
-from growconv.convolution.tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
-from growconv.convolution.unfold import mask_tensor
-from growconv.errors import GrowthError
-from growconv.growth import Budget, GrowthHistory, GrowthScheduler
-from growconv.network.by_hand import site
-from growconv.network.depth import insert_layer
-from growconv.network.explain import explain_sites
-from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank_site import RankSite, find_rank_sites
-from growconv.network.refactor import merge_pair, split_conv
-from growconv.network.site import GrowthSite, find_sites
-from growconv.network.surgery import GrowthEvent, apply_edits, grow, shrink
-from growconv.solvers import Solver, solve
-from growconv.solvers.energy import captured_energy
-from growconv.solvers.rank import collect_rank_statistics, grow_rank
-from growconv.statistics import PairStatistics, StatisticsCollector, collect_statistics
-from growconv.training.checkpoint import load_checkpoint, save_checkpoint
+Every name below is loaded when it is first used, so that the command line can answer before torch is there.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from growconv.convolution.cost import conv_cost
+    from growconv.convolution.cp import CPConv1d, CPConv2d, CPConv3d
+    from growconv.convolution.kernels import (
+        compose_convs,
+        compose_kernels,
+        composite_matrix,
+        composite_size,
+        exact_locations,
+    )
+    from growconv.convolution.pooling import commute_average_pool
+    from growconv.convolution.split import split_kernel
+    from growconv.convolution.toeplitz import toeplitz_matrix
+    from growconv.convolution.tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+    from growconv.convolution.unfold import mask_tensor
+    from growconv.errors import GrowthError, GrowthWarning
+    from growconv.growth import Budget, GrowthScheduler
+    from growconv.network.apply import grow, shrink
+    from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
+    from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits
+    from growconv.network.find import explain_sites, find_sites, site
+    from growconv.network.optimizer import follow_ages
+    from growconv.network.proposal import ChannelGrowth
+    from growconv.network.rank import RankSite, find_rank_sites
+    from growconv.network.site import GrowthSite
+    from growconv.solvers import Solver, solve
+    from growconv.solvers.energy import captured_energy
+    from growconv.solvers.rank import collect_rank_statistics, grow_rank
+    from growconv.statistics import PairStatistics, StatisticsCollector, collect_statistics
+    from growconv.training.checkpoint import load_checkpoint, save_checkpoint
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Budget",
@@ -41,6 +50,7 @@ __all__ = [
     "GrowthHistory",
     "GrowthScheduler",
     "GrowthSite",
+    "GrowthWarning",
     "PairStatistics",
     "RankSite",
     "Solver",
@@ -62,8 +72,10 @@ __all__ = [
     "explain_sites",
     "find_rank_sites",
     "find_sites",
+    "follow_ages",
     "grow",
     "grow_rank",
+    "insert_copy",
     "insert_layer",
     "load_checkpoint",
     "mask_tensor",
@@ -76,3 +88,57 @@ __all__ = [
     "split_kernel",
     "toeplitz_matrix",
 ]
+
+_PACKAGES = (
+    "convolution",
+    "errors",
+    "growth",
+    "integrations",
+    "linalg",
+    "network",
+    "solvers",
+    "statistics",
+    "training",
+)
+# Module by module, the names it gives; the imports above say the same to type checkers and editors.
+_HOMES = {
+    "convolution.cost": "conv_cost",
+    "convolution.cp": "CPConv1d CPConv2d CPConv3d",
+    "convolution.kernels": "compose_convs compose_kernels composite_matrix composite_size exact_locations",
+    "convolution.pooling": "commute_average_pool",
+    "convolution.split": "split_kernel",
+    "convolution.toeplitz": "toeplitz_matrix",
+    "convolution.tucker": "TuckerConv1d TuckerConv2d TuckerConv3d",
+    "convolution.unfold": "mask_tensor",
+    "errors": "GrowthError GrowthWarning",
+    "growth": "Budget GrowthScheduler",
+    "network.apply": "grow shrink",
+    "network.depth": "insert_copy insert_layer merge_pair split_conv",
+    "network.event": "GrowthEvent GrowthHistory apply_edits",
+    "network.find": "explain_sites find_sites site",
+    "network.optimizer": "follow_ages",
+    "network.proposal": "ChannelGrowth",
+    "network.rank": "RankSite find_rank_sites",
+    "network.site": "GrowthSite",
+    "solvers": "Solver solve",
+    "solvers.energy": "captured_energy",
+    "solvers.rank": "collect_rank_statistics grow_rank",
+    "statistics": "PairStatistics StatisticsCollector collect_statistics",
+    "training.checkpoint": "load_checkpoint save_checkpoint",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Load the module behind a name at its first use."""
+    if name in _PACKAGES:
+        return import_module(f"growconv.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'growconv' has no attribute {name!r}")
+    value = getattr(import_module(f"growconv.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -1,16 +1,15 @@
-"""The command line: train (with Hydra), sites, compare, report.
+"""The command line: train (with Hydra), resume, sites, compare, report. `growconv --help` lists it all.
 
-growconv data=fashion_mnist model=resnet20 growth=functional
-growconv -m growth=tiny,random seed=0,1,2
-growconv resume=RUN_DIR
-growconv sites model=resnet20
-growconv compare RUN_DIR...
-growconv report RUN_DIR
+What can be checked is checked before torch is loaded and before a run directory is made.
 """
 
+import argparse
 import hashlib
+import itertools
 import logging
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError, GrowthError
 from growconv.training import config as settings
+from growconv.training import usage
+from growconv.training.checks import near, variants
+from growconv.training.terminal import shown
 
 # Ranks above 0 leave no trace of their own.
 SILENT = (
@@ -34,6 +37,29 @@ SILENT = (
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
 )
+# Hydra's flags by the short name, and those of them that a value follows.
+FLAGS = {
+    "-h": "--help",
+    "-m": "--multirun",
+    "-c": "--cfg",
+    "-cd": "--config-dir",
+    "-cp": "--config-path",
+    "-cn": "--config-name",
+    "-p": "--package",
+    "-i": "--info",
+    "-r": "--run",
+    "-sc": "--shell-completion",
+}
+WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--experimental-rerun"}
+KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
+# With these the config comes from elsewhere, or none is made.
+UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}
+# Values of a sweep that are checked before its first run; the others are checked by their own run.
+CHECKED_VARIANTS = 30
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during a run, with the command that goes on."""
 
 
 def run_name(overrides: str) -> str:
@@ -44,88 +70,6 @@ def run_name(overrides: str) -> str:
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 settings.register_schemas()
-
-
-def train(config: DictConfig) -> float:
-    """One run of a config that Hydra composed.
-
-    Args:
-        config: the config.
-
-    Returns:
-        The best validation accuracy: the objective of a sweep.
-    """
-    from growconv.training.experiment import run
-
-    values = settings.plain(config)
-    context = HydraConfig.get()
-    sweep = context.mode == RunMode.MULTIRUN
-    return float(run(values, context.runtime.output_dir, sweep=sweep)["best_val_accuracy"])
-
-
-def resume(directory: str, overrides: Sequence[str]) -> None:
-    """Go on with a run where it stopped.
-
-    Args:
-        directory: the run directory.
-        overrides: further overrides; only settings that change no number may differ.
-
-    Raises:
-        CheckpointError: no run lies there, or an override differs from its config.
-    """
-    from growconv.training.experiment import run
-    from growconv.training.rundir import RunDirectory
-
-    stored = RunDirectory(directory).config()
-    settings.require_complete(stored, directory)
-    wanted = settings.plain(settings.compose(list(overrides)))
-    asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
-    changed = [
-        line
-        for line in settings.differences(stored, wanted)
-        if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
-    ]
-    if changed:
-        raise CheckpointError(
-            "the run was made with another config",
-            where=str(Path(directory) / "config.yaml"),
-            got="\n    ".join(["", *changed]),
-            fix=f"resume it as it was (growconv resume={directory}), or start a new run",
-        )
-    for key in settings.FREE_ON_RESUME:
-        if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in asked):
-            _copy_setting(wanted, stored, key.split("."))
-    run(stored, directory, resume=True)
-
-
-def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence[str]) -> None:
-    for key in path[:-1]:
-        if key not in source or key not in target:
-            return
-        source, target = source[key], target[key]
-    if path[-1] in source:
-        target[path[-1]] = source[path[-1]]
-
-
-def show_sites(overrides: Sequence[str]) -> None:
-    """Print where the model of a config can grow, and why not elsewhere.
-
-    Args:
-        overrides: as for a run.
-    """
-    if set(overrides) & {"-h", "--help"}:
-        print("usage: growconv sites [OVERRIDE...]\n\nfor example: growconv sites model=resnet20 data=cifar10")
-        return
-    import torch
-
-    from growconv.network.explain import explain_sites
-    from growconv.training.build import data_shape, make_model
-
-    values = settings.plain(settings.compose(list(overrides)))
-    shape = data_shape(values["data"])
-    model = make_model(values, shape)
-    channels, size, _ = shape
-    print(explain_sites(model, torch.zeros(2, channels, size, size)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,17 +83,289 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(arguments)
+        _dispatch(arguments)
         _leave_processes()
-        return code
-    except KeyboardInterrupt:
-        print("stopped; go on with: growconv resume=RUN_DIR", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt as stop:
+        if _rank() == 0:
+            advice = f"; go on with:\n  {stop.args[0]}" if stop.args else ""
+            print(f"\ngrowconv: stopped{advice}", file=sys.stderr)
         return 130
     except GrowthError as error:
-        return _complain(str(error))
+        print(f"growconv: {error}", file=sys.stderr)
     except (HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
-        return _complain(f"{error}{cause}")
+        print(f"growconv: {error}{cause}", file=sys.stderr)
+    return 1
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command, rest = "train", arguments
+    if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
+        command, rest = arguments[0], arguments[1:]
+    if command not in usage.COMMANDS:
+        raise _no_command(command, rest)
+    if command == "compare":
+        from growconv.training.compare import main as compare
+
+        compare(rest)
+    elif command == "report":
+        from growconv.training.report import main as report
+
+        report(rest)
+    elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
+        raise ConfigError("a run is named with '='", where="resume", got=rest[0], fix=fix)
+    else:
+        trust = "trust=true" in rest
+        rest = [text for text in rest if text not in ("trust=true", "trust=false")]
+        overrides, flags = _split(rest)
+        resumed = [text for text in overrides if text.startswith("resume=")]
+        if "--version" in flags:
+            print(f"growconv {__version__}")
+        elif "--help" in flags:
+            print(_page(command if arguments[0] == command else None))
+        elif command == "sites":
+            if flags:
+                raise ConfigError("there is no such flag", where="sites", got=", ".join(flags))
+            show_sites(overrides)
+        elif command == "resume" and not resumed:
+            raise ConfigError("a run is missing", where="resume", fix="name its directory: growconv resume=RUN")
+        elif resumed:
+            if len(resumed) > 1 or flags:
+                raise ConfigError("one run is resumed at a time", where="resume", got=shlex.join(arguments))
+            others = [text for text in overrides if text not in resumed]
+            resume(resumed[0].removeprefix("resume="), others, trust)
+        else:
+            if not trust:
+                _require_trusted_path(rest)
+            _train(rest, overrides, flags)
+
+
+def _no_command(word: str, rest: Sequence[str]) -> ConfigError:
+    """The error of a first word that is no command: perhaps a flag without dashes, or a group without =."""
+    meant = near(word, [*usage.COMMANDS, "help", "version"])
+    command = f"--{meant}" if meant in ("help", "version") else meant
+    fix = f"did you mean: growconv {shlex.join([command, *rest])}" if command else None
+    if word in usage.GROUPS and rest:
+        fix = f"did you mean: growconv {shlex.join([f'{word}={rest[0]}', *rest[1:]])}"
+    return ConfigError(
+        f"there is no command {word!r}", expected=", ".join(usage.COMMANDS), fix=fix or "growconv --help lists them"
+    )
+
+
+def _page(command: str | None) -> str:
+    if command is None:
+        return usage.first_page()
+    return usage.train_page() if command == "train" else usage.command_page(command)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Overrides, and flags by their long names with their values.
+
+    Raises:
+        ConfigError: an unknown flag, or an argument that is neither.
+    """
+    overrides: list[str] = []
+    flags: dict[str, str] = {}
+    waiting = iter(arguments)
+    for text in waiting:
+        if text.startswith("-"):
+            name, _, value = text.partition("=")
+            name = FLAGS.get(name, name)
+            if name not in KNOWN_FLAGS:
+                meant = near(name, KNOWN_FLAGS)
+                fix = f"did you mean {meant}?" if meant else "growconv --help lists them"
+                raise ConfigError(f"there is no flag {text!r}", fix=fix)
+            flags[name] = value or (next(waiting, "") if name in WITH_VALUE else "")
+        elif "=" in text or text.startswith("~"):
+            overrides.append(text)
+        elif "--info" in flags and not flags["--info"]:
+            flags["--info"] = text
+        else:
+            raise _no_equals(text)
+    return overrides, flags
+
+
+def _no_equals(text: str) -> ConfigError:
+    group = next((group for group in usage.GROUPS if text in usage.group_names(group)), None)
+    fix = f"did you mean {group}={text}?" if group else None
+    if Path(text).is_dir():
+        fix = f"did you mean resume={text}?"
+    return ConfigError("this argument has no '='", where=text, expected="GROUP=NAME or OPTION=VALUE", fix=fix)
+
+
+def show_sites(overrides: Sequence[str]) -> None:
+    """Print where the model of a config can grow, and why not elsewhere.
+
+    Args:
+        overrides: as for a run.
+    """
+    values = settings.plain(settings.compose(overrides))
+    import torch
+
+    from growconv.network.find import explain_sites
+    from growconv.training.build import data_shape, make_model
+    from growconv.training.progress import sites_table
+    from growconv.training.terminal import make_console
+
+    shape = data_shape(values["data"])
+    model = make_model(values, shape)
+    channels, size, _ = shape
+    rows = explain_sites(model, torch.zeros(2, channels, size, size))
+    make_console().print(sites_table(rows))
+    print(f"{sum(row.growable for row in rows)} of {len(rows)} layers can grow")
+
+
+def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> None:
+    """Go on with a run where it stopped.
+
+    Args:
+        directory: the run directory.
+        overrides: further overrides; only settings that change no number may differ.
+        trust: whether its config may run code from anywhere and reach the hosts that it names.
+
+    Raises:
+        CheckpointError: no run lies there, or an override differs from its config.
+        ConfigError: its config asks for what `training.trust` refuses.
+    """
+    from growconv.training.rundir import RunDirectory
+    from growconv.training.trust import require_trusted
+
+    files = RunDirectory(directory)
+    stored = files.config()
+    settings.require_complete(stored, directory)
+    wanted = settings.plain(settings.compose(overrides))
+    asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
+    changed = [
+        line
+        for line in settings.differences(stored, wanted)
+        if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
+    ]
+    if changed:
+        raise CheckpointError(
+            "the run was made with another config",
+            where=str(Path(directory) / "config.yaml"),
+            got="\n    ".join(["", *changed]),
+            fix=f"resume it as it was (growconv resume={directory}), or start a new run",
+        )
+    for name in asked:
+        for free in settings.FREE_ON_RESUME:
+            if name == free or name.startswith(f"{free}."):
+                _copy_setting(wanted, stored, name.split("."))
+            elif free.startswith(f"{name}."):
+                _copy_setting(wanted, stored, free.split("."))
+    if not trust:
+        require_trusted(stored, files.config_file, wanted, asked)
+    _announce(stored, Path(directory))
+    try:
+        from growconv.training.experiment import run
+
+        run(stored, directory, resume=True)
+    except KeyboardInterrupt as stop:
+        raise Stopped(_go_on(Path(directory))) from stop
+
+
+def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence[str]) -> None:
+    for key in path[:-1]:
+        if key not in source or key not in target:
+            return
+        source, target = source[key], target[key]
+    if path[-1] in source:
+        target[path[-1]] = source[path[-1]]
+
+
+def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]) -> None:
+    """Check a command line, then hand it to Hydra, which makes the run directory and calls `train`."""
+    sweep = "--multirun" in flags
+    if not UNCHECKED & set(flags):
+        folder = flags.get("--config-dir")
+        found = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+        for variant in itertools.islice(variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
+            config = settings.compose([*found, *variant])
+            if "--cfg" not in flags:
+                settings.plain(config)
+    failures: list[Exception] = []
+
+    def one_run(config: DictConfig) -> float:
+        """`train`, whose error is kept for the end: Hydra would print it in its own way."""
+        try:
+            return train(config)
+        except Exception as error:
+            failures.append(error)
+            return float("nan")
+
+    try:
+        _with_hydra(arguments, train if sweep else one_run)
+    except KeyboardInterrupt as stop:
+        if sweep:  # finished runs are left out when it is started again
+            raise Stopped(shlex.join(["growconv", *arguments])) from stop
+        raise
+    if failures:
+        raise failures[0]
+
+
+def train(config: DictConfig) -> float:
+    """One run of a config that Hydra composed.
+
+    Args:
+        config: the config.
+
+    Returns:
+        The best validation accuracy: the objective of a sweep.
+    """
+    context = HydraConfig.get()
+    directory = Path(context.runtime.output_dir)
+    try:
+        values = settings.plain(config)
+        _announce(values, directory)
+        from growconv.training.experiment import run
+
+        return float(run(values, directory, sweep=context.mode == RunMode.MULTIRUN)["best_val_accuracy"])
+    except KeyboardInterrupt as stop:
+        raise Stopped(_go_on(directory)) from stop
+    except Exception:
+        _discard_unbegun(directory)
+        raise
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _announce(values: dict[str, Any], directory: Path) -> None:
+    """Say what runs and where, before torch is loaded."""
+    if values["trainer"]["progress"] == "none" or _rank() > 0:
+        return
+    model = values["model"]["_target_"].rpartition(".")[-1]
+    method = values["growth"]["method"]
+    growth = "fixed" if method == "none" else f"grown by {method}"
+    epochs = values["trainer"]["epochs"]
+    print(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {epochs} epochs")
+    print(f"run directory: {shown(directory)}", flush=True)
+
+
+def _go_on(directory: Path) -> str:
+    """The command that resumes a run."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    start = ["growconv"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "growconv"]
+    return shlex.join([*start, f"resume={shown(directory)}"])
+
+
+def _discard_unbegun(directory: Path) -> None:
+    """Remove what Hydra wrote for a run that failed before it began, and folders that are empty then."""
+    if (directory / "config.yaml").exists() or _rank() > 0:
+        return
+    shutil.rmtree(directory / ".hydra", ignore_errors=True)
+    (directory / "growconv.log").unlink(missing_ok=True)
+    here = Path.cwd()
+    for folder in (directory, *directory.parents):
+        if folder == here or folder in here.parents:
+            return
+        try:
+            folder.rmdir()
+        except OSError:  # something lies in it
+            return
 
 
 def _leave_processes() -> None:
@@ -162,32 +378,22 @@ def _leave_processes() -> None:
             dist.destroy_process_group()
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if arguments and arguments[0] == "sites":
-        show_sites(arguments[1:])
-        return 0
-    if arguments and arguments[0] == "compare":
-        from growconv.training.compare import main as compare
+def _require_trusted_path(arguments: Sequence[str]) -> None:
+    """Look into the config that --config-path names, as the command in a report does, before Hydra acts on it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn", default="config")
+    given, others = parser.parse_known_args(list(arguments))
+    if given.config_path is not None:
+        from growconv.training.trust import require_trusted_file
 
-        return compare(arguments[1:]) or 0
-    if arguments and arguments[0] == "report":
-        from growconv.training.report import main as report
-
-        return report(arguments[1:]) or 0
-    resumed = [argument for argument in arguments if argument.startswith("resume=")]
-    if resumed:
-        others = [argument for argument in arguments if argument not in resumed]
-        if len(resumed) > 1 or any(argument.startswith("-") for argument in others):
-            raise ConfigError("one run is resumed at a time", where="resume", got=" ".join(arguments))
-        resume(resumed[0].removeprefix("resume="), others)
-        return 0
-    _with_hydra(arguments)
-    return 0
+        file = Path(given.config_path) / f"{given.config_name.removesuffix('.yaml')}.yaml"
+        require_trusted_file(file, {argument.split("=")[0].lstrip("+") for argument in others})
 
 
-def _with_hydra(arguments: list[str]) -> None:
+def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -> None:
     """Run Hydra on these arguments, with errors raised rather than printed."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if _rank() > 0:
         arguments = [*arguments, *SILENT]
         logging.disable(logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -197,11 +403,6 @@ def _with_hydra(arguments: list[str]) -> None:
         version_base="1.3", config_path=str(settings.conf_dir()), config_name="config"
     )
     try:
-        decorate(train)()
+        decorate(task)()
     finally:
         sys.argv = before
-
-
-def _complain(text: str) -> int:
-    print(f"growconv: {text}", file=sys.stderr)
-    return 1

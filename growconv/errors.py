@@ -49,6 +49,10 @@ def _rebuild(
     return kind(problem, expected=expected, got=got, where=where, fix=fix)
 
 
+class GrowthWarning(UserWarning):
+    """Something that the user asked for is left out or limited, and training goes on."""
+
+
 class GeometryError(GrowthError, ValueError):
     """Kernel, stride, padding, dilation and input size do not fit together."""
 

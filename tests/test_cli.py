@@ -1,14 +1,22 @@
 """The command line as a user types it: runs, sites, sweeps, and errors that say what to do."""
 
+import fcntl
 import json
 import os
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from growconv import __version__
 from growconv.cli import main
 
 QUICK = [
@@ -37,7 +45,10 @@ def test_a_run_leaves_what_the_readme_promises(here, capsys):
     out = capsys.readouterr().out
     assert "grown, tiny" in out
     assert "fixed large" in out
-    assert "next growth at step" in out
+    assert "run directory: run" in out
+    assert "3 sites to grow" in out
+    assert "grows at " in out
+    assert out.splitlines()[-1] == "report: run/report.html"
     run = here / "run"
     for name in ("config.yaml", "metrics.jsonl", "growth.jsonl", "summary.json", "environment.json", "report.html"):
         assert (run / name).stat().st_size > 0, name
@@ -139,7 +150,8 @@ def test_policies_are_composed_in_yaml(here, capsys):
         (["growth.where={policy: Sideways}"], ["growth.where", "Sideways"]),
         (["growth.when={policy: Plateau, patient: 3}"], ["growth.when", "patient", "did you mean 'patience'"]),
         (["growth.sites=[head*]"], ["growth.sites", "features.0 -> features.4"]),
-        (["growth.budget.parameters=-1"], ["Budget"]),
+        (["growth.budget.parameters=-1"], ["growth.budget.parameters"]),
+        (["growth.amount={policy: Fixed, count: -1}"], ["growth.amount", "count"]),
         (["+growth.scheduler.method=tiny"], ["growth.scheduler", "growth.method"]),
         (["optimizer.lr=0"], ["optimizer.lr"]),
         (["optimizer.name=adam"], ["optimizer.name"]),
@@ -156,7 +168,10 @@ def test_policies_are_composed_in_yaml(here, capsys):
         (["baselines=[medium]"], ["baselines", "medium"]),
         (["growth=none", "baselines=[large]"], ["baselines"]),
         (["model=unet"], ["output does not fit", "data=digits"]),
-        (["data=fashion_mnist", "data.root=/nowhere", "model=conv_pair", "data.limit=100"], ["output does not fit"]),
+        (["data=fashion_mnist", "model=conv_pair", "data.limit=100"], ["output does not fit"]),
+        (["data=fashion_mnist", "data.root=/nowhere"], ["data.root=/nowhere", "does not exist"]),
+        (["data.limit=1"], ["data.limit", "two samples"]),
+        (["data.limit=0"], ["data.limit"]),
         (["+surprise=1"], ["surprise"]),
         (["optimizer.lr=1e30", "growth=none", "optimizer=sgd"], ["finite", "optimizer.lr"]),
     ],
@@ -166,7 +181,10 @@ def test_what_cannot_work_is_said_in_one_message(overrides, words, here, capsys)
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert "Traceback" not in message
-    assert not (here / "run" / "summary.json").exists()
+    assert "overrides" not in message
+    if (here / "run").exists():  # it began, and went wrong then
+        assert (here / "run" / "config.yaml").exists()
+        assert not (here / "run" / "summary.json").exists()
 
 
 def test_sites_of_a_config(capsys):
@@ -210,10 +228,141 @@ def test_a_sweep_over_cores(here):
     assert sorted(summary(path.parent)["seed"] for path in (here / "sweep").glob("*/summary.json")) == [0, 1]
 
 
-def test_help_and_config_are_hydra_s_own(here):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(
-        [sys.executable, "-m", "growconv", "--cfg", "job", "seed=5"], capture_output=True, text=True, env=environment
-    )
-    assert yaml.safe_load(answer.stdout)["seed"] == 5
-    assert not (here / "runs").exists()
+def in_a_process(script, *arguments):
+    """A Python script in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_the_config_is_printed_by_hydra(here, capsys):
+    assert main(["--cfg", "job", "seed=5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
+    assert not list(here.iterdir())
+
+
+def test_help_version_and_mistakes_need_no_torch(here):
+    script = """
+import sys
+from growconv import __version__
+from growconv.cli import main
+for line in (["--help"], ["train", "--help"], ["sites", "--help"], ["resume", "--help"], ["--version"]):
+    assert main(line) == 0
+for line in (["site"], ["grwoth=tiny"], ["trainer.epochs=-1"], ["-m", "growth=tiny,randm"], ["sites", "model=resnt"]):
+    assert main(line) == 1
+assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
+"""
+    answer = in_a_process(script)
+    assert answer.returncode == 0, answer.stderr
+    for word in ("train ", "resume=", "sites", "compare", "report", "trainer.epochs=20", "growconv 0."):
+        assert word in answer.stdout
+    assert "growth.solver" in answer.stdout
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("site model=resnet20", "did you mean: growconv sites model=resnet20"),
+        ("version", "did you mean: growconv --version"),
+        ("model resnet20 seed=1", "did you mean: growconv model=resnet20 seed=1"),
+        ("nonsense", "growconv --help"),
+        ("resume run1", "did you mean: growconv resume=run1"),
+        ("resume", "growconv resume=RUN"),
+        ("growth=tiny resnet20", "did you mean model=resnet20?"),
+        ("seed=1 run1", "did you mean resume=run1?"),
+        ("--mulitrun seed=1", "did you mean --multirun?"),
+        ("-m growth=tiny,randm", "did you mean growth=random?"),
+        ("sites model=resnt20", "did you mean model=resnet20?"),
+    ],
+)
+def test_did_you_mean(line, fix, here, capsys):
+    (here / "run1").mkdir()
+    assert main(line.split()) == 1
+    assert fix in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["run1"]
+
+
+def test_what_fails_before_the_run_begins_leaves_nothing(here, capsys, monkeypatch):
+    """Errors that only the model can tell, and a model that raises: its traceback is the user's own."""
+    assert main([*QUICK, "growth.sites=[head*]"]) == 1
+    assert main([*QUICK, "growth.sites=[head*]", "hydra.run.dir=deep/down/run"]) == 1
+    assert main(["-m", *QUICK, "growth.sites=[head*]", "hydra.sweep.dir=sweep"]) == 1
+    assert [path.name for path in (here / "sweep").iterdir()] == ["multirun.yaml"]
+    (here / "broken.py").write_text("def net(classes):\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(here)
+    with pytest.raises(ZeroDivisionError):
+        main([*QUICK, "model._target_=broken.net"])
+    assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["broken.py", "sweep"]
+    assert "Error executing job" not in capsys.readouterr().err.rpartition("growconv:")[2]
+
+
+def on_a_terminal(columns, *arguments):
+    """What a command writes to a terminal of that width, without colours and cursor movements."""
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    command = [sys.executable, "-m", "growconv", *arguments]
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        written = b""
+        while True:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # its other end is closed
+                break
+            if not part:
+                break
+            written += part
+    os.close(terminal)
+    assert process.returncode == 0, written.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def test_a_run_on_a_terminal_of_80_columns(here):
+    lines = on_a_terminal(80, *QUICK, "growth=variance_transfer", "growth.times=1", "hydra.run.dir=run", "report=true")
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == f"growconv {__version__}: small_cnn on digits, grown by variance_transfer, 2 epochs"
+    assert lines[1] == "run directory: run"
+    assert any(line.startswith("grown, variance_transfer ━") for line in lines)
+    assert any(line.startswith("epoch 2/2  loss ") and "parameters" in line for line in lines)
+    assert any(line.startswith("  features.0 -> features.4  8 -> ") for line in lines)
+    table = lines[next(index for index, line in enumerate(lines) if line.startswith(" model ")) :]
+    assert [line[:12] for line in table if line.startswith((" grown", " fixed"))] == [
+        " grown,     ",
+        " fixed small",
+        " fixed large",
+    ]
+    assert lines[-1] == "report: run/report.html"
+
+
+def test_sites_on_a_terminal_of_80_columns(here):
+    lines = on_a_terminal(80, "sites", "model=resnet20", "data=cifar10")
+    assert max(map(len, lines)) <= 80
+    assert any("blocks.0.conv1 ->" in line for line in lines)
+    assert not any("…" in line for line in lines)
+
+
+def test_no_progress_still_prints_the_table(here, capsys):
+    assert main([*QUICK, "growth=none", "trainer.epochs=1", "trainer.progress=none", "hydra.run.dir=run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0].split()[:2] == ["model", "test"]
+    assert lines[2].split()[0] == "fixed"
+    assert len(lines) == 3
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(here, capsys):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "growconv", "growth=none", "trainer.epochs=400", "hydra.run.dir=a b/run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        metrics = here / "a b" / "run" / "metrics.jsonl"
+        while run.poll() is None and not metrics.exists():
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert said == "\ngrowconv: stopped; go on with:\n  growconv 'resume=a b/run'\n"
+    assert "Traceback" not in said
+    assert main(["resume=a b/run", "trainer.epochs=3"]) == 1
+    assert "trainer.epochs: 400 -> 3" in capsys.readouterr().err

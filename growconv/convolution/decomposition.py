@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from tensorly.backend import BackendManager
-from tensorly.cp_tensor import CPTensor
-from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
@@ -85,6 +82,10 @@ class _Search:
 
     def run(self, kernel: Tensor, floor: float) -> None:
         """Sweep until the error is flat or below `floor`, or the iterations are used up."""
+        from tensorly.backend import BackendManager
+        from tensorly.cp_tensor import CPTensor
+        from tensorly.decomposition import parafac
+
         start: Any = (None, [factor.to(kernel.dtype) for factor in self.best])
         previous = float("inf")
         first = True  # TensorLy reports the start, too
@@ -133,6 +134,9 @@ def decompose_tucker(
     Returns:
         Core (r2, r1, *kernel_size), output factor (C2, r2) and input factor (C1, r1), orthonormal both, and the fit.
     """
+    from tensorly.backend import BackendManager
+    from tensorly.decomposition import partial_tucker
+
     _require_finite(kernel, where)
     work = kernel.detach().double()
     if not work.any():

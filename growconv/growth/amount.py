@@ -8,7 +8,7 @@ from typing import Literal
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy, Situation
 from growconv.growth.when import require_positive
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 
 
 class Amount(Policy):
@@ -21,7 +21,7 @@ class Amount(Policy):
     maximum: int | None = None
 
     @abstractmethod
-    def channels(self, site: GrowthSite, situation: Situation) -> int | Literal["auto"]:
+    def channels(self, site: Site, situation: Situation) -> int | Literal["auto"]:
         """Channels to ask for at this site now."""
 
 
@@ -38,7 +38,7 @@ class Fixed(Amount):
     def __post_init__(self) -> None:
         require_positive(self, "count", self.count)
 
-    def channels(self, site: GrowthSite, situation: Situation) -> int:
+    def channels(self, site: Site, situation: Situation) -> int:
         """The fixed number."""
         return self.count
 
@@ -56,7 +56,7 @@ class Fraction(Amount):
     def __post_init__(self) -> None:
         require_positive(self, "fraction", self.fraction)
 
-    def channels(self, site: GrowthSite, situation: Situation) -> int:
+    def channels(self, site: Site, situation: Situation) -> int:
         """The fraction, rounded to the nearest whole channel."""
         return max(1, round(self.fraction * situation.initial_widths[site.name]))
 
@@ -77,7 +77,7 @@ class ToWidth(Amount):
         require_positive(self, "target", self.target)
         require_positive(self, "rounds", self.rounds)
 
-    def channels(self, site: GrowthSite, situation: Situation) -> int:
+    def channels(self, site: Site, situation: Situation) -> int:
         """What is missing, spread evenly over the visits that are left."""
         missing = target_width(self.target, situation.initial_widths[site.name]) - site.width
         left = max(1, self.rounds - situation.visits.get(site.name, 0))
@@ -107,7 +107,7 @@ class Exponential(Amount):
             if self.target is None:
                 raise ScheduleError("rounds without a target", where="Exponential", fix="give the target width too")
 
-    def channels(self, site: GrowthSite, situation: Situation) -> int:
+    def channels(self, site: Site, situation: Situation) -> int:
         """The next term of the sequence, cut at the target."""
         step = max(2, 2 * math.floor(self.rate * site.width / 2))
         if self.target is None:
@@ -132,7 +132,7 @@ class Auto(Amount):
         if self.maximum is not None:
             require_positive(self, "maximum", self.maximum)
 
-    def channels(self, site: GrowthSite, situation: Situation) -> Literal["auto"]:
+    def channels(self, site: Site, situation: Situation) -> Literal["auto"]:
         """Leave it to the solver."""
         return "auto"
 

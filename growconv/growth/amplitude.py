@@ -1,21 +1,24 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, StatisticsError
-from growconv.network.factorized import as_stored
-from growconv.network.fitting import fitted
+from growconv.growth.decision import Batch, Loss
+from growconv.network import layers
+from growconv.network.apply import grow
+from growconv.network.exchange import refresh
+from growconv.network.model import attribute, example_arguments, undisturbed
+from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank_site import RankSite
-from growconv.network.remainder import Remainder, added_outputs
-from growconv.network.site import GrowthSite
-from growconv.solvers.existing import readings_of
+from growconv.network.site import GrowthSite, Site
+from growconv.solvers.existing import columns_of
 from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
 
 STRONGEST = 0.125
@@ -53,20 +56,22 @@ class AmplitudeChoice:
 
 
 def choose_amplitude(
-    model: torch.nn.Module,
-    site: GrowthSite,
+    model: nn.Module,
+    site: Site,
     growth: ChannelGrowth,
-    batches: Sequence[tuple[Any, Any]],
-    loss: Callable[[Any, Any], Tensor],
+    batches: Sequence[Batch],
+    loss: Loss,
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
     γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps every new channel well below the old ones: without
     one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training that
-    follows. What lies below the site's readers is computed once per batch (`Remainder`).
+    follows. The losses are those of a grown copy of the model, as it will be; a loss that calls the model itself sees
+    it without the new channels.
 
     Args:
-        model: the model that the site belongs to; not changed. Norm layers stay in the mode that they are in.
+        model: the model of the site, or one with the same names; not changed. Norm layers stay in the mode that they
+            are in.
         site: where.
         growth: the proposal, which changes no old weights.
         batches: held-out (inputs, targets) pairs.
@@ -94,15 +99,15 @@ def choose_amplitude(
         raise ArgumentValueError(
             "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
         )
-    site.check(model)
-    growth = as_stored(site, fitted(site, growth))
+    site = site.of(model)
+    site.check()
     cap = amplitude_cap(site, growth)
     losses: dict[float, float] = {}
-    trials = [_Trial(site, growth, inputs, targets, loss) for inputs, targets in batches]
+    trials = _Trials(model, site, growth, batches, loss)
 
     def measure(amplitude: float) -> None:
         if amplitude not in losses:
-            losses[amplitude] = sum(trial.loss(amplitude) for trial in trials) / len(trials)
+            losses[amplitude] = trials.loss(amplitude)
 
     with torch.no_grad():
         measure(0.0)
@@ -124,7 +129,7 @@ def choose_amplitude(
     return AmplitudeChoice(best, losses, cap, reason)
 
 
-def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
+def amplitude_cap(site: Site, growth: ChannelGrowth) -> float:
     """The largest γ at which no new channel is strong beside the old ones.
 
     The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
@@ -137,17 +142,19 @@ def amplitude_cap(site: GrowthSite, growth: ChannelGrowth) -> float:
     Returns:
         0 where the new or the old channels have no outgoing weights.
     """
-    if isinstance(site, RankSite):
-        return STRONGEST * site.cap(growth)
-    new = _outgoing_norms(weight.unflatten(1, (growth.channels, -1)) for weight in growth.outgoing.values())
-    old = _outgoing_norms(readings_of(site, site.model, path) for path in site.consumers)
+    own = site.cap(growth)
+    if own is not None:
+        return STRONGEST * own
+    site, units = cast(GrowthSite, site), growth.channels // site.granularity
+    new = _outgoing_norms(weight.unflatten(1, (units, -1)) for weight in growth.outgoing.values())
+    old = _outgoing_norms(columns_of(site, site.model, path) for path in site.consumers)
     strongest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
     if strongest <= 0:
         return 0.0
     return min(STRONGEST * typical / strongest, HEAVIEST * float(old.mean() / new.max()))
 
 
-def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
+def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     """The same function with new channels at the old ones' scale, the outgoing weights inversely (`at_old_scale`).
 
     So amplitude 0 leaves live gradients on the outgoing weights. It is exact where all that lies between is positively
@@ -159,46 +166,62 @@ def rescaled(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
         site: where.
         growth: the proposal.
     """
-    if isinstance(site, RankSite) or growth.channels == 0 or growth.revised or growth.copied_from is not None:
+    if site.own_method or growth.channels == 0 or growth.revised or growth.copied_from is not None:
         return growth
-    silent = torch.stack([(weight == 0).flatten(1).all(1) for weight in growth.incoming.values()]).all(0)
+    site, units = cast(GrowthSite, site), growth.channels // site.granularity
+    rows = [(weight == 0).unflatten(0, (units, -1)).flatten(1).all(1) for weight in growth.incoming.values()]
+    silent = torch.stack(rows).all(0)
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
-class _Trial:
-    """One held-out batch: its loss at any amplitude."""
+class _Trials:
+    """A grown copy of the model, and the loss of the held-out batches on it at any amplitude.
+
+    The copy is grown once; another amplitude multiplies the entries that hold the new outgoing weights. Where a layer
+    stores its weight otherwise (as a length and a direction), the copy's entries are planned anew for each amplitude.
+    Dropout is off, norm layers are in the mode that the model is in, every amplitude sees the same random numbers.
+    """
 
     def __init__(
-        self,
-        site: GrowthSite,
-        growth: ChannelGrowth,
-        inputs: Any,
-        targets: Any,
-        loss: Callable[[Any, Any], Tensor],
+        self, model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
     ) -> None:
-        self.growth, self.targets, self.criterion = growth, targets, loss
-        with torch.no_grad():
-            self.remainder = Remainder(site, inputs)
-            # Where no writer or reader is downstream of another reader, δz is linear in γ and computed once.
-            simple = set(self.remainder.producer_inputs) == set(site.producers) and not growth.carried
-            plain = simple or not self.remainder.partial
-            self.deltas = added_outputs(site, growth, self.remainder.producer_inputs) if plain else None
+        self.site, self.growth, self.batches, self.criterion = site, growth, batches, loss
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():
+            if layers.is_dropout(module):
+                module.eval()
+        grow(self.model, site, growth)
+        strong, silent = self._entries(1.0), self._entries(0.0)
+        self.scaled = {path: tensor for path, tensor in strong.items() if not torch.equal(tensor, silent[path])}
+        moved = ((tensor != silent[path], silent[path]) for path, tensor in self.scaled.items())
+        self.linear = all(bool((old[mask] == 0).all()) for mask, old in moved)
+        self.masks = {path: silent[path] != tensor for path, tensor in self.scaled.items()}
+
+    def _entries(self, amplitude: float) -> dict[str, Tensor]:
+        """The tensors that growth changes, as they are at an amplitude."""
+        plan = plan_growth(self.site, self.growth, amplitude)
+        revised = ((each, each.tensor if each.revised is None else each.revised) for each in plan.changes)
+        return {each.path: each.resized(old.detach().to(each.tensor)) for each, old in revised}
 
     def loss(self, amplitude: float) -> float:
-        """Mean loss of the batch at an amplitude."""
-        if self.deltas is None:
-            output = self.remainder.grown(self.growth, amplitude)
-        else:
-            scaled = {
-                path: tuple(amplitude * d for d in delta) if isinstance(delta, tuple) else amplitude * delta
-                for path, delta in self.deltas.items()
-            }
-            output = self.remainder.run(scaled)
-        return float(self.criterion(output, self.targets))
+        """Mean loss of the batches at an amplitude."""
+        entries = None if self.linear else self._entries(amplitude)
+        for path, strong in self.scaled.items():
+            tensor = attribute(self.model, path)
+            if isinstance(tensor, Tensor):
+                scaled = torch.where(self.masks[path], strong * amplitude, strong)
+                tensor.detach().copy_(scaled if entries is None else entries[path])
+        refresh(self.model)
+        total = 0.0
+        with undisturbed(self.model):
+            for inputs, targets in self.batches:
+                arguments, keywords = example_arguments(inputs)
+                total += float(self.criterion(self.model(*arguments, **keywords), targets))
+        return total / len(self.batches)
 
 
-def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " k"]:
-    """Norm of each channel's weights in all readers, (out, k, ratio, *kernel) each."""
+def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " units"]:
+    """Norm of the weights on each unit of channels in all consumers, (out, units, entries, *kernel) each."""
     squares = [weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in weights]
     return torch.stack(squares).sum(0).sqrt()
 

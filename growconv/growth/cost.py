@@ -4,18 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from growconv.convolution.cost import multiplications_per_output
-from growconv.convolution.factorized import FactorizedConv
-from growconv.growth.preservation import undisturbed
-from growconv.network.graph import example_arguments
-
-_LAYERS = (_ConvNd, nn.Linear, FactorizedConv)
+from growconv.network import layers
+from growconv.network.model import example_arguments, undisturbed
+from growconv.network.plan import plan_size
+from growconv.network.site import Site
 
 
 @dataclass
@@ -42,7 +38,7 @@ class ModelCost:
         self.locations = dict(locations)
 
     @classmethod
-    def measure(cls, model: nn.Module, inputs: Any) -> "ModelCost":
+    def measure(cls, model: nn.Module, inputs: object) -> "ModelCost":
         """Run one forward pass and note at how many locations each layer works.
 
         Args:
@@ -55,7 +51,7 @@ class ModelCost:
         locations: dict[str, float] = {}
         samples = max(batch_size(inputs), 1)
 
-        def note(path: str, count: float | int) -> None:
+        def note(path: str, module: nn.Module, count: float) -> None:
             locations[path] = locations.get(path, 0.0) + count / samples
 
         arguments, keywords = example_arguments(inputs)
@@ -67,6 +63,20 @@ class ModelCost:
     def layer(self, path: str, weight_entries: float | int) -> float:
         """FLOPs that so many weight entries cost in one layer, per sample."""
         return 2.0 * weight_entries * self.locations.get(path, 0.0)
+
+    def channel(self, site: Site) -> tuple[float, float]:
+        """What one more channel costs at the site's present shapes.
+
+        Args:
+            site: where; one of the model's.
+
+        Returns:
+            (parameters, FLOPs of one sample's forward pass).
+        """
+        if site.room == 0:
+            return 0.0, 0.0
+        parameters = plan_size(site, site.granularity) / site.granularity
+        return parameters, sum(self.layer(path, entries) for path, entries in site.multiplications.items())
 
     def flops(self) -> int:
         """FLOPs (2 × MACs) of one sample's forward pass with the model's present shapes."""
@@ -80,32 +90,28 @@ class ModelCost:
         """Count what the layers compute meanwhile; a pass that records gradients counts three times, for its backward.
 
         Yields:
-            A counter that grows with every layer that runs, in a pass of the whole model or of a part of it.
+            A counter that grows with every layer that runs, in the model or in a copy that is made of it meanwhile.
         """
         spent = Spent()
 
-        def note(path: str, count: float | int) -> None:
+        def note(path: str, module: nn.Module, count: float) -> None:
             passes = 3 if torch.is_grad_enabled() else 1
-            spent.flops += passes * 2.0 * _entries(self.model.get_submodule(path)) * count
+            spent.flops += passes * 2.0 * _entries(module) * count
 
         with _watched(self.model, note):
             yield spent
 
 
 @contextmanager
-def _watched(model: nn.Module, note: Callable[[str, float], None]) -> Iterator[None]:
+def _watched(model: nn.Module, note: Callable[[str, nn.Module, float], None]) -> Iterator[None]:
     """Tell at how many locations each convolution and linear layer is applied, whenever one runs."""
 
-    def watch(path: str, module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            note(path, output.numel() / module.out_features)
-        elif isinstance(module, _ConvTransposeNd):
-            note(path, arguments[0].numel() / module.in_channels)
-        else:
-            note(path, output.numel() / module.out_channels)
+    def watch(path: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        x = arguments[0] if arguments else output  # given by name, as no convolution's input is
+        note(path, module, layers.weighted(module).locations(x, output))
 
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, _LAYERS)]
-    hooks = [module.register_forward_hook(partial(watch, path)) for path, module in layers]
+    counted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
+    hooks = [module.register_forward_hook(partial(watch, path)) for path, module in counted]
     try:
         yield
     finally:
@@ -113,14 +119,12 @@ def _watched(model: nn.Module, note: Callable[[str, float], None]) -> Iterator[N
             hook.remove()
 
 
-def _entries(module: nn.Module) -> float | int:
+def _entries(module: nn.Module) -> float:
     """Multiply-adds per location."""
-    if isinstance(module, FactorizedConv):
-        return multiplications_per_output(module)
-    return module.weight.numel()  # pyright: ignore[reportCallIssue]
+    return layers.weighted(module).multiplications()
 
 
-def batch_size(inputs: Any) -> int:
+def batch_size(inputs: object) -> int:
     """Samples in a batch: the length of the first tensor found; 0 where there is none."""
     if isinstance(inputs, Tensor):
         return inputs.shape[0] if inputs.dim() else 0

@@ -1,16 +1,22 @@
 """What a policy may look at, what it answers, and how it is saved."""
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.cost import ModelCost
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
+
+Batch = tuple[Any, Any]
+"""What the model is given (a tensor, a tuple of positional or a mapping of keyword arguments), and the targets."""
+
+Loss = Callable[[Any, Any], Tensor]
+"""loss(output, targets), a scalar averaged over the batch."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Situation:
     step: int
     metrics: Mapping[str, float | int]
     model: nn.Module
-    sites: tuple[GrowthSite, ...]
+    sites: tuple[Site, ...]
     initial_widths: Mapping[str, int]
     visits: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 0
@@ -75,13 +81,13 @@ class Proposal:
     Attributes:
         site: where.
         growth: the channels.
-        gradient_energy: ‖v‖²/n over the site's readers, the unit of the gains; None for methods without statistics.
+        gradient_energy: ‖v‖²/n over the site's consumers, the unit of the gains; None for methods without statistics.
         parameters_per_channel: parameters that one channel adds.
         flops_per_channel: FLOPs (2 × MACs, forward, one sample) that one channel adds.
         samples: how many the statistics were collected on; None for methods without statistics.
     """
 
-    site: GrowthSite
+    site: Site
     growth: ChannelGrowth
     gradient_energy: float | int | None
     parameters_per_channel: float | int

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from growconv.errors import GrowthError, ScheduleError, StatisticsError
-from growconv.statistics.pair import KeptSamples, PairStatistics
+from growconv.statistics.pair import PairStatistics
+from growconv.statistics.samples import KeptBatch
 
 T = TypeVar("T")
 
@@ -109,7 +112,9 @@ def require_same(value: object, what: str) -> None:
 
 
 def reduce_statistics(statistics: dict[str, PairStatistics]) -> dict[str, PairStatistics]:
-    """The statistics over the samples of all ranks, the same bits on each; kept samples are joined in order of rank.
+    """The statistics over the samples of all ranks, the same bits on each.
+
+    Kept samples are joined on rank 0, which solves, in order of rank; the others keep their own.
 
     Args:
         statistics: of this rank, by site; every rank has the same sites and quantities.
@@ -130,48 +135,79 @@ def _reduced(own: PairStatistics) -> PairStatistics:
     def average(value: Tensor) -> Tensor:
         return _summed(value * share)
 
-    readers = []
-    for reader in own.readers:
-        if reader.full_product:
+    consumers = []
+    for each in own.consumers:
+        if each.full_product:
             raise StatisticsError(
                 "S_full is too large to hold, and its product cannot be averaged over processes",
-                where=reader.consumer,
+                where=each.consumer,
                 fix="give collect_statistics more scratch_bytes",
             )
-        energy = torch.tensor(reader.gradient_energy, dtype=torch.float64, device=device)
-        moments = {key: average(reader.moments[key]) for key in sorted(reader.moments)}
-        readers.append(
-            dataclasses.replace(reader, samples=total, moments=moments, gradient_energy=float(average(energy)))
+        energy = torch.tensor(each.gradient_energy, dtype=torch.float64, device=device)
+        moments = {key: average(each.moments[key]) for key in sorted(each.moments)}
+        consumers.append(
+            dataclasses.replace(each, samples=total, moments=moments, gradient_energy=float(average(energy)))
         )
     kept = own.samples_kept
     if kept is not None:
-        parts = {name: {p: _joined(t) for p, t in sorted(getattr(kept, name).items())} for name in ("x", "h", "v")}
-        kept = KeptSamples(**parts, readers={reader.consumer: reader for reader in readers})
+        batches = _gathered(kept.batches, own.growth_site.model, device)
+        kept = dataclasses.replace(kept, batches=batches, consumers={each.consumer: each for each in consumers})
     return dataclasses.replace(
         own,
         samples=total,
-        readers=tuple(readers),
+        consumers=tuple(consumers),
         patch_mean=None if own.patch_mean is None else average(own.patch_mean),
         patch_gram=None if own.patch_gram is None else average(own.patch_gram),
         samples_kept=kept,
     )
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles values without their tensors, which travel apart, and without modules, which every rank has."""
+
+    def __init__(self, stream: io.BytesIO, model: nn.Module) -> None:
+        super().__init__(stream)
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: object) -> tuple[str, int | str] | None:
+        """What stands for a tensor or module."""
+        if isinstance(value, Tensor):
+            self.tensors.append(value.detach().cpu())
+            return "tensor", len(self.tensors) - 1
+        return ("module", self.paths[id(value)]) if id(value) in self.paths else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """The way back, on a device and with this rank's own modules."""
+
+    def __init__(self, stream: io.BytesIO, model: nn.Module, tensors: list[Tensor], device: torch.device) -> None:
+        super().__init__(stream)
+        self.model, self.tensors, self.device = model, tensors, device
+
+    def persistent_load(self, stands_for: tuple[str, Any]) -> Tensor | nn.Module:
+        """The tensor or module."""
+        kind, which = stands_for
+        return self.model.get_submodule(which) if kind == "module" else self.tensors[which].to(self.device)
+
+
+def _gathered(batches: tuple[KeptBatch, ...], model: nn.Module, device: torch.device) -> tuple[KeptBatch, ...]:
+    """On rank 0, which solves, the kept batches of all ranks in order; on the others their own."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, model)
+    pickler.dump(batches)
+    parts: list[Any] | None = [None] * world_size() if is_first() else None
+    dist.gather_object((stream.getvalue(), pickler.tensors), parts)
+    if parts is None:
+        return batches
+    others = [_Unpickler(io.BytesIO(text), model, tensors, device).load() for text, tensors in parts[1:]]
+    return tuple(batch for part in (batches, *others) for batch in part)
+
+
 def _summed(value: Tensor) -> Tensor:
     total = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
-
-
-def _joined(tensor: Tensor) -> Tensor:
-    """The tensors of all ranks one after the other; they may have different lengths."""
-    lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([tensor.shape[0]], device=tensor.device))
-    longest = max(int(length) for length in lengths)
-    padded = torch.cat([tensor, tensor.new_zeros(longest - tensor.shape[0], *tensor.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
 
 def parameter_hash(model: nn.Module) -> str:

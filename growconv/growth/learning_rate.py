@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy
-from growconv.growth.history import GrowthHistory
 from growconv.growth.when import require_positive
-from growconv.network.graph import attribute
+from growconv.network.event import GrowthHistory
+from growconv.network.model import attribute
 
 
 class LearningRate(Policy):
@@ -41,10 +41,12 @@ class LearningRate(Policy):
         """Called after a growth round; `count` stages have been added so far."""
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Follow the steps of the optimizers from now on."""
+        """Follow the steps of the optimizers from now on; those that are followed already are left alone."""
         for index, optimizer in enumerate(optimizers):
-            optimizer.register_step_pre_hook(self._remember)
-            optimizer.register_step_post_hook(partial(self._scale, index == 0))
+            hooks = optimizer._optimizer_step_pre_hooks.values()
+            if not any(getattr(hook, "__self__", None) is self for hook in hooks):
+                optimizer.register_step_pre_hook(self._remember)
+                optimizer.register_step_post_hook(partial(self._scale, index == 0))
 
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
         """Look up which entries of which parameters were added when."""

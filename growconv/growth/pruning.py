@@ -1,6 +1,5 @@
 """Pruning back: taking away the channels that matter least, until the model fits into a budget again."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from growconv.convolution.cost import multiplications_per_output
-from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
-from growconv.growth.decision import Policy
+from growconv.growth.decision import Batch, Loss, Policy
 from growconv.growth.distributed import agreed, reduce_statistics
-from growconv.growth.proposing import Batch, Loss
 from growconv.growth.when import When, require_positive
-from growconv.network import layers, parametrized
-from growconv.network.graph import attribute
-from growconv.network.removing import plan_removal
+from growconv.network import layers
+from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
+from growconv.network.model import attribute
+from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
-from growconv.solvers.existing import filters_of, readings_of
+from growconv.solvers.existing import columns_of, filters_of
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
@@ -34,7 +31,7 @@ class PruneBack(Policy):
         when: when to prune; a step at which growth is due as well prunes.
         parameters: parameters of the whole model that may stay.
         flops: FLOPs (2 × MACs, forward, one sample) that may stay.
-        score: "norm" takes the size of a channel's weights, "energy" what the channel contributes to its readers'
+        score: "norm" takes the size of a channel's weights, "energy" what the channel contributes to its consumers'
             outputs on the growth batches, ‖z_k‖²/n; both relative to the mean of the site.
         keep: channels that every site keeps at least.
     """
@@ -128,9 +125,7 @@ class Sizes:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> None:
-        self.cost = cost
         self.tensors = {id(parameter): parameter for parameter in model.parameters()}
-        self.modules = {path: model.get_submodule(path) for path in cost.locations}
         self.cuts: dict[int, list[tuple[int, GrowthSite, float]]] = {}
         for site in sites:
             if site.width > site.granularity:
@@ -138,6 +133,17 @@ class Sizes:
                     for axis, entries in change.removed.items():
                         cut = (axis, site, len(entries) / site.granularity)
                         self.cuts.setdefault(id(change.tensor), []).append(cut)
+        # Per layer its FLOPs, its inputs and outputs, and which of them go with which site: FLOPs fall with both.
+        self.costs: list[tuple[float, tuple[int, int], list[tuple[int, GrowthSite, float]]]] = []
+        for path in cost.locations:
+            layer = layers.weighted(model.get_submodule(path))
+            cuts = [
+                (int(side != IN), site, float(site.ratio(path, side)))
+                for site in sites
+                for where, side in site.axes
+                if where == path and side in (IN, OUT, GROUP_OUT)
+            ]
+            self.costs.append((cost.layer(path, layer.multiplications()), (layer.size(IN), layer.size(OUT)), cuts))
 
     def after(self, removed: Mapping[GrowthSite, Sequence[int]]) -> tuple[int, float]:
         """(parameters, flops) without the channels."""
@@ -145,25 +151,13 @@ class Sizes:
         for key, shape in shapes.items():
             for axis, site, ratio in self.cuts.get(key, ()):
                 shape[axis] -= round(len(removed.get(site, ())) * ratio)
-        entries = {key: math.prod(shape) for key, shape in shapes.items()}
         flops = 0.0
-        for path, module in self.modules.items():
-            if isinstance(module, FactorizedConv):
-                resized: Any = copy.copy(module)
-                resized.in_channels = shapes[id(module.in_factor)][0]
-                resized.out_channels = shapes[id(module.out_factor)][0]
-                flops += self.cost.layer(path, multiplications_per_output(resized))
-            else:
-                flops += self.cost.layer(path, entries[id(_stored_kernel(module))])
-        return sum(entries.values()), flops
-
-
-def _stored_kernel(module: nn.Module) -> Tensor:
-    """The parameter that has a layer's weight's shape."""
-    stored = parametrized.stored_weight(module)
-    if stored is None:
-        return module.get_parameter("weight")
-    return attribute(module, stored.names[0 if stored.spectral else 1])
+        for whole, sizes, cuts in self.costs:
+            left = [float(size) for size in sizes]
+            for axis, site, ratio in cuts:
+                left[axis] -= ratio * len(removed.get(site, ()))
+            flops += whole * left[0] * left[1] / (sizes[0] * sizes[1])
+        return sum(math.prod(shape) for shape in shapes.values()), flops
 
 
 def norm_scores(site: GrowthSite) -> Tensor:
@@ -172,28 +166,34 @@ def norm_scores(site: GrowthSite) -> Tensor:
     It does not change when one side is scaled up and the other down. Behind a norm layer, which erases the incoming
     scale, the layer's |γ| takes the incoming norm's place.
     """
-    incoming = sum(_squares(filters_of(site.model, path, site), site.width) for path in site.producers)
-    outgoing = sum(_squares(readings_of(site, site.model, path).transpose(0, 1), site.width) for path in site.consumers)
+    incoming = sum(_squares(filters_of(site.model, path, site), site) for path in site.producers)
+    columns = [columns_of(site, site.model, path).transpose(0, 1) for path in site.consumers]
+    outgoing = sum(_squares(each.movedim(2, 1).flatten(0, 1), site) for each in columns)
     gamma: list[Tensor] = []
-    for binding in site.bindings:
-        member = attribute(site.model, binding.path)
-        if binding.role == "norm" and getattr(member, "weight", None) is not None and isinstance(member, layers.NORMS):
-            start, stop = _span(site, binding.layout)
-            scales = member.weight.detach()[start:stop]
-            gamma.append(_squares(scales, site.width) / (len(scales) / site.width))
+    for path in site.followers:
+        scale = layers.scale_of(attribute(site.model, path))
+        if scale is not None:
+            gamma.append(
+                scale.detach()[site.entries(path, ENTRY)].reshape(site.width, -1).double().cpu().square().mean(1)
+            )
     size = torch.stack(gamma).mean(0) if gamma else torch.as_tensor(incoming)
     return (size * torch.as_tensor(outgoing)).sqrt()
 
 
-def _squares(entries: Tensor, width: int) -> Tensor:
-    """Sum of squares (width,) of what belongs to each channel, along the first axis, in float64 on the CPU."""
-    return entries.detach().double().cpu().reshape(width, -1).square().sum(1)
+def _squares(entries: Tensor, site: GrowthSite) -> Tensor:
+    """Sum of squares (width,) of what belongs to each channel, along the first axis, in float64 on the CPU.
+
+    Channels of a unit that share entries get equal parts of them.
+    """
+    squares = entries.detach().double().cpu().flatten(1).square().sum(1)
+    share = 1 if len(squares) % site.width == 0 else site.granularity
+    return squares.reshape(site.width // share, -1).sum(1).repeat_interleave(share) / share
 
 
 def energy_scores(
     model: nn.Module, sites: Sequence[GrowthSite], batches: Sequence[Batch], loss: Loss, options: Mapping[str, Any]
 ) -> dict[GrowthSite, Tensor]:
-    """Importance (width,) of channels by what they write: Σ_c w_kᵀ S2_kk w_k = ‖z_k‖²/n, summed over the readers.
+    """Importance (width,) of channels by what they write: Σ_c w_kᵀ S2_kk w_k = ‖z_k‖²/n, summed over the consumers.
 
     Args:
         model: the model; as before afterwards.
@@ -205,7 +205,7 @@ def energy_scores(
     Returns:
         Scores by site.
     """
-    known = [site for site in sites if site.closed_form is None]
+    known = [site for site in sites if site.closed_form]
     settings = {"quantities": {"S2"}, **options}
     own = collect_statistics(model, known, batches, loss, run=agreed, **settings) if known else {}
     statistics = reduce_statistics(own)
@@ -214,26 +214,15 @@ def energy_scores(
 
 def _energy(site: GrowthSite, statistics: PairStatistics) -> Tensor:
     total = torch.zeros(site.width, dtype=torch.float64)
-    for reader in statistics.readers:
-        readings = readings_of(site, site.model, reader.consumer).detach().double().cpu()
-        taps = readings[0, 0, 0].numel()
-        start, stop = site.span(reader.consumer)
-        entries = slice(start * taps, stop * taps)
-        columns = readings.flatten(2)
+    for consumer in statistics.consumers:
+        read = columns_of(site, site.model, consumer.consumer).double().cpu()
+        taps = read[0, 0, 0].numel()
+        columns = read.flatten(1, 2).unflatten(1, (site.width, -1)).flatten(2)
         size = columns.shape[2]
-        second = torch.empty(0) if reader.S2 is None else reader.S2
-        blocks = second.double().cpu()[entries, entries].view(site.width, size, site.width, size)
+        index = torch.tensor(site.entries(consumer.consumer, IN))
+        entries = (index[:, None] * taps + torch.arange(taps)).flatten()
+        second = torch.empty(0) if consumer.S2 is None else consumer.S2
+        blocks = second.double().cpu()[entries][:, entries].view(site.width, size, site.width, size)
         own = torch.einsum("kdke->kde", blocks)
         total += torch.einsum("ckd,kde,cke->k", columns, own, columns)
     return total
-
-
-def _span(site: GrowthSite, layout: Any) -> tuple[int, int]:
-    """First and one past the last entry of the site's channels along an axis with this layout."""
-    start = 0
-    for part in layout:
-        size = int(site.spaces.width(part.space) * part.ratio)
-        if part.space.root() is site.space:
-            return start, start + size
-        start += size
-    raise ScheduleError("the layer has no channels of the site", where=site.name)

@@ -1,46 +1,29 @@
 """GrowthScheduler: the one object that a training loop talks to."""
 
+import copy
 import logging
 import math
+import random
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from growconv.errors import CheckpointError
+from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.amount import Amount, as_amount
-from growconv.growth.amplitude import choose_amplitude, rescaled
 from growconv.growth.cost import ModelCost
-from growconv.growth.decision import Policy, Proposal, Situation
-from growconv.growth.distributed import (
-    agreed,
-    from_first,
-    mean_over_ranks,
-    require_equal_parameters,
-    require_same,
-    world_size,
-)
-from growconv.growth.history import GrowthHistory
+from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
+from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
-from growconv.growth.preservation import all_or_nothing, undisturbed
-from growconv.growth.proposing import (
-    PHASES,
-    Batch,
-    Collection,
-    Loss,
-    Stopwatch,
-    channel_cost,
-    propose,
-    split,
-    what_was_seen,
-)
-from growconv.growth.pruning import PruneBack, energy_scores, norm_scores
+from growconv.growth.proposing import PHASES, Collection, Stopwatch, split
+from growconv.growth.pruning import PruneBack
+from growconv.growth.round import Round
 from growconv.growth.settings import (
+    LeftOut,
     as_amplitude,
     as_optimizer_state,
     as_relative_error,
@@ -52,15 +35,14 @@ from growconv.growth.settings import (
     checked_sites,
 )
 from growconv.growth.stop import Budget, Stop
+from growconv.growth.validation import check_schedule, history_from
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
-from growconv.network.graph import unwrapped
-from growconv.network.growing import plan_size
+from growconv.network.event import GrowthEvent, GrowthHistory
+from growconv.network.exchange import Journal
+from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import as_optimizers, follow_ages
-from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank_site import RankSite
-from growconv.network.site import GrowthSite
-from growconv.network.surgery import GrowthEvent, grow, shrink
+from growconv.network.site import Site
 from growconv.solvers.base import Channels, Solver, get_solver
 
 logger = logging.getLogger("growconv.growth")
@@ -76,20 +58,22 @@ class GrowthScheduler:
         if scheduler.due(step, {"val_loss": val_loss}):
             scheduler.grow(growth_batches, loss)
 
-    A round is all or nothing: what goes wrong inside `grow` leaves model, optimizer and history as they were. The
-    model's mode, buffers, gradients and the random numbers of the training are never disturbed.
+    A round is all or nothing: an error or interrupt inside `grow` leaves model, optimizer and history as they were. The
+    model's mode, buffers, gradients and the random numbers of the training are never disturbed. A deep copy or a pickle
+    of (model, optimizer, scheduler) goes on by itself.
 
     Args:
         model: the raw model; unwrap data-parallel and compiled models, and wrap them again after each growth.
         optimizer: the optimizer that trains it, or a list of all that do; their state follows. None: there is none.
-        sites: where the model may grow, from `find_sites` or `site`.
+        sites: where the model may grow. Sites of `find_sites` that the method cannot serve are left out, with one
+            warning that says which; one of `site` that it cannot serve is an error.
         method: name of a registered solver, or a Solver with its hyperparameters.
         every: optimizer steps between two rounds, the first after as many; short for when=Every(every).
         times: rounds at most, those that added nothing included; None: no limit.
         amount: channels per site and round: a float is a fraction of the site's initial width (0.25 is GradMax's), an
             int a number of channels, "auto" leaves it to the solver; or an Amount.
         where: "all", "best", "round_robin" or a Where.
-        when: a When in place of `every`. Neither: `due` is never true, and `grow` is called by hand.
+        when: a When in place of `every`. Neither: the loop calls `grow` when it suits, and never asks `due`.
         stop: one Stop or several; the first that says so ends the growing.
         budget: a Budget; every round is cut to what fits into it.
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
@@ -107,21 +91,26 @@ class GrowthScheduler:
         seed: of methods that draw random numbers, mixed with the number of the round.
 
     Attributes:
-        history: what has grown so far.
+        sites: those that are grown.
+        left_out: sites that the method cannot serve, each with the reason.
+        history: what has grown so far; its events hold names and numbers only.
         spent: wall-clock seconds so far by phase: collect, solve, amplitude, surgery.
         flops_spent: FLOPs (2 × MACs, backward counted twice the forward) of all growth passes of this process so far.
         decisions: what the policies decided at the last question, and why.
 
     Raises:
-        ScheduleError: settings that contradict each other or make no sense.
+        ScheduleError: settings that contradict each other or make no sense, or no site that the method can serve.
         SurgeryError: an optimizer that does not own the sites' parameters.
+
+    Warns:
+        GrowthWarning: sites were left out.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Any,
-        sites: Sequence[GrowthSite],
+        sites: Iterable[Site],
         *,
         method: str | Solver = "tiny",
         every: int | None = None,
@@ -144,7 +133,9 @@ class GrowthScheduler:
         self.model = unwrapped(model)
         self.optimizer = optimizer
         self.solver = get_solver(method)
-        self.sites = checked_sites(sites, self.model, self.solver)
+        self.sites: tuple[Site, ...]
+        self.left_out: tuple[LeftOut, ...]
+        self.sites, self.left_out = checked_sites(sites, self.model, self.solver)
         self.when = as_when(every, when)
         self.times = times
         self.amount = as_amount(amount)
@@ -202,7 +193,11 @@ class GrowthScheduler:
 
         Returns:
             Whether to call `grow` now; the same answer on every rank.
+
+        Raises:
+            ScheduleError: the scheduler was made without a schedule.
         """
+        self.require_schedule()
         follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
         self._step, self._metrics = step, dict(metrics or {})
         situation = self._situation()
@@ -230,41 +225,37 @@ class GrowthScheduler:
         Raises:
             GrowthError: what went wrong; model, optimizer and history are as before.
         """
-        if step is not None:
-            self._step = step
-        fitting, held_out, cost = agreed(lambda: self._divided(batches))
-        require_same((len(fitting), len(held_out)), "numbers of growth batches")
-        if self._prunes:
-            return self._prune(fitting, loss, cost)
+        before = _Before(self)
+        try:
+            self._step = self._step if step is None else step
+            fitting, held_out, cost = agreed(lambda: self._divided(batches))
+            require_same((len(fitting), len(held_out)), "numbers of growth batches")
+            work = self._round(fitting, held_out, loss, cost)
+            with cost.counting() as spent:
+                asked = {} if self._prunes else self._grown(work)
+                if self._prunes and self.pruning is not None:
+                    self.decisions = []
+                    work.prune(self.pruning, self.sites)
+            require_equal_parameters(self.model)
+            return self._record(work, asked, spent.flops)
+        except BaseException:
+            before.restore()
+            raise
 
-        self.decisions = []
-        situation = self._situation()
-        asked = self._asked(situation)
-        stopwatch = Stopwatch(self._device)
-        events: list[GrowthEvent] = []
-        if asked:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._rounds)
-            with cost.counting() as spent, self._surgery():
+    def require_schedule(self) -> None:
+        """Check that something says when to grow.
 
-                def ask(sites: Mapping[GrowthSite, Channels]) -> list[Proposal]:
-                    return propose(
-                        self.model, self.solver, sites, fitting, loss, cost, stopwatch, generator, self.collection
-                    )
-
-                for proposal, reason in self._chosen(ask(asked), situation):
-                    growth = self._current(proposal, ask, moved=bool(events))
-                    if growth is not None:
-                        event = self._apply(proposal.site, growth, reason, held_out, loss, stopwatch)
-                        shown = what_was_seen(growth, self.solver, proposal)
-                        events.append(replace(event, details={**event.details, **shown}))
-                require_equal_parameters(self.model)
-            self.flops_spent += spent.flops
-        for site in asked:
-            self._visits[site.name] += 1
-        self._rounds += 1
-        self._last_step = self._step
-        self._last_epoch = int(self._metrics["epoch"]) if "epoch" in self._metrics else self._last_epoch
-        return self._record(events, stopwatch)
+        Raises:
+            ScheduleError: nothing does.
+        """
+        if self.when is None and self.pruning is None:
+            raise ScheduleError(
+                "this scheduler has no schedule, so it cannot say when growth is due",
+                expected="every=500, or a When such as when=AtSteps([500, 1000])",
+                got="neither every nor when",
+                where="GrowthScheduler",
+                fix="give it one of them; or call grow() when it suits, without asking due()",
+            )
 
     def explain(self) -> str:
         """What was decided at the last question or in the last round, one line each."""
@@ -294,12 +285,39 @@ class GrowthScheduler:
             state: what `state_dict` gave, also after a trip through JSON.
 
         Raises:
-            CheckpointError: the state is of another schedule or another model; nothing has changed then.
+            CheckpointError: the state is damaged, of another schedule or another model; nothing has changed then.
+        """
+        self.check_state_dict(state)
+        for name, policy in self._policies().items():
+            policy.load_state_dict(state["policies"][name])
+        self.history = history_from(state["history"])
+        self.spent = {phase: float(state["spent"][phase]) for phase in PHASES}
+        self.flops_spent = float(state["flops_spent"])
+        self._initial_widths = dict(state["initial_widths"])
+        self._visits = dict(state["visits"])
+        self._rounds = int(state["rounds"])
+        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
+        self._last_pruning = state["last_pruning"]
+        if self.learning_rate is not None:
+            self.learning_rate.follow(self.model, self.history)
+        self._seconds_before, self._began = float(state["seconds"]), time.monotonic()
+        follow_ages(as_optimizers(self.optimizer))
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare a state with this schedule and its model, whose shapes are grown already; nothing is changed.
+
+        Args:
+            state: as for `load_state_dict`.
+
+        Raises:
+            CheckpointError: what does not fit.
         """
         policies = self._policies()
-        history = GrowthHistory.from_records(state["history"])
+        check_schedule(state, PHASES, policies)
+        history_from(state["history"])
         for what, expected, got in (
             ("sites", sorted(self._initial_widths), sorted(state["initial_widths"])),
+            ("visits", sorted(self._visits), sorted(state["visits"])),
             ("policies", sorted(policies), sorted(state["policies"])),
             ("widths", {site.name: site.width for site in self.sites}, dict(state["widths"])),
         ):
@@ -311,20 +329,31 @@ class GrowthScheduler:
                     where="GrowthScheduler.load_state_dict",
                     fix="build model and schedule with the run's settings and replay the history before loading",
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: no clock of this process."""
+        return {**vars(self), "_seconds_before": self.seconds}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Go on; copied and unpickled optimizers have lost their hooks."""
+        vars(self).update(state)
+        self._began = time.monotonic()
         follow_ages(as_optimizers(self.optimizer))
-        for name, policy in policies.items():
-            policy.load_state_dict(state["policies"][name])
-        self.history = history
-        self.spent = {phase: float(state["spent"][phase]) for phase in PHASES}
-        self.flops_spent = float(state["flops_spent"])
-        self._initial_widths = dict(state["initial_widths"])
-        self._visits = dict(state["visits"])
-        self._rounds = int(state["rounds"])
-        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
-        self._last_pruning = state["last_pruning"]
         if self.learning_rate is not None:
-            self.learning_rate.follow(self.model, self.history)
-        self._seconds_before, self._began = float(state["seconds"]), time.monotonic()
+            self.learning_rate.attach(as_optimizers(self.optimizer))
+
+    def __repr__(self) -> str:
+        """What it will do, in one line."""
+        when = "when grow() is called" if self.when is None else f"by {self.when!r}"
+        every = getattr(self.when, "interval", None)
+        if every is not None:
+            when = f"every {every} {getattr(self.when, 'unit', 'step')}s"
+        parts = [when, *([] if self.times is None else [f"{self.times} times"])]
+        parts += [f"amount {self.amount!r}", f"where {self.where!r}", f"amplitude {self.amplitude}"]
+        parts += [str(stop) for stop in self.stops] + ([] if self.pruning is None else [repr(self.pruning)])
+        left = f", {len(self.left_out)} left out" if self.left_out else ""
+        sites = f"{len(self.sites)} site{'' if len(self.sites) == 1 else 's'}{left}"
+        return f"GrowthScheduler(method {self.solver.name!r}, {', '.join(parts)}; {sites})"
 
     def __str__(self) -> str:
         widths = ", ".join(f"{site.name}: {self._initial_widths[site.name]} → {site.width}" for site in self.sites)
@@ -377,7 +406,7 @@ class GrowthScheduler:
         if over is not None:
             return False, [over.reason]
         if when is None:
-            return False, ["no schedule was given: call grow when it suits"]
+            return False, ["no schedule for growth was given"]
         return when.yes, [when.reason]
 
     def _divided(self, batches: Iterable[Any]) -> tuple[list[Batch], list[Batch], ModelCost]:
@@ -398,46 +427,38 @@ class GrowthScheduler:
             self.decisions = [f"prune: {answer.reason}"]
         return answer.yes
 
-    def _prune(self, batches: Sequence[Batch], loss: Loss, cost: ModelCost) -> list[GrowthEvent]:
-        """Shrink to the pruning policy's budget."""
-        pruning = self.pruning
-        if pruning is None:
-            return []
-        stopwatch, events = Stopwatch(self._device), []
-        with stopwatch.phase("collect"), undisturbed(self.model), cost.counting() as spent:
-            sites = [site for site in self.sites if not isinstance(site, RankSite)]
-            if pruning.score == "energy":
-                scores = energy_scores(self.model, sites, batches, loss, self.collection.options)
-            else:
-                scores = {site: norm_scores(site) for site in sites}
-            chosen = pruning.choose(self.model, sites, scores, cost)
+    def _round(self, fitting: Sequence[Batch], held_out: Sequence[Batch], loss: Loss, cost: ModelCost) -> Round:
+        return Round(
+            model=self.model,
+            optimizer=self.optimizer,
+            solver=self.solver,
+            amplitude=1.0 if self.amplitude == "line_search" else self.amplitude,
+            collection=self.collection,
+            fitting=fitting,
+            held_out=held_out,
+            loss=loss,
+            cost=cost,
+            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self._rounds),
+            step=self._step,
+            maximum=self.amount.maximum,
+            room=lambda: self._room(self._situation()),
+            note=self._note,
+            stopwatch=Stopwatch(self._device),
+        )
+
+    def _grown(self, work: Round) -> dict[Site, Channels]:
+        """Ask, choose and apply; gives the sites that were asked."""
         self.decisions = []
-        with self._surgery(), stopwatch.phase("surgery"):
-            for site, channels in chosen.items():
-                event = shrink(self.model, site, channels, optimizer=self.optimizer)
-                events.append(replace(event, step=self._step, reason=f"pruned back by {pruning.score}"))
-                self._note(str(events[-1]))
-            require_equal_parameters(self.model)
-        self.flops_spent += spent.flops
-        self._last_pruning, self._prunes = self._step, False
-        return self._record(events, stopwatch)
+        situation = self._situation()
+        asked = self._asked(situation)
+        if asked:
+            for proposal, reason in self._chosen(work.ask(asked), situation):
+                work.take(proposal, reason)
+        return asked
 
-    @contextmanager
-    def _surgery(self) -> Iterator[None]:
-        """Changes to model and optimizer that happen as a whole or not at all."""
-        logs = {id(site.spaces.log): site.spaces.log for site in self.sites}.values()
-        states = {name: policy.state_dict() for name, policy in self._policies().items()}
-        try:
-            with all_or_nothing(self.model, as_optimizers(self.optimizer), logs):
-                yield
-        except BaseException:
-            for name, policy in self._policies().items():
-                policy.load_state_dict(states[name])
-            raise
-
-    def _asked(self, situation: Situation) -> dict[GrowthSite, Channels]:
+    def _asked(self, situation: Situation) -> dict[Site, Channels]:
         """How many channels to ask for at which sites of this round."""
-        asked: dict[GrowthSite, Channels] = {}
+        asked: dict[Site, Channels] = {}
         for site in self.where.candidates(self.sites, situation):
             channels = self.amount.channels(site, situation)
             if channels == 0:
@@ -470,100 +491,75 @@ class GrowthScheduler:
         rooms = [policy.room(situation) for policy in self.stops] or [(math.inf, math.inf)]
         return min(room[0] for room in rooms), min(room[1] for room in rooms)
 
-    def _current(
-        self, proposal: Proposal, ask: Callable[[Mapping[GrowthSite, Channels]], list[Proposal]], moved: bool
-    ) -> ChannelGrowth | None:
-        """The proposal as it can be applied now; None where the budget has no room for a channel.
-
-        A method that changes old weights computed the changes from weights and for a number of channels that may have
-        changed since: it is asked again where a neighbour has grown in this round or the budget cut the number.
-        """
-        growth = self._cut(proposal)
-        if growth is not None and growth.revised and (moved or growth is not proposal.growth):
-            growth = ask({proposal.site: growth.channels})[0].growth
-            if not growth.channels:
-                self._note(f"{proposal.site.name}: no channel is worth adding any more, {growth.reason}")
-                return None
-        return growth
-
-    def _apply(
-        self,
-        site: GrowthSite,
-        growth: ChannelGrowth,
-        reason: str,
-        held_out: Sequence[Batch],
-        loss: Loss,
-        stopwatch: Stopwatch,
-    ) -> GrowthEvent:
-        """Put one proposal into the model."""
-        growth = rescaled(site, growth)
-        # new weights that belong together with changes of old ones have no amplitude of their own
-        amplitude: float = self.amplitude if isinstance(self.amplitude, float) and not growth.revised else 1.0
-        decrease, details = None, {}
-        if held_out and not growth.revised and growth.copied_from is None:
-            with stopwatch.phase("amplitude"), undisturbed(self.model):
-                choice = choose_amplitude(self.model, site, growth, held_out, self._shared(loss))
-            amplitude, decrease = choice.amplitude, choice.decrease
-            details = {"losses": sorted([list(pair) for pair in choice.losses.items()]), "cap": choice.cap}
-            self._note(f"{site.name}: amplitude {amplitude:.3g}, {choice.reason}")
-        with stopwatch.phase("surgery"):
-            event = grow(self.model, site, growth, amplitude=amplitude, optimizer=self.optimizer)
-        event = replace(
-            event,
-            step=self._step,
-            realised_decrease=decrease,
-            details={**event.details, **details},
-            reason="; ".join(part for part in (reason, growth.reason) if part),
-        )
-        self._note(str(event))
-        return event
-
-    def _cut(self, proposal: Proposal) -> ChannelGrowth | None:
-        """The proposal with as many channels as the amount's maximum and the budget allow now, in whole groups."""
-        growth, size = proposal.growth, proposal.site.granularity
-        parameters, flops = self._room(self._situation())
-        groups = range(size, growth.channels + 1, size)
-        flops_per_channel = channel_cost(proposal.site, self._cost)[1] if self._cost and flops < math.inf else 0.0
-        limits = {
-            "the budget of parameters": bisect_right(groups, parameters, key=lambda k: plan_size(proposal.site, k)),
-            "the budget of FLOPs": bisect_right(groups, flops, key=lambda k: k * flops_per_channel),
-            "the maximum of a round": bisect_right(
-                groups, math.inf if self.amount.maximum is None else self.amount.maximum
-            ),
-        }
-        limit = min(limits, key=lambda name: limits[name])
-        if limits[limit] == len(groups):
-            return growth
-        fitting = limits[limit] * size
-        if fitting == 0:
-            self._note(f"{proposal.site.name}: {limit} has no room for {size} more channel{'s' if size > 1 else ''}")
-            return None
-        return growth.subset(range(fitting), f"{limit} has room for {fitting} of {growth.channels} channels")
-
-    def _record(self, events: Sequence[GrowthEvent], stopwatch: Stopwatch) -> list[GrowthEvent]:
+    def _record(self, work: Round, asked: Iterable[Site], flops: float) -> list[GrowthEvent]:
         """Close the round: its seconds are shared evenly among its events."""
-        shares = {phase: value / max(len(events), 1) for phase, value in stopwatch.seconds.items()}
-        recorded = [
+        shares = {phase: value / max(len(work.events), 1) for phase, value in work.stopwatch.seconds.items()}
+        events = [
             replace(event, seconds=sum(shares.values()), details={**event.details, "seconds": shares})
-            for event in events
+            for event in work.events
         ]
-        for event in recorded:
-            self.history.append(event)
-        for phase, value in stopwatch.seconds.items():
+        for event in events:
+            self.history.append(replace(event, recipe=None))
+        for phase, value in work.stopwatch.seconds.items():
             self.spent[phase] += value
-        if recorded and self.learning_rate is not None:
+        self.flops_spent += flops
+        if self._prunes:
+            self._last_pruning, self._prunes = self._step, False
+        else:
+            for site in asked:
+                self._visits[site.name] += 1
+            self._rounds += 1
+            self._last_step = self._step
+            self._last_epoch = int(self._metrics["epoch"]) if "epoch" in self._metrics else self._last_epoch
+        if events and self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
-        if recorded and self.optimizer_state == "fresh":
+        if events and self.optimizer_state == "fresh":
             for optimizer in as_optimizers(self.optimizer):
                 optimizer.state.clear()
-        return recorded
-
-    def _shared(self, loss: Loss) -> Loss:
-        """The loss averaged over the processes, so that all of them choose the same amplitude."""
-        if world_size() == 1:
-            return loss
-        return lambda output, targets: mean_over_ranks(loss(output, targets))
+        return events
 
     def _note(self, text: str) -> None:
         self.decisions.append(text)
         logger.info("%s", text)
+
+
+class _Before:
+    """A scheduler, its model and its optimizers as they are, random numbers included, to be put back."""
+
+    CHANGES = (
+        "spent",
+        "flops_spent",
+        "decisions",
+        "_visits",
+        "_rounds",
+        "_step",
+        "_last_step",
+        "_last_epoch",
+        "_last_pruning",
+        "_prunes",
+        "_cost",
+    )
+
+    def __init__(self, scheduler: GrowthScheduler) -> None:
+        model = scheduler.model
+        self.scheduler = scheduler
+        self.journal = Journal(model, as_optimizers(scheduler.optimizer), [*model.parameters(), *model.buffers()])
+        self.own = {name: copy.copy(getattr(scheduler, name)) for name in self.CHANGES}
+        self.events = list(scheduler.history.events)
+        self.policies = [(policy, copy.deepcopy(policy.state_dict())) for policy in scheduler._policies().values()]
+        self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        self.stages = None if scheduler.learning_rate is None else dict(scheduler.learning_rate._stages)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self.journal.restore()
+        vars(self.scheduler).update(self.own)
+        self.scheduler.history.events[:] = self.events
+        for policy, state in self.policies:
+            policy.load_state_dict(state)
+        if self.scheduler.learning_rate is not None and self.stages is not None:
+            self.scheduler.learning_rate._stages = self.stages
+        python, numpy, pytorch = self.random
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(pytorch)

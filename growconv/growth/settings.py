@@ -1,56 +1,104 @@
 """The settings of a GrowthScheduler, read and checked before anything is trained."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from growconv.errors import ArgumentTypeError, ScheduleError, SurgeryError
-from growconv.growth.decision import Policy
+from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
+from growconv.growth.decision import Batch, Policy
 from growconv.growth.when import Every, When
+from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers
-from growconv.network.rank_site import RankSite
-from growconv.network.site import GrowthSite
+from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.base import Solver
 from growconv.solvers.sampling import require_known_gains
 
-CLOSED_FORM = frozenset({"S", "N", "N_raw", "S_full"})
-"""Quantities that only sites with closed-form statistics have."""
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A site that a schedule does not grow.
+
+    Attributes:
+        site: which.
+        reason: why the method cannot serve it.
+    """
+
+    site: Site
+    reason: str
 
 
-def checked_sites(sites: Iterable[GrowthSite], model: nn.Module, solver: Solver) -> tuple[GrowthSite, ...]:
-    """The sites, if all of them are distinct, of this model and within the method's reach.
+def checked_sites(
+    sites: Iterable[Site], model: nn.Module, solver: Solver
+) -> tuple[tuple[Site, ...], tuple[LeftOut, ...]]:
+    """The sites of this model that a method can serve, and those of `find_sites` that it cannot.
+
+    Args:
+        sites: distinct ones; of the model, or of one with the same names.
+        model: the raw model.
+        solver: the method.
 
     Raises:
-        ScheduleError: naming the first that is not.
+        ScheduleError: no site is left, one is listed twice, or the method cannot serve one that was made by hand.
+        SiteError: a site that the model does not have.
     """
-    found = tuple(sites)
-    if not found:
-        raise ScheduleError(
-            "no sites to grow", expected="at least one", where="sites", fix="see growconv.explain_sites"
-        )
-    names: set[str] = set()
-    for site in found:
-        if not isinstance(site, GrowthSite):
+    found: dict[str, Site] = {}
+    for site in sites:
+        if not isinstance(site, Site):
             raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__, where="sites")
-        if site.model is not model:
-            raise ScheduleError(
-                "the site belongs to another model", where=site.name, fix="find the sites of the model that is trained"
-            )
-        if site.name in names:
+        if site.name in found:
             raise ScheduleError("a site is listed twice", where=site.name, fix="list it once")
-        if solver.reads & CLOSED_FORM and site.closed_form is not None:
-            raise ScheduleError(
-                f"method {solver.name!r} needs closed-form statistics, and this site has none: {site.closed_form}",
-                where=site.name,
-                fix="pass [site for site in sites if site.closed_form is None], or use a method without statistics",
-            )
-        names.add(site.name)
-    return found
+        found[site.name] = site.of(model)
+        found[site.name].check()
+    if not found:
+        fix = "see growconv.explain_sites(model, example_input)"
+        raise ScheduleError("no sites to grow", expected="at least one", where="sites", fix=fix)
+    refused = {name: _refusal(site, solver) for name, site in found.items()}
+    left_out = tuple(LeftOut(found[name], reason) for name, reason in refused.items() if reason is not None)
+    strict = next((each for each in left_out if each.site.by_hand), None)
+    if strict is not None or len(left_out) == len(found):
+        first = strict or left_out[0]
+        raise ScheduleError(
+            f"method {solver.name!r} cannot serve {'this site' if strict else 'any of these sites'}: {first.reason}",
+            where=first.site.name,
+            fix=_how_to_have(left_out),
+        )
+    if left_out:
+        warnings.warn(_left_out(left_out, len(found), solver), GrowthWarning, stacklevel=3)
+    return tuple(site for name, site in found.items() if refused[name] is None), left_out
 
 
-def check_owner(optimizer: Any, sites: Sequence[GrowthSite]) -> None:
+def _refusal(site: Site, solver: Solver) -> str | None:
+    if site.own_method is not None or solver.name in REFUSALS:
+        return site.refusal(solver.name)
+    return solver.refusal(cast(GrowthSite, site))  # a method of the user's that is not registered
+
+
+def _left_out(left_out: Sequence[LeftOut], count: int, solver: Solver) -> str:
+    """One line that counts the sites left out, says why, and how to have them."""
+    reasons: dict[str, list[str]] = {}
+    for each in left_out:
+        reasons.setdefault(each.reason, []).append(each.site.name)
+    told = [f"{names[0] if len(names) == 1 else len(names)}: {reason}" for reason, names in list(reasons.items())[:3]]
+    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    return (
+        f"{len(left_out)} of {count} sites are not grown, since method {solver.name!r} cannot serve them "
+        f"({'; '.join(told)}{more}); scheduler.left_out lists them. {_how_to_have(left_out)}"
+    )
+
+
+def _how_to_have(left_out: Sequence[LeftOut]) -> str:
+    """Which methods serve all of these sites."""
+    able = [name for name in sorted(REFUSALS) if all(each.site.refusal(name) is None for each in left_out)]
+    if not able:
+        return "No one method serves all of them: site.refusal(method) says which serves one."
+    return f"To have them, use method={' or '.join(repr(name) for name in able)}."
+
+
+def check_owner(optimizer: Any, sites: Sequence[Site]) -> None:
     """Check that the optimizers train every layer that will get new channels.
 
     Raises:
@@ -60,7 +108,9 @@ def check_owner(optimizer: Any, sites: Sequence[GrowthSite]) -> None:
     owned = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     for site in sites:
         for path in (*site.producers, *site.consumers):
-            weights = [each for name, each in site.model.get_submodule(path).named_parameters() if name != "bias"]
+            value = attribute(site.model, path)
+            named = [("", value)] if isinstance(value, Tensor) else value.named_parameters()
+            weights = [each for name, each in named if name != "bias"]
             if optimizers and any(each.requires_grad and id(each) not in owned for each in weights):
                 raise SurgeryError(
                     "the optimizer does not own this layer's weight, so it would never train the new channels",
@@ -93,7 +143,13 @@ def as_when(every: int | None, when: When | None) -> When | None:
     if every is not None and when is not None:
         raise ScheduleError("every and when both say when to grow", got=(every, when), fix="give one of them")
     if when is not None and not isinstance(when, When):
-        raise ArgumentTypeError("a When is needed", got=type(when).__name__, where="when", fix="for example Every(500)")
+        raise ArgumentTypeError(
+            "this does not say when to grow",
+            expected="a When",
+            got=type(when).__name__,
+            where="when",
+            fix="for example Every(500)",
+        )
     return Every(every) if every is not None else when
 
 
@@ -119,7 +175,9 @@ def as_share(value: float | int, where: str) -> float:
         ScheduleError: anything else.
     """
     if not 0 < value < 1:
-        raise ScheduleError("a share of the growth batches", expected="above 0, below 1", got=value, where=where)
+        raise ScheduleError(
+            "this is no share of the growth batches", expected="above 0, below 1", got=value, where=where
+        )
     return float(value)
 
 
@@ -139,9 +197,7 @@ def as_optimizer_state(value: str) -> str:
     return value
 
 
-def as_relative_error(
-    samples: str, relative_error: float | int, solver: Solver, sites: Sequence[GrowthSite]
-) -> float | None:
+def as_relative_error(samples: str, relative_error: float | int, solver: Solver, sites: Sequence[Site]) -> float | None:
     """How well gains must be known before collecting ends; None where all batches are read.
 
     Raises:
@@ -154,11 +210,11 @@ def as_relative_error(
         raise ScheduleError("an error must be positive", expected="> 0", got=relative_error, where="relative_error")
     if samples == "all":
         return None
-    require_known_gains(solver, [site for site in sites if not isinstance(site, RankSite)])
+    require_known_gains(solver, [site for site in sites if site.own_method is None])
     return float(relative_error)
 
 
-def checked_batches(batches: Iterable[Any]) -> list[tuple[Any, Any]]:
+def checked_batches(batches: Iterable[Any]) -> list[Batch]:
     """Growth batches as a list of (inputs, targets) pairs.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy, Proposal, Situation
 from growconv.growth.when import require_positive
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 
 Per = Literal["gain", "parameter", "flop"]
 Chosen = list[tuple[Proposal, str]]
@@ -18,7 +18,7 @@ Chosen = list[tuple[Proposal, str]]
 class Where(Policy):
     """Chooses among sites, before anything is measured and again when the proposals are known."""
 
-    def candidates(self, sites: Sequence[GrowthSite], situation: Situation) -> list[GrowthSite]:
+    def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
         """Sites to collect statistics for; all of them unless a policy knows better."""
         return list(sites)
 
@@ -58,7 +58,7 @@ class RoundRobin(Where):
     def __post_init__(self) -> None:
         require_positive(self, "count", self.count)
 
-    def candidates(self, sites: Sequence[GrowthSite], situation: Situation) -> list[GrowthSite]:
+    def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
         """The sites that were visited least, in forward order; only they are measured."""
         least = sorted(range(len(sites)), key=lambda index: (situation.visits.get(sites[index].name, 0), index))
         return [sites[index] for index in sorted(least[: self.count])]

@@ -5,16 +5,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from growconv.errors import CheckpointError, ScheduleError
-from growconv.growth.history import GrowthHistory
-from growconv.growth.preservation import undisturbed
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.integrations.drawing import draw_batches
-from growconv.network.site import GrowthSite, find_sites
+from growconv.network.find import find_sites
+from growconv.network.model import undisturbed
+from growconv.network.site import GrowthSite
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -83,6 +92,7 @@ class GrowthCallback(TrainerCallback):
         sites = tuple(found if self.sites is None else self.sites(found))
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         self.scheduler = GrowthScheduler(model, optimizer, sites, **self.schedule)
+        self.scheduler.require_schedule()
         saved = getattr(model.config, ENTRY, None)
         if saved is not None:
             self.scheduler.load_state_dict(saved)
@@ -135,15 +145,24 @@ def load_grown(kind: type[Model], folder: str | Path) -> Model:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError("no weights to load", expected=weights, where=str(folder), fix="save with safetensors")
-    config = AutoConfig.from_pretrained(folder)
+    # The class's own config, never one that config.json names: no code of a stranger is asked for, let alone run.
+    config = (kind.config_class or PretrainedConfig).from_pretrained(folder, local_files_only=True)
     saved = getattr(config, ENTRY, None)
     if saved is None:
         raise CheckpointError(
             "the model's config holds no growth history", where=str(folder / "config.json"), fix="use from_pretrained"
         )
+    try:
+        tensors, records = load_file(weights), saved["history"]
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "The saved model is damaged.", where=str(folder), got=error, fix="restore the folder"
+        ) from error
     model = kind(config)
-    GrowthHistory.from_records(saved["history"]).replay(model)
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+    history = history_from(records)
+    rehearse(history, model, most_entries(tensors.values()))
+    history.replay(model)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

@@ -1,5 +1,6 @@
 """Growth inside a PyTorch Lightning training run."""
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -7,14 +8,16 @@ from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from growconv.errors import CheckpointError, ScheduleError
-from growconv.growth.history import GrowthHistory
-from growconv.growth.preservation import undisturbed
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.integrations.drawing import draw_batches
-from growconv.network.site import GrowthSite, find_sites
+from growconv.network.find import find_sites
+from growconv.network.model import undisturbed
+from growconv.network.site import GrowthSite
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -79,7 +82,7 @@ class GrowthCallback(Callback):
                 where="Trainer.strategy",
             )
         if "on_load_checkpoint" not in pl_module.__dict__:
-            pl_module.on_load_checkpoint = partial(_restore_first, pl_module, pl_module.on_load_checkpoint)
+            pl_module.on_load_checkpoint = partial(_restore_first, trainer, pl_module, pl_module.on_load_checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hook as it was."""
@@ -100,6 +103,7 @@ class GrowthCallback(Callback):
             found = find_sites(model, inputs)
         sites = tuple(found if self.sites is None else self.sites(found))
         self.scheduler = GrowthScheduler(model, trainer.optimizers[0], sites, **self.schedule)
+        self.scheduler.require_schedule()
         if self._state is not None:
             self.scheduler.load_state_dict(self._state)
         self._step = trainer.global_step
@@ -116,6 +120,9 @@ class GrowthCallback(Callback):
             data = self._draw(trainer, pl_module, self.batches)
         with trainer.precision_plugin.forward_context():
             events = self.scheduler.grow(data, self.loss)
+        for average in _averages(trainer):
+            for event in events:
+                event.apply_to(average.get_submodule(self.attribute))
         if events and isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
@@ -149,17 +156,32 @@ class GrowthCallback(Callback):
         return [tuple(batch) if self.prepare is None else self.prepare(batch) for batch in batches]
 
 
-def _restore_first(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-    restore_growth(module, checkpoint)
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averages of the module that Lightning's own callbacks keep, which have to grow along."""
+    found = []
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            average = average.module
+        if isinstance(average, LightningModule):
+            found.append(average)
+    return found
+
+
+def _restore_first(
+    trainer: Trainer, module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
+) -> None:
+    restore_growth(module, checkpoint, _averages(trainer))
     own(checkpoint)
 
 
-def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any], averages: Iterable[nn.Module] = ()) -> None:
     """Give a fresh small module the grown shapes of a checkpoint; nothing happens where it has them or nothing grew.
 
     Args:
         module: the LightningModule as its class builds it.
         checkpoint: a loaded Lightning checkpoint.
+        averages: copies of it that grow along.
 
     Raises:
         CheckpointError: the checkpoint was not written with a GrowthCallback, or its growth began with another model.
@@ -174,10 +196,18 @@ def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any]) -> No
             where="callbacks",
         )
     if states[0]:
-        model = module.get_submodule(states[0]["attribute"])
-        history = GrowthHistory.from_records(states[0]["scheduler"]["history"])
+        try:
+            model = module.get_submodule(states[0]["attribute"])
+            records, tensors = states[0]["scheduler"]["history"], checkpoint["state_dict"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "The GrowthCallback's state is damaged.", got=repr(error), where="callbacks"
+            ) from error
+        history = history_from(records)
         if history.starts_from(model):
-            history.replay(model)
+            rehearse(history, model, most_entries(tensors.values()))
+            for each in (model, *(average.get_submodule(states[0]["attribute"]) for average in averages)):
+                history.replay(each)
 
 
 def load_grown(module: Module, path: str | Path) -> Module:
@@ -195,7 +225,15 @@ def load_grown(module: Module, path: str | Path) -> Module:
     """
     from lightning_fabric.utilities.cloud_io import _load
 
-    checkpoint = _load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = _load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            "This checkpoint is damaged, or holds more than numbers.",
+            where=str(path),
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="save plain hyperparameters only; a file that you trust can be loaded with Lightning itself",
+        ) from error
     restore_growth(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
-from tensorly.tenalg import svd_interface
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
@@ -207,6 +205,9 @@ def leading_svd(
     Returns:
         U (a, k), σ (k,) descending, Vᵀ (k, n); signs as `fix_signs` sets them.
     """
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorly.tenalg import svd_interface
+
     require_finite(matrix=matrix)
     rank = min(rank, *matrix.shape)
     tolerance = max(tolerance, 50 * torch.finfo(matrix.dtype).eps)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 from growconv.network import layers
 from growconv.network.optimizer import follow_ages, keep_identity, migrate
@@ -28,8 +29,8 @@ class Journal:
         self._mappings: list[tuple[dict, dict]] = []
         self._lists: list[tuple[list, list]] = []
         for module in model.modules():
-            for mapping in (module.__dict__, module._parameters, module._buffers, module._modules):
-                self._mappings.append((mapping, dict(mapping)))
+            inside = [value for value in vars(module).values() if isinstance(value, dict)]  # hooks among them
+            self._mappings += [(mapping, dict(mapping)) for mapping in (vars(module), *inside)]
         for optimizer in optimizers:
             self._remember(optimizer)
         parameters = list(model.parameters())
@@ -37,6 +38,7 @@ class Journal:
         self._gradients = [(each, each.grad, each.requires_grad) for each in parameters]
         self._values = [(tensor, tensor.detach().clone()) for tensor in values]
         self._grad_mode = torch.is_grad_enabled()
+        self._dispatch_modes = len(_get_current_dispatch_mode_stack())
 
     def _remember(self, optimizer: Optimizer) -> None:
         attributes = vars(optimizer)
@@ -48,6 +50,8 @@ class Journal:
 
     def restore(self) -> None:
         """Put everything back. Doing it twice does no harm."""
+        while len(_get_current_dispatch_mode_stack()) > self._dispatch_modes:  # an interrupt amid the end of a `with`
+            _pop_mode()
         for mapping, saved in self._mappings:
             mapping.update(saved)
             if [id(key) for key in mapping] != [id(key) for key in saved]:  # more than before, or in another order

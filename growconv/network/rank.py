@@ -11,7 +11,7 @@ from growconv.convolution.decomposition import cp_kernel
 from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
-from growconv.network.model import unwrapped
+from growconv.network.model import attribute, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -30,9 +30,12 @@ class RankSite(Site):
         side: for a Tucker convolution which rank, "out" or "in".
 
     Attributes:
+        own_method: "rank".
         width: the rank now.
         bound: the rank above which no kernel of this shape needs another term.
     """
+
+    own_method = "rank"
 
     def __init__(self, model: nn.Module, path: str, side: str | None = None) -> None:
         try:
@@ -78,10 +81,25 @@ class RankSite(Site):
         """The layer."""
         return self.model.get_submodule(self.path)
 
+    def refusal(self, method: str) -> str | None:
+        """None: whatever method serves the layers beside it, a rank grows by its own."""
+        return None
+
     @property
     def closed_form(self) -> bool:
         """True: the statistics of one layer always apply."""
         return True
+
+    @property
+    def room(self) -> int:
+        """Terms that it can still get."""
+        return max(0, self.bound - self.width)
+
+    @property
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more term costs: its entries in all factors."""
+        tensors = ((attribute(self.model, path), dim) for path, dim in self.layout.dims.items())
+        return {self.path: sum(each.numel() / each.shape[dim] for each, dim in tensors if isinstance(each, Tensor))}
 
     def require_room(self, terms: int) -> None:
         """Check that so many terms can be asked for.

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import ClassVar
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from growconv.errors import SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
 from growconv.network.model import attribute, unwrapped
+from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
 REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
@@ -30,6 +32,8 @@ class Site(ABC):
         consumers: paths of what consumes them.
         layout: where the channels lie.
         space: which of the layout's spaces this site is.
+        by_hand: whether the user named its layers, so that it is never left out in silence.
+        own_method: name of the only method that can serve it; None where those of layers can.
     """
 
     model: nn.Module
@@ -40,6 +44,8 @@ class Site(ABC):
     consumers: tuple[str, ...]
     layout: Layout
     space: int
+    by_hand: bool = False
+    own_method: ClassVar[str | None] = None
 
     @abstractmethod
     def of(self, model: nn.Module | None) -> "Site":
@@ -52,6 +58,40 @@ class Site(ABC):
         Raises:
             SiteError: it has not, or not any more.
         """
+
+    @abstractmethod
+    def refusal(self, method: str) -> str | None:
+        """Why a growth method cannot serve this site; None where it can.
+
+        Args:
+            method: name of a registered method.
+        """
+
+    @property
+    @abstractmethod
+    def closed_form(self) -> bool:
+        """Whether the closed-form statistics (S, N, ...) apply."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+
+    @property
+    def room(self) -> int | None:
+        """Channels that it can still get; None where there is no limit."""
+        return None
+
+    def cap(self, growth: ChannelGrowth) -> float | None:
+        """The amplitude at which the strongest new channel is as strong as the mean of the old ones.
+
+        Args:
+            growth: the proposal.
+
+        Returns:
+            None where it takes more than the site itself to tell.
+        """
+        return None
 
     @property
     def sizes(self) -> Sizes:
@@ -128,6 +168,7 @@ class GrowthSite(Site):
         space: which of the layout's spaces this site is.
         copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
             times as one likes, keep the function.
+        by_hand: the user named its layers (`growconv.site`), so that a method which cannot serve it is an error.
     """
 
     model: nn.Module
@@ -141,6 +182,7 @@ class GrowthSite(Site):
     layout: Layout = field(repr=False)
     space: int = field(repr=False)
     copied: bool = False
+    by_hand: bool = field(default=False, repr=False)
 
     def of(self, model: nn.Module | None) -> "GrowthSite":
         """The same site of another model with the same names; this one for None or its own model."""
@@ -158,6 +200,17 @@ class GrowthSite(Site):
         return self.no_closed_form is None
 
     @property
+    def multiplications(self) -> dict[str, float]:
+        """Multiply-adds that one more channel costs, now, by layer: at each location where it applies its kernel."""
+        found: dict[str, float] = {}
+        for path, side in self.axes:
+            module = attribute(self.model, path)
+            if layers.is_weighted(module) and side in (OUT, IN, GROUP_OUT):
+                entries = float(self.ratio(path, side)) / layers.size(module, side)
+                found[path] = found.get(path, 0.0) + entries * layers.weighted(module).multiplications()
+        return found
+
+    @property
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
         if len(self.producers) > 1:
@@ -169,11 +222,13 @@ class GrowthSite(Site):
             if layers.groups_of(module) > 1:
                 return f"{path} is a grouped convolution"
             own = [run for run in self.layout.axes[path, side] if run.space == self.space]
-            if len(own) > 1 or (own[0].outer > 1 and side == IN):
-                return f"{path} consumes the channels several times"
-            spread = own[0].outer > 1 or self.ratio(path, side) != 1
-            if side == OUT and (spread or len(self.layout.axes[path, side]) > 1):
+            if len(own) > 1 or own[0].outer > 1 or own[0].slots != tuple(range(own[0].inner)):
+                return f"the channels do not lie one after the other in {path}"
+            if side == OUT and (self.ratio(path, OUT) != 1 or len(self.layout.axes[path, side]) > 1):
                 return f"{path} produces several entries for a channel, or other channels too"
+        missing = set(self.consumers) - {route.consumer for route in self.routes}
+        if missing:
+            return f"nobody saw what lies between the producer and {min(missing)}"
         for route in self.routes:
             if route.problem:
                 return route.problem
@@ -230,9 +285,7 @@ class GrowthSite(Site):
         sizes = site.sizes
         for key in site.axes:
             runs = site.layout.axes[key]
-            expected = sum(
-                run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs
-            )
+            expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",
@@ -266,7 +319,7 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after a change."""
 
     def length(key: Key) -> int:
         path, side = key

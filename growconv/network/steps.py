@@ -22,13 +22,16 @@ _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs",
 _WINDOWED = ("max_pool", "avg_pool")
 
 
-def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite]) -> dict[str, tuple[Route, ...]]:
-    """The routes of sites, from one recorded run in evaluation mode.
+def routes_of(
+    model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite], training: bool = False
+) -> dict[str, tuple[Route, ...]]:
+    """The routes of sites, from one recorded run.
 
     Args:
         model: the model, or a copy of it; it is run once, its mode is put back and its buffers stay.
         arguments: of its forward.
         sites: of that model, or of one with the same names.
+        training: in which mode it is run.
 
     Returns:
         By name of the site, one route per producer and consumer that a chain of steps joins; pairs that are joined
@@ -37,7 +40,7 @@ def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite
     modes = {module: module.training for module in model.modules()}
     tape = Tape(model)
     try:
-        model.eval()
+        model.train(training)
         with torch.no_grad(), tape:
             output = model(*arguments[0], **arguments[1])
         returned = {tape.number(tensor) for tensor in tensors_in(output)}

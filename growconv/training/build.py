@@ -2,7 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import growconv.growth.scheduler as growing
-from growconv.errors import ConfigError
+from growconv.errors import ConfigError, GrowthError
 from growconv.growth.decision import Policy
-from growconv.network.site import GrowthSite, find_sites
-from growconv.solvers.base import get_solver
+from growconv.network.find import find_sites
+from growconv.network.site import GrowthSite
+from growconv.solvers.base import Solver, get_solver
 from growconv.training.config import call_target, locate
 from growconv.training.data import Dataset, load_data
 from growconv.training.sources import CIFAR
@@ -23,8 +25,6 @@ from growconv.training.sources import CIFAR
 Config = Mapping[str, Any]
 
 POLICY_MODULES = ("when", "where", "amount", "stop", "learning_rate", "pruning")
-# Statistics of the closed form, which some sites do not have (several writers, transposed convolutions, ...).
-CLOSED_FORM = frozenset({"S", "N", "N_raw", "S_full"})
 
 
 def make_dataset(config: Config) -> Dataset:
@@ -62,16 +62,11 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
         shape: input channels, image size and classes.
 
     Raises:
-        ConfigError: a target that cannot be found, an option that it lacks, or factors that make no sense.
+        ConfigError: a target that cannot be found, or an option that it lacks.
     """
     model, growth = config["model"], config["growth"]
     width, hidden = model["width"], model["hidden"]
     if grows(config):
-        for key in ("start", "start_width"):
-            if not 0 < growth[key] <= 1:
-                raise ConfigError(
-                    "this is a share", where=f"growth.{key}", expected="above 0, up to 1", got=growth[key]
-                )
         width, hidden = width * growth["start_width"], hidden * growth["start"]
     channels, image_size, classes = shape
     offered = {
@@ -94,8 +89,6 @@ def make_loss(dataset: Dataset, label_smoothing: float) -> Callable[[Tensor, Ten
     """Mean squared error for a regression, cross-entropy with label smoothing for classes."""
     if dataset.regression:
         return functional.mse_loss
-    if not 0 <= label_smoothing < 1:
-        raise ConfigError("this is a share", where="trainer.label_smoothing", expected="0 to 1", got=label_smoothing)
 
     def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(output, targets, label_smoothing=label_smoothing)
@@ -146,19 +139,24 @@ def choose_sites(config: Config, sites: Sequence[GrowthSite]) -> tuple[GrowthSit
     if patterns is None:
         patterns = ["*"] if growth["start_width"] < 1 else config["model"]["hidden_sites"]
     named = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
-    solver = get_solver(growth["method"], **growth["solver"])
-    needs_closed_form = bool(solver.reads & CLOSED_FORM)
-    chosen = tuple(site for site in named if not (needs_closed_form and site.closed_form))
+    refusals = {site.name: site.refusal(_solver(growth).name) for site in named}
+    chosen = tuple(site for site in named if refusals[site.name] is None)
     if not chosen:
-        refused = [f"{site.name}: {site.closed_form}" for site in named]
         raise ConfigError(
             "no site is left that may grow" if named else "no site has such a name",
             where="growth.sites",
             expected="patterns of: " + "; ".join(site.name for site in sites),
-            got="; ".join(refused) or patterns,
-            fix="see `growconv sites` for names and reasons",
+            got="; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or patterns,
+            fix=f"see `growconv sites growth={growth['method']}` for names and reasons",
         )
     return chosen
+
+
+def _solver(growth: Config) -> Solver:
+    with _named("growth.method"):
+        get_solver(growth["method"])
+    with _named("growth.solver"):
+        return get_solver(growth["method"], **growth["solver"])
 
 
 def make_policy(node: Any, where: str) -> Any:
@@ -183,7 +181,20 @@ def make_policy(node: Any, where: str) -> Any:
             "there is no such policy", where=f"{where}.policy", expected=", ".join(sorted(known)), got=name
         )
     target = known[name] if name in known else locate(name, f"{where}.policy")
-    return call_target(target, options, {}, f"{where} ({name})")
+    with _named(where):
+        return call_target(target, options, {}, f"{where} ({name})")
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """A block whose errors name the option that was set, before the class that refused it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except GrowthError as error:
+        where = f"{option} ({error.where})" if error.where else option
+        raise ConfigError(error.problem, where=where, expected=error.expected, got=error.got, fix=error.fix) from error
 
 
 def _policies() -> dict[str, type[Policy]]:
@@ -204,12 +215,6 @@ def growth_steps(config: Config, total: int) -> list[int]:
         total: optimizer steps of the run.
     """
     times, begin, end = config["times"], config["begin"], config["end"]
-    if times is None or times < 1:
-        raise ConfigError("growing takes rounds", where="growth.times", expected="1 or more", got=times)
-    if not 0 <= begin <= end <= 1:
-        raise ConfigError(
-            "growth begins before it ends", where="growth.begin, growth.end", expected="0 to 1", got=(begin, end)
-        )
     first, last = max(1, round(begin * total)), max(1, round(end * total))
     if times == 1:
         return [first]
@@ -249,7 +254,7 @@ def make_scheduler(
     limits = growth["budget"]
     budget = Budget(**limits) if any(limit is not None for limit in limits.values()) else None
     fixed = {
-        "method": get_solver(growth["method"], **growth["solver"]),
+        "method": _solver(growth),
         "every": growth["every"],
         "times": growth["times"],
         "amount": make_policy(growth["amount"], "growth.amount"),

@@ -3,7 +3,6 @@
 A checkpoint of a grown model holds its growth history, so that it loads into the small model that the run began with.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -21,9 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, CheckpointError
-from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.optimizer import follow_ages
+from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.network.event import GrowthHistory
+from growconv.network.exchange import Journal
+from growconv.network.optimizer import as_optimizers, follow_ages
+from growconv.training import optimizer_record
+from growconv.training.records import read_json
 
 FORMAT = "growconv checkpoint 1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -90,7 +93,7 @@ def save_checkpoint(
         "state": dict(state or {}),
     }
     if optimizer is not None:
-        record["optimizer"], moments = _split_optimizer(optimizer.state_dict())
+        record["optimizer"], moments = optimizer_record.split(optimizer.state_dict())
         content |= moments
     # Copies: safetensors refuses tensors that share storage, as tied weights do.
     content = {
@@ -148,21 +151,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     text = metadata.get("record", "")
     if metadata.get("sha256") != _digest(text, content):
         raise CheckpointError("damaged: its checksum differs", where=str(path), fix=damaged)
-    record = json.loads(text)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
 
-    optimizer = record["optimizer"]
-    return Checkpoint(
-        path=path,
-        model=part("model/"),
-        optimizer=None if optimizer is None else _join_optimizer(optimizer, part("optimizer/")),
-        scheduler=record["scheduler"],
-        history=GrowthHistory.from_json(json.dumps(record["history"])),
-        state=record["state"],
-        tensors=part("tensors/"),
-    )
+    try:
+        record = read_json(text)
+        optimizer, scheduler, history = record["optimizer"], record["scheduler"], record["history"]
+        if not isinstance(record["state"], dict) or (
+            scheduler is not None and scheduler["history"] != history["events"]
+        ):
+            raise ValueError("its parts do not belong together")
+        return Checkpoint(
+            path=path,
+            model=part("model/"),
+            optimizer=None if optimizer is None else optimizer_record.join(optimizer, part("optimizer/")),
+            scheduler=scheduler,
+            history=_history(history),
+            state=record["state"],
+            tensors=part("tensors/"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(
+            "damaged: its record cannot be read", where=str(path), got=f"{type(error).__name__}: {error}", fix=damaged
+        ) from error
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -235,22 +247,56 @@ def restore(
         raise CheckpointError("no optimizer was saved", where=str(found.path), fix="load without one")
     if scheduler is not None and found.scheduler is None:
         raise CheckpointError("no growth scheduler was saved", where=str(found.path), fix="load without one")
+    most = most_entries(found.model.values())
     grown = not _mismatches(model, found.model)
-    if not grown:
-        _rehearse(found, model)
+    wrong = _mismatches(model if grown else rehearse(found.history, model, most), found.model)
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint belongs to another model",
+            where=str(found.path),
+            got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            fix="build the model with the run's own settings, before any growth",
+        )
     if optimizer is not None:
-        _check_optimizer(found, model, optimizer)
-    if not grown:
-        old = {id(parameter): name for name, parameter in model.named_parameters()}
-        found.history.replay(model)
-        if optimizer is not None:
-            _follow(optimizer, old, dict(model.named_parameters()))
-    model.load_state_dict(found.model)
-    if optimizer is not None and found.optimizer is not None:
-        optimizer.load_state_dict(_with_tuples(found.optimizer, optimizer))
-        follow_ages([optimizer])
-    if scheduler is not None and found.scheduler is not None:
-        scheduler.load_state_dict(found.scheduler)
+        _check_members(optimizer, model, found.path)
+    journal = Journal(model, as_optimizers(optimizer), [*model.parameters(), *model.buffers()])
+    try:
+        if not grown:
+            found.history.replay(model, optimizer)
+        if optimizer is not None and found.optimizer is not None:
+            shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+            optimizer_record.check(found.optimizer, optimizer, shapes, str(found.path))
+        if scheduler is not None and found.scheduler is not None:
+            scheduler.check_state_dict(found.scheduler)
+        model.load_state_dict(found.model)
+        if optimizer is not None and found.optimizer is not None:
+            optimizer.load_state_dict(optimizer_record.with_tuples(found.optimizer, optimizer))
+            follow_ages([optimizer])
+        if scheduler is not None and found.scheduler is not None:
+            scheduler.load_state_dict(found.scheduler)
+    except BaseException:
+        journal.restore()
+        raise
+
+
+def replay(found: Checkpoint, model: nn.Module) -> None:
+    """Give a fresh small model the shapes of a checkpoint, before its optimizer is built; `restore` fills it.
+
+    Args:
+        found: the checkpoint.
+        model: the raw model as the run began with it.
+
+    Raises:
+        CheckpointError: it is another model. Nothing has changed then.
+    """
+    rehearse(found.history, model, most_entries(found.model.values()))
+    found.history.replay(model)
+
+
+def _history(record: Mapping[str, Any]) -> GrowthHistory:
+    """The history of a checkpoint, its fields compared with the types that they have."""
+    history_from(record["events"])
+    return GrowthHistory.from_json(json.dumps(record))
 
 
 class CheckpointFolder:
@@ -299,20 +345,6 @@ def _model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _rehearse(found: Checkpoint, model: nn.Module) -> None:
-    """Replay the history on a copy, to know that it fits before anything changes."""
-    twin = copy.deepcopy(model)
-    found.history.replay(twin)
-    wrong = _mismatches(twin, found.model)
-    if wrong:
-        raise CheckpointError(
-            "the checkpoint belongs to another model",
-            where=str(found.path),
-            got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
-            fix="build the model with the run's own settings, before any growth",
-        )
-
-
 def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     own = model.state_dict()
     lines = [f"{name} is missing in the checkpoint" for name in own if name not in saved]
@@ -325,64 +357,15 @@ def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def _check_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    if found.optimizer is None:
-        return
-    saved = [len(group["params"]) for group in found.optimizer["param_groups"]]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != own:
-        raise CheckpointError(
-            "the optimizer's groups differ from the saved ones",
-            where=str(found.path),
-            expected=f"groups of {saved} parameters",
-            got=own,
-            fix="build the optimizer as the run did",
-        )
+def _check_members(optimizer: Optimizer, model: nn.Module, path: Path) -> None:
     known = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in known for parameter in members):
         raise CheckpointError(
             "the optimizer holds parameters that the model does not have",
-            where=str(found.path),
+            where=str(path),
             fix="build it from this model's parameters",
         )
-
-
-def _follow(optimizer: Optimizer, old: Mapping[int, str], new: Mapping[str, nn.Parameter]) -> None:
-    """Put the replayed parameters in the places that the small ones had in the optimizer's groups."""
-    for group in optimizer.param_groups:
-        group["params"][:] = [new[old[id(parameter)]] for parameter in group["params"]]
-
-
-def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The optimizer's state as a JSON-able record and its tensors."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        plain[str(index)] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                plain[str(index)][key] = value
-    return {"state": plain, "param_groups": state["param_groups"]}, tensors
-
-
-def _join_optimizer(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in record["state"].items()}
-    for name, tensor in tensors.items():
-        index, key = name.split("/", 1)
-        state[int(index)][key] = tensor
-    return {"state": state, "param_groups": record["param_groups"]}
-
-
-def _with_tuples(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """JSON knows no tuples: options that are tuples in the optimizer (betas) become tuples again."""
-
-    def restored(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
-
-    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    return {"state": saved["state"], "param_groups": [restored(group, own) for group, own in groups]}
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -5,16 +5,20 @@ Runs that differ only in their seed are one line. What cannot be compared is lef
 
 import argparse
 import csv
+import html
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from growconv.training.comparison import FIGURES, Comparison, Difference, Group, compare
 from growconv.training.plots import draw_comparison, save_figure
+from growconv.training.records import is_number, plain_text
+from growconv.training.terminal import make_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +82,11 @@ def _row(comparison: Comparison, group: Group) -> list[str]:
 
 def to_markdown(comparison: Comparison) -> str:
     """The table in Markdown, with what was left out below it."""
-    heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(comparison)]
+    heading, *body = [[_markdown(cell) for cell in row] for row in table_rows(comparison)]
     lines = [_markdown_row(heading), _markdown_row(["---"] * len(heading)), *map(_markdown_row, body)]
     lines += ["", "Mean ± standard deviation over n seeds; differences are paired by seed, with 95 % intervals."]
-    lines += [f"- {note}" for note in comparison.notes]
-    lines += [f"- left out: {path}: {reason}" for path, reason in comparison.left_out]
+    lines += [f"- {_markdown(note)}" for note in comparison.notes]
+    lines += [f"- left out: {_markdown(path)}: {_markdown(reason)}" for path, reason in comparison.left_out]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +102,7 @@ def _write_groups(comparison: Comparison, path: Path) -> None:
             difference = comparison.difference(group) or Difference(math.nan, math.nan, math.nan, 0)
             writer.writerow(
                 [
-                    group.label,
+                    _cell(group.label),
                     len(group.runs),
                     " ".join(map(str, group.seeds)),
                     *(value for figure in FIGURES for value in (group.mean(figure), group.std(figure))),
@@ -118,10 +122,9 @@ def _write_runs(comparison: Comparison, path: Path) -> None:
         writer.writerow(["group", "seed", *FIGURES, "growth_seconds", "growth_events", "run"])
         for group in comparison.groups:
             for run in group.runs:
-                figures = [run.summary.get(figure, "") for figure in FIGURES]
-                writer.writerow(
-                    [group.label, run.seed, *figures, run.growth_seconds, len(run.events), run.path.as_posix()]
-                )
+                figures = [run.summary[figure] if is_number(run.summary.get(figure)) else "" for figure in FIGURES]
+                name, path = _cell(group.label), _cell(run.path.as_posix())
+                writer.writerow([name, run.seed, *figures, run.growth_seconds, len(run.events), path])
 
 
 def _spread(mean: float, std: float, figure: str) -> str:
@@ -131,6 +134,8 @@ def _spread(mean: float, std: float, figure: str) -> str:
         return f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
     scale, unit = _unit(abs(mean))
     scaled = mean / scale
+    if 0 < abs(scaled) < 1e-3:
+        return f"{mean:.2e}" + ("" if math.isnan(std) or std == 0 else f" ± {std:.2e}")
     digits = max(0, 2 - math.floor(math.log10(abs(scaled)))) if scaled else 0
     spread = "" if math.isnan(std) or std == 0 else f" ± {std / scale:.{digits}f}"
     return f"{scaled:.{digits}f}{spread}{unit}"
@@ -156,19 +161,44 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _markdown(text: str) -> str:
+    """Text of a stranger inside Markdown: no markup, no HTML, no link."""
+    escaped = html.escape(plain_text(text), quote=False)
+    return re.sub(r"([\\|`*~])", r"\\\1", escaped).replace("](", "]\\(")
+
+
+def _cell(value: object) -> object:
+    """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = plain_text(value)
+    return f"'{text}" if text[:1] in tuple("=+-@") else text
+
+
 def _print(comparison: Comparison, output: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
-    heading, *body = table_rows(comparison)
-    table = Table(title="mean ± std over seeds; differences paired by seed, 95 % intervals")
-    for index, name in enumerate(heading):
-        table.add_column(escape(name), justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    """The table, in two parts where the terminal is too narrow for one: accuracies, then what they cost."""
+    console = make_console()
+    rows = table_rows(comparison)
+    every = range(len(rows[0]))
+    costs = every[2 + sum(figure.endswith("accuracy") for figure in FIGURES) : -1]
+    halves = [[column for column in every if column not in costs], [0, *costs]]
+    whole = _table(rows, every)
+    fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
+    console.print("mean ± std over seeds; differences paired by seed, 95 % intervals")
+    for table in [whole] if fits else [_table(rows, half) for half in halves]:
+        console.print(table)
     for note in comparison.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {plain_text(note)}", markup=False)
     for path, reason in comparison.left_out:
-        console.print(f"left out: {escape(path)}: {escape(reason)}")
-    console.print(f"written to {escape(str(output))}: comparison.md, comparison.csv, runs.csv, comparison.svg, .png")
+        console.print(f"left out: {plain_text(path)}: {plain_text(reason)}", markup=False)
+    console.print(f"written to {output}: comparison.md, comparison.csv, runs.csv, comparison.svg, .png", markup=False)
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> Table:
+    """Some columns of the rows, the first of which is the heading."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in columns:
+        table.add_column(escape(rows[0][column]), justify="left" if column == 0 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(escape(plain_text(row[column])) for column in columns))
+    return table

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from growconv.errors import ArgumentValueError, CheckpointError
-from growconv.training.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, read_run
+from growconv.training.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, plain_text, read_run
 
 FIGURES = {
     "test_accuracy": "test %",
@@ -123,6 +122,8 @@ def paired_difference(differences: Sequence[float]) -> Difference | None:
     mean = float(values.mean())
     if values.size < 2:
         return Difference(mean, math.nan, math.nan, 1)
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
     return Difference(mean, mean - half, mean + half, int(values.size))
 
@@ -181,10 +182,10 @@ def _read_all(paths: Iterable[str | Path]) -> tuple[list[RunRecord], list[tuple[
         seen.add(run.resolve())
         try:
             record = read_run(run)
+            reason = _unusable(record)
         except CheckpointError as error:
-            left_out.append((str(run), " ".join(str(error).split())))
+            left_out.append((str(run), plain_text(error)))
             continue
-        reason = _unusable(record)
         if reason:
             left_out.append((str(run), reason))
         else:
@@ -251,7 +252,8 @@ def _labels(records: list[RunRecord], by: Sequence[str] | None) -> dict[int, str
         keys = list(by) if by is not None else _differing(runs)
         for run in runs:
             settings = run.settings
-            names[id(run)] = ", ".join([method, *(f"{_short(key, keys)}={settings.get(key)}" for key in keys)])
+            told = [method, *(f"{_short(key, keys)}={settings.get(key)}" for key in keys)]
+            names[id(run)] = plain_text(", ".join(map(plain_text, told)))
     return names
 
 

@@ -7,16 +7,19 @@ starts.
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError
+from growconv.training.checks import check_options, check_together, explain, limited
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # What may change when a run is resumed: nothing of it touches a number that the run computes.
@@ -35,9 +38,9 @@ class DataConfig:
     """
 
     name: str = MISSING
-    validation: float = 0.1
-    augmentation: str = "none"
-    limit: int | None = None
+    validation: float = limited(0.1, above=0, below=1)
+    augmentation: str = limited("none", choices=("none", "crop", "flip_crop"))
+    limit: int | None = limited(None, least=1)
 
 
 @dataclass
@@ -45,7 +48,7 @@ class DigitsConfig(DataConfig):
     """scikit-learn's digits; 0.15 of the 1438 training images leaves about 200 to validate on."""
 
     name: str = "digits"
-    validation: float = 0.15
+    validation: float = limited(0.15, above=0, below=1)
 
 
 @dataclass
@@ -63,11 +66,11 @@ class SyntheticConfig(DataConfig):
     """
 
     name: str = "synthetic"
-    hidden: int = 6
-    samples: int = 2048
-    channels: int = 3
-    outputs: int = 4
-    image_size: int = 8
+    hidden: int = limited(6, least=1)
+    samples: int = limited(2048, least=1)
+    channels: int = limited(3, least=1)
+    outputs: int = limited(4, least=1)
+    image_size: int = limited(8, least=1)
     activation: str = "relu"
     seed: int = 0
 
@@ -97,7 +100,7 @@ class ImagesConfig(DataConfig):
 
     name: str = "images"
     root: str = MISSING
-    image_size: int = 32
+    image_size: int = limited(32, least=1)
     channels: int = 3
 
 
@@ -116,8 +119,8 @@ class ModelConfig:
     """
 
     _target_: str = MISSING
-    width: float = 1.0
-    hidden: float = 1.0
+    width: float = limited(1.0, above=0)
+    hidden: float = limited(1.0, above=0)
     hidden_sites: list[str] = field(default_factory=lambda: ["*"])
     norm: str = "batch"
     activation: str = "relu"
@@ -134,9 +137,9 @@ class BudgetConfig:
         seconds: wall-clock seconds of the run.
     """
 
-    parameters: int | None = None
-    flops: int | None = None
-    seconds: float | None = None
+    parameters: int | None = limited(None, least=1)
+    flops: int | None = limited(None, least=1)
+    seconds: float | None = limited(None, above=0)
 
 
 @dataclass
@@ -169,21 +172,21 @@ class GrowthConfig:
 
     method: str = "none"
     solver: dict[str, Any] = field(default_factory=dict)
-    start: float = 0.25
-    start_width: float = 1.0
+    start: float = limited(0.25, above=0, most=1)
+    start_width: float = limited(1.0, above=0, most=1)
     sites: list[str] | None = None
-    times: int | None = 4
-    every: int | None = None
-    begin: float = 0.1
-    end: float = 0.6
-    amount: Any = 0.5
-    where: Any = "all"
+    times: int | None = limited(4, least=1)
+    every: int | None = limited(None, least=1)
+    begin: float = limited(0.1, least=0, most=1)
+    end: float = limited(0.6, least=0, most=1)
+    amount: Any = limited(0.5, above=0, choices=("auto",))
+    where: Any = limited("all", choices=("all", "best", "round_robin"))
     when: Any = None
     stop: list[Any] = field(default_factory=list)
-    amplitude: Any = "line_search"
+    amplitude: Any = limited("line_search", least=0, choices=("line_search",))
     scheduler: dict[str, Any] = field(default_factory=dict)
-    samples: int = 1024
-    batch_size: int = 128
+    samples: int = limited(1024, least=1)
+    batch_size: int = limited(128, least=1)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
@@ -197,9 +200,9 @@ class OptimizerConfig:
         weight_decay: L2 (sgd) or decoupled (adamw) decay; not applied to biases and norm layers.
     """
 
-    name: str = MISSING
-    lr: float = MISSING
-    weight_decay: float = 0.0
+    name: str = limited(MISSING, choices=("sgd", "adamw"))
+    lr: float = limited(MISSING, above=0)
+    weight_decay: float = limited(0.0, least=0)
 
 
 @dataclass
@@ -211,10 +214,10 @@ class SGDConfig(OptimizerConfig):
         nesterov: Nesterov's form of the momentum.
     """
 
-    name: str = "sgd"
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    momentum: float = 0.9
+    name: str = limited("sgd", choices=("sgd",))
+    lr: float = limited(0.1, above=0)
+    weight_decay: float = limited(5e-4, least=0)
+    momentum: float = limited(0.9, least=0, below=1)
     nesterov: bool = True
 
 
@@ -227,11 +230,11 @@ class AdamWConfig(OptimizerConfig):
         eps: added to the root of the second moment.
     """
 
-    name: str = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 0.01
+    name: str = limited("adamw", choices=("adamw",))
+    lr: float = limited(2e-3, above=0)
+    weight_decay: float = limited(0.01, least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    eps: float = limited(1e-8, above=0)
 
 
 @dataclass
@@ -245,10 +248,10 @@ class LRScheduleConfig:
         decay: share of the run in which the rate falls (trapezoid).
     """
 
-    name: str = "cosine"
-    warmup: float = 0.0
-    final: float = 0.0
-    decay: float = 0.3
+    name: str = limited("cosine", choices=("cosine", "trapezoid", "constant"))
+    warmup: float = limited(0.0, least=0, most=1)
+    final: float = limited(0.0, least=0, most=1)
+    decay: float = limited(0.3, least=0, most=1)
 
 
 @dataclass
@@ -262,7 +265,8 @@ class TrainerConfig:
         accumulate: parts that a process cuts its share of a batch into, to save memory.
         accelerator: auto, cpu or cuda.
         devices: processes that must be there (torchrun --nproc-per-node); null takes what torchrun gives.
-        precision: 32-true, bf16-mixed, 16-mixed, bf16-true or 64-true, as lightning-fabric names them.
+        precision: 32-true, bf16-mixed, 16-mixed, bf16-true or 64-true: true is the dtype of the
+            parameters, mixed that of autocast.
         sync_batchnorm: take the statistics of BatchNorm over all processes (SyncBatchNorm, CUDA only); without it each
             process normalises its own share of a batch, and rank 0's running values count.
         channels_last: keep images and weights in channels-last memory format.
@@ -271,24 +275,24 @@ class TrainerConfig:
         label_smoothing: share of the target spread over all classes.
         checkpoint_every: optimizer steps between two checkpoints; null: only at an epoch's end and after growth.
         deterministic: make torch refuse algorithms whose result can differ from run to run (CPU runs do not).
-        progress: auto (a bar on a terminal, else lines), bar, lines or none.
+        progress: auto (a bar on a terminal, else lines), bar, lines, or none: only the table at the end.
     """
 
-    epochs: int = 20
-    batch_size: int = 128
-    eval_batch_size: int = 512
-    accumulate: int = 1
-    accelerator: str = "auto"
-    devices: int | None = None
-    precision: str = "32-true"
+    epochs: int = limited(20, least=1)
+    batch_size: int = limited(128, least=1)
+    eval_batch_size: int = limited(512, least=1)
+    accumulate: int = limited(1, least=1)
+    accelerator: str = limited("auto", choices=("auto", "cpu", "cuda"))
+    devices: int | None = limited(None, least=1)
+    precision: str = limited("32-true", choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"))
     sync_batchnorm: bool = False
     channels_last: bool = False
     compile: str | None = None
-    clip_gradient: float | None = None
-    label_smoothing: float = 0.0
-    checkpoint_every: int | None = None
+    clip_gradient: float | None = limited(None, above=0)
+    label_smoothing: float = limited(0.0, least=0, below=1)
+    checkpoint_every: int | None = limited(None, least=1)
     deterministic: bool = False
-    progress: str = "auto"
+    progress: str = limited("auto", choices=("auto", "bar", "lines", "none"))
 
 
 @dataclass
@@ -305,8 +309,8 @@ class LoggerConfig:
         tags: wandb tags.
     """
 
-    name: str = "none"
-    mode: str = "offline"
+    name: str = limited("none", choices=("none", "wandb"))
+    mode: str = limited("offline", choices=("online", "offline", "disabled"))
     server: str | None = None
     project: str = "growconv"
     entity: str | None = None
@@ -327,7 +331,7 @@ class RunConfig:
     """
 
     seed: int = 0
-    baselines: list[str] | None = None
+    baselines: list[str] | None = limited(None, choices=("small", "large"))
     report: bool = True
     resume: str | None = None
     data: DataConfig = MISSING
@@ -370,11 +374,15 @@ def conf_dir() -> Path:
     raise ConfigError("the configuration files are missing", where=str(PACKAGE / "conf"), fix="install growconv again")
 
 
-def compose(overrides: list[str]) -> DictConfig:
+def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
     """A run's config from command-line overrides, without a run directory.
 
     Args:
         overrides: as on the command line, for example ["data=synthetic", "trainer.epochs=2"].
+        hydra_too: keep Hydra's own settings, below hydra.
+
+    Raises:
+        ConfigError: an override that does not fit, with what was probably meant.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -383,29 +391,22 @@ def compose(overrides: list[str]) -> DictConfig:
     register_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return hydra_compose("config", overrides)
+        try:
+            return hydra_compose("config", list(overrides), return_hydra_config=hydra_too)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise explain(error, overrides, GlobalHydra.instance().config_loader()) from error
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """The config as nested dictionaries with every reference resolved; what config.yaml holds.
 
     Raises:
-        ConfigError: an option was added that nothing reads.
+        ConfigError: an option that nothing reads, that needs a value, or whose value cannot be used.
     """
-    _refuse_strangers(config, "")
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # pyright: ignore[reportReturnType]
-
-
-def _refuse_strangers(node: DictConfig, prefix: str) -> None:
-    """Hydra's + adds any key; only the open mappings (args, solver, ...) may have keys of their own."""
-    schema = OmegaConf.get_type(node)
-    known = [entry.name for entry in dataclass_fields(schema)] if is_dataclass(schema) else None
-    for key in node:
-        path = f"{prefix}{key}"
-        if known is not None and key not in known:
-            raise ConfigError("there is no such option", where=path, expected=", ".join(known), got=key)
-        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-            _refuse_strangers(node[key], f"{path}.")
+    check_options(config)
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
+    check_together(values)
+    return values
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

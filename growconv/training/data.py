@@ -185,12 +185,20 @@ def load_data(name: str, *, validation: float, augmentation: str, limit: int | N
     order = torch.randperm(len(raw.train_inputs), generator=generator_for(0, "validation"))
     held_out = max(1, round(len(order) * validation))
     kept = order[held_out:] if limit is None else order[held_out : held_out + limit]
-    if len(kept) < 1 or (limit is not None and len(kept) < limit):
+    if limit is not None and not 2 <= limit <= len(order) - held_out:
         raise DataError(
-            "not that many training samples are there",
+            "This many training samples are not there." if limit > 1 else "Training takes two samples at least.",
             where="data.limit",
-            expected=f"at most {len(order) - held_out}",
+            expected=f"2 to {len(order) - held_out}",
             got=limit,
+        )
+    if len(kept) < 2:
+        raise DataError(
+            "There are too few samples to train on.",
+            where=f"data={name}, data.validation={validation}",
+            expected="two or more beside those held out for the validation",
+            got=f"{len(order)} samples, of which {held_out} are held out",
+            fix="add samples to data.root, or lower data.validation",
         )
     train = Split(raw.train_inputs[kept], raw.train_targets[kept])
     mean, std = _channel_moments(train.inputs)

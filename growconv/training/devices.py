@@ -1,22 +1,121 @@
-"""Devices, precision and processes of a run, through lightning-fabric."""
+"""Devices, precision and processes of a run: torch's autocast, gradient scaling and DistributedDataParallel.
+
+Processes are those that torchrun started and describes in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE); nothing else of the environment is read, so that a run inside a Slurm job is what it is elsewhere.
+"""
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from growconv.errors import ConfigError
+from growconv.training.checks import no_sync_batchnorm
 
 T = TypeVar("T")
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+_PARAMETERS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where and how a process of a run computes.
+
+    Attributes:
+        device: its device.
+        precision: as trainer.precision; "true" is the dtype of the parameters, "mixed" that of autocast.
+        rank: number of this process, from 0.
+        world_size: processes of the run.
+        scaler: keeps small float16 gradients from vanishing; see `for_one_run`.
+    """
+
+    device: torch.device
+    precision: str = "32-true"
+    rank: int = 0
+    world_size: int = 1
+    scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def for_one_run(self) -> "Devices":
+        """The same with a scaler that no other run has used."""
+        return replace(self, scaler=torch.amp.GradScaler(self.device.type) if self.precision == "16-mixed" else None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return _PARAMETERS.get(self.precision, torch.float32)
+
+    def wrap(self, model: nn.Module, backend: str | None) -> nn.Module:
+        """The model as it is trained: its gradients averaged over all processes, and compiled where that is asked for.
+
+        Args:
+            model: on the device.
+            backend: of torch.compile; None compiles nothing.
+        """
+        if self.world_size > 1:
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return torch.compile(model, backend=backend) if backend else model  # pyright: ignore[reportReturnType]
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """The model's output in this precision, as float32 or finer for the loss."""
+        with self._computing():
+            output = model(inputs)
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Autocast, or the parameters' dtype for the tensors that the forward pass makes."""
+        if self.precision in _AUTOCAST:
+            with torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision]):
+                yield
+            return
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(_PARAMETERS.get(self.precision, before))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A block whose gradients stay with this process: all parts of a batch but the last."""
+        return wrapped.no_sync() if self.world_size > 1 else nullcontext()  # pyright: ignore[reportCallIssue]
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a loss, scaled where the precision needs it."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, optimizer: Optimizer, clip: float | None) -> None:
+        """One step of an optimizer on the gradients that lie there, which are gone afterwards.
+
+        Args:
+            optimizer: any optimizer of torch.
+            clip: largest norm of the whole gradient; None for no limit.
+        """
+        if clip:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip)
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad()
 
 
 def process_count() -> int:
@@ -29,20 +128,16 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
-    """Fabric for the devices and the precision of the group trainer, launched.
+def make_devices(trainer: Mapping[str, Any]) -> Devices:
+    """Device, precision and processes that the group trainer asks for; joins the processes of torchrun.
 
     Args:
         trainer: the group trainer.
 
     Raises:
-        ConfigError: fewer devices or processes than asked for, an unknown accelerator or precision.
+        ConfigError: fewer devices or processes than asked for, or SyncBatchNorm without CUDA.
     """
-    accelerator, precision = trainer["accelerator"], trainer["precision"]
-    if accelerator not in ("auto", "cpu", "cuda"):
-        raise ConfigError("unknown", where="trainer.accelerator", expected="auto, cpu or cuda", got=accelerator)
-    if precision not in PRECISIONS:
-        raise ConfigError("unknown", where="trainer.precision", expected=", ".join(PRECISIONS), got=precision)
+    accelerator = trainer["accelerator"]
     gpus = torch.cuda.device_count()
     if accelerator == "auto":
         accelerator = "cuda" if gpus else "cpu"
@@ -64,37 +159,30 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
             fix="start fewer processes, or set trainer.accelerator=cpu",
         )
     if trainer["sync_batchnorm"] and accelerator != "cuda":
-        raise ConfigError(
-            "SyncBatchNorm exists on CUDA only",
-            where="trainer.sync_batchnorm",
-            got=f"trainer.accelerator={accelerator}",
-            fix="leave it false, or use model.norm=group, which does not depend on the batch",
-        )
-    options: dict[str, Any] = {"precision": precision}
-    if precision == "16-mixed" and accelerator == "cpu":
-        # Fabric turns this into bfloat16 in silence; torch's CPU autocast and scaler do have float16.
-        options = {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))}
-    nodes = max(1, world // max(1, here))
-    strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=here, num_nodes=nodes, strategy=strategy, **options)
-    fabric.launch()
-    return fabric
+        raise no_sync_batchnorm(accelerator)
+    device = torch.device("cpu")
+    if accelerator == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+    return Devices(device, trainer["precision"], process_rank(), world)
 
 
-def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
+def sum_over_ranks(devices: Devices, value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same on each."""
-    if fabric.world_size > 1:
+    if devices.world_size > 1:
         value = value.clone()
         dist.all_reduce(value)
     return value
 
 
-def on_first(fabric: Fabric, compute: Callable[[], T]) -> T:
+def on_first(devices: Devices, compute: Callable[[], T]) -> T:
     """What rank 0 computes, on every rank; an error there is raised on every rank."""
-    if fabric.world_size == 1:
+    if devices.world_size == 1:
         return compute()
     outcome: list[Any] = [None, None]
-    if fabric.global_rank == 0:
+    if devices.rank == 0:
         try:
             outcome[0] = compute()
         except Exception as error:
@@ -105,27 +193,28 @@ def on_first(fabric: Fabric, compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def share_buffers(fabric: Fabric, model: torch.nn.Module) -> None:
+def share_buffers(devices: Devices, model: torch.nn.Module) -> None:
     """Give every rank rank 0's buffers (running statistics of norm layers), which each rank has of its own."""
-    if fabric.world_size > 1:
+    if devices.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def random_states(fabric: Fabric) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_states(devices: Devices) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The random states of all ranks: torch's as tensors, NumPy's and Python's as JSON-able values."""
     python = random.getstate()
     numpy: Any = np.random.get_state()  # noqa: NPY002 (whatever draws from it has to go on)
     own = (
-        {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if fabric.device.type == "cuda" else {}),
+        {"cpu": torch.get_rng_state()}
+        | ({"cuda": torch.cuda.get_rng_state()} if devices.device.type == "cuda" else {}),
         {
             "python": [python[0], list(python[1]), python[2]],
             "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
         },
     )
     gathered: list[Any] = [own]
-    if fabric.world_size > 1:
-        gathered = [None] * fabric.world_size
+    if devices.world_size > 1:
+        gathered = [None] * devices.world_size
         dist.all_gather_object(gathered, own)
     tensors = {
         f"random/{rank}/{name}": state for rank, (states, _) in enumerate(gathered) for name, state in states.items()
@@ -133,11 +222,11 @@ def random_states(fabric: Fabric) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {str(rank): values for rank, (_, values) in enumerate(gathered)}
 
 
-def set_random_states(fabric: Fabric, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def set_random_states(devices: Devices, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Take over this rank's part of what `random_states` gave."""
-    rank = fabric.global_rank
+    rank = devices.rank
     torch.set_rng_state(tensors[f"random/{rank}/cpu"])
-    if fabric.device.type == "cuda" and f"random/{rank}/cuda" in tensors:
+    if devices.device.type == "cuda" and f"random/{rank}/cuda" in tensors:
         torch.cuda.set_rng_state(tensors[f"random/{rank}/cuda"])
     own = values[str(rank)]
     version, state, gauss = own["python"]

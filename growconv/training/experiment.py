@@ -3,16 +3,17 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
+from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
-from growconv.training import report
+from growconv.growth.scheduler import GrowthScheduler
 from growconv.training.build import (
     check_output,
     grows,
@@ -21,17 +22,16 @@ from growconv.training.build import (
     make_model,
     make_scheduler,
 )
-from growconv.training.checkpoint import Checkpoint, find_checkpoint
+from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
 from growconv.training.config import differences
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
-from growconv.training.devices import make_fabric, on_first
+from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.loop import Trainer, global_batch_size
-from growconv.training.progress import closing_table, make_console
+from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
+from growconv.training.terminal import make_console, shown
 from growconv.training.tracking import make_tracker
-
-BASELINES = ("small", "large")
 
 
 def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, sweep: bool = False) -> dict[str, Any]:
@@ -50,35 +50,54 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
     Raises:
         GrowthError: what is wrong with config, data, model or directory.
     """
-    fabric = make_fabric(config["trainer"])
-    directory = Path(on_first(fabric, lambda: str(directory)))
-    resume = resume or (sweep and on_first(fabric, lambda: _holds_same_run(RunDirectory(directory), config)))
-    if config["trainer"]["deterministic"]:
-        torch.use_deterministic_algorithms(True)
-    dataset = make_dataset(config["data"]).to(fabric.device)
-    named = baselines(config, sweep)
-    title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
-    results = [(title, run_one(config, directory, fabric, dataset, title, resume))]
-    for name in named:
-        fixed, title = baseline_config(config, name), f"fixed {name}"
-        results.append((title, run_one(fixed, directory / f"fixed_{name}", fabric, dataset, title, resume)))
-    if fabric.is_global_zero:
-        if config["trainer"]["progress"] != "none":
+    devices = make_devices(config["trainer"])
+    directory = Path(on_first(devices, lambda: str(directory)))
+    with _alone_in(directory, devices):
+        resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
+        if config["trainer"]["deterministic"]:
+            torch.use_deterministic_algorithms(True)
+        dataset = make_dataset(config["data"]).to(devices.device)
+        if devices.is_first and config["trainer"]["progress"] != "none":
+            print(f"data: {_sizes(dataset)}", flush=True)
+        named = baselines(config, sweep)
+        title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
+        if sweep:
+            title = directory.name  # what tells the run from the others
+        results = [(title, run_one(config, directory, devices, dataset, title, resume))]
+        for name in named:
+            fixed, title, inside = baseline_config(config, name), f"fixed {name}", directory / f"fixed_{name}"
+            with _alone_in(inside, devices):
+                results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
+        if devices.is_first:
             make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
-        if config["report"]:
-            report.main([str(directory)])
+            if config["report"]:
+                from growconv.training.report import write_report  # matplotlib is for the end
+
+                print(f"report: {shown(write_report(directory))}")
     return results[0][1]
 
 
+def _sizes(dataset: Dataset) -> str:
+    return f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test samples"
+
+
+@contextmanager
+def _alone_in(directory: Path, devices: Devices) -> Iterator[None]:
+    """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
+    with ExitStack() as stack:
+        on_first(devices, lambda: stack.enter_context(RunDirectory(directory).locked()))
+        yield
+
+
 def run_one(
-    config: Mapping[str, Any], directory: Path, fabric: Fabric, dataset: Dataset, title: str, resume: bool = False
+    config: Mapping[str, Any], directory: Path, devices: Devices, dataset: Dataset, title: str, resume: bool = False
 ) -> dict[str, Any]:
     """Train one model into one directory.
 
     Args:
         config: the whole config, resolved.
         directory: where it writes.
-        fabric: device, precision and processes.
+        devices: device, precision and processes.
         dataset: on the device.
         title: what progress and tables call it.
         resume: go on with what lies there, if anything does.
@@ -86,38 +105,41 @@ def run_one(
     Returns:
         The summary.
     """
-    files = RunDirectory(directory, active=fabric.is_global_zero)
+    devices = devices.for_one_run()
+    files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    if resume and on_first(fabric, lambda: files.finished):
-        return on_first(fabric, files.summary)
+    if resume and on_first(devices, lambda: files.finished):
+        return on_first(devices, files.summary)
     if resume:
-        found = on_first(fabric, lambda: _found(files, config))
+        found = on_first(devices, lambda: _found(files, config))
     torch.manual_seed(seed_for(config["seed"], "weights"))
-    model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(fabric.device)
-    if config["trainer"]["sync_batchnorm"] and fabric.world_size > 1:
+    model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(devices.device)
+    if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config["trainer"]["precision"] in ("bf16-true", "64-true"):
-        model = model.to(torch.bfloat16 if config["trainer"]["precision"] == "bf16-true" else torch.float64)
+    model = model.to(devices.dtype)
     if config["trainer"]["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     check_output(model, dataset)
+    if found is not None:
+        replay(found, model)
     optimizer = make_optimizer(config["optimizer"], model)
-    batch_size = global_batch_size(config, dataset, fabric.world_size)
+    batch_size = global_batch_size(config, dataset, devices.world_size)
     total = steps_per_epoch(len(dataset.train), batch_size) * config["trainer"]["epochs"]
     example = dataset.inputs(dataset.train, torch.arange(2)).to(next(model.parameters()).dtype)
     scheduler = make_scheduler(config, model, optimizer, example, total)
     loss = make_loss(dataset, config["trainer"]["label_smoothing"])
     lr_schedule = make_lr_schedule(config["lr_schedule"], total)
     if found is None:
-        on_first(fabric, lambda: _start(files, config, fabric, resume))
-    if fabric.is_global_zero:
+        on_first(devices, lambda: _start(files, config, devices, resume))
+    if devices.is_first:
         identity = found.state.get("tracker") if found is not None else None
         tracker = make_tracker(config["logger"], config, directory, directory.name, identity)
     else:
         tracker = make_tracker({"name": "none"}, config, directory, directory.name)
-    trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, fabric, files, tracker, title)
+    trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
+    trainer.progress.say(_introduction(title, model, scheduler))
     # From here on every process draws random numbers of its own (dropout).
-    torch.manual_seed(seed_for(config["seed"], "training", fabric.global_rank))
+    torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
     summary = trainer.fit()
@@ -126,24 +148,19 @@ def run_one(
     return summary
 
 
-def baselines(config: Mapping[str, Any], sweep: bool) -> list[str]:
-    """Names of the fixed models to train for comparison.
+def _introduction(title: str, model: torch.nn.Module, scheduler: GrowthScheduler | None) -> str:
+    """What is trained, for the screen."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sites = f", {len(scheduler.sites)} sites to grow" if scheduler is not None else ""
+    return f"{title}: {parameters:,} parameters{sites}"
 
-    Raises:
-        ConfigError: an unknown name, or a run that does not grow.
-    """
-    wanted = config["baselines"]
-    if wanted is None:
-        quick = config["data"]["name"] == "digits" and not sweep
-        return list(BASELINES) if quick and grows(config) else []
-    unknown = [name for name in wanted if name not in BASELINES]
-    if unknown:
-        raise ConfigError("there is no such baseline", where="baselines", expected=", ".join(BASELINES), got=unknown)
-    if wanted and not grows(config):
-        raise ConfigError(
-            "a fixed run has no baselines", where="baselines", got=wanted, fix="choose a growth, or baselines=[]"
-        )
-    return list(wanted)
+
+def baselines(config: Mapping[str, Any], sweep: bool) -> list[str]:
+    """Names of the fixed models to train for comparison."""
+    if config["baselines"] is not None:
+        return list(config["baselines"])
+    quick = config["data"]["name"] == "digits" and not sweep
+    return ["small", "large"] if quick and grows(config) else []
 
 
 def baseline_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -151,7 +168,7 @@ def baseline_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     Args:
         config: the config of the growing run.
-        name: an entry of BASELINES.
+        name: "small" or "large".
     """
     model, growth = dict(config["model"]), dict(config["growth"])
     if name == "small":
@@ -162,13 +179,13 @@ def baseline_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What tells, besides the config, how a run was made."""
-    packages = ("growconv", "torch", "numpy", "lightning-fabric", "safetensors")
+    packages = ("torch", "numpy", "hydra-core", "safetensors")
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"growconv": __version__} | {name: version(name) for name in packages},
         "git": _git_state(),
     }
 
@@ -206,13 +223,13 @@ def _holds_same_run(files: RunDirectory, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _start(files: RunDirectory, config: Mapping[str, Any], fabric: Fabric, resume: bool) -> None:
+def _start(files: RunDirectory, config: Mapping[str, Any], devices: Devices, resume: bool) -> None:
     if resume:  # killed before its first checkpoint: from the beginning, in the same place
         files.path.mkdir(parents=True, exist_ok=True)
         files.rewind([], [])
         (files.path / "metrics.jsonl").unlink()
         (files.path / "growth.jsonl").unlink()
-    files.start(config, {**environment(), "processes": fabric.world_size})
+    files.start(config, {**environment(), "processes": devices.world_size})
 
 
 def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
@@ -220,7 +237,12 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     if not files.checkpoints.is_dir() or not any(files.checkpoints.glob("*.safetensors")):
         return None
     found = find_checkpoint(files.path)
-    changed = differences(found.state["config"], config)
+    stored = found.state.get("config")
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(
+            "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
+        )
+    changed = differences(stored, config)
     if changed:
         raise CheckpointError(
             "the run was made with another config",

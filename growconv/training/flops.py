@@ -19,6 +19,10 @@ class FlopMeter(TorchDispatchMode):
         flops: operations so far.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, torch's default, would import torch._dynamo at the first operation
+
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
@@ -38,7 +42,8 @@ class FlopMeter(TorchDispatchMode):
 def training_flops(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> float:
     """Operations of the forward and backward pass of one sample.
 
-    They are counted on a copy without data (meta tensors), or on a real copy where the model cannot run without data.
+    They are counted on a copy of the model, as it runs. Meta tensors would need no arithmetic, but their first use
+    imports torch._dynamo, which takes longer than a few samples.
 
     Args:
         model: the model; left as it is.
@@ -49,16 +54,7 @@ def training_flops(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Call
     Returns:
         FLOPs per sample; 2 × MACs.
     """
-    try:
-        twin = copy.deepcopy(model).to("meta")
-        return _count(twin, inputs.to("meta"), targets.to("meta"), loss)
-    except (NotImplementedError, RuntimeError, ValueError):
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-            return _count(copy.deepcopy(model), inputs, targets, loss)
-
-
-def _count(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> float:
-    model.train()
-    with FlopMeter() as meter:
-        loss(model(inputs), targets).backward()
+    twin = copy.deepcopy(model).train()
+    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), FlopMeter() as meter:
+        loss(twin(inputs), targets).backward()
     return meter.flops / len(inputs)

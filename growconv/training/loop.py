@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,7 +16,7 @@ from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
-from growconv.training.devices import on_first, random_states, set_random_states, share_buffers, sum_over_ranks
+from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
 from growconv.training.flops import training_flops
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
@@ -65,7 +65,7 @@ class Trainer:
         scheduler: its growth scheduler; None for a fixed model.
         loss: loss(output, targets), averaged over the samples.
         lr_schedule: factor on the learning rate as a function of the step.
-        fabric: device, precision and processes.
+        devices: device, precision and processes.
         directory: where the run writes.
         tracker: where else its numbers go.
         title: what the progress line calls it.
@@ -80,29 +80,26 @@ class Trainer:
         scheduler: GrowthScheduler | None,
         loss: Callable[[Tensor, Tensor], Tensor],
         lr_schedule: Callable[[int], float],
-        fabric: Fabric,
+        devices: Devices,
         directory: RunDirectory,
         tracker: Tracker,
         title: str,
     ) -> None:
         self.config, self.options = config, config["trainer"]
         self.dataset, self.model, self.optimizer, self.scheduler = dataset, model, optimizer, scheduler
-        self.loss, self.lr_schedule, self.fabric = loss, lr_schedule, fabric
+        self.loss, self.lr_schedule, self.devices = loss, lr_schedule, devices
         self.directory, self.tracker = directory, tracker
         self.position = Position()
-        self.batch_size = global_batch_size(config, dataset, fabric.world_size)
+        self.batch_size = global_batch_size(config, dataset, devices.world_size)
         self.epoch_steps = steps_per_epoch(len(dataset.train), self.batch_size)
         self.total = self.epoch_steps * self.options["epochs"]
-        self.progress = TrainingProgress(
-            self.options["progress"] if fabric.is_global_zero else "none", title, self.total
-        )
+        self.progress = TrainingProgress(self.options["progress"] if devices.is_first else "none", title, self.total)
         self.checkpoints = CheckpointFolder(directory.checkpoints)
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # loss and hits of the present epoch
+        self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
         self._clock = 0.0
-        self._wrapped: Any = None
-        self._wrapped_optimizer: Any = None
+        self._wrapped = model
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the run, from wherever it stands.
@@ -131,22 +128,26 @@ class Trainer:
             CheckpointError: it was saved by another number of processes, or belongs to another model.
         """
         world = found.state.get("world_size")
-        if world != self.fabric.world_size:
+        if world != self.devices.world_size:
             raise CheckpointError(
                 "the number of processes has changed since the run was interrupted",
                 where=str(found.path),
                 expected=f"{world} processes",
-                got=self.fabric.world_size,
+                got=self.devices.world_size,
                 fix=f"start it with: torchrun --nproc-per-node={world} -m growconv resume=... (1: plain growconv)",
             )
+        position = _position(found)
         restore(found, self.model, self.optimizer, self.scheduler)
-        self.position = Position(**found.state["position"])
-        if self.fabric.is_global_zero:  # the checkpoint holds the sum over all ranks
+        self.position = position
+        if self.devices.is_first:  # the checkpoint holds the sum over all ranks
             self._sums += torch.tensor([self.position.loss_sum, self.position.hits], dtype=torch.float64).to(self._sums)
-        scaler = self._scaler
-        if scaler is not None:
-            scaler.load_state_dict(found.state["scaler"])
-        set_random_states(self.fabric, found.tensors, found.state["random"])
+        scaler = self.devices.scaler
+        try:
+            if scaler is not None:
+                scaler.load_state_dict(found.state["scaler"])
+            set_random_states(self.devices, found.tensors, found.state["random"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise _damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
 
     @property
@@ -157,22 +158,16 @@ class Trainer:
     @property
     def train_flops(self) -> float:
         """FLOPs spent so far: training steps, forward and backward, and growth passes, of all processes."""
-        growing = 0.0 if self.scheduler is None else self.scheduler.flops_spent * self.fabric.world_size
+        growing = 0.0 if self.scheduler is None else self.scheduler.flops_spent * self.devices.world_size
         return self.position.step_flops + growing
-
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def _prepare(self) -> None:
         """Wrap the model for its devices and count its FLOPs: at the start, and again after each growth."""
-        self._wrapped = self._wrapped_optimizer = None  # an old wrapper must be gone before the next one is made
-        model: Any = self.model
+        self._wrapped = self.model  # an old wrapper must be gone before the next one is made
         if self.options["compile"]:
-            torch._dynamo.reset()  # what was compiled for the old shapes is of no more use
-            model = torch.compile(self.model, backend=self.options["compile"])
-        self._wrapped, self._wrapped_optimizer = self.fabric.setup(model, self.optimizer)
-        inputs, targets = self._batch(torch.arange(min(4, len(self.dataset.train))))
+            torch.compiler.reset()  # what was compiled for the old shapes is of no more use
+        self._wrapped = self.devices.wrap(self.model, self.options["compile"])
+        inputs, targets = self._batch(torch.arange(min(2, len(self.dataset.train))))
         self._sample_flops = training_flops(self.model, inputs, targets, self.loss)
 
     def _epoch(self) -> None:
@@ -218,23 +213,23 @@ class Trainer:
 
     def _step(self, index: Tensor) -> None:
         """One optimizer step on this process's share of a batch."""
-        position, fabric = self.position, self.fabric
+        position, devices, wrapped = self.position, self.devices, self._wrapped
         factor = self.lr_schedule(position.step)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         # Drawn for the whole batch, so that the run is the same on any number of processes.
         augment = generator_for(self.config["seed"], "augment", position.epoch, position.batch)
-        share = slice(fabric.global_rank, None, fabric.world_size)
+        share = slice(devices.rank, None, devices.world_size)
         inputs, targets = self._batch(index, augment, share)
         parts = list(
             zip(inputs.chunk(self.options["accumulate"]), targets.chunk(self.options["accumulate"]), strict=True)
         )
-        self._wrapped.train()
+        wrapped.train()
         for number, (x, y) in enumerate(parts):
-            with fabric.no_backward_sync(self._wrapped, enabled=number < len(parts) - 1):
-                output = self._wrapped(x)
+            with devices.accumulating(wrapped) if number < len(parts) - 1 else nullcontext():
+                output = devices.forward(wrapped, x)
                 loss = self.loss(output, y)
-                fabric.backward(loss * (len(x) / len(inputs)))
+                devices.backward(loss * (len(x) / len(inputs)))
             self._sums[0] += loss.detach().double() * len(x)
             if not self.dataset.regression:
                 self._sums[1] += (output.detach().argmax(1) == y).double().mean() * len(x)
@@ -243,12 +238,7 @@ class Trainer:
         # A look at the sum makes a GPU wait, so there it is taken now and then.
         if self._sums.device.type == "cpu" or position.step % 50 == 0:
             self._require_finite()
-        if self.options["clip_gradient"]:
-            fabric.clip_gradients(
-                self._wrapped, self._wrapped_optimizer, max_norm=self.options["clip_gradient"], error_if_nonfinite=False
-            )
-        self._wrapped_optimizer.step()
-        self._wrapped_optimizer.zero_grad()
+        devices.step(self.optimizer, self.options["clip_gradient"])
         position.step_flops += self._sample_flops * len(index)
 
     def _require_finite(self) -> None:
@@ -268,14 +258,13 @@ class Trainer:
         if not self.scheduler.due(position.step, {"epoch": position.epoch, **fresh}):
             return False
         began = time.monotonic()
-        share_buffers(self.fabric, self.model)
+        share_buffers(self.devices, self.model)
         events = self.scheduler.grow(self._growth_batches(), self.loss, position.step)
-        for event in events:
-            self.progress.say(str(event))
         if events:
+            self.progress.events(position.step, events)
             self._prepare()
             self.directory.append_events([event.to_dict() for event in events])
-            if self.fabric.is_global_zero:
+            if self.devices.is_first:
                 self.tracker.events(list(self.scheduler.history), events, self.widths)
         else:
             self.progress.say(f"step {position.step}: nothing grew. {self.scheduler.explain()}")
@@ -284,10 +273,10 @@ class Trainer:
 
     def _growth_batches(self) -> list[tuple[Tensor, Tensor]]:
         """This process's share of fresh growth samples, drawn from the training split without augmentation."""
-        options, world = self.config["growth"], self.fabric.world_size
+        options, world = self.config["growth"], self.devices.world_size
         generator = generator_for(self.config["seed"], "growth", self.position.step)
         samples = torch.randperm(len(self.dataset.train), generator=generator)[: options["samples"]]
-        own = samples[: len(samples) // world * world][self.fabric.global_rank :: world]
+        own = samples[: len(samples) // world * world][self.devices.rank :: world]
         return [self._batch(index) for index in own.split(max(1, options["batch_size"] // world))]
 
     def _close_epoch(self) -> dict[str, Any]:
@@ -295,7 +284,7 @@ class Trainer:
         position = self.position
         self._require_finite()
         samples = self.epoch_steps * self.batch_size
-        loss_sum, hits = sum_over_ranks(self.fabric, self._sums).tolist()
+        loss_sum, hits = sum_over_ranks(self.devices, self._sums).tolist()
         self._sums.zero_()
         val_loss, val_accuracy = self.evaluate(self.dataset.validation)
         position.seconds = time.monotonic() - self._clock
@@ -316,7 +305,7 @@ class Trainer:
             record["train_accuracy"] = hits / samples
         position.metrics.append(record)
         self.directory.append_metrics(record)
-        if self.fabric.is_global_zero:
+        if self.devices.is_first:
             self.tracker.metrics(record, position.step)
         self.progress.step(position.step, self._state(record))
         self.progress.epoch(self._state(record))
@@ -326,7 +315,7 @@ class Trainer:
         """What the progress line shows."""
         position = self.position
         latest = record or (position.metrics[-1] if position.metrics else {})
-        loss = float(self._sums[0]) / max(1, position.batch * self.batch_size // self.fabric.world_size)
+        loss = float(self._sums[0]) / max(1, position.batch * self.batch_size // self.devices.world_size)
         return {
             "epoch": position.epoch,
             "epochs": self.options["epochs"],
@@ -370,24 +359,22 @@ class Trainer:
         Returns:
             The mean loss, and the share of correct answers; for a regression the coefficient of determination R².
         """
-        share_buffers(self.fabric, self.model)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
+        share_buffers(self.devices, self.model)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.devices.device)
         self.model.eval()
         batches = self.dataset.batches(
-            split, self.options["eval_batch_size"], self.fabric.global_rank, self.fabric.world_size
+            split, self.options["eval_batch_size"], self.devices.rank, self.devices.world_size
         )
         with torch.no_grad():
             for inputs, targets in batches:
-                with self.fabric.autocast():
-                    output = self.model(self._converted(inputs))
-                output = output.to(torch.promote_types(output.dtype, torch.float32))
+                output = self.devices.forward(self.model, self._converted(inputs))
                 sums[0] += self.loss(output, targets).double() * len(inputs)
                 if self.dataset.regression:
                     sums[1] += (output - targets).double().square().sum()
                 else:
                     sums[1] += (output.argmax(1) == targets).double().mean() * len(inputs)
         self.model.train()
-        loss, score = sum_over_ranks(self.fabric, sums).tolist()
+        loss, score = sum_over_ranks(self.devices, sums).tolist()
         if self.dataset.regression:
             spread = (split.targets.double() - split.targets.double().mean()).square().sum()
             return loss / len(split), 1 - score / float(spread)
@@ -397,20 +384,20 @@ class Trainer:
         position = self.position
         position.seconds = time.monotonic() - self._clock
         self._require_finite()
-        share_buffers(self.fabric, self.model)
-        tensors, values = random_states(self.fabric)
-        position.loss_sum, position.hits = sum_over_ranks(self.fabric, self._sums).tolist()
-        scaler = self._scaler
+        share_buffers(self.devices, self.model)
+        tensors, values = random_states(self.devices)
+        position.loss_sum, position.hits = sum_over_ranks(self.devices, self._sums).tolist()
+        scaler = self.devices.scaler
         state = {
             "position": asdict(position),
             "random": values,
             "scaler": None if scaler is None else scaler.state_dict(),
             "config": dict(self.config),
-            "world_size": self.fabric.world_size,
+            "world_size": self.devices.world_size,
             "tracker": self.tracker.identity,
         }
         on_first(
-            self.fabric,
+            self.devices,
             lambda: self.checkpoints.save(
                 best,
                 model=self.model,
@@ -446,16 +433,39 @@ class Trainer:
         }
 
 
+def _position(found: Checkpoint) -> Position:
+    """Where the checkpoint's run stands, each number of the type that it has in a run."""
+    try:
+        position = Position(**found.state["position"])
+    except (KeyError, TypeError) as error:
+        raise _damaged_state(found, error) from error
+    for name, value in asdict(position).items():
+        kinds: dict[str, tuple[type, ...]] = {"metrics": (list,)}
+        kinds |= dict.fromkeys(("step", "epoch", "batch"), (int,))
+        kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
+        if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
+            raise _damaged_state(found, f"{name}: {value!r}")
+    if not all(isinstance(line, dict) for line in position.metrics):
+        raise _damaged_state(found, "metrics that are no records")
+    return position
+
+
+def _damaged_state(found: Checkpoint, got: object) -> CheckpointError:
+    return CheckpointError(
+        "The checkpoint does not say where its run stands.",
+        where=str(found.path),
+        got=got,
+        fix="restore the file, or load its weights with growconv.load_checkpoint",
+    )
+
+
 def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -> int:
     """Samples of one optimizer step over all processes; the whole training split where that is smaller.
 
     Raises:
-        ConfigError: sizes below 1, or a batch that cannot be shared evenly.
+        ConfigError: a batch that cannot be shared evenly.
     """
     options = config["trainer"]
-    for key in ("epochs", "batch_size", "eval_batch_size", "accumulate"):
-        if options[key] < 1:
-            raise ConfigError("out of range", where=f"trainer.{key}", expected="1 or more", got=options[key])
     size = min(options["batch_size"], len(dataset.train) // world * world)
     if size % world or size == 0:
         raise ConfigError(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from growconv.training.comparison import Comparison, Group
-from growconv.training.records import RunRecord, detail, number
+from growconv.training.records import RunRecord, detail, is_number, number, plain_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#4D4D4D")
 """Okabe and Ito's palette, told apart by colour-blind readers too; line styles change once it is used up."""
@@ -296,8 +296,8 @@ def draw_time(run: RunRecord, narrow: bool) -> Figure:
         parts["other growing" if phases else "growing"] = rest
     left = 0.0
     for index, (name, seconds) in enumerate(parts.items()):
-        label = f"{name} {seconds:.1f} s ({100 * seconds / total if total else 0:.0f} %)"
-        axis.barh(0, seconds, left=left, color=COLOURS[index], height=0.6, label=label)
+        label = f"{plain_text(name, 40)} {seconds:.1f} s ({100 * seconds / total if total else 0:.0f} %)"
+        axis.barh(0, seconds, left=left, color=COLOURS[index % len(COLOURS)], height=0.6, label=label)
         left += seconds
     axis.set(xlabel="seconds", yticks=[])
     axis.grid(visible=False)
@@ -329,7 +329,9 @@ def captured_energy(event: dict[str, Any]) -> float:
 
 def spectrum_of(event: dict[str, Any]) -> Sequence[float]:
     """Gains of all candidates of an event, best first; of the kept ones where no others were recorded."""
-    return [float(value) for value in detail(event, "spectrum") or event.get("gains") or ()]
+    recorded = detail(event, "spectrum")
+    values = recorded if isinstance(recorded, list) and recorded else event.get("gains") or ()
+    return [float(value) if is_number(value) else math.nan for value in values]
 
 
 def spectra_sites(run: RunRecord) -> list[str]:

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from growconv.errors import ConfigError
-
-MODES = ("auto", "bar", "lines", "none")
+from growconv.network.event import GrowthEvent
+from growconv.network.find import LayerRow
+from growconv.training.terminal import make_console
 
 
 def si(number: float | int) -> str:
@@ -19,12 +19,6 @@ def si(number: float | int) -> str:
         if abs(number) >= factor:
             return f"{number / factor:.3g}{prefix}"
     return f"{number:.3g}"
-
-
-def make_console() -> Console:
-    """Standard output; without a terminal wide enough for a whole table."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=120)
 
 
 class TrainingProgress:
@@ -38,10 +32,6 @@ class TrainingProgress:
     """
 
     def __init__(self, mode: str, title: str, total: int, console: Console | None = None) -> None:
-        if mode not in MODES:
-            raise ConfigError(
-                "there is no such progress", where="trainer.progress", expected=", ".join(MODES), got=mode
-            )
         self.console = console or make_console()
         if mode == "auto":
             mode = "bar" if self.console.is_terminal else "lines"
@@ -53,11 +43,12 @@ class TrainingProgress:
         if self.mode == "bar":
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=None),  # what the rest leaves of the line
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[state]}"),
                 console=self.console,
+                expand=True,
             )
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, state="")
@@ -73,15 +64,23 @@ class TrainingProgress:
 
         Args:
             step: optimizer steps done.
-            state: numbers to show beside it.
+            state: numbers, of which the accuracy is shown beside it.
         """
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, state=describe(state))
+            accuracy = state.get("val_accuracy")
+            self._bar.update(self._task, completed=step, state="" if accuracy is None else f"val {100 * accuracy:.2f}%")
 
     def epoch(self, state: Mapping[str, Any]) -> None:
-        """Print the line of a finished epoch."""
-        if self.mode in ("lines", "bar"):
-            self.say(f"{self.title}  {describe(state)}")
+        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side."""
+        label = "" if self.mode == "bar" else f"{self.title}  "
+        width = self.console.width - len(label) if self.console.is_terminal else None
+        self.say(label + describe(state, width))
+
+    def events(self, step: int, events: Sequence[GrowthEvent]) -> None:
+        """Print what one growth round did."""
+        self.say(f"growth at step {step}:")
+        for event in events:
+            self.say(f"  {describe_event(event)}")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -89,20 +88,38 @@ class TrainingProgress:
             self.console.print(text, highlight=False, markup=False)
 
 
-def describe(state: Mapping[str, Any]) -> str:
-    """One line of loss, accuracy, width, cost and the next growth."""
-    parts = []
-    if "epoch" in state:
-        parts.append(f"epoch {state['epoch']:>3}/{state['epochs']}")
-    if state.get("train_loss") is not None:
-        parts.append(f"loss {state['train_loss']:.4f}")
+def describe(state: Mapping[str, Any], width: int | None = None) -> str:
+    """One line of loss, accuracy, width, cost and the next growth.
+
+    Args:
+        state: the numbers.
+        width: characters of the line; what does not fit after epoch and loss is left out. None leaves nothing out.
+    """
+    digits = len(str(state["epochs"]))
+    parts = [f"epoch {state['epoch']:>{digits}}/{state['epochs']}", f"loss {state['train_loss']:.4f}"]
     if state.get("val_accuracy") is not None:
-        parts.append(f"val {state['score']} {100 * state['val_accuracy']:.2f}%")
-    parts.append(f"width {state['width']}")
+        name = "R² " if state["score"] == "R²" else ""
+        parts.append(f"val {name}{100 * state['val_accuracy']:.2f}%")
+    if state["width"] != "fixed":
+        parts.append(f"width {state['width']}")
     parts.append(f"{si(state['parameters'])} parameters")
-    parts.append(f"{si(state['train_flops'])}FLOP")
     if state.get("next_growth") is not None:
-        parts.append(f"next growth at step {state['next_growth']}")
+        parts.append(f"grows at {state['next_growth']}")
+    parts.append(f"{si(state['train_flops'])}FLOP")
+    while width is not None and len("  ".join(parts)) > width and len(parts) > 2:
+        parts.pop()
+    return "  ".join(parts)
+
+
+def describe_event(event: GrowthEvent) -> str:
+    """One line of a growth: site, widths, parameters, and the held-out loss before and after where it was measured."""
+    more = event.parameters_after - event.parameters_before
+    parts = [f"{event.site}  {event.width_before} -> {event.width_after}", f"{more:+,} parameters"]
+    losses = dict(event.details.get("losses", ()))
+    if event.amplitude == 0:
+        parts.append("silent at first")
+    elif 0 in losses and event.amplitude in losses:
+        parts.append(f"loss {losses[0]:.4g} -> {losses[event.amplitude]:.4g}")
     return "  ".join(parts)
 
 
@@ -113,10 +130,11 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
         rows: (label, summary) pairs.
         score: what the accuracies are, "accuracy" or "R²".
     """
-    table = Table(box=box.SIMPLE)
-    table.add_column("model", no_wrap=True)
-    for title in (f"test {score} %", f"val {score} %", "parameters", "training FLOPs", "seconds", "of it growing"):
-        table.add_column(title, justify="right", no_wrap=True)
+    name = "R²" if score == "R²" else "acc"
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in (f"test {name} %", f"val {name} %", "parameters", "FLOPs", "seconds", "growing"):
+        table.add_column(title, justify="right", overflow="fold")
     for label, summary in rows:
         growth = summary["growth_seconds"]
         table.add_row(
@@ -126,6 +144,22 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
             f"{summary['parameters']:,}",
             si(summary["train_flops"]),
             f"{summary['seconds']:.1f}",
-            f"{growth:.1f} s" if growth else "",
+            f"{growth:.1f}" if growth else "",
         )
+    return table
+
+
+def sites_table(rows: Sequence[LayerRow]) -> Table:
+    """Every layer, and the site at which it grows or the reason why it does not.
+
+    Args:
+        rows: as explain_sites gives them.
+    """
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("type", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    table.add_column("growable, or why not", overflow="fold")
+    for row in rows:
+        table.add_row(row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}")
     return table

@@ -2,14 +2,20 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from growconv.errors import CheckpointError
+
+MOST_DEPTH, MOST_DIGITS, MOST_SIZE = 64, 20, 1e30
+"""A run's files nest no deeper, and hold no longer and no larger numbers."""
+MOST_BYTES = {"yaml": 1 << 20, "json": 1 << 28}
+"""Sizes above which a file is not read: a config has a few kilobytes, a history of growth at most some megabytes."""
 
 CONFIG, METRICS, GROWTH, SUMMARY = "config.yaml", "metrics.jsonl", "growth.jsonl", "summary.json"
 
@@ -53,7 +59,7 @@ class RunRecord:
     def seed(self) -> int | None:
         """Seed of the run, None where neither summary nor config says."""
         seed = self.summary.get("seed", self.config.get("seed"))
-        return seed if isinstance(seed, int) else None
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
 
     @property
     def growth_seconds(self) -> float:
@@ -69,7 +75,7 @@ class RunRecord:
             parts = detail(event, "seconds")
             for name in parts if isinstance(parts, dict) else ():
                 phases[name] = phases.get(name, 0.0) + number(parts, name, 0.0)
-        return phases
+        return dict(islice(phases.items(), 8))
 
     def column(self, key: str) -> list[float]:
         """One metric over the epochs, NaN where a line lacks it."""
@@ -104,9 +110,18 @@ def read_run(path: str | Path) -> RunRecord:
         path=directory,
         config=_read_config(directory / CONFIG),
         metrics=tuple(_read_lines(directory / METRICS, needed="epoch")),
-        events=tuple(_read_lines(directory / GROWTH, needed="site")),
+        events=tuple(map(_usual, _read_lines(directory / GROWTH, needed="site"))),
         summary=_read_summary(directory / SUMMARY),
     )
+
+
+def _usual(event: dict[str, Any]) -> dict[str, Any]:
+    """A growth event whose parts are of the usual types; parts of other types are dropped."""
+    usual = {key: value for key, value in event.items() if isinstance(value, _PARTS.get(key, object))}
+    return {**usual, "site": plain_text(event["site"])}
+
+
+_PARTS: dict[str, type] = {"details": dict, "gains": list, "reason": str}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,8 +135,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def is_number(value: object) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value read from JSON is a number that a run can have."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (value == 0 or 1 / MOST_SIZE <= abs(value) <= MOST_SIZE)
+    )
 
 
 def number(line: dict[str, Any], key: str, default: float | int = math.nan) -> float:
@@ -140,21 +159,85 @@ def _damaged(path: Path, what: str, got: object = None) -> CheckpointError:
     return CheckpointError(f"damaged: {what}", where=str(path), got=got, fix="run again, or leave this run out")
 
 
-def _read_text(path: Path) -> str | None:
-    if not path.exists():
-        return None
+def read_yaml(text: str) -> Any:
+    """Read YAML as growconv writes it: without aliases (which can unfold without end), not deep, no endless numbers.
+
+    Raises:
+        yaml.YAMLError: what is wrong with it.
+    """
+    if len(text) > MOST_BYTES["yaml"]:
+        raise yaml.YAMLError(f"more than {MOST_BYTES['yaml']} characters")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise yaml.YAMLError("nested too deeply")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{event.anchor}), which growconv never writes")
+        number = isinstance(event, yaml.ScalarEvent) and event.style is None and event.value[:1] in "+-.0123456789"
+        if number and len(event.value) > 10 * MOST_DIGITS:
+            raise yaml.YAMLError("a number of too many digits")
     try:
+        return yaml.safe_load(text)
+    except (ValueError, OverflowError) as error:  # numbers and dates that are none
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_json(text: str) -> Any:
+    """Read JSON that is not deep; whole numbers of too many digits become floats.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        tree = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [tree]
+    for _ in range(MOST_DEPTH):
+        level = [inner for each in level if isinstance(each, list | dict) for inner in _inside(each)]
+    if level:
+        raise ValueError("nested too deeply")
+    return tree
+
+
+def _inside(tree: list | dict) -> Iterable[Any]:
+    return tree.values() if isinstance(tree, dict) else tree
+
+
+def plain_text(value: object, most: int = 300) -> str:
+    """Text of a stranger as it may be shown: one line, without control characters, not endless.
+
+    Args:
+        value: what to show.
+        most: characters kept.
+    """
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value)[: 2 * most])
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _read_text(path: Path, kind: str = "json") -> str | None:
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():
+            raise _damaged(path, "no file")
+        if path.stat().st_size > MOST_BYTES[kind]:
+            raise _damaged(path, f"larger than {MOST_BYTES[kind]} bytes")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise _damaged(path, "not UTF-8 text", error) from None
+    except OSError as error:
+        raise _damaged(path, "cannot be read", error) from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
+    text = _read_text(path, "yaml")
     if text is None:
         return {}
     try:
-        config = yaml.safe_load(text)
+        config = read_yaml(text)
     except yaml.YAMLError as error:
         raise _damaged(path, "not YAML", str(error).splitlines()[0]) from None
     if not isinstance(config, dict):
@@ -167,8 +250,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        summary = json.loads(text)
-    except json.JSONDecodeError as error:
+        summary = read_json(text)
+    except ValueError as error:
         raise _damaged(path, "not JSON", error) from None
     if not isinstance(summary, dict) or not summary:
         raise _damaged(path, "holds no figures")
@@ -181,8 +264,8 @@ def _read_lines(path: Path, needed: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = read_json(line)
+        except ValueError as error:
             raise _damaged(path, f"line {index} is not JSON", error) from None
         if not isinstance(entry, dict) or needed not in entry:
             raise _damaged(path, f"line {index} has no '{needed}'", line[:80])

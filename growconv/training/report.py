@@ -2,7 +2,6 @@
 
 import argparse
 import html
-import json
 import math
 import os
 import shlex
@@ -16,7 +15,7 @@ import yaml
 
 from growconv.errors import CheckpointError
 from growconv.training import plots
-from growconv.training.records import METRICS, RunRecord, number, read_run
+from growconv.training.records import METRICS, RunRecord, number, plain_text, read_json, read_run
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -74,7 +73,7 @@ def render(run: RunRecord) -> str:
     ]
     state = "" if run.finished else "unfinished, so far: "
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=_escape(f"{run.method} on {_data(run)}, seed {run.seed}"),
+        title=_escape(plain_text(f"{run.method} on {_data(run)}, seed {run.seed}")),
         subtitle=_escape(f"{state}{run.path.resolve()}"),
         tiles=_tiles(run),
         sections="\n".join(section for section in sections if section),
@@ -146,7 +145,7 @@ def _event_table(run: RunRecord) -> str:
             _figure(number(event, "seconds")),
             event.get("reason") or "",
         ]
-        lines.append("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in cells) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td>{_escape(plain_text(cell))}</td>" for cell in cells) + "</tr>")
     head = "<tr>" + "".join(f"<th>{name}</th>" for name in heading) + "</tr>"
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -171,7 +170,7 @@ def environment_of(run: RunRecord) -> dict[str, Any]:
     """What the run wrote about machine, versions and command; empty where it wrote nothing."""
     path = run.path / "environment.json"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}

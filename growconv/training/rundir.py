@@ -1,17 +1,25 @@
 """RunDirectory: the files of a run, each written so that a kill at any moment leaves it readable."""
 
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY
+from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
 
 CHECKPOINTS = "checkpoint"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of file systems that cannot lock: network file systems mounted without a lock service, some FUSE ones."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -45,6 +53,39 @@ class RunDirectory:
         self.path = Path(path)
         self.active = active
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process works in this directory.
+
+        The operating system holds the lock and takes it back when the process ends, however it ends.
+
+        Raises:
+            CheckpointError: another process works here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                "Another process works in this run directory.",
+                where=str(self.path),
+                fix=f"wait until it ends, or stop it (fuser {shlex.quote(str(self.path / LOCK))} names it); "
+                "a new run takes another directory: hydra.run.dir=...",
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{self.path} lies on a file system without locks ({error.strerror}): take care yourself that no two "
+                "processes work in it",
+                stacklevel=2,
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
@@ -76,15 +117,19 @@ class RunDirectory:
             write_atomically(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             write_atomically(self.path / "environment.json", json.dumps(versions, indent=2) + "\n")
 
+    @property
+    def config_file(self) -> Path:
+        """Where the run's config lies."""
+        early = self.path / ".hydra" / CONFIG  # all there is of a run that was killed in its very first moments
+        return early if early.is_file() and not (self.path / CONFIG).is_file() else self.path / CONFIG
+
     def config(self) -> dict[str, Any]:
         """The config of the run that lies here.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        path = self.path / CONFIG
-        if not path.is_file() and (self.path / ".hydra" / CONFIG).is_file():
-            path = self.path / ".hydra" / CONFIG  # killed in its very first moments
+        path = self.config_file
         if not path.is_file():
             raise CheckpointError(
                 "no run lies here" if not self.path.is_dir() or not any(self.path.iterdir()) else "a file is missing",
@@ -92,7 +137,7 @@ class RunDirectory:
                 fix="give the directory of a run that has started: it holds config.yaml and checkpoint/",
             )
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = read_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError("damaged: not YAML", where=str(path), got=str(error).splitlines()[0]) from error
         if not isinstance(config, dict) or "trainer" not in config:
@@ -137,8 +182,8 @@ class RunDirectory:
         """
         path = self.path / SUMMARY
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            return read_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             raise CheckpointError(
                 "damaged or missing", where=str(path), got=error, fix="delete it and resume"
             ) from error

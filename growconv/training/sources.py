@@ -5,21 +5,27 @@ Every source returns the same four arrays: training inputs and targets, test inp
 
 import gzip
 import hashlib
+import shlex
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from growconv.errors import DataError
+from growconv.training import pictures
 
 SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
+DEFAULT_ROOT = "~/.cache/growconv"
+MOST_BYTES = 1 << 28
+"""No file of the sets here holds more once decompressed (CIFAR-100's training file: 154 MB)."""
 
 
 class RawData(NamedTuple):
@@ -34,11 +40,12 @@ class RawData(NamedTuple):
 
 def digits() -> RawData:
     """scikit-learn's 1797 handwritten digits, 8×8, levels 0 to 16; every fifth one is for the test."""
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
-    inputs = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    targets = torch.from_numpy(bunch.target.astype(np.int64))
+    package = find_spec("sklearn")  # only its file: importing sklearn.datasets takes as long as importing torch
+    if package is None or package.origin is None:
+        raise DataError("scikit-learn is not installed", where="data=digits", fix="pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    inputs = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(table[:, -1].astype(np.int64))
     test = torch.zeros(len(targets), dtype=torch.bool)
     test[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))[: len(targets) // 5]] = True
     return RawData(inputs[~test], targets[~test], inputs[test], targets[test], 10)
@@ -173,14 +180,16 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
         root: folder that holds the unpacked folder or the archive, and is downloaded into.
         download: whether an archive that is nowhere may be downloaded.
     """
-    layout, folder = CIFAR[name], Path(root)
-    if (folder / layout.folder).is_dir():
+    layout, folder = CIFAR[name], existing_root(root)
+    if (folder / layout.folder).is_dir() and not (folder / layout.archive.name).is_file():
         folder = folder / layout.folder
 
         def read(member: str) -> bytes:
             path = folder / member
             if not path.is_file():
                 raise DataError("this file of the dataset is missing", where=str(path))
+            if path.stat().st_size > MOST_BYTES:
+                raise DataError("The file holds more than any of this set.", where=str(path), got=path.stat().st_size)
             return path.read_bytes()
 
         parts = {member: read(member) for member in (*layout.train, layout.test)}
@@ -202,6 +211,11 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
         raise DataError(
             "records are missing", where=str(folder), expected=CIFAR_RECORDS, got=(len(images), len(test_images))
         )
+    for part in (labels, test_labels):  # the unpacked files have no published checksum; this they do have
+        if len(set(np.bincount(part, minlength=layout.classes).tolist())) != 1:
+            raise DataError(
+                "The classes have not equally many images, as they have in the published set.", where=str(folder)
+            )
     return RawData(_images(images), _labels(labels), _images(test_images), _labels(test_labels), layout.classes)
 
 
@@ -232,41 +246,44 @@ def images(root: str | Path, image_size: int, channels: int) -> RawData:
         image_size: pictures are scaled to squares of this many pixels.
         channels: 1 for grey, 3 for colour.
     """
-    folder = Path(root).expanduser()
-    names = sorted(path.name for path in (folder / "train").glob("*") if path.is_dir())
-    if not names:
-        raise DataError(
-            "no folder of pictures", where=str(folder / "train"), expected="train/CLASS/*.png and test/CLASS/*.png"
-        )
     if channels not in (1, 3):
         raise DataError("pictures are grey or coloured", where="data.channels", expected="1 or 3", got=channels)
-    train = _read_folder(folder / "train", names, image_size, channels)
-    test = _read_folder(folder / "test", names, image_size, channels)
+    if image_size < 1:
+        raise DataError("Pictures have a size.", where="data.image_size", expected="1 or more", got=image_size)
+    folder = existing_root(root)
+    names = pictures.class_names(folder / "train")
+    pictures.check_classes(names, pictures.class_names(folder / "test"), folder)
+    train = _read_folder(folder / "train", folder, names, image_size, channels)
+    test = _read_folder(folder / "test", folder, names, image_size, channels)
     return RawData(*train, *test, len(names))
 
 
-def _read_folder(folder: Path, names: list[str], image_size: int, channels: int) -> tuple[Tensor, Tensor]:
-    from PIL import Image, UnidentifiedImageError
-
-    strangers = sorted(path.name for path in folder.glob("*") if path.is_dir() and path.name not in names)
-    if strangers:
-        raise DataError("a class that the training folder lacks", where=str(folder), got=", ".join(strangers))
-    pictures, labels = [], []
+def _read_folder(folder: Path, root: Path, names: list[str], image_size: int, channels: int) -> tuple[Tensor, Tensor]:
+    found, labels = [], []
     for label, name in enumerate(names):
-        for path in sorted((folder / name).glob("*")):
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            try:
-                with Image.open(path) as image:
-                    square = image.convert("L" if channels == 1 else "RGB").resize((image_size, image_size))
-            except (UnidentifiedImageError, OSError) as error:
-                raise DataError("the picture cannot be read", where=str(path), got=error) from error
-            array = np.array(square)
-            pictures.append(array[None] if channels == 1 else array.transpose(2, 0, 1))
-            labels.append(label)
-    if not pictures:
-        raise DataError("no picture in the folder", where=str(folder), expected=", ".join(sorted(IMAGE_SUFFIXES)))
-    return _images(np.stack(pictures)), torch.tensor(labels)
+        if (folder / name).is_dir():
+            arrays = pictures.read_class(folder / name, root, image_size, channels)
+            found += arrays
+            labels += [label] * len(arrays)
+    return _images(np.stack(found)), torch.tensor(labels)
+
+
+def existing_root(root: str | Path) -> Path:
+    """The folder that data.root names; the default one is made where it is missing.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    folder = Path(root).expanduser()
+    if folder == Path(DEFAULT_ROOT).expanduser():
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise DataError(
+            "This folder does not exist." if not folder.exists() else "This is no folder.",
+            where=f"data.root={root}",
+            fix=f"correct the path, or make the folder: mkdir -p {shlex.quote(str(folder))}",
+        )
+    return folder
 
 
 def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path:
@@ -281,7 +298,7 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
     Raises:
         DataError: it is nowhere, or what was downloaded is not what was published.
     """
-    root = root.expanduser()
+    root = existing_root(root)
     places = [root / remote.name]
     if dataset in SYSTEM_FOLDERS:
         places.append(SYSTEM_FOLDERS[dataset] / remote.name)
@@ -296,7 +313,9 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
     import pooch
 
     try:
-        return Path(pooch.retrieve(remote.url, known_hash=f"md5:{remote.md5}", fname=remote.name, path=root))
+        # Of two processes one downloads; the other waits and finds the file.
+        with FileLock(root / f".{remote.name}.lock"):
+            return Path(pooch.retrieve(remote.url, known_hash=f"md5:{remote.md5}", fname=remote.name, path=root))
     except Exception as error:  # pooch lets through whatever its transport raises
         raise DataError(
             f"{remote.name} could not be downloaded",
@@ -338,7 +357,12 @@ def read_idx(path: Path, content: str | None = None) -> np.ndarray:
         DataError: truncated, no IDX file, or another content than published.
     """
     try:
-        raw = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as stream:
+            raw = stream.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise DataError(
+                "The file holds more than any of this set.", where=str(path), expected=f"{MOST_BYTES} bytes"
+            )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             "the file is truncated or damaged",

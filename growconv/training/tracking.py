@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from growconv.errors import ConfigError
-from growconv.network.surgery import GrowthEvent
+from growconv.network.event import GrowthEvent
 
 PATIENCE = 30  # seconds to wait for a server
 
@@ -103,18 +102,9 @@ def make_tracker(
         directory: the run directory.
         name: name of the run.
         identity: identity of the tracker that the run had before it was interrupted.
-
-    Raises:
-        ConfigError: an unknown name or mode.
     """
     if options["name"] == "none":
         return Tracker()
-    if options["name"] != "wandb":
-        raise ConfigError("there is no such logger", where="logger.name", expected="none or wandb", got=options["name"])
-    if options["mode"] not in ("online", "offline", "disabled"):
-        raise ConfigError(
-            "there is no such mode", where="logger.mode", expected="online, offline or disabled", got=options["mode"]
-        )
     return WandbTracker(options, config, directory, name, identity)
 
 

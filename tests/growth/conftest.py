@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 
 
 def build_chain(*widths, norm=True, seed=0, activation=nn.ReLU):

@@ -58,16 +58,44 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     assert choice.decrease == pytest.approx(choice.losses[0.0] - min(choice.losses.values()))
 
 
-def test_what_lies_below_the_readers_runs_once_a_batch(chain, batches_of, proposed) -> None:
-    model = chain(3, 4, 5).eval()
-    site, growth = proposed(model, site=1, dtype=torch.float32)
-    calls = []
-    model[0].register_forward_hook(lambda *_: calls.append(0))
-    model.get_submodule(site.consumers[0]).register_forward_hook(lambda *_: calls.append(1))
-    choice = choose_amplitude(model, site, growth, batches_of(3, start=600), F.cross_entropy)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", ["plain", "weight norm", "stream"])
+def test_every_loss_is_that_of_the_grown_model(kind, mode, digits, sites_of, batches_of) -> None:
+    model = unusual(kind).double().train(mode == "train")
+    site = sites_of(model)[0]
+    generator = torch.Generator().manual_seed(1)
+    growth = growconv.solve(site, method="random", channels=2, generator=generator)
+    outgoing = {path: torch.randn_like(weight) for path, weight in growth.outgoing.items()}
+    growth, batches = replace(growth, outgoing=outgoing), batches_of(2, start=600, dtype=torch.float64)
+    choice = choose_amplitude(model, site, growth, batches, F.cross_entropy)
     assert len(choice.losses) >= 5
-    assert calls.count(0) == 3
-    assert calls.count(1) == 3
+    for amplitude, loss in choice.losses.items():
+        grown = copy.deepcopy(model)
+        growconv.grow(grown, site, growth, amplitude=amplitude)
+        assert loss == pytest.approx(mean_loss(grown, batches), rel=1e-12)
+
+
+class Stream(nn.Module):
+    """A convolution that reads and writes the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((x + torch.relu(self.body(x))).mean((2, 3)))
+
+
+def unusual(kind: str) -> nn.Module:
+    """A model for digits with batch norms, weights stored as lengths and directions, or a residual stream."""
+    torch.manual_seed(0)
+    if kind == "stream":
+        return Stream()
+    norm = nn.utils.parametrizations.weight_norm if kind == "weight norm" else lambda layer: layer
+    middle = [nn.BatchNorm2d(3)] if kind == "plain" else []
+    pair = [norm(nn.Conv2d(1, 3, 3)), *middle, nn.ReLU(), norm(nn.Conv2d(3, 4, 3))]
+    return nn.Sequential(*pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -163,6 +191,7 @@ def test_bad_input(chain, batches_of, proposed) -> None:
         growth,
         incoming={path: weight[:0] for path, weight in growth.incoming.items()},
         outgoing={path: weight[:, :0] for path, weight in growth.outgoing.items()},
+        gains=growth.gains[:0],
         reason="nothing to gain",
     )
     assert rescaled(site, none) is none

@@ -11,7 +11,7 @@ from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import ScheduleError
 from growconv.growth import AtSteps, GrowthScheduler, ModelCost, PruneBack
 from growconv.growth.pruning import Sizes, energy_scores, norm_scores
-from growconv.network.surgery import shrink
+from growconv.network.apply import shrink
 
 LOSS = nn.functional.cross_entropy
 
@@ -58,6 +58,7 @@ def stored_otherwise(kind):
     torch.manual_seed(0)
     conv = {
         "weight_norm": lambda *shape: nn.utils.parametrizations.weight_norm(nn.Conv2d(*shape, 3, padding=1)),
+        "other_axis": lambda *shape: nn.utils.parametrizations.weight_norm(nn.Conv2d(*shape, 3, padding=1), dim=1),
         "cp": lambda *shape: CPConv2d(*shape, 3, padding=1, rank=3),
         "tucker": lambda *shape: TuckerConv2d(*shape, 3, padding=1, rank=(3, 1)),
         "reconstructed": lambda *shape: CPConv2d(*shape, 3, padding=1, rank=3, implementation="reconstructed"),
@@ -65,10 +66,11 @@ def stored_otherwise(kind):
     return nn.Sequential(conv(1, 6), nn.ReLU(), conv(6, 5), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(20, 10))
 
 
-KINDS = ("weight_norm", "cp", "tucker", "reconstructed")
+KINDS = ("weight_norm", "other_axis")
+FACTORIZED = ("cp", "tucker", "reconstructed")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FACTORIZED])
 def test_sizes_where_kernels_are_stored_as_something_else(kind, sites_of, digits):
     model = stored_otherwise(kind)
     sites = sites_of(model)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from growconv.errors import CheckpointError, GrowthError, ScheduleError, SurgeryError
+import growconv
+from growconv.errors import CheckpointError, GrowthError, GrowthWarning, ScheduleError, SiteError, SurgeryError
 from growconv.growth import (
     AtSteps,
     Best,
@@ -22,6 +24,7 @@ from growconv.growth import (
     Plateau,
     TargetAccuracy,
     ToWidth,
+    WarmUp,
     parameter_hash,
     undisturbed,
 )  # fmt: skip
@@ -378,8 +381,8 @@ def test_settings_that_contradict_are_refused_before_training(chain, sites_of, d
         GrowthScheduler(model, optimizer, [])
     with pytest.raises(ScheduleError, match="twice"):
         GrowthScheduler(model, optimizer, [sites[0], sites[0]])
-    with pytest.raises(ScheduleError, match="another model"):
-        GrowthScheduler(other, None, sites)
+    with pytest.raises(SiteError, match="no such layer"):
+        GrowthScheduler(nn.Sequential(nn.Conv2d(1, 3, 3)), None, sites)
     with pytest.raises(SurgeryError, match="does not own"):
         GrowthScheduler(model, optimizer_of(other), sites)
     with pytest.raises(GrowthError, match="no such growth method"):
@@ -401,6 +404,84 @@ def test_growth_batches_are_checked(chain, sites_of, batches_of):
     assert scheduler.rounds == 0
     fixed = GrowthScheduler(model, None, sites_of(model), amplitude=0.5, amount=1)
     assert len(fixed.grow(batches_of(1), LOSS, step=1)) == 2
+
+
+def test_a_site_serves_every_model_of_the_same_names(chain, sites_of, batches_of):
+    model, other = chain(3, 4), chain(3, 4)
+    scheduler = GrowthScheduler(other, optimizer_of(other), sites_of(model), amount=1)
+    scheduler.grow(batches_of(2, size=32), LOSS, step=1)
+    assert (model[0].out_channels, other[0].out_channels) == (3, 4)
+
+
+class Stream(nn.Module):
+    """A pair of convolutions inside a block, and a residual stream that no closed form serves."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(3, 4, 3, padding=2)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((x + torch.relu(self.second(torch.relu(self.first(x))))).mean((2, 3)))
+
+
+def test_sites_that_a_method_cannot_serve_are_left_out_with_one_warning(sites_of, batches_of):
+    model = Stream()
+    sites = sites_of(model)
+    assert [site.name for site in sites if site.refusal("gradmax") is not None] == ["stem + second -> first, head"]
+    with pytest.warns(GrowthWarning, match="1 of 2 sites.*scheduler.left_out.*random") as caught:
+        scheduler = GrowthScheduler(model, optimizer_of(model), sites, method="gradmax", amount=1)
+    assert len(caught) == 1
+    assert [site.name for site in scheduler.sites] == ["first -> second"]
+    assert [(each.site.name, bool(each.reason)) for each in scheduler.left_out] == [
+        ("stem + second -> first, head", True)
+    ]
+    assert len(scheduler.grow(batches_of(2, size=32), LOSS, step=1)) == 1
+    stream = [site for site in sites if len(site.producers) > 1]
+    with pytest.raises(ScheduleError, match="cannot serve any of these sites"):
+        GrowthScheduler(model, None, stream, method="gradmax")
+
+
+def test_a_site_made_by_hand_is_never_left_out(batches_of):
+    model, x = Stream(), batches_of(1)[0][0][:2]
+    site = growconv.site(model, ["stem", "second"], ["first", "head"], example_input=x)
+    other = growconv.site(model, "first", "second", example_input=x)
+    with pytest.raises(ScheduleError, match="this site"):
+        GrowthScheduler(model, None, [other, site], method="gradmax")
+    assert GrowthScheduler(model, None, [other, site], method="random").left_out == ()
+
+
+def test_without_a_schedule_only_grow_works(chain, sites_of, batches_of):
+    model = chain(3, 4)
+    scheduler = GrowthScheduler(model, optimizer_of(model), sites_of(model), amount=1)
+    with pytest.raises(ScheduleError, match="no schedule"):
+        scheduler.due(1)
+    assert len(scheduler.grow(batches_of(2, size=32), LOSS)) == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_grow_and_train_like_the_original(chain, sites_of, digits, batches_of, duplicate):
+    model = chain(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    scheduler = GrowthScheduler(
+        model, optimizer, sites_of(model), every=3, times=3, amount=1, learning_rate=WarmUp(4), method="random"
+    )
+    train(model, optimizer, digits, scheduler, 5, lambda: batches_of(2, size=32))
+    twin, twins_optimizer, twins_scheduler = duplicate((model, optimizer, scheduler))
+    assert all(site.model is twin for site in twins_scheduler.sites)
+    for each in ((model, optimizer, scheduler), (twin, twins_optimizer, twins_scheduler)):
+        train(each[0], each[1], digits, each[2], 12, lambda: batches_of(2, size=32), first=6)
+    assert parameter_hash(model) == parameter_hash(twin)
+    assert [site.width for site in twins_scheduler.sites] == [site.width for site in scheduler.sites] == [6, 7]
+
+
+def test_a_schedule_says_what_it_will_do(chain, sites_of):
+    model = chain(3, 4)
+    text = repr(GrowthScheduler(model, None, sites_of(model), method="tiny", every=500, times=8, amount=0.25))
+    for part in ("'tiny'", "every 500 steps", "8 times", "0.25", "All()", "2 sites"):
+        assert part in text
+    assert "when grow() is called" in repr(GrowthScheduler(model, None, sites_of(model)))
 
 
 def test_a_schedule_prints_itself(chain, sites_of, batches_of):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from growconv.errors import GrowthError, ScheduleError
 from growconv.growth import Budget, GrowthScheduler, Plateau, parameter_hash, require_equal_parameters, rewrap
 from growconv.growth.distributed import agreed, reduce_statistics
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.statistics.collect import collect_statistics
 
 LOSS = nn.functional.cross_entropy
@@ -45,7 +45,7 @@ def growth_batches(dtype=torch.float64):
 
 def sites_of(model):
     dtype = next(model.parameters()).dtype
-    return [site for site in find_sites(model, torch.zeros(2, 1, 8, 8, dtype=dtype)) if site.closed_form is None]
+    return [site for site in find_sites(model, torch.zeros(2, 1, 8, 8, dtype=dtype)) if site.closed_form]
 
 
 def moments(rank, world):
@@ -71,12 +71,12 @@ def moments(rank, world):
     answer = {f"{name} twice": statistics.N for name, statistics in twice.items()}
     answer["passes"] = torch.tensor(float(all(statistics.notes for statistics in twice.values())))
     for name, statistics in found.items():
-        for reader in statistics.readers:
-            values = {**reader.moments, "N": reader.N, "energy": torch.tensor(reader.gradient_energy)}
-            answer |= {f"{name} {reader.consumer} {key}": value for key, value in values.items()}
+        for consumer in statistics.consumers:
+            values = {**consumer.moments, "N": consumer.N, "energy": torch.tensor(consumer.gradient_energy)}
+            answer |= {f"{name} {consumer.consumer} {key}": value for key, value in values.items()}
             kept = statistics.samples_kept
             answer[f"{name} kept"] = (
-                kept.x[statistics.producer].square().sum() + kept.v_perp(reader.consumer).square().sum()
+                kept.x[statistics.producer].square().sum() + kept.v_perp(consumer.consumer).square().sum()
             )
         answer |= {f"{name} mean": statistics.patch_mean, f"{name} gram": statistics.patch_gram}
         answer[f"{name} samples"] = torch.tensor(float(statistics.samples))

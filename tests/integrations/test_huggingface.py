@@ -1,5 +1,7 @@
 """Hazard: growth that the Hugging Face Trainer does not notice, or that its checkpoints lose."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -33,7 +35,7 @@ def build(seed=0):
 
 def inner(sites):
     """The channels between the two convolutions of each block."""
-    return [site for site in sites if site.closed_form is None and site.kind == "pair"]
+    return [site for site in sites if site.closed_form and site.kind == "pair"]
 
 
 def trainer_of(folder, model, callback, data, epochs=2, evaluation=None, **options):
@@ -95,6 +97,20 @@ def test_metrics_of_an_evaluation_reach_the_policies_once(tmp_path, digits):
     options = {"eval_strategy": "epoch", "save_strategy": "no"}
     trainer_of(tmp_path, build(), growth, Digits(digits), epochs=3, evaluation=held_out, **options).train()
     assert [event.step for event in growth.scheduler.history][::2] == [21]
+
+
+def test_code_that_a_config_brings_along_is_not_run(tmp_path, digits):
+    growth = GrowthCallback(sites=inner, method="random", every=5, times=1, amount=2, batches=1)
+    trainer = trainer_of(tmp_path, build(), growth, Digits(digits), epochs=1, save_strategy="no")
+    trainer.train()
+    folder = tmp_path / "final"
+    trainer.save_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    load_grown(ResNetForImageClassification, folder)
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_what_cannot_work_is_refused(tmp_path, digits):

@@ -144,6 +144,19 @@ def test_what_cannot_work_is_refused(tmp_path, digits):
         load_grown(Classifier(), tmp_path / "plain.ckpt")
 
 
+def test_a_pickle_of_a_stranger_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    torch.save({"state_dict": {}, "callbacks": {}, "x": Evil()}, tmp_path / "evil.ckpt")
+    (tmp_path / "noise.ckpt").write_bytes(b"no checkpoint at all")
+    for name in ("evil.ckpt", "noise.ckpt"):
+        with pytest.raises(CheckpointError, match=name):
+            load_grown(Classifier(), tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_two_processes_grow_the_same_model(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     result = subprocess.run(

@@ -16,10 +16,10 @@ from torch import nn
 
 import growconv
 from growconv.errors import CheckpointError
-from growconv.growth.history import GrowthHistory
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.site import find_sites
-from growconv.network.surgery import grow
+from growconv.network.apply import grow
+from growconv.network.event import GrowthHistory
+from growconv.network.find import find_sites
 from growconv.solvers.base import solve
 from growconv.training.checkpoint import (
     BEST,

@@ -5,9 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from growconv.cli import run_name
 from growconv.errors import ConfigError
@@ -50,14 +48,14 @@ def test_every_solver_has_a_file_with_its_hyperparameters():
         ("trainer.epoch=3", "trainer.epoch"),
         ("trainer.epochs=many", "trainer.epochs"),
         ("growth.amplitud=1", "growth.amplitud"),
-        ("model=resnet21", "model/resnet21"),
+        ("model=resnet21", "resnet20"),
         ("data.hidden=3", "data.hidden"),
         ("optimizer.momentum=0.9", "optimizer.momentum"),
         ("data.limit=2.5", "data.limit"),
     ],
 )
 def test_typos_and_wrong_types_are_named(override, word):
-    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+    with pytest.raises(ConfigError) as caught:
         compose([override])
     assert word in str(caught.value)
 

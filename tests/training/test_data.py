@@ -5,6 +5,9 @@ import hashlib
 import io
 import struct
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 
 from growconv.errors import DataError
 from growconv.training import sources
+from growconv.training.config import StoredConfig
 from growconv.training.data import (
     epoch_order,
     generator_for,
@@ -168,16 +172,60 @@ def test_download_checks_what_arrives(fashion, tmp_path_factory, monkeypatch):
     assert not (target / good[first].name).exists()
 
 
+def test_a_bomb_does_not_take_its_memory(fashion, monkeypatch):
+    root, _ = fashion
+    monkeypatch.setattr(sources, "MOST_BYTES", 1 << 20)
+    (root / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(1 << 22)))
+    with pytest.raises(DataError, match="holds more than any"):
+        sources.fashion_mnist(root)
+
+
+def test_a_root_that_does_not_exist_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(DataError, match=r"data\.root="):
+            sources.fashion_mnist(root)
+        with pytest.raises(DataError, match=r"data\.root="):
+            sources.cifar("cifar10", root, download=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sources.existing_root(sources.DEFAULT_ROOT).is_dir()
+    assert StoredConfig().root == sources.DEFAULT_ROOT
+
+
+def test_two_downloads_at_once_do_not_collide(fashion, tmp_path_factory, monkeypatch):
+    """Two threads ask for the same missing file: it is fetched once, and both find it whole."""
+    served, _ = fashion
+    target, fetched = tmp_path_factory.mktemp("downloaded"), []
+    remote = next(iter(sources.FASHION_MNIST.values()))
+    content = (served / remote.name).read_bytes()
+    import pooch
+
+    def slowly(url, output, _pooch):
+        fetched.append(url)
+        time.sleep(0.2)
+        Path(output).write_bytes(content)
+
+    monkeypatch.setattr(pooch.core, "choose_downloader", lambda url, progressbar=False: slowly)
+    remote = remote._replace(md5=hashlib.md5(content).hexdigest())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: sources.locate("other", remote, target, True), range(2)))
+    assert [path.read_bytes() for path in found] == [content] * 2
+    assert len(fetched) == 1
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_folder_and_archive(name, tmp_path, monkeypatch):
     layout = sources.CIFAR[name]
     rng = np.random.default_rng(1)
-    monkeypatch.setattr(sources, "CIFAR_RECORDS", (4 * len(layout.train), 3))
+    each, held = (20, 10) if layout.classes == 10 else (100, 100)
+    monkeypatch.setattr(sources, "CIFAR_RECORDS", (each * len(layout.train), held))
     folder = tmp_path / layout.folder
     folder.mkdir()
     contents = {}
     for member in (*layout.train, layout.test):
-        records = rng.integers(0, layout.classes, (3 if member == layout.test else 4, layout.label_bytes + 3072))
+        count = held if member == layout.test else each
+        records = rng.integers(0, layout.classes, (count, layout.label_bytes + 3072))
+        records[:, layout.label_bytes - 1] = np.arange(count) % layout.classes
         contents[member] = records.astype(np.uint8)
         (folder / member).write_bytes(contents[member].tobytes())
     raw = sources.cifar(name, tmp_path)
@@ -204,6 +252,11 @@ def test_cifar_folder_and_archive(name, tmp_path, monkeypatch):
     (folder / layout.test).write_bytes(contents[layout.test][:-1].tobytes())
     with pytest.raises(DataError, match="records are missing"):
         sources.cifar(name, tmp_path)
+    another = contents[layout.test].copy()
+    another[0, layout.label_bytes - 1] = 1
+    (folder / layout.test).write_bytes(another.tobytes())
+    with pytest.raises(DataError, match="equally many"):
+        sources.cifar(name, tmp_path)
     contents[layout.test][0, layout.label_bytes - 1] = layout.classes
     (folder / layout.test).write_bytes(contents[layout.test].tobytes())
     with pytest.raises(DataError, match="label is out of range"):
@@ -222,10 +275,12 @@ def test_folder_of_pictures(tmp_path):
     (tmp_path / "train" / "dog" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.png"):
         sources.images(tmp_path, 8, 3)
-    with pytest.raises(DataError, match="no folder of pictures"):
+    with pytest.raises(DataError, match="This folder does not exist"):
         sources.images(tmp_path / "nowhere", 8, 3)
     (tmp_path / "train" / "dog" / "broken.png").unlink()
     (tmp_path / "test" / "bird").mkdir()
+    assert sources.images(tmp_path, 8, 3).classes == 2  # an empty folder is no class
+    Image.new("L", (4, 4)).save(tmp_path / "test" / "bird" / "0.png")
     with pytest.raises(DataError, match="bird"):
         sources.images(tmp_path, 8, 3)
 

@@ -10,6 +10,8 @@ import torch
 
 from growconv.cli import main
 from growconv.training.checkpoint import read_checkpoint
+from growconv.training.config import compose, plain
+from growconv.training.devices import Devices, make_devices
 
 QUICK = [
     "trainer.epochs=3",
@@ -117,3 +119,57 @@ def test_what_only_makes_it_faster_changes_nothing(options, tmp_path):
     assert len(fast.history) == len(plain.history) > 0
     for name, tensor in plain.model.items():
         torch.testing.assert_close(fast.model[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_is_taken_from_slurm(monkeypatch):
+    """A run inside a Slurm job is one process, as long as torchrun says nothing else."""
+    for key, value in {"NTASKS": "4", "PROCID": "3", "LOCALID": "3", "JOB_ID": "7", "NODELIST": "a,b"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    devices = make_devices(plain(compose(["trainer.accelerator=cpu"]))["trainer"])
+    assert (devices.world_size, devices.rank, devices.is_first) == (1, 0, True)
+    assert not torch.distributed.is_initialized()
+
+
+class Seen(torch.nn.Module):
+    """Remembers the dtypes of what it makes and computes."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2).to(dtype)
+
+    def forward(self, inputs):
+        result = self.layer(inputs)
+        self.made, self.computed = torch.zeros(1).dtype, result.dtype
+        return result
+
+
+@pytest.mark.parametrize(
+    ("precision", "made", "computed", "output"),
+    [
+        ("32-true", torch.float32, torch.float32, torch.float32),
+        ("64-true", torch.float64, torch.float64, torch.float64),
+        ("bf16-true", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("bf16-mixed", torch.float32, torch.bfloat16, torch.float32),
+        ("16-mixed", torch.float32, torch.float16, torch.float32),
+    ],
+)
+def test_each_precision_computes_in_its_dtype(precision, made, computed, output):
+    devices = Devices(torch.device("cpu"), precision)
+    model = Seen(devices.dtype)
+    result = devices.forward(model, torch.ones(3, 2, dtype=devices.dtype))
+    assert (model.made, model.computed, result.dtype) == (made, computed, output)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_scaled_gradient_is_clipped_at_its_true_norm_and_no_scaler_is_shared():
+    devices = Devices(torch.device("cpu"), "16-mixed").for_one_run()
+    assert devices.scaler is not None
+    assert devices.for_one_run().scaler is not devices.scaler
+    assert Devices(torch.device("cpu")).for_one_run().scaler is None
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    devices.backward((weight * torch.tensor([3.0, 4.0, 0.0, 0.0])).sum())
+    assert float(weight.grad.norm()) == pytest.approx(5 * devices.scaler.get_scale())
+    devices.step(optimizer, clip=0.5)
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.3, -0.4, 0.0, 0.0]))
+    assert weight.grad is None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from growconv.errors import ConfigError
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from growconv.training import models
 from growconv.training.build import choose_sites
 from growconv.training.config import compose, plain

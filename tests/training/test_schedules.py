@@ -1,11 +1,13 @@
 """Learning rates over a run, beside torch's own schedulers and numpy's interpolation."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from growconv.errors import ConfigError
-from growconv.training.schedules import make_lr_schedule
+from growconv.training.config import compose, plain
+from growconv.training.schedules import make_lr_schedule, make_optimizer
 
 SHARES = {"warmup": 0.0, "final": 0.0, "decay": 0.3}
 
@@ -34,7 +36,29 @@ def test_constant_stays() -> None:
     assert {factor(step) for step in range(10)} == {1.0}
 
 
-@pytest.mark.parametrize(("change", "named"), [({"name": "step"}, "trapezoid"), ({"decay": 2.0}, "lr_schedule.decay")])
-def test_bad_input(change: dict, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        make_lr_schedule({"name": "cosine", **SHARES, **change}, 10)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_optimizers_are_torchs_own(kind: str) -> None:
+    """Step for step, with the state that torch's classes load."""
+    config = plain(compose([f"optimizer={kind}"]))["optimizer"]
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(config, ours)
+    groups = [
+        {"params": [theirs.weight], "weight_decay": config["weight_decay"]},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
+    if kind == "sgd":
+        expected = torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"])
+    else:
+        expected = torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"])
+    for step in range(6):
+        if step == 3:
+            expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for model, each in ((ours, optimizer), (theirs, expected)):
+            each.zero_grad()
+            model(torch.arange(6.0).reshape(2, 3)).square().sum().backward()
+            each.step()
+        assert torch.equal(ours.weight, theirs.weight)
+        assert torch.equal(ours.bias, theirs.bias)
+    assert isinstance(optimizer, type(expected))

@@ -18,7 +18,7 @@ from growconv.network.layout import IN, OUT
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups",
-    "pretended", "problem", "ranks", "set_outputs", "size", "stored", "weighted",
+    "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -124,6 +124,12 @@ def size(module: nn.Module, side: str) -> int:
         expected, got = " or ".join(found.sides), f"{side} of {type(module).__name__}"
         raise SiteError("this layer has no such side", expected=expected, got=got)
     return found.size(side)
+
+
+def scale_of(value: object) -> Tensor | None:
+    """What a norm multiplies each normalised channel with; None for a norm without weights, and for anything else."""
+    found = _find(value)
+    return stored(found.module, "weight") if isinstance(found, Norm) and found.normalises else None
 
 
 def channel_axis(module: nn.Module, ndim: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from growconv.convolution.cost import multiplications_per_output
 from growconv.convolution.cp import CPConv
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
@@ -67,6 +68,10 @@ class Factorized(Weighted):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Convolve with a full kernel."""
         return self.module.convolve(x, weight, bias, groups or 1)  # pyright: ignore[reportCallIssue]
+
+    def multiplications(self) -> float:
+        """Those of the convolutions that it runs; what builds a kernel from factors is left out."""
+        return multiplications_per_output(self.module)  # pyright: ignore[reportArgumentType]
 
     def slots(self, side: str) -> list[Slot]:
         """None: its channels stay as they are."""

@@ -160,6 +160,21 @@ class Weighted(Adapter):
             return weight
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
+    # ---------------------------------------------------------------------------------------------- cost
+
+    def multiplications(self) -> float:
+        """Multiply-adds at each location at which the layer applies its kernel."""
+        return float(self.filters().numel())
+
+    def locations(self, x: Tensor, output: Tensor) -> float:
+        """At how many locations the layer applies its kernel, over all samples.
+
+        Args:
+            x: what it was given.
+            output: what it returned.
+        """
+        return output.numel() / self.size(OUT)
+
     # ---------------------------------------------------------------------------------------------- surgery
 
     def _listed(self, side: str) -> bool:
@@ -364,6 +379,10 @@ class TransposedConvolution(Convolution):
     def serves(module: nn.Module) -> bool:
         """Whether it is a transposed convolution."""
         return isinstance(module, _ConvTransposeNd)
+
+    def locations(self, x: Tensor, output: Tensor) -> float:
+        """Every input location is multiplied with the whole kernel."""
+        return x.numel() / self.size(IN)
 
 
 def _widened(tensor: Tensor, rows: int) -> Tensor:

@@ -66,7 +66,10 @@ def split_hessian(model, x, y, channel, smoothing):
     (gradient,) = torch.autograd.grad(loss, z)
 
     def objective(theta):
-        weight, bias = producer.weight.detach().clone(), None if producer.bias is None else producer.bias.detach().clone()
+        weight, bias = (
+            producer.weight.detach().clone(),
+            None if producer.bias is None else producer.bias.detach().clone(),
+        )
         weight[channel] = theta[: weight[0].numel()].view_as(weight[0])
         if bias is not None:
             bias[channel] = theta[-1]

@@ -1,0 +1,426 @@
+"""Records of growth from a file, checked as plain values before any of them touches a model."""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from growconv.errors import CheckpointError, SurgeryError
+from growconv.growth.decision import Policy
+from growconv.network.event import GrowthHistory, apply_edits, count_parameters
+
+Kind = TypeVar("Kind")
+
+SETTABLE = frozenset(
+    {
+        "in_channels",
+        "out_channels",
+        "in_features",
+        "out_features",
+        "groups",
+        "num_features",
+        "num_channels",
+        "num_groups",
+        "num_parameters",
+        "normalized_shape",
+        "rank",
+    }
+)
+"""Attributes of torch's and growconv's own layers that growing sets; of other modules, sizes that are there already."""
+
+INSERTS = ("convolution", "residual")
+BLOCKS = ("insert", "copy", "split", "merge")
+"""Edits that put other modules in the place of old ones."""
+
+MOST = 2**40
+"""Entries of one tensor that no model has; what is too big for the machine's memory is torch's to say."""
+
+_NUMBER, _OPTIONAL = (int, float), (int, float, type(None))
+EVENT: dict[str, tuple[type, ...]] = {
+    "site": (str,),
+    "method": (str,),
+    "channels": (int,),
+    "width_before": (int,),
+    "width_after": (int,),
+    "amplitude": _NUMBER,
+    "gains": (list, tuple),
+    "reason": (str, type(None)),
+    "edits": (list, tuple),
+    "parameters_before": (int,),
+    "parameters_after": (int,),
+    "step": (int, type(None)),
+    "seconds": _OPTIONAL,
+    "predicted_decrease": _OPTIONAL,
+    "realised_decrease": _OPTIONAL,
+    "details": (dict,),
+}
+"""Fields of a growth event's record, with the types that JSON gives them."""
+
+
+SLACK = 64
+"""How many times the entries of all saved tensors one tensor may have had at a moment of its history (pruned back)."""
+
+
+def most_entries(saved: Iterable[Tensor]) -> int:
+    """Entries that a tensor may have had while a model grew to these tensors."""
+    return SLACK * max(sum(tensor.numel() for tensor in saved), 2**16)
+
+
+def history_from(records: Iterable[Mapping[str, Any]]) -> GrowthHistory:
+    """The history that records of a file tell, each field compared with its type.
+
+    Raises:
+        CheckpointError: a record misses a field, or has one that no event has.
+    """
+    listed = list(records)
+    for record in listed:
+        check_event(record)
+    return GrowthHistory.from_records(listed)
+
+
+def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.Module:
+    """Replay a history on a copy of the model, whose tensors have no memory wherever that can be.
+
+    Args:
+        history: from a file.
+        model: as it was built at the start of the run; it is left as it is.
+        most: entries that a tensor may have at any moment.
+
+    Returns:
+        The copy, with the shapes of the grown model.
+
+    Raises:
+        CheckpointError: the model is not the one that the history began with, or the history is forged or damaged.
+    """
+    fix = "build the model with the run's own settings, before any growth and before its optimizer"
+    if not history.starts_from(model):
+        raise CheckpointError(
+            "The history began with another model.",
+            expected=f"{history.events[0].parameters_before} parameters",
+            got=f"{count_parameters(model)} parameters",
+            where=type(model).__name__,
+            fix=fix,
+        )
+    edits = [edit for event in history for edit in event.edits]
+    check_edits(model, edits, most)
+    kernels = any("split" in edit or "merge" in edit for edit in edits)  # computed from those that are there
+    twin = _copied(model, {}) if kernels else without_data(model)
+    try:
+        for event in history:
+            apply_edits(twin, event.edits)
+            if count_parameters(twin) > most or sum("copy" in edit for edit in event.edits) > 1:
+                raise SurgeryError("it asks for more parameters than the saved tensors could fill", where=event.site)
+    except (SurgeryError, TypeError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            "The history does not fit this model.", got=error, where=type(model).__name__, fix=fix
+        ) from error
+    check_counts(twin, edits)
+    return twin
+
+
+def check_event(record: object) -> None:
+    """Compare the fields of one growth event with the types that they have.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    if not isinstance(record, Mapping):
+        raise _refused("A growth event is no record.", got=type(record).__name__)
+    for name, value in record.items():
+        if name not in EVENT or not _is(value, *EVENT[name]):
+            raise _refused(f"A growth event has no such {name}.", got=_short(value))
+    for gain in record.get("gains", ()):
+        if not _is(gain, *_NUMBER):
+            raise _refused("A gain of a growth event is no number.", got=_short(gain))
+
+
+def check_edits(model: nn.Module, edits: Iterable[object], most: int = MOST) -> None:
+    """Follow the edits of a history on the shapes of a model's tensors, without the tensors.
+
+    Args:
+        model: as it was before the edits; it is left as it is.
+        edits: those of all events, in order.
+        most: entries that a tensor may have at any moment.
+
+    Raises:
+        CheckpointError: names the first edit that growing could not have written for this model.
+    """
+    now = shapes_of(model)
+    changed: list[str] = []  # modules that are others than before, with tensors of their own
+    for edit in edits:
+        if not isinstance(edit, Mapping) or not isinstance(edit.get("module"), str):
+            raise _refused("An edit of the history names no module.", got=_short(edit))
+        path = edit["module"]
+        if "attribute" in edit:
+            _check_attribute(edit, most, None if _within(path, changed) else model)
+        elif "tensor" in edit:
+            name = f"{path}.{edit['tensor']}".removeprefix(".")
+            if name not in now and not _within(path, changed):
+                raise _refused("An edit of the history is about a tensor that the model does not have.", edit)
+            _resize(now.get(name), edit, most)
+        else:
+            _check_block(now, edit, most, changed)
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def _resize(shape: list[int] | None, edit: Mapping[str, Any], most: int) -> None:
+    """One insertion or removal; the shape is None where the tensor belongs to an inserted layer."""
+    axis = edit.get("axis")
+    if not _is(axis, int) or not 0 <= axis < (8 if shape is None else len(shape)):
+        raise _refused("An edit of the history is about an axis that the tensor does not have.", edit)
+    size = None if shape is None else shape[axis]
+    if "removed" in edit:
+        removed = edit["removed"]
+        whole = isinstance(removed, list | tuple) and all(_is(entry, int) and entry >= 0 for entry in removed)
+        if not whole or len(set(removed)) != len(removed) or not removed:
+            raise _refused("An edit of the history removes what is no list of entries.", edit)
+        if size is not None and (max(removed) >= size or len(removed) >= size):
+            raise _refused("An edit of the history removes more than there is.", edit, expected=f"of {size} entries")
+        change = -len(removed)
+    else:
+        position, change = edit.get("position"), edit.get("count")
+        if not _is(position, int) or not _is(change, int) or position < 0 or change < 1:
+            raise _refused("An edit of the history inserts nothing anywhere.", edit)
+        if size is not None and position > size:
+            raise _refused("An edit of the history inserts behind the end.", edit, expected=f"at most {size}")
+        entries = change if shape is None else math.prod(shape) // max(shape[axis], 1) * (shape[axis] + change)
+        if entries > most:
+            raise _refused(
+                "An edit of the history asks for more than the saved tensors could fill.",
+                edit,
+                expected=f"at most {most} entries",
+            )
+    if shape is not None:
+        shape[axis] += change
+
+
+def _check_attribute(edit: Mapping[str, Any], most: int, model: nn.Module | None) -> None:
+    """A size of a layer, or one that a module's own code keeps; `model` None for modules that are not known yet."""
+    value, name = edit.get("value"), edit["attribute"]
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
+        raise _refused("An edit of the history sets a width that is none.", edit)
+    if name in SETTABLE or model is None:
+        return
+    try:
+        kept = vars(model.get_submodule(edit["module"])).get(name)
+    except AttributeError:
+        kept = None
+    several = isinstance(kept, list | tuple) and len(kept) == len(values) and all(_is(each, int) for each in kept)
+    if not isinstance(name, str) or name.startswith("__") or not (several or (_is(kept, int) and _is(value, int))):
+        raise _refused(
+            "An edit of the history sets an attribute that growing never sets.",
+            edit,
+            expected=f"{', '.join(sorted(SETTABLE))}, or a size that the module has",
+        )
+
+
+def _check_block(now: dict[str, list[int]], edit: Mapping[str, Any], most: int, changed: list[str]) -> None:
+    """A layer put in front, a block copied, a convolution split or two merged: tensors there have other names then."""
+    path = edit["module"]
+    kind = next((each for each in BLOCKS if each in edit), None)
+    paths = [path, edit["merge"]] if kind == "merge" and isinstance(edit["merge"], str) else [path]
+    for each in paths:
+        if not each or not (_within(each, changed) or any(name.startswith(f"{each}.") for name in now)):
+            raise _refused("An edit of the history is about a module that the model does not have.", edit)
+    if kind is None or set(edit) != {"module", kind}:
+        raise _refused("An edit of the history does nothing that is known.", edit, expected=", ".join(BLOCKS))
+    if kind == "insert":
+        _check_insertion(edit, most)
+    elif kind == "split":
+        _check_split(edit, most)
+    elif not (isinstance(edit[kind], str) or (kind == "copy" and edit[kind] is None)):
+        raise _refused("An edit of the history names no layer.", edit)
+    changed += paths
+    for name in [name for name in now if _within(name.rpartition(".")[0], paths)]:
+        del now[name]
+
+
+def _check_insertion(edit: Mapping[str, Any], most: int) -> None:
+    layer, numbers = edit["insert"], ("channels", "axes", "kernel_size", "seed")
+    whole = isinstance(layer, Mapping) and set(layer) == {"kind", "activation", *numbers}
+    if not whole or layer["kind"] not in INSERTS or not all(_is(layer[name], int) for name in numbers):
+        raise _refused("An edit of the history inserts a layer of no known kind.", edit, expected=", ".join(INSERTS))
+    channels, axes, taps, seed = (layer[name] for name in numbers)
+    fits = 0 <= axes <= 3 and 1 <= taps <= 255 and channels >= 1 and 0 <= seed < 2**31
+    if not fits or channels**2 * taps**axes > most:
+        raise _refused("An edit of the history inserts a layer of no possible size.", edit)
+
+
+def _check_split(edit: Mapping[str, Any], most: int) -> None:
+    values = edit["split"]
+    whole = isinstance(values, Mapping) and set(values) == {"hidden", "first_size"}
+    sizes = values["first_size"] if whole else None
+    if not isinstance(sizes, list | tuple) or not all(_is(each, int) and 1 <= each <= 255 for each in sizes):
+        raise _refused("An edit of the history splits a convolution into no sizes.", edit)
+    if not _is(values["hidden"], int) or not 1 <= values["hidden"] <= min(most, 2**20):
+        raise _refused("An edit of the history splits a convolution over no possible number of channels.", edit)
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes by name as `check_edits` reads them."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    lists = {id(tensor): list(tensor.shape) for _, tensor in tensors}
+    return {name: lists[id(tensor)] for name, tensor in tensors}
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors have shapes but no memory, to try on what is to be done.
+
+    Raises:
+        CheckpointError: the model cannot be copied.
+    """
+    kept: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor) and id(tensor) not in kept:
+                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+                whole = isinstance(tensor, nn.Parameter)
+                kept[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if whole else empty
+    return _copied(model, kept)
+
+
+def _copied(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, kept)
+    except Exception as error:  # whatever an attribute of the user's raises
+        raise CheckpointError(
+            "The model cannot be copied, so nothing can be tried on it before it changes.",
+            where=type(model).__name__,
+            got=f"{type(error).__name__}: {error}",
+            fix="keep what cannot be copied (locks, files, generators) out of the model",
+        ) from error
+
+
+def check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
+    """Compare the attributes that edits set with the tensors that are there after all of them.
+
+    Args:
+        model: after the edits; its tensors need no data.
+        edits: as in `check_edits`.
+
+    Raises:
+        CheckpointError: names the module.
+    """
+    for path in dict.fromkeys(edit["module"] for edit in edits if "attribute" in edit):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue  # a layer inserted later stands there now
+        told, there = vars(module), _there(module)
+        wrong = {name: (there[name], told[name]) for name in there if name in told and told[name] != there[name]}
+        if wrong:
+            raise CheckpointError(
+                "The history tells other widths than the tensors have.",
+                where=path,
+                expected={name: pair[0] for name, pair in wrong.items()},
+                got={name: pair[1] for name, pair in wrong.items()},
+            )
+
+
+def _there(module: nn.Module) -> dict[str, int]:
+    """Widths as the tensors of a plain layer tell them; empty for other modules."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.dim():
+        return {}
+    if weight.dim() == 1:
+        return dict.fromkeys(("num_features", "num_channels", "num_parameters"), len(weight))
+    groups = getattr(module, "groups", 1)
+    first, second = (1, 0) if getattr(module, "transposed", False) else (0, 1)
+    outputs = weight.shape[first] * (groups if first else 1)
+    inputs = weight.shape[second] * (groups if second else 1)
+    return {"out_features": outputs, "in_features": inputs, "out_channels": outputs, "in_channels": inputs}
+
+
+def check_schedule(state: object, phases: Sequence[str], policies: Mapping[str, Policy]) -> None:
+    """Compare the saved state of a GrowthScheduler with what one has, down to the state of each policy.
+
+    Args:
+        state: what a file holds.
+        phases: the phases whose seconds it counts.
+        policies: those of the scheduler that is to take the state; they are left as they are.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    count, clock, last = (
+        (lambda v: _is(v, int) and v >= 0),
+        (lambda v: _is(v, *_NUMBER) and 0 <= v < math.inf),
+        (int, type(None)),
+    )
+    widths = lambda v: isinstance(v, Mapping) and all(map(count, v.values()))  # noqa: E731
+    checks = {
+        "initial_widths": widths,
+        "widths": widths,
+        "visits": widths,
+        "rounds": count,
+        "last_step": lambda v: _is(v, *last),
+        "last_epoch": lambda v: _is(v, *last),
+        "last_pruning": lambda v: _is(v, *last),
+        "seconds": clock,
+        "spent": lambda v: isinstance(v, Mapping) and all(clock(v.get(phase)) for phase in phases),
+        "flops_spent": clock,
+        "policies": lambda v: isinstance(v, Mapping),
+        "history": lambda v: isinstance(v, list | tuple),
+    }
+    if not isinstance(state, Mapping):
+        raise _refused("The saved schedule is no record.", got=type(state).__name__)
+    for name, good in checks.items():
+        if name not in state or not good(state[name]):
+            raise _refused(f"The saved schedule has no such {name}.", got=_short(state.get(name, "nothing")))
+    for name, policy in policies.items():
+        if name in state["policies"]:
+            _check_policy(name, policy, state["policies"][name])
+
+
+def _check_policy(name: str, policy: Policy, saved: object) -> None:
+    """Try a state on a copy: it has to be taken, and to be of the kind that the policy has."""
+    twin = copy.deepcopy(policy)
+    try:
+        twin.load_state_dict(saved)  # pyright: ignore[reportArgumentType]
+        alike = _alike(policy.state_dict(), twin.state_dict())
+    except CheckpointError:
+        raise
+    except Exception as error:  # a policy of the user's may raise anything
+        raise _refused(f"The saved state of the policy {name} cannot be taken.", got=error) from error
+    if not alike:
+        raise _refused(f"The saved state of the policy {name} is of another kind.", got=_short(saved))
+
+
+def _alike(own: object, saved: object) -> bool:
+    """Whether two states are built alike; None stands for a number not known yet."""
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        return own.keys() == saved.keys() and all(_alike(own[key], saved[key]) for key in own)
+    if isinstance(own, list | tuple) and isinstance(saved, list | tuple):
+        return all(isinstance(each, (*_OPTIONAL, str, bool, Mapping)) for each in saved)
+    if isinstance(own, bool | str):
+        return type(own) is type(saved)
+    return _is(saved, *_OPTIONAL)
+
+
+def _is(value: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a value of JSON is of a kind; true and false are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    try:
+        return repr(value)[:200]
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _refused(problem: str, edit: object = None, *, got: object = None, expected: object = None) -> CheckpointError:
+    return CheckpointError(
+        problem,
+        where="growth history",
+        expected=expected,
+        got=_short(edit) if got is None else got,
+        fix="restore the file; it is damaged, or was not written by growconv for this model",
+    )

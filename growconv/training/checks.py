@@ -1,0 +1,270 @@
+"""Limits of options, stated beside their defaults, and what is said of a command line that does not fit them.
+
+Nothing here needs torch: a mistake is answered before anything heavy is loaded.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from growconv.errors import ConfigError
+
+# What omegaconf says of a value of the wrong type, and what it wanted.
+_TYPES = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "converted to String": "text",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an option may be.
+
+    Attributes:
+        least: smallest value.
+        above: what it has to exceed.
+        most: largest value.
+        below: what it has to stay under.
+        choices: the words that it may be.
+    """
+
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
+    choices: tuple[str, ...] = ()
+
+    def allow(self, value: object) -> bool:
+        """Whether a value is within; each entry of a list is looked at, null and mappings pass."""
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return all(self.allow(entry) for entry in value)
+        if isinstance(value, str):
+            return value in self.choices
+        if value is None or isinstance(value, bool | Mapping):
+            return True
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The limits in words."""
+        if self.least is not None and self.most is not None:
+            numbers = [f"{self.least:g} to {self.most:g}"]
+        else:
+            numbers = [f"{self.least:g} or more"] if self.least is not None else []
+            numbers += [f"above {self.above:g}"] if self.above is not None else []
+            numbers += [f"up to {self.most:g}"] if self.most is not None else []
+            numbers += [f"below {self.below:g}"] if self.below is not None else []
+        words = [
+            *self.choices,
+            *([f"a number {', '.join(numbers)}" if self.choices else ", ".join(numbers)] if numbers else []),
+        ]
+        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def limited(default: Any, **limits: Any) -> Any:
+    """A field of a schema with limits.
+
+    Args:
+        default: its default.
+        limits: fields of Limits.
+    """
+    return field(default=default, metadata={"limits": Limits(**limits)})
+
+
+def near(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant; None where none is close."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return found[0] if found else None
+
+
+def check_options(node: DictConfig, prefix: str = "") -> None:
+    """Refuse options that nothing reads, that are missing or outside their limits.
+
+    Hydra's + adds any key; only the open mappings (args, solver, ...) may have keys of their own.
+
+    Args:
+        node: a composed config, or a part of it.
+        prefix: name of that part, with a dot.
+
+    Raises:
+        ConfigError: names the first such option.
+    """
+    schema = OmegaConf.get_type(node)
+    known = {entry.name: entry for entry in dataclass_fields(schema)} if is_dataclass(schema) else None
+    for name in map(str, node):
+        path = f"{prefix}{name}"
+        if known is not None and name not in known:
+            raise _no_option(path, known)
+        if OmegaConf.is_missing(node, name):
+            raise ConfigError("this option needs a value", where=path, fix=f"set it: {path}=...")
+        if isinstance(node[name], DictConfig):
+            check_options(node[name], f"{path}.")
+        limits = known[name].metadata.get("limits") if known is not None else None
+        if limits is not None and not limits.allow(node[name]):
+            got = node[name]
+            meant = near(got, limits.choices) if isinstance(got, str) else None
+            raise ConfigError(
+                "this value cannot be used",
+                where=path,
+                expected=limits,
+                got=got,
+                fix=f"did you mean {path}={meant}?" if meant else None,
+            )
+
+
+def check_together(config: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        config: the whole config.
+
+    Raises:
+        ConfigError: names them.
+    """
+    growth, trainer = config["growth"], config["trainer"]
+    grows = growth["method"] != "none"
+    spread = grows and growth["every"] is None and growth["when"] is None
+    if spread and growth["begin"] > growth["end"]:
+        raise ConfigError(
+            "growth begins after it ends",
+            where="growth.begin, growth.end",
+            expected="begin up to end",
+            got=f"{growth['begin']} and {growth['end']}",
+        )
+    if spread and growth["times"] is None:
+        raise ConfigError("growing needs a number of rounds", where="growth.times", expected="1 or more", got="null")
+    if config["baselines"] and not grows:
+        raise ConfigError(
+            "a fixed run has no baselines",
+            where="baselines",
+            got=config["baselines"],
+            fix="choose a growth, or leave baselines out",
+        )
+    if trainer["sync_batchnorm"] and trainer["accelerator"] == "cpu":
+        raise no_sync_batchnorm("cpu")
+
+
+def no_sync_batchnorm(accelerator: str) -> ConfigError:
+    """The error of SyncBatchNorm away from CUDA."""
+    return ConfigError(
+        "SyncBatchNorm exists on CUDA only",
+        where="trainer.sync_batchnorm",
+        got=f"trainer.accelerator={accelerator}",
+        fix="leave it false, or use model.norm=group, which does not depend on the batch",
+    )
+
+
+def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) -> ConfigError:
+    """What is wrong with overrides that Hydra could not compose.
+
+    Args:
+        error: what Hydra raised.
+        overrides: the overrides.
+        loader: Hydra's loader, which knows the groups.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in loader.get_group_options(group) if not option.endswith("_schema")]
+        if options:
+            meant = near(name, options)
+            fix = f"did you mean {group}={meant}?" if meant else None
+            return ConfigError(
+                f"there is no {group} called {name!r}", where=group, expected=", ".join(options), got=name, fix=fix
+            )
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as unreadable:
+            return ConfigError(
+                "this argument cannot be read",
+                where=text,
+                expected="GROUP=NAME or GROUP.OPTION=VALUE",
+                got=str(unreadable).splitlines()[0],
+                fix="""values with special characters need quotes inside quotes: 'data.root="a b"'""",
+            )
+        if override.is_sweep_override():
+            return ConfigError(
+                "several values make a sweep", where=override.key_or_group, got=text, fix=f"growconv -m {text}"
+            )
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _refused(cause, overrides)
+    return ConfigError("the options do not fit together", where=" ".join(overrides) or None, got=error)
+
+
+def _refused(error: OmegaConfBaseException, overrides: Sequence[str]) -> ConfigError:
+    """What omegaconf did not take: a key that is not there, or a value of another type."""
+    path, problem = str(error.full_key), str(error.msg).splitlines()[0]
+    if isinstance(error, AttributeError | KeyError):
+        asked = next((text for text in overrides if text.lstrip("+~").startswith(path)), path)
+        parent = error.parent_node
+        return _no_option(path, parent if isinstance(parent, DictConfig) else {}, asked)
+    wanted = next((words for phrase, words in _TYPES.items() if phrase in problem), None)
+    if wanted is None:
+        return ConfigError("this option cannot be set like that", where=path, got=problem)
+    return ConfigError("this value has the wrong type", where=path, expected=wanted, got=error.value)
+
+
+def _no_option(path: str, known: Mapping[Any, Any], asked: str | None = None) -> ConfigError:
+    """The error of an option that is not there.
+
+    Args:
+        path: the option, with the names of its groups.
+        known: what lies beside it.
+        asked: the whole override, to repeat it with the right name.
+    """
+    before, _, name = path.rpartition(".")
+    siblings = [str(key) for key in known if key != "hydra"]
+    meant = near(name, siblings)
+    found = f"{before}.{meant}".lstrip(".") if meant else _elsewhere(name, known)
+    fix = f"did you mean {(asked or path).lstrip('+').replace(path, found, 1)}?" if found else None
+    if isinstance(known, DictConfig) and OmegaConf.get_type(known) is dict and not found:
+        fix = f"to pass it on all the same: +{asked}"
+    return ConfigError("there is no such option", where=path, expected=", ".join(siblings) or None, got=name, fix=fix)
+
+
+def _elsewhere(name: str, known: Mapping[Any, Any]) -> str | None:
+    """The only option of that name in a group: trainer.epochs for epochs."""
+    found = [f"{group}.{name}" for group, options in known.items() if isinstance(options, Mapping) and name in options]
+    return found[0] if len(found) == 1 else None
+
+
+def variants(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of a sweep's first run, then with each other value in place of the first, one at a time.
+
+    Args:
+        overrides: of the sweep, some of them lists of values.
+    """
+    choices = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:  # `explain` says what is wrong with it
+            choices.append([text])
+            continue
+        if override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():  # an interval is for a sweeper of its own
+            choices.append([text])
+    first = [values[0] for values in choices]
+    yield first
+    for index, values in enumerate(choices):
+        for value in values[1:]:
+            yield [*first[:index], value, *first[index + 1 :]]

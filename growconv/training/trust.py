@@ -1,0 +1,190 @@
+"""What a stored config may do without its reader's word: build growconv's and torch's own classes, reach no host.
+
+A run directory may come from somebody else. Names in it are looked up in growconv and torch alone, so that no other
+module is imported, and nothing is sent anywhere that the command line of now does not name.
+"""
+
+import importlib
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from growconv.errors import ConfigError
+from growconv.growth.decision import Policy
+from growconv.solvers.base import Solver
+from growconv.training.records import read_yaml
+
+_OF_TORCH: dict[str, tuple[ModuleType, type]] = {
+    "torch.nn": (torch.nn, nn.Module),
+    "torch.optim": (torch.optim, torch.optim.Optimizer),
+    "torch.optim.lr_scheduler": (torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
+}
+"""Modules of torch whose classes a stored config may name, and what these have to be."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a dotted name is a class that growconv or torch.nn or torch.optim defines; imports nothing else.
+
+    Args:
+        name: for example "growconv.training.models.resnet20".
+    """
+    module, _, last = name.rpartition(".")
+    if last.startswith("_") or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    if module in _OF_TORCH:
+        home, kind = _OF_TORCH[module]
+        return _is_kind(getattr(home, last, None), kind)
+    if module.partition(".")[0] != "growconv":
+        return False
+    try:
+        found = getattr(importlib.import_module(module), last, None)
+    except ImportError:
+        return False
+    if inspect.isfunction(found):  # builders such as resnet20
+        return module == found.__module__ == "growconv.training.models"
+    own = getattr(found, "__module__", "").startswith("growconv.")
+    return own and _is_kind(found, (nn.Module, Policy, Solver))
+
+
+def _is_kind(found: object, kind: type | tuple[type, ...]) -> bool:
+    return inspect.isclass(found) and issubclass(found, kind)
+
+
+def strange_names(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every name in a config that would be imported and is not known, with the key it stands under.
+
+    Args:
+        tree: a config, or a part of one.
+        path: dotted key of that part.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            inner = f"{path}.{key}" if path else str(key)
+            if (key == "_target_" or (key in ("policy", "method") and "." in str(value))) and not is_known(str(value)):
+                yield inner, str(value)
+            yield from strange_names(value, inner)
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from strange_names(value, f"{path}.{index}")
+
+
+def require_trusted(
+    config: Mapping[str, Any], file: Path, given: Mapping[str, Any], asked: Collection[str] = ()
+) -> None:
+    """Refuse a stored config that would run foreign code, or send anything to a host, without the user's word.
+
+    Args:
+        config: the stored config as it is about to be used.
+        file: where it is stored.
+        given: the config that the command line of now composes.
+        asked: keys (or groups) that this command line sets.
+
+    Raises:
+        ConfigError: shows the line.
+    """
+
+    def repeated(key: str) -> bool:
+        named = any(key == name or key.startswith(f"{name}.") for name in asked)
+        return named and _value(given, key) == _value(config, key)
+
+    for key, name in strange_names(config):
+        if not repeated(key):
+            raise ConfigError(
+                "This stored config runs code from outside growconv and torch, which you have not asked for.",
+                where=place(file, key),
+                expected="a model of growconv.training.models, a class of torch.nn or torch.optim, a policy or a "
+                "method of growconv",
+                got=f"{key.rpartition('.')[2]}: {name}",
+                fix=f"read that code; then say trust=true, or repeat the setting: {key}={name}",
+            )
+    logger = config.get("logger")
+    if not isinstance(logger, Mapping) or logger.get("name") != "wandb" or logger.get("mode") != "online":
+        return
+    for key in ("logger.server", "logger.mode"):
+        value = logger.get(key.rpartition(".")[2])
+        if value is not None and not repeated(key):
+            raise ConfigError(
+                "This stored config sends your data and your wandb key to a host that you have not named now.",
+                where=place(file, key),
+                got=f"{key.rpartition('.')[2]}: {value}",
+                fix=f"say trust=true, repeat it with {key}={value}, or send nothing with logger=none",
+            )
+    for settings in (file.parent / "wandb" / "settings", file.parent / ".wandb" / "settings"):
+        if settings.exists():  # wandb reads it where the run directory is the working directory
+            raise ConfigError(
+                "This run directory brings settings of wandb, which may name another host.",
+                where=str(settings),
+                fix="delete the file, or say trust=true",
+            )
+
+
+def require_trusted_file(file: Path, given: Collection[str]) -> None:
+    """Refuse a config file that Hydra is about to read itself (--config-path), as `require_trusted` does.
+
+    Args:
+        file: the file; nothing happens where there is none.
+        given: keys that the command line sets, whatever the file says.
+
+    Raises:
+        ConfigError: foreign names, hosts, settings of Hydra's own, references or further files.
+    """
+    if not file.is_file():
+        return
+    try:
+        config = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "This is no YAML file of settings.", where=str(file), got=str(error).splitlines()[0]
+        ) from error
+    if not isinstance(config, Mapping):
+        return
+    references = (key for key, value in _leaves(config) if isinstance(value, str) and "${" in value)
+    for key in (*(key for key in ("hydra", "defaults") if key in config), *references):
+        raise ConfigError(
+            "Hydra would do more with this file than read settings, which you have not asked for.",
+            where=place(file, key),
+            fix="read the file; then say trust=true",
+        )
+    require_trusted(config, file, config, given)
+
+
+def _value(tree: object, key: str) -> object:
+    for part in key.split("."):
+        if isinstance(tree, list | tuple) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(tree, Mapping | list | tuple):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def place(file: Path, key: str) -> str:
+    """File, line and key of a setting, as far as the file tells.
+
+    Args:
+        file: a YAML file.
+        key: dotted key.
+    """
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+        for part in key.split("."):
+            if isinstance(node, yaml.SequenceNode):
+                node = node.value[int(part)]
+            elif isinstance(node, yaml.MappingNode):
+                node = next(value for name, value in node.value if name.value == part)
+    except (OSError, ValueError, IndexError, StopIteration, yaml.YAMLError):
+        return f"{file}: {key}"
+    return f"{file}: {key}" if node is None else f"{file}, line {node.start_mark.line + 1}: {key}"

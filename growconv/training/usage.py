@@ -1,0 +1,185 @@
+"""The help pages of the command line, written from the schemas and the files of conf/; nothing here needs torch."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, is_dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+from omegaconf import MISSING
+
+from growconv import __version__
+from growconv.training import config as settings
+
+WIDTH = 79
+
+# Each command with what it does, an example, and its own page where argparse does not write it.
+COMMANDS = {
+    "train": ("train a model and grow it; the command when none is named", "growconv model=resnet20 growth=functional"),
+    "resume": ("go on with an interrupted run", "growconv resume=runs/2026-01-31/12-00-00"),
+    "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 data=cifar10"),
+    "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
+    "report": ("write one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
+}
+GROUPS = {
+    "data": "what is learned",
+    "model": "the network, at its full size",
+    "growth": "the method that adds channels; none trains a fixed network",
+    "optimizer": "how weights are trained",
+    "lr_schedule": "the learning rate over the run",
+    "trainer": "the training loop",
+    "logger": "where metrics go besides the run directory",
+    "experiment": "a published setting, whole",
+}
+# Options that the first page shows: those of most runs.
+COMMON = (
+    "seed",
+    "baselines",
+    "trainer.epochs",
+    "trainer.batch_size",
+    "growth.start",
+    "growth.times",
+    "growth.amount",
+    "optimizer.lr",
+    "hydra.run.dir",
+)
+# What some files of a group have besides the options that all of it have.
+SPECIAL = {
+    "data=synthetic": settings.SyntheticConfig,
+    "data=fashion_mnist, cifar10 or cifar100": settings.StoredConfig,
+    "data=images": settings.ImagesConfig,
+    "optimizer=sgd": settings.SGDConfig,
+    "optimizer=adamw": settings.AdamWConfig,
+}
+FLAGS = {
+    "-m, --multirun": "a sweep: one run for every combination of the listed values",
+    "--cfg job": "print the settings that a run would have, and stop",
+    "--config-dir DIR": "a folder of further files for the groups",
+    "-h, --help": "this page; train --help lists all groups and options",
+    "--version": "the version",
+    "--hydra-help": "the help of Hydra, which reads the settings",
+}
+
+
+def first_page() -> str:
+    """What `growconv --help` prints."""
+    commands = [f"  {name:<9}{meaning}\n{'':11}{example}" for name, (meaning, example) in COMMANDS.items()]
+    groups = [_row(group, ", ".join(group_names(group))) for group in GROUPS]
+    described = _described(settings.RunConfig)
+    common = [_row(f"{name}={default}", meaning) for name, default, meaning, _ in described if name in COMMON]
+    common.append(_row("hydra.run.dir=DIR", "where the run writes; default: runs/DATE/TIME"))
+    return "\n".join(
+        [
+            f"growconv {__version__}: convolutional networks that grow while they train",
+            "",
+            "usage: growconv [COMMAND] [GROUP=NAME ...] [OPTION=VALUE ...]",
+            "",
+            "commands",
+            *commands,
+            "",
+            "groups, chosen by GROUP=NAME",
+            *groups,
+            "",
+            "options of most runs, with their defaults",
+            *common,
+            "",
+            "flags",
+            *(_row(flag, meaning) for flag, meaning in FLAGS.items()),
+            "",
+            "for example",
+            "  growconv                              a small network grows on digits",
+            "  growconv trainer.epochs=40 seed=1     the same, longer, another seed",
+            "  growconv -m growth=tiny,random seed=0,1,2",
+        ]
+    )
+
+
+def train_page() -> str:
+    """What `growconv train --help` prints: every group with its files, every option with its meaning and default."""
+    lines = ["usage: growconv [train] [GROUP=NAME ...] [OPTION=VALUE ...]", ""]
+    for group, meaning in GROUPS.items():
+        lines += [f"{group}=NAME: {meaning}", *(_row(name, _comment(group, name)) for name in group_names(group)), ""]
+    lines += ["options with their defaults; files of a group may set others", ""]
+    lines += _options(settings.RunConfig)
+    for choice, schema in SPECIAL.items():
+        group = choice.partition("=")[0]
+        lines += ["", f"with {choice}", *_options(schema, f"{group}.", own=True)]
+    return "\n".join(lines)
+
+
+def command_page(command: str) -> str:
+    """What `growconv sites --help` or `growconv resume --help` prints."""
+    meaning, example = COMMANDS[command]
+    usage = "resume=RUN [OPTION=VALUE ...]" if command == "resume" else f"{command} [GROUP=NAME ...] [OPTION=VALUE ...]"
+    return f"usage: growconv {usage}\n\n{meaning}, for example:\n\n  {example}"
+
+
+def group_names(group: str) -> list[str]:
+    """The files of a group."""
+    return sorted(path.stem for path in (settings.conf_dir() / group).glob("*.yaml"))
+
+
+def _options(schema: type, prefix: str = "", own: bool = False) -> Iterator[str]:
+    """The rows of a schema's options; with `own` without those that its base has, too."""
+    inherited = {entry.name for base in schema.__bases__ if is_dataclass(base) for entry in dataclass_fields(base)}
+    for name, default, meaning, limits in _described(schema, prefix):
+        if not (own and name.removeprefix(prefix) in inherited):
+            yield _row(f"{name}={default}", f"{meaning} ({limits})" if limits else meaning)
+
+
+def _comment(group: str, name: str) -> str:
+    """The sentence that a file of a group begins with."""
+    sentence = ""
+    for line in (settings.conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or sentence.endswith("."):
+            break
+        if "@package" not in line:
+            sentence = f"{sentence} {line.lstrip('# ')}".strip()
+    return sentence
+
+
+def _row(name: str, meaning: str) -> str:
+    """A name, and its meaning beside it or, for a long name, below."""
+    lines = textwrap.wrap(meaning, WIDTH - 30) or [""]
+    head = [f"  {name:<26}  {lines.pop(0)}".rstrip()] if len(name) <= 26 else [f"  {name}"]
+    return "\n".join([*head, *(" " * 30 + line for line in lines)])
+
+
+def _described(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Name, default, meaning and numeric limits of every option of a schema, groups opened."""
+    meanings = _meanings(schema)
+    for entry in dataclass_fields(schema):
+        path = f"{prefix}{entry.name}"
+        if is_dataclass(entry.type) and isinstance(entry.type, type):
+            yield from _described(entry.type, f"{path}.")
+        else:
+            limits = entry.metadata.get("limits")
+            stated = str(limits) if limits is not None and not limits.choices else ""
+            yield path, _default(entry), meanings.get(entry.name, "").rstrip("."), stated
+
+
+def _default(entry: Field[Any]) -> str:
+    value = entry.default
+    if value is NO_DEFAULT and entry.default_factory is not NO_DEFAULT:
+        value = entry.default_factory()
+    if value is NO_DEFAULT or value == MISSING:
+        return "..."
+    shown = {None: "null", True: "true", False: "false"}
+    return shown[value] if value is None or isinstance(value, bool) else str(value).replace("'", "")
+
+
+def _meanings(schema: type) -> Mapping[str, str]:
+    """The Attributes of a schema's docstring and of its bases'."""
+    found: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        _, _, section = (kind.__doc__ or "").partition("Attributes:\n")
+        name = ""
+        for line in section.splitlines():
+            indent = len(line) - len(line.lstrip())
+            if indent == 8:
+                name, _, text = line.strip().partition(": ")
+                found[name] = text
+            elif indent > 8 and name:
+                found[name] += f" {line.strip()}"
+    return found

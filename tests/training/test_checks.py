@@ -1,0 +1,108 @@
+"""What is said of options before anything runs: limits beside the defaults, and what was probably meant."""
+
+from dataclasses import fields
+
+import pytest
+
+from growconv.errors import ConfigError
+from growconv.training import config as settings
+from growconv.training import usage
+from growconv.training.checks import Limits, variants
+from growconv.training.config import compose, plain
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed", "refused", "words"),
+    [
+        (Limits(least=1), [1, 7, None], [0, -3], "1 or more"),
+        (Limits(above=0, most=1), [0.1, 1], [0, 1.1, float("nan")], "above 0, up to 1"),
+        (Limits(least=0, below=1), [0, 0.9], [1, -0.1], "0 or more, below 1"),
+        (Limits(least=0, most=1), [0, 1.0], [2, float("inf")], "0 to 1"),
+        (Limits(choices=("a", "b", "c")), ["a", ["a", "c"], [], None], ["d", ["a", "d"]], "a, b or c"),
+        (Limits(above=0, choices=("auto",)), ["auto", 0.5, {"policy": "Fixed"}], ["no", 0], "auto or a number above 0"),
+    ],
+)
+def test_limits(limits, allowed, refused, words):
+    assert all(limits.allow(value) for value in allowed)
+    assert not any(limits.allow(value) for value in refused)
+    assert str(limits) == words
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("grwoth=tiny", "did you mean growth=tiny?"),
+        ("grwoth.times=3", "did you mean growth.times=3?"),
+        ("trainer.epoch=3", "did you mean trainer.epochs=3?"),
+        ("+trainer.epoch=3", "did you mean trainer.epochs"),
+        ("epochs=3", "did you mean trainer.epochs=3?"),
+        ("growth=tinny", "did you mean growth=tiny?"),
+        ("growth.solver.shrinkag=0.1", "did you mean growth.solver.shrinkage=0.1?"),
+        ("model.args.levels=2", "+model.args.levels=2"),
+        ("trainer.progress=nonne", "did you mean trainer.progress=none?"),
+        ("hydra/launcher=core", "did you mean hydra/launcher=cores?"),
+        ("hydra.run.dirr=x", "did you mean hydra.run.dir=x?"),
+        ("seed=1,2", "growconv -m seed=1,2"),
+        ("data=images", "set it: data.root=..."),
+        ("model.args={a", "quotes inside quotes"),
+    ],
+)
+def test_what_was_probably_meant(override, fix):
+    with pytest.raises(ConfigError) as caught:
+        plain(compose([override]))
+    assert fix in caught.value.fix
+    assert "schema" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "expected"),
+    [
+        ("trainer.epochs=three", "trainer.epochs", "a whole number"),
+        ("trainer.deterministic=perhaps", "trainer.deterministic", "true or false"),
+        ("growth.amount=-1", "growth.amount", "auto or a number above 0"),
+        ("growth.budget.parameters=-1", "growth.budget.parameters", "1 or more"),
+        ("growth.times=null", "growth.times", "1 or more"),
+        ("trainer.precision=16", "trainer.precision", "32-true, bf16-mixed, 16-mixed, bf16-true or 64-true"),
+    ],
+)
+def test_a_wrong_value_names_the_option_and_what_it_may_be(override, where, expected):
+    with pytest.raises(ConfigError) as caught:
+        plain(compose([override]))
+    assert caught.value.where == where
+    assert str(caught.value.expected) == expected
+
+
+def test_a_sweep_is_checked_value_by_value():
+    sweep = ["growth=tiny,random", "seed=0,1,2", "optimizer.lr=0.1"]
+    assert list(variants(sweep)) == [
+        ["growth=tiny", "seed=0", "optimizer.lr=0.1"],
+        ["growth=random", "seed=0", "optimizer.lr=0.1"],
+        ["growth=tiny", "seed=1", "optimizer.lr=0.1"],
+        ["growth=tiny", "seed=2", "optimizer.lr=0.1"],
+    ]
+    assert list(variants(["optimizer.lr=interval(0,1)", "seed=range(2)"])) == [["seed=0"], ["seed=1"]]
+    assert list(variants(["x=["])) == [["x=["]]
+
+
+def schemas():
+    return [*settings.SCHEMAS.values(), settings.BudgetConfig]
+
+
+def test_defaults_are_within_their_limits():
+    for schema in schemas():
+        for entry in fields(schema):
+            limits = entry.metadata.get("limits")
+            assert limits is None or entry.default == "???" or limits.allow(entry.default), (schema, entry.name)
+
+
+def test_the_pages_name_every_group_file_and_option_with_a_meaning():
+    page = usage.train_page()
+    assert max(map(len, f"{usage.first_page()}\n{page}".splitlines())) <= 80
+    for group in usage.GROUPS:
+        for name in usage.group_names(group):
+            assert f"\n  {name}" in page
+            assert usage._comment(group, name).endswith("."), (group, name)
+    for schema in schemas():
+        for name, default, meaning, _ in usage._described(schema):
+            assert default, name
+            assert meaning, name

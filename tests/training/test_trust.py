@@ -1,0 +1,231 @@
+"""A stranger's run directory: nothing of it is run, nothing is sent, without the user's word."""
+
+import base64
+import contextlib
+import json
+import re
+import socket
+import threading
+
+import pytest
+import yaml
+
+from growconv.cli import main
+from growconv.training.config import compose, plain
+from growconv.training.trust import is_known, place, strange_names
+
+QUICK = ["data=digits", "data.limit=64", "growth=none", "trainer.epochs=1", "trainer.progress=none", "report=false"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def store(run, *path, **values):
+    """A config that somebody else wrote: one part of it replaced."""
+    config = plain(compose([*QUICK, "baselines=[]"]))
+    part = config
+    for key in path:
+        part = part[key]
+    part |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return config
+
+
+PLACES = {
+    "model._target_": (("model",), lambda call: {"_target_": "os.system", "args": call}),
+    "growth.when.policy": (("growth",), lambda call: {"method": "tiny", "when": {"policy": "os.system", **call}}),
+    "growth.stop.0.policy": (("growth",), lambda call: {"method": "tiny", "stop": [{"policy": "os.system", **call}]}),
+    "growth.amount.policy": (("growth",), lambda call: {"method": "tiny", "amount": {"policy": "os.system", **call}}),
+    "growth.scheduler.pruning.policy": (
+        ("growth",),
+        lambda call: {"method": "tiny", "scheduler": {"pruning": {"policy": "os.system", **call}}},
+    ),
+    "growth.when.policies.0.policy": (
+        ("growth",),
+        lambda call: {"when": {"policy": "AnyOf", "policies": [{"policy": "os.system", **call}]}, "method": "tiny"},
+    ),
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_no_command_of_a_stored_config_is_run(key, run, tmp_path, capsys):
+    part, values = PLACES[key]
+    store(run, *part, **values({"command": f"touch {tmp_path / 'pwned'}"}))
+    assert main([f"resume={run}"]) == 1
+    assert not (tmp_path / "pwned").exists()
+    said = capsys.readouterr().err
+    line = 1 + next(i for i, text in enumerate((run / "config.yaml").read_text().splitlines()) if "os.system" in text)
+    assert f"config.yaml, line {line}: {key}" in said
+    assert "os.system" in said
+    assert "trust=true" in said
+
+
+def test_no_module_of_a_stranger_is_imported(run, tmp_path, monkeypatch, capsys):
+    """A solver outside growconv is named by its path; its module may lie in the working directory."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for values in ({"method": "evil.Method"}, {"method": "tiny", "where": {"policy": "evil.Where"}}):
+        store(run, "growth", **values)
+        assert main([f"resume={run}"]) == 1
+        assert "line" in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_users_word_is_enough(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "goodmodels.py").write_text(
+        "from torch import nn\n"
+        "def net(in_channels, classes):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    store(run, "model", _target_="goodmodels.net")
+    assert main([f"resume={run}"]) == 1
+    assert main([f"resume={run}", "model._target_=goodmodels.net"]) == 0
+    (run / "summary.json").unlink()
+    assert main([f"resume={run}", "trust=true"]) == 0
+    (run / "summary.json").unlink()
+    assert main([f"resume={run}", "model._target_=othermodels.net"]) == 1
+    assert main([f"resume={run}", "trust=false"]) == 1
+
+
+def test_a_stored_word_does_not_count(run, tmp_path, capsys):
+    store(run, "model", _target_="os.system", args={"command": f"touch {tmp_path / 'pwned'}"})
+    with (run / "config.yaml").open("a") as stream:
+        stream.write("trust: true\n")
+    assert main([f"resume={run}"]) == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "small_cnn", "ConvPair"])
+def test_growconv_s_own_need_no_word(name):
+    assert is_known(f"growconv.training.models.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("torch.nn.Sequential", True),
+        ("torch.optim.AdamW", True),
+        ("torch.optim.lr_scheduler.StepLR", True),
+        ("growconv.growth.when.Plateau", True),
+        ("growconv.solvers.tiny.Tiny", True),
+        ("torch.nn.Nothing", False),
+        ("torch.nn.init.zeros_", False),
+        ("torch.nn.functional.relu", False),
+        ("torch.load", False),
+        ("torch.hub.load", False),
+        ("torch.nn.modules.linear.Linear", False),
+        ("os.system", False),
+        ("growconv.training.rundir.write_atomically", False),
+        ("growconv.training.experiment.run", False),
+        ("growconv.training.experiment.subprocess.run", False),
+        ("growconv.training.models.nn", False),
+        ("growconv.training.models.scaled", True),  # a pure function of numbers
+        ("growconv.training.report.main", False),
+        ("growconv.cli.main", False),
+        ("growconv_evil.Model", False),
+        ("growconv..os.system", False),
+        ("builtins.eval", False),
+        ("", False),
+    ],
+)
+def test_what_is_known(name, known):
+    assert is_known(name) is known
+
+
+def test_every_shipped_config_names_only_what_is_known():
+    for choice in (["model=unet", "data=synthetic"], ["model=mobilenet_v2"], ["experiment=tiny_resnet18_cifar100"]):
+        assert list(strange_names(plain(compose(choice)))) == []
+
+
+def test_a_config_path_is_looked_into_before_hydra_acts(run, tmp_path, capsys):
+    """The command that a report shows reads a stored config through Hydra itself."""
+    for text in (
+        f"hydra:\n  callbacks:\n    x:\n      _target_: os.system\n      command: touch {tmp_path / 'pwned'}\n",
+        "defaults:\n  - evil\n",
+        "data:\n  root: ${oc.env:HOME}\n",
+        "model:\n  _target_: os.system\n",
+    ):
+        (run / "config.yaml").write_text(text)
+        for spelling in (["--config-path", str(run)], [f"--config-path={run}"], ["-cp", str(run)]):
+            assert main([*spelling, "--config-name", "config", f"hydra.run.dir={tmp_path / 'out'}"]) == 1
+            assert "config.yaml, line" in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_command_of_a_report_runs_again(run, tmp_path, capsys):
+    store(run)
+    command = ["--config-path", str(run), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"]
+    assert main(command) == 0
+    assert (tmp_path / "again" / "summary.json").is_file()
+
+
+@pytest.fixture
+def server():
+    heard = []
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def listen():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                connection.settimeout(2)
+                with contextlib.suppress(OSError):
+                    heard.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 404 no\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                connection.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}", heard
+    listening.close()
+
+
+def test_no_key_leaves_for_a_server_of_a_stored_config(run, server, monkeypatch, capsys):
+    address, heard = server
+    monkeypatch.setenv("WANDB_API_KEY", "b" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    store(run, "logger", name="wandb", mode="online", server=address)
+    assert main([f"resume={run}"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"config\.yaml, line \d+: logger\.server", said)
+    assert address in said
+    keys = [re.search(rb"(?i)authorization: basic (\S+)", text) for text in heard]
+    assert [base64.b64decode(found.group(1)) for found in keys if found] == heard == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "logger.mode"),
+        (["logger.mode=online"], "wandb"),
+        (["logger.server=http://127.0.0.1:9"], "logger.mode"),
+        (["logger.mode=disabled"], None),
+        (["logger=none"], None),
+    ],
+)
+def test_online_needs_a_word_too(arguments, word, run, capsys):
+    (run / "wandb").mkdir()
+    (run / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    store(run, "logger", name="wandb", mode="online", server=None)
+    assert main([f"resume={run}", *arguments]) == (0 if word is None else 1)
+    assert word is None or word in capsys.readouterr().err
+
+
+def test_compare_and_report_build_nothing(run, tmp_path, capsys):
+    store(run, "model", _target_="os.system", args={"command": f"touch {tmp_path / 'pwned'}"})
+    figures = {"step": 1, "epoch": 1, "train_loss": 1.0, "val_accuracy": 0.5, "seconds": 1.0, "train_flops": 9.0}
+    (run / "metrics.jsonl").write_text(json.dumps(figures) + "\n")
+    (run / "summary.json").write_text(json.dumps({"seed": 0, "test_accuracy": 0.5, "parameters": 10, "seconds": 1.0}))
+    assert main(["compare", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert main(["report", str(run)]) == 0
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_place_in_a_broken_file_is_its_key(tmp_path):
+    assert place(tmp_path / "none.yaml", "model._target_").endswith("none.yaml: model._target_")
+    (tmp_path / "a.yaml").write_text("model: [1, 2]\n")
+    assert place(tmp_path / "a.yaml", "model.7.x").endswith("a.yaml: model.7.x")
