@@ -1,8 +1,8 @@
 """Kept samples: whole batches of what the layers of a site saw, and what new channels would do on them.
 
 A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the
-consumers' outputs (v), call by call, and the region between them, so that nothing of one batch ever meets another. Several
-passes are kept together where one loss has run the model several times.
+consumers' outputs (v), call by call, and the region between them, so that nothing of one batch ever
+meets another. Several passes are kept together where one loss has run the model several times.
 """
 
 import math
