@@ -219,6 +219,25 @@ def solve(
             got=type(subject).__name__,
             where="solve",
         )
+    _require_served(solver, site, statistics)
+    requested = _validated_channels(channels, site)
+    site = site.of(model)
+    current = None if statistics is None else as_collected(statistics, site)
+    there = site if current is None else current.growth_site
+    growth = solver.solve(current, there, requested, there.model, generator)
+    _require_finite(growth)
+    growth = _stored_as(growth, there)
+    note = linearisation_note(site) if solver.linearises and growth.channels else None
+    if note is not None:
+        warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
+    if requested != channels:
+        reason = growth.reason or f"the site grows in whole groups of {site.granularity}"
+        growth = replace(growth, requested=channels, reason=reason)
+    return growth
+
+
+def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics | None) -> None:
+    """Refuse a site that the method cannot serve, or for which it would need statistics."""
     if solver.reads and statistics is None:
         raise SolverError(
             f"the method {solver.name!r} needs statistics",
@@ -235,20 +254,6 @@ def solve(
             where=site.name,
             fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
         )
-    requested = _validated_channels(channels, site)
-    site = site.of(model)
-    current = None if statistics is None else as_collected(statistics, site)
-    there = site if current is None else current.growth_site
-    growth = solver.solve(current, there, requested, there.model, generator)
-    _require_finite(growth)
-    growth = _stored_as(growth, there)
-    note = linearisation_note(site) if solver.linearises and growth.channels else None
-    if note is not None:
-        warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
-    if requested != channels:
-        reason = growth.reason or f"the site grows in whole groups of {site.granularity}"
-        growth = replace(growth, requested=channels, reason=reason)
-    return growth
 
 
 def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
