@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from growconv.network.remainder import Remainder
 from torch import Tensor, nn
 
 import growconv
 from experiments.benchmarks.table import write_section
 from growconv.growth.amplitude import amplitude_cap, choose_amplitude, rescaled
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.remainder import Remainder
 from growconv.network.site import GrowthSite
 from growconv.solvers import FewSamplesWarning, get_solver
 from growconv.statistics import collect_statistics

@@ -1,45 +1,37 @@
 """Grow other people's models: every site of pytorchcv's, transformers' and MONAI's architectures, by three channels.
 
-    python -m experiments.benchmarks.architectures [--only NAME ...] [--print]
+    python -m experiments.benchmarks.architectures [--only NAME ...] [--print] [--kept FILE]
 
-For each architecture: convolutions, those whose output can grow, sites, CPU seconds to find the sites and to grow all
-of them by 3 channels (or the next whole number of groups), the change of the output in float32 eval mode relative to
-its largest entry, readers whose new weights get no gradient in one training step although their old ones do, whether
-the number of parameters is the one predicted, and why the other convolutions cannot grow. Weights are random, batch
-norms are calibrated on a batch; nothing is downloaded.
+For each architecture: convolutions, those that are proved growable, sites, CPU seconds to find the sites against the
+price that is allowed (2 s and 20 forward passes of the example on one thread), CPU seconds to grow all of them by 3
+channels (or the next whole number of groups; by copies where channels depend on each other), the change of the output
+in eval and in train mode relative to its largest entry in float32, layers whose new weights get no gradient although
+their old ones do, whether the number of parameters is the one predicted and whether the recorded events give the same
+network on a fresh model, and why the other convolutions cannot grow. Weights are random, batch norms are calibrated on
+a batch; nothing is downloaded.
 """
 
 import argparse
 import importlib
 import json
-import re
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import growconv
+from experiments.benchmarks import idioms
+from experiments.benchmarks.growing import EXACT, TOLERANCE, Builder, Outcome, measure
 from experiments.benchmarks.table import write_section
-from growconv.network import layers
-from growconv.network.explain import rows_of
-from growconv.network.graph import trace
-from growconv.network.site import Analysis, GrowthSite
 
-CHANNELS = 3
 WIDELY_USED = (
     "resnet", "preresnet", "resnext", "seresnet", "sepreresnet", "seresnext", "wrn", "densenet", "vgg", "bn_vgg",
     "mobilenet", "fdmobilenet", "efficientnet", "shufflenet", "squeeze", "dla", "regnet", "transformers", "MONAI",
 )  # fmt: skip
 """How the names of the families that most people use begin; the others are here to find out what does not work."""
-TOLERANCE = 1e-5
-"""Change of the output, relative to its largest entry, that counts as none in float32."""
-DRAWS = 8  # at most: three random channels of a squeeze-and-excite layer are all off on a batch of 3 one time in 8
 
 
 def _words(text: str) -> list[str]:
@@ -75,6 +67,8 @@ OWN_SIZE = {
     "inceptionv3.inceptionv3": 299, "linknet.linknet_cityscapes": 256,
     "erfnet.erfnet_cityscapes": 256, "enet.enet_cityscapes": 256,
 }  # fmt: skip
+FURTHER = _words("shufflenetv2b.shufflenetv2b_w1 sknet.sknet50 menet.menet108_8x1_g3")
+"""Channel shuffle with chunks, selective kernels (split attention), and a shuffle beside a gated side branch."""
 TRANSFORMERS = {
     "ResNet": ("resnet", "ResNetForImageClassification"),
     "ConvNeXt": ("convnext", "ConvNextForImageClassification"),
@@ -83,28 +77,9 @@ TRANSFORMERS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What growing one architecture gave."""
-
-    name: str
-    convolutions: int
-    growable: int
-    sites: int
-    find_seconds: float
-    grow_seconds: float
-    change: float
-    dead: int
-    counted: bool
-    reasons: str
-    redrawn: int = 0
-    exact_change: float | None = None
-    rounding: float | None = None
-
-
-def architectures() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+def architectures() -> dict[str, tuple[Builder, tuple[int, ...]]]:
     """Name, builder and input shape of every architecture of the table."""
-    found: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
+    found: dict[str, tuple[Builder, tuple[int, ...]]] = {}
     for entry in SMALL:
         file, name = entry.split(".")
         found[f"{name} (CIFAR)"] = (_pytorchcv(file, f"{name}_cifar10"), (1, 3, 32, 32))
@@ -116,16 +91,36 @@ def architectures() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]
         found[name] = (_pytorchcv(file, name), (1, 3, side, side))
     for name, (package, model) in TRANSFORMERS.items():
         found[f"transformers {name}"] = (_transformers(package, model), (1, 3, 224, 224))
-    found["MONAI UNet 2d"] = (_monai(2), (1, 1, 96, 96))
-    found["MONAI UNet 3d"] = (_monai(3), (1, 1, 32, 32, 32))
+    channels, strides = (16, 32, 64, 128, 256), (2, 2, 2, 2)
+    found["MONAI UNet 2d"] = (_monai("UNet", 2, 1, 2, channels, strides, num_res_units=2), (1, 1, 96, 96))
+    found["MONAI UNet 3d"] = (_monai("UNet", 3, 1, 2, channels, strides, num_res_units=2), (1, 1, 32, 32, 32))
+    return found | further()
+
+
+def further() -> dict[str, tuple[Builder, tuple[int, ...]]]:
+    """Architectures whose code handles channels in ways of its own."""
+    channels, strides = (16, 32, 64, 128, 256), (2, 2, 2, 2)
+    found: dict[str, tuple[Builder, tuple[int, ...]]] = {}
+    for entry in FURTHER:
+        file, name = entry.split(".")
+        found[name] = (_pytorchcv(file, name), (1, 3, 224, 224))
+    found["FocalNet (transformers)"] = (_transformers("focalnet", "FocalNetForImageClassification"), (1, 3, 224, 224))
+    found["BasicUNet, odd sizes (MONAI)"] = (_monai("BasicUNet", 2, 1, 2), (1, 1, 95, 87))
+    shuffled = _monai("SegResNet", 2, 16, 1, 2, upsample_mode="pixelshuffle")
+    found["SegResNet, PixelShuffle (MONAI)"] = (shuffled, (1, 1, 96, 96))
+    found["AttentionUnet (MONAI)"] = (_monai("AttentionUnet", 2, 1, 2, channels, strides), (1, 1, 96, 96))
+    found["split stages (C2f)"] = (idioms.SplitStages, (1, 3, 224, 224))
+    found["gated sequence (GLU)"] = (idioms.GatedSequence, (1, 20, 64))
+    found["temporal shift (slices)"] = (idioms.TemporalShift, (1, 4, 3, 48, 48))
+    found["super-resolution (PixelShuffle)"] = (idioms.SuperResolution, (1, 3, 32, 32))
     return found
 
 
-def _pytorchcv(file: str, name: str) -> Callable[[], nn.Module]:
+def _pytorchcv(file: str, name: str) -> Builder:
     return lambda: getattr(importlib.import_module(f"pytorchcv.models.{file}"), name)()
 
 
-def _transformers(package: str, model: str) -> Callable[[], nn.Module]:
+def _transformers(package: str, model: str) -> Builder:
     def build() -> nn.Module:
         module = importlib.import_module(f"transformers.models.{package}")
         kind = getattr(module, model)
@@ -134,138 +129,8 @@ def _transformers(package: str, model: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _monai(axes: int) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        networks = importlib.import_module("monai.networks.nets")
-        channels, strides = (16, 32, 64, 128, 256), (2, 2, 2, 2)
-        return networks.UNet(axes, 1, 2, channels=channels, strides=strides, num_res_units=2)
-
-    return build
-
-
-def calibrate(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Running statistics of batch norms from a batch, so that an untrained network's values have a sane size."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(2, *shape[1:]))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
-def output_of(value: Any) -> Tensor:
-    """The first tensor of a model's output."""
-    if isinstance(value, Tensor):
-        return value
-    return output_of(next(iter(value.values() if isinstance(value, Mapping) else value)))
-
-
-def grow_everywhere(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Outcome:
-    """Grow every site of an architecture and measure what the table tells."""
-    torch.manual_seed(0)
-    model = build()
-    calibrate(model, shape)
-    example = torch.randn(shape)
-    start = time.process_time()
-    analysis = Analysis(trace(model, example))
-    rows = [row for row in rows_of(analysis) if "Conv" in row.layer]
-    found = time.process_time() - start
-    with torch.no_grad():
-        before = output_of(model(example))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    parameters, predicted = _parameters(model), 0
-    start = time.process_time()
-    for site in analysis.sites:
-        growth = growconv.solve(site, method="random", channels=CHANNELS, model=model)
-        predicted += site.parameters_for(growth.channels)
-        growconv.grow(model, site, growth, 0.0, optimizer)
-    grown = time.process_time() - start
-    with torch.no_grad():
-        after = output_of(model(example))
-    change = float((after - before).abs().max() / before.abs().max())
-    exact_change, rounding = (None, None) if change <= TOLERANCE else in_double(build, shape)
-    counted = _parameters(model) == parameters + predicted
-    redrawn, dead = 0, _dead_readers(model, analysis.sites, example, optimizer)
-    while any(dead.values()) and redrawn < DRAWS:
-        redrawn += 1
-        for site in {site for (site, _), off in dead.items() if off}:
-            _draw_again(model, site, optimizer)
-        dead = _dead_readers(model, analysis.sites, example, optimizer)
-    reasons = Counter(_general(row.reason) for row in rows if not row.growable)
-    return Outcome(
-        name,
-        len(rows),
-        sum(row.growable for row in rows),
-        len(analysis.sites),
-        found,
-        grown,
-        change,
-        sum(dead.values()),
-        counted,
-        "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(3)),
-        redrawn,
-        exact_change,
-        rounding,
-    )
-
-
-def in_double(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[float, float]:
-    """The change of the output in float64, and what float32 alone does to the output of the ungrown model."""
-    torch.manual_seed(0)
-    model = build()
-    calibrate(model, shape)
-    example = torch.randn(shape)
-    with torch.no_grad():
-        rounded = output_of(model(example))
-        model, example = model.double(), example.double()
-        before = output_of(model(example))
-        for site in growconv.find_sites(model, example):
-            growth = growconv.solve(site, method="random", channels=CHANNELS, model=model)
-            growconv.grow(model, site, growth, 0.0)
-        after, size = output_of(model(example)), before.abs().max()
-    return float((after - before).abs().max() / size), float((rounded - before).abs().max() / size)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _dead_readers(
-    model: nn.Module, sites: list[GrowthSite], example: Tensor, optimizer: torch.optim.Optimizer
-) -> dict[tuple[GrowthSite, str], bool]:
-    """One training step; per reader whether its new weights got no gradient although its old ones did."""
-    batch = torch.cat([example, 0.5 * torch.randn_like(example), 2 * example.flip(-1)])
-    optimizer.zero_grad()
-    output = output_of(model.train()(batch))
-    (output * torch.randn_like(output)).mean().backward()
-    dead = {}
-    for site in sites:
-        for path in site.consumers:
-            module = model.get_submodule(path)
-            gradient: Any = module.get_parameter("weight").grad
-            axis = layers.reading_slots(module)[0].axis
-            entries = site.entries(path)
-            new = torch.tensor(entries[-site.growable_channels(CHANNELS) * site.ratio(path) :])
-            alive = gradient.index_select(axis, new).abs().max() > 0
-            dead[site, path] = bool(gradient.abs().max() > 0) and not bool(alive)
-    optimizer.step()
-    return dead
-
-
-def _draw_again(model: nn.Module, site: GrowthSite, optimizer: torch.optim.Optimizer) -> None:
-    """Other new channels for a site whose three are all off behind a ReLU on the whole batch."""
-    count = site.growable_channels(CHANNELS)
-    growconv.shrink(model, site, range(site.width - count, site.width), optimizer)
-    growconv.grow(model, site, growconv.solve(site, method="random", channels=count, model=model), 0.0, optimizer)
-
-
-def _general(reason: str | None) -> str:
-    """A reason without the number of the operation."""
-    return re.sub(r"\b([a-z]+(?:_[a-z]+)*)_\d+\b", r"\1", str(reason))
+def _monai(model: str, *arguments: object, **options: object) -> Builder:
+    return lambda: getattr(importlib.import_module("monai.networks.nets"), model)(*arguments, **options)
 
 
 def main() -> None:
@@ -277,6 +142,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print lines only, leave RESULTS.md alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     kept = json.loads(options.kept.read_text()) if options.kept and options.kept.exists() else {}
     outcomes = []
     for name, (build, shape) in architectures().items():
@@ -285,87 +151,99 @@ def main() -> None:
         if options.finished and name not in kept:
             continue
         if name not in kept:
-            kept[name] = asdict(grow_everywhere(name, build, shape))
+            kept[name] = asdict(measure(name, build, shape))
             if options.kept:
                 options.kept.write_text(json.dumps(kept))
         outcomes.append(Outcome(**kept[name]))
         print(outcomes[-1], flush=True)
-    convolutions, growable = (sum(getattr(o, field) for o in outcomes) for field in ("convolutions", "growable"))
-    within = sum(outcome.change <= TOLERANCE for outcome in outcomes)
-    beyond = [o for o in outcomes if o.exact_change is not None and o.rounding is not None]
-    summary = (
-        f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} growable "
-        f"({growable / convolutions:.1%}); output unchanged to 1e-5 in {within}; parameter count as predicted in "
-        f"{sum(outcome.counted for outcome in outcomes)}; new weights of "
-        f"{sum(outcome.dead for outcome in outcomes)} readers without a gradient."
-    )
-    common = [o for o in outcomes if o.name.startswith(WIDELY_USED)]
-    common_share = sum(o.growable for o in common) / max(1, sum(o.convolutions for o in common))
-    summary += f" Of the {len(common)} in the families that most people use {common_share:.1%}."
-    least = sorted(outcomes, key=lambda o: o.growable - o.convolutions)[:5]
-    rest = [o for o in outcomes if o not in least]
-    share = sum(o.growable for o in rest) / max(1, sum(o.convolutions for o in rest))
-    summary += (
-        f" Without the five that lose most ({', '.join(o.name for o in least)}: channel shuffles, splits into literal "
-        f"sizes, convolutions with a forward of their own) {share:.1%} are growable."
-    )
-    if beyond:
-        summary += (
-            " Where float32 changes more than 1e-5: "
-            + ", ".join(
-                f"{o.name}: {o.exact_change:.0e} in float64, while rounding alone moves the ungrown float32 model's "
-                f"output by {o.rounding:.0e}"
-                for o in beyond
-            )
-            + "."
-        )
-    print(summary)
+    notes = [summary(outcomes), reasons(outcomes), *LEGEND]
+    print("\n\n".join(notes[:2]))
     if options.print or options.only:
         return
-    columns = [
-        "architecture",
-        "convs",
-        "growable",
-        "share",
-        "sites",
-        "find CPU s",
-        "grow CPU s",
-        "output change",
-        "no gradient",
-        "not growable",
-    ]
-    table = [
-        [
-            o.name,
-            str(o.convolutions),
-            str(o.growable),
-            f"{o.growable / o.convolutions:.0%}",
-            str(o.sites),
-            f"{o.find_seconds:.2f}",
-            f"{o.grow_seconds:.2f}",
-            f"{o.change:.1e}",
-            str(o.dead) + (f" (draw {o.redrawn + 1})" if o.redrawn else ""),
-            o.reasons or "–",
-        ]
-        for o in outcomes
-    ]
-    notes = [
-        summary,
-        "A convolution is growable when new output channels can be added. Readers whose old weights got no gradient "
-        'either (a ReLU behind them that is off on the whole batch) are not counted under "no gradient". '
-        '"(draw n)": three random channels behind a ReLU, most often in squeeze-and-excite layers, were all off on the '
-        "batch of 3 and were taken out and drawn again.",
-        '"output change": largest entry of the change over the largest entry of the output, float32, eval mode, '
-        "all sites grown by 3 channels or the next number of whole groups.",
-    ]
     write_section(
         "architectures",
         "Growing other people's architectures",
         "python -m experiments.benchmarks.architectures",
-        columns,
-        table,
+        COLUMNS,
+        [_row(outcome) for outcome in outcomes],
         notes,
+        packages=("pytorchcv", "transformers", "monai"),
     )
+
+
+COLUMNS = (
+    "architecture", "convs", "proved", "share", "sites", "find CPU s", "allowed", "grow CPU s", "change, eval",
+    "change, train", "no gradient", "parameters, replay", "not growable",
+)  # fmt: skip
+LEGEND = (
+    'A convolution counts as proved when `find_sites` hands out a site for its outputs, rehearsed. "allowed": 2 s and '
+    '20 forward passes of the example, on one thread. "change": largest entry of the change over the largest entry of '
+    "the output, float32, all sites grown by 3 channels or the next number of whole groups at amplitude 0; by copies "
+    'where channels depend on each other ("n by copies").',
+    '"no gradient": layers whose new weights get no gradient in two training steps, the first at amplitude 0; those '
+    'whose old weights get none either are not counted. "(draw n)": three random channels behind a ReLU, most often in '
+    "squeeze-and-excite layers, were all off on the batch of 3 and were drawn again.",
+)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """What the table says as a whole."""
+    convolutions, growable = (sum(getattr(o, field) for o in outcomes) for field in ("convolutions", "growable"))
+    common = [outcome for outcome in outcomes if outcome.name.startswith(WIDELY_USED)]
+    first = [outcome for outcome in outcomes if outcome.name not in further()]
+    over = [f"{o.name} ({o.find_seconds:.1f} s, allowed {o.allowed_seconds:.1f})" for o in outcomes if not o.in_time]
+    rounded = [
+        f"{o.name} ({mode}): {o.changes[mode]:.0e} in float32, {exact:.0e} in float64"
+        for o in outcomes
+        for mode, exact in o.exact_changes.items()
+        if o.changes[mode] > TOLERANCE
+    ]
+    text = (
+        f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
+        f"({growable / max(1, convolutions):.1%}). {_share(common)} of the {len(common)} in the families that most people "
+        f"use; {_share(first)} of the {len(first)} that were here first. Output unchanged in eval and train mode in "
+        f"{sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where float32 rounds "
+        f"more); parameter count as predicted in {sum(o.counted for o in outcomes)}; the same network again on a fresh "
+        f"model in {sum(o.replayed for o in outcomes)}; new weights of {sum(o.dead for o in outcomes)} layers without a "
+        f"gradient; sites found in the allowed time in {len(outcomes) - len(over)}."
+    )
+    text += f" Over it: {', '.join(over)}." if over else ""
+    return text + (f" Where float32 changes more: {'; '.join(rounded)}." if rounded else "")
+
+
+def _share(outcomes: Sequence[Outcome]) -> str:
+    return f"{sum(o.growable for o in outcomes) / max(1, sum(o.convolutions for o in outcomes)):.1%}"
+
+
+def reasons(outcomes: Sequence[Outcome]) -> str:
+    """Why the others cannot grow, and what the code says itself."""
+    counts: Counter[str] = Counter()
+    for outcome in outcomes:
+        counts.update(outcome.reasons)
+    text = f"{sum(counts.values())} cannot: " + "; ".join(f"{n} {reason}" for reason, n in counts.most_common()) + "."
+    said = [f"{o.name}: {' / '.join(o.errors)}" for o in outcomes if o.errors]
+    return text + (f" In the code's own words: {'; '.join(said)}." if said else "")
+
+
+def _row(outcome: Outcome) -> list[str]:
+    """One line of the table."""
+    ticks = ("as predicted" if outcome.counted else "NOT as predicted", "same" if outcome.replayed else "NOT the same")
+    why = Counter(outcome.reasons).most_common()
+    return [
+        outcome.name,
+        str(outcome.convolutions),
+        str(outcome.growable),
+        f"{outcome.growable / outcome.convolutions:.0%}",
+        str(outcome.sites) + (f" ({outcome.copied} by copies)" if outcome.copied else ""),
+        f"{outcome.find_seconds:.2f}",
+        f"{outcome.allowed_seconds:.1f}",
+        f"{outcome.grow_seconds:.2f}",
+        f"{outcome.changes['eval']:.1e}",
+        f"{outcome.changes['train']:.1e}",
+        str(outcome.dead) + (f" (draw {outcome.redrawn + 1})" if outcome.redrawn else ""),
+        ", ".join(ticks),
+        "; ".join(f"{count}: {reason}" for reason, count in why) or "–",
+    ]
 
 
 if __name__ == "__main__":

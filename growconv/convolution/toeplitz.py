@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from growconv.convolution.arguments import Padding, PerAxis, geometry
+from growconv.convolution.arguments import Padding, PerAxis, geometry, per_axis
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.memory import require_memory
 from growconv.convolution.unfold import mask_tensor, unfold
@@ -16,7 +16,7 @@ from growconv.errors import GeometryError
 
 def toeplitz_matrix(
     weight: Float[Tensor, "outputs inputs *taps"],
-    input_size: Sequence[int],
+    input_size: PerAxis,
     stride: PerAxis = 1,
     padding: Padding = 0,
     dilation: PerAxis = 1,
@@ -29,7 +29,7 @@ def toeplitz_matrix(
 
     Args:
         weight: (C2, C1 / groups, *kernel_size) on one to three axes; the matrix is differentiable in it.
-        input_size: size of the input grid, one entry per axis.
+        input_size: size of the input grid, one entry per axis, or one number for all.
         stride: as in `F.conv2d`.
         padding: as in `F.conv2d`, or (low, high) pairs per axis.
         dilation: as in `F.conv2d`.
@@ -45,6 +45,7 @@ def toeplitz_matrix(
         GeometryError: when the kernel does not fit the input, or the matrix would not fit into memory (with its bytes).
     """
     shape = geometry(tuple(weight.shape[2:]), stride, padding, dilation, padding_mode, where="toeplitz_matrix")
+    input_size = per_axis(input_size, shape.axes, "input_size", 1, "toeplitz_matrix")
     weight = regroup(weight, groups)
     rows, columns, taps = (math.prod(shape.output_size(input_size)), math.prod(input_size), shape.taps)
     outputs, inputs = weight.shape[:2]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
 from growconv.network.trace import Numbers
 
+
 @dataclass
 class Space:
     """Classes of one signature: the same number of entries on the same axes.
@@ -20,16 +21,18 @@ class Space:
         counts: per axis the entries of one class; producers first, in forward order.
         blocks: the classes come in so many equal stretches, of which a unit takes one class each (channel shuffles,
             convolutions that are widened inside every group).
+        neighbours: a unit takes neighbouring classes instead (even and odd channels that go different ways).
         reason: why it cannot grow; None as long as nothing speaks against it.
-        tried: numbers of blocks that were found not to fit.
+        tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
     """
 
     roots: list[int]
     counts: dict[Key, int]
     blocks: int = 1
+    neighbours: bool = False
     reason: str | None = None
-    tried: set[int] = field(default_factory=set)
+    tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
 
     @property
@@ -101,9 +104,10 @@ def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> 
     strictly, freely = strict.roots(), repeated.roots()
     owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
     classes: dict[int, set[int]] = {}
-    for tied, root in zip(strictly.tolist(), freely.tolist(), strict=True):
-        if root in owner:
-            classes.setdefault(tied, set()).add(root)
+    for key in {key for key, _ in repeated.owners}:  # not number by number: what fills an axis up may differ
+        for first, second in zip(strict.range_of(key), repeated.range_of(key), strict=False):
+            if freely[second] in owner:
+                classes.setdefault(int(strictly[first]), set()).add(int(freely[second]))
     for together in classes.values():
         involved = {owner[root] for root in together}
         for number in involved if len(together) > 1 else ():
@@ -126,9 +130,7 @@ class Torn(Exception):
         self.space = space
 
 
-def runs_of(
-    axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]
-) -> tuple[Run, ...]:
+def runs_of(axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]) -> tuple[Run, ...]:
     """The runs that an axis is made of.
 
     Args:

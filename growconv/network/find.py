@@ -1,10 +1,10 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
@@ -15,7 +15,8 @@ from growconv.network.model import Arguments, attribute, example_arguments, tens
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
-from growconv.network.site import GrowthSite, frozen_weight
+from growconv.network.site import GrowthSite
+from growconv.network.routes import Route
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -119,7 +120,7 @@ def site(
     for each in found.sites:
         if set(each.producers) == set(written) and set(each.consumers) == set(read):
             return replace(each, by_hand=True)
-    reason = next((row.reason for row in _rows(found) if row.path == written[0] and row.reason), None)
+    reason = next((row.reason for row in rows_of(found) if row.path == written[0] and row.reason), None)
     near = [each.name for each in found.sites if set(each.producers) & set(written)]
     raise SiteError(
         "these layers do not make up a site",
@@ -187,7 +188,7 @@ def explain_sites(
     Returns:
         A tuple of LayerRow that prints itself as a table.
     """
-    return SiteTable(_rows(analyse(model, example_input, modes=modes, rehearse=rehearse)))
+    return SiteTable(rows_of(analyse(model, example_input, modes=modes, rehearse=rehearse)))
 
 
 def analyse(
@@ -221,7 +222,7 @@ def analyse(
                 for number, reason in failed.items():
                     spaces[number].reason = reason
                 found.layout = widening.relay()
-        _enter_sites(found, _copied(model), arguments[0])
+        _enter_sites(found, _copied(model), examples)
     return found
 
 
@@ -259,10 +260,10 @@ def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = Fa
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:
     """Reasons that lie in the layers themselves: what they are, and who else may read their channels."""
     uncalled = {
-        path: layers.size(module, IN)
+        path: {layers.size(module, IN)}
         for path, module in model.named_modules()
         if layers.is_weighted(module) and path not in numbers.calls and layers.problem(module) is None
-    }
+    } | _unused_parameters(model, numbers)
     for space in spaces:
         for path in space.paths(OUT, IN, GROUP_IN, GROUP_OUT, ENTRY):
             if path in numbers.shapes or path.endswith("#"):
@@ -274,25 +275,46 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
         widths |= {len(space.roots) * count for (_, side), count in space.counts.items() if side == IN}
-        reader = next((path for path, inputs in uncalled.items() if inputs in widths), None)
+        reader = next((path for path, sizes in uncalled.items() if sizes & widths), None)
         if reader is not None:
             space.reason = space.reason or (
-                f"{reader} is called by none of the examples and may read these channels: give an example that calls it, "
+                f"{reader} is used by none of the examples and may read these channels: give an example that uses it, "
                 "as in find_sites(model, [x, (x, True)])"
             )
 
 
+def _unused_parameters(model: nn.Module, numbers: Numbers) -> dict[str, set[int]]:
+    """Bare parameters that no example used, with their sizes along each axis."""
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if layers.is_weighted(module) or layers.is_norm(module)
+        for parameter in module.parameters()
+    }
+    return {
+        path: set(parameter.shape)
+        for path, parameter in model.named_parameters()
+        if id(parameter) not in inside and path not in numbers.shapes
+    }
+
+
 def _sites(found: Analysis) -> dict[int, GrowthSite]:
     """A site, without routes, for every space that can grow and whose width can be read off the layers."""
-    sites = {}
+    sites: dict[int, GrowthSite] = {}
+    names: Counter[str] = Counter()
     for number, space in enumerate(found.spaces):
         if space.reason is None:
             each = _site(found, number, space)
+            names[each.name] += 1
+            if names[each.name] > 1:  # the same layers have other channels of theirs apart
+                each = replace(each, name=f"{each.name} ({names[each.name]})")
             try:
                 each.check()
-                sites[number] = each
+                space.reason = tied_weights(each)
             except SiteError as error:
                 space.reason = error.problem
+            if space.reason is None:
+                sites[number] = each
     return sites
 
 
@@ -333,20 +355,29 @@ def _kind(found: Analysis, number: int, space: Space) -> str:
     return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
 
 
-def _enter_sites(found: Analysis, twin: nn.Module, arguments: Arguments) -> None:
-    """Make the sites, after what is said about them as a whole."""
+def _enter_sites(found: Analysis, twin: nn.Module, examples: Sequence[Example]) -> None:
+    """Make the sites, with what lies between: of each consumer from the first example that calls it."""
     sites = _sites(found)
-    for number, each in list(sites.items()):
-        reason = frozen_weight(each) or tied_weights(each)
-        if reason is not None:
-            found.spaces[number].reason = reason
-            del sites[number]
-    routes = routes_of(twin.eval(), arguments, [replace(each, model=twin) for each in sites.values()])
-    found.of_space = {number: replace(each, routes=routes[each.name]) for number, each in sites.items()}
+    routes: dict[int, tuple[Route, ...]] = dict.fromkeys(sites, ())
+    for example in examples:
+        open_ = {n: each for n, each in sites.items() if set(each.consumers) - {r.consumer for r in routes[n]}}
+        if not open_:
+            break
+        try:
+            twins = [replace(each, model=twin) for each in open_.values()]
+            seen = routes_of(twin, example.arguments, twins, example.training)
+        except Exception:
+            if not example.training:
+                raise
+            continue  # a batch of one in front of a batch norm, mostly
+        for number, each in open_.items():
+            known = {route.consumer for route in routes[number]}
+            routes[number] += tuple(route for route in seen[each.name] if route.consumer not in known)
+    found.of_space = {number: replace(each, routes=routes[number]) for number, each in sites.items()}
     found.sites = tuple(found.of_space.values())
 
 
-def _rows(found: Analysis) -> Iterator[LayerRow]:
+def rows_of(found: Analysis) -> Iterator[LayerRow]:
     """One row per convolution and linear layer of an analysed model."""
     by_key: dict[Key, list[int]] = {}
     for number, space in enumerate(found.spaces):

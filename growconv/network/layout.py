@@ -37,6 +37,7 @@ FILL = "fill"
 GROUP_IN, GROUP_OUT = "group in", "group out"
 """Both axes of a grouped or depthwise convolution whose groups are channels of one space: whole groups come and go."""
 
+
 class Sizes:
     """The length of every axis now, and what follows from it; each is asked for once, so make another after a change.
 
@@ -221,7 +222,9 @@ class Layout:
         shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
         if np.abs(shares @ rates - wanted).max() > 1e-6:
             return None
-        for _ in range(30):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
+        for _ in range(
+            30
+        ):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
             weights = np.abs(shares)
             shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
         fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]

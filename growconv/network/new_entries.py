@@ -61,7 +61,7 @@ class NewEntries:
         old = self._copied(path, ENTRY)
         if old is not None:
             return {slot.name: tensor_at(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
-        zeros = torch.zeros(growth.channels, dtype=torch.float64)
+        zeros = torch.zeros(entries, dtype=torch.float64)
         moments = growth.norms.get(path, (zeros, zeros + 1))
         given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
         names = ("mean", "variance", "norm_scale")

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from growconv.errors import GrowthError
 from growconv.network import layers
-from growconv.network.apply import grow
+from growconv.network.exchange import exchange, refresh
 from growconv.network.layout import IN, OUT
 from growconv.network.model import tensors_in
+from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
@@ -62,6 +63,7 @@ class Proof:
             if example.training:
                 return {}  # a batch of one in front of a batch norm, mostly
             raise
+
         def seen(part: Sequence[int]) -> bool:
             try:
                 after = self._run(example, recorded, part)
@@ -85,10 +87,16 @@ class Proof:
                 hook = _disturb(entries, 1.0 if still else 1.37, 0.0 if still else 0.31)
                 handles.append(self.model.get_submodule(path).register_forward_hook(hook))
             for path, entries in _gathered(chosen, IN).items():
-                handles.append(self.model.get_submodule(path).register_forward_pre_hook(_hand(path, entries, recorded), with_kwargs=True))
+                handles.append(
+                    self.model.get_submodule(path).register_forward_pre_hook(
+                        _hand(path, entries, recorded), with_kwargs=True
+                    )
+                )
         else:
             for path in {path for site in self.sites.values() for path in (*site.producers, *site.consumers)}:
-                handles.append(self.model.get_submodule(path).register_forward_pre_hook(_record(path, recorded), with_kwargs=True))
+                handles.append(
+                    self.model.get_submodule(path).register_forward_pre_hook(_record(path, recorded), with_kwargs=True)
+                )
         try:
             return self._outputs(self.model, example)
         finally:
@@ -118,7 +126,7 @@ class Proof:
         for place, example in enumerate(self.examples):
             try:
                 before[place] = self._outputs(self.model, example)
-            except Exception:  # noqa: PERF203 (a mode in which the model does not run on the example proves nothing)
+            except Exception:
                 continue
         reasons: dict[tuple[int, ...], str] = {}
 
@@ -137,10 +145,10 @@ class Proof:
             for number in part:
                 site = self.sites[number].of(twin)
                 channels = more[number] * site.granularity
-                if site.copied:
-                    grow(twin, site, copied_growth(site, channels))
-                else:
-                    grow(twin, site, silent_growth(site, channels), 0.0)
+                growth = copied_growth(site, channels) if site.copied else silent_growth(site, channels)
+                plan = plan_growth(site, growth)
+                exchange(twin, plan.changes, plan.attributes, ())
+            refresh(twin)
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
         for place, old in before.items():
@@ -150,8 +158,16 @@ class Proof:
                 line = (str(error).splitlines() or [""])[0][:160]
                 return f"the grown model does not run: {type(error).__name__}: {line}"
             if not _close(new, old, ROUNDING) and not self._same_in_double(twin, self.examples[place]):
-                return "its channels depend on each other: new ones at amplitude 0 change the output"
+                return self._why_changed(part)
         return None
+
+    def _why_changed(self, part: Sequence[int]) -> str:
+        consumers = [path for number in part for path in self.sites[number].consumers]
+        kinds = {path: type(self.model.get_submodule(path)) for path in consumers}
+        own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.nn")), None)
+        if own is None:
+            return "its channels depend on each other: new ones at amplitude 0 change the output"
+        return f"new channels at amplitude 0 change the output: {own} makes something else of its weights when there are more"
 
     def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""

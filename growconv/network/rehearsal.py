@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, runs_of
-from growconv.network.layout import ENTRY, FILL, GROUP_OUT, IN, OUT, Key, Layout, Run, SizeAttribute, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -66,6 +66,8 @@ class Widening:
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
+        self._bound_once, self._bound_alone = False, set[int]()
+        self._reached = 0
         self._classes = self._classes_of()
         self._groups = {
             path: layers.groups_of(module)
@@ -85,12 +87,13 @@ class Widening:
             culprits = self._attempt(live)
             if not culprits:
                 break
-            if self._bind(culprits):
+            if self._bind_all(live, culprits):
                 continue
             if len(culprits) > 1:
                 culprits = self._alone(culprits)
             for number, reason in culprits.items():
-                self._next_guess(number, reason)
+                if not self._bind(number):
+                    self._next_guess(number, reason)
         return self.relay()
 
     def presume(self) -> Layout:
@@ -99,7 +102,6 @@ class Widening:
         for number, space in enumerate(self.spaces):
             if space.reason is None and not self._fits(number):
                 self._next_guess(number, "its channels are interleaved in a way that is not followed")
-        self.bound = set(self.numbers.literals)
         return self.relay()
 
     def relay(self) -> Layout:
@@ -128,7 +130,9 @@ class Widening:
                 found[part[0]] = failed.get(part[0], next(iter(failed.values())))
             elif failed:
                 waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
-        return found or {number: f"it only grows together with others ({reason})" for number, reason in culprits.items()}
+        return found or {
+            number: f"it only grows together with others ({reason})" for number, reason in culprits.items()
+        }
 
     def layout(self) -> Layout:
         """Where the channels of all spaces without a reason lie."""
@@ -143,6 +147,14 @@ class Widening:
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
         if len(live) == 1:
             more = {live[0]: 2}
+        culprits = self._rehearse(live, more)
+        cut = self._cut() & set(live)
+        if not culprits and cut:  # a part of them, such as a quarter, is another only once there are many more
+            culprits = self._rehearse(live, {number: self.spaces[number].units for number in cut})
+        return culprits
+
+    def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> dict[int, str]:
+        """Send the numbers through the pretending model at more units of some spaces; those that failed, and why."""
         units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
         layout = self.layout()
         found = Numbers(self.numbers.repeated)
@@ -152,10 +164,17 @@ class Widening:
                     self.pretender.model.train(example.training)
                     look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
         except LookFailed as failure:
+            self._reached = len(found.order)
             line = (str(failure.error).splitlines() or [""])[0][:160]
             text = f"the code takes no other width: {type(failure.error).__name__}: {line}"
             return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
+        self._reached = len(self.numbers.order) + 1
         return self._compare(found, layout, units, live)
+
+    def _cut(self) -> set[int]:
+        """The spaces of which slices or splits take a part."""
+        cut = np.asarray([number for part in self.numbers.cuts for number in part], dtype=np.int64)
+        return _spaces(self._classes[cut]) if len(cut) else set()
 
     def _met(self, failure: LookFailed, found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
         """The spaces of the numbers that the failing operation met."""
@@ -189,16 +208,23 @@ class Widening:
             if key[1] == ENTRY and key[0] in self.dims:
                 shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
                 found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1)[:, 0]
+        return self._alive(found, live)
+
+    def _alive(self, classes: NDArray[np.int64], live: Sequence[int]) -> NDArray[np.int64]:
+        """Classes of live spaces, -1 for the others."""
         alive = np.zeros(len(self.spaces) + 1, dtype=bool)
         alive[list(live)] = True
-        return np.where(alive[found // _SPACE], found, -1)
+        return np.where(alive[classes // _SPACE], classes, -1)
 
     def _codes(self, classes: NDArray[np.int64]) -> Codes:
         """Classes as space, unit and block."""
         result = np.full(len(classes), -1, dtype=np.int64)
         for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
             own = classes // _SPACE == number
-            block, unit = np.divmod(classes[own] % _SPACE, self.spaces[number].units)
+            space, index = self.spaces[number], classes[own] % _SPACE
+            block, unit = np.divmod(index, space.units)
+            if space.neighbours:
+                unit, block = np.divmod(index, space.blocks)
             result[own] = number * _SPACE + unit * _UNIT + block
         return result
 
@@ -213,7 +239,9 @@ class Widening:
             varying = [d for d in range(grid.ndim) if bool((grid != grid.take([0], axis=d)).any())]
             if len(varying) > 1:
                 for number in involved:
-                    self.spaces[number].reason = f"entries of {path} belong to different channels along several of its axes"
+                    self.spaces[
+                        number
+                    ].reason = f"entries of {path} belong to different channels along several of its axes"
                 continue
             dim = varying[0] if varying else int(np.argmax(shape))
             self.dims[path] = dim
@@ -240,7 +268,9 @@ class Widening:
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
-        return runs_of(np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces])
+        return runs_of(
+            np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces]
+        )
 
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""
@@ -265,18 +295,20 @@ class Widening:
     def _next_guess(self, number: int, reason: str) -> None:
         """Another number of blocks for a space, or the reason why there is none."""
         space = self.spaces[number]
-        space.tried.add(space.blocks)
+        space.tried.add((space.blocks, space.neighbours))
         if space.copied:
             space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
             return
         groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
-        for blocks in dict.fromkeys((*groups, *BLOCKS)):
-            if blocks in space.tried or len(space.roots) % blocks:
+        guesses = dict.fromkeys((*groups, *BLOCKS))
+        for blocks, neighbours in ((blocks, neighbours) for blocks in guesses for neighbours in (False, True)):
+            whole = blocks in (1, len(space.roots)) and neighbours
+            if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
-            space.blocks = blocks
+            space.blocks, space.neighbours = blocks, neighbours
             if self._fits(number):
                 return
-            space.tried.add(blocks)
+            space.tried.add((blocks, neighbours))
         space.reason = reason
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
@@ -293,15 +325,38 @@ class Widening:
             if rates:
                 yield SizeAttribute(path, name, index, rates)
 
-    def _bind(self, culprits: Iterable[int]) -> bool:
-        """Let attributes follow the widths once spaces fail that attributes count; False where that is done already."""
-        if self.bound:
+    def _counting(self, spaces: Iterable[int]) -> list[tuple[str, str, int | None]]:
+        """Attributes, not bound yet, that count channels of some spaces."""
+        wanted = set(spaces)
+        return [
+            place
+            for place, counted in sorted(self.numbers.literals.items(), key=str)
+            if place not in self.bound and wanted & _spaces(self._classes[np.asarray(counted, dtype=np.int64)])
+        ]
+
+    def _bind_all(self, live: Sequence[int], culprits: Mapping[int, str]) -> bool:
+        """Let all attributes that count spaces which fail follow the widths, if that gets further; tried once."""
+        before, more, reached = self.bound, set(self.numbers.literals), self._reached
+        if self._bound_once or not self._counting(culprits):
             return False
-        counted = {number for numbers in self.numbers.literals.values() for number in numbers if number >= 0}
-        classes = self._classes[np.asarray(sorted(counted), dtype=np.int64)]
-        if set(culprits) & set((classes[classes >= 0] // _SPACE).tolist()):
-            self.bound = set(self.numbers.literals)
-        return bool(self.bound)
+        self._bound_once, self.bound = True, before | more
+        if self._attempt(live).keys() < culprits.keys() or self._reached > reached:
+            return True
+        self.bound = before  # some have the number of the channels by chance
+        return False
+
+    def _bind(self, number: int) -> bool:
+        """Let one attribute follow the width of a space that fails, where it does not fail then; tried once."""
+        before = self.bound
+        if number in self._bound_alone:
+            return False
+        self._bound_alone.add(number)
+        for place in self._counting([number])[:8]:
+            self.bound = before | {place}
+            if not self._attempt([number]):
+                return True
+        self.bound = before
+        return False
 
     # ------------------------------------------------------------------------------------------ the widened model
 
@@ -320,7 +375,11 @@ class Widening:
                 np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
         for first, last in {(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True) if b >= 0 and a != b}:
             own = {each // _SPACE for each in (first, last) if each >= 0}
-            text = "its channels depend on each other" if len(own) == 1 else "its channels are tied to others once there are more"
+            text = (
+                "its channels depend on each other"
+                if len(own) == 1
+                else "its channels are tied to others once there are more"
+            )
             culprits |= dict.fromkeys(own, text)
         if culprits:
             return culprits
@@ -330,6 +389,7 @@ class Widening:
                 if unit >= self.spaces[number].units:
                     culprits.setdefault(number, reason)
         high[-1] = -1
+        culprits |= self._cut_otherwise(found, np.maximum(high[np.append(roots, -1)], -1), live)
         for key, expected in known.items():
             if key[1] in (OUT, FILL) or (key[1] == ENTRY and key[0] in self.dims):
                 continue
@@ -342,9 +402,29 @@ class Widening:
             actual = np.maximum(actual, -1)
             if not np.array_equal(actual, expected):
                 culprits |= self._arrivals(key, actual, expected, units)
-            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], [s.units for s in self.spaces], units):
-                culprits |= dict.fromkeys(_spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels")
+            elif key[0] in self._groups and not self._equal_groups(
+                key, layout.axes[key], [s.units for s in self.spaces], units
+            ):
+                culprits |= dict.fromkeys(
+                    _spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels"
+                )
         return {number: reason for number, reason in culprits.items() if number in live}
+
+    def _cut_otherwise(self, found: Numbers, codes: Codes, live: Sequence[int]) -> dict[int, str]:
+        """The spaces of which a slice or split takes other old channels than before."""
+        culprits: dict[int, str] = {}
+        if len(found.cuts) != len(self.numbers.cuts):
+            return culprits
+        old_units = np.array([space.units for space in self.spaces])
+        for old, new in zip(self.numbers.cuts, found.cuts, strict=True):
+            before = self._codes(self._alive(self._classes[np.asarray(old, dtype=np.int64)], live))
+            after = codes[np.asarray(new, dtype=np.int64)]
+            before, after = before[before >= 0], after[after >= 0]
+            after = after[after % _SPACE // _UNIT < old_units[after // _SPACE]]
+            if not np.array_equal(before, after):
+                text = "a slice or split in the code takes other channels once there are more"
+                culprits |= dict.fromkeys(_spaces(np.setxor1d(before, after)) or _spaces(before), text)
+        return culprits
 
     def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
         """Space, unit and block of every entry of an axis as the layout has it."""
@@ -367,7 +447,9 @@ class Widening:
                 return {}
         if len(actual) < len(expected):
             return dict.fromkeys(involved, f"a literal size in the code: new channels do not arrive at {key[0]}")
-        return dict.fromkeys(involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more")
+        return dict.fromkeys(
+            involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more"
+        )
 
 
 def _spaces(codes: Codes) -> set[int]:
@@ -414,7 +496,9 @@ class Pretender:
                 layers.set_outputs(module, self._widths[key[0]])
                 undo.append(lambda module=module, before=before: layers.set_outputs(module, before))
             elif key[1] == ENTRY and key[0] in layout.dims:
-                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units)))
+                undo.append(
+                    _repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units))
+                )
         for each in layout.attributes:
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
             undo.append(resize_attribute(self.model, each, more))

@@ -222,11 +222,13 @@ class GrowthSite(Site):
             if layers.groups_of(module) > 1:
                 return f"{path} is a grouped convolution"
             own = [run for run in self.layout.axes[path, side] if run.space == self.space]
-            if len(own) > 1 or (own[0].outer > 1 and side == IN):
-                return f"{path} consumes the channels several times"
-            spread = own[0].outer > 1 or self.ratio(path, side) != 1
-            if side == OUT and (spread or len(self.layout.axes[path, side]) > 1):
+            if len(own) > 1 or own[0].outer > 1 or own[0].slots != tuple(range(own[0].inner)):
+                return f"the channels do not lie one after the other in {path}"
+            if side == OUT and (self.ratio(path, OUT) != 1 or len(self.layout.axes[path, side]) > 1):
                 return f"{path} produces several entries for a channel, or other channels too"
+        missing = set(self.consumers) - {route.consumer for route in self.routes}
+        if missing:
+            return f"nobody saw what lies between the producer and {min(missing)}"
         for route in self.routes:
             if route.problem:
                 return route.problem
@@ -283,9 +285,7 @@ class GrowthSite(Site):
         sizes = site.sizes
         for key in site.axes:
             runs = site.layout.axes[key]
-            expected = sum(
-                run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs
-            )
+            expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",
@@ -319,7 +319,7 @@ class GrowthSite(Site):
 
 
 def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
-    """The length of every axis of a layout in a model; each is looked up once, so ask anew after the model has changed."""
+    """The length of every axis of a layout in a model; each is looked up once, so ask anew after a change."""
 
     def length(key: Key) -> int:
         path, side = key

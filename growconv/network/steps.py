@@ -22,13 +22,16 @@ _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs",
 _WINDOWED = ("max_pool", "avg_pool")
 
 
-def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite]) -> dict[str, tuple[Route, ...]]:
-    """The routes of sites, from one recorded run in evaluation mode.
+def routes_of(
+    model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite], training: bool = False
+) -> dict[str, tuple[Route, ...]]:
+    """The routes of sites, from one recorded run.
 
     Args:
         model: the model, or a copy of it; it is run once, its mode is put back and its buffers stay.
         arguments: of its forward.
         sites: of that model, or of one with the same names.
+        training: in which mode it is run.
 
     Returns:
         By name of the site, one route per producer and consumer that a chain of steps joins; pairs that are joined
@@ -37,7 +40,7 @@ def routes_of(model: nn.Module, arguments: Arguments, sites: Sequence[GrowthSite
     modes = {module: module.training for module in model.modules()}
     tape = Tape(model)
     try:
-        model.eval()
+        model.train(training)
         with torch.no_grad(), tape:
             output = model(*arguments[0], **arguments[1])
         returned = {tape.number(tensor) for tensor in tensors_in(output)}
@@ -102,7 +105,10 @@ def _at_zero(region: Region) -> dict[str, float | bool]:
         with torch.enable_grad():
             values = [each for calls in region.read(new).values() for each in calls]
             probes = [each for calls in new.values() for each in calls]
-            total = torch.stack([each.sum() for each in values]).sum()
+            # any weights but equal ones, whose sum a norm over the locations of a sample leaves as it is
+            draw = torch.Generator().manual_seed(0)
+            weights = [torch.rand(each.shape, generator=draw, dtype=torch.float64).to(each) for each in values]
+            total = torch.stack([(each * w).sum() for each, w in zip(values, weights, strict=True)]).sum()
             slopes = torch.autograd.grad(total, probes, allow_unused=True) if total.requires_grad else ()
         found[label] = not any(slope is not None and bool((slope != 0).any()) for slope in slopes)
         if height == 0:

@@ -9,6 +9,7 @@ read like a program without side effects, and run again with true writes in plac
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -62,7 +63,7 @@ class Operation:
         """Name without namespace and overload: "relu_"."""
         return operation_name(self.func)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it is given."""
         return tuple(leaf.value for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
@@ -167,6 +168,8 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> "Tape":
         """Put hooks on every module and start to record."""
         for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # those take no hooks, and hide what is inside
             opaque = layers.is_weighted(module) or layers.is_norm(module)
             if opaque or layers.is_dropout(module):
                 enter, leave = self._entered, self._left(path, identity=not opaque)

@@ -58,6 +58,8 @@ def enlarge(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Te
     Returns:
         A new tensor.
     """
+    if len({each.axis for each in insertions}) == 1:
+        return keep_format(_along_one_axis(tensor, insertions, values), tensor)
     shape = enlarged_shape(tensor.shape, insertions)
     maps = {}
     for axis in range(tensor.dim()):
@@ -84,6 +86,17 @@ def enlarge(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Te
         if value is not None:
             place(value, each.axis, index)
     return keep_format(result, tensor)
+
+
+def _along_one_axis(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Tensor | None]) -> Tensor:
+    """The pieces of the tensor with what comes between them."""
+    axis, shape, start = insertions[0].axis, list(tensor.shape), 0
+    pieces = []
+    for each, value in sorted(zip(insertions, values, strict=True), key=lambda pair: pair[0].position):
+        pieces.append(tensor.narrow(axis, start, each.position - start))
+        shape[axis], start = each.count, each.position
+        pieces.append(tensor.new_zeros(shape) if value is None else value.to(tensor).expand(shape))
+    return torch.cat([*pieces, tensor.narrow(axis, start, tensor.shape[axis] - start)], axis)
 
 
 def _write(result: Tensor, where: list[Tensor | slice], grown: list[int], block: Tensor) -> None:

@@ -26,7 +26,7 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import Arguments, tensors_in
 
 NONE = -1
-SIZED = frozenset("split_with_sizes split slice view _unsafe_view reshape expand".split())
+SIZED = frozenset(["split_with_sizes", "split", "slice", "view", "_unsafe_view", "reshape", "expand"])
 """Structural operations that are told sizes."""
 
 
@@ -45,6 +45,7 @@ class Numbers:
         silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
             attribute, index in a list): the numbers of the entries that it counts.
+        cuts: what slices and splits of several channels took, one after the other.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
         order: paths of the layers in the order of their first call.
@@ -61,6 +62,7 @@ class Numbers:
         self.order: list[str] = []
         self.shapes: dict[str, torch.Size] = {}
         self.literals: dict[tuple[str, str, int | None], list[int]] = {}
+        self.cuts: list[list[int]] = []
         self._parents: list[int] = []
         self._first: dict[Key, tuple[int, int]] = {}
 
@@ -142,7 +144,9 @@ class Numbers:
             parts.append(np.where(known >= 0, roots[np.maximum(known, 0)] if len(roots) else known, NONE))
         found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
         for key, part in zip(keys, parts, strict=True):
-            for root, first, count in zip(*(each.tolist() for each in np.unique(part, return_index=True, return_counts=True)), strict=True):
+            for root, first, count in zip(
+                *(each.tolist() for each in np.unique(part, return_index=True, return_counts=True)), strict=True
+            ):
                 if root >= 0:
                     found[root].append((key, count, first))
         return found
@@ -211,9 +215,7 @@ class _Mode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # True imports torch._dynamo, for seconds
 
-    def __init__(
-        self, model: nn.Module, numbers: Numbers, whole_groups: Callable[[str, nn.Module], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, numbers: Numbers, whole_groups: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self.numbers = numbers
         self.whole_groups = whole_groups
@@ -256,7 +258,9 @@ class _Mode(TorchDispatchMode):
             if layers.is_weighted(module) or layers.is_norm(module):
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
-            elif path:
+            elif path and not isinstance(
+                module, torch.jit.ScriptModule
+            ):  # those take no hooks, and hide what is inside
                 step = (path, module)
                 handles.append(module.register_forward_pre_hook(lambda *_, step=step: self._stack.append(step)))
                 handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
@@ -294,13 +298,26 @@ class _Mode(TorchDispatchMode):
         numbers.consume((path, GROUP_IN if grouped else IN), columns)
         out_axis = layers.channel_axis(module, output.dim())
         count = output.shape[out_axis]
-        first = numbers.fresh((self._alias.get(path, path), GROUP_OUT if grouped else OUT), count)
+        first = numbers.fresh((path, GROUP_OUT if grouped else OUT), count)
+        if path in self._alias:
+            self._share(path, grouped, count)
         if grouped:
-            groups = columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)  # a copy may pretend to have more
+            groups = (
+                columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)
+            )  # a copy may pretend to have more
             self._carry(groups, numbers.columns[path, GROUP_IN], first, count, path)
         shape = [1] * output.dim()
         shape[out_axis] = count
         self._put(output, torch.arange(first, first + count).view(shape))
+
+    def _share(self, path: str, grouped: bool, count: int) -> None:
+        """Tie the channels of a layer to those of an earlier one that has the same weight."""
+        numbers, earlier = self.numbers, self._alias[path]
+        out, given = (GROUP_OUT, GROUP_IN) if grouped else (OUT, IN)
+        first = numbers.fresh((earlier, out), count)
+        numbers.tie(zip(range(first, first + count), numbers.range_of((path, out)), strict=True))
+        own = torch.tensor(numbers.columns[path, given])
+        numbers.consume((earlier, given), own[:, None])
 
     def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
         self.numbers.consume((path, ENTRY), columns)
@@ -338,7 +355,9 @@ class _Mode(TorchDispatchMode):
         try:
             output = func(*args, **kwargs)
         except Exception:
-            self.met = {n for tensor in sources for n in torch.unique(compact(self.companion(tensor))).tolist() if n >= 0}
+            self.met = {
+                n for tensor in sources for n in torch.unique(compact(self.companion(tensor))).tolist() if n >= 0
+            }
             raise
         results = [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]
         if not results or (name in operations.CREATING and not (name == "zero_" or name == "fill_")):
@@ -413,6 +432,7 @@ class _Mode(TorchDispatchMode):
                 except RuntimeError:
                     found = own.reshape(results[0].shape)
         else:
+
             def swap(item: object) -> object:
                 return companions[id(item)] if isinstance(item, Tensor) else item
 
@@ -431,10 +451,13 @@ class _Mode(TorchDispatchMode):
             dim = args[2] if len(args) > 2 else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
             if any(_numbered(part) for part in parts):
+                self.numbers.cuts += parts
                 self._note(given, parts)
         elif name == "slice":
             dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3]
             along = _along(whole, dim % whole.dim())
+            if _numbered(along) and _differs(along):
+                self.numbers.cuts.append(_along(self.companion(results[0]), dim % whole.dim()))
             for edge in (start, end):
                 if isinstance(edge, int) and 0 < edge < len(along) and _numbered(along):
                     self._note([edge], [along[:edge]])
@@ -459,7 +482,9 @@ class _Mode(TorchDispatchMode):
                     if isinstance(value, int) and value == size:
                         self.numbers.literals.setdefault((path, name, None), part)
                     elif isinstance(value, list | tuple) and size in value and all(type(v) is int for v in value):
-                        self.numbers.literals.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
+                        self.numbers.literals.setdefault(
+                            (path, name, len(value) - 1 - list(value)[::-1].index(size)), part
+                        )
             if any(key[0] == path for key in self.numbers.literals):
                 return
 
@@ -489,7 +514,11 @@ class _Mode(TorchDispatchMode):
                 view = [-1 if d == axis else 1 for d in range(companion.dim())]
                 sides = [self._filled(count).view(view) if count else None for count in (low, high)]
                 around = list(companion.shape)
-                parts = [companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]]) for side in (sides[0], companion, sides[1]) if side is not None]
+                parts = [
+                    companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
+                    for side in (sides[0], companion, sides[1])
+                    if side is not None
+                ]
                 companion = self._joined(parts, axis, torch.Size(shape), "cat")
         return companion
 
@@ -499,9 +528,16 @@ class _Mode(TorchDispatchMode):
         dim = dim % (count + (name == "stack"))
         if name == "cat" and any(bool((compact(part) >= 0).any()) for part in parts):
             view = [-1 if d == dim else 1 for d in range(count)]
-            parts = [self._filled(part.shape[dim]).view(view).expand(part.shape) if part.shape[dim] and not bool((compact(part) >= 0).any()) else part for part in parts]
+            parts = [
+                self._filled(part.shape[dim]).view(view).expand(part.shape)
+                if part.shape[dim] and not bool((compact(part) >= 0).any())
+                else part
+                for part in parts
+            ]
         for axis in range(count):
-            if (name == "stack" or axis != dim) and all(part.stride(axis) == 0 or part.shape[axis] == 1 for part in parts):
+            if (name == "stack" or axis != dim) and all(
+                part.stride(axis) == 0 or part.shape[axis] == 1 for part in parts
+            ):
                 parts = [part.narrow(axis, 0, 1) for part in parts]
         joined = torch.stack(parts, dim) if name == "stack" else torch.cat(parts, dim)
         return joined.expand(shape)
@@ -538,18 +574,31 @@ class _Mode(TorchDispatchMode):
             dims = list(range(companion.dim()))
         dims = [dims] if isinstance(dims, int) else list(dims)
         if name in ("sort", "topk", "median", "mode"):
-            dims = [args[position] if len(args) > position and isinstance(args[position], int) and name != "topk" else args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)]
+            dims = [
+                args[position]
+                if len(args) > position and isinstance(args[position], int) and name != "topk"
+                else args[2]
+                if name == "topk" and len(args) > 2
+                else kwargs.get("dim", -1)
+            ]
         dims = [dim % max(companion.dim(), 1) for dim in dims]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
-        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
-            return
         value = narrow.amax(dims, keepdim=True) if dims else narrow
+        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
+            if not any(_varies(value, axis) for axis in range(value.dim())):
+                return  # all channels; where some of each remain, they are taken pair by pair
         self.numbers.unify(value.expand_as(narrow), narrow)
         for result in results:
             if result.dim() == companion.dim():
                 self._put(result, value)
             else:
-                self._put(result, value.expand(*[1 if d in dims else s for d, s in enumerate(companion.shape)]).reshape(result.shape) if math.prod(result.shape) == math.prod([1 if d in dims else s for d, s in enumerate(companion.shape)]) else torch.tensor(NONE))
+                self._put(
+                    result,
+                    value.expand(*[1 if d in dims else s for d, s in enumerate(companion.shape)]).reshape(result.shape)
+                    if math.prod(result.shape)
+                    == math.prod([1 if d in dims else s for d, s in enumerate(companion.shape)])
+                    else torch.tensor(NONE),
+                )
 
     def _scale(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A functional batch norm: one entry of every further tensor for each entry of axis 1."""
@@ -566,9 +615,7 @@ class _Mode(TorchDispatchMode):
             elif result.dim() == 1 and len(result) == len(first):
                 self._put(result, first)
 
-    def _normalize_layers(
-        self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]
-    ) -> None:
+    def _normalize_layers(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A layer norm: all entries of the last axes together, with a scale and a shift for each."""
         own, count = companions[id(args[0])], len(args[1])
         for other in args[2:4]:
@@ -666,7 +713,11 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 def _same_leading(first: torch.Size, second: torch.Size) -> int:
     """How many leading axes (samples, channels) a pooling or an interpolation leaves alone."""
     grid = min(len(first), len(second))
-    return next((axis for axis in range(grid) if first[axis] != second[axis]), min(2, grid)) if grid > 2 and first[:2] != second[:2] else min(2, grid)
+    return (
+        next((axis for axis in range(grid) if first[axis] != second[axis]), min(2, grid))
+        if grid > 2 and first[:2] != second[:2]
+        else min(2, grid)
+    )
 
 
 def _along(companion: Tensor, axis: int) -> list[int]:
@@ -705,7 +756,11 @@ def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[
             owned[id(tensor)] = path
             if layers.is_weighted(module) and "weight" in name:
                 earlier = weights.setdefault(id(tensor), path)
-                if earlier != path and layers.size(module, OUT) == layers.size(model.get_submodule(earlier), OUT) and type(module) is type(model.get_submodule(earlier)):
+                if (
+                    earlier != path
+                    and layers.size(module, OUT) == layers.size(model.get_submodule(earlier), OUT)
+                    and type(module) is type(model.get_submodule(earlier))
+                ):
                     alias[path] = earlier
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in owned:

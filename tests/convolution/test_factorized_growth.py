@@ -6,15 +6,15 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from growconv.network.factorized import fit_channels
+from growconv.network.growing import plan_size
 from torch import nn
 
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SolverError, SurgeryError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.factorized import fit_channels
-from growconv.network.growing import plan_size
-from growconv.network.rank import RankSite, find_rank_sites
 from growconv.network.event import apply_edits
+from growconv.network.rank import RankSite, find_rank_sites
 from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
 
 

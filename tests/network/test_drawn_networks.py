@@ -4,12 +4,12 @@ import random
 
 import torch
 import torch.nn.functional as F
+from growconv.network.remainder import Remainder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import growconv
-from growconv.network.remainder import Remainder
 from growconv.network.site import find_sites
 from tests.network import zoo
 

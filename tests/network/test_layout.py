@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.errors import SiteError
-from growconv.network.layout import Sizes, IN, OUT, Layout, Run, owners_of
+from growconv.network.layout import IN, OUT, Layout, Run, Sizes, owners_of
 
 KEY = ("b", IN)
 
@@ -44,7 +44,9 @@ def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[
             tuple(o) for o in layout.owners(KEY, [u + more * (s == space) for s, u in enumerate(units)]).tolist()
         ]
         grown = list(old)
-        for place in sorted(layout.places(KEY, space, more, Sizes(sizes.__getitem__)), key=lambda place: -place.position):
+        for place in sorted(
+            layout.places(KEY, space, more, Sizes(sizes.__getitem__)), key=lambda place: -place.position
+        ):
             new = [(space, units[space] + entry // per_unit, entry % per_unit) for entry in place.entries]
             grown[place.position : place.position] = new
         assert grown == expected

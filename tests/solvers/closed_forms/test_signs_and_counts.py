@@ -10,8 +10,8 @@ from torch import nn
 import growconv
 from growconv.errors import StatisticsError
 from growconv.solvers import measure_gains, solve, tiny
-from growconv.statistics.held_out import without
 from growconv.solvers.response import channel_responses, choose_signs
+from growconv.statistics.held_out import without
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
-from growconv.network.find import find_sites
+from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
 from growconv.solvers.firefly import Candidates
 
@@ -33,9 +33,7 @@ def test_taylor_gains_are_derivatives_by_each_candidates_strength(make, collect)
     incoming, biases, outgoing = candidates.weights()
     hidden = functional.relu(functional.conv2d(x, incoming["0"], biases["0"], padding=1))
     strength = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    z = model[2](functional.relu(model[0](x))) + functional.conv2d(
-        hidden, outgoing["2"] * strength.view(1, -1, 1, 1)
-    )
+    z = model[2](functional.relu(model[0](x))) + functional.conv2d(hidden, outgoing["2"] * strength.view(1, -1, 1, 1))
     loss = functional.cross_entropy(model[3:](z), y)
     torch.testing.assert_close(gains, -torch.autograd.grad(loss, strength)[0])
 

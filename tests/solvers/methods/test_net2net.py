@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from growconv.errors import ArgumentValueError, SolverError
-from growconv.network.find import find_sites
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.net2net import draw_copies, draw_shares
 

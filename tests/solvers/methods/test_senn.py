@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from growconv.errors import ArgumentValueError, SolverError
-from growconv.network.find import find_sites
+from growconv.errors import ArgumentValueError
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.senn import expansion_score, output_precision
 from growconv.statistics import collect_statistics

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from growconv.errors import ArgumentValueError, SolverError
-from growconv.network.find import find_sites
+from growconv.errors import ArgumentValueError
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.splitting import lowest_eigenpairs, splitting_matrices
 
@@ -66,7 +66,10 @@ def split_hessian(model, x, y, channel, smoothing):
     (gradient,) = torch.autograd.grad(loss, z)
 
     def objective(theta):
-        weight, bias = producer.weight.detach().clone(), None if producer.bias is None else producer.bias.detach().clone()
+        weight, bias = (
+            producer.weight.detach().clone(),
+            None if producer.bias is None else producer.bias.detach().clone(),
+        )
         weight[channel] = theta[: weight[0].numel()].view_as(weight[0])
         if bias is not None:
             bias[channel] = theta[-1]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from growconv.network.find import find_sites
 from growconv.network.apply import grow
+from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.variance_transfer import batch_norm_behind
 
