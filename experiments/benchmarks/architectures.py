@@ -200,12 +200,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     ]
     text = (
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
-        f"({growable / max(1, convolutions):.1%}). {_share(common)} of the {len(common)} in the families that most people "
-        f"use; {_share(first)} of the {len(first)} that were here first. Output unchanged in eval and train mode in "
-        f"{sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where float32 rounds "
-        f"more); parameter count as predicted in {sum(o.counted for o in outcomes)}; the same network again on a fresh "
-        f"model in {sum(o.replayed for o in outcomes)}; new weights of {sum(o.dead for o in outcomes)} layers without a "
-        f"gradient; sites found in the allowed time in {len(outcomes) - len(over)}."
+        f"({growable / max(1, convolutions):.1%}): {_share(common)} of the {len(common)} in the families that most "
+        f"people use, {_share(first)} of the {len(first)} that were here first. Output unchanged in eval and train "
+        f"mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where float32 "
+        f"rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; the same network again on "
+        f"a fresh model in {sum(o.replayed for o in outcomes)}; new weights of {sum(o.dead for o in outcomes)} layers "
+        f"without a gradient; sites found in the allowed time in {len(outcomes) - len(over)}."
     )
     text += f" Over it: {', '.join(over)}." if over else ""
     return text + (f" Where float32 changes more: {'; '.join(rounded)}." if rounded else "")

@@ -27,12 +27,14 @@ EXACT = 1e-9
 DRAWS = 8  # at most: three random channels of a squeeze-and-excite layer are all off on a batch of 3 one time in 8
 SECONDS, PASSES = 2.0, 20
 """What finding the sites may cost: seconds, and forward passes of the example, on one thread."""
-OUTPUT, DEPENDENT, LITERAL, JOINT, OTHER = (
-    "the model's output", "channels that depend on each other", "literal sizes in the code",
-    "only grows together with others", "other",
-)  # fmt: skip
-
-
+OUTPUT, DEPENDENT, LITERAL, JOINT, INTERLEAVED, OTHER = (
+    "the model's output",
+    "channels that depend on each other",
+    "literal sizes in the code",
+    "only grows together with others",
+    "interleaved with others",
+    "other",
+)
 Builder = Callable[[], nn.Module]
 
 
@@ -217,6 +219,8 @@ def _class_of(row: LayerRow) -> str:
         return OUTPUT
     if "only grows together" in reason:
         return JOINT
+    if "interleaved" in reason:
+        return INTERLEAVED
     if "literal size" in reason or "the code takes no other width" in reason or "takes other channels" in reason:
         return LITERAL
     return DEPENDENT if "depend on each other" in reason else OTHER

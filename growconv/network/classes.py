@@ -23,6 +23,7 @@ class Space:
             convolutions that are widened inside every group).
         neighbours: a unit takes neighbouring classes instead (even and odd channels that go different ways).
         reason: why it cannot grow; None as long as nothing speaks against it.
+        first: why it cannot grow as it was taken to at first.
         tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
     """
@@ -32,6 +33,7 @@ class Space:
     blocks: int = 1
     neighbours: bool = False
     reason: str | None = None
+    first: str | None = None
     tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
 

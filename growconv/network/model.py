@@ -103,7 +103,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    gradients = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
+    leaves = [parameter for parameter in model.parameters() if parameter.is_leaf]  # copies of scripted ones are none
+    gradients = {parameter: (parameter.grad, parameter.requires_grad) for parameter in leaves}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's data may draw from it)
     gpus = sorted({tensor.device.index for tensor in [*gradients, *buffers] if tensor.device.type == "cuda"})
     for parameter in gradients:

@@ -6,8 +6,10 @@ sites of a copy grow by a few units whose outgoing weights are zero; the output 
 """
 
 import copy
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +109,8 @@ class Proof:
         """A run with random operations held still; buffers are as before afterwards."""
         model.train(example.training)
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 (the model's code may draw from it)
         torch.manual_seed(0)
         try:
             with torch.no_grad(), _Still():

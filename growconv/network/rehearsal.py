@@ -295,6 +295,7 @@ class Widening:
     def _next_guess(self, number: int, reason: str) -> None:
         """Another number of blocks for a space, or the reason why there is none."""
         space = self.spaces[number]
+        space.first = space.first or reason
         space.tried.add((space.blocks, space.neighbours))
         if space.copied:
             space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
@@ -309,7 +310,7 @@ class Widening:
             if self._fits(number):
                 return
             space.tried.add((blocks, neighbours))
-        space.reason = reason
+        space.reason = space.first
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
 
@@ -375,11 +376,10 @@ class Widening:
                 np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
         for first, last in {(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True) if b >= 0 and a != b}:
             own = {each // _SPACE for each in (first, last) if each >= 0}
-            text = (
-                "its channels depend on each other"
-                if len(own) == 1
-                else "its channels are tied to others once there are more"
-            )
+            text = "its channels are tied to others once there are more"
+            if len(own) == 1:
+                single = self.spaces[min(own)].units == 1
+                text = "its channels depend on each other" if single else "a literal size in the code ties new channels"
             culprits |= dict.fromkeys(own, text)
         if culprits:
             return culprits

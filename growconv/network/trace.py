@@ -369,6 +369,9 @@ class _Mode(TorchDispatchMode):
         self, func: Callable, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
     ) -> None:
         companions = {id(tensor): self.companion(tensor) for tensor in sources}
+        if torch.Tag.inplace_view in func.tags:  # unsqueeze_, transpose_, ...
+            self._put(args[0], getattr(companions[id(args[0])], name.removesuffix("_"))(*args[1:], **kwargs))
+            return
         structural = name in operations.STRUCTURAL
         if not structural and not any(bool((compact(each) >= 0).any()) for each in companions.values()):
             return
@@ -584,9 +587,9 @@ class _Mode(TorchDispatchMode):
         dims = [dim % max(companion.dim(), 1) for dim in dims]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
         value = narrow.amax(dims, keepdim=True) if dims else narrow
-        if self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims):
-            if not any(_varies(value, axis) for axis in range(value.dim())):
-                return  # all channels; where some of each remain, they are taken pair by pair
+        together = self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
+        if together and not any(_varies(value, axis) for axis in range(value.dim())):
+            return  # of all channels; where some of each remain, they are taken pair by pair
         self.numbers.unify(value.expand_as(narrow), narrow)
         for result in results:
             if result.dim() == companion.dim():

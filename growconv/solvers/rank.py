@@ -28,7 +28,7 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, 
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent
-from growconv.network.model import example_arguments, unwrapped
+from growconv.network.model import attribute, example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
 
@@ -246,28 +246,27 @@ def _growth(site: RankSite, incoming: Tensor, outgoing: Tensor, carried: dict[st
     return ChannelGrowth(
         site=site.name,
         method="rank",
-        incoming={site.path: parts[0]},
-        outgoing={site.path: outgoing * factor.view(1, -1, *[1] * (outgoing.dim() - 2))},
+        incoming={site.producers[0]: parts[0]},
+        outgoing={site.consumers[0]: outgoing * factor.view(1, -1, *[1] * (outgoing.dim() - 2))},
         gains=torch.zeros(terms, dtype=torch.float64, device=incoming.device),
-        carried=dict(zip(carried, parts[1:], strict=True)),
+        entries=dict(zip(site.followers, parts[1:], strict=True)),
         requested=terms,
     )
 
 
 def _random_terms(site: RankSite, terms: int, generator: torch.Generator | None) -> ChannelGrowth:
     """Random incoming sides, and nothing on the outgoing side."""
-    factors = {name: (site.module.get_parameter(name), insertion) for name, insertion in site.insertions(terms)}
-    names = ["out_factor", "core"] if site.side == "in" else ["out_factor"]
-    outgoing = "core" if site.side == "in" else "out_factor"
-    drawn: dict[str, Tensor] = {}
-    for name, (factor, insertion) in factors.items():
-        shape = list(factor.shape)
-        shape[insertion.axis] = terms
-        values = torch.randn(shape, dtype=torch.float64, generator=generator).to(factor.device)
-        drawn[name] = torch.zeros_like(values) if name in names else values
-    incoming = drawn["core"] if site.side == "out" else drawn["in_factor"].T
-    carried = {name: value.T for name, value in drawn.items() if name.startswith("axis_factor")}
-    return replace(_growth(site, incoming, drawn[outgoing], carried), method="random rank")
+    drawn: list[Tensor] = []
+    for path in (*site.producers, *site.followers):
+        factor = attribute(site.model, path)
+        shape = torch.as_tensor(factor).movedim(site.layout.dims[path], 0).shape[1:]
+        values = torch.randn(terms, *shape, dtype=torch.float64, generator=generator)
+        drawn.append(values.to(torch.as_tensor(factor).device))
+    (path,) = site.consumers
+    shape = list(torch.as_tensor(attribute(site.model, path)).movedim(site.layout.dims[path], 1).shape)
+    outgoing = drawn[0].new_zeros(shape[0], terms, *shape[2:])
+    carried = dict(zip(site.followers, drawn[1:], strict=True))
+    return replace(_growth(site, drawn[0], outgoing, carried), method="random rank")
 
 
 def _beyond_existing(

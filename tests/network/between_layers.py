@@ -30,10 +30,9 @@ def between(
     """`a`, an operation, `b`."""
 
     def build() -> Net:
-        modules = {name: module for name, module in more.items()}
         return Net(
             lambda m, x: m.b(operation(m, F.relu(m.a(x)))),
-            a=nn.Conv2d(3, outputs, 3, padding=1), b=nn.Conv2d(inputs, 2, 1), **modules,
+            a=nn.Conv2d(3, outputs, 3, padding=1), b=nn.Conv2d(inputs, 2, 1), **more,
         )  # fmt: skip
 
     return build
@@ -93,6 +92,14 @@ def written_in_place(_: Net, y: Tensor) -> Tensor:
     z[:, :, ::2] *= 2
     z.mul_(0.5).add_(y)
     return z
+
+
+def spatial_statistics(_: Net, y: Tensor) -> Tensor:
+    return (y - y.mean((2, 3), keepdim=True)) / (y.std((2, 3), keepdim=True) + 1)
+
+
+def composite(_: Net, y: Tensor) -> Tensor:
+    return y * F.relu6(y + 3) / 6 + F.mish(y) * torch.where(y > 1, y, -y)
 
 
 def functional_norms(m: Net, y: Tensor) -> Tensor:
@@ -237,8 +244,8 @@ CASES: dict[str, Case] = {
     "ConstantPad2d": Case(module(lambda: nn.ConstantPad2d(1, 0.5)), ONE),
     "roll": Case(between(lambda _, y: y.roll((1, -1), (2, 3)) + torch.roll(y, 2, -1)), ONE),
     "flip": Case(between(lambda _, y: y.flip(-1) - torch.rot90(y, 1, (2, 3))), ONE),
-    "interpolate": Case(between(lambda _, y: F.interpolate(y, scale_factor=2) + y.repeat_interleave(2, 2).repeat_interleave(2, 3)), ONE),
-    "bilinear": Case(between(lambda _, y: F.interpolate(y, scale_factor=1.5, mode="bilinear", align_corners=True)), ONE),
+    "interpolate": Case(between(lambda _, y: F.interpolate(y, scale_factor=2) - F.interpolate(y, (12, 12), mode="area")), ONE),
+    "bilinear": Case(between(lambda _, y: F.interpolate(y, scale_factor=1.5, mode="bilinear")), ONE),
     "bicubic": Case(between(lambda _, y: F.interpolate(y, (9, 7), mode="bicubic")), ONE),
     "Upsample": Case(module(lambda: nn.Upsample(scale_factor=2)), ONE),
     "pooling": Case(between(lambda _, y: F.max_pool2d(y, 2) + F.avg_pool2d(y, 2) + F.lp_pool2d(y, 2, 2)), ONE),
@@ -252,10 +259,10 @@ CASES: dict[str, Case] = {
     "stack and mean": Case(between(stacked_mean), ONE),
     "written in place": Case(between(written_in_place), ONE),
     "spatial softmax": Case(between(spatial_softmax), ONE),
-    "spatial statistics": Case(between(lambda _, y: (y - y.mean((2, 3), keepdim=True)) / (y.std((2, 3), keepdim=True) + 1)), ONE),
+    "spatial statistics": Case(between(spatial_statistics), ONE),
     "normalized over space": Case(between(lambda _, y: F.normalize(y.flatten(2), dim=2).view_as(y)), ONE),
     "functional norms": Case(normed, ONE),
-    "composite activations": Case(between(lambda _, y: y * F.relu6(y + 3) / 6 + F.mish(y) * torch.where(y > 1, y, -y)), ONE),
+    "composite activations": Case(between(composite), ONE),
     "Dropout2d": Case(module(lambda: nn.Dropout2d(0.5)), ONE),
     "layer scale and buffer": Case(mutable(), ONE),
     "standardised weights": Case(

@@ -1,5 +1,6 @@
 """Small models in which something else than the next layer reads a layer's channels."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.network.hand import Net
+
+Builder = Callable[[], nn.Module]
+Extra = Callable[[Net, Tensor], Tensor]
 
 
 class TwoHeads(nn.Module):
@@ -56,7 +60,7 @@ class Silent(nn.Module):
         return self.c(F.relu(self.b(y)))
 
 
-def reading(extra: Callable[[Net, Tensor], Tensor], **modules: nn.Module) -> Callable[[], Net]:
+def reading(extra: Extra, **modules: nn.Module) -> Callable[[], Net]:
     """`a -> b`, and what else is made of the channels is added to the output."""
 
     def build() -> Net:
@@ -81,13 +85,14 @@ def in_python(_: Net, y: Tensor) -> Tensor:
     return torch.tensor(max(y.detach()[0, :, 0, 0].tolist()), dtype=y.dtype)
 
 
-@torch.jit.script
 def _strongest(y: Tensor) -> Tensor:
     return y.amax(1, keepdim=True)
 
 
 def in_script(_: Net, y: Tensor) -> Tensor:
-    return _strongest(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(_strongest)(y)
 
 
 def in_functional_call(m: Net, y: Tensor) -> Tensor:
@@ -100,7 +105,10 @@ def by_weight(m: Net, y: Tensor) -> Tensor:
 
 
 def scripted_head() -> Net:
-    return reading(lambda m, y: m.c(y), c=torch.jit.script(nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU())))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = torch.jit.script(nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU()))
+    return reading(lambda m, y: m.c(y), c=head)()
 
 
 def autoencoder() -> Net:

@@ -1,11 +1,47 @@
-"""What lies between two layers, found and grown by brute force; the public surface of finding."""
+"""Which sites are found, of which kind, what is said of the other layers, and that finding disturbs nothing."""
+
+import copy
+import pickle
+import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from growconv.network.find import find_sites
-from tests.network import referee
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
+from growconv.network.apply import grow, shrink
+from growconv.network.find import explain_sites, find_sites, site
+from tests.network import referee, zoo
 from tests.network.between_layers import CASES
+from tests.network.refused import Refused
+
+SITES = {
+    "chain": [("a -> b", "pair", 1), ("b -> c", "linear", 1), ("c -> d", "linear", 1)],
+    "residual": [
+        ("stem + a2 -> a1, b1, short", "stream", 1),
+        ("a1 -> a2", "pair", 1),
+        ("b1 -> b2", "pair", 1),
+        ("b2 + short -> head", "stream", 1),
+    ],
+    "padded_shortcut": [("a + c -> b, d", "stream", 1), ("b -> c", "pair", 1)],
+    "dense": [("a + d -> b, 3 more", "stream", 1), ("b + d -> c, d, e", "stream", 1), ("c -> d", "concatenation", 1)],
+    "gated": [("a + b + up -> b, down, c", "stream", 1), ("down -> up", "linear", 1)],
+    "grouped": [("a -> b", "depthwise", 1), ("b -> c", "grouped", 2)],
+    "ghost": [("primary -> head", "depthwise", 1)],
+    "shared": [("a + twice -> twice, b", "stream", 1), ("b + c + d -> c, d, e", "stream", 1)],
+    "unet": [
+        ("a -> b, c", "concatenation", 1),
+        ("b -> up", "transposed", 1),
+        ("up -> c", "concatenation", 1),
+        ("c -> out", "pair", 1),
+    ],
+    "channels_last": [("stem + down -> up, head", "stream", 4), ("up -> down", "linear", 1)],
+    "one_axis": [("0 -> 4", "pair", 1), ("4 -> 7", "linear", 1)],
+    "three_axes": [("0 -> 4", "pair", 1), ("4 -> 8", "linear", 1)],
+    "normalized": [],  # a spectral norm would move old weights after a growth
+    "perceptron": [("0 -> 4", "linear", 1), ("4 -> 6", "linear", 1)],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -14,7 +50,214 @@ def test_what_treats_channels_alike_is_found_and_grows_exactly(name: str) -> Non
     torch.manual_seed(0)
     model, example = referee.prepared(case.build()), torch.randn(case.shape, dtype=torch.float64)
     sites = find_sites(model, example)
-    assert {site.name: site.granularity for site in sites} == case.sites
+    assert {each.name: each.granularity for each in sites} == case.sites
     grown = referee.check(model, example, sites)
     assert referee.untrained(grown, example) == []
-    referee.check(model, example, sites, units=[max(site.width // site.granularity, 4) for site in sites])
+    referee.check(model, example, sites, units=[max(each.width // each.granularity, 4) for each in sites])
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_site_of_a_model_is_found_and_grows_exactly(name: str) -> None:
+    model, example = zoo.build(name)
+    zoo.without_dropout(model)
+    sites = find_sites(model, example)
+    assert [(each.name, each.kind, each.granularity) for each in sites] == SITES[name]
+    grown = referee.check(model, example, sites)
+    assert referee.untrained(grown, example) == []
+    again = find_sites(grown.model, example)
+    assert [(each.name, each.width) for each in again] == [(each.name, each.width) for each in grown.sites]
+    for old, new in zip(grown.sites, again, strict=True):
+        assert all(old.entries(path) == new.entries(path) for path in old.consumers) or old.granularity > 1
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "channels_last"])
+def test_finding_sites_changes_nothing(name: str) -> None:
+    model, example = zoo.build(name)
+    model.train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    state, random = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    find_sites(model, example)
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("output", "the model's output"),
+        ("literal view", "literal size"),
+        ("literal slice", "literal size"),
+        ("softmax", "depend on each other"),
+        ("input", "size of tensor"),
+        ("fixed tensor", "size of tensor"),
+        ("recurrent", "rnn|lstm"),
+        ("gather", "interleaved"),
+        ("matrix", "multiplies its channels with each other"),
+        ("sort", "depend on each other"),
+    ],
+)
+def test_a_layer_that_cannot_grow_has_its_reason(how: str, reason: str) -> None:
+    table = explain_sites(Refused(how), torch.randn(2, 3, 5, 5))
+    row = next(row for row in table if row.path == "a")
+    assert not row.growable
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(row.reason)
+    assert str(row.reason) in str(table)
+
+
+@pytest.mark.parametrize("how", ["channel mean", "layer norm of maps"])
+def test_channels_that_depend_on_each_other_grow_by_copies(how: str) -> None:
+    model, example = referee.prepared(Refused(how)), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    (found,) = find_sites(model, example)
+    assert found.copied
+    assert found.granularity == found.width == 4
+    referee.check(model, example, [found], units=[1])
+
+
+def test_the_table_has_a_row_for_every_layer() -> None:
+    model, example = zoo.build("residual")
+    table = explain_sites(model, example)
+    assert [row.path for row in table] == [
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    assert {row.path for row in table if not row.growable} == {"head"}
+    assert next(row for row in table if row.path == "head").reads == ("b2 + short -> head",)
+    assert table[0].layer == "Conv2d 3 -> 4, 3x3"
+
+
+def test_layers_that_are_never_called_are_told() -> None:
+    model, example = zoo.build("chain")
+    model.spare = nn.Conv2d(9, 2, 1)
+    row = next(row for row in explain_sites(model, example) if row.path == "spare")
+    assert row.reason == "none of the examples calls it"
+
+
+def test_sites_named_by_hand() -> None:
+    model, example = zoo.build("chain")
+    assert site(model, "a", "b", example_input=example).name == "a -> b"
+    flat = site(model, "b", "c", example_input=example)
+    assert flat.ratio("c") == 4
+    model, example = zoo.build("residual")
+    assert site(model, ("stem", "a2"), ("b1", "a1", "short"), example_input=example).kind == "stream"
+
+
+@pytest.mark.parametrize(
+    ("producers", "consumers", "says"),
+    [
+        ("a", "nowhere", "nowhere: this is no convolution or linear layer"),
+        ("norm", "b", "norm: this is no convolution or linear layer"),
+        ("a", "c", "expected: a -> b"),
+        ("b", "a", "expected: b -> c"),
+        ("d", "a", "the model's output"),
+        (("a", "b"), "c", "do not make up a site"),
+    ],
+)
+def test_layers_that_make_no_site(producers: str, consumers: str, says: str) -> None:
+    model, example = zoo.build("chain")
+    with pytest.raises(SiteError, match=says):
+        site(model, producers, consumers, example_input=example)
+
+
+def test_what_the_model_cannot_be_run_on() -> None:
+    model, example = zoo.build("chain")
+    with pytest.raises(TraceError, match="does not run on the example") as caught:
+        find_sites(model, example[:, :2])
+    assert "(2, 2, 14, 14)" in str(caught.value)
+    with pytest.raises(TraceError, match="float32"):
+        find_sites(model, example.float())
+    with pytest.raises(ArgumentTypeError, match="example input"):
+        find_sites(model, 3)
+    with pytest.raises(ArgumentTypeError, match="empty list"):
+        find_sites(model, [])
+    with pytest.raises(ArgumentValueError, match="mode"):
+        find_sites(model, example, modes=("test",))
+    with pytest.raises(ArgumentTypeError, match="wrapped"):
+        find_sites(nn.DataParallel(model), example)
+    model.kept = model(example)
+    with pytest.raises(TraceError, match="cannot be copied"):
+        find_sites(model, example)
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, shift: Tensor, flag: bool = False) -> dict[str, Tensor]:
+            y = self.a(x)
+            return {"y": self.b(F.relu(-y if flag else y)) + shift}
+
+    model, x, shift = Two(), torch.randn(2, 3), torch.randn(2)
+    for given in ((x, shift), {"x": x, "shift": shift}, {"x": x, "shift": shift, "flag": True}):
+        assert [each.name for each in find_sites(model, given)] == ["a -> b"]
+
+
+# ---------------------------------------------------------------------------------------------- sites are data
+
+
+def test_a_site_serves_any_model_of_the_same_names() -> None:
+    model, example = zoo.build("grouped")
+    sites = find_sites(model, example)
+    twin, _ = zoo.build("grouped", seed=1)
+    first, other = referee.check(model, example, sites), referee.check(twin, example, [each.of(twin) for each in sites])
+    assert [each.width for each in first.sites] == [each.width for each in other.sites]
+    assert [each.width for each in sites] == [4, 6]
+    assert sites[0].of(None) is sites[0].of(model) is sites[0]
+    wrong, _ = zoo.build("residual")
+    with pytest.raises(SiteError, match="no such layer"):
+        sites[0].check(wrong)
+    with pytest.raises(SiteError, match=r"no such layer|not have the width"):
+        grow(wrong, sites[0], zoo.random_growth(sites[0], 2))
+
+
+def test_copies_and_pickles_grow() -> None:
+    model, example = zoo.build("dense")
+    expected = model.eval()(example)
+    sites = find_sites(model, example)
+    for twin, found in (copy.deepcopy((model, sites)), pickle.loads(pickle.dumps((model, sites)))):
+        assert all(each.model is twin for each in found)
+        for each in found:
+            grow(twin, each, zoo.random_growth(each, 2), 0.0)
+        torch.testing.assert_close(twin(example), expected, rtol=1e-10, atol=1e-10)
+        assert [each.width for each in found] == [6, 5, 4]
+    assert [each.width for each in sites] == [4, 3, 2]
+
+
+def test_widths_stay_true_while_neighbours_grow_and_shrink() -> None:
+    model, example = zoo.build("dense")
+    expected, sites = model.eval()(example), find_sites(model, example)
+    for each in sites:
+        grow(model, each, zoo.random_growth(each, 2), 0.0)
+    assert [each.width for each in sites] == [each.width for each in find_sites(model, example)] == [6, 5, 4]
+    for each in sites:
+        shrink(model, each, range(each.width - 2, each.width))
+    torch.testing.assert_close(model(example), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_finding_does_not_disturb_other_threads() -> None:
+    busy, x = zoo.build("residual")
+    busy.eval()
+    model, example = zoo.build("gated")
+    expected, stop, wrong = busy(x), threading.Event(), []
+
+    def run() -> None:
+        while not stop.is_set():
+            if not torch.equal(busy(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            assert len(find_sites(model, example)) == 2
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong

@@ -1,20 +1,17 @@
-"""A sample of other people's models: every site grows, the function stays, new outgoing weights get gradients.
+"""A sample of other people's models: every site grows, the function stays, new weights get gradients.
 
 The whole table is made by experiments/benchmarks/architectures.py.
 """
 
 import importlib
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import growconv
-from growconv.network import layers
-from growconv.network.site import find_sites
-from tests.network import zoo
+from growconv.network.find import analyse, rows_of
+from tests.network import referee
 
 
 def pytorchcv(file: str, name: str) -> Callable[[], nn.Module]:
@@ -37,70 +34,44 @@ def monai_unet() -> nn.Module:
     )
 
 
-# name: (builder, input shape, layers whose output may stay as it is)
+CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+# name: (builder, input shape, convolutions whose outputs may stay as they are)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "resnet20": (pytorchcv("resnet_cifar", "resnet20_cifar10"), (2, 3, 32, 32), 0),
-    "seresnet20": (pytorchcv("seresnet_cifar", "seresnet20_cifar10"), (2, 3, 32, 32), 0),
-    "pyramidnet": (pytorchcv("pyramidnet_cifar", "pyramidnet110_a48_cifar10"), (2, 3, 32, 32), 0),
-    "mobilenetv2": (pytorchcv("mobilenetv2", "mobilenetv2_wd4"), (1, 3, 224, 224), 1),
-    "shufflenet": (pytorchcv("shufflenet", "shufflenet_g1_wd4"), (1, 3, 224, 224), 0),
-    "convnext": (
-        transformers(
-            "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]
-        ),
-        (2, 3, 64, 64),
-        8,
-    ),
-    "hf_resnet": (
-        transformers(
-            "ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2]
-        ),
-        (2, 3, 32, 32),
-        0,
-    ),
-    "monai_unet": (monai_unet, (1, 1, 16, 16, 16), 2),
+    "convnext": (transformers("ConvNextForImageClassification", "ConvNextConfig", **CONVNEXT), (2, 3, 64, 64), 0),
+    "hf_resnet": (transformers("ResNetForImageClassification", "ResNetConfig", **RESNET), (2, 3, 32, 32), 0),
+    "monai_unet": (monai_unet, (2, 1, 16, 16, 16), 2),
 }
+MORE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "seresnet20": (pytorchcv("seresnet_cifar", "seresnet20_cifar10"), (2, 3, 32, 32), 0),
+    "densenet40": (pytorchcv("densenet_cifar", "densenet40_k12_cifar10"), (2, 3, 32, 32), 0),
+    "mobilenetv2": (pytorchcv("mobilenetv2", "mobilenetv2_wd4"), (2, 3, 96, 96), 1),
+    "shufflenet": (pytorchcv("shufflenet", "shufflenet_g1_wd4"), (2, 3, 96, 96), 0),
+    "ghostnet": (pytorchcv("ghostnet", "ghostnet"), (2, 3, 96, 96), 0),
+    "mixnet": (pytorchcv("mixnet", "mixnet_s"), (2, 3, 96, 96), 0),
+    "igcv3": (pytorchcv("igcv3", "igcv3_wd4"), (2, 3, 96, 96), 1),
+}
+
+
+def grow_every_site(builder: Callable[[], nn.Module], shape: tuple[int, ...], refused: int) -> None:
+    torch.manual_seed(0)
+    model, example = referee.prepared(builder()), torch.randn(shape, dtype=torch.float64)
+    found = analyse(model, example)
+    rows = [row for row in rows_of(found) if row.layer.startswith("Conv")]
+    assert sum(not row.growable for row in rows) == refused
+    assert all(row.growable or row.reason for row in rows)
+    referee.check(model, example, found.sites, units=[3])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_grows_by_three(name: str) -> None:
-    builder, shape, refused = MODELS[name]
-    torch.manual_seed(0)
-    model = builder().double()
-    example = torch.randn(shape, dtype=torch.float64)
-    model.train()(example.repeat(2, *[1] * (len(shape) - 1)))  # running statistics
-    model.eval()
-    expected = zoo.output_of(model(example))
-    table = growconv.explain_sites(model, example)
-    convolutions = [row for row in table if row.layer.startswith("Conv")]
-    assert sum(not row.growable for row in convolutions) == refused
-    assert all(row.growable or row.reason for row in table)
-    sites = find_sites(model, example)
-    before = sum(parameter.numel() for parameter in model.parameters())
-    predicted = 0
-    for site in sites:
-        growth = zoo.random_growth(site, 3)
-        predicted += site.parameters_for(growth.channels)
-        growconv.grow(model, site, growth, 0.0)
-    assert sum(parameter.numel() for parameter in model.parameters()) == before + predicted
-    torch.testing.assert_close(zoo.output_of(model(example)), expected, rtol=1e-9, atol=1e-9)
-    batch = torch.cat([example, example.flip(-1), 0.3 * example])
-    zoo.output_of(zoo.without_dropout(model)(batch)).square().sum().backward()
-    for site in sites:
-        for path in site.consumers:
-            gradient: Tensor = model.get_submodule(path).weight.grad
-            axis = layers.reading_slots(model.get_submodule(path))[0].axis
-            entries = site.entries(path)
-            new = gradient.index_select(axis, torch.tensor(entries[-3 * site.ratio(path) :]))
-            old = gradient.index_select(axis, torch.tensor(entries[: -3 * site.ratio(path)]))
-            assert new.abs().max() > 0 or old.abs().max() == 0, (site.name, path)
+    grow_every_site(*MODELS[name])
 
 
-def test_sites_of_a_resnet50_are_found_in_seconds() -> None:
-    resnet = pytest.importorskip("pytorchcv.models.resnet")
-    model, example = resnet.resnet50(), torch.randn(1, 3, 224, 224)
-    start = time.perf_counter()
-    table = growconv.explain_sites(model, example)
-    assert time.perf_counter() - start < 5
-    assert sum(row.growable for row in table) == 53
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MORE)
+def test_every_site_of_larger_models_grows_by_three(name: str) -> None:
+    grow_every_site(*MORE[name])

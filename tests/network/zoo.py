@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.network import layers
+from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 
@@ -261,29 +262,33 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def random_growth(site: GrowthSite, channels: int, scale: float = 0.3) -> ChannelGrowth:
-    """Random weights of new channels for every writer, reader, norm and grouped layer of a site."""
+    """Random weights of new channels for every producer, consumer, norm and grouped layer of a site."""
     count = site.growable_channels(channels)
     incoming, biases, outgoing, norms, carried = {}, {}, {}, {}, {}
     drawn: dict[tuple[int, str], Tensor] = {}  # a weight that several modules share gets one draw
+
+    def draw(module: nn.Module, side: str, shape: tuple[int, ...]) -> Tensor:
+        return drawn.setdefault((id(module._parameters.get("weight", module)), side), torch.randn(shape).double())
+
     for path in site.producers:
-        module = site.model.get_submodule(path)
-        incoming[path] = torch.randn(layers.filter_shape(module, count), dtype=torch.float64)
-        incoming[path] = drawn.setdefault((id(module._parameters.get("weight", module)), "in"), incoming[path])
-        if module.bias is not None:
-            biases[path] = torch.randn(count, dtype=torch.float64)
+        layer = layers.weighted(site.model.get_submodule(path))
+        entries = int(count * site.ratio(path, OUT))
+        incoming[path] = draw(layer.module, "in", layer.shape(OUT, entries))
+        if layer.bias() is not None:
+            biases[path] = torch.randn(entries, dtype=torch.float64)
     for path in site.consumers:
+        layer = layers.weighted(site.model.get_submodule(path))
+        outgoing[path] = scale * draw(layer.module, "out", layer.shape(IN, int(count * site.ratio(path))))
+    for path in site.followers:
+        if path in site.layout.dims:
+            continue
         module = site.model.get_submodule(path)
-        shape = layers.column_shape(module, count * site.ratio(path))
-        outgoing[path] = scale * torch.randn(shape, dtype=torch.float64)
-        outgoing[path] = drawn.setdefault((id(module._parameters.get("weight", module)), "out"), outgoing[path])
-    for binding in site.bindings:
-        if binding.role == "norm" and not isinstance(site.model.get_submodule(binding.path), nn.PReLU):
-            norms[binding.path] = (torch.randn(count).double(), torch.rand(count).double() + 0.5)
-        if binding.role == "carries":
-            weight = site.model.get_submodule(binding.path).weight
-            times = sum(segment.space.root() is site.space for segment in binding.layout)
-            entries = count * weight.shape[0] // (site.width * times)
-            carried[binding.path] = torch.randn(entries, *weight.shape[1:], dtype=torch.float64)
+        if layers.is_weighted(module):
+            layer, entries = layers.weighted(module), int(count * site.ratio(path, GROUP_OUT))
+            carried[path] = torch.randn(layer.shape(GROUP_OUT, entries), dtype=torch.float64)
+        elif not isinstance(module, nn.PReLU):
+            entries = int(count * site.ratio(path, ENTRY))
+            norms[path] = (torch.randn(entries).double(), torch.rand(entries).double() + 0.5)
     return ChannelGrowth(
         site.name, "random", incoming, outgoing, torch.zeros(count), biases, count, norms=norms, carried=carried
     )

@@ -1,0 +1,99 @@
+"""Classes of channels, the spaces that they are gathered into, and the runs that their positions form."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from growconv.network.classes import Torn, collapsed, mark_copied, runs_of, spaces_of
+from growconv.network.find import whole_groups
+from growconv.network.layout import ENTRY, IN, OUT, Run, owners_of
+from growconv.network.trace import Numbers, look
+from tests.network.hand import Net
+
+
+def numbers_of(model: nn.Module, repeated: bool = False) -> Numbers:
+    numbers = Numbers(repeated)
+    look(model, ((torch.randn(2, 3, 4, 4),), {}), numbers, whole_groups)
+    return numbers
+
+
+def glu(m: Net, x: Tensor) -> Tensor:
+    return m.c(F.relu(m.b(F.glu(m.n(m.a(x)), 1))))
+
+
+def test_classes_of_one_signature_form_a_space() -> None:
+    model = Net(glu, a=nn.Conv2d(3, 8, 1), n=nn.BatchNorm2d(8), b=nn.Conv2d(4, 5, 1), c=nn.Conv2d(5, 2, 1))
+    spaces, why = spaces_of(numbers_of(model))
+    assert [space.counts for space in spaces] == [
+        {("a", OUT): 2, ("b", IN): 1, ("n", ENTRY): 2},
+        {("b", OUT): 1, ("c", IN): 1},
+    ]
+    assert [space.units for space in spaces] == [4, 5]
+    assert [space.channels for space in spaces] == [1, 1]
+    assert spaces[0].paths(OUT, IN) == ("a", "b")
+    assert why == {("c", OUT): "it is the model's output"}
+
+
+def test_spaces_come_in_forward_order_with_their_reasons() -> None:
+    model = Net(
+        lambda m, x: m.d(torch.cat([m.a(x), F.relu(m.b(x))], 1)) + 0 * m.unread(x).sum(),
+        unread=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 5, 1), a=nn.Conv2d(3, 4, 1), d=nn.Conv2d(9, 2, 1),
+    )  # fmt: skip
+    spaces, why = spaces_of(numbers_of(model))
+    assert [space.paths(OUT) for space in spaces] == [("a",), ("b",)]
+    assert why["unread", OUT] in ("nothing reads it", "it is multiplied or added to other channels by broadcasting")
+
+
+def test_channels_that_depend_on_each_other_are_marked() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.c(F.relu(m.b(F.layer_norm(y, y.shape[1:]))))
+
+    model = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 5, 1), c=nn.Conv2d(5, 2, 1))
+    strict, repeated = numbers_of(model), numbers_of(model, repeated=True)
+    assert collapsed(strict)
+    assert not collapsed(repeated)
+    spaces, _ = spaces_of(repeated)
+    mark_copied(strict, repeated, spaces)
+    assert [(space.copied, space.blocks, space.units) for space in spaces] == [(True, 4, 1), (False, 1, 5)]
+
+
+def test_channels_that_depend_on_those_of_other_spaces_have_a_reason() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = torch.cat([m.a(x), m.b(x)], 1)
+        return m.c(y - y.mean(1, keepdim=True)) + m.d(m.b(x))
+
+    model = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), c=nn.Conv2d(8, 2, 1), d=nn.Conv2d(4, 2, 1))
+    strict, repeated = numbers_of(model), numbers_of(model, repeated=True)
+    spaces, _ = spaces_of(repeated)
+    mark_copied(strict, repeated, spaces)
+    assert {space.reason for space in spaces} == {"its channels depend on each other and on others"}
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, 0, 1]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4))
+def test_runs_are_read_off_their_own_positions(drawn: list[tuple[int | None, int, int]]) -> None:
+    slots, written = [0, 0], []
+    for space, outer, inner in drawn:
+        if space is None:
+            written.append(Run(None, outer))
+            continue
+        count = outer * inner
+        written.append(Run(space, outer, inner, tuple(range(slots[space], slots[space] + count))))
+        slots[space] += count
+    units, entries = [4, 3], [max(each, 1) for each in slots]
+    owners = owners_of(written, units)
+    blocks = np.where(owners[:, :1] < 0, -1, [[0, 0, 0]])[:, 0]
+    found = runs_of(np.column_stack([owners[:, 0], owners[:, 1], blocks]), units, entries)
+    read = owners_of(found, units)
+    assert np.array_equal(read[:, :2], owners[:, :2])
+    assert sorted(map(tuple, read[read[:, 0] >= 0].tolist())) == sorted(map(tuple, owners[owners[:, 0] >= 0].tolist()))
+
+
+def test_positions_in_no_order_are_torn() -> None:
+    with pytest.raises(Torn) as caught:
+        runs_of(np.array([[0, 0, 0], [0, 2, 0], [0, 1, 0], [0, 3, 0]]), [4], [1])
+    assert caught.value.space == 0

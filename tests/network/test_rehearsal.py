@@ -1,0 +1,178 @@
+"""Other widths, tried on copies that only pretend to compute: literal sizes, sizes in attributes, whole groups."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from growconv.network.find import analyse, explain_sites, find_sites, whole_groups
+from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
+from growconv.network.rehearsal import Pretender, resize_attribute
+from growconv.network.trace import Numbers, look
+from tests.network import referee
+from tests.network.hand import Net
+
+X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Split(nn.Module):
+    """Parts of the sizes that an attribute has, each to a layer of its own; another has such a size by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.frames = [2, 3], 3
+        self.a = nn.Conv2d(3, 5, 1)
+        self.b, self.c, self.d = nn.Conv2d(2, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = F.relu(self.a(x)).split(self.sizes, 1)
+        y = torch.cat([self.b(first), self.c(second)], 1)
+        return self.d(y.repeat(1, 1, self.frames, 1))
+
+
+class Heads(nn.Module):
+    """Attention over positions with as many channels a head as an attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)).view(len(x), self.width, -1).tanh().view(len(x), self.width, *x.shape[2:]))
+
+
+class Part(nn.Module):
+    """A quarter of the channels moves by one row; as many frames as the quarter has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = 2
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.view(-1, self.frames, *y.shape[1:]).flatten(0, 1)
+        part = y.shape[1] // 4
+        return self.b(torch.cat([y[:, :part].roll(1, 2), y[:, part:]], 1))
+
+
+def test_sizes_in_attributes_follow_the_widths() -> None:
+    model = Split().double()
+    sites = find_sites(model, X)
+    assert [site.name for site in sites] == ["a -> b", "a -> c", "b -> d", "c -> d"]
+    grown = referee.check(model, X, sites)
+    assert grown.model.sizes == [3, 5]
+    assert grown.model.frames == 3
+    assert model.sizes == [2, 3]
+
+
+def test_a_single_size_in_an_attribute_follows() -> None:
+    model = Heads().double()
+    (site,) = find_sites(model, X)
+    assert site.layout.attributes == (SizeAttribute("", "width", None, {0: 1}),)
+    assert referee.check(model, X, [site]).model.width == 7
+
+
+def test_an_attribute_that_has_the_number_by_chance_stays() -> None:
+    model = Part().double()
+    (site,) = find_sites(model, X)
+    assert site.layout.attributes == ()
+    assert site.granularity == 4
+    assert referee.check(model, X, [site], units=[3]).model.frames == 2
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda y: y.view(-1, 8, 36).view(-1, 8, 6, 6), "shape '[-1, 8, 36]' is invalid"),
+        (lambda y: y[:, :8], "literal size"),
+        (lambda y: y.view(len(y), 8, 6, 6), "shape '[2, 8, 6, 6]' is invalid"),
+        (lambda y: y + torch.ones(8, 1, 1, dtype=y.dtype), "The size of tensor a"),
+        (lambda y: torch.stack([y[:, index] for index in range(8)], 1), "literal size"),
+    ],
+)
+def test_literal_sizes_are_told_in_the_words_of_the_code(operation: object, reason: str) -> None:
+    model = Net(lambda m, x: m.b(operation(F.relu(m.a(x)))), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)).double()
+    assert reason in str(explain_sites(model, X)[0].reason)
+
+
+def test_what_only_grows_together_says_so() -> None:
+    """The halves of one layer go different ways, and the code needs them equal."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        first, second = m.a(x).chunk(2, 1)
+        return m.c(torch.cat([first, second + m.b(second)], 1))
+
+    model = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(8, 2, 1)).double()
+    rows = {row.path: row.reason for row in explain_sites(model, X)}
+    assert rows["a"] is not None
+    assert "no other width" in rows["a"] or "together" in rows["a"]
+
+
+def test_groups_of_convolutions_get_equal_shares() -> None:
+    model = Net(
+        lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))),
+        a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 1, groups=2), c=nn.Conv2d(6, 2, 1),
+    ).double()  # fmt: skip
+    assert not whole_groups("b", model.b)
+    assert whole_groups("b", nn.Conv2d(8, 8, 1, groups=8))
+    sites = find_sites(model, X)
+    assert [(site.name, site.granularity) for site in sites] == [("a -> b", 2), ("b -> c", 2)]
+    assert sites[0].layout.axes["b", IN] == (Run(0, 2, 1, (0, 1)),)
+    referee.check(model, X, sites)
+
+
+def test_presuming_lays_out_without_trying() -> None:
+    model = Net(lambda m, x: m.b(m.a(x)[:, :8]), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)).double()
+    assert find_sites(model, X) == ()
+    assert [site.name for site in find_sites(model, X, rehearse=False)] == ["a -> b"]
+
+
+def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
+    model = Net(
+        lambda m, x: m.b(F.relu(m.n(m.a(x)) * m.scale)).flatten(1),
+        a=nn.Conv2d(3, 4, 3),
+        n=nn.BatchNorm2d(4),
+        b=nn.Conv2d(4, 2, 1),
+    )
+    model.scale = nn.Parameter(torch.arange(4.0).view(4, 1, 1))
+    plain = (Run(0, 1),)
+    layout = Layout(
+        {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
+    )
+    pretender = Pretender(copy.deepcopy(model))
+    numbers = Numbers()
+    with pretender.widened(layout, [4], [6]):
+        assert pretender.model.scale.shape == (6, 1, 1)
+        assert pretender.model.a.out_channels == 6
+        look(pretender.model, ((torch.randn(1, 3, 5, 5),), {}), numbers, whole_groups)
+        assert len(numbers.columns["b", IN]) == len(numbers.columns["n", ENTRY]) == 6
+    assert pretender.model.scale.shape == (4, 1, 1)
+    assert pretender.model.a.out_channels == 4
+    assert model(torch.randn(1, 3, 5, 5)).shape == (1, 18)
+
+
+def test_sizes_are_put_back() -> None:
+    model = Split()
+    undo = resize_attribute(model, SizeAttribute("", "sizes", 1, {0: 1}), 4)
+    assert model.sizes == [2, 7]
+    undo()
+    assert model.sizes == [2, 3]
+
+
+def test_a_space_of_one_channel_is_laid_out_by_where_new_ones_arrive() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 1)
+    ).double()
+    found = analyse(model, X)
+    assert found.layout.axes["3", IN] == (Run(0, 1, 16, tuple(range(16))),)
+    referee.check(model, X, found.sites)
+    last = Net(
+        lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 1, 3), b=nn.Linear(16, 2)
+    ).double()
+    found = analyse(last, X)
+    assert found.layout.axes["b", IN] == (Run(0, 16, 1, tuple(range(16))),)
+    referee.check(last, X, found.sites)

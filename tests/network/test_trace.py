@@ -1,0 +1,182 @@
+"""Numbers of channels: which are consumed where, which are tied, which are blocked, under every kind of operation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from growconv.network.find import whole_groups
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
+from growconv.network.trace import LookFailed, Numbers, look
+from tests.network.hand import Net
+
+
+def looked(model: nn.Module, *inputs: Tensor, repeated: bool = False) -> Numbers:
+    numbers = Numbers(repeated)
+    look(model, (inputs, {}), numbers, whole_groups, gradients=True)
+    return numbers
+
+
+def through(
+    operation: Callable[[Tensor], Tensor], outputs: int = 4, inputs: int = 4, repeated: bool = False
+) -> Numbers:
+    """The numbers of `a`, an operation, `b`."""
+    model = Net(lambda m, x: m.b(operation(m.a(x))), a=nn.Conv2d(3, outputs, 1), b=nn.Conv2d(inputs, 2, 1))
+    return looked(model, torch.randn(2, 3, 4, 4), repeated=repeated)
+
+
+def arrivals(numbers: Numbers, key: tuple[str, str] = ("b", IN)) -> list[int]:
+    """Per input of a consumer which output of `a` it is; -1 for none."""
+    own = numbers.range_of(("a", OUT))
+    return [number - own.start if number in own else -1 for number in numbers.columns[key]]
+
+
+def classes(numbers: Numbers, key: tuple[str, str] = ("a", OUT)) -> list[list[int]]:
+    """The outputs of a layer that live and die together."""
+    found: dict[int, list[int]] = {}
+    for position, number in enumerate(numbers.range_of(key)):
+        found.setdefault(numbers.root(number), []).append(position)
+    return list(found.values())
+
+
+APART = [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("operation", "arrive"),
+    [
+        (torch.relu, [0, 1, 2, 3]),
+        (lambda y: y.flip(1), [3, 2, 1, 0]),
+        (lambda y: y.roll(1, 1), [3, 0, 1, 2]),
+        (lambda y: y[:, [2, 0, 1, 3]], [2, 0, 1, 3]),
+        (lambda y: torch.cat([y[:, 2:], y[:, :2]], 1), [2, 3, 0, 1]),
+        (lambda y: F.channel_shuffle(y, 2), [0, 2, 1, 3]),
+        (lambda y: torch.stack([y[:, 1], y[:, 0], y[:, 3], y[:, 2]], 1), [1, 0, 3, 2]),
+        (lambda y: F.pad(y[:, 1:], (0, 0, 0, 0, 1, 0)), [-1, 1, 2, 3]),
+        (lambda y: y.permute(0, 2, 3, 1).reshape(2, -1, 4).transpose(1, 2).view(2, 4, 4, 4), [0, 1, 2, 3]),
+        (lambda y: y.clone().unsqueeze_(1).squeeze_(1), [0, 1, 2, 3]),
+        (lambda y: F.interpolate(F.pad(y, (1, 1, 1, 1), mode="circular"), size=(4, 4)), [0, 1, 2, 3]),
+        (lambda y: y.flatten(2).softmax(-1).view_as(y) * y, [0, 1, 2, 3]),
+        (lambda y: y * y.mean((2, 3)).view(y.size(0), y.size(1), 1, 1), [0, 1, 2, 3]),
+    ],
+)
+def test_channels_arrive_where_they_are_moved(operation: Callable[[Tensor], Tensor], arrive: list[int]) -> None:
+    numbers = through(operation)
+    assert arrivals(numbers) == arrive
+    assert classes(numbers) == APART
+    assert not any(numbers.root(number) in numbers.reasons() for number in numbers.range_of(("a", OUT)))
+
+
+@pytest.mark.parametrize(
+    ("operation", "inputs", "tied"),
+    [
+        (lambda y: F.glu(y, 1), 2, [[0, 2], [1, 3]]),
+        (lambda y: y.chunk(2, 1)[0] * y.chunk(2, 1)[1].sigmoid(), 2, [[0, 2], [1, 3]]),
+        (lambda y: y[:, ::2] + y[:, 1::2], 2, [[0, 1], [2, 3]]),
+        (lambda y: F.pixel_shuffle(y, 2), 1, [[0, 1, 2, 3]]),
+        (lambda y: y + y.flip(1), 4, [[0, 3], [1, 2]]),
+        (lambda y: torch.stack([y, y.roll(2, 1)]).mean(0), 4, [[0, 2], [1, 3]]),
+        (lambda y: y.softmax(1), 4, [[0, 1, 2, 3]]),
+        (lambda y: y - y.mean(1, keepdim=True), 4, [[0, 1, 2, 3]]),
+        (lambda y: F.layer_norm(y, y.shape[1:]), 4, [[0, 1, 2, 3]]),
+        (lambda y: y.unflatten(1, (2, 2)).amax(2), 2, [[0, 1], [2, 3]]),
+    ],
+)
+def test_channels_that_are_computed_together_are_tied(
+    operation: Callable[[Tensor], Tensor], inputs: int, tied: list[list[int]]
+) -> None:
+    assert classes(through(operation, inputs=inputs)) == tied
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda y: torch.einsum("nchw,cd->ndhw", y, torch.eye(4)), "multiplies its channels with each other"),
+        (lambda y: y * y[:, :1], "by broadcasting"),
+        (lambda y: torch.fft.fft(y).real, "is not followed"),
+        (lambda y: y[y > 0].mean() * torch.ones(1, 4, 4, 4), "not followed|chooses entries"),
+    ],
+)
+def test_what_is_not_followed_blocks(operation: Callable[[Tensor], Tensor], reason: str) -> None:
+    numbers = through(operation)
+    said = [numbers.reasons().get(numbers.root(number)) for number in numbers.range_of(("a", OUT))]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(said)
+
+
+def test_a_mean_over_channels_that_all_come_twice_ties_none() -> None:
+    assert classes(through(lambda y: y - y.mean(1, keepdim=True), repeated=True)) == APART
+    tied = through(lambda y: torch.stack([y, y.roll(2, 1)]).mean(0), repeated=True)
+    assert classes(tied) == [[0, 2], [1, 3]]
+
+
+def test_what_is_written_through_views_is_seen() -> None:
+    def shift(y: Tensor) -> Tensor:
+        out = torch.zeros_like(y)
+        out[:, :1] = y[:, 3:]
+        out[:, 1:].copy_(y[:, :3])
+        return out
+
+    assert arrivals(through(shift)) == [3, 0, 1, 2]
+
+
+def test_parameters_and_buffers_have_numbers_of_their_own() -> None:
+    model = Net(lambda m, x: m.b(m.a(x) * m.scale + m.shift[:, None, None]), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1))
+    model.scale, _ = nn.Parameter(torch.ones(4, 1, 1)), model.register_buffer("shift", torch.ones(4))
+    numbers = looked(model, torch.randn(1, 3, 2, 2))
+    assert numbers.shapes == {"scale": (4, 1, 1), "shift": (4,)}
+    for position, number in enumerate(numbers.range_of(("a", OUT))):
+        together = {numbers.root(numbers.range_of((path, ENTRY))[position]) for path in ("scale", "shift")}
+        assert together == {numbers.root(number)}
+
+
+def test_norms_and_grouped_convolutions_carry_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1))
+    numbers = looked(model, torch.randn(2, 3, 4, 4))
+    assert classes(numbers, ("0", OUT)) == [[0, 1], [2, 3]]
+    assert len(numbers.columns["2", GROUP_IN]) == 4
+    assert classes(numbers, ("2", GROUP_OUT)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(numbers.columns["1", ENTRY]) == 4
+
+
+def test_calls_order_and_layers_without_gradients() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b, self.a = nn.Conv2d(4, 2, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = self.a(x)
+            return self.b(y) + self.b(self.a(x.flip(-1)))
+
+    numbers = looked(Siamese(), torch.randn(1, 3, 2, 2))
+    assert numbers.calls == {"a": 2, "b": 2}
+    assert numbers.order == ["a", "b"]
+    assert numbers.silent == {"a"}
+
+
+def test_sizes_in_attributes_and_parts_that_are_taken() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.sizes = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1), [2, 3]
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.a(x).split(self.sizes, 1)
+            return self.b(torch.cat([second, first], 1))
+
+    numbers = looked(Split(), torch.randn(1, 3, 2, 2))
+    assert numbers.literals == {("", "sizes", 0): [0, 1], ("", "sizes", 1): [2, 3, 4]}
+    assert numbers.cuts == [[0, 1], [2, 3, 4]]
+
+
+def test_an_error_of_the_model_comes_with_the_numbers_that_it_met() -> None:
+    model = Net(lambda m, x: m.b(m.a(x) + torch.zeros(3, 1, 1)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1))
+    with pytest.raises(LookFailed) as caught:
+        looked(model, torch.randn(1, 3, 2, 2))
+    assert "size of tensor" in str(caught.value.error)
+    assert len(caught.value.numbers) == 4
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
