@@ -84,21 +84,7 @@ def choose_amplitude(
         ArgumentValueError: no batches, or a proposal that changes old weights or has no channels.
         StatisticsError: the loss is not finite without the new channels.
     """
-    if not batches:
-        raise ArgumentValueError(
-            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitude"
-        )
-    if growth.revised or growth.copied_from is not None:
-        raise ArgumentValueError(
-            "this proposal changes old weights, so it has no amplitude of its own",
-            got=growth.method,
-            where=site.name,
-            fix="grow with amplitude 1",
-        )
-    if growth.channels == 0:
-        raise ArgumentValueError(
-            "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
-        )
+    _check(site, growth, batches)
     site = site.of(model)
     site.check()
     cap = amplitude_cap(site, growth)
@@ -127,6 +113,25 @@ def choose_amplitude(
     else:
         reason = f"{change}, at the cap" if best == cap else change
     return AmplitudeChoice(best, losses, cap, reason)
+
+
+def _check(site: Site, growth: ChannelGrowth, batches: Sequence[Batch]) -> None:
+    """Refuse what has no amplitude to choose."""
+    if not batches:
+        raise ArgumentValueError(
+            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitude"
+        )
+    if growth.revised or growth.copied_from is not None:
+        raise ArgumentValueError(
+            "this proposal changes old weights, so it has no amplitude of its own",
+            got=growth.method,
+            where=site.name,
+            fix="grow with amplitude 1",
+        )
+    if growth.channels == 0:
+        raise ArgumentValueError(
+            "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
+        )
 
 
 def amplitude_cap(site: Site, growth: ChannelGrowth) -> float:

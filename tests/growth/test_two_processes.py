@@ -47,9 +47,11 @@ def ranks(tmp_path_factory):
 
 def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
     expected = worker.moments(0, 1)
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         assert rank["statistics"].keys() == expected.keys()
         for name, value in expected.items():
+            if number > 0 and name.endswith("kept"):
+                continue  # rank 0, which solves, has the samples of all
             scale = float(value.abs().max()) or 1.0
             torch.testing.assert_close(rank["statistics"][name], value, rtol=0, atol=1e-10 * scale, msg=name)
     assert float(expected["passes"]) == 1.0
