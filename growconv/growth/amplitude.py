@@ -89,7 +89,7 @@ def choose_amplitude(
     site.check()
     cap = amplitude_cap(site, growth)
     losses: dict[float, float] = {}
-    trials = _Trials(model, site, growth, batches, loss)
+    trials = Trials(model, site, growth, batches, loss)
 
     def measure(amplitude: float) -> None:
         if amplitude not in losses:
@@ -179,12 +179,19 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
-class _Trials:
+class Trials:
     """A grown copy of the model, and the loss of the held-out batches on it at any amplitude.
 
     The copy is grown once; another amplitude multiplies the entries that hold the new outgoing weights. Where a layer
     stores its weight otherwise (as a length and a direction), the copy's entries are planned anew for each amplitude.
     Dropout is off, norm layers are in the mode that the model is in, every amplitude sees the same random numbers.
+
+    Args:
+        model: the model; not changed.
+        site: one of its sites.
+        growth: the proposal.
+        batches: held-out (inputs, targets) pairs.
+        loss: loss(output, targets), averaged over the batch.
     """
 
     def __init__(
