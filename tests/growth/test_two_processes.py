@@ -59,7 +59,7 @@ def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
         once = next(value for key, value in expected.items() if key.startswith(name[:-6]) and key.endswith(" N"))
         torch.testing.assert_close(expected[name], once, rtol=0, atol=1e-10 * float(once.abs().max()))
     for name, value in ranks[0]["statistics"].items():
-        assert torch.equal(value, ranks[1]["statistics"][name]), name
+        assert name.endswith("kept") or torch.equal(value, ranks[1]["statistics"][name]), name
 
 
 def test_five_growth_rounds_leave_the_ranks_bitwise_equal(ranks):
