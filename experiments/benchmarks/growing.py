@@ -14,7 +14,7 @@ from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent, apply_edits
 from growconv.network.find import LayerRow, analyse, rows_of
 from growconv.network.layout import IN, OUT
-from growconv.network.model import attribute, tensors_in
+from growconv.network.model import attribute, same_chance, tensors_in
 from growconv.network.plan import plan_size
 from growconv.network.proof import copied_growth, silent_growth
 from growconv.network.site import GrowthSite
@@ -126,7 +126,7 @@ def outputs_of(model: nn.Module, examples: Mapping[str, Tensor]) -> dict[str, li
     found = {}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for mode, example in examples.items():
-        torch.manual_seed(0)
+        same_chance()
         with torch.no_grad():
             found[mode] = [tensor.clone() for tensor in tensors_in(model.train(mode == "train")(example))]
     with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from torch import nn
 
@@ -11,7 +12,15 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, Tr
 from growconv.network import layers
 from growconv.network.classes import Space, collapsed, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
-from growconv.network.model import Arguments, attribute, example_arguments, tensors_in, undisturbed, unwrapped
+from growconv.network.model import (
+    Arguments,
+    attribute,
+    example_arguments,
+    same_chance,
+    tensors_in,
+    undisturbed,
+    unwrapped,
+)
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
@@ -207,23 +216,68 @@ def analyse(
     with undisturbed(twin):
         strict = _numbered(twin, examples)
         numbers = _numbered(twin, examples, repeated=True) if collapsed(strict) else strict
+        found, widening = _analysed(model, twin, examples, strict, numbers, rehearse)
+        sites = _sites(found)
+        for _ in range(len(found.spaces) if rehearse else 0):
+            failed = Proof(_copied(model), examples, sites).failures()
+            if not failed:
+                break
+            for number, reason in failed.items():
+                found.spaces[number].reason = reason
+            found.layout = widening.relay()
+            sites = _sites(found)
+        _enter_sites(found, sites, _copied(model), examples)
+    return found
+
+
+def _analysed(
+    model: nn.Module, twin: nn.Module, examples: Sequence[Example], strict: Numbers, numbers: Numbers, rehearse: bool
+) -> tuple[Analysis, Widening]:
+    """The spaces that take other widths; halves that a split needs equal grow together where they must."""
+
+    def widened(numbers: Numbers) -> tuple[Analysis, Widening]:
         spaces, outputs = spaces_of(numbers)
-        if numbers is not strict:
+        if numbers.repeated:
             mark_copied(strict, numbers, spaces)
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, examples, numbers, spaces, whole_groups)
-        layout = widening.prove() if rehearse else widening.presume()
-        found = Analysis(model, numbers, spaces, layout, outputs)
-        if rehearse:
-            for _ in range(len(spaces)):
-                failed = Proof(_copied(model), examples, _sites(found)).failures()
-                if not failed:
-                    break
-                for number, reason in failed.items():
-                    spaces[number].reason = reason
-                found.layout = widening.relay()
-        _enter_sites(found, _copied(model), examples)
-    return found
+        return Analysis(model, numbers, spaces, Layout({}, (), {}), outputs), widening
+
+    def live(each: tuple[Analysis, Widening]) -> int:
+        return len({path for s in each[0].spaces if s.reason is None for path in s.paths(OUT, GROUP_OUT)})
+
+    found = widened(numbers)
+    if not rehearse:
+        found[0].layout = found[1].presume()
+        return found
+    tied, joint = _tied_parts(numbers, found[0].spaces), None
+    if tied is not None:
+        apart, found = found[1].takes_all(), widened(numbers)
+        if not apart:
+            joint = widened(tied)
+            possible = live(joint)
+            joint[0].layout = joint[1].prove()
+            if live(joint) == possible:
+                return joint
+    found[0].layout = found[1].prove()
+    return found if joint is None else max(found, joint, key=live)
+
+
+def _tied_parts(numbers: Numbers, spaces: Sequence[Space]) -> Numbers | None:
+    """The numbers with the equal parts of splits tied that belong to different spaces; None where there are none."""
+    owner = {root: space for space in spaces for root in space.roots if space.reason is None}
+    pairs = []
+    for parts in numbers.alike:
+        for first, second in pairwise(parts):
+            for a, b in zip(first, second, strict=True):
+                both = [owner.get(numbers.root(number)) if number >= 0 else None for number in (a, b)]
+                if None not in both and both[0] is not both[1]:
+                    pairs.append((a, b))
+    if not pairs:
+        return None
+    tied = copy.deepcopy(numbers)
+    tied.tie(pairs)
+    return tied
 
 
 def whole_groups(path: str, module: nn.Module) -> bool:
@@ -248,6 +302,7 @@ def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = Fa
     numbers = Numbers(repeated)
     for example in examples:
         model.train(example.training)
+        same_chance()
         try:
             look(model, example.arguments, numbers, whole_groups, gradients=True)
         except LookFailed as failure:
@@ -355,7 +410,7 @@ def _kind(found: Analysis, number: int, space: Space) -> str:
     return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
 
 
-def _enter_sites(found: Analysis, twin: nn.Module, examples: Sequence[Example]) -> None:
+def _enter_sites(found: Analysis, sites: dict[int, GrowthSite], twin: nn.Module, examples: Sequence[Example]) -> None:
     """Make the sites, with what lies between: of each consumer from the first example that calls it."""
     sites = _sites(found)
     routes: dict[int, tuple[Route, ...]] = dict.fromkeys(sites, ())

@@ -90,6 +90,13 @@ def _is_record(value: object) -> bool:
     return hasattr(value, "__dataclass_fields__")
 
 
+def same_chance() -> None:
+    """Let the generators of Python, NumPy and torch start from the same place, inside of `undisturbed`."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the model may draw from it, as from drop path)
+    torch.manual_seed(0)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model may be run, differentiated and switched; afterwards everything but its parameters is as before.

@@ -6,10 +6,8 @@ sites of a copy grow by a few units whose outgoing weights are zero; the output 
 """
 
 import copy
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +16,7 @@ from growconv.errors import GrowthError
 from growconv.network import layers
 from growconv.network.exchange import exchange, refresh
 from growconv.network.layout import IN, OUT
-from growconv.network.model import tensors_in
+from growconv.network.model import same_chance, tensors_in
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
@@ -109,9 +107,7 @@ class Proof:
         """A run with random operations held still; buffers are as before afterwards."""
         model.train(example.training)
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 (the model's code may draw from it)
-        torch.manual_seed(0)
+        same_chance()
         try:
             with torch.no_grad(), _Still():
                 output = model(*example.arguments[0], **example.arguments[1])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
-from growconv.network.model import Arguments
+from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
@@ -96,6 +96,13 @@ class Widening:
                     self._next_guess(number, reason)
         return self.relay()
 
+    def takes_all(self) -> bool:
+        """Whether all spaces take other widths as they are taken to at first, if need be with sizes in attributes."""
+        self._bare_axes()
+        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
+        culprits = self._attempt(live)
+        return not culprits or (self._bind_all(live, culprits) and not self._attempt(live))
+
     def presume(self) -> Layout:
         """The layout at the present widths, taken to hold at others."""
         self._bare_axes()
@@ -162,6 +169,7 @@ class Widening:
             with self.pretender.widened(layout, [space.units for space in self.spaces], units):
                 for example in self.examples:
                     self.pretender.model.train(example.training)
+                    same_chance()
                     look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
         except LookFailed as failure:
             self._reached = len(found.order)

@@ -99,17 +99,31 @@ def test_literal_sizes_are_told_in_the_words_of_the_code(operation: object, reas
     assert reason in str(explain_sites(model, X)[0].reason)
 
 
-def test_what_only_grows_together_says_so() -> None:
-    """The halves of one layer go different ways, and the code needs them equal."""
+def test_halves_that_a_split_needs_equal_grow_together() -> None:
+    """The halves of one layer go different ways, as in YOLOv8's C2f."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         first, second = m.a(x).chunk(2, 1)
         return m.c(torch.cat([first, second + m.b(second)], 1))
 
     model = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(8, 2, 1)).double()
-    rows = {row.path: row.reason for row in explain_sites(model, X)}
-    assert rows["a"] is not None
-    assert "no other width" in rows["a"] or "together" in rows["a"]
+    (site,) = find_sites(model, X)
+    assert (site.name, site.width, site.granularity) == ("a + b -> b, c", 4, 1)
+    assert site.ratio("a", OUT) == site.ratio("c") == 2
+    referee.check(model, X, [site])
+
+
+def test_parts_whose_sizes_follow_stay_sites_of_their_own() -> None:
+    class Halves(Split):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = [2, 2]
+            self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 4, 1)
+
+    model = Halves().double()
+    sites = find_sites(model, X)
+    assert [site.name for site in sites] == ["a -> b", "a -> c", "b -> d", "c -> d"]
+    assert referee.check(model, X, sites).model.sizes == [3, 4]
 
 
 def test_groups_of_convolutions_get_equal_shares() -> None:
