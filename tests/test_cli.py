@@ -288,17 +288,16 @@ def test_did_you_mean(line, fix, here, capsys):
 
 
 def test_what_fails_before_the_run_begins_leaves_nothing(here, capsys, monkeypatch):
-    """Errors that only the model can tell, and a model that raises: its traceback is the user's own."""
+    """Errors that only the model can tell, and a model that raises."""
     assert main([*QUICK, "growth.sites=[head*]"]) == 1
     assert main([*QUICK, "growth.sites=[head*]", "hydra.run.dir=deep/down/run"]) == 1
     assert main(["-m", *QUICK, "growth.sites=[head*]", "hydra.sweep.dir=sweep"]) == 1
     assert [path.name for path in (here / "sweep").iterdir()] == ["multirun.yaml"]
     (here / "broken.py").write_text("def net(classes):\n    return 1 / 0\n")
     monkeypatch.syspath_prepend(here)
-    with pytest.raises(ZeroDivisionError):
-        main([*QUICK, "model._target_=broken.net"])
+    assert main([*QUICK, "model._target_=broken.net"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
     assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["broken.py", "sweep"]
-    assert "Error executing job" not in capsys.readouterr().err.rpartition("growconv:")[2]
 
 
 def on_a_terminal(columns, *arguments):

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from growconv.network.remainder import Remainder
 from torch import Tensor, nn
 
 import growconv
 from experiments.benchmarks.table import write_section
-from growconv.growth.amplitude import amplitude_cap, choose_amplitude, rescaled
+from growconv.growth.amplitude import Trials, amplitude_cap, choose_amplitude, rescaled
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers import FewSamplesWarning, get_solver
@@ -87,12 +86,11 @@ def copied(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> tup
 def best_immediate(model: nn.Module, site: GrowthSite, growth: ChannelGrowth, held_out: list[Batch]) -> float:
     """The amplitude with the lowest held-out loss, however large."""
     cap = amplitude_cap(site, growth)
-    remainders = [(Remainder(site, x), y) for x, y in held_out]
-    losses = {}
+    trials, losses = Trials(model, site, growth, held_out, F.cross_entropy), {}
     with torch.no_grad():
         for power in range(-3, 14):
             amplitude = cap * 2.0**power
-            losses[amplitude] = sum(float(F.cross_entropy(r.grown(growth, amplitude), y)) for r, y in remainders)
+            losses[amplitude] = trials.loss(amplitude)
     return min(losses, key=lambda amplitude: losses[amplitude])
 
 

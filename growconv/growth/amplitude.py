@@ -84,26 +84,12 @@ def choose_amplitude(
         ArgumentValueError: no batches, or a proposal that changes old weights or has no channels.
         StatisticsError: the loss is not finite without the new channels.
     """
-    if not batches:
-        raise ArgumentValueError(
-            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitude"
-        )
-    if growth.revised or growth.copied_from is not None:
-        raise ArgumentValueError(
-            "this proposal changes old weights, so it has no amplitude of its own",
-            got=growth.method,
-            where=site.name,
-            fix="grow with amplitude 1",
-        )
-    if growth.channels == 0:
-        raise ArgumentValueError(
-            "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
-        )
+    _check(site, growth, batches)
     site = site.of(model)
     site.check()
     cap = amplitude_cap(site, growth)
     losses: dict[float, float] = {}
-    trials = _Trials(model, site, growth, batches, loss)
+    trials = Trials(model, site, growth, batches, loss)
 
     def measure(amplitude: float) -> None:
         if amplitude not in losses:
@@ -127,6 +113,25 @@ def choose_amplitude(
     else:
         reason = f"{change}, at the cap" if best == cap else change
     return AmplitudeChoice(best, losses, cap, reason)
+
+
+def _check(site: Site, growth: ChannelGrowth, batches: Sequence[Batch]) -> None:
+    """Refuse what has no amplitude to choose."""
+    if not batches:
+        raise ArgumentValueError(
+            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitude"
+        )
+    if growth.revised or growth.copied_from is not None:
+        raise ArgumentValueError(
+            "this proposal changes old weights, so it has no amplitude of its own",
+            got=growth.method,
+            where=site.name,
+            fix="grow with amplitude 1",
+        )
+    if growth.channels == 0:
+        raise ArgumentValueError(
+            "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
+        )
 
 
 def amplitude_cap(site: Site, growth: ChannelGrowth) -> float:
@@ -174,12 +179,19 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
-class _Trials:
+class Trials:
     """A grown copy of the model, and the loss of the held-out batches on it at any amplitude.
 
     The copy is grown once; another amplitude multiplies the entries that hold the new outgoing weights. Where a layer
     stores its weight otherwise (as a length and a direction), the copy's entries are planned anew for each amplitude.
     Dropout is off, norm layers are in the mode that the model is in, every amplitude sees the same random numbers.
+
+    Args:
+        model: the model; not changed.
+        site: one of its sites.
+        growth: the proposal.
+        batches: held-out (inputs, targets) pairs.
+        loss: loss(output, targets), averaged over the batch.
     """
 
     def __init__(

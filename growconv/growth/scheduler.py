@@ -155,7 +155,10 @@ class GrowthScheduler:
             require_positive(self, "times", times)
         if learning_rate is not None:
             learning_rate.attach(as_optimizers(optimizer))
+        self._begin()
 
+    def _begin(self) -> None:
+        """Nothing has happened yet."""
         self.history = GrowthHistory()
         self.spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.flops_spent = 0.0

@@ -24,8 +24,8 @@ from growconv.network.model import (
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
-from growconv.network.site import GrowthSite
 from growconv.network.routes import Route
+from growconv.network.site import GrowthSite
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 

@@ -219,22 +219,7 @@ def solve(
             got=type(subject).__name__,
             where="solve",
         )
-    if solver.reads and statistics is None:
-        raise SolverError(
-            f"the method {solver.name!r} needs statistics",
-            expected=f"PairStatistics with {', '.join(sorted(solver.reads))}",
-            got="a site",
-            where=site.name,
-            fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
-        )
-    refused = site.refusal(solver.name) if site.copied else solver.refusal(site)
-    if refused is not None:
-        raise SolverError(
-            f"the method {solver.name!r} cannot serve this site",
-            got=refused,
-            where=site.name,
-            fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
-        )
+    _require_served(solver, site, statistics)
     requested = _validated_channels(channels, site)
     site = site.of(model)
     current = None if statistics is None else as_collected(statistics, site)
@@ -251,9 +236,30 @@ def solve(
     return growth
 
 
+def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics | None) -> None:
+    """Refuse a site that the method cannot serve, or for which it would need statistics."""
+    if solver.reads and statistics is None:
+        raise SolverError(
+            f"the method {solver.name!r} needs statistics",
+            expected=f"PairStatistics with {', '.join(sorted(solver.reads))}",
+            got="a site",
+            where=site.name,
+            fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
+        )
+    refused = site.refusal(solver.name) if site.copied else solver.refusal(site)
+    if refused is not None:
+        raise SolverError(
+            f"the method {solver.name!r} cannot serve this site",
+            got=refused,
+            where=site.name,
+            fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
+        )
+
+
 def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
     """The proposal in the precision of the layers, with the widths that it belongs to."""
-    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in (*site.producers, *site.consumers)}
+    paths = (*site.producers, *site.consumers)
+    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in paths}
 
     def cast(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {path: each.to(weights[path]) for path, each in given.items()}

@@ -106,7 +106,7 @@ class VarianceTransfer(Solver):
 
 
 def batch_norm_behind(site: GrowthSite, model: nn.Module, path: str) -> str | None:
-    """Path of the BatchNorm with running statistics that alone takes what a consumer gives; None where there is none."""
+    """Path of the BatchNorm with running statistics that alone takes what a consumer gives; None: there is none."""
     norm = next((route.behind for route in site.routes if route.consumer == path), None)
     module = None if norm is None else model.get_submodule(norm)
     return norm if isinstance(module, _BatchNorm) and module.running_mean is not None else None

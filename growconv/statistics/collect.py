@@ -18,8 +18,8 @@ from growconv.statistics.pair import PairStatistics
 
 def collect_statistics(
     model: nn.Module,
-    sites: GrowthSite | Iterable[GrowthSite],
-    batches: Iterable[tuple[Any, Any]],
+    sites: GrowthSite | Iterable[object],
+    batches: Iterable[object],
     loss: Callable[[Any, Any], Tensor],
     *,
     run: Callable[[Callable[[], None]], None] = lambda each_pass: each_pass(),
@@ -46,7 +46,8 @@ def collect_statistics(
 
     Raises:
         ArgumentTypeError: for batches of another form.
-        StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not finite, or does not depend on the parameters.
+        StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not
+            finite, or does not depend on the parameters.
     """
     if torch.is_inference_mode_enabled():
         raise StatisticsError(
@@ -66,7 +67,7 @@ def collect_statistics(
     return collector.statistics
 
 
-def _run(collector: StatisticsCollector, batches: Iterable[tuple[Any, Any]], loss: Callable[..., Tensor]) -> None:
+def _run(collector: StatisticsCollector, batches: Iterable[object], loss: Callable[..., Tensor]) -> None:
     count = 0
     for count, batch in enumerate(batches, start=1):
         x, y = _pair(batch, count)

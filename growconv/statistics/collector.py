@@ -135,8 +135,8 @@ class _Site:
 class StatisticsCollector:
     """Context manager that collects statistics while the model runs forward and backward.
 
-    Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes without
-    gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
+    Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes
+    without gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
     exception; the statistics stay.
 
     Args:
@@ -165,7 +165,7 @@ class StatisticsCollector:
     def __init__(
         self,
         model: nn.Module,
-        sites: GrowthSite | Iterable[GrowthSite],
+        sites: GrowthSite | Iterable[object],
         *,
         reduction: str = "mean",
         full: bool = False,
@@ -177,7 +177,7 @@ class StatisticsCollector:
         nonfinite: str = "error",
     ) -> None:
         self.model = unwrapped(model)
-        self.sites = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
+        given = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
         self.quantities = checked_quantities(quantities, full, keep_samples)
         for label, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
@@ -194,7 +194,8 @@ class StatisticsCollector:
         self.scratch_bytes = scratch_bytes
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
-        self._collected = [self._prepare(site) for site in self.sites]
+        self._collected = [self._prepare(site) for site in given]
+        self.sites = tuple(collected.site for collected in self._collected)
         self._handles: list[RemovableHandle] = []
         self._loss = _Loss()
         self._pass: _Pass | None = None
@@ -364,7 +365,7 @@ class StatisticsCollector:
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _prepare(self, site: GrowthSite) -> _Site:
+    def _prepare(self, site: object) -> _Site:
         if not isinstance(site, GrowthSite):
             raise ArgumentTypeError("a site is needed", expected="growconv.GrowthSite", got=type(site).__name__)
         if site.model is not self.model:
@@ -582,8 +583,9 @@ class StatisticsCollector:
         sums.add(problem, *maps, samples=count)
 
     def _new_samples(self, site: str, path: str, each: _Pass) -> int:
-        """How many samples a call adds: those of the loss, once; of every pass where nobody said what is one loss and
-        it is a sum, as it then has the samples of all its passes.
+        """How many samples a call adds.
+
+        Those of the loss, once; those of every pass where nobody said what is one loss and it is a sum.
         """
         separate = self.reduction == "sum" and not each.loss.told
         key = (site, path, each.loss.passes.index(each) if separate else 0)

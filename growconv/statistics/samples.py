@@ -1,8 +1,8 @@
 """Kept samples: whole batches of what the layers of a site saw, and what new channels would do on them.
 
-A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the consumers'
-outputs (v), call by call, and the region between them, so that nothing of one batch ever meets another. Several passes
-are kept together where one loss has run the model several times.
+A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the
+consumers' outputs (v), call by call, and the region between them, so that nothing of one batch ever
+meets another. Several passes are kept together where one loss has run the model several times.
 """
 
 import math
@@ -197,7 +197,7 @@ class KeptSamples:
         return replace(self, batches=tuple(found))
 
     def split(self, fraction: float) -> tuple["KeptSamples", "KeptSamples"]:
-        """The first `fraction` of the samples and the rest, at least one in each; batches only where they can be divided.
+        """The first `fraction` of the samples and the rest, at least one in each; batches divided where they can be.
 
         Args:
             fraction: share of the first part, between 0 and 1.

@@ -109,6 +109,12 @@ def save_checkpoint(
             fix="pass tensors in `tensors`, names for objects",
         ) from error
     metadata = {"format": FORMAT, "record": text, "sha256": _digest(text, content)}
+    _write(path, content, metadata)
+    return path
+
+
+def _write(path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file under another name, then give it its own."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +130,6 @@ def save_checkpoint(
             got=error,
             fix="free some space or write elsewhere, then resume",
         ) from error
-    return path
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -47,9 +47,11 @@ def ranks(tmp_path_factory):
 
 def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
     expected = worker.moments(0, 1)
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         assert rank["statistics"].keys() == expected.keys()
         for name, value in expected.items():
+            if number > 0 and name.endswith("kept"):
+                continue  # rank 0, which solves, has the samples of all
             scale = float(value.abs().max()) or 1.0
             torch.testing.assert_close(rank["statistics"][name], value, rtol=0, atol=1e-10 * scale, msg=name)
     assert float(expected["passes"]) == 1.0
@@ -57,7 +59,7 @@ def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
         once = next(value for key, value in expected.items() if key.startswith(name[:-6]) and key.endswith(" N"))
         torch.testing.assert_close(expected[name], once, rtol=0, atol=1e-10 * float(once.abs().max()))
     for name, value in ranks[0]["statistics"].items():
-        assert torch.equal(value, ranks[1]["statistics"][name]), name
+        assert name.endswith("kept") or torch.equal(value, ranks[1]["statistics"][name]), name
 
 
 def test_five_growth_rounds_leave_the_ranks_bitwise_equal(ranks):

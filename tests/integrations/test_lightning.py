@@ -171,10 +171,14 @@ def test_two_processes_grow_the_same_model(tmp_path):
 
 
 class Follows(pl.Callback):
-    """Compares the average with the module after every step; `new` counts the entries that growth gave both."""
+    """Compares the average with the module after every step; saves a checkpoint at the end of the second epoch."""
 
-    def __init__(self, averaging):
-        self.averaging, self.widths = averaging, []
+    def __init__(self, averaging, path):
+        self.averaging, self.path, self.widths = averaging, path, []
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
 
     def on_train_batch_end(self, trainer, module, *_):
         average = self.averaging._average_model
@@ -190,14 +194,13 @@ class Follows(pl.Callback):
 
 
 def averaged(folder, digits, averaging, module, epochs, growth, ckpt_path=None, train=None):
-    callbacks = [growth, averaging, Follows(averaging)]
+    callbacks = [growth, averaging, Follows(averaging, folder / "half.ckpt")]
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", enable_checkpointing=False, deterministic=True,
     )  # fmt: skip
     trainer.fit(module, train or loader(digits, shuffle=True), ckpt_path=ckpt_path)
     assert callbacks[-1].widths[-1] == module.net[0].out_channels > 3
-    return trainer
 
 
 @pytest.mark.parametrize("kind", ["EMA", "SWA"])
@@ -216,8 +219,7 @@ def test_a_resumed_fit_with_an_average_is_bitwise_the_uninterrupted_one(tmp_path
     whole = Classifier()
     averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), whole, 4, growth())
     train, half = loader(digits, shuffle=True), Classifier()
-    trainer = averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), half, 2, growth(), train=train)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), half, 2, growth(), train=train)
     resumed = Classifier(seed=3)
     path = tmp_path / "half.ckpt"
     averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), resumed, 4, growth(), ckpt_path=path, train=train)

@@ -248,3 +248,77 @@ def test_nothing_is_warned_about_on_the_good_path(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_checkpoint(tmp_path)
+
+
+class Sliced(nn.Module):
+    """Two convolutions that take one's channels in pieces; one size is a number in the model's own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.first = nn.Conv2d(1, self.width, 3, padding=1)
+        self.left, self.right = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x)).view(len(x), self.width, *x.shape[2:])
+        return self.head((self.left(y[:, :4]) + self.right(y[:, 4:])).mean((2, 3)))
+
+
+def test_a_run_with_sites_on_slices_goes_on(tmp_path):
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 3
+
+    def build():
+        torch.manual_seed(0)
+        model = Sliced()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        sites = growconv.find_sites(model, x[:2])
+        return model, optimizer, growconv.GrowthScheduler(model, optimizer, sites, method="random", every=2, amount=2)
+
+    def train(model, optimizer, scheduler, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if scheduler.due(step):
+                scheduler.grow([(x, y)] * 2, nn.functional.cross_entropy)
+
+    whole = build()
+    assert "first -> right" in [site.name for site in whole[2].sites]
+    train(*whole, range(1, 4))
+    assert whole[0].width == 10
+    path = growconv.save_checkpoint(tmp_path / "c.safetensors", *whole)
+    resumed = build()
+    growconv.load_checkpoint(path, *resumed)
+    assert resumed[0].width == 10
+    for run in (whole, resumed):
+        train(*run, range(4, 8))
+    assert [site.width for site in resumed[2].sites] == [site.width for site in whole[2].sites]
+    for mine, theirs in zip(resumed[0].parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_run_with_an_inserted_layer_goes_on_with_its_optimizer(tmp_path):
+    x = torch.randn(4, 1, 8, 8)
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
+        return model, torch.optim.AdamW(model.parameters(), 1e-2)
+
+    model, optimizer = build()
+    event = growconv.insert_layer(model, growconv.find_sites(model, x)[0], optimizer=optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    history = growconv.GrowthHistory([event])
+    path = growconv.save_checkpoint(tmp_path / "c.safetensors", model, optimizer, history=history)
+    fresh, fresh_optimizer = build()
+    growconv.load_checkpoint(path, fresh, fresh_optimizer)
+    for net, steps in ((model, optimizer), (fresh, fresh_optimizer)):
+        steps.zero_grad()
+        net(x).square().mean().backward()
+        steps.step()
+    for mine, theirs in zip(fresh.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
