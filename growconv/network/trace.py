@@ -519,14 +519,16 @@ class _Mode(TorchDispatchMode):
                 companion = self._padded(companion, [0, 0] * index + [max(low, 0), max(high, 0)])
             else:
                 view = [-1 if d == axis else 1 for d in range(companion.dim())]
-                sides = [self._filled(count).view(view) if count else None for count in (low, high)]
+                space = axis > 1 and _varies(companion, 1)  # as behind a PixelShuffle
+                make = (lambda count: torch.full((count,), NONE)) if space else self._filled
+                sides = [make(count).view(view) if count else None for count in (low, high)]
                 around = list(companion.shape)
                 parts = [
                     companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
                     for side in (sides[0], companion, sides[1])
                     if side is not None
                 ]
-                companion = self._joined(parts, axis, torch.Size(shape), "cat")
+                companion = self._joined(parts, axis, torch.Size(shape), "pad")
         return companion
 
     def _joined(self, parts: list[Tensor], dim: int, shape: torch.Size, name: str) -> Tensor:
