@@ -11,7 +11,9 @@ import os
 import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError, GrowthError
+from growconv.errors import CheckpointError, ConfigError
 from growconv.training import config as settings
-from growconv.training import usage
+from growconv.training import failures, usage
 from growconv.training.checks import near, variants
 from growconv.training.terminal import shown
 
@@ -79,24 +81,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None reads the process's.
 
     Returns:
-        0 when all went well, 1 after an error that the user can mend, 130 after Ctrl-C.
+        0 when all went well, 1 after an error, 130 after Ctrl-C, 141 where standard output was closed, and 128 plus the
+        signal's number after a signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    asked_for_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         _dispatch(arguments)
         _leave_processes()
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt as stop:
         if _rank() == 0:
             advice = f"; go on with:\n  {stop.args[0]}" if stop.args else ""
             print(f"\ngrowconv: stopped{advice}", file=sys.stderr)
         return 130
-    except GrowthError as error:
-        print(f"growconv: {error}", file=sys.stderr)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
-        print(f"growconv: {error}{cause}", file=sys.stderr)
-    return 1
+    except BrokenPipeError:
+        failures.leave_closed_pipe()
+        _complain("Standard output was closed before the end; a run goes on with growconv resume=RUN_DIR")
+        return 141
+    except failures.Stopped as error:
+        _complain(str(error))
+        return error.code
+    except Exception as error:
+        if asked_for_trace:
+            traceback.print_exc()
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
+            return _complain(f"{error}{cause}")
+        return _complain(failures.explain(error))
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -196,7 +209,7 @@ def _no_equals(text: str) -> ConfigError:
 
 
 def show_sites(overrides: Sequence[str]) -> None:
-    """Print where the model of a config can grow, and why not elsewhere.
+    """Print where the model of a config can grow, why not elsewhere, and which sites a method named here serves.
 
     Args:
         overrides: as for a run.
@@ -213,8 +226,13 @@ def show_sites(overrides: Sequence[str]) -> None:
     model = make_model(values, shape)
     channels, size, _ = shape
     rows = explain_sites(model, torch.zeros(2, channels, size, size))
-    make_console().print(sites_table(rows))
+    method = values["growth"]["method"] if any(text.startswith("growth") for text in overrides) else "none"
+    make_console().print(sites_table(rows, None if method == "none" else method))
     print(f"{sum(row.growable for row in rows)} of {len(rows)} layers can grow")
+    if method != "none":
+        sites = {row.site: row.grows for row in rows if row.grows is not None}
+        served = sum(site.refusal(method) is None for site in sites.values())
+        print(f"growth={method} serves {served} of {len(sites)} sites")
 
 
 def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> None:
@@ -285,14 +303,14 @@ def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]
             config = settings.compose([*found, *variant])
             if "--cfg" not in flags:
                 settings.plain(config)
-    failures: list[Exception] = []
+    errors: list[Exception] = []
 
     def one_run(config: DictConfig) -> float:
         """`train`, whose error is kept for the end: Hydra would print it in its own way."""
         try:
             return train(config)
         except Exception as error:
-            failures.append(error)
+            errors.append(error)
             return float("nan")
 
     try:
@@ -301,8 +319,8 @@ def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]
         if sweep:  # finished runs are left out when it is started again
             raise Stopped(shlex.join(["growconv", *arguments])) from stop
         raise
-    if failures:
-        raise failures[0]
+    if errors:
+        raise errors[0]
 
 
 def train(config: DictConfig) -> float:
@@ -357,7 +375,8 @@ def _discard_unbegun(directory: Path) -> None:
     if (directory / "config.yaml").exists() or _rank() > 0:
         return
     shutil.rmtree(directory / ".hydra", ignore_errors=True)
-    (directory / "growconv.log").unlink(missing_ok=True)
+    for name in ("growconv.log", ".lock"):
+        (directory / name).unlink(missing_ok=True)
     here = Path.cwd()
     for folder in (directory, *directory.parents):
         if folder == here or folder in here.parents:
@@ -396,8 +415,8 @@ def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -
     if _rank() > 0:
         arguments = [*arguments, *SILENT]
         logging.disable(logging.WARNING)
+    before, shown = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    before = sys.argv
     sys.argv = [before[0] if before else "growconv", *arguments]
     decorate: Callable[[Any], Any] = hydra.main(
         version_base="1.3", config_path=str(settings.conf_dir()), config_name="config"
@@ -406,3 +425,14 @@ def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -
         decorate(task)()
     finally:
         sys.argv = before
+        if shown is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = shown
+
+
+def _complain(text: str) -> int:
+    printable = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+    with suppress(OSError):  # the terminal may be gone
+        print(f"growconv: {printable}", file=sys.stderr, flush=True)
+    return 1

@@ -192,6 +192,11 @@ def test_sites_of_a_config(capsys):
     out = capsys.readouterr().out
     assert "blocks.0.conv1 -> blocks.0.conv2" in out
     assert "classifier" in out
+    assert "serves" not in out
+    assert main(["sites", "model=resnet20", "growth=gradmax"]) == 0
+    out = capsys.readouterr().out
+    assert "growth=gradmax serves 9 of 12 sites" in out
+    assert "layers produce the channels" in out
     assert main(["sites", "model=resnet20", "trainer.epoch=3"]) == 1
     assert "trainer.epoch" in capsys.readouterr().err
 

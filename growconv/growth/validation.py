@@ -122,7 +122,7 @@ def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.M
 
 
 def check_event(record: object) -> None:
-    """Compare the fields of one growth event with the types that they have.
+    """Compare the fields of one growth event with the types that they have; which fields there are, GrowthEvent knows.
 
     Raises:
         CheckpointError: names the field.
@@ -130,7 +130,7 @@ def check_event(record: object) -> None:
     if not isinstance(record, Mapping):
         raise _refused("A growth event is no record.", got=type(record).__name__)
     for name, value in record.items():
-        if name not in EVENT or not _is(value, *EVENT[name]):
+        if name in EVENT and not _is(value, *EVENT[name]):
             raise _refused(f"A growth event has no such {name}.", got=_short(value))
     for gain in record.get("gains", ()):
         if not _is(gain, *_NUMBER):

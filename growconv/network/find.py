@@ -24,8 +24,8 @@ from growconv.network.model import (
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
-from growconv.network.site import GrowthSite
 from growconv.network.routes import Route
+from growconv.network.site import GrowthSite
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -152,6 +152,7 @@ class LayerRow:
         kind: kind of that site.
         reason: why its outputs cannot grow; None where they can.
         reads: names of the sites that it reads.
+        grows: the site itself, to be asked `grows.refusal(method)`.
     """
 
     path: str
@@ -161,6 +162,7 @@ class LayerRow:
     kind: str | None
     reason: str | None
     reads: tuple[str, ...]
+    grows: GrowthSite | None = field(default=None, repr=False, compare=False)
 
     @property
     def growable(self) -> bool:
@@ -455,7 +457,7 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
             reason = uncalled or next((text for text in reasons if text), "its outputs are not followed")
         yield LayerRow(
             path, _described(module), layers.size(module, OUT), grown and grown.name, grown and grown.kind, reason,
-            tuple(dict.fromkeys(reads)),
+            tuple(dict.fromkeys(reads)), grown,
         )  # fmt: skip
 
 

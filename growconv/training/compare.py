@@ -123,8 +123,8 @@ def _write_runs(comparison: Comparison, path: Path) -> None:
         for group in comparison.groups:
             for run in group.runs:
                 figures = [run.summary[figure] if is_number(run.summary.get(figure)) else "" for figure in FIGURES]
-                name, path = _cell(group.label), _cell(run.path.as_posix())
-                writer.writerow([name, run.seed, *figures, run.growth_seconds, len(run.events), path])
+                name, place = _cell(group.label), _cell(run.path.as_posix())
+                writer.writerow([name, run.seed, *figures, run.growth_seconds, len(run.events), place])
 
 
 def _spread(mean: float, std: float, figure: str) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,41 +17,15 @@ from growconv.growth.when import AtSteps, Every
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
+from growconv.training.failures import Stopped, noted_signals
 from growconv.training.flops import training_flops
+from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
 from growconv.training.tracking import Tracker
 
-
-@dataclass
-class Position:
-    """Where a run stands; all of it goes into the checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: finished epochs.
-        batch: batches of the present epoch done.
-        loss_sum: training loss summed over the present epoch's samples, as of the checkpoint.
-        hits: correct answers among them.
-        step_flops: FLOPs of all training steps so far, growth passes left out.
-        seconds: wall-clock seconds of training, evaluation and growth.
-        growth_seconds: those spent on growing.
-        best: best validation accuracy so far.
-        first_loss: training loss of the first batch, to measure progress against.
-        metrics: the lines of metrics.jsonl.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    hits: float = 0.0
-    step_flops: float = 0.0
-    seconds: float = 0.0
-    growth_seconds: float = 0.0
-    best: float | None = None
-    first_loss: float | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+AGREE_EVERY = 10
+"""Steps between two questions among several processes whether a signal asked one of them to end."""
 
 
 class Trainer:
@@ -99,6 +73,7 @@ class Trainer:
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
         self._clock = 0.0
+        self._signals: list[str] = []
         self._wrapped = model
 
     def fit(self) -> dict[str, Any]:
@@ -110,10 +85,11 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer a finite number.
             CheckpointError: a checkpoint could not be written.
+            Stopped: SIGTERM or SIGHUP came; a checkpoint is written.
         """
         self._clock = time.monotonic() - self.position.seconds
         self._prepare()
-        with self.progress:
+        with noted_signals() as self._signals, self.progress:
             while self.position.epoch < self.options["epochs"]:
                 self._epoch()
         return self._summary()
@@ -136,7 +112,7 @@ class Trainer:
                 got=self.devices.world_size,
                 fix=f"start it with: torchrun --nproc-per-node={world} -m growconv resume=... (1: plain growconv)",
             )
-        position = _position(found)
+        position = position_of(found)
         restore(found, self.model, self.optimizer, self.scheduler)
         self.position = position
         if self.devices.is_first:  # the checkpoint holds the sum over all ranks
@@ -147,7 +123,7 @@ class Trainer:
                 scaler.load_state_dict(found.state["scaler"])
             set_random_states(self.devices, found.tensors, found.state["random"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise _damaged_state(found, error) from error
+            raise damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
 
     @property
@@ -192,10 +168,28 @@ class Trainer:
                 position.best = fresh["val_accuracy"]
             if over:
                 position.batch = 0
-            if over or grew or (every and position.step % every == 0):
+            stopping = self._asked_to_stop()
+            if over or grew or stopping or (every and position.step % every == 0):
                 self._save(best)
+            if stopping:
+                raise Stopped(
+                    "The run was asked to end, and is saved.",
+                    where=str(self.directory.path),
+                    got=stopping,
+                    fix=f"go on with growconv resume={self.directory.path}",
+                )
             if over:
                 return
+
+    def _asked_to_stop(self) -> str | None:
+        """The signal that came; several processes, which it reaches at different steps, agree on it now and then."""
+        came = self._signals[0] if self._signals else None
+        if self.devices.world_size == 1:
+            return came
+        if self.position.step % AGREE_EVERY and self.position.batch < self.epoch_steps:
+            return None
+        anywhere = sum_over_ranks(self.devices, torch.tensor(float(came is not None), device=self.devices.device))
+        return (came or "SIGTERM") if float(anywhere) > 0 else None
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
         inputs, targets = self.dataset.batch(self.dataset.train, index, augment)
@@ -431,32 +425,6 @@ class Trainer:
             "steps": position.step,
             "epochs": position.epoch,
         }
-
-
-def _position(found: Checkpoint) -> Position:
-    """Where the checkpoint's run stands, each number of the type that it has in a run."""
-    try:
-        position = Position(**found.state["position"])
-    except (KeyError, TypeError) as error:
-        raise _damaged_state(found, error) from error
-    for name, value in asdict(position).items():
-        kinds: dict[str, tuple[type, ...]] = {"metrics": (list,)}
-        kinds |= dict.fromkeys(("step", "epoch", "batch"), (int,))
-        kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
-        if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
-            raise _damaged_state(found, f"{name}: {value!r}")
-    if not all(isinstance(line, dict) for line in position.metrics):
-        raise _damaged_state(found, "metrics that are no records")
-    return position
-
-
-def _damaged_state(found: Checkpoint, got: object) -> CheckpointError:
-    return CheckpointError(
-        "The checkpoint does not say where its run stands.",
-        where=str(found.path),
-        got=got,
-        fix="restore the file, or load its weights with growconv.load_checkpoint",
-    )
 
 
 def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -149,17 +150,24 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
     return table
 
 
-def sites_table(rows: Sequence[LayerRow]) -> Table:
+def sites_table(rows: Sequence[LayerRow], method: str | None = None) -> Table:
     """Every layer, and the site at which it grows or the reason why it does not.
 
     Args:
         rows: as explain_sites gives them.
+        method: a growth method, for a column that says which sites it serves.
     """
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("layer", overflow="fold")
     table.add_column("type", overflow="fold")
     table.add_column("kind", overflow="fold")
     table.add_column("growable, or why not", overflow="fold")
+    if method is not None:
+        table.add_column(method, overflow="fold")
     for row in rows:
-        table.add_row(row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}")
+        cells = [row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}"]
+        if method is not None:
+            refused = None if row.grows is None else row.grows.refusal(method)
+            cells.append("" if row.grows is None else "yes" if refused is None else f"no: {refused}")
+        table.add_row(*map(escape, cells))
     return table

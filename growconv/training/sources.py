@@ -1,7 +1,4 @@
-"""Where images come from: embedded, computed, on disk, or downloaded with a checksum. Nothing here unpickles.
-
-Every source returns the same four arrays: training inputs and targets, test inputs and targets.
-"""
+"""Where images come from: embedded, computed, on disk, or downloaded with a checksum. Nothing here unpickles."""
 
 import gzip
 import hashlib
@@ -189,7 +186,7 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
             if not path.is_file():
                 raise DataError("this file of the dataset is missing", where=str(path))
             if path.stat().st_size > MOST_BYTES:
-                raise DataError("The file holds more than any of this set.", where=str(path), got=path.stat().st_size)
+                raise DataError("The file holds more than any of this set.", where=str(path))
             return path.read_bytes()
 
         parts = {member: read(member) for member in (*layout.train, layout.test)}
@@ -211,11 +208,9 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
         raise DataError(
             "records are missing", where=str(folder), expected=CIFAR_RECORDS, got=(len(images), len(test_images))
         )
-    for part in (labels, test_labels):  # the unpacked files have no published checksum; this they do have
+    for part in (labels, test_labels):  # the unpacked files have no published checksum, but this
         if len(set(np.bincount(part, minlength=layout.classes).tolist())) != 1:
-            raise DataError(
-                "The classes have not equally many images, as they have in the published set.", where=str(folder)
-            )
+            raise DataError("The classes have not equally many images, as in the published set.", where=str(folder))
     return RawData(_images(images), _labels(labels), _images(test_images), _labels(test_labels), layout.classes)
 
 

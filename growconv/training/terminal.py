@@ -1,15 +1,25 @@
 """The screen that tables and progress are written for."""
 
+import errno
 import os
 from pathlib import Path
 
 from rich.console import Console
 
 
+class _Screen(Console):
+    """rich ends the process by itself where nobody reads any more; here the command line does, with a message."""
+
+    def on_broken_pipe(self) -> None:
+        """Tell it as any other write does."""
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, "standard output is closed")
+
+
 def make_console() -> Console:
     """Standard output: lines wrapped at words on a terminal and whole elsewhere, tables as wide as COLUMNS says."""
-    console = Console()
-    return console if console.is_terminal else Console(soft_wrap=True, width=int(os.environ.get("COLUMNS", "140")))
+    console = _Screen()
+    return console if console.is_terminal else _Screen(soft_wrap=True, width=int(os.environ.get("COLUMNS", "140")))
 
 
 def shown(path: Path) -> Path:

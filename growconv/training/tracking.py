@@ -7,7 +7,8 @@ from typing import Any
 
 from growconv.network.event import GrowthEvent
 
-PATIENCE = 30  # seconds to wait for a server
+PATIENCE = 4
+"""Seconds to wait for a server's login, and again for the run's start."""
 
 
 class Tracker:

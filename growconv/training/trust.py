@@ -115,7 +115,8 @@ def require_trusted(
                 got=f"{key.rpartition('.')[2]}: {value}",
                 fix=f"say trust=true, repeat it with {key}={value}, or send nothing with logger=none",
             )
-    for settings in (file.parent / "wandb" / "settings", file.parent / ".wandb" / "settings"):
+    run = file.parent.parent if file.parent.name == ".hydra" else file.parent
+    for settings in (run / "wandb" / "settings", run / ".wandb" / "settings"):
         if settings.exists():  # wandb reads it where the run directory is the working directory
             raise ConfigError(
                 "This run directory brings settings of wandb, which may name another host.",

@@ -18,7 +18,7 @@ WIDTH = 79
 COMMANDS = {
     "train": ("train a model and grow it; the command when none is named", "growconv model=resnet20 growth=functional"),
     "resume": ("go on with an interrupted run", "growconv resume=runs/2026-01-31/12-00-00"),
-    "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 data=cifar10"),
+    "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 growth=tiny"),
     "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
     "report": ("write one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
 }

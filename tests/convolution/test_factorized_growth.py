@@ -1,7 +1,6 @@
-"""CP and Tucker convolutions as writers and readers of channels, and the growth of their rank."""
+"""Growth of the rank of CP and Tucker convolutions."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -11,10 +10,7 @@ from torch import nn
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SolverError, SurgeryError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.factorized import fit_channels
-from growconv.network.growing import plan_size
 from growconv.network.rank import RankSite, find_rank_sites
-from growconv.network.event import apply_edits
 from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
 
 
@@ -46,115 +42,6 @@ def loss(output, target):
 def mean_loss(model):
     with torch.no_grad():
         return sum(loss(model(x), y).item() for x, y in data()) / 2
-
-
-def proposal(site, channels=3):
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    writer, reader = (site.model.get_submodule(path) for path in (site.producers[0], site.consumers[0]))
-    return growconv.ChannelGrowth(
-        site=site.name,
-        method="drawn",
-        incoming={site.producers[0]: draw(channels, *writer.weight.shape[1:])},
-        incoming_bias={site.producers[0]: draw(channels)},
-        outgoing={site.consumers[0]: draw(reader.weight.shape[0], channels, *reader.weight.shape[2:])},
-        gains=torch.zeros(channels),
-    )
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_growth_of_writers_and_readers(index):
-    model = net()
-    x = data()[0][0]
-    site = growconv.find_sites(model, x)[index]
-    optimizer = torch.optim.Adam(model.parameters())
-    model(x).sum().backward()
-    optimizer.step()
-    model.zero_grad()
-    fresh = copy.deepcopy(model)
-    before, kernels = (
-        model(x),
-        {path: model.get_submodule(path).weight.detach().clone() for path in ("0", "2", "4", "6")},
-    )
-    predicted = plan_size(site, 3)
-    event = growconv.grow(model, site, proposal(site), amplitude=0.0, optimizer=optimizer)
-    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
-    assert event.parameters_after - event.parameters_before == predicted
-    assert site.width == event.width_after
-    for path, kernel in kernels.items():
-        grown = model.get_submodule(path).weight
-        torch.testing.assert_close(grown[: len(kernel), : kernel.shape[1]], kernel)
-    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
-    model(x).square().sum().backward()
-    assert all(parameter.grad.any() for parameter in model.parameters())  # amplitude 0 leaves nothing dead
-    optimizer.step()
-    apply_edits(fresh, event.edits)
-    fresh.load_state_dict(model.state_dict())
-    torch.testing.assert_close(fresh(x), model(x))
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_new_kernels_are_as_far_off_as_the_event_says(index):
-    model = net()
-    site = growconv.find_sites(model, data()[0][0])[index]
-    growth = proposal(site)
-    errors = growconv.grow(model, site, growth).details["kernel_errors"]
-    writer, reader = site.producers[0], site.consumers[0]
-    stored = {
-        f"{writer}.out_factor": (model.get_submodule(writer).weight[-3:], growth.incoming[writer]),
-        f"{reader}.in_factor": (model.get_submodule(reader).weight[:, -3:], growth.outgoing[reader]),
-    }
-    assert set(errors) <= set(stored)
-    assert errors
-    for name, error in errors.items():
-        got, asked = stored[name]
-        assert error == pytest.approx(float(((got - asked).norm() / asked.norm()).detach()), rel=1e-6)
-
-
-@pytest.mark.parametrize("factor", ["out_factor", "in_factor"])
-def test_separable_filters_are_stored_exactly_by_cp(factor):
-    layer = growconv.CPConv2d(6, 8, 3, rank=4)
-    others = 6 if factor == "out_factor" else 8
-    parts = [torch.randn(3, size, dtype=torch.float64) for size in (others, 3, 3)]
-    block = torch.einsum("ki,ka,kb->kiab", *parts)
-    block = block if factor == "out_factor" else block.transpose(0, 1)
-    assert fit_channels(layer, block, factor).error < 1e-6
-    assert fit_channels(layer, torch.zeros_like(block), factor).error == 0
-
-
-def test_statistics_of_factorized_layers_are_those_of_their_convolutions():
-    model = net()
-    plain = copy.deepcopy(model)
-    plain[2], plain[4] = model[2].to_conv(), model[4].to_conv()
-    collected = []
-    for each in (model, plain):
-        sites = growconv.find_sites(each, data()[0][0])
-        collected.append(growconv.collect_statistics(each, sites, data(), loss))
-    assert list(collected[0]) == list(collected[1])
-    for name, statistics in collected[0].items():
-        torch.testing.assert_close(statistics.S, collected[1][name].S)
-        torch.testing.assert_close(statistics.N, collected[1][name].N)
-
-
-def test_methods_that_change_old_kernels_are_refused():
-    model = net()
-    site = growconv.find_sites(model, data()[0][0])[0]
-    revised = {"2.weight": model[2].weight.detach().clone()}
-    with pytest.raises(SurgeryError, match="stored as factors"):
-        growconv.grow(model, site, dataclasses.replace(proposal(site), revised=revised))
-
-
-def test_shrink():
-    model = net()
-    x = data()[0][0]
-    site = growconv.find_sites(model, x)[1]
-    expected = model[2].weight[[1, 3, 4, 5, 6, 7]].detach().clone()
-    growconv.shrink(model, site, [0, 2])
-    torch.testing.assert_close(model[2].weight.detach(), expected)
-    assert model(x).shape == (12, 4, 5, 5)
 
 
 def dense_tangent(layer):
@@ -267,7 +154,7 @@ def test_rank_growth_without_statistics_preserves_the_function_and_lives():
 
 def test_the_scheduler_drives_channels_and_ranks():
     torch.manual_seed(0)
-    model = net(torch.float32)
+    model = nn.Sequential(*net(torch.float32), nn.ReLU(), nn.Conv2d(4, 4, 1))
     fresh = copy.deepcopy(model)
     batches = [(x.float(), y.float()) for x, y in data(torch.float32)]
     optimizer = torch.optim.Adam(model.parameters())
@@ -324,3 +211,10 @@ def test_impossible_rank_growth():
     with pytest.raises(SurgeryError, match="does not own"):
         grow_rank(model[2], 1, statistics, optimizer=stranger)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_channels_of_factorized_layers_do_not_grow_and_say_so():
+    rows = growconv.explain_sites(net(), data()[0][0])
+    reasons = {row.path: row.reason for row in rows if not row.growable}
+    assert {"0", "2", "4"} <= set(reasons)
+    assert all("factor" in reasons[path] for path in ("0", "2", "4"))

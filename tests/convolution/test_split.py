@@ -6,7 +6,7 @@ from torch import nn
 
 import growconv
 from growconv.errors import ArgumentValueError, GeometryError
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 
 
 def kernels(*shapes, seed=0):

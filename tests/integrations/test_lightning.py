@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -167,3 +168,63 @@ def test_two_processes_grow_the_same_model(tmp_path):
     assert records[0] == records[1]
     assert records[0]["widths"] == [6, 7]
     assert records[0]["moved"] > 0
+
+
+class Follows(pl.Callback):
+    """Compares the average with the module after every step; `new` counts the entries that growth gave both."""
+
+    def __init__(self, averaging):
+        self.averaging, self.widths = averaging, []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        average = self.averaging._average_model
+        average = getattr(average, "module", average)
+        shapes = [[tuple(each.shape) for each in net.state_dict().values()] for net in (average, module)]
+        assert shapes[0] == shapes[1]
+        width = module.net[0].out_channels
+        if self.widths and width > self.widths[-1]:
+            new = [net.net[0].weight[self.widths[-1] :] for net in (average, module)]
+            torch.testing.assert_close(*new)
+            assert not torch.equal(average.net[0].weight[: self.widths[-1]], module.net[0].weight[: self.widths[-1]])
+        self.widths.append(width)
+
+
+def averaged(folder, digits, averaging, module, epochs, growth, ckpt_path=None, train=None):
+    callbacks = [growth, averaging, Follows(averaging)]
+    trainer = pl.Trainer(
+        max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", enable_checkpointing=False, deterministic=True,
+    )  # fmt: skip
+    trainer.fit(module, train or loader(digits, shuffle=True), ckpt_path=ckpt_path)
+    assert callbacks[-1].widths[-1] == module.net[0].out_channels > 3
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["EMA", "SWA"])
+def test_the_averages_of_lightning_grow_along(tmp_path, digits, kind):
+    averaging = EMAWeightAveraging(decay=0.9) if kind == "EMA" else StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    module, growth = Classifier(), GrowthCallback(LOSS, every=15, times=3, amount=1, batches=3)
+    averaged(tmp_path, digits, averaging, module, 4, growth)
+    accuracy = (module(digits[0][640:]).argmax(1) == digits[1][640:]).float().mean()
+    assert float(accuracy) > 0.5
+
+
+def test_a_resumed_fit_with_an_average_is_bitwise_the_uninterrupted_one(tmp_path, digits):
+    def growth():
+        return GrowthCallback(LOSS, every=15, times=4, amount=1, batches=3)
+
+    whole = Classifier()
+    averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), whole, 4, growth())
+    train, half = loader(digits, shuffle=True), Classifier()
+    trainer = averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), half, 2, growth(), train=train)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Classifier(seed=3)
+    path = tmp_path / "half.ckpt"
+    averaged(tmp_path, digits, EMAWeightAveraging(decay=0.9), resumed, 4, growth(), ckpt_path=path, train=train)
+    for mine, theirs in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_schedule_is_asked_for_at_the_start(tmp_path, digits):
+    with pytest.raises(ScheduleError, match="no schedule"):
+        fit(tmp_path, Classifier(), GrowthCallback(LOSS, amount=1), loader(digits), epochs=1)

@@ -9,7 +9,7 @@ from torch import nn
 
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SiteError, SurgeryError
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from tests.network import zoo
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import growconv
-from growconv.network.site import find_sites
+from growconv.network.find import find_sites
 from tests.network import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")

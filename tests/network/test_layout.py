@@ -12,27 +12,28 @@ KEY = ("b", IN)
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
+def drawn_runs(draw: st.DrawFn) -> tuple[list[tuple], list[int]]:
     """An axis of any runs of two spaces, and their units."""
     runs, slots = [], [0, 0]
     for _ in range(draw(st.integers(1, 5))):
         space, outer = draw(st.sampled_from([None, 0, 1])), draw(st.integers(1, 3))
         if space is None:
-            runs.append(Run(None, outer))
+            runs.append((None, outer))
             continue
         inner = draw(st.integers(1, 3))
-        runs.append(
-            Run(space, outer, inner, tuple(draw(st.permutations(range(slots[space], slots[space] + outer * inner)))))
-        )
+        own = draw(st.permutations(range(slots[space], slots[space] + outer * inner)))
+        runs.append((space, outer, inner, tuple(own)))
         slots[space] += outer * inner
-    axes = {KEY: tuple(runs), ("a", OUT): (Run(0, 1),), ("e", OUT): (Run(1, 1),)}
-    return Layout(axes, (1, 1), {}), [draw(st.integers(1, 4)), draw(st.integers(1, 4))]
+    return runs, [draw(st.integers(1, 4)), draw(st.integers(1, 4))]
 
 
 @settings(max_examples=100, deadline=None)
-@given(layouts(), st.integers(1, 3))
-def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[Layout, list[int]], more: int) -> None:
-    layout, units = drawn
+@given(drawn_runs(), st.integers(1, 3))
+def test_new_units_come_where_the_layout_of_the_new_width_has_them(
+    drawn: tuple[list[tuple], list[int]], more: int
+) -> None:
+    runs, units = tuple(Run(*each) for each in drawn[0]), drawn[1]
+    layout = Layout({KEY: runs, ("a", OUT): (Run(0, 1),), ("e", OUT): (Run(1, 1),)}, (1, 1), {})
     sizes = {key: len(owners_of(runs, units)) for key, runs in layout.axes.items()}
     assert [layout.units(space, Sizes(sizes.__getitem__)) for space in (0, 1)] == units
     old = [tuple(owner) for owner in layout.owners(KEY, units).tolist()]
@@ -59,9 +60,9 @@ def test_new_units_come_where_the_layout_of_the_new_width_has_them(drawn: tuple[
 def test_an_axis_that_holds_no_whole_units_is_an_error() -> None:
     layout = Layout({KEY: (Run(0, 2, 1, (0, 1)),)}, (1,), {})
     with pytest.raises(SiteError, match="whole channels"):
-        layout.units(0, lambda _: 5)
+        layout.units(0, Sizes(lambda _: 5))
     with pytest.raises(SiteError, match="no layer tells"):
-        Layout({KEY: (Run(0, 1), Run(1, 1))}, (1, 1), {}).units(0, lambda _: 5)
+        Layout({KEY: (Run(0, 1), Run(1, 1))}, (1, 1), {}).units(0, Sizes(lambda _: 5))
 
 
 def test_runs_are_laid_out_in_order() -> None:

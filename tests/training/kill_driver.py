@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import growconv.growth.scheduler as scheduler_module
+import growconv.growth.round as round_module
 from growconv.cli import main
 from growconv.training import checkpoint, loop, rundir
 
@@ -57,8 +57,8 @@ def arm(moment: str) -> None:
     if kind == "step":
         loop.Trainer._step = counted(loop.Trainer._step, nothing)
     elif kind == "growth":
-        surgery = scheduler_module.grow
-        scheduler_module.grow = counted(surgery, lambda *args, **kwargs: surgery(*args, **kwargs))
+        surgery = round_module.grow
+        round_module.grow = counted(surgery, lambda *args, **kwargs: surgery(*args, **kwargs))
     elif kind == "write":
         checkpoint.save_file = counted(checkpoint_save, half_written)
     elif kind == "rename":

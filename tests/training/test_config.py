@@ -73,7 +73,9 @@ def test_synthetic_brings_its_student_unless_another_is_asked_for():
     assert compose(["data=synthetic", "model=unet"]).model._target_.endswith("unet")
 
 
-@pytest.mark.parametrize("launcher", ["cores", "slurm", "joblib", "submitit_slurm", "submitit_local", "basic"])
+@pytest.mark.parametrize(
+    "launcher", ["cores", "slurm", "slurm_gpu", "joblib", "submitit_slurm", "submitit_local", "basic"]
+)
 def test_launchers_compose(launcher):
     compose([f"hydra/launcher={launcher}"])
 

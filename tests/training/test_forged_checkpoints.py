@@ -184,8 +184,8 @@ def widths_differ(record, tensors):
 
 
 def births_differ(record, tensors):
-    state = next(values for values in record["optimizer"]["state"].values() if "growconv_born" in values)
-    state["growconv_born"]["axes"][0] = [1.0]
+    state = next(values for values in record["optimizer"]["state"].values() if "growconv_ages" in values)
+    state["growconv_ages"]["born"][0] = [1]
 
 
 FORGED = {
@@ -322,13 +322,13 @@ def test_there_are_at_least_sixty():
 
 
 def test_an_interrupt_amid_the_replay_leaves_the_small_model(good, tmp_path, monkeypatch):
-    from growconv.network import surgery
+    from growconv.network import plan
 
     path = tmp_path / "good.safetensors"
     path.write_bytes(good[0])
     for at in range(1, 6):
         model, optimizer, scheduler = build()
-        before, calls, real = everything(model, optimizer, scheduler), [0], surgery.enlarge
+        before, calls, real = everything(model, optimizer, scheduler), [0], plan.enlarge
 
         def interrupted(tensor, *arguments, calls=calls, at=at, real=real):
             calls[0] += tensor.device.type != "meta"
@@ -337,7 +337,7 @@ def test_an_interrupt_amid_the_replay_leaves_the_small_model(good, tmp_path, mon
             return real(tensor, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(surgery, "enlarge", interrupted)
+            patch.setattr(plan, "enlarge", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 growconv.load_checkpoint(path, model, optimizer, scheduler)
         assert same(before, everything(model, optimizer, scheduler))

@@ -1,7 +1,9 @@
 """wandb without a network: the offline run is read back, a resumed run goes on in it, a dead server stops nothing."""
 
 import json
+import socket
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -54,15 +56,23 @@ def payloads(content: bytes):
 
 
 def records(folder: Path):
-    """Every record of the offline runs in a run directory, from their transaction logs."""
+    """Every record of the offline runs in a run directory, from their transaction logs, once those have their end."""
+    for _ in range(100):
+        logs = [records_of(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+        if all(any(record.WhichOneof("record_type") == "exit" for record in log) for log in logs):
+            break
+        time.sleep(0.1)  # on a busy machine wandb's own process writes a little later
+    return [record for log in logs for record in log]
+
+
+def records_of(path: Path):
     from wandb.proto import wandb_internal_pb2
 
     found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        for payload in payloads(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            found.append(record)
+    for payload in payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        found.append(record)
     return found
 
 
@@ -116,6 +126,23 @@ def test_a_server_that_cannot_be_reached_is_warned_about(tmp_path, monkeypatch, 
         assert main([*QUICK, "logger.mode=online", server, f"hydra.run.dir={run}"]) == 0
     assert history(run)
     assert (run / "summary.json").is_file()
+
+
+@pytest.mark.long
+def test_a_server_that_never_answers_holds_training_for_ten_seconds_at_most(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    import wandb  # its import is not the server's fault
+
+    options = {"project": "p", "entity": None, "group": None, "tags": [], "name": "wandb", "mode": "online"}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.warns(UserWarning, match="wandb cannot be reached"):
+            tracker = tracking.make_tracker(options | {"server": address}, {}, tmp_path, "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.finish({"loss": 1.0})
+    assert time.monotonic() - began < 10
+    assert wandb.run is None
 
 
 def test_disabled_writes_nothing(tmp_path, capsys):

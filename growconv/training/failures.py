@@ -1,0 +1,107 @@
+"""What ends a run from outside, as one message: what, where, what to do; and signals that ask it to end."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from growconv.errors import GrowthError, TrainingError
+
+RESUME = "then go on with growconv resume=RUN_DIR"
+ADVICE = {
+    errno.ENOSPC: f"free some space or write elsewhere (hydra.run.dir=...), {RESUME}",
+    errno.EDQUOT: f"free some of your quota or write elsewhere (hydra.run.dir=...), {RESUME}",
+    errno.EFBIG: f"raise the limit on the size of files (ulimit -f), {RESUME}",
+    errno.EROFS: "choose a folder that can be written: hydra.run.dir=...",
+    errno.EACCES: "give yourself the right to it, or choose another folder",
+    errno.EPERM: "give yourself the right to it, or choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a folder should be; choose another folder",
+    errno.EEXIST: "a file stands where a folder should be; choose another folder",
+    errno.EISDIR: "a folder stands where a file should be; move it away",
+    errno.ENOENT: "make the folder first, or correct the path; what a run still writes to has to stay in place",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ESTALE: f"the file system went away; mount it again, {RESUME}",
+    errno.EIO: f"look after the disk or the terminal, {RESUME}",
+}
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
+
+
+class Stopped(TrainingError):
+    """A signal asked the run to end; its checkpoint is written. `got` is the signal's name."""
+
+    @property
+    def code(self) -> int:
+        """The exit status that a shell expects."""
+        return 128 + signal.Signals[str(self.got)]
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[str]]:
+    """Inside, SIGTERM and SIGHUP are written into a list instead of ending the process.
+
+    Signals that somebody else handles already (a launcher), or that are ignored (nohup), are left alone.
+    """
+    noted: list[str] = []
+    taken = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with suppress(ValueError):  # not the main thread
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda arrived, _: noted.append(signal.Signals(arrived).name))
+                taken.append(number)
+    try:
+        yield noted
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def explain(error: Exception) -> str:
+    """One message for an error that ends a command.
+
+    Args:
+        error: a GrowthError speaks for itself; others are told in terms of what to do.
+    """
+    if isinstance(error, GrowthError):
+        return str(error)
+    text = str(error).strip().splitlines()
+    first = text[0] if text else "no more is known"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return str(
+            TrainingError(
+                "There is not enough memory.",
+                got=first,
+                fix="lower trainer.batch_size, growth.batch_size or model.width, or raise trainer.accumulate",
+            )
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [str(name)[:200] for name in (error.filename, error.filename2) if name is not None]
+        return str(
+            TrainingError(
+                f"The operating system refuses: {error.strerror}.",
+                where=" -> ".join(names) or None,
+                fix=ADVICE.get(error.errno, f"mend it, {RESUME}"),
+            )
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in LOST_PROCESS):
+        return str(
+            TrainingError(
+                "Another process of this run was lost, or hangs.", got=first, fix=f"look at its output, {RESUME}"
+            )
+        )
+    return str(
+        TrainingError(
+            "An error that growconv does not know ended this.",
+            got=f"{type(error).__name__}: {first}",
+            fix="HYDRA_FULL_ERROR=1 in front of the command shows where; if it is growconv's, please report it",
+        )
+    )
+
+
+def leave_closed_pipe() -> None:
+    """Nobody reads standard output any more: keep the interpreter from writing to it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,173 @@
+"""What ends a run from outside: one line that says what, where and what to do; signals save first."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from growconv.cli import main
+from growconv.training import failures
+from growconv.training.loop import Trainer
+from growconv.training.rundir import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXED = ["data=digits", "data.limit=64", "growth=none", "trainer.epochs=1", "trainer.progress=none", "report=false"]
+LONG = ["data.limit=160", "growth=random", "growth.times=2", "baselines=[]", "report=false", "trainer.epochs=30"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("edge") / "run"
+    assert main([*FIXED, f"hydra.run.dir={run}"]) == 0
+    return run
+
+
+def told(capsys, code, *words):
+    """The one message, checked."""
+    err = capsys.readouterr().err
+    assert code == 1
+    assert err.count("growconv: ") == 1
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert "what to do" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hydra.run.dir={run}/summary.json/x"], ["Not a directory", "summary.json/x"]),
+        (["hydra.run.dir={tmp}/" + "d" * 300], ["File name too long", "shorter"]),
+        (["hydra.run.dir=/proc/nothing"], ["/proc/nothing"]),
+        (["resume=" + "d" * 5000], ["File name too long"]),
+        (["report", "d" * 5000], ["File name too long"]),
+        (["report", "{run}", "--output", "{tmp}/missing/report.html"], ["No such file", "missing"]),
+        (["compare", "{run}", "--output", "{run}/summary.json"], ["File exists", "summary.json"]),
+        (["sites", "model._target_=os.abort.none"], ["model._target_"]),
+        (["data.name=synthetic", "data=synthetic", "data.samples=1000000000000"], ["not enough memory", "batch_size"]),
+    ],
+)
+def test_the_operating_system_s_errors_are_one_line(arguments, words, finished, tmp_path, capsys):
+    given = [argument.format(run=finished, tmp=tmp_path) for argument in arguments]
+    command = given if given[0].startswith(("resume", "report", "compare", "sites")) else [*FIXED[2:], *given]
+    if not any(argument.startswith("hydra.run.dir") for argument in command) and command[0] == FIXED[2]:
+        command.append(f"hydra.run.dir={tmp_path / 'run'}")
+    told(capsys, main(command), *words)
+
+
+def test_a_directory_that_vanishes_is_said(tmp_path, monkeypatch, capsys):
+    append = RunDirectory.append_metrics
+
+    def vanish(self, record):
+        shutil.rmtree(self.path)
+        append(self, record)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", vanish)
+    told(capsys, main([*FIXED, f"hydra.run.dir={tmp_path / 'run'}"]), "No such file", "metrics.jsonl")
+
+
+def test_a_trace_is_shown_to_who_asks(finished, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise ZeroDivisionError("nobody expected\nthis \x1b]0;title\x07")
+
+    monkeypatch.setattr(Trainer, "fit", fail)
+    told(
+        capsys, main([*FIXED, f"hydra.run.dir={tmp_path / 'a'}"]), "ZeroDivisionError: nobody expected", "FULL_ERROR=1"
+    )
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main([*FIXED, f"hydra.run.dir={tmp_path / 'b'}"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "ZeroDivisionError" in err.splitlines()[-2]
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (OSError(28, "No space left on device", "a.json"), "free some space"),
+        (OSError(30, "Read-only file system", "run"), "hydra.run.dir"),
+        (OSError("no number"), "does not know"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "not enough memory",
+        ),
+    ],
+)
+def test_explanations(error, word):
+    assert word in failures.explain(error)
+
+
+def test_a_lost_process_is_said(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = failures.explain(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"))
+    assert "Another process of this run was lost" in said
+
+
+def start(run, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "growconv", *LONG, *arguments, f"hydra.run.dir={run}"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*LONG, "trainer.progress=none", f"hydra.run.dir={run}"]) == 0
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
+def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
+    run = tmp_path / "run"
+    process = start(run, "trainer.progress=none")
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number, err
+    assert "asked to end, and is saved" in err
+    assert f"growconv resume={run}" in err
+    assert "Traceback" not in err
+    assert not (run / "summary.json").exists()
+    assert main([f"resume={run}"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test_loss"] == uninterrupted["test_loss"]
+
+
+def test_a_closed_pipe_is_said(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, "trainer.progress=lines")
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141, err
+    assert "Standard output was closed" in err
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert main([f"resume={run}"]) == 0
+    assert json.loads((run / "summary.json").read_text())["test_loss"] == uninterrupted["test_loss"]
+
+
+def test_signals_that_others_handle_are_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with failures.noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert noted == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
