@@ -1,8 +1,8 @@
 """Rehearsal: spaces are proved before they are handed out as sites.
 
 The code takes other widths: on a copy whose layers only pretend to compute, all producers get a few more units, and the
-numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones must
-arrive where they did.
+numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones
+must arrive where they did.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
-"""Units that neighbouring spaces get in a rehearsal: different numbers, so that spaces that can only grow together show."""
+"""Units that neighbouring spaces get in a rehearsal, different ones so that spaces that can only grow together show."""
 BLOCKS = (1, 2, 3, 4, 8)
 """Numbers of blocks that are tried beside the groups of the convolutions on the way."""
 PATIENCE = 60
