@@ -15,8 +15,8 @@ from growconv.network.model import Arguments, attribute, example_arguments, tens
 from growconv.network.plan import tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
-from growconv.network.site import GrowthSite
 from growconv.network.routes import Route
+from growconv.network.site import GrowthSite
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -275,10 +275,10 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
         widths |= {len(space.roots) * count for (_, side), count in space.counts.items() if side == IN}
-        reader = next((path for path, sizes in uncalled.items() if sizes & widths), None)
-        if reader is not None:
+        unused = next((path for path, sizes in uncalled.items() if sizes & widths), None)
+        if unused is not None:
             space.reason = space.reason or (
-                f"{reader} is used by none of the examples and may read these channels: give an example that uses it, "
+                f"{unused} is used by none of the examples and may read these channels: give an example that uses it, "
                 "as in find_sites(model, [x, (x, True)])"
             )
 
