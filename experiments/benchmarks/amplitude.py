@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from growconv.network.remainder import Remainder
 from torch import Tensor, nn
 
 import growconv
@@ -87,12 +86,12 @@ def copied(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> tup
 def best_immediate(model: nn.Module, site: GrowthSite, growth: ChannelGrowth, held_out: list[Batch]) -> float:
     """The amplitude with the lowest held-out loss, however large."""
     cap = amplitude_cap(site, growth)
-    remainders = [(Remainder(site, x), y) for x, y in held_out]
     losses = {}
-    with torch.no_grad():
-        for power in range(-3, 14):
-            amplitude = cap * 2.0**power
-            losses[amplitude] = sum(float(F.cross_entropy(r.grown(growth, amplitude), y)) for r, y in remainders)
+    for power in range(-3, 14):
+        amplitude, grown = cap * 2.0**power, copy.deepcopy(model)
+        growconv.grow(grown, site, growth, amplitude=amplitude)
+        with torch.no_grad():
+            losses[amplitude] = sum(float(F.cross_entropy(grown(x), y)) for x, y in held_out)
     return min(losses, key=lambda amplitude: losses[amplitude])
 
 

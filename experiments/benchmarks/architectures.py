@@ -202,7 +202,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
         f"({growable / max(1, convolutions):.1%}): {_share(common)} of the {len(common)} in the families that most "
         f"people use, {_share(first)} of the {len(first)} that were here first. Output unchanged in eval and train "
-        f"mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where float32 "
+        f"mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where it "
         f"rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; the same network again on "
         f"a fresh model in {sum(o.replayed for o in outcomes)}; new weights of {sum(o.dead for o in outcomes)} layers "
         f"without a gradient; sites found in the allowed time in {len(outcomes) - len(over)}."
