@@ -12,7 +12,10 @@ import growconv
 from growconv.errors import GrowthError
 from growconv.solvers import SOLVERS, get_solver
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*fewer kept"), pytest.mark.filterwarnings("ignore:.*what lies between")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fewer kept"),
+    pytest.mark.filterwarnings("ignore:.*what lies between"),
+]
 READING = sorted(name for name in SOLVERS if get_solver(name).reads)
 
 

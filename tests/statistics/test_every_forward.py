@@ -39,7 +39,9 @@ def test_all_forward_passes_of_a_loss_count(path: str, others: int) -> None:
         return contrastive(model, output, target) + model(target[:others]).square().mean()
 
     expected = negative_gradient(model, loss(model(x), other))
-    by_function = collect_statistics(model, [site], [(x, other)], loss, quantities=("M", "samples"), keep_samples=8, path=path)
+    by_function = collect_statistics(
+        model, [site], [(x, other)], loss, quantities=("M", "samples"), keep_samples=8, path=path
+    )
     with StatisticsCollector(model, [site], quantities=("M",), path=path) as collector:
         loss(model(x), other).backward()
     for found in (by_function[site.name], collector.statistics[site.name]):
@@ -62,7 +64,12 @@ def test_a_predicted_decrease_through_several_passes_is_the_slope() -> None:
     model, x, other = network(), data(), data(8, seed=1)
     (site,) = growconv.find_sites(model, x)
     found = collect_statistics(
-        model, [site], [(x, other)], lambda o, t: contrastive(model, o, t), quantities={"samples", "S", "N"}, keep_samples=8
+        model,
+        [site],
+        [(x, other)],
+        lambda o, t: contrastive(model, o, t),
+        quantities={"samples", "S", "N"},
+        keep_samples=8,
     )
     for method in ("tiny", "functional", "firefly"):
         with pytest.warns() if method == "functional" else pytest.MonkeyPatch.context():
@@ -79,11 +86,22 @@ def test_a_predicted_decrease_through_several_passes_is_the_slope() -> None:
 def test_samples_of_several_image_sizes_stay_together() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
     ).double()
-    batches = [(data(n, size, seed), torch.zeros(n, dtype=torch.long)) for seed, (n, size) in enumerate([(4, 10), (4, 8), (3, 10)])]
+    batches = [
+        (data(n, size, seed), torch.zeros(n, dtype=torch.long))
+        for seed, (n, size) in enumerate([(4, 10), (4, 8), (3, 10)])
+    ]
     sites = growconv.find_sites(model, batches[0][0])
-    found = collect_statistics(model, sites, batches, F.cross_entropy, quantities={"S", "N", "samples"}, keep_samples=10)
+    found = collect_statistics(
+        model, sites, batches, F.cross_entropy, quantities={"S", "N", "samples"}, keep_samples=10
+    )
     for site, layers in zip(sites, ((model[0], model[1:2]), (model[2], model[3:6])), strict=True):
         kept = found[site.name].samples_kept
         assert kept is not None
@@ -153,7 +171,9 @@ def test_half_precision_models(method: str, dtype: torch.dtype) -> None:
     subject = site
     if reads:
         options = {"quantities": reads, "keep_samples": 6}
-        subject = collect_statistics(model, [site], [(x, None)], lambda o, _: o.float().square().mean(), **options)[site.name]
+        subject = collect_statistics(model, [site], [(x, None)], lambda o, _: o.float().square().mean(), **options)[
+            site.name
+        ]
         assert all(each.dtype == torch.float32 for each in subject.samples_kept.v.values())
     growth = growconv.solve(subject, method, 2)
     if growth.channels:
