@@ -1,13 +1,14 @@
 """Rehearsal: spaces are proved before they are handed out as sites.
 
 The code takes other widths: on a copy whose layers only pretend to compute, all producers get a few more units, and the
-numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones must
-arrive where they did.
+numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones
+must arrive where they did.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from growconv.network.model import Arguments
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
-"""Units that neighbouring spaces get in a rehearsal: different numbers, so that spaces that can only grow together show."""
+"""Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
 BLOCKS = (1, 2, 3, 4, 8)
 """Numbers of blocks that are tried beside the groups of the convolutions on the way."""
 Codes = NDArray[np.int64]
@@ -529,7 +530,8 @@ def _repeat(
     """Give a bare parameter or buffer more entries, copies of old ones; gives back what undoes it."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
-    registered = module._parameters if name in module._parameters else module._buffers
+    tensors = module._parameters if name in module._parameters else module._buffers
+    registered = cast(dict[str, Tensor | None], tensors)
     tensor = registered[name]
     place = {tuple(owner): index for index, owner in enumerate(old.tolist()) if owner[0] >= 0}
     fixed: Iterable[int] = iter(np.flatnonzero(old[:, 0] < 0).tolist())

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ class Numbers:
     """Numbers of channels and bare parameters' entries, and which of them live and die together.
 
     Args:
-        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie them
-            then, since it stays as it is.
+        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie
+            them then, since it stays as it is.
 
     Attributes:
         owners: per number the axis and the position that it stands for.
@@ -43,8 +44,8 @@ class Numbers:
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
         silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
-        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
-            attribute, index in a list): the numbers of the entries that it counts.
+        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
+            path, attribute, index in a list): the numbers of the entries that it counts.
         cuts: what slices and splits of several channels took, one after the other.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
@@ -323,7 +324,7 @@ class _Mode(TorchDispatchMode):
         self.numbers.consume((path, ENTRY), columns)
         for group in layers.norm_groups(module, columns.shape[0]):
             known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
-            self.numbers.tie(zip(known, known[1:], strict=False))
+            self.numbers.tie(pairwise(known))
 
     def _carry(self, groups: int, given: list[int], first: int, count: int, path: str) -> None:
         """Tie what every group reads to what it writes."""
@@ -335,7 +336,7 @@ class _Mode(TorchDispatchMode):
                 for number in (*[n for n in read if n >= 0], *written):
                     self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
             together = [*[number for number in read if number >= 0], *written]
-            self.numbers.tie(zip(together, together[1:], strict=False))
+            self.numbers.tie(pairwise(together))
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -424,7 +425,7 @@ class _Mode(TorchDispatchMode):
         elif name == "constant_pad_nd":
             found = self._padded(companions[id(args[0])], args[1])
         elif name in ("cat", "stack"):
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            dim = args[1] if args[1:] else kwargs.get("dim", 0)
             found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)
         elif name in ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy"):
             own = companions[id(args[0])]
@@ -451,13 +452,14 @@ class _Mode(TorchDispatchMode):
         """Sizes that the operation was given, held against the attributes of the modules that are running."""
         if name in ("split_with_sizes", "split"):
             given = list(args[1]) if isinstance(args[1], list | tuple) else [int(args[1])]
-            dim = args[2] if len(args) > 2 else 0
+            dim = args[2] if args[2:] else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
             if any(_numbered(part) for part in parts):
                 self.numbers.cuts += parts
                 self._note(given, parts)
         elif name == "slice":
-            dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3]
+            dim = args[1] if args[1:] else 0
+            start, end = (*args[2:4], None, None)[:2]
             along = _along(whole, dim % whole.dim())
             if _numbered(along) and _differs(along):
                 self.numbers.cuts.append(_along(self.companion(results[0]), dim % whole.dim()))
@@ -502,7 +504,7 @@ class _Mode(TorchDispatchMode):
         return torch.arange(first, first + count)
 
     def _padded(self, companion: Tensor, pads: Sequence[int]) -> Tensor:
-        """Padding along an axis that is constant belongs to the channel; elsewhere new entries get numbers of their own."""
+        """Padding along an axis that is constant belongs to the channel; elsewhere new entries get new numbers."""
         for index in range(len(pads) // 2):
             axis = companion.dim() - 1 - index
             low, high = pads[2 * index], pads[2 * index + 1]
@@ -747,7 +749,7 @@ def _pointwise(name: str) -> bool:
 
 
 def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:
-    """Bare tensors by identity, those of layers with their layer, and layers that share a weight with an earlier one."""
+    """Bare tensors by identity, those of layers with their layer, and layers that have an earlier one's weight."""
     bare: dict[int, str] = {}
     owned: dict[int, str] = {}
     alias: dict[str, str] = {}

@@ -253,7 +253,8 @@ def solve(
 
 def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
     """The proposal in the precision of the layers, with the widths that it belongs to."""
-    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in (*site.producers, *site.consumers)}
+    paths = (*site.producers, *site.consumers)
+    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in paths}
 
     def cast(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {path: each.to(weights[path]) for path, each in given.items()}

@@ -1,8 +1,8 @@
 """The fit behind `functional`: filters by L-BFGS, with the consumers' weights solved for at every step.
 
 δz is linear in the outgoing weights ω, so that for given filters the best ω is a small least-squares problem: the Gram
-matrix of what the consumers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is left
-is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
+matrix of what the consumers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is
+left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

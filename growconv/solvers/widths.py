@@ -1,7 +1,6 @@
 """Statistics that are older than the model: the site at the widths at which they were collected."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 
 from growconv.errors import SolverError

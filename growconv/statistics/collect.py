@@ -46,7 +46,8 @@ def collect_statistics(
 
     Raises:
         ArgumentTypeError: for batches of another form.
-        StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not finite, or does not depend on the parameters.
+        StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not
+            finite, or does not depend on the parameters.
     """
     if torch.is_inference_mode_enabled():
         raise StatisticsError(

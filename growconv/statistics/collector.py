@@ -135,8 +135,8 @@ class _Site:
 class StatisticsCollector:
     """Context manager that collects statistics while the model runs forward and backward.
 
-    Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes without
-    gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
+    Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes
+    without gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
     exception; the statistics stay.
 
     Args:
@@ -582,8 +582,9 @@ class StatisticsCollector:
         sums.add(problem, *maps, samples=count)
 
     def _new_samples(self, site: str, path: str, each: _Pass) -> int:
-        """How many samples a call adds: those of the loss, once; of every pass where nobody said what is one loss and
-        it is a sum, as it then has the samples of all its passes.
+        """How many samples a call adds.
+
+        Those of the loss, once; those of every pass where nobody said what is one loss and it is a sum.
         """
         separate = self.reduction == "sum" and not each.loss.told
         key = (site, path, each.loss.passes.index(each) if separate else 0)

@@ -17,7 +17,7 @@ from growconv.statistics.samples import KeptSamples
 class PairStatistics:
     """What the data says about one site with one producer, or several with kept samples only.
 
-    A statistic that was not collected is None. For a site with one consumer the consumer's statistics are at hand directly.
+    A statistic that was not collected is None. For a site with one consumer its statistics are at hand directly.
 
     Attributes:
         site: name of the site.

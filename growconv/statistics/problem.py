@@ -115,8 +115,8 @@ class PairProblem:
 def folded(problem: PairProblem, x: Float[Tensor, "n c *size"]) -> tuple[PairProblem, Float[Tensor, "n c *folded"]]:
     """The same pair with what changes the grid in between taken into the producer, where that is exact.
 
-    An average over a window of the producer's outputs is an output for an averaged input; keeping every s-th output is a
-    larger stride. So a pooling without padding, and a depthwise convolution that keeps the grid's origin, disappear.
+    An average over a window of the producer's outputs is an output for an averaged input; keeping every s-th output is
+    a larger stride. So a pooling without padding, and a depthwise convolution that keeps the grid's origin, disappear.
 
     Args:
         problem: the pair.

@@ -1,8 +1,8 @@
 """Kept samples: whole batches of what the layers of a site saw, and what new channels would do on them.
 
-A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the consumers'
-outputs (v), call by call, and the region between them, so that nothing of one batch ever meets another. Several passes
-are kept together where one loss has run the model several times.
+A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the
+consumers' outputs (v), call by call, and the region between them, so that nothing of one batch ever
+meets another. Several passes are kept together where one loss has run the model several times.
 """
 
 import math
@@ -197,7 +197,7 @@ class KeptSamples:
         return replace(self, batches=tuple(found))
 
     def split(self, fraction: float) -> tuple["KeptSamples", "KeptSamples"]:
-        """The first `fraction` of the samples and the rest, at least one in each; batches only where they can be divided.
+        """The first `fraction` of the samples and the rest, at least one in each; batches divided where they can be.
 
         Args:
             fraction: share of the first part, between 0 and 1.
@@ -205,7 +205,7 @@ class KeptSamples:
         Raises:
             ArgumentValueError: for an impossible share, or samples that cannot be divided.
         """
-        if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) < 2 and not self.batches[0].divisible):
+        if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) == 1 and not self.batches[0].divisible):
             raise ArgumentValueError(
                 "the kept samples cannot be split",
                 expected="a share between 0 and 1 of at least 2 samples, in two batches where what lies between the "
