@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ def changes(after: Mapping[str, Sequence[Tensor]], before: Mapping[str, Sequence
     }
 
 
-def grow_all(model: nn.Module, sites: Sequence[GrowthSite], **options: object) -> tuple[list[GrowthEvent], bool]:
+def grow_all(model: nn.Module, sites: Sequence[GrowthSite], **options: Any) -> tuple[list[GrowthEvent], bool]:
     """Grow all sites at amplitude 0, or by copies; the events, and whether the parameters are those predicted."""
     events, counted = [], True
     for site in sites:

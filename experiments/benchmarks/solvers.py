@@ -47,8 +47,8 @@ def gromo_solution(subject: PairStatistics, channels: int) -> tuple[Tensor, Tens
     """GroMo's α (k, a), ω (k, b, c) and singular values on the same S and N, its own thresholds."""
     from gromo.utils.tools import compute_optimal_added_parameters
 
-    reader = subject.reader
-    S, N = reader.S, reader.N
+    consumer = subject.consumer
+    S, N = consumer.S, consumer.N
     if S is None or N is None:
         raise RuntimeError("S and N are needed")
     alpha, omega, values = compute_optimal_added_parameters(S, N.flatten(1), maximum_added_neurons=channels)
@@ -111,11 +111,11 @@ def at_scale(growth: ChannelGrowth, norms: Tensor) -> ChannelGrowth:
 
 def own_objective(subject: PairStatistics, growth: ChannelGrowth) -> float:
     """Share of the linearised bottleneck that Θ captures at its best scale, on the fitting samples."""
-    reader = subject.reader
-    full, N, energy = reader.S_full, reader.N, subject.bottleneck_energy
+    consumer = subject.consumer
+    full, N, energy = consumer.S_full, consumer.N, subject.bottleneck_energy
     bias = growth.alpha_bias
     if full is None or N is None or energy is None or bias is None:
-        raise RuntimeError("S_full and N of a writer with a bias are needed")
+        raise RuntimeError("S_full and N of a producer with a bias are needed")
     left = torch.cat([growth.alpha.flatten(1), bias[:, None]], 1).double()
     theta = torch.einsum("ka,ckb->abc", left, growth.omega.flatten(2).double())
     size = float((theta.flatten(0, 1) * (full @ theta.flatten(0, 1))).sum())
@@ -139,7 +139,7 @@ def energy_rows(seeds: int) -> tuple[list[list[object]], dict[str, float]]:
         for steps in (200, 600):
             for seed in range(seeds):
                 model = trained(2, activation, steps, data, seed)
-                site = growconv.site(model, "2", "4")
+                site = growconv.site(model, "2", "4", example_input=data.inputs[:1])
                 subject = collect_statistics(
                     model,
                     [site],
@@ -230,7 +230,7 @@ def functional_seconds() -> float:
     seconds = []
     for seed in range(3):
         model = trained(2, nn.ReLU, 200, data, seed)
-        site = growconv.site(model, "2", "4")
+        site = growconv.site(model, "2", "4", example_input=data.inputs[:1])
         reads = {"S", "N", "patch", "samples"}
         batches = [(data.inputs[i : i + 250], data.targets[i : i + 250]) for i in range(20_000, 22_000, 250)]
         options = {"quantities": reads, "keep_samples": 2000}

@@ -56,7 +56,7 @@ class Bench:
         self.model.to(self.device)
         self.x = torch.randn(self.batch, c, self.image, self.image, device=self.device)
         self.gradient = torch.randn_like(self.x) / self.x[0].numel()
-        self.site = growconv.site(self.model, "0", "2")
+        self.site = growconv.site(self.model, "0", "2", example_input=self.x[:1])
         self.compared = TARGETS[shape][1] is not None
 
     def train_step(self) -> None:
@@ -110,8 +110,8 @@ def measure_update(bench: Bench, path: str = "auto") -> Callable[[], float]:
             bench.train_step()
         seconds = collector.seconds
         if second:
-            for reader in prepared._all_readers():
-                reader.projected = None
+            for consumer in prepared._all_consumers():
+                consumer.projected = None
             for found in prepared.statistics.values():
                 _ = found.update  # solving for W* is part of finishing, not of a batch
             with prepared.second_pass():
@@ -225,8 +225,8 @@ def task_times(bench: Bench) -> dict[str, Any]:
 
 def _finish(collector: StatisticsCollector) -> Tensor | None:
     """Expand the sums, solve for W* and project, once per collection."""
-    reader = next(iter(collector.statistics.values())).reader
-    return reader.update if reader.pending else reader.N
+    consumer = next(iter(collector.statistics.values())).consumer
+    return consumer.update if consumer.pending else consumer.N
 
 
 def task_memory(bench: Bench, method: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class GrowthScheduler:
         self.amount = as_amount(amount)
         self.where = as_where(where)
         self.stops: list[Stop] = [*([stop] if isinstance(stop, Stop) else stop), *([] if budget is None else [budget])]
-        self.amplitude = as_amplitude(amplitude)
+        self.amplitude: float | Literal["line_search"] = as_amplitude(amplitude)
         self.learning_rate = learning_rate
         self.optimizer_state = as_optimizer_state(optimizer_state)
         self.pruning = pruning

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from growconv.network.tensors import Insertion
 
 FORMAT = 1
 
-Edit = Mapping[str, object]
+Edit = Mapping[str, Any]
 """One step of surgery as plain values: {"module", "tensor", "axis"} and "position" and "count" of new entries or those
 "removed"; {"module", "attribute", "value"}; or {"module"} and what `blocks.apply_block_edit` does there."""
 
@@ -66,7 +67,7 @@ class GrowthEvent:
     seconds: float | None = None
     predicted_decrease: float | None = None
     realised_decrease: float | None = None
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
     recipe: "Callable[[nn.Module, Optimizers], GrowthEvent] | None" = field(default=None, repr=False, compare=False)
 
     def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":

@@ -330,10 +330,10 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
         widths |= {len(space.roots) * count for (_, side), count in space.counts.items() if side == IN}
-        reader = next((path for path, sizes in uncalled.items() if sizes & widths), None)
-        if reader is not None:
+        unused = next((path for path, sizes in uncalled.items() if sizes & widths), None)
+        if unused is not None:
             space.reason = space.reason or (
-                f"{reader} is used by none of the examples and may read these channels: give an example that uses it, "
+                f"{unused} is used by none of the examples and may read these channels: give an example that uses it, "
                 "as in find_sites(model, [x, (x, True)])"
             )
 

@@ -276,7 +276,7 @@ class Layout:
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
-    """Per entry of an axis with these runs space, unit and slot (entries, 3); space -1 for those that never grow."""
+    """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for what never grows."""
     parts = [np.empty((0, 3), dtype=np.int64)]
     for run in runs:
         if run.space is None:

@@ -4,10 +4,13 @@ A rank term is a hidden channel inside the layer: one factor produces it, the ke
 factor consumes it. So it has a layout like channels between two layers, and is planned, put in and scheduled like them.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from growconv.convolution.decomposition import cp_kernel
+from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
@@ -77,9 +80,9 @@ class RankSite(Site):
         RankSite(self.model if model is None else unwrapped(model), self.path, self.side)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> FactorizedConv:
         """The layer."""
-        return self.model.get_submodule(self.path)
+        return cast(FactorizedConv, self.model.get_submodule(self.path))
 
     def refusal(self, method: str) -> str | None:
         """None: whatever method serves the layers beside it, a rank grows by its own."""

@@ -8,6 +8,7 @@ must arrive where they did.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
-"""Units that neighbouring spaces get in a rehearsal, different ones so that spaces that can only grow together show."""
+"""Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
 BLOCKS = (1, 2, 3, 4, 8)
 """Numbers of blocks that are tried beside the groups of the convolutions on the way."""
 PATIENCE = 60
@@ -545,7 +546,8 @@ def _repeat(
     """Give a bare parameter or buffer more entries, copies of old ones; gives back what undoes it."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
-    registered = module._parameters if name in module._parameters else module._buffers
+    tensors = module._parameters if name in module._parameters else module._buffers
+    registered = cast(dict[str, Tensor | None], tensors)
     tensor = registered[name]
     place = {tuple(owner): index for index, owner in enumerate(old.tolist()) if owner[0] >= 0}
     fixed: Iterable[int] = iter(np.flatnonzero(old[:, 0] < 0).tolist())

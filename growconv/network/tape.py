@@ -14,6 +14,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -346,13 +347,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _nested(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_gradtrackingtensor(tensor)
+    return is_batchedtensor(tensor) or is_gradtrackingtensor(tensor)
 
 
 def _memory(tensor: Tensor) -> Memory:
     return (
         tensor.untyped_storage()._cdata,
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tensor.shape,
         tuple(tensor.stride()),
         tensor.dtype,

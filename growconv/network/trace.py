@@ -427,7 +427,7 @@ class _Mode(TorchDispatchMode):
         elif name == "constant_pad_nd":
             found = self._padded(companions[id(args[0])], args[1])
         elif name in ("cat", "stack"):
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            dim = args[1] if args[1:] else kwargs.get("dim", 0)
             found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)
         elif name in ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy"):
             own = companions[id(args[0])]
@@ -454,7 +454,7 @@ class _Mode(TorchDispatchMode):
         """Sizes that the operation was given, held against the attributes of the modules that are running."""
         if name in ("split_with_sizes", "split"):
             given = list(args[1]) if isinstance(args[1], list | tuple) else [int(args[1])]
-            dim = args[2] if len(args) > 2 else 0
+            dim = args[2] if args[2:] else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
             if any(_numbered(part) for part in parts):
                 self.numbers.cuts += parts
@@ -462,7 +462,8 @@ class _Mode(TorchDispatchMode):
                     self.numbers.alike.append(parts)
                 self._note(given, parts)
         elif name == "slice":
-            dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3]
+            dim = args[1] if args[1:] else 0
+            start, end = (*args[2:4], None, None)[:2]
             along = _along(whole, dim % whole.dim())
             if _numbered(along) and _differs(along):
                 self.numbers.cuts.append(_along(self.companion(results[0]), dim % whole.dim()))
@@ -507,7 +508,7 @@ class _Mode(TorchDispatchMode):
         return torch.arange(first, first + count)
 
     def _padded(self, companion: Tensor, pads: Sequence[int]) -> Tensor:
-        """Padding along an axis that is constant belongs to the channel; elsewhere it gets numbers of its own."""
+        """Padding along an axis that is constant belongs to the channel; elsewhere new entries get new numbers."""
         for index in range(len(pads) // 2):
             axis = companion.dim() - 1 - index
             low, high = pads[2 * index], pads[2 * index + 1]

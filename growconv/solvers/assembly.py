@@ -23,12 +23,15 @@ NOT_TAKEN = 8
 NOTHING_TO_GAIN = "nothing to gain: no new channel would lower the loss to first order (N is zero)"
 
 
-def require_statistics(subject: PairStatistics, *names: str) -> None:
-    """Refuse statistics that were not collected, are empty or not finite.
+def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tensor], ...]:
+    """Statistics of every consumer; refuses those that were not collected, are empty or not finite.
 
     Args:
         subject: PairStatistics.
         *names: attributes of every consumer that must be there.
+
+    Returns:
+        Per name the statistic of each consumer, in their order.
 
     Raises:
         StatisticsError: which statistic of which site, and how to collect it.
@@ -57,6 +60,7 @@ def require_statistics(subject: PairStatistics, *names: str) -> None:
                     where=f"{where}, consumer {consumer.consumer}",
                     fix="look for an overflow in the loss, or lower the loss scale",
                 )
+    return tuple([getattr(consumer, name) for consumer in subject.consumers] for name in names)
 
 
 def shortfall(found: int, requested: int, what: str) -> str | None:

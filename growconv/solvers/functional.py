@@ -360,7 +360,7 @@ def split(samples: KeptSamples, share: float) -> tuple[KeptSamples, KeptSamples]
     Raises:
         SolverError: they cannot be divided.
     """
-    if len(samples) < 2 or (len(samples.batches) < 2 and not samples.batches[0].divisible):
+    if len(samples) < 2 or (len(samples.batches) == 1 and not samples.batches[0].divisible):
         raise SolverError(
             "the fit is judged on samples that it has not seen",
             expected="at least 2 kept samples, in 2 batches where what lies between the layers needs all of a batch",

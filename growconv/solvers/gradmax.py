@@ -99,20 +99,16 @@ class GradMax(Solver):
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
-        require_statistics(subject, "N_raw")
+        (raw,) = require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
-        consumers = subject.consumers
-        stacked = torch.cat([consumer.N_raw.flatten(1) for consumer in consumers], 1)
+        stacked = torch.cat([each.flatten(1) for each in raw], 1)
         every = gradmax(stacked[:, None], requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
-        parts = omega[:, 0].split([consumer.N_raw[0].numel() for consumer in consumers], 1)
-        norms = [columns_of(site, model, consumer.consumer).transpose(0, 1).flatten(1) for consumer in consumers]
-        norm = float(torch.cat(norms, 1).norm(dim=1).mean()) * self.outgoing
-        rights = [
-            norm * part.reshape(found, *consumer.N_raw.shape[1:])
-            for part, consumer in zip(parts, consumers, strict=True)
-        ]
+        parts = omega[:, 0].split([each[0].numel() for each in raw], 1)
+        old = [columns_of(site, model, consumer.consumer) for consumer in subject.consumers]
+        norm = float(torch.cat([each.transpose(0, 1).flatten(1) for each in old], 1).norm(dim=1).mean()) * self.outgoing
+        rights = [norm * part.reshape(found, *each.shape[1:]) for part, each in zip(parts, raw, strict=True)]
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
         if found and any(route.dead_at_zero for route in site.routes):

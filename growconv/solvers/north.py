@@ -12,6 +12,7 @@ chooses how many where "auto" is asked for: ⌊C·(φ − γ)⌋ channels.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -163,7 +164,8 @@ class North(Solver):
     ) -> ChannelGrowth:
         """See `Solver.solve`; every producer's filters are orthogonal to its own old ones."""
         if self.variant == "select":
-            return self._select(require_samples(subject, self.name), channels, model, generator)
+            kept = require_samples(cast(PairStatistics, subject), self.name)  # it reads samples, so it gets them
+            return self._select(kept, channels, model, generator)
         old = {path: flattened(*_exact(model, path, site)) for path in site.producers}
         grams = {path: self._gram(subject, site, path, rows) for path, rows in old.items()}
         used = torch.block_diag(*(rows @ grams[path] @ rows.mT for path, rows in old.items()))

@@ -130,8 +130,8 @@ def grow_rank(
         module: CP or Tucker convolution.
         ranks: number of terms to add; for Tucker a pair (output rank, input rank), of which one may be 0, or one number
             for both.
-        statistics: M and S2 of the layer, from `collect_rank_statistics` or of a consumer of `PairStatistics`. None adds
-            terms that read random directions and write nothing, which preserves the function at any amplitude.
+        statistics: M and S2 of the layer, from `collect_rank_statistics` or of a consumer of `PairStatistics`. None
+            adds terms that read random directions and write nothing, which preserves the function at any amplitude.
         amplitude: multiplies the outgoing side of the new terms; 0 preserves the function.
         optimizer: the optimizer (or a list) that trains the layer; its state follows.
         generator: of the random directions.

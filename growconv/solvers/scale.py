@@ -146,5 +146,6 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
 
 def _norms(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:
     """Norm of each new unit's incoming weights, biases included, over all producers."""
-    exact = [{path: each.double() for path, each in given.items()} for given in (growth.incoming, growth.incoming_bias)]
-    return norms_of(*exact, growth.channels // site.granularity)
+    incoming = {path: weight.double() for path, weight in growth.incoming.items()}
+    biases = {path: bias.double() for path, bias in growth.incoming_bias.items()}
+    return norms_of(incoming, biases, growth.channels // site.granularity)

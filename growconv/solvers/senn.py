@@ -7,9 +7,9 @@ channels is at least (theorem 3.2)
     Δη' = Tr[Γ⁻¹ E[g_r a_pᵀ] A_p⁻¹ E[a_p g_rᵀ]],
 
 a_p: what the consumer reads of the new channels, A_p its second moment, g_r = v⊥: the consumer's output gradient
-without what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The
-incoming weights maximise Δη'. For a convolution the averages are sums over locations, as in K-FAC for convolutions; Γ is
-the average over locations.
+without what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The incoming weights
+maximise Δη'. For a convolution the averages are sums over locations, as in K-FAC for convolutions; Γ is the average
+over locations.
 """
 
 from collections.abc import Sequence

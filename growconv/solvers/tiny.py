@@ -102,17 +102,17 @@ class Tiny(Solver):
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
-        require_statistics(subject, "S", "N")
+        grams, correlations = require_statistics(subject, "S", "N")
         if channels == "auto":
             return worthwhile(self, subject, site, model, generator)
-        consumers = subject.consumers
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
-        S = shrink(torch.stack([consumer.S for consumer in consumers]).mean(0), self.shrinkage, subject.samples)[0]
-        every = tiny(S, subject.columns[:, None], channels + NOT_TAKEN, self.rank_tolerance)
+        S = shrink(torch.stack(grams).mean(0), self.shrinkage, subject.samples)[0]
+        columns = torch.cat([each.flatten(1) for each in correlations], 1)
+        every = tiny(S, columns[:, None], channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)
         found = alpha.shape[0]
-        parts = omega[:, 0].split([consumer.N[0].numel() for consumer in consumers], 1)
-        rights = [part.reshape(found, *consumer.N.shape[1:]) for part, consumer in zip(parts, consumers, strict=True)]
+        parts = omega[:, 0].split([each[0].numel() for each in correlations], 1)
+        rights = [part.reshape(found, *each.shape[1:]) for part, each in zip(parts, correlations, strict=True)]
         reason = shortfall(found, channels, "S^(-1/2)·N")
         growth = assemble(subject, model, self.name, alpha, rights, gains, channels, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from growconv.network import layers
 from growconv.network.layout import IN
@@ -109,7 +108,7 @@ def batch_norm_behind(site: GrowthSite, model: nn.Module, path: str) -> str | No
     """Path of the BatchNorm with running statistics that alone takes what a consumer gives; None: there is none."""
     norm = next((route.behind for route in site.routes if route.consumer == path), None)
     module = None if norm is None else model.get_submodule(norm)
-    return norm if isinstance(module, _BatchNorm) and module.running_mean is not None else None
+    return norm if layers.is_batch_norm(module) else None
 
 
 def _rescaled_consumers(

@@ -26,11 +26,11 @@ def sample_problems(kept: KeptSamples, consumer: str) -> list[Problem]:
     """
     site = kept.site
     route = next(route for route in site.routes if route.consumer == consumer)
-    layers = [site.model.get_submodule(path) for path in (route.producer, consumer)]
+    producer, layer = site.model.get_submodule(route.producer), site.model.get_submodule(consumer)
     found = []
     for each in kept.passes:
         calls = zip(each.x[route.producer], each.h[consumer], each.v[consumer], strict=True)
-        found += [pair_problem(route, *layers, x.double(), h.double(), v.double()) for x, h, v in calls]
+        found += [pair_problem(route, producer, layer, x.double(), h.double(), v.double()) for x, h, v in calls]
     return found
 
 

@@ -205,7 +205,7 @@ class KeptSamples:
         Raises:
             ArgumentValueError: for an impossible share, or samples that cannot be divided.
         """
-        if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) < 2 and not self.batches[0].divisible):
+        if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) == 1 and not self.batches[0].divisible):
             raise ArgumentValueError(
                 "the kept samples cannot be split",
                 expected="a share between 0 and 1 of at least 2 samples, in two batches where what lies between the "

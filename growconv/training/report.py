@@ -89,7 +89,7 @@ def _growth_sections(run: RunRecord) -> list[str]:
         note += f" Not drawn: {left_out} sites with smaller gains or none." if left_out else ""
         sections.append(_figure_section(run, "Spectra", plots.draw_spectra, note))
     if any(not math.isnan(plots.captured_energy(event)) for event in run.events):
-        note = "How much of the change that the loss asks of the readers the new channels give, to first order."
+        note = "How much of the change that the loss asks of the consumers the new channels give, to first order."
         sections.append(_figure_section(run, "Captured energy", plots.draw_energy, note))
     if _has(run, "predicted_decrease") and _has(run, "realised_decrease"):
         note = "First-order prediction against the measured decrease of the loss, at the amplitude chosen."

@@ -251,6 +251,7 @@ CASES: dict[str, Case] = {
     "bilinear": Case(between(lambda _, y: F.interpolate(y, scale_factor=1.5, mode="bilinear")), ONE),
     "bicubic": Case(between(lambda _, y: F.interpolate(y, (9, 7), mode="bicubic")), ONE),
     "Upsample": Case(module(lambda: nn.Upsample(scale_factor=2)), ONE),
+    "area": Case(between(lambda _, y: F.interpolate(y, (12, 12), mode="area")), ONE),
     "pooling": Case(between(lambda _, y: F.max_pool2d(y, 2) + F.avg_pool2d(y, 2) + F.lp_pool2d(y, 2, 2)), ONE),
     "unpooling": Case(
         lambda: Net(

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from growconv.network.apply import shrink
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import growconv
+from growconv.network.apply import shrink
 from growconv.network.entry_ages import AGES, EXACT, SETTLED, AgeHooks, boxes, cut, follow_ages, gap_at
+from growconv.network.find import find_sites
 from growconv.network.optimizer import migrate
 from growconv.network.plan import Change
-from growconv.network.find import find_sites
 from growconv.network.tensors import Insertion
 from growconv.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.network import zoo

@@ -6,8 +6,8 @@ from torch import nn
 
 import growconv
 from growconv.errors import ArgumentTypeError, SurgeryError
-from growconv.network.optimizer import add_parameters, replace_parameters
 from growconv.network.find import find_sites
+from growconv.network.optimizer import add_parameters, replace_parameters
 from tests.network import zoo
 
 OPTIMIZERS = {

@@ -208,7 +208,8 @@ def forced(model: nn.Module, x: Tensor, site: GrowthSite) -> Region:
 def test_both_ways_agree(name: str) -> None:
     model, x, site = hand.build(name)
     region, seated = recorded(model, x, site), forced(model, x, site)
-    assert region.narrow and not seated.narrow
+    assert region.narrow
+    assert not seated.narrow
     growth = hand.growth(site, 9)
     given, _ = seen(model, x, site)
     entries = {path: int(growth.channels * site.ratio(path, OUT)) for path in given}

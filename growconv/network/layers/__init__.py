@@ -6,6 +6,7 @@
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
@@ -17,8 +18,8 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted", "norm", "norm_groups",
-    "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
+    "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
+    "norm", "norm_groups", "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -79,6 +80,11 @@ def is_weighted(module: object) -> bool:
 def is_norm(module: object) -> bool:
     """True for a layer with an entry for each channel that treats every channel alike: a norm, or such a PReLU."""
     return isinstance(_find(module), Norm)
+
+
+def is_batch_norm(module: object) -> bool:
+    """True for a batch norm that keeps running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def is_dropout(module: object) -> bool:

@@ -62,7 +62,7 @@ def test_captured_energy_against_the_grown_model(activation: type[nn.Module], no
     site, growth = first_site(model), proposal(model)
     x, y = data(40, seed=2)
 
-    # an independent referee: differences of the consumer's output, and a least-squares fit of v on the consumer's patches
+    # an independent referee: differences of the consumer's output, and a least-squares fit of v on its patches
     outputs: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -119,6 +119,6 @@ def test_proposals_that_are_silent_on_all_samples_score_nothing():
 
 
 def test_impossible_settings_are_named(make, collect):
-    model, x, y = make("relu")
+    model, x, _ = make("relu")
     with pytest.raises(ArgumentValueError, match="damping"):
         solve(find_sites(model, x)[0], "senn", 2, damping=0.0)
