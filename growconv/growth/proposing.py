@@ -102,7 +102,7 @@ def propose(
             seen = moments[site.name]
             return solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None
         subject = statistics.get(site.name)
-        growth = solve(subject or site, solver, asked[site], model, generator)
+        growth = solve(subject or cast(GrowthSite, site), solver, asked[site], model, generator)
         return (growth, None, None) if subject is None else (growth, subject.gradient_energy, subject.samples)
 
     with undisturbed(model):
@@ -110,7 +110,7 @@ def propose(
             if ranks:
                 moments = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
             if solver.reads and served:
-                wanted = {site: asked[site] for site in served}
+                wanted: dict[GrowthSite, Channels] = {site: asked[site] for site in served}
                 statistics = _collected(model, solver, wanted, batches, loss, collection, generator)
         with stopwatch.phase("solve"):
             answers = from_first(lambda: [solved(site) for site in sites], device)

@@ -210,7 +210,7 @@ def as_relative_error(samples: str, relative_error: float | int, solver: Solver,
         raise ScheduleError("an error must be positive", expected="> 0", got=relative_error, where="relative_error")
     if samples == "all":
         return None
-    require_known_gains(solver, [site for site in sites if site.own_method is None])
+    require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])
     return float(relative_error)
 
 

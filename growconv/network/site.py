@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
@@ -205,7 +205,7 @@ class GrowthSite(Site):
         found: dict[str, float] = {}
         for path, side in self.axes:
             module = attribute(self.model, path)
-            if layers.is_weighted(module) and side in (OUT, IN, GROUP_OUT):
+            if isinstance(module, nn.Module) and layers.is_weighted(module) and side in (OUT, IN, GROUP_OUT):
                 entries = float(self.ratio(path, side)) / layers.size(module, side)
                 found[path] = found.get(path, 0.0) + entries * layers.weighted(module).multiplications()
         return found
@@ -215,7 +215,7 @@ class GrowthSite(Site):
         """Why the closed-form statistics do not apply; None where they do."""
         if len(self.producers) > 1:
             return f"{len(self.producers)} layers produce the channels"
-        for path, side in ((self.producers[0], OUT), *((path, IN) for path in self.consumers)):
+        for path, side in (*((path, OUT) for path in self.producers), *((path, IN) for path in self.consumers)):
             module = self.model.get_submodule(path)
             if layers.is_transposed(module):
                 return f"{path} is a transposed convolution"
@@ -324,7 +324,8 @@ def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
     def length(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
-            return int(attribute(model, path).shape[layout.dims[path]])
+            tensor = attribute(model, path)
+            return tensor.shape[layout.dims[path]] if isinstance(tensor, Tensor) else 0
         return layers.size(model.get_submodule(path), side)
 
     return Sizes(length)
