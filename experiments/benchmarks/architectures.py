@@ -220,6 +220,8 @@ def reasons(outcomes: Sequence[Outcome]) -> str:
     counts: Counter[str] = Counter()
     for outcome in outcomes:
         counts.update(outcome.reasons)
+    if not counts:
+        return "All of them grow."
     text = f"{sum(counts.values())} cannot: " + "; ".join(f"{n} {reason}" for reason, n in counts.most_common()) + "."
     said = [f"{o.name}: {' / '.join(o.errors)}" for o in outcomes if o.errors]
     return text + (f" In the code's own words: {'; '.join(said)}." if said else "")

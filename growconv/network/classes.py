@@ -49,7 +49,7 @@ class Space:
 
     @property
     def channels(self) -> int:
-        """Channels of a class: what its narrowest producer or consumer has of it, so that whole groups count in full."""
+        """Channels of a class: what its narrowest producer or consumer has of it, so that groups count in full."""
         return min(count for (_, side), count in self.counts.items() if side in (OUT, IN))
 
     def paths(self, *sides: str) -> tuple[str, ...]:

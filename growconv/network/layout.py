@@ -137,7 +137,7 @@ class Layout:
 
     @cached_property
     def _telling(self) -> dict[int, Key]:
-        """Per space the axis that tells its units once those of the axis' other spaces are known; most have no others."""
+        """Per space the axis that tells its units once those of its other spaces are known; most have none."""
         waiting = {key: {run.space for run in runs if run.space is not None} for key, runs in self.axes.items()}
         told: dict[int, Key] = {}
         changed = True
@@ -276,7 +276,7 @@ class Layout:
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
-    """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for entries that never grow."""
+    """Per entry of an axis with these runs space, unit and slot (entries, 3); space -1 for those that never grow."""
     parts = [np.empty((0, 3), dtype=np.int64)]
     for run in runs:
         if run.space is None:

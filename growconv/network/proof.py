@@ -167,7 +167,9 @@ class Proof:
         own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.nn")), None)
         if own is None:
             return "its channels depend on each other: new ones at amplitude 0 change the output"
-        return f"new channels at amplitude 0 change the output: {own} makes something else of its weights when there are more"
+        return (
+            f"new channels at amplitude 0 change the output: {own} makes something else of its weights once it has more"
+        )
 
     def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""

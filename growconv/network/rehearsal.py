@@ -1,8 +1,8 @@
 """Rehearsal: spaces are proved before they are handed out as sites.
 
 The code takes other widths: on a copy whose layers only pretend to compute, all producers get a few more units, and the
-numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones must
-arrive where they did.
+numbers are sent again. Where the new ones arrive says where every consumer, norm and parameter is widened; old ones
+must arrive where they did.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +21,11 @@ from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
-"""Units that neighbouring spaces get in a rehearsal: different numbers, so that spaces that can only grow together show."""
+"""Units that neighbouring spaces get in a rehearsal, different ones so that spaces that can only grow together show."""
 BLOCKS = (1, 2, 3, 4, 8)
 """Numbers of blocks that are tried beside the groups of the convolutions on the way."""
+PATIENCE = 60
+"""Rehearsals after which spaces that fail are given no further chance: what the search may cost has an end."""
 Codes = NDArray[np.int64]
 """Per entry of an axis its space, unit and block in one number; -1 for entries that never grow."""
 _UNIT, _SPACE = 1 << 12, 1 << 36
@@ -67,7 +69,7 @@ class Widening:
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
         self._bound_once, self._bound_alone = False, set[int]()
-        self._reached = 0
+        self._reached = self._rehearsals = 0
         self._classes = self._classes_of()
         self._groups = {
             path: layers.groups_of(module)
@@ -89,10 +91,12 @@ class Widening:
                 break
             if self._bind_all(live, culprits):
                 continue
-            if len(culprits) > 1:
+            if len(culprits) > 1 and self._rehearsals < PATIENCE:
                 culprits = self._alone(culprits)
             for number, reason in culprits.items():
-                if not self._bind(number):
+                if self._rehearsals >= PATIENCE:
+                    self.spaces[number].reason = self.spaces[number].first or reason
+                elif not self._bind(number):
                     self._next_guess(number, reason)
         return self.relay()
 
@@ -132,6 +136,9 @@ class Widening:
         waiting = [sorted(culprits)[: (len(culprits) + 1) // 2], sorted(culprits)[(len(culprits) + 1) // 2 :]]
         while waiting:
             part = waiting.pop()
+            if self._rehearsals >= PATIENCE:
+                found |= {number: culprits[number] for number in part}
+                continue
             failed = self._attempt(part)
             if failed and len(part) == 1:
                 found[part[0]] = failed.get(part[0], next(iter(failed.values())))
@@ -162,6 +169,7 @@ class Widening:
 
     def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> dict[int, str]:
         """Send the numbers through the pretending model at more units of some spaces; those that failed, and why."""
+        self._rehearsals += 1
         units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
         layout = self.layout()
         found = Numbers(self.numbers.repeated)

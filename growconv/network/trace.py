@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ class Numbers:
     """Numbers of channels and bare parameters' entries, and which of them live and die together.
 
     Args:
-        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie them
-            then, since it stays as it is.
+        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie
+            them then, since it stays as it is.
 
     Attributes:
         owners: per number the axis and the position that it stands for.
@@ -43,8 +44,8 @@ class Numbers:
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
         silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
-        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module path,
-            attribute, index in a list): the numbers of the entries that it counts.
+        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
+            path, attribute, index in a list): the numbers of the entries that it counts.
         cuts: what slices and splits of several channels took, one after the other.
         alike: the parts of each split into equal ones.
         shapes: of bare parameters and buffers.
@@ -325,7 +326,7 @@ class _Mode(TorchDispatchMode):
         self.numbers.consume((path, ENTRY), columns)
         for group in layers.norm_groups(module, columns.shape[0]):
             known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
-            self.numbers.tie(zip(known, known[1:], strict=False))
+            self.numbers.tie(pairwise(known))
 
     def _carry(self, groups: int, given: list[int], first: int, count: int, path: str) -> None:
         """Tie what every group reads to what it writes."""
@@ -337,7 +338,7 @@ class _Mode(TorchDispatchMode):
                 for number in (*[n for n in read if n >= 0], *written):
                     self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
             together = [*[number for number in read if number >= 0], *written]
-            self.numbers.tie(zip(together, together[1:], strict=False))
+            self.numbers.tie(pairwise(together))
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -506,7 +507,7 @@ class _Mode(TorchDispatchMode):
         return torch.arange(first, first + count)
 
     def _padded(self, companion: Tensor, pads: Sequence[int]) -> Tensor:
-        """Padding along an axis that is constant belongs to the channel; elsewhere new entries get numbers of their own."""
+        """Padding along an axis that is constant belongs to the channel; elsewhere it gets numbers of its own."""
         for index in range(len(pads) // 2):
             axis = companion.dim() - 1 - index
             low, high = pads[2 * index], pads[2 * index + 1]
@@ -519,14 +520,16 @@ class _Mode(TorchDispatchMode):
                 companion = self._padded(companion, [0, 0] * index + [max(low, 0), max(high, 0)])
             else:
                 view = [-1 if d == axis else 1 for d in range(companion.dim())]
-                sides = [self._filled(count).view(view) if count else None for count in (low, high)]
+                space = axis > 1 and _varies(companion, 1)  # as behind a PixelShuffle
+                make = (lambda count: torch.full((count,), NONE)) if space else self._filled
+                sides = [make(count).view(view) if count else None for count in (low, high)]
                 around = list(companion.shape)
                 parts = [
                     companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
                     for side in (sides[0], companion, sides[1])
                     if side is not None
                 ]
-                companion = self._joined(parts, axis, torch.Size(shape), "cat")
+                companion = self._joined(parts, axis, torch.Size(shape), "pad")
         return companion
 
     def _joined(self, parts: list[Tensor], dim: int, shape: torch.Size, name: str) -> Tensor:
@@ -751,7 +754,7 @@ def _pointwise(name: str) -> bool:
 
 
 def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:
-    """Bare tensors by identity, those of layers with their layer, and layers that share a weight with an earlier one."""
+    """Bare tensors by identity, those of layers with their layer, and layers that have an earlier one's weight."""
     bare: dict[int, str] = {}
     owned: dict[int, str] = {}
     alias: dict[str, str] = {}

@@ -232,6 +232,9 @@ CASES: dict[str, Case] = {
         {"a -> g": 2, "g -> b": 2},
     ),
     "pixel shuffle": Case(module(lambda: nn.PixelShuffle(2), inputs=2), ONE),
+    "pixel shuffle, padded and pooled": Case(
+        between(lambda _, y: F.avg_pool2d(F.pad(F.pixel_shuffle(y, 2), (1, 0, 1, 0)), 2, 1), inputs=2), ONE
+    ),
     "pixel unshuffle": Case(module(lambda: nn.PixelUnshuffle(2), inputs=32), ONE),
     "pad constant": Case(between(padded("constant")), ONE),
     "pad reflect": Case(between(padded("reflect")), ONE),

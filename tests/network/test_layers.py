@@ -12,7 +12,7 @@ from growconv.convolution.cp import CPConv2d
 from growconv.errors import SiteError, SurgeryError
 from growconv.network import layers
 from growconv.network.exchange import exchange
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Layout, Place, Run
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Layout, Place, Run, Sizes
 from growconv.network.plan import Plan
 from tests.network import hand
 
@@ -60,7 +60,7 @@ def shares(groups: int, size: int, units: int) -> list[Place]:
     """Units of one channel in every group."""
     key = ("layer", OUT)
     layout = Layout({key: (Run(0, groups, 1, tuple(range(groups))),)}, (groups,), {})
-    return layout.places(key, 0, units, lambda _: groups * size)
+    return layout.places(key, 0, units, Sizes(lambda _: groups * size))
 
 
 @settings(max_examples=60, deadline=None)
