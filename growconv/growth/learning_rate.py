@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,9 +172,9 @@ def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Te
         listed = list(events)
         stage += any(event.channels > 0 for event in listed)
         for event in listed:
-            for edit in event.edits:
+            for edit in cast(Sequence[Mapping[str, Any]], event.edits):
                 if "tensor" in edit:
-                    path = f"{edit['module']}.{edit['tensor']}" if edit["module"] else edit["tensor"]
+                    path = f"{edit['module']}.{edit['tensor']}".removeprefix(".")
                     edits.setdefault((path, edit["axis"]), []).append((stage, edit))
     found: dict[nn.Parameter, Tensor] = {}
     for (path, axis), changes in edits.items():

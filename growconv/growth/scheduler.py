@@ -435,7 +435,7 @@ class GrowthScheduler:
             model=self.model,
             optimizer=self.optimizer,
             solver=self.solver,
-            amplitude=1.0 if self.amplitude == "line_search" else self.amplitude,
+            amplitude=self.amplitude if isinstance(self.amplitude, float) else 1.0,
             collection=self.collection,
             fitting=fitting,
             held_out=held_out,
