@@ -415,7 +415,7 @@ def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -
     if _rank() > 0:
         arguments = [*arguments, *SILENT]
         logging.disable(logging.WARNING)
-    before, shown = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    before, shown, handlers = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), list(logging.root.handlers)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [before[0] if before else "growconv", *arguments]
     decorate: Callable[[Any], Any] = hydra.main(
@@ -425,6 +425,9 @@ def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -
         decorate(task)()
     finally:
         sys.argv = before
+        for handler in [each for each in logging.root.handlers if each not in handlers]:
+            logging.root.removeHandler(handler)  # its file may be gone with a run that never began
+            handler.close()
         if shown is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

@@ -76,7 +76,7 @@ def test_differentiable_in_the_weight():
     ("settings", "words"),
     [
         ({"input_size": (2, 2)}, "does not fit"),
-        ({"input_size": (5, 5, 5)}, "number of axes"),
+        ({"input_size": (5, 5, 5)}, "input_size has 3 entries"),
         ({"input_size": (5, 5), "stride": 0}, "stride"),
         ({"input_size": (5, 5), "padding": "full"}, "padding by name"),
         ({"input_size": (5, 5), "padding": (1, 1, 1)}, "padding"),
