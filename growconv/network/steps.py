@@ -211,6 +211,8 @@ class _Walker:
         name = step.name.rstrip("_")
         if name in _NOTHING and before.shape == after.shape:
             return [], source
+        if name == "as_strided" and torch.equal(before, after):  # pooling to one location, in another memory format
+            return [], source
         if is_pointwise(step) and before.shape == after.shape:
             others = [self.tape.values[number].tensor for number in step.inputs if number != source]
             if any(tensor.numel() > 1 for tensor in others):
