@@ -147,7 +147,8 @@ def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
 def test_a_closed_pipe_is_said(uninterrupted, tmp_path):
     run = tmp_path / "run"
     process = start(run, "trainer.progress=lines")
-    process.stdout.readline()
+    while "epoch " not in process.stdout.readline() and process.poll() is None:
+        pass
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
