@@ -1,6 +1,5 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,7 +13,7 @@ from growconv.growth.decision import Batch, Loss
 from growconv.network import layers
 from growconv.network.apply import grow
 from growconv.network.exchange import refresh
-from growconv.network.model import attribute, example_arguments, undisturbed
+from growconv.network.model import attribute, copied, example_arguments, undisturbed
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite, Site
@@ -198,7 +197,7 @@ class Trials:
         self, model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
     ) -> None:
         self.site, self.growth, self.batches, self.criterion = site, growth, batches, loss
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         for module in self.model.modules():
             if layers.is_dropout(module):
                 module.eval()

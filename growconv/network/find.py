@@ -15,6 +15,7 @@ from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, La
 from growconv.network.model import (
     Arguments,
     attribute,
+    copied,
     example_arguments,
     same_chance,
     tensors_in,
@@ -212,21 +213,21 @@ def analyse(
         raise ArgumentTypeError("an example input is needed", got="an empty list", where="example_input")
     arguments = [example_arguments(each) for each in inputs]
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
-    twin = _copied(model)
+    twin = copied(model)
     with undisturbed(twin):
         strict = _numbered(twin, examples)
         numbers = _numbered(twin, examples, repeated=True) if collapsed(strict) else strict
         found, widening = _analysed(model, twin, examples, strict, numbers, rehearse)
         sites = _sites(found)
         for _ in range(len(found.spaces) if rehearse else 0):
-            failed = Proof(_copied(model), examples, sites).failures()
+            failed = Proof(copied(model), examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
                 found.spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        _enter_sites(found, sites, _copied(model), examples)
+        _enter_sites(found, sites, copied(model), examples)
     return found
 
 
@@ -284,17 +285,6 @@ def whole_groups(path: str, module: nn.Module) -> bool:
     """Whether a grouped convolution grows by whole groups: where it has more groups than channels in one."""
     groups = layers.groups_of(module)
     return groups >= layers.size(module, IN) // groups
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise TraceError(
-            f"the model cannot be copied to be looked at: {error}",
-            where=type(model).__name__,
-            fix="remove from the model what copy.deepcopy cannot copy, such as tensors that have a history",
-        ) from error
 
 
 def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = False) -> Numbers:

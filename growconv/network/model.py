@@ -1,5 +1,6 @@
 """A model as it is given: unwrapped, addressed by path, run on examples, and left as it was."""
 
+import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentTypeError
+from growconv.errors import ArgumentTypeError, TraceError
 
 Arguments = tuple[tuple, dict[str, object]]
 """Positional and keyword arguments of a model's forward."""
@@ -130,3 +131,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for parameter, (gradient, needed) in gradients.items():
             parameter.grad = gradient
             parameter.requires_grad_(needed)
+
+
+def _foreign(value: object) -> Iterator[object]:
+    """What hangs on a module beside tensors, modules, numbers and names: hooks, trainers, loggers."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        for each in value:
+            yield from _foreign(each)
+    elif not isinstance(value, nn.Module | Tensor | int | float | complex | str | bytes | None):
+        yield value
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model to work on; what cannot be copied of one that a trainer holds (trainer, hooks) is shared.
+
+    Raises:
+        TraceError: the model has tensors that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception:
+        shared = {id(each): each for module in model.modules() for each in _foreign(list(vars(module).values()))}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied to be looked at: {error}",
+            where=type(model).__name__,
+            fix="remove from the model what copy.deepcopy cannot copy, such as tensors that have a history",
+        ) from error

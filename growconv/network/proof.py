@@ -5,7 +5,6 @@ and hands each consumer what the first one recorded. The model's output must be 
 sites of a copy grow by a few units whose outgoing weights are zero; the output must be the same up to rounding.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from growconv.errors import GrowthError
 from growconv.network import layers
 from growconv.network.exchange import exchange, refresh
 from growconv.network.layout import IN, OUT
-from growconv.network.model import same_chance, tensors_in
+from growconv.network.model import copied, same_chance, tensors_in
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
@@ -140,7 +139,7 @@ class Proof:
 
     def _try(self, part: Sequence[int], more: Mapping[int, int], before: Mapping[int, list[Tensor]]) -> str | None:
         """Why some sites cannot grow together; None where they can."""
-        twin = copy.deepcopy(self.model)
+        twin = copied(self.model)
         try:
             for number in part:
                 site = self.sites[number].of(twin)
@@ -175,8 +174,8 @@ class Proof:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""
         exact = Example(_double(example.arguments), example.training)
         try:
-            old = self._outputs(copy.deepcopy(self.model).double(), exact)
-            new = self._outputs(copy.deepcopy(twin).double(), exact)
+            old = self._outputs(copied(self.model).double(), exact)
+            new = self._outputs(copied(twin).double(), exact)
         except Exception:
             return False
         return _close(new, old, EXACT)

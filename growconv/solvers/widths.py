@@ -1,11 +1,11 @@
 """Statistics that are older than the model: the site at the widths at which they were collected."""
 
-import copy
 from dataclasses import replace
 
 from growconv.errors import SolverError
 from growconv.network.apply import shrink
 from growconv.network.layout import ENTRY, IN, OUT
+from growconv.network.model import copied
 from growconv.network.site import GrowthSite
 from growconv.statistics.pair import PairStatistics
 
@@ -37,7 +37,7 @@ def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics
                 got=after,
                 fix="collect them again: growconv.collect_statistics(model, [site], batches, loss)",
             )
-    narrow = site.of(copy.deepcopy(site.model))
+    narrow = site.of(copied(site.model))
     for space, (before, after) in changed.items():
         one = _site_of(narrow, space)
         shrink(narrow.model, one, range(before * one.granularity, after * one.granularity))

@@ -1,6 +1,5 @@
 """Counting floating-point operations as they are done: 2 × multiply-accumulates of convolutions and matrix products."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from growconv.network.model import copied
 
 
 class FlopMeter(TorchDispatchMode):
@@ -54,7 +55,7 @@ def training_flops(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Call
     Returns:
         FLOPs per sample; 2 × MACs.
     """
-    twin = copy.deepcopy(model).train()
+    twin = copied(model).train()
     with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), FlopMeter() as meter:
         loss(twin(inputs), targets).backward()
     return meter.flops / len(inputs)
