@@ -27,10 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
+from growconv.reporting.terminal import shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
 from growconv.training.checks import near, variants
-from growconv.training.terminal import shown
 
 # Ranks above 0 leave no trace of their own.
 SILENT = (
@@ -119,11 +119,11 @@ def _dispatch(arguments: list[str]) -> None:
     if command not in usage.COMMANDS:
         raise _no_command(command, rest)
     if command == "compare":
-        from growconv.training.compare import main as compare
+        from growconv.reporting.compare import main as compare
 
         compare(rest)
     elif command == "report":
-        from growconv.training.report import main as report
+        from growconv.reporting.report import main as report
 
         report(rest)
     elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
@@ -218,9 +218,9 @@ def show_sites(overrides: Sequence[str]) -> None:
     import torch
 
     from growconv.network.find import explain_sites
+    from growconv.reporting.terminal import make_console
     from growconv.training.build import data_shape, make_model
     from growconv.training.progress import sites_table
-    from growconv.training.terminal import make_console
 
     shape = data_shape(values["data"])
     model = make_model(values, shape)

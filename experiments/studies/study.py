@@ -25,8 +25,8 @@ from pathlib import Path
 import yaml
 
 from growconv.errors import ConfigError
-from growconv.training.compare import to_markdown, write_comparison
-from growconv.training.comparison import compare
+from growconv.reporting.compare import to_markdown, write_comparison
+from growconv.reporting.comparison import compare
 
 SAME_FOR_ALL = ("report=false", "baselines=[]", "trainer.progress=none", "logger=none")
 

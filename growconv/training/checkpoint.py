@@ -25,8 +25,8 @@ from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.network.event import GrowthHistory
 from growconv.network.exchange import Journal
 from growconv.network.optimizer import as_optimizers, follow_ages
+from growconv.reporting.records import read_json
 from growconv.training import optimizer_record
-from growconv.training.records import read_json
 
 FORMAT = "growconv checkpoint 1"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"

@@ -14,6 +14,7 @@ import torch
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import (
     check_output,
     grows,
@@ -30,7 +31,6 @@ from growconv.training.loop import Trainer, global_batch_size
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
-from growconv.training.terminal import make_console, shown
 from growconv.training.tracking import make_tracker
 
 
@@ -71,7 +71,7 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
         if devices.is_first:
             make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
             if config["report"]:
-                from growconv.training.report import write_report  # matplotlib is for the end
+                from growconv.reporting.report import write_report  # matplotlib is for the end
 
                 print(f"report: {shown(write_report(directory))}")
     return results[0][1]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from growconv.network.event import GrowthEvent
 from growconv.network.find import LayerRow
-from growconv.training.terminal import make_console
+from growconv.reporting.terminal import make_console
 
 
 def si(number: float | int) -> str:

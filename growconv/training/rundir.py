@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.training.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
+from growconv.reporting.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
 
 CHECKPOINTS = "checkpoint"
 LOCK = ".lock"

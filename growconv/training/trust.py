@@ -17,8 +17,8 @@ from torch import nn
 
 from growconv.errors import ConfigError
 from growconv.growth.decision import Policy
+from growconv.reporting.records import read_yaml
 from growconv.solvers.base import Solver
-from growconv.training.records import read_yaml
 
 _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
     "torch.nn": (torch.nn, nn.Module),

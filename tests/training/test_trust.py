@@ -125,7 +125,7 @@ def test_growconv_s_own_need_no_word(name):
         ("growconv.training.experiment.subprocess.run", False),
         ("growconv.training.models.nn", False),
         ("growconv.training.models.scaled", True),  # a pure function of numbers
-        ("growconv.training.report.main", False),
+        ("growconv.reporting.report.main", False),
         ("growconv.cli.main", False),
         ("growconv_evil.Model", False),
         ("growconv..os.system", False),

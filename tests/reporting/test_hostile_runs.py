@@ -9,9 +9,9 @@ import pytest
 
 from growconv.cli import main
 from growconv.errors import CheckpointError
-from growconv.training.compare import write_comparison
-from growconv.training.comparison import compare
-from growconv.training.records import plain_text, read_run
+from growconv.reporting.compare import write_comparison
+from growconv.reporting.comparison import compare
+from growconv.reporting.records import plain_text, read_run
 
 EVIL = '=HYPERLINK("http://x")\n# heading\n\n<script>alert(1)</script>![x](http://y/z.png)\x1b]0;title\x07\u202e|`*'
 DEEP = "[" * 100_000
@@ -175,7 +175,7 @@ def test_an_odd_run_has_a_report_or_a_line(name, make_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("sign", "=+-@")
 def test_no_formula_reaches_a_spreadsheet(sign, make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("growconv.training.compare.save_figure", lambda *_: None)
+    monkeypatch.setattr("growconv.reporting.compare.save_figure", lambda *_: None)
     make_run(f"{sign}run", method=f"{sign}1+1", growth=False)
     make_run("other", method=f"\t{sign}1+1", seed=1, growth=False)
     monkeypatch.chdir(tmp_path)
@@ -194,6 +194,6 @@ def test_plain_text():
 
 def test_a_file_larger_than_any_run_s_is_not_read(make_run, monkeypatch):
     run = make_run("run")
-    monkeypatch.setattr("growconv.training.records.MOST_BYTES", {"yaml": 1 << 20, "json": 100})
+    monkeypatch.setattr("growconv.reporting.records.MOST_BYTES", {"yaml": 1 << 20, "json": 100})
     with pytest.raises(CheckpointError, match="larger than"):
         read_run(run)

@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from growconv.errors import ArgumentValueError, CheckpointError
-from growconv.training import compare as command
-from growconv.training.comparison import compare, paired_difference
-from growconv.training.plots import magnitude
+from growconv.reporting import compare as command
+from growconv.reporting.comparison import compare, paired_difference
+from growconv.reporting.plots import magnitude
 
 
 def test_means_spreads_and_paired_differences_equal_numpy_and_scipy(make_run):

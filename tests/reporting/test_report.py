@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from growconv.errors import CheckpointError
-from growconv.training import report
+from growconv.reporting import report
 
 CHROMIUM = next(
     (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from growconv.errors import ArgumentValueError, CheckpointError
-from growconv.training.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, plain_text, read_run
+from growconv.reporting.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, plain_text, read_run
 
 FIGURES = {
     "test_accuracy": "test %",

@@ -15,10 +15,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from growconv.training.comparison import FIGURES, Comparison, Difference, Group, compare
-from growconv.training.plots import draw_comparison, save_figure
-from growconv.training.records import is_number, plain_text
-from growconv.training.terminal import make_console
+from growconv.reporting.comparison import FIGURES, Comparison, Difference, Group, compare
+from growconv.reporting.plots import draw_comparison, save_figure
+from growconv.reporting.records import is_number, plain_text
+from growconv.reporting.terminal import make_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from growconv.errors import CheckpointError
-from growconv.training import plots
-from growconv.training.records import METRICS, RunRecord, number, plain_text, read_json, read_run
+from growconv.reporting import plots
+from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_json, read_run
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from growconv.training.comparison import Comparison, Group
-from growconv.training.records import RunRecord, detail, is_number, number, plain_text
+from growconv.reporting.comparison import Comparison, Group
+from growconv.reporting.records import RunRecord, detail, is_number, number, plain_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#4D4D4D")
 """Okabe and Ito's palette, told apart by colour-blind readers too; line styles change once it is used up."""
