@@ -187,7 +187,8 @@ def test_what_cannot_work_is_said_in_one_message(overrides, words, here, capsys)
         assert not (here / "run" / "summary.json").exists()
 
 
-def test_sites_of_a_config(capsys):
+def test_sites_of_a_config(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower table folds the names of sites
     assert main(["sites", "model=resnet20", "data=cifar10"]) == 0
     out = capsys.readouterr().out
     assert "blocks.0.conv1 -> blocks.0.conv2" in out

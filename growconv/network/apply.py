@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import SupportsFloat
 
 from torch import nn
 
@@ -139,7 +140,7 @@ def _require_width(site: Site, width: int, model: nn.Module) -> None:
         raise not_in_step(site.name, f"{width} channels", found)
 
 
-def _site_of(site: Site, model: nn.Module) -> Site:
+def _site_of(site: object, model: nn.Module) -> Site:
     if not isinstance(site, Site):
         raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__)
     site = site.of(model)
@@ -147,11 +148,10 @@ def _site_of(site: Site, model: nn.Module) -> Site:
     return site
 
 
-def _finite(amplitude: float) -> float:
-    try:
-        value = float(amplitude)
-    except (TypeError, ValueError):
-        raise ArgumentTypeError("the amplitude must be a number", got=type(amplitude).__name__) from None
+def _finite(amplitude: object) -> float:
+    if not isinstance(amplitude, SupportsFloat):
+        raise ArgumentTypeError("the amplitude must be a number", got=type(amplitude).__name__)
+    value = float(amplitude)
     if not math.isfinite(value):
         raise ArgumentValueError("the amplitude must be finite", got=value)
     return value
