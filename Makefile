@@ -9,6 +9,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Workers of pytest share the cores: one thread each.
 PYTEST := OMP_NUM_THREADS=1 WANDB_MODE=disabled $(BIN)/pytest
 WORKERS ?= 2
+# Where the tensors are: these tests also run with every argument's and result's type and shape checked (jaxtyping,
+# beartype), which doubles their time.
+TYPED := tests/test_linalg.py tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/methods
 
 .PHONY: run test test-long lint types notebooks docs study wheel clean
 
@@ -26,8 +29,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(TOOLS)
+types: $(TOOLS)  ## pyright, then the tests of the mathematics with types and shapes checked as they run
 	$(BIN)/pyright
+	$(PYTEST) -n $(WORKERS) --jaxtyping-packages=growconv,beartype.beartype $(TYPED)
 
 notebooks: $(TOOLS)  ## runs every notebook
 	$(PYTEST) -n $(WORKERS) --nbmake notebooks
