@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from growconv.solvers.rank import collect_rank_statistics, grow_rank
     from growconv.statistics import PairStatistics, StatisticsCollector, collect_statistics
     from growconv.training.checkpoint import load_checkpoint, save_checkpoint
+    from growconv.training.trained import load_run
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "insert_copy",
     "insert_layer",
     "load_checkpoint",
+    "load_run",
     "mask_tensor",
     "merge_pair",
     "save_checkpoint",
@@ -125,6 +127,7 @@ _HOMES = {
     "solvers.rank": "collect_rank_statistics grow_rank",
     "statistics": "PairStatistics StatisticsCollector collect_statistics",
     "training.checkpoint": "load_checkpoint save_checkpoint",
+    "training.trained": "load_run",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

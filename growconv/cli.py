@@ -13,7 +13,8 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ FLAGS = {
 }
 WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--experimental-rerun"}
 KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
+# Commands that read their own arguments, with their modules.
+PARSED = {
+    "compare": "reporting.compare",
+    "report": "reporting.report",
+    "export": "training.export",
+    "grow": "training.widen",
+}
 # With these the config comes from elsewhere, or none is made.
 UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}
 # Values of a sweep that are checked before its first run; the others are checked by their own run.
@@ -62,6 +70,10 @@ CHECKED_VARIANTS = 30
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C during a run, with the command that goes on."""
+
+
+class Unheard(BrokenPipeError):
+    """Standard output was closed during a run, with the command that goes on."""
 
 
 def run_name(overrides: str) -> str:
@@ -87,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked_for_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        _dispatch(arguments)
+        with suppress(SystemExit) if {"-h", "--help"} & set(arguments) else nullcontext():
+            _dispatch(arguments)
         _leave_processes()
         sys.stdout.flush()
         return 0
@@ -96,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             advice = f"; go on with:\n  {stop.args[0]}" if stop.args else ""
             print(f"\ngrowconv: stopped{advice}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError as error:  # as head does: nothing to complain of, but for a run that was cut short
         failures.leave_closed_pipe()
-        _complain("Standard output was closed before the end; a run goes on with growconv resume=RUN_DIR")
+        if isinstance(error, Unheard):
+            _complain(f"Standard output was closed before the end; go on with:\n  {error.args[0]}")
         return 141
     except failures.Stopped as error:
         _complain(str(error))
@@ -118,14 +132,8 @@ def _dispatch(arguments: list[str]) -> None:
         command, rest = arguments[0], arguments[1:]
     if command not in usage.COMMANDS:
         raise _no_command(command, rest)
-    if command == "compare":
-        from growconv.reporting.compare import main as compare
-
-        compare(rest)
-    elif command == "report":
-        from growconv.reporting.report import main as report
-
-        report(rest)
+    if command in PARSED:
+        import_module(f"growconv.{PARSED[command]}").main(rest)
     elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
         fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
         raise ConfigError("a run is named with '='", where="resume", got=rest[0], fix=fix)
@@ -240,7 +248,7 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
 
     Args:
         directory: the run directory.
-        overrides: further overrides; only settings that change no number may differ.
+        overrides: further overrides; settings that change no number may differ, and trainer.epochs may be more.
         trust: whether its config may run code from anywhere and reach the hosts that it names.
 
     Raises:
@@ -252,21 +260,25 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
 
     files = RunDirectory(directory)
     stored = files.config()
-    settings.require_complete(stored, directory)
+    settings.require_complete(stored, str(files.config_file))
     wanted = settings.plain(settings.compose(overrides))
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
     changed = [
         line
         for line in settings.differences(stored, wanted)
         if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
+        and not (settings.is_longer(stored, wanted) and line.startswith("trainer.epochs:"))
     ]
     if changed:
         raise CheckpointError(
             "the run was made with another config",
             where=str(Path(directory) / "config.yaml"),
             got="\n    ".join(["", *changed]),
-            fix=f"resume it as it was (growconv resume={directory}), or start a new run",
+            fix=f"resume it as it was (growconv resume={directory}), prolong it (trainer.epochs=MORE), "
+            "or start a new run",
         )
+    if "trainer.epochs" in asked:
+        stored["trainer"]["epochs"] = wanted["trainer"]["epochs"]
     for name in asked:
         for free in settings.FREE_ON_RESUME:
             if name == free or name.startswith(f"{free}."):
@@ -282,6 +294,8 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
         run(stored, directory, resume=True)
     except KeyboardInterrupt as stop:
         raise Stopped(_go_on(Path(directory))) from stop
+    except BrokenPipeError as error:
+        raise Unheard(_go_on(Path(directory))) from error
 
 
 def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence[str]) -> None:
@@ -342,8 +356,10 @@ def train(config: DictConfig) -> float:
         return float(run(values, directory, sweep=context.mode == RunMode.MULTIRUN)["best_val_accuracy"])
     except KeyboardInterrupt as stop:
         raise Stopped(_go_on(directory)) from stop
-    except Exception:
+    except Exception as error:
         _discard_unbegun(directory)
+        if isinstance(error, BrokenPipeError) and (directory / "config.yaml").exists():
+            raise Unheard(_go_on(directory)) from error
         raise
 
 

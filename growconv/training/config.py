@@ -424,12 +424,18 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     return lines
 
 
+def is_longer(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a config asks for more epochs than another: the one setting of a run that may grow."""
+    before, after = (config["trainer"]["epochs"] for config in (stored, wanted))
+    return isinstance(before, int) and isinstance(after, int) and after > before
+
+
 def require_complete(config: Mapping[str, Any], where: str) -> None:
     """Refuse a stored config that lacks a group or an option.
 
     Args:
         config: what was read from a run directory.
-        where: the directory, for the message.
+        where: the file that holds it, for the message.
 
     Raises:
         CheckpointError: names what is missing.
@@ -449,7 +455,7 @@ def require_complete(config: Mapping[str, Any], where: str) -> None:
     if missing:
         raise CheckpointError(
             "the run's config is incomplete, or was written by another version of growconv",
-            where=str(Path(where) / "config.yaml"),
+            where=where,
             got=f"without {', '.join(missing)}",
             fix="restore the file, or resume with the version that environment.json names",
         )

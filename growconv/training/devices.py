@@ -27,6 +27,11 @@ _PARAMETERS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
+def parameter_dtype(precision: str) -> torch.dtype:
+    """Dtype of a model's parameters in a precision of trainer.precision."""
+    return _PARAMETERS.get(precision, torch.float32)
+
+
 @dataclass(frozen=True)
 class Devices:
     """Where and how a process of a run computes.
@@ -57,7 +62,7 @@ class Devices:
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's parameters."""
-        return _PARAMETERS.get(self.precision, torch.float32)
+        return parameter_dtype(self.precision)
 
     def wrap(self, model: nn.Module, backend: str | None) -> nn.Module:
         """The model as it is trained: its gradients averaged over all processes, and compiled where that is asked for.

@@ -24,7 +24,7 @@ from growconv.training.build import (
     make_scheduler,
 )
 from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
-from growconv.training.config import differences
+from growconv.training.config import differences, is_longer
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.loop import Trainer, global_batch_size
@@ -105,10 +105,10 @@ def run_one(
     Returns:
         The summary.
     """
-    devices = devices.for_one_run()
+    devices, epochs = devices.for_one_run(), config["trainer"]["epochs"]
     files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    if resume and on_first(devices, lambda: files.finished):
+    if resume and on_first(devices, lambda: files.finished and files.summary().get("epochs") == epochs):
         return on_first(devices, files.summary)
     if resume:
         found = on_first(devices, lambda: _found(files, config))
@@ -120,7 +120,7 @@ def run_one(
     if config["trainer"]["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     check_output(model, dataset)
-    if found is not None:
+    if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
         replay(found, model)
     optimizer = make_optimizer(config["optimizer"], model)
     batch_size = global_batch_size(config, dataset, devices.world_size)
@@ -131,17 +131,19 @@ def run_one(
     lr_schedule = make_lr_schedule(config["lr_schedule"], total)
     if found is None:
         on_first(devices, lambda: _start(files, config, devices, resume))
+    else:
+        on_first(devices, lambda: files.prolong(config))
     if devices.is_first:
         identity = found.state.get("tracker") if found is not None else None
         tracker = make_tracker(config["logger"], config, directory, directory.name, identity)
     else:
         tracker = make_tracker({"name": "none"}, config, directory, directory.name)
     trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
-    trainer.progress.say(_introduction(title, model, scheduler))
     # From here on every process draws random numbers of its own (dropout).
     torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
+    trainer.progress.say(_introduction(title, model, scheduler))
     summary = trainer.fit()
     files.finish(summary)
     tracker.finish(summary)
@@ -242,7 +244,11 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
         raise CheckpointError(
             "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
         )
-    changed = differences(stored, config)
+    changed = [
+        line
+        for line in differences(stored, config)
+        if not (line.startswith("trainer.epochs:") and is_longer(stored, config))
+    ]
     if changed:
         raise CheckpointError(
             "the run was made with another config",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
+from growconv.network.event import GrowthHistory
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
@@ -72,9 +73,10 @@ class Trainer:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
-        self._clock = 0.0
+        self._clock = time.monotonic()
         self._signals: list[str] = []
         self._wrapped = model
+        self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the run, from wherever it stands.
@@ -87,7 +89,6 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
             Stopped: SIGTERM or SIGHUP came; a checkpoint is written.
         """
-        self._clock = time.monotonic() - self.position.seconds
         self._prepare()
         with noted_signals() as self._signals, self.progress:
             while self.position.epoch < self.options["epochs"]:
@@ -114,7 +115,8 @@ class Trainer:
             )
         position = position_of(found)
         restore(found, self.model, self.optimizer, self.scheduler)
-        self.position = position
+        self.position, self._history = position, found.history
+        self._clock = time.monotonic() - position.seconds
         if self.devices.is_first:  # the checkpoint holds the sum over all ranks
             self._sums += torch.tensor([self.position.loss_sum, self.position.hits], dtype=torch.float64).to(self._sums)
         scaler = self.devices.scaler
@@ -125,6 +127,11 @@ class Trainer:
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
+
+    @property
+    def history(self) -> GrowthHistory:
+        """How the model has grown."""
+        return self._history if self.scheduler is None else self.scheduler.history
 
     @property
     def widths(self) -> dict[str, int]:
@@ -170,7 +177,7 @@ class Trainer:
                 position.batch = 0
             stopping = self._asked_to_stop()
             if over or grew or stopping or (every and position.step % every == 0):
-                self._save(best)
+                self.save(best)
             if stopping:
                 raise Stopped(
                     "The run was asked to end, and is saved.",
@@ -253,7 +260,7 @@ class Trainer:
             return False
         began = time.monotonic()
         share_buffers(self.devices, self.model)
-        events = self.scheduler.grow(self._growth_batches(), self.loss, position.step)
+        events = self.scheduler.grow(self.growth_batches(), self.loss, position.step)
         if events:
             self.progress.events(position.step, events)
             self._prepare()
@@ -265,7 +272,7 @@ class Trainer:
         position.growth_seconds += time.monotonic() - began
         return True
 
-    def _growth_batches(self) -> list[tuple[Tensor, Tensor]]:
+    def growth_batches(self) -> list[tuple[Tensor, Tensor]]:
         """This process's share of fresh growth samples, drawn from the training split without augmentation."""
         options, world = self.config["growth"], self.devices.world_size
         generator = generator_for(self.config["seed"], "growth", self.position.step)
@@ -374,7 +381,12 @@ class Trainer:
             return loss / len(split), 1 - score / float(spread)
         return loss / len(split), score / len(split)
 
-    def _save(self, best: bool) -> None:
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint.
+
+        Args:
+            best: whether it is the best so far, too.
+        """
         position = self.position
         position.seconds = time.monotonic() - self._clock
         self._require_finite()
@@ -387,6 +399,7 @@ class Trainer:
             "random": values,
             "scaler": None if scaler is None else scaler.state_dict(),
             "config": dict(self.config),
+            "shape": [self.dataset.channels, self.dataset.image_size, self.dataset.classes],
             "world_size": self.devices.world_size,
             "tracker": self.tracker.identity,
         }
@@ -397,6 +410,7 @@ class Trainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
+                history=self.history,
                 state=state,
                 tensors=tensors,
             ),
@@ -421,7 +435,7 @@ class Trainer:
             "train_flops": self.train_flops,
             "seconds": position.seconds,
             "growth_seconds": position.growth_seconds,
-            "growth_events": 0 if self.scheduler is None else len(self.scheduler.history),
+            "growth_events": len(self.history),
             "steps": position.step,
             "epochs": position.epoch,
         }

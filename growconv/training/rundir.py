@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
 from growconv.reporting.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
+from growconv.training.config import is_longer
 
 CHECKPOINTS = "checkpoint"
 LOCK = ".lock"
@@ -114,8 +115,21 @@ class RunDirectory:
             )
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            self._write_config(config)
             write_atomically(self.path / "environment.json", json.dumps(versions, indent=2) + "\n")
+
+    def prolong(self, config: Mapping[str, Any]) -> None:
+        """Write the config of a run that goes on, and take back the summary of the shorter one.
+
+        Args:
+            config: the run's, with more epochs perhaps.
+        """
+        if self.active and is_longer(self.config(), config):
+            (self.path / SUMMARY).unlink(missing_ok=True)
+            self._write_config(config)
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        write_atomically(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     @property
     def config_file(self) -> Path:

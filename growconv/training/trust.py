@@ -95,14 +95,8 @@ def require_trusted(
 
     for key, name in strange_names(config):
         if not repeated(key):
-            raise ConfigError(
-                "This stored config runs code from outside growconv and torch, which you have not asked for.",
-                where=place(file, key),
-                expected="a model of growconv.training.models, a class of torch.nn or torch.optim, a policy or a "
-                "method of growconv",
-                got=f"{key.rpartition('.')[2]}: {name}",
-                fix=f"read that code; then say trust=true, or repeat the setting: {key}={name}",
-            )
+            fix = f"read that code; then say trust=true, or repeat the setting: {key}={name}"
+            raise _strange(key, name, place(file, key), fix)
     logger = config.get("logger")
     if not isinstance(logger, Mapping) or logger.get("name") != "wandb" or logger.get("mode") != "online":
         return
@@ -123,6 +117,32 @@ def require_trusted(
                 where=str(settings),
                 fix="delete the file, or say trust=true",
             )
+
+
+def require_trusted_model(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse to build the model of a stored config where it is foreign code.
+
+    Args:
+        config: the config.
+        file: the checkpoint that holds it.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for key, name in strange_names({"model": config["model"]}):
+        fix = "read that code; then trust it: --trust, in Python load_run(run, trust=True)"
+        raise _strange(key, name, f"{file}: {key}", fix)
+
+
+def _strange(key: str, name: str, where: str, fix: str) -> ConfigError:
+    return ConfigError(
+        "This stored config runs code from outside growconv and torch, which you have not asked for.",
+        where=where,
+        expected="a model of growconv.training.models, a class of torch.nn or torch.optim, a policy or a method of "
+        "growconv",
+        got=f"{key.rpartition('.')[2]}: {name}",
+        fix=fix,
+    )
 
 
 def require_trusted_file(file: Path, given: Collection[str]) -> None:

@@ -1,25 +1,33 @@
 """The help pages of the command line, written from the schemas and the files of conf/; nothing here needs torch."""
 
+import argparse
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, is_dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import MISSING
 
 from growconv import __version__
+from growconv.errors import ConfigError
 from growconv.training import config as settings
+from growconv.training.checks import near
 
 WIDTH = 79
 
 # Each command with what it does, an example, and its own page where argparse does not write it.
 COMMANDS = {
     "train": ("train a model and grow it; the command when none is named", "growconv model=resnet20 growth=functional"),
-    "resume": ("go on with an interrupted run", "growconv resume=runs/2026-01-31/12-00-00"),
+    "resume": (
+        "go on with an interrupted run, or prolong a finished one",
+        "growconv resume=runs/2026-01-31/12-00-00 trainer.epochs=40",
+    ),
     "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 growth=tiny"),
     "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
+    "grow": ("widen or deepen a run's model once, verify and save it", "growconv grow RUN --factor 1.5"),
+    "export": ("write a run's model as ONNX or torch.export", "growconv export RUN --output model.onnx"),
     "report": ("write one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
 }
 GROUPS = {
@@ -60,6 +68,29 @@ FLAGS = {
     "--version": "the version",
     "--hydra-help": "the help of Hydra, which reads the settings",
 }
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of one command; a mistake in them is an error like any other.
+
+    Args:
+        command: its name, a key of COMMANDS.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        example = f"for example:\n  {COMMANDS[command][1]}"
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            f"growconv {command}", description=description, epilog=example, formatter_class=shape, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Say it as growconv says it, with what was probably meant."""
+        _, _, strange = message.partition("unrecognized arguments: ")
+        meant = near(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
+        fix = f"did you mean {meant}?" if meant else f"{self.prog} --help lists them"
+        raise ConfigError(message, where=self.prog, fix=fix)
 
 
 def first_page() -> str:

@@ -1,0 +1,141 @@
+"""The command ``growconv export``: a run's model as ONNX or as a program of torch.export, compared with the model."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from growconv.errors import ConfigError, TrainingError
+from growconv.reporting.terminal import shown
+from growconv.training.trained import distance, load_run, read_run
+from growconv.training.usage import CommandParser
+
+BATCHES = (1, 2, 5)
+"""Batch sizes at which the file is compared with the model; it is written at the second one."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write RUN/model.pt2, or what --output names, and say how far it is from the model.
+
+    Args:
+        argv: arguments after the command's name.
+    """
+    parser = CommandParser("export", "the model of a run as ONNX or torch.export, for any batch size, verified")
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint file")
+    parser.add_argument("--output", metavar="FILE", help="FILE.pt2 (torch.export) or FILE.onnx; default: RUN/model.pt2")
+    parser.add_argument("--best", action="store_true", help="the best weights by validation, not the last")
+    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
+    arguments = parser.parse_args(argv)
+    run = Path(arguments.run)
+    output = Path(arguments.output) if arguments.output else (run if run.is_dir() else run.parent) / "model.pt2"
+    error = export(run, output, best=arguments.best, trust=arguments.trust)
+    print(f"{shown(output)}: {output.stat().st_size / 1e6:.2f} MB, within {error:.1e} of the model's outputs")
+
+
+def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> float:
+    """Write a run's model into a file, and compare what the file computes with what the model computes.
+
+    Args:
+        run: run directory or checkpoint file.
+        output: the file; its suffix says the format.
+        best: the best weights in place of the last.
+        trust: as for `load_run`.
+
+    Returns:
+        The largest difference of an output, relative to the largest output.
+
+    Raises:
+        ConfigError: another suffix, or packages that ONNX needs are missing.
+        TrainingError: the model cannot be exported, or the file computes something else; it is removed then.
+    """
+    formats: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path, Tensor], Tensor]]]
+    formats = {".pt2": (_write_program, _run_program), ".onnx": (_write_onnx, _run_onnx)}
+    if output.suffix not in formats:
+        raise ConfigError("this names no format", where="--output", expected="FILE.pt2 or FILE.onnx", got=output.name)
+    if output.suffix == ".onnx":
+        _require_onnx()
+    found = read_run(run, best)
+    model = load_run(found.path, trust=trust).requires_grad_(False)
+    channels, size, _ = found.state["shape"]
+    generator, dtype = torch.Generator().manual_seed(0), next(model.parameters()).dtype
+    inputs = [torch.randn(batch, channels, size, size, generator=generator).to(dtype) for batch in BATCHES]
+    write, compute = formats[output.suffix]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begun = output.with_name(f".{output.stem}.writing{output.suffix}")
+    try:
+        with torch.no_grad(), _quiet():
+            try:
+                write(model, inputs[1], begun)
+                error = max(distance(compute(begun, x), model(x)) for x in inputs)
+            except Exception as failure:
+                reason = str(failure).strip().splitlines()[0] if str(failure).strip() else "no more is known"
+                raise TrainingError(
+                    "this model cannot be exported", where=str(run), got=f"{type(failure).__name__}: {reason}"
+                ) from failure
+        if not error <= (tolerance := 100 * torch.finfo(dtype).eps):
+            raise TrainingError(
+                "the file computes something else than the model", where=str(output), expected=tolerance, got=error
+            )
+        begun.replace(output)
+    finally:
+        begun.unlink(missing_ok=True)
+    return error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the exporters do not tell of packages and types that are none of the user's."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _write_program(model: nn.Module, example: Tensor, file: Path) -> None:
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)), file)
+
+
+def _run_program(file: Path, x: Tensor) -> Tensor:
+    return torch.export.load(file).module()(x)
+
+
+def _write_onnx(model: nn.Module, example: Tensor, file: Path) -> None:
+    torch.onnx.export(
+        model,
+        (example,),
+        file,
+        input_names=["images"],
+        output_names=["outputs"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _run_onnx(file: Path, x: Tensor) -> Tensor:
+    """What onnx's own reference evaluator computes: slow and independent of any runtime."""
+    from onnx.reference import ReferenceEvaluator
+
+    (outputs,) = ReferenceEvaluator(str(file)).run(None, {"images": x.numpy()})
+    return torch.from_numpy(outputs)
+
+
+def _require_onnx() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "ONNX needs a package that is not installed",
+            where="--output",
+            got=", ".join(missing),
+            fix="pip install 'growconv[onnx]', or write FILE.pt2",
+        )

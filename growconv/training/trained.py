@@ -1,0 +1,84 @@
+"""The models of runs: `growconv.load_run`, and what the commands export and grow read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growconv.errors import CheckpointError
+from growconv.training.build import make_model
+from growconv.training.checkpoint import BEST, Checkpoint, find_checkpoint, restore
+from growconv.training.config import require_complete
+from growconv.training.devices import parameter_dtype
+from growconv.training.rundir import CHECKPOINTS, RunDirectory
+from growconv.training.trust import require_trusted_model
+
+
+def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.Module:
+    """The model of a run with its trained weights, in eval mode on the CPU.
+
+    Args:
+        run: the run directory, or one of its checkpoint files.
+        best: the weights of the best validation accuracy so far in place of the last ones.
+        trust: whether the run's config may build a model from outside growconv and torch.
+
+    Returns:
+        The model, grown as in the run; a plain `nn.Module`.
+
+    Raises:
+        CheckpointError: there is no run, or it is damaged.
+        ConfigError: its model is not growconv's or torch's own, and `trust` is False.
+    """
+    found = read_run(run, best)
+    model = begun_model(found, trust)
+    restore(found, model)
+    return model.eval()
+
+
+def read_run(run: str | Path, best: bool = False) -> Checkpoint:
+    """The newest good checkpoint of a run, or its best one.
+
+    Raises:
+        CheckpointError: there is none, or it was not written by a run.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise CheckpointError("there is no such run", where=str(path), fix="give the directory of a run")
+    if path.is_dir() and not (path / CHECKPOINTS).is_dir() and path.name != CHECKPOINTS:
+        RunDirectory(path).config()  # says that no run lies there
+        raise CheckpointError(
+            "this run has no checkpoint yet", where=str(path), fix=f"let it go on: growconv resume={path}"
+        )
+    found = find_checkpoint(path / CHECKPOINTS / BEST if best and path.is_dir() else path)
+    config, shape = found.state.get("config"), found.state.get("shape")
+    sizes = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+    if not isinstance(config, Mapping) or not sizes:
+        raise CheckpointError(
+            "this checkpoint was not written by a run of growconv",
+            where=str(found.path),
+            fix="build its model yourself, then growconv.load_checkpoint(path, model)",
+        )
+    require_complete(config, str(found.path))
+    return found
+
+
+def begun_model(found: Checkpoint, trust: bool) -> nn.Module:
+    """The model that a run began with, before any growth; draws no random number of the caller's.
+
+    Args:
+        found: what `read_run` gave.
+        trust: as for `load_run`.
+    """
+    config: Mapping[str, Any] = found.state["config"]
+    if not trust:
+        require_trusted_model(config, found.path)
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config, tuple(found.state["shape"]))
+    return model.to(parameter_dtype(config["trainer"]["precision"]))
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest entry of the second."""
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))

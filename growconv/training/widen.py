@@ -1,0 +1,279 @@
+"""The command ``growconv grow``: a run's model made wider or deeper once; the result is a run that can go on."""
+
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growconv.errors import CheckpointError, ConfigError, TrainingError
+from growconv.growth.amount import Amount
+from growconv.growth.decision import Situation
+from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.stop import Budget
+from growconv.growth.where import All, Greedy
+from growconv.network.depth import insert_copy, insert_layer
+from growconv.network.event import GrowthEvent
+from growconv.network.find import find_sites
+from growconv.network.site import Site
+from growconv.reporting.terminal import shown
+from growconv.solvers.base import get_solver
+from growconv.training.build import grows, make_dataset, make_loss
+from growconv.training.checkpoint import Checkpoint
+from growconv.training.devices import make_devices
+from growconv.training.experiment import baseline_config, environment
+from growconv.training.loop import Trainer
+from growconv.training.rundir import RunDirectory
+from growconv.training.schedules import make_lr_schedule, make_optimizer
+from growconv.training.tracking import Tracker
+from growconv.training.trained import begun_model, distance, load_run, read_run
+from growconv.training.usage import CommandParser
+
+
+@dataclass
+class Targets(Amount):
+    """What each site is to have in the end.
+
+    Attributes:
+        widths: channels by the site's name.
+    """
+
+    widths: Mapping[str, int]
+
+    def channels(self, site: Site, situation: Situation) -> int:
+        """What is missing."""
+        return max(0, self.widths[site.name] - site.width)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a model is to grow.
+
+    Attributes:
+        factor: every site to this multiple of its width; with a limit, what each may have at most.
+        widths: channels by patterns of sites' names.
+        parameters: what the model may have; the channels that gain most per parameter come first.
+        flops: FLOPs (2 × MACs) that a sample's forward pass may take, likewise.
+        deepen: names of sites that get a convolution in front of their consumer, and paths of blocks that get a copy
+            behind them; each begins as the identity.
+        method: of the channels; None takes the run's own, tiny where it had none.
+    """
+
+    factor: float | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    parameters: int | None = None
+    flops: int | None = None
+    deepen: Sequence[str] = ()
+    method: str | None = None
+
+    @property
+    def widens(self) -> bool:
+        """Whether it asks for channels."""
+        return bool(self.widths) or any(each is not None for each in (self.factor, self.parameters, self.flops))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Grow a run's model, and print what grew, what it costs and what it gave.
+
+    Args:
+        argv: arguments after the command's name.
+    """
+    parser = CommandParser("grow", "widen or deepen a run's model once, by the run's own data; verify and save it")
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint file")
+    parser.add_argument("--factor", type=float, help="every site to this multiple of its width")
+    parser.add_argument(
+        "--width", action="append", default=[], metavar="SITE=N", help="sites of this name or pattern to N channels"
+    )
+    parser.add_argument("--parameters", type=int, help="the best channels, until the model has so many parameters")
+    parser.add_argument("--flops", type=int, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
+    parser.add_argument(
+        "--deepen",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a convolution inside the site of this name, or a copy behind the block of this path",
+    )
+    parser.add_argument("--method", help="of the new channels; default: the run's own, or tiny")
+    parser.add_argument("--output", metavar="DIR", help="the new run directory; default: RUN-grown")
+    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
+    given = parser.parse_args(argv)
+    wish = Wish(given.factor, _widths(given.width), given.parameters, given.flops, given.deepen, given.method)
+    run = Path(given.run)
+    output = Path(given.output) if given.output else run.absolute().with_name(f"{run.absolute().stem}-grown")
+    grow_run(run, output, wish, given.trust)
+    print(f"saved and read back: {shown(output)}")
+    print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} trainer.epochs=MORE")
+
+
+def _widths(given: Sequence[str]) -> dict[str, int]:
+    """SITE=N, several times, as a dictionary."""
+    widths = {}
+    for text in given:
+        name, _, count = text.rpartition("=")
+        if not name or not count.isdigit():
+            raise ConfigError("this is no width", where="--width", expected="SITE=N, N a whole number", got=text)
+        widths[name] = int(count)
+    return widths
+
+
+def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
+    """Grow a run's model once, with its optimizer, and save both as a run of a fixed model.
+
+    Args:
+        run: run directory or checkpoint file.
+        output: the new run directory.
+        wish: how to grow.
+        trust: as for `load_run`.
+
+    Raises:
+        ConfigError: a wish that makes no sense, or nothing that would grow.
+        CheckpointError: there is no run, or something lies where the new one would.
+    """
+    _check(wish)
+    if output.exists():
+        raise CheckpointError("something lies here already", where=str(output), fix="name another: --output DIR")
+    found = read_run(run)
+    trainer = _trainer(found, output, trust)
+    before, began = trainer.evaluate(trainer.dataset.validation), time.monotonic()
+    events = _deepened(trainer, wish)
+    if wish.widens:
+        events += _widened(trainer, wish, found.state["config"])
+    if not any(event.parameters_after > event.parameters_before for event in events):
+        raise ConfigError("nothing grew", where=str(run), fix="ask for more, or try another --method")
+    for event in events:
+        print(event)
+        trainer.history.append(replace(event, recipe=None))
+    trainer.position.growth_seconds += time.monotonic() - began
+    after = trainer.evaluate(trainer.dataset.validation)
+    print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {trainer.score} {before[1]:.2%} -> {after[1]:.2%}")
+    _save(trainer, output)
+
+
+def _check(wish: Wish) -> None:
+    if not wish.widens and not wish.deepen:
+        raise ConfigError(
+            "how much is to grow?", where="growconv grow",
+            expected="--factor, --width, --parameters, --flops or --deepen",
+        )  # fmt: skip
+    if wish.factor is not None and not 1 < wish.factor < 1000:
+        raise ConfigError("this makes nothing wider", where="--factor", expected="above 1", got=wish.factor)
+    for name in ("parameters", "flops"):
+        if (limit := getattr(wish, name)) is not None and limit < 1:
+            raise ConfigError("this value cannot be used", where=f"--{name}", expected="1 or more", got=limit)
+    if wish.method is not None:
+        get_solver(wish.method)
+
+
+def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
+    """The run where it stands, as one of a fixed model that has been grown; it writes nothing yet."""
+    config: dict[str, Any] = dict(found.state["config"])
+    spent = 0.0 if found.scheduler is None else float(found.scheduler["flops_spent"]) * found.state["world_size"]
+    config = baseline_config(config, "small") if grows(config) else {**config, "baselines": []}
+    devices = make_devices(config["trainer"]).for_one_run()
+    dataset = make_dataset(config["data"]).to(devices.device)
+    model = begun_model(found, trust).to(devices.device)
+    if config["trainer"]["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    loss = make_loss(dataset, config["trainer"]["label_smoothing"])
+    files, tracker = RunDirectory(output, active=False), Tracker()
+    optimizer, schedule = make_optimizer(config["optimizer"], model), make_lr_schedule(config["lr_schedule"], 1)
+    trainer = Trainer(config, dataset, model, optimizer, None, loss, schedule, devices, files, tracker, "grown once")
+    trainer.resume(replace(found, state={**found.state, "world_size": 1}))
+    trainer.position.step_flops += spent
+    return trainer
+
+
+def _deepened(trainer: Trainer, wish: Wish) -> list[GrowthEvent]:
+    events = []
+    for name in wish.deepen:
+        sites = {site.name: site for site in find_sites(trainer.model, _example(trainer))}
+        if name in sites:
+            events.append(insert_layer(trainer.model, sites[name], optimizer=trainer.optimizer))
+        elif name in dict(trainer.model.named_modules()):
+            example = _example(trainer)
+            events.append(
+                insert_copy(trainer.model, name, example_input=example, identity=True, optimizer=trainer.optimizer)
+            )
+        else:
+            raise _no_site("--deepen", name, [*sites])
+    return events
+
+
+def _widened(trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> list[GrowthEvent]:
+    own = config["growth"]["method"]
+    method = wish.method or (own if own != "none" else "tiny")
+    solver = get_solver(method, **(config["growth"]["solver"] if method == own else {}))
+    sites = find_sites(trainer.model, _example(trainer))
+    widths = _targets(sites, wish)
+    for site in sites:
+        reason = site.refusal(solver.name) if site.name in wish.widths else None
+        if reason is not None:
+            raise ConfigError(f"method {method!r} cannot serve this site: {reason}", where=site.name)
+    limits = {"parameters": wish.parameters, "flops": wish.flops}
+    limited = {name: limit for name, limit in limits.items() if limit is not None}
+    scheduler = GrowthScheduler(
+        trainer.model,
+        trainer.optimizer,
+        [site for site in sites if site.name in widths],
+        method=solver,
+        amount=Targets(widths),
+        where=Greedy("flop" if wish.flops is not None else "parameter") if limited and solver.reads else All(),
+        budget=Budget(**limited) if limited else None,
+        seed=trainer.config["seed"],
+    )
+    events = scheduler.grow(trainer.growth_batches(), trainer.loss, trainer.position.step)
+    trainer.position.step_flops += scheduler.flops_spent
+    return events
+
+
+def _targets(sites: Sequence[Site], wish: Wish) -> dict[str, int]:
+    """The width that each site is to have, or may have at most."""
+    widths: dict[str, int] = {}
+    factor = wish.factor or (2.0 if wish.parameters is not None or wish.flops is not None else None)
+    if factor is not None:
+        widths = {site.name: round(factor * site.width) for site in sites}
+    for pattern, width in wish.widths.items():
+        matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.name == pattern]
+        if not matching:
+            raise _no_site("--width", pattern, [site.name for site in sites])
+        for site in matching:
+            if width <= site.width:
+                raise ConfigError(
+                    "this site is as wide already", where=site.name, expected=f"more than {site.width}", got=width
+                )
+            widths[site.name] = width
+    return widths
+
+
+def _no_site(option: str, name: str, known: Sequence[str]) -> ConfigError:
+    return ConfigError("there is no such site", where=option, expected="; ".join(known), got=name)
+
+
+def _example(trainer: Trainer) -> torch.Tensor:
+    return trainer.growth_batches()[0][0][:2]
+
+
+def _save(trainer: Trainer, output: Path) -> None:
+    """Write the new run, and compare the model that is read back from it with the one that was written."""
+    files = trainer.directory
+    files.active = True
+    try:
+        files.start(trainer.config, environment())
+        files.rewind(trainer.position.metrics, [event.to_dict() for event in trainer.history])
+        trainer.save()
+        x = _example(trainer)
+        again = load_run(output, trust=True).to(x.device)
+        with torch.no_grad():
+            error = distance(again(x), trainer.model.eval()(x))
+        if not error <= (tolerance := 100 * torch.finfo(x.dtype).eps):
+            raise TrainingError(
+                "the saved model computes something else", where=str(output), expected=tolerance, got=error
+            )
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
