@@ -40,7 +40,7 @@ docs: $(TOOLS)  ## the documentation, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 study: $(TOOLS)  ## all methods on digits, both parts, in a few minutes
-	$(BIN)/python experiments/studies/study.py experiments/studies/digits_quick/study.yaml --processes $(WORKERS) $(ARGS)
+	$(BIN)/growconv study experiments/studies/digits_quick/study.yaml --processes $(WORKERS) $(ARGS)
 
 wheel: $(TOOLS)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -61,6 +61,7 @@ PARSED = {
     "report": "reporting.report",
     "export": "training.export",
     "grow": "training.widen",
+    "study": "training.study",
 }
 # With these the config comes from elsewhere, or none is made.
 UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}

@@ -25,6 +25,7 @@ COMMANDS = {
         "growconv resume=runs/2026-01-31/12-00-00 trainer.epochs=40",
     ),
     "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 growth=tiny"),
+    "study": ("compare methods at equal epochs and equal FLOPs, over seeds", "growconv study study.yaml --processes 2"),
     "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
     "grow": ("widen or deepen a run's model once, verify and save it", "growconv grow RUN --factor 1.5"),
     "export": ("write a run's model as ONNX or torch.export", "growconv export RUN --output model.onnx"),

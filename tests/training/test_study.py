@@ -1,17 +1,15 @@
 """The runner of studies: all variants and seeds, once each; what fails is told and the rest is kept."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
 
+from growconv.cli import main
 from growconv.errors import ConfigError
+from growconv.training import study
 
 ROOT = Path(__file__).resolve().parents[2]
-SPECIFICATION = importlib.util.spec_from_file_location("study", ROOT / "experiments" / "studies" / "study.py")
-study = importlib.util.module_from_spec(SPECIFICATION)
-SPECIFICATION.loader.exec_module(study)
 
 
 def write(folder, **changes):
@@ -33,7 +31,7 @@ def write(folder, **changes):
 def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys):
     path = write(tmp_path)
     arguments = [str(path), "--processes", "2", "--runs", str(tmp_path / "runs")]
-    assert study.main(arguments) == 0
+    assert main(["study", *arguments]) == 0
     results = (tmp_path / "RESULTS.md").read_text()
     assert "## Equal epochs" in results
     assert "## Equal training FLOPs" in results
@@ -47,7 +45,7 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys):
     content = gone.read_text()
     gone.unlink()
     capsys.readouterr()
-    assert study.main(arguments) == 0
+    assert main(["study", *arguments]) == 0
     assert "4 runs, 3 done already" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in summaries if f != gone} == {
         f: t for f, t in summaries.items() if f != gone
@@ -59,7 +57,7 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys):
 def test_what_fails_is_told_and_the_rest_is_compared(tmp_path, capsys):
     variants = {"fixed_large": ["growth=none"], "broken": ["growth=none", "model.norm=nothing"]}
     path = write(tmp_path, variants=variants, seeds=[0], epochs=1, equal_flops=[])
-    assert study.main([str(path), "--runs", str(tmp_path / "runs")]) == 1
+    assert main(["study", str(path), "--runs", str(tmp_path / "runs")]) == 1
     printed = capsys.readouterr().out
     assert "broken/seed0: FAILED" in printed
     assert "model.norm" in printed
@@ -70,7 +68,10 @@ def test_epochs_at_equal_flops_follow_from_what_was_spent(tmp_path):
     path = write(tmp_path, epochs=10, equal_flops=["fixed_large", "fixed_small"])
     with pytest.raises(ConfigError, match="fixed_large, random"):
         study.Study.read(path)
-    variants = {"fixed_small": ["growth=none"], "fixed_large": ["growth=none"], "a": ["growth=a"], "b": ["growth=b"]}
+    variants = {name: ["growth=none"] for name in ("fixed_small", "fixed_large")} | {
+        "a": ["growth=tiny"],
+        "b": ["growth=senn"],
+    }
     small = study.Study.read(write(tmp_path, epochs=10, equal_flops=["fixed_large", "fixed_small"], variants=variants))
     for name, flops in {"fixed_small": 10, "fixed_large": 100, "a": 40, "b": 60}.items():
         folder = tmp_path / "runs" / "equal_epochs" / name / "seed0"
@@ -91,3 +92,41 @@ def test_every_run_of_the_committed_studies_composes(name):
         if config["growth"]["method"] != "none":
             get_solver(config["growth"]["method"], **config["growth"]["solver"])
         make_policy(config["growth"]["amount"], "growth.amount")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variant": {}}, "did you mean variants?"),
+        ({"epochs": "many"}, "study.yaml: epochs"),
+        ({"seeds": []}, "study.yaml: seeds"),
+        ({"variants": {"fixed_large": "growth=none"}}, "study.yaml: variants"),
+        ({"variants": {"fixed_large": ["growth=none", "model.width=-1"]}}, "variant fixed_large: model.width"),
+        ({"baseline": "fixed_lrage"}, "did you mean fixed_large?"),
+        ({"name": "a/b"}, "study.yaml: name"),
+    ],
+)
+def test_a_wrong_study_is_one_message_before_anything_runs(changes, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", str(write(tmp_path, **changes))]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["study.yaml", "--only", "randm"], "did you mean random?"),
+        (["study.yaml", "--seeds", "a"], "--seeds"),
+        (["study.yaml", "--proceses", "2"], "did you mean --processes?"),
+        (["study.yaml", "--processes", "0"], "1 or more"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_message(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    assert main(["study", *arguments]) == 1
+    assert words in capsys.readouterr().err

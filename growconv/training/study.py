@@ -1,15 +1,10 @@
-"""Run a study: every variant with every seed, then tables and plots of equal epochs and of equal training FLOPs.
-
-    python experiments/studies/study.py experiments/studies/digits_quick/study.yaml
-    nohup python experiments/studies/study.py experiments/studies/fashion_mnist/study.yaml --processes 2 > study.log &
+"""The command ``growconv study``: every variant with every seed, at equal epochs and at equal training FLOPs.
 
 A study is a YAML file: `base` overrides for all runs, `variants` with overrides of their own, `seeds`, a `baseline`,
 and `equal_flops`: the fixed variants that are trained again for as many epochs as the growing runs' training FLOPs pay
-for. Started again, a study leaves out finished runs and goes on with interrupted ones. Results go beside the YAML file,
-runs to --runs.
+for. Started again, a study leaves out finished runs and goes on with interrupted ones.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,14 +14,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from dataclasses import field as with_default
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from growconv.errors import ConfigError
+from growconv.errors import ConfigError, TrainingError
 from growconv.reporting.compare import to_markdown, write_comparison
 from growconv.reporting.comparison import compare
+from growconv.reporting.records import read_yaml
+from growconv.reporting.terminal import shown
+from growconv.training import config as settings
+from growconv.training.checks import near
+from growconv.training.usage import CommandParser
 
 SAME_FOR_ALL = ("report=false", "baselines=[]", "trainer.progress=none", "logger=none")
 
@@ -51,26 +53,66 @@ class Study:
     seeds: list[int]
     baseline: str
     epochs: int
-    equal_flops: list[str] = field(default_factory=list)
+    equal_flops: list[str] = with_default(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> "Study":
-        """Read and check a study.yaml.
+        """Read and check a study's file, the settings of every variant included.
 
         Raises:
-            ConfigError: an entry is missing, unknown or names a variant that is not there.
+            ConfigError: an entry is missing, unknown or of another form, or names what is not there.
         """
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = set(cls.__dataclass_fields__)
-        if not isinstance(entries, dict) or set(entries) - known or known - set(entries) - {"equal_flops"}:
-            raise ConfigError("this is no study", where=str(path), expected=", ".join(sorted(known)), got=entries)
+        try:
+            entries = read_yaml(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError("this is no YAML file", where=str(path), got=str(error).splitlines()[0]) from error
+        _check_entries(entries, path)
         study = cls(**entries)
         for variant in (study.baseline, *study.equal_flops):
-            if variant not in study.variants:
+            study.require(variant, str(path))
+        for name, overrides in study.variants.items():
+            try:
+                settings.plain(settings.compose([*SAME_FOR_ALL, *study.base, *overrides]))
+            except ConfigError as error:
+                where = f"{path}, variant {name}: {error.where}"
                 raise ConfigError(
-                    "there is no such variant", where=str(path), expected=", ".join(study.variants), got=variant
-                )
+                    error.problem, where=where, expected=error.expected, got=error.got, fix=error.fix
+                ) from error
         return study
+
+    def require(self, variant: str, where: str) -> None:
+        """Refuse a variant that is not there.
+
+        Raises:
+            ConfigError: names those that are.
+        """
+        if variant not in self.variants:
+            meant = near(variant, self.variants)
+            fix = f"did you mean {meant}?" if meant else None
+            raise ConfigError(
+                "there is no such variant", where=where, expected=", ".join(self.variants), got=variant, fix=fix
+            )
+
+    def part(self, only: Sequence[str] | None, seeds: Sequence[int] | None) -> "Study":
+        """The study with some of its variants and other seeds.
+
+        Args:
+            only: names of variants; None keeps all.
+            seeds: in place of the study's; None keeps those.
+
+        Raises:
+            ConfigError: a variant that is not there.
+        """
+        chosen = list(self.variants if only is None else only)
+        for name in chosen:
+            self.require(name, "--only")
+        return replace(
+            self,
+            variants={name: self.variants[name] for name in chosen},
+            seeds=list(self.seeds if seeds is None else seeds),
+            baseline=self.baseline if self.baseline in chosen else chosen[0],
+            equal_flops=[name for name in self.equal_flops if name in chosen],
+        )
 
     @property
     def growing(self) -> list[str]:
@@ -175,42 +217,81 @@ def write_results(study: Study, runs: Path, output: Path) -> None:
         write_comparison(comparison, output / folder)
         lines += [f"## {title}", "", to_markdown(comparison), f"![{title}]({folder}/comparison.png)", ""]
     (output / "RESULTS.md").write_text("\n".join(lines), encoding="utf-8")
-    print(output / "RESULTS.md")
+    print(f"results: {shown(output / 'RESULTS.md')}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """See the module's own text; gives 1 where a run failed."""
-    parser = argparse.ArgumentParser(description="Run a study: resumable, in the background if you like.")
-    parser.add_argument("study", type=Path, help="study.yaml")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), help="where the runs lie")
-    parser.add_argument("--output", type=Path, help="where tables and plots go (default: beside study.yaml)")
-    parser.add_argument("--only", help="comma-separated variants, for a part of the study")
-    parser.add_argument("--seeds", help="comma-separated seeds, in place of the study's")
-    parser.add_argument("--tables", action="store_true", help="only write tables and plots of what is there")
+def main(argv: Sequence[str]) -> None:
+    """Run a study and write its tables.
+
+    Args:
+        argv: arguments after the command's name.
+
+    Raises:
+        TrainingError: a run failed; the tables of the others are written.
+    """
+    parser = CommandParser("study", "a fair comparison: equal epochs, equal training FLOPs, seeds; resumable")
+    parser.add_argument("study", metavar="FILE", type=Path, help="the study, a YAML file")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="where the runs lie")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of tables and plots (default: beside FILE)")
+    parser.add_argument("--only", type=_words, metavar="A,B", help="some variants")
+    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="in place of the study's")
+    parser.add_argument("--tables", action="store_true", help="only tables and plots of what is there")
     arguments = parser.parse_args(argv)
-    study = Study.read(arguments.study)
-    if arguments.only or arguments.seeds:
-        chosen = arguments.only.split(",") if arguments.only else list(study.variants)
-        seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else study.seeds
-        study = Study(
-            study.name,
-            study.base,
-            {name: study.variants[name] for name in chosen},
-            seeds,
-            study.baseline if study.baseline in chosen else chosen[0],
-            study.epochs,
-            [name for name in study.equal_flops if name in chosen],
-        )
-    runs = arguments.runs.resolve() / study.name
-    output = arguments.output or arguments.study.parent
-    failed = []
+    if arguments.processes < 1:
+        raise ConfigError("runs need a process", where="--processes", expected="1 or more", got=arguments.processes)
+    study = Study.read(arguments.study).part(arguments.only, arguments.seeds)
+    runs, failed = arguments.runs.resolve() / study.name, []
     if not arguments.tables:
         failed = work(list(first_part(study, runs)), arguments.processes)
         if study.growing and not failed:
             failed = work(list(second_part(study, runs)), arguments.processes)
-    write_results(study, runs, output)
-    return 1 if failed else 0
+    write_results(study, runs, arguments.output or arguments.study.parent)
+    if failed:
+        got = ", ".join(str(shown(job.directory)) for job, _ in failed)
+        raise TrainingError(f"{len(failed)} runs failed", got=got, fix="their output is above; start the study again")
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _check_entries(entries: object, path: Path) -> None:
+    """Refuse a file whose entries are not those of a study."""
+    example = "name: mine, base: [data=digits], epochs: 8, seeds: [0, 1], baseline: a, variants: {a: [growth=none]}"
+    if not isinstance(entries, dict):
+        raise ConfigError("this is no study", where=str(path), expected=example, got=type(entries).__name__)
+    known = [entry.name for entry in fields(Study)]
+    unknown = [str(name) for name in entries if name not in known]
+    missing = [name for name in known if name not in entries and name != "equal_flops"]
+    if unknown or missing:
+        meant = near(unknown[0], known) if unknown else None
+        raise ConfigError(
+            "this is no study" if missing else "there is no such entry",
+            where=str(path),
+            expected=example,
+            got=f"without {', '.join(missing)}" if missing else ", ".join(unknown),
+            fix=f"did you mean {meant}?" if meant else None,
+        )
+
+    def texts(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+    variants, seeds = entries["variants"], entries["seeds"]
+    wrong: dict[str, Any] = {
+        "name": not isinstance(entries["name"], str) or "/" in entries["name"],
+        "base": not texts(entries["base"]),
+        "epochs": type(entries["epochs"]) is not int or entries["epochs"] < 1,
+        "seeds": not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds),
+        "variants": not isinstance(variants, dict) or not variants or not all(map(texts, variants.values())),
+        "equal_flops": not texts(entries.get("equal_flops", [])),
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise ConfigError("this entry cannot be used", where=f"{path}: {name}", expected=example, got=entries[name])
 
 
 def _job(study: Study, folder: Path, name: str, overrides: list[str], seed: int, epochs: int) -> Job:
@@ -222,7 +303,3 @@ def _flops(folder: Path) -> list[float]:
     """Training FLOPs of the finished runs of a variant."""
     summaries = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*/summary.json"))]
     return [value for summary in summaries if math.isfinite(value := float(summary["train_flops"]))]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
