@@ -32,6 +32,7 @@ from growconv.reporting.terminal import shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
 from growconv.training.checks import near, variants
+from growconv.training.commands import PARSERS
 
 # Ranks above 0 leave no trace of their own.
 SILENT = (
@@ -55,14 +56,6 @@ FLAGS = {
 }
 WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--experimental-rerun"}
 KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
-# Commands that read their own arguments, with their modules.
-PARSED = {
-    "compare": "reporting.compare",
-    "report": "reporting.report",
-    "export": "training.export",
-    "grow": "training.widen",
-    "study": "training.study",
-}
 # With these the config comes from elsewhere, or none is made.
 UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}
 # Values of a sweep that are checked before its first run; the others are checked by their own run.
@@ -133,8 +126,18 @@ def _dispatch(arguments: list[str]) -> None:
         command, rest = arguments[0], arguments[1:]
     if command not in usage.COMMANDS:
         raise _no_command(command, rest)
-    if command in PARSED:
-        import_module(f"growconv.{PARSED[command]}").main(rest)
+    if command == "compare":
+        from growconv.reporting.compare import main as compare
+
+        compare(rest)
+    elif command == "report":
+        from growconv.reporting.report import main as report
+
+        report(rest)
+    elif command in PARSERS:
+        parser, module = PARSERS[command]
+        arguments_read = parser().parse_args(rest)
+        import_module(module).main(arguments_read)
     elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
         fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
         raise ConfigError("a run is named with '='", where="resume", got=rest[0], fix=fix)

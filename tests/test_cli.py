@@ -251,10 +251,10 @@ def test_help_version_and_mistakes_need_no_torch(here):
 import sys
 from growconv import __version__
 from growconv.cli import main
-for line in (["--help"], ["train", "--help"], ["sites", "--help"], ["resume", "--help"], ["--version"]):
-    assert main(line) == 0
-for line in (["site"], ["grwoth=tiny"], ["trainer.epochs=-1"], ["-m", "growth=tiny,randm"], ["sites", "model=resnt"]):
-    assert main(line) == 1
+for line in ("--help", "train --help", "sites --help", "resume --help", "grow --help", "study --help", "--version"):
+    assert main(line.split()) == 0, line
+for line in ("site", "grwoth=tiny", "trainer.epochs=-1", "-m growth=tiny,randm", "sites model=resnt", "study --x"):
+    assert main(line.split()) == 1, line
 assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
 """
     answer = in_a_process(script)

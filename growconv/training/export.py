@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,26 +13,19 @@ from torch import Tensor, nn
 from growconv.errors import ConfigError, TrainingError
 from growconv.reporting.terminal import shown
 from growconv.training.trained import distance, load_run, read_run
-from growconv.training.usage import CommandParser
 
 BATCHES = (1, 2, 5)
 """Batch sizes at which the file is compared with the model; it is written at the second one."""
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Namespace) -> None:
     """Write RUN/model.pt2, or what --output names, and say how far it is from the model.
 
     Args:
-        argv: arguments after the command's name.
+        arguments: what `export_parser` read.
     """
-    parser = CommandParser("export", "the model of a run as ONNX or torch.export, for any batch size, verified")
-    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint file")
-    parser.add_argument("--output", metavar="FILE", help="FILE.pt2 (torch.export) or FILE.onnx; default: RUN/model.pt2")
-    parser.add_argument("--best", action="store_true", help="the best weights by validation, not the last")
-    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
-    arguments = parser.parse_args(argv)
-    run = Path(arguments.run)
-    output = Path(arguments.output) if arguments.output else (run if run.is_dir() else run.parent) / "model.pt2"
+    run = arguments.run
+    output = arguments.output or (run if run.is_dir() else run.parent) / "model.pt2"
     error = export(run, output, best=arguments.best, trust=arguments.trust)
     print(f"{shown(output)}: {output.stat().st_size / 1e6:.2f} MB, within {error:.1e} of the model's outputs")
 

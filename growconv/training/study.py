@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
@@ -28,7 +29,6 @@ from growconv.reporting.records import read_yaml
 from growconv.reporting.terminal import shown
 from growconv.training import config as settings
 from growconv.training.checks import near
-from growconv.training.usage import CommandParser
 
 SAME_FOR_ALL = ("report=false", "baselines=[]", "trainer.progress=none", "logger=none")
 
@@ -220,24 +220,15 @@ def write_results(study: Study, runs: Path, output: Path) -> None:
     print(f"results: {shown(output / 'RESULTS.md')}")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Namespace) -> None:
     """Run a study and write its tables.
 
     Args:
-        argv: arguments after the command's name.
+        arguments: what `study_parser` read.
 
     Raises:
         TrainingError: a run failed; the tables of the others are written.
     """
-    parser = CommandParser("study", "a fair comparison: equal epochs, equal training FLOPs, seeds; resumable")
-    parser.add_argument("study", metavar="FILE", type=Path, help="the study, a YAML file")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="where the runs lie")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of tables and plots (default: beside FILE)")
-    parser.add_argument("--only", type=_words, metavar="A,B", help="some variants")
-    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="in place of the study's")
-    parser.add_argument("--tables", action="store_true", help="only tables and plots of what is there")
-    arguments = parser.parse_args(argv)
     if arguments.processes < 1:
         raise ConfigError("runs need a process", where="--processes", expected="1 or more", got=arguments.processes)
     study = Study.read(arguments.study).part(arguments.only, arguments.seeds)
@@ -250,14 +241,6 @@ def main(argv: Sequence[str]) -> None:
     if failed:
         got = ", ".join(str(shown(job.directory)) for job, _ in failed)
         raise TrainingError(f"{len(failed)} runs failed", got=got, fix="their output is above; start the study again")
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def _check_entries(entries: object, path: Path) -> None:

@@ -1,19 +1,16 @@
 """The help pages of the command line, written from the schemas and the files of conf/; nothing here needs torch."""
 
-import argparse
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, is_dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import MISSING
 
 from growconv import __version__
-from growconv.errors import ConfigError
 from growconv.training import config as settings
-from growconv.training.checks import near
 
 WIDTH = 79
 
@@ -69,29 +66,6 @@ FLAGS = {
     "--version": "the version",
     "--hydra-help": "the help of Hydra, which reads the settings",
 }
-
-
-class CommandParser(argparse.ArgumentParser):
-    """The arguments of one command; a mistake in them is an error like any other.
-
-    Args:
-        command: its name, a key of COMMANDS.
-        description: what it does.
-    """
-
-    def __init__(self, command: str, description: str) -> None:
-        example = f"for example:\n  {COMMANDS[command][1]}"
-        shape = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            f"growconv {command}", description=description, epilog=example, formatter_class=shape, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Say it as growconv says it, with what was probably meant."""
-        _, _, strange = message.partition("unrecognized arguments: ")
-        meant = near(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
-        fix = f"did you mean {meant}?" if meant else f"{self.prog} --help lists them"
-        raise ConfigError(message, where=self.prog, fix=fix)
 
 
 def first_page() -> str:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -32,7 +33,6 @@ from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
 from growconv.training.tracking import Tracker
 from growconv.training.trained import begun_model, distance, load_run, read_run
-from growconv.training.usage import CommandParser
 
 
 @dataclass
@@ -77,34 +77,15 @@ class Wish:
         return bool(self.widths) or any(each is not None for each in (self.factor, self.parameters, self.flops))
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Namespace) -> None:
     """Grow a run's model, and print what grew, what it costs and what it gave.
 
     Args:
-        argv: arguments after the command's name.
+        arguments: what `grow_parser` read.
     """
-    parser = CommandParser("grow", "widen or deepen a run's model once, by the run's own data; verify and save it")
-    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint file")
-    parser.add_argument("--factor", type=float, help="every site to this multiple of its width")
-    parser.add_argument(
-        "--width", action="append", default=[], metavar="SITE=N", help="sites of this name or pattern to N channels"
-    )
-    parser.add_argument("--parameters", type=int, help="the best channels, until the model has so many parameters")
-    parser.add_argument("--flops", type=int, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
-    parser.add_argument(
-        "--deepen",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a convolution inside the site of this name, or a copy behind the block of this path",
-    )
-    parser.add_argument("--method", help="of the new channels; default: the run's own, or tiny")
-    parser.add_argument("--output", metavar="DIR", help="the new run directory; default: RUN-grown")
-    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
-    given = parser.parse_args(argv)
+    given, run = arguments, arguments.run
     wish = Wish(given.factor, _widths(given.width), given.parameters, given.flops, given.deepen, given.method)
-    run = Path(given.run)
-    output = Path(given.output) if given.output else run.absolute().with_name(f"{run.absolute().stem}-grown")
+    output = given.output or run.absolute().with_name(f"{run.absolute().stem}-grown")
     grow_run(run, output, wish, given.trust)
     print(f"saved and read back: {shown(output)}")
     print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} trainer.epochs=MORE")

@@ -1,0 +1,100 @@
+"""The arguments of the commands export, grow and study; nothing here needs torch."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from growconv.errors import ConfigError
+from growconv.training.checks import near
+from growconv.training.usage import COMMANDS
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of one command; a mistake in them is an error like any other.
+
+    Args:
+        command: its name, a key of COMMANDS.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        example = f"for example:\n  {COMMANDS[command][1]}"
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            f"growconv {command}", description=description, epilog=example, formatter_class=shape, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Say it as growconv says it, with what was probably meant."""
+        _, _, strange = message.partition("unrecognized arguments: ")
+        meant = near(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
+        fix = f"did you mean {meant}?" if meant else f"{self.prog} --help lists them"
+        raise ConfigError(message, where=self.prog.split()[-1], fix=fix)
+
+
+def export_parser() -> CommandParser:
+    """Of growconv export."""
+    parser = CommandParser("export", "the model of a run as ONNX or torch.export, for any batch size, verified")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="FILE.pt2 (torch.export) or FILE.onnx; default: RUN/model.pt2"
+    )
+    parser.add_argument("--best", action="store_true", help="the best weights by validation, not the last")
+    return _with_trust(parser)
+
+
+def grow_parser() -> CommandParser:
+    """Of growconv grow."""
+    parser = CommandParser("grow", "widen or deepen a run's model once, by the run's own data; verify and save it")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
+    parser.add_argument("--factor", type=float, help="every site to this multiple of its width")
+    parser.add_argument(
+        "--width", action="append", default=[], metavar="SITE=N", help="sites of this name or pattern to N channels"
+    )
+    parser.add_argument("--parameters", type=int, help="the best channels, until the model has so many parameters")
+    parser.add_argument("--flops", type=int, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
+    parser.add_argument(
+        "--deepen",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a convolution inside the site of this name, or a copy behind the block of this path",
+    )
+    parser.add_argument("--method", help="of the new channels; default: the run's own, or tiny")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the new run directory; default: RUN-grown")
+    return _with_trust(parser)
+
+
+def study_parser() -> CommandParser:
+    """Of growconv study."""
+    parser = CommandParser("study", "a fair comparison: equal epochs, equal training FLOPs, seeds; resumable")
+    parser.add_argument("study", metavar="FILE", type=Path, help="the study, a YAML file")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="where the runs lie")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of tables and plots (default: beside FILE)")
+    parser.add_argument("--only", type=_words, metavar="A,B", help="some variants")
+    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="in place of the study's")
+    parser.add_argument("--tables", action="store_true", help="only tables and plots of what is there")
+    return parser
+
+
+PARSERS: dict[str, tuple[Callable[[], CommandParser], str]] = {
+    "export": (export_parser, "growconv.training.export"),
+    "grow": (grow_parser, "growconv.training.widen"),
+    "study": (study_parser, "growconv.training.study"),
+}
+"""Each command with its parser and the module whose `main` carries it out."""
+
+
+def _with_trust(parser: CommandParser) -> CommandParser:
+    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
