@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from growconv.convolution.cost import conv_cost
-    from growconv.convolution.cp import CPConv1d, CPConv2d, CPConv3d
+    from growconv.convolution.cp import CPConv, CPConv1d, CPConv2d, CPConv3d
     from growconv.convolution.kernels import (
         compose_convs,
         compose_kernels,
         composite_matrix,
         composite_size,
+        conv_pair,
         exact_locations,
     )
     from growconv.convolution.pooling import commute_average_pool
     from growconv.convolution.split import split_kernel
-    from growconv.convolution.toeplitz import toeplitz_matrix
-    from growconv.convolution.tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+    from growconv.convolution.toeplitz import toeplitz_adjoint, toeplitz_matrix
+    from growconv.convolution.tucker import TuckerConv, TuckerConv1d, TuckerConv2d, TuckerConv3d
     from growconv.convolution.unfold import mask_tensor
     from growconv.errors import GrowthError, GrowthWarning
     from growconv.growth import Budget, GrowthScheduler
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from growconv.solvers import Solver, solve
     from growconv.solvers.energy import captured_energy
     from growconv.solvers.rank import collect_rank_statistics, grow_rank
-    from growconv.statistics import PairStatistics, StatisticsCollector, collect_statistics
+    from growconv.statistics import PairStatistics, StatisticsCollector, best_update, collect_statistics
     from growconv.training.checkpoint import load_checkpoint, save_checkpoint
     from growconv.training.trained import load_run
 
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "CPConv",
     "CPConv1d",
     "CPConv2d",
     "CPConv3d",
@@ -56,10 +58,12 @@ __all__ = [
     "RankSite",
     "Solver",
     "StatisticsCollector",
+    "TuckerConv",
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerConv3d",
     "apply_edits",
+    "best_update",
     "captured_energy",
     "collect_rank_statistics",
     "collect_statistics",
@@ -69,6 +73,7 @@ __all__ = [
     "composite_matrix",
     "composite_size",
     "conv_cost",
+    "conv_pair",
     "exact_locations",
     "explain_sites",
     "find_rank_sites",
@@ -88,6 +93,7 @@ __all__ = [
     "solve",
     "split_conv",
     "split_kernel",
+    "toeplitz_adjoint",
     "toeplitz_matrix",
 ]
 
@@ -105,12 +111,12 @@ _PACKAGES = (
 # Module by module, the names it gives; the imports above say the same to type checkers and editors.
 _HOMES = {
     "convolution.cost": "conv_cost",
-    "convolution.cp": "CPConv1d CPConv2d CPConv3d",
-    "convolution.kernels": "compose_convs compose_kernels composite_matrix composite_size exact_locations",
+    "convolution.cp": "CPConv CPConv1d CPConv2d CPConv3d",
+    "convolution.kernels": "compose_convs compose_kernels composite_matrix composite_size conv_pair exact_locations",
     "convolution.pooling": "commute_average_pool",
     "convolution.split": "split_kernel",
-    "convolution.toeplitz": "toeplitz_matrix",
-    "convolution.tucker": "TuckerConv1d TuckerConv2d TuckerConv3d",
+    "convolution.toeplitz": "toeplitz_adjoint toeplitz_matrix",
+    "convolution.tucker": "TuckerConv TuckerConv1d TuckerConv2d TuckerConv3d",
     "convolution.unfold": "mask_tensor",
     "errors": "GrowthError GrowthWarning",
     "growth": "Budget GrowthScheduler",
@@ -125,7 +131,7 @@ _HOMES = {
     "solvers": "Solver solve",
     "solvers.energy": "captured_energy",
     "solvers.rank": "collect_rank_statistics grow_rank",
-    "statistics": "PairStatistics StatisticsCollector collect_statistics",
+    "statistics": "PairStatistics StatisticsCollector best_update collect_statistics",
     "training.checkpoint": "load_checkpoint save_checkpoint",
     "training.trained": "load_run",
 }

@@ -1,6 +1,7 @@
 """Convolutions with a CP kernel: a sum of R rank-one terms, W[o,i,*t] = Σ_r out[o,r]·in[i,r]·∏ axis[t,r]."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ class CPConv(FactorizedConv):
     """
 
     implementations: ClassVar[tuple[str, ...]] = ("factorized", "reconstructed", "mobilenet")
+    expected_factors: ClassVar[str] = "(C2, R), (C1, R), and (taps, R) per axis of the kernel"
     out_factor: nn.Parameter
     in_factor: nn.Parameter
 
@@ -58,6 +60,12 @@ class CPConv(FactorizedConv):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
+    @classmethod
+    def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
+        if any(each.dim() != 2 or each.shape[1] != factors[0].shape[1] for each in factors):
+            return None
+        return tuple(each.shape[0] for each in factors), factors[0].shape[1]
+
     def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
         options = {} if iterations is None else {"iterations": iterations}
         factors, fit = decompose_cp(kernel, self.rank, where=where, **options)
@@ -81,16 +89,16 @@ class CPConv(FactorizedConv):
 class CPConv1d(CPConv):
     """`nn.Conv1d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 1
+    axes = 1
 
 
 class CPConv2d(CPConv):
     """`nn.Conv2d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 2
+    axes = 2
 
 
 class CPConv3d(CPConv):
     """`nn.Conv3d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 3
+    axes = 3

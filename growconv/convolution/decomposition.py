@@ -38,8 +38,8 @@ def decompose_cp(
     kernel: Float[Tensor, "outputs inputs *taps"],
     rank: int,
     *,
-    iterations: int = 100,
-    tolerance: float = 1e-3,
+    iterations: int = 1000,
+    tolerance: float = 1e-5,
     where: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Fit]:
     """Sum of `rank` rank-one terms next to a kernel: alternating least squares (Kolda & Bader 2009, figure 3.3).

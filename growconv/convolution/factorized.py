@@ -1,6 +1,7 @@
 """What CP and Tucker convolutions have in common: a conv whose kernel is stored as factors."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from growconv.convolution.arguments import PerAxis, geometry
 from growconv.convolution.decomposition import Fit
 from growconv.convolution.kernels import Conv, make_conv
 from growconv.convolution.ranks import Rank
-from growconv.errors import ArgumentTypeError, ArgumentValueError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -20,13 +21,15 @@ _FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 class FactorizedConv(nn.Module, ABC):
     """A convolution whose kernel is a low-rank tensor, stored as its factors.
 
-    The factors are `nn.Parameter`s made once; an implementation only says how they meet the input, so that state dicts
-    load across implementations. Stride, padding, padding mode, dilation and bias mean what they mean to `nn.Conv2d`.
+    `CPConv2d` and its like are each of one order; `CPConv` and `TuckerConv` take theirs from the entries of
+    `kernel_size`. The factors are `nn.Parameter`s made once; an implementation only says how they meet the input, so
+    that state dicts load across implementations. Stride, padding, padding mode, dilation and bias mean what they mean
+    to `nn.Conv2d`.
 
     Args:
         in_channels: C1.
         out_channels: C2.
-        kernel_size: one number, or one per axis.
+        kernel_size: one number, or one per axis; one per axis in a class of any order.
         stride: step per output location.
         padding: zeros (or what `padding_mode` says) on both sides of every axis, "same" or "valid".
         dilation: step between taps.
@@ -40,8 +43,9 @@ class FactorizedConv(nn.Module, ABC):
         dtype: of the factors.
     """
 
-    axes: ClassVar[int]
+    axes: int = 0  # in a class of any order
     implementations: ClassVar[tuple[str, ...]] = ("factorized", "reconstructed")
+    expected_factors: ClassVar[str]
     bias: nn.Parameter | None
 
     def __init__(
@@ -69,9 +73,8 @@ class FactorizedConv(nn.Module, ABC):
             )
         self.in_channels = _positive(in_channels, "in_channels", name)
         self.out_channels = _positive(out_channels, "out_channels", name)
-        self.geometry = geometry(
-            kernel_size, stride, padding, dilation, padding_mode, axes=self.axes, where=type(self).__name__
-        )
+        self.axes = type(self).axes or _order(kernel_size, name)
+        self.geometry = geometry(kernel_size, stride, padding, dilation, padding_mode, axes=self.axes, where=name)
         self.kernel_size = self.geometry.kernel_size
         self.stride = self.geometry.stride
         self.dilation = self.geometry.dilation
@@ -94,6 +97,11 @@ class FactorizedConv(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
+
+    @classmethod
+    @abstractmethod
+    def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
+        """Shape (C2, C1, *kernel_size) and rank of these factors' kernel; None where they do not fit together."""
 
     @abstractmethod
     def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
@@ -150,6 +158,7 @@ class FactorizedConv(nn.Module, ABC):
         implementation: str = "factorized",
         *,
         iterations: int | None = None,
+        decompose_weights: bool = True,
     ) -> "FactorizedConv":
         """A factorized stand-in for a convolution, by decomposing its kernel.
 
@@ -157,17 +166,19 @@ class FactorizedConv(nn.Module, ABC):
             conv: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` as fits the class, with groups=1.
             rank: see the class.
             implementation: see the class.
-            iterations: most sweeps of the decomposition; None takes its default, 100.
+            iterations: most sweeps of the decomposition; None takes its default.
+            decompose_weights: False keeps the random factors of a new layer in place of a decomposition.
 
         Returns:
             A module on the conv's device with its dtype, geometry, bias and mode. `module.fit` holds the relative error
-            of the kernel. A `ConvergenceWarning` says when the decomposition was still improving.
+            of the kernel, the sweeps, and whether they converged; None where nothing was decomposed. A
+            `ConvergenceWarning` says when the decomposition was still improving.
         """
-        expected = _CONVS[cls.axes]
+        expected = (_CONVS[cls.axes],) if cls.axes else tuple(_CONVS.values())
         if not isinstance(conv, Conv) or not isinstance(conv, expected):
             raise ArgumentTypeError(
                 "not a convolution that this class can stand in for",
-                expected=f"nn.{expected.__name__}",
+                expected=" or ".join(f"nn.{each.__name__}" for each in expected),
                 got=type(conv).__name__,
                 where=f"{cls.__name__}.from_conv",
             )
@@ -187,7 +198,8 @@ class FactorizedConv(nn.Module, ABC):
             dtype=conv.weight.dtype,
         )
         with torch.no_grad():
-            module.fit = module._load_kernel(conv.weight, iterations, f"{cls.__name__}.from_conv")
+            if decompose_weights:
+                module.fit = module._load_kernel(conv.weight, iterations, f"{cls.__name__}.from_conv")
             if module.bias is not None and conv.bias is not None:
                 module.bias.copy_(conv.bias)
         for parameter in module.factors():
@@ -195,6 +207,44 @@ class FactorizedConv(nn.Module, ABC):
         if module.bias is not None and conv.bias is not None:
             module.bias.requires_grad_(conv.bias.requires_grad)
         return module.train(conv.training)
+
+    @classmethod
+    def from_factors(cls, factors: Sequence[Tensor], bias: Tensor | None = None, **options: Any) -> "FactorizedConv":
+        """A layer with given factors.
+
+        Args:
+            factors: in the order of `factors()`. CP: (C2, R), (C1, R), then (taps, R) per axis of the kernel. Tucker:
+                the core (r2, r1, *kernel_size), (C2, r2), (C1, r1). They are copied.
+            bias: (C2,); None for a layer without one.
+            **options: stride, padding, dilation, padding_mode and implementation, see the class.
+
+        Returns:
+            A module on the factors' device, with their dtype.
+
+        Raises:
+            ArgumentValueError: factors that do not fit together or are not of this class, or a bias of another size.
+        """
+        where = f"{cls.__name__}.from_factors"
+        alike = len({(each.dtype, each.device) for each in factors}) == 1 and factors[0].is_floating_point()
+        meant = cls._meant_by(factors) if alike else None
+        if meant is None or len(meant[0]) - 2 not in ((cls.axes,) if cls.axes else _CONVS):
+            raise ArgumentValueError(
+                "these factors make no kernel of this class",
+                expected=f"{cls.expected_factors}, of one dtype on one device",
+                got=", ".join(f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in factors) or "none",
+                where=where,
+            )
+        (outputs, inputs, *kernel_size), rank = meant
+        if bias is not None and bias.shape != (outputs,):
+            raise ArgumentValueError("the bias does not fit", expected=(outputs,), got=tuple(bias.shape), where=where)
+        options |= {"rank": rank, "device": factors[0].device, "dtype": factors[0].dtype, "bias": bias is not None}
+        module = cls(inputs, outputs, tuple(kernel_size), **options)
+        with torch.no_grad():
+            for parameter, factor in zip(module.factors(), factors, strict=True):
+                parameter.copy_(factor)
+            if module.bias is not None and bias is not None:
+                module.bias.copy_(bias)
+        return module
 
     def to_conv(self) -> Conv:
         """The ordinary convolution with the reconstructed kernel; its parameters are copies."""
@@ -239,6 +289,18 @@ class FactorizedConv(nn.Module, ABC):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         amounts = [amount for pair in reversed(sides) for amount in pair]
         return functional.pad(x, amounts, mode), [0] * self.axes
+
+
+def _order(kernel_size: PerAxis, where: str) -> int:
+    if isinstance(kernel_size, int) or len(kernel_size) not in _CONVS:
+        raise GeometryError(
+            "the kernel size does not tell the order of the convolution",
+            expected="one to three entries, one per axis",
+            got=kernel_size,
+            where=where,
+            fix=f"write (3, 3) for 3, or use {where}2d",
+        )
+    return len(kernel_size)
 
 
 def _positive(value: object, what: str, where: str) -> int:

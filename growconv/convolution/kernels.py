@@ -7,7 +7,7 @@ summed over hidden channels. Hidden zero padding cuts the sum at the borders; `e
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -222,6 +222,57 @@ def make_conv(
     if bias is not None:
         conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
     return conv
+
+
+def conv_pair(
+    alpha: Float[Tensor, "k a"],
+    omega: Float[Tensor, "channels *columns"],
+    incoming_shape: Sequence[int],
+    kernel_size: PerAxis,
+    first: Mapping[str, Any] | None = None,
+    second: Mapping[str, Any] | None = None,
+) -> tuple[Conv, Conv]:
+    """Two convolutions from bare factors: what the K channels of `growconv.solvers.tiny` or `exact` compute.
+
+    Args:
+        alpha: (K, A), filters of the first convolution; with one entry more per row, its biases.
+        omega: (K, B, C2) or (K, B·C2), the second one's weights on each channel, tap by tap.
+        incoming_shape: (C0, *kernel size) of the first one's filters, A entries in all.
+        kernel_size: of the second, B taps; a number, or one per axis.
+        first: further arguments of the first, as for `nn.Conv2d`: stride, padding, dilation, padding_mode.
+        second: of the second.
+
+    Returns:
+        C0 → K and K → C2, without a bias in the second; `second(first(x))` is Σ_k Σ_ab X_ab α_ka ω_kbc.
+
+    Raises:
+        GeometryError: sizes that do not belong together.
+    """
+    where, axes = "conv_pair", len(incoming_shape) - 1
+    if axes not in _CONVS:
+        raise GeometryError("filters (C0, *kernel size) have one to three axes", got=incoming_shape, where=where)
+    entries, taps = math.prod(incoming_shape), per_axis(kernel_size, axes, "kernel_size", 1, where)
+    channels, bias = len(alpha), alpha.shape[1] == entries + 1
+    if alpha.shape[1] - bias != entries or len(omega) != channels or not channels or omega[0].numel() % math.prod(taps):
+        raise GeometryError(
+            "the factors do not fit the kernels",
+            expected=f"alpha (K, {entries}) or (K, {entries + 1}), omega (K, {math.prod(taps)}, C2)",
+            got=f"alpha {tuple(alpha.shape)}, omega {tuple(omega.shape)}",
+            where=where,
+        )
+    outgoing = omega.reshape(channels, math.prod(taps), -1).permute(2, 0, 1).unflatten(2, taps)
+    common: dict[str, Any] = {"groups": 1, "dtype": alpha.dtype, "device": alpha.device}
+    sizes: list[dict[str, Any]] = [{"kernel_size": tuple(incoming_shape[1:])}, {"kernel_size": taps}]
+    convs = (
+        _CONVS[axes](incoming_shape[0], channels, bias=bias, **sizes[0], **common, **(first or {})),
+        _CONVS[axes](channels, len(outgoing), bias=False, **sizes[1], **common, **(second or {})),
+    )
+    with torch.no_grad():
+        convs[0].weight.copy_(alpha[:, :entries].view_as(convs[0].weight))
+        convs[1].weight.copy_(outgoing)
+        if convs[0].bias is not None:
+            convs[0].bias.copy_(alpha[:, entries])
+    return convs
 
 
 def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[int]) -> Bool[Tensor, "*output_size"]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +75,38 @@ def toeplitz_matrix(
     )
     size = (outputs * rows, inputs * columns)
     return torch.sparse_coo_tensor(index, values.flatten(), size, check_invariants=False).coalesce()
+
+
+def toeplitz_adjoint(
+    matrix: Float[Tensor, "rows columns"], weight_shape: Sequence[int], input_size: PerAxis, **settings: Any
+) -> Float[Tensor, "outputs inputs *taps"]:
+    """Adjoint of `toeplitz_matrix`: from the gradient of a loss by the matrix, its gradient by the kernel.
+
+    Args:
+        matrix: (C2·M, C1·L). Entries where the Toeplitz matrix holds no weight do not count.
+        weight_shape: (C2, C1 / groups, *kernel_size).
+        input_size: size of the input grid, one entry per axis, or one number for all.
+        **settings: stride, padding, dilation, groups, padding_mode and sparse, as given to `toeplitz_matrix`.
+
+    Returns:
+        `weight_shape`: each entry sums what stands where the Toeplitz matrix holds that weight, so that
+        ⟨matrix, toeplitz_matrix(weight)⟩ = ⟨toeplitz_adjoint(matrix), weight⟩ for every weight.
+
+    Raises:
+        GeometryError: when the kernel does not fit the input, or the matrix is not that of such a convolution.
+    """
+    with torch.enable_grad():
+        weight = torch.zeros(tuple(weight_shape), dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+        made = toeplitz_matrix(weight, input_size, **settings)
+    if made.shape != matrix.shape:
+        raise GeometryError(
+            "this matrix is not that of such a convolution",
+            expected=tuple(made.shape),
+            got=tuple(matrix.shape),
+            where="toeplitz_adjoint",
+        )
+    (result,) = torch.autograd.grad(made, weight, matrix)
+    return result
 
 
 def unfolded_conv(

@@ -1,6 +1,7 @@
 """Convolutions with a Tucker kernel: W[o,i,*t] = Σ_pq out[o,p]·in[i,q]·core[p,q,*t]."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ class TuckerConv(FactorizedConv):
         in_factor: (C1, r1).
     """
 
+    expected_factors: ClassVar[str] = "a core (r2, r1, *kernel_size), (C2, r2) and (C1, r1)"
     core: nn.Parameter
     out_factor: nn.Parameter
     in_factor: nn.Parameter
@@ -54,6 +56,15 @@ class TuckerConv(FactorizedConv):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
+    @classmethod
+    def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
+        if [each.dim() for each in factors[1:]] != [2, 2] or factors[0].dim() < 3:
+            return None
+        core, outputs, inputs = factors
+        ranks = (core.shape[0], core.shape[1])
+        fits = ranks == (outputs.shape[1], inputs.shape[1])
+        return ((outputs.shape[0], inputs.shape[0], *core.shape[2:]), ranks) if fits else None
+
     def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
         options = {} if iterations is None else {"iterations": iterations}
         core, outputs, inputs, fit = decompose_tucker(kernel, self.rank, where=where, **options)
@@ -71,16 +82,16 @@ class TuckerConv(FactorizedConv):
 class TuckerConv1d(TuckerConv):
     """`nn.Conv1d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 1
+    axes = 1
 
 
 class TuckerConv2d(TuckerConv):
     """`nn.Conv2d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 2
+    axes = 2
 
 
 class TuckerConv3d(TuckerConv):
     """`nn.Conv3d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
 
-    axes: ClassVar[int] = 3
+    axes = 3

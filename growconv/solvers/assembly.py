@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import StatisticsError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, StatisticsError
 from growconv.linalg import fix_signs
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
@@ -61,6 +61,48 @@ def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tenso
                     fix="look for an overflow in the loss, or lower the loss scale",
                 )
     return tuple([getattr(consumer, name) for consumer in subject.consumers] for name in names)
+
+
+def require_moments(channels: int, N: Tensor, **squares: Tensor) -> None:
+    """Refuse what a method on bare tensors cannot work with; finite entries are not looked at.
+
+    Args:
+        channels: how many are wanted.
+        N: correlation, a matrix or more with the patch entries first.
+        **squares: second moments by name, which are to be square.
+
+    Raises:
+        ArgumentTypeError: channels that are no integer, or numbers of half precision, integers or complex ones.
+        ArgumentValueError: fewer than one channel, shapes that are not as said, or tensors of several dtypes.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int):
+        raise ArgumentTypeError("channels is not an integer", expected="e.g. 8", got=repr(channels), where="channels")
+    if channels < 1:
+        raise ArgumentValueError("at least one channel is needed", expected="≥ 1", got=channels, where="channels")
+    for name, tensor in {**squares, "N": N}.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ArgumentTypeError(
+                "second moments need single or double precision",
+                expected="torch.float32 or torch.float64",
+                got=tensor.dtype,
+                where=name,
+                fix=f"sum them in float32 at least; {name}.float() if they were",
+            )
+        square = name in squares
+        if (tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]) if square else tensor.dim() < 2:
+            raise ArgumentValueError(
+                f"{name} has an impossible shape",
+                expected="a square matrix" if square else "a matrix (a, columns), or a tensor (a, b, c)",
+                got=tuple(tensor.shape),
+                where=name,
+            )
+        if (tensor.dtype, tensor.device) != (N.dtype, N.device):
+            raise ArgumentValueError(
+                f"{name} and N are of different kinds",
+                expected=f"{N.dtype} on {N.device}",
+                got=f"{tensor.dtype} on {tensor.device}",
+                where=name,
+            )
 
 
 def shortfall(found: int, requested: int, what: str) -> str | None:

@@ -23,7 +23,7 @@ from growconv.linalg import (
 )
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import assemble, require_statistics, shortfall
+from growconv.solvers.assembly import assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.energy import require_samples
@@ -57,7 +57,7 @@ class ExactChannels(NamedTuple):
 
 def exact(
     S_full: Float[Tensor, "ab ab"],
-    N: Float[Tensor, "a b c"],
+    N: Float[Tensor, "a *columns"],
     channels: int = 8,
     rank_tolerance: float = 1e-4,
     **options: Any,
@@ -66,24 +66,31 @@ def exact(
 
     Args:
         S_full: second moment of X (a·b, a·b), entries in the order (a, b).
-        N: correlation of X and expressivity bottleneck (a, b, c).
+        N: correlation of X and expressivity bottleneck (a, b, c), or as a matrix (a, b·c).
         channels: how many, at least 1.
         rank_tolerance: singular values of Θ below this share of the largest count as zero; the energy that goes with
             them is of the order of its square.
         **options: of `growconv.linalg.shared_left_least_squares`.
 
     Returns:
-        `channels` channels, or fewer where no more can help; none where N is zero.
+        `channels` channels, or fewer where no more can help; none where N is zero. ω is (k, b, c) in either case.
+
+    Raises:
+        ArgumentTypeError: channels that are no integer, or half precision.
+        ArgumentValueError: fewer than one channel, shapes that do not belong together, entries that are not finite.
     """
-    require_finite(S_full=S_full, N=N)
-    if S_full.shape[0] != N.shape[0] * N.shape[1]:
+    require_moments(channels, N, S_full=S_full)
+    size, patch = S_full.shape[0], N.shape[0]
+    taps = size // max(patch, 1)
+    if not taps or taps * patch != size or N.numel() % size or (N.dim() > 2 and N.shape[1] != taps):
         raise ArgumentValueError(
             "S_full and N do not belong together",
-            expected=f"S_full of size {N.shape[0] * N.shape[1]}",
-            got=tuple(S_full.shape),
+            expected="S_full (a·b, a·b) with N (a, b, c) or (a, b·c)",
+            got=f"S_full {tuple(S_full.shape)}, N {tuple(N.shape)}",
             where="S_full",
         )
-    return minimise([(DenseMetric(S_full, N.shape[0]), N)], channels, rank_tolerance, **options)
+    require_finite(S_full=S_full, N=N)
+    return minimise([(DenseMetric(S_full, patch), N.reshape(patch, taps, -1))], channels, rank_tolerance, **options)
 
 
 def minimise(

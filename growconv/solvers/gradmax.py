@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import SolverError
 from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.existing import columns_of, filter_norms, not_plain, require_number
 from growconv.statistics.pair import PairStatistics
@@ -22,7 +22,7 @@ class GradMaxChannels(NamedTuple):
     """Outgoing weights that maximise the first gradient on the new incoming weights.
 
     Attributes:
-        omega: (k, b, c), orthonormal rows.
+        omega: (k, b, c), orthonormal rows; (k, columns) for N_raw as a matrix.
         gains: (k,) squared singular values, descending: ‖∂L/∂α_k‖² at α = 0 for ω_k of norm 1.
     """
 
@@ -31,20 +31,23 @@ class GradMaxChannels(NamedTuple):
 
 
 def gradmax(
-    N_raw: Float[Tensor, "a b c"], channels: int = 8, rank_tolerance: float = RANK_TOLERANCE
+    N_raw: Float[Tensor, "a *columns"], channels: int = 8, rank_tolerance: float = RANK_TOLERANCE
 ) -> GradMaxChannels:
     """Leading right singular vectors of N_raw (GradMax, equation 9): no whitening and no projection.
 
     Args:
-        N_raw: correlation of patches and negative loss gradient (a, b, c).
+        N_raw: correlation of patches and negative loss gradient (a, b, c), or as a matrix (a, b·c).
         channels: how many, at least 1.
         rank_tolerance: singular values below this share of the largest count as zero.
 
     Returns:
         `channels` channels, or fewer where the numerical rank is lower; none where N_raw is zero.
+
+    Raises:
+        ArgumentTypeError: channels that are no integer, or half precision.
+        ArgumentValueError: fewer than one channel, a vector in place of a matrix, entries that are not finite.
     """
-    if channels < 1:
-        raise ArgumentValueError("at least one channel is needed", expected="≥ 1", got=channels, where="channels")
+    require_moments(channels, N_raw)
     require_finite(N_raw=N_raw)
     if not bool((N_raw != 0).any()):
         return GradMaxChannels(N_raw.new_zeros(0, *N_raw.shape[1:]), N_raw.new_zeros(0))
@@ -102,10 +105,10 @@ class GradMax(Solver):
         (raw,) = require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
         stacked = torch.cat([each.flatten(1) for each in raw], 1)
-        every = gradmax(stacked[:, None], requested + NOT_TAKEN, self.rank_tolerance)
+        every = gradmax(stacked, requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
-        parts = omega[:, 0].split([each[0].numel() for each in raw], 1)
+        parts = omega.split([each[0].numel() for each in raw], 1)
         old = [columns_of(site, model, consumer.consumer) for consumer in subject.consumers]
         norm = float(torch.cat([each.transpose(0, 1).flatten(1) for each in old], 1).norm(dim=1).mean()) * self.outgoing
         rights = [norm * part.reshape(found, *each.shape[1:]) for part, each in zip(parts, raw, strict=True)]

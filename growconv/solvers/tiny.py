@@ -11,7 +11,7 @@ from growconv.errors import ArgumentValueError
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.statistics.pair import PairStatistics
@@ -22,7 +22,7 @@ class TinyChannels(NamedTuple):
 
     Attributes:
         alpha: (k, a), filters of the first conv, the bias last where it has one.
-        omega: (k, b, c), weights of the second conv.
+        omega: (k, b, c), weights of the second conv; (k, columns) for N as a matrix.
         gains: (k,) σ_k², descending: the share of ‖v⊥‖²/n that channel k captures if the taps were independent.
     """
 
@@ -33,7 +33,7 @@ class TinyChannels(NamedTuple):
 
 def tiny(
     S: Float[Tensor, "a a"],
-    N: Float[Tensor, "rows b c"],
+    N: Float[Tensor, "rows *columns"],
     channels: int = 8,
     rank_tolerance: float = RANK_TOLERANCE,
 ) -> TinyChannels:
@@ -44,15 +44,18 @@ def tiny(
 
     Args:
         S: second moment of the first conv's patches (a, a), symmetric positive semi-definite.
-        N: correlation of patches and expressivity bottleneck (a, b, c).
+        N: correlation of patches and expressivity bottleneck (a, b, c), or as a matrix (a, b·c).
         channels: how many, at least 1.
         rank_tolerance: eigenvalues of S, and singular values σ, below this share of the largest count as zero.
 
     Returns:
         `channels` channels, or fewer where the numerical rank is lower; none where N is zero.
+
+    Raises:
+        ArgumentTypeError: channels that are no integer, or half precision.
+        ArgumentValueError: fewer than one channel, shapes that do not belong together, entries that are not finite.
     """
-    if channels < 1:
-        raise ArgumentValueError("at least one channel is needed", expected="≥ 1", got=channels, where="channels")
+    require_moments(channels, N, S=S)
     if S.shape[0] != N.shape[0]:
         raise ArgumentValueError(
             "S and N do not belong together", expected=f"N of shape ({S.shape[0]}, ...)", got=tuple(N.shape), where="N"
@@ -108,10 +111,10 @@ class Tiny(Solver):
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
         S = shrink(torch.stack(grams).mean(0), self.shrinkage, subject.samples)[0]
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
-        every = tiny(S, columns[:, None], channels + NOT_TAKEN, self.rank_tolerance)
+        every = tiny(S, columns, channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)
         found = alpha.shape[0]
-        parts = omega[:, 0].split([each[0].numel() for each in correlations], 1)
+        parts = omega.split([each[0].numel() for each in correlations], 1)
         rights = [part.reshape(found, *each.shape[1:]) for part, each in zip(parts, correlations, strict=True)]
         reason = shortfall(found, channels, "S^(-1/2)·N")
         growth = assemble(subject, model, self.name, alpha, rights, gains, channels, reason, self.signs)

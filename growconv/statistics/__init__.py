@@ -4,7 +4,7 @@ from growconv.statistics.collect import collect_statistics
 from growconv.statistics.collector import QUANTITIES, StatisticsCollector
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.samples import KeptSamples
+from growconv.statistics.samples import KeptSamples, best_update
 
 __all__ = [
     "QUANTITIES",
@@ -12,5 +12,6 @@ __all__ = [
     "KeptSamples",
     "PairStatistics",
     "StatisticsCollector",
+    "best_update",
     "collect_statistics",
 ]

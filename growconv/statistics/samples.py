@@ -6,9 +6,10 @@ meets another. Several passes are kept together where one loss has run the model
 """
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.linalg import solve_psd
 from growconv.network import layers
-from growconv.network.layout import IN
+from growconv.network.layout import IN, OUT
 from growconv.network.seats import Calls, Inserted, Moments, Region, some_of
 from growconv.network.site import GrowthSite
 from growconv.statistics.columns import columns, positions
@@ -292,7 +293,7 @@ class KeptSamples:
             weight = statistics.update
             return _Update(layer, torch.as_tensor(weight), statistics.update_bias)
         pairs = [pair for each in self.passes for pair in zip(each.h[path], each.v[path], strict=True)]
-        return _Update(layer, *own_update(layer.module, pairs))
+        return _Update(layer, *best_update(layer.module, pairs))
 
     def v_perp(self, consumer: str) -> Tensor:
         """v⊥ of one consumer; rows as those of `v`.
@@ -417,19 +418,27 @@ def by_sample(values: Tensor, samples: int) -> Tensor:
     return rows.new_zeros(samples).index_add(0, index, rows)
 
 
-def own_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-    """The best change of a layer's own weights on samples.
+def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    """The best first-order change of a layer's own weights on samples: W* = S2⁺ M (TINY, proposition 3.1).
 
-    With fewer than four rows an entry a ridge chosen by cross-validation keeps it to what carries over to others.
+    It needs no site: any convolution or linear layer will do. What it leaves of v is the layer's expressivity
+    bottleneck. With fewer than four rows (samples × output locations) an entry of a filter, a ridge chosen by
+    cross-validation keeps it to what carries over to other samples.
 
     Args:
         module: convolution or linear layer.
-        pairs: what it read, and what its output should do, of some samples each.
+        pairs: h that it read, and v = −∂loss/∂output, of some samples each; images may differ in size between pairs.
 
     Returns:
-        The change of its weight (out, in/groups, *kernel) and of its bias, None for a layer without one.
+        The change of its weight (out, in/groups, *kernel) and of its bias, None for a layer without one; in float64.
+
+    Raises:
+        SiteError: a layer of another kind.
+        StatisticsError: no samples, or h and v that are not input and output of the layer.
     """
     samples = sum(len(h) for h, _ in pairs)
+    if not samples:
+        raise StatisticsError("an update of zero samples", got="no samples", where=str(module))
     halves: tuple[list[Equations], list[Equations]] = ([], [])
     seen = 0
     for h, v in pairs:
@@ -473,15 +482,20 @@ def _own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
     """Normal equations of every group of a layer: gram (g, d, d) and cross (g, d, c)."""
     layer = layers.weighted(module)
     one = _designs(module, [h[:1]], layer.groups)[0]
-    step = max(1, 2**22 // max(1, one.numel()))
-    found: Equations | None = None
-    for values, wanted in zip(h.split(step), v.split(step), strict=True):
+    targets = positions(module, v[:1]).shape
+    if one.shape[0] != layer.filters()[0].numel() or targets != (layer.size(OUT), one.shape[1]) or len(h) != len(v):
+        raise StatisticsError(
+            "these are not input and output of the layer",
+            got=f"{tuple(h.shape)} and {tuple(v.shape)}",
+            where=str(module),
+        )
+
+    def summed(values: Tensor, wanted: Tensor) -> Equations:
         designs = torch.stack(_designs(module, [values], layer.groups))
         if layer.bias() is not None:
             designs = torch.cat([designs, torch.ones_like(designs[:, :1])], 1)
         targets = positions(module, wanted).unflatten(0, (layer.groups, -1))
-        own = Equations((designs @ designs.mT).double(), (designs @ targets.mT).double(), designs.shape[2])
-        found = own if found is None else found + own
-    if found is None:
-        raise StatisticsError("an update of zero samples", got="no samples")
-    return found
+        return Equations((designs @ designs.mT).double(), (designs @ targets.mT).double(), designs.shape[2])
+
+    step = max(1, 2**22 // max(1, one.numel()))
+    return reduce(operator.add, map(summed, h.split(step), v.split(step)))

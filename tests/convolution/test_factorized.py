@@ -6,11 +6,14 @@ import warnings
 import pytest
 import tensorly
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorly.decomposition import parafac
 from torch import nn
 
 import growconv
+from growconv.convolution import decomposition
 from growconv.convolution.decomposition import ConvergenceWarning, best_rank_one, decompose_cp, decompose_tucker
 from growconv.convolution.ranks import cp_rank, tucker_ranks
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
@@ -109,6 +112,75 @@ def test_from_conv_keeps_what_a_convolution_is(kind):
         assert getattr(back, name) == getattr(conv, name), name
     assert back.weight.dtype == torch.float64
     assert layer.fit.error == pytest.approx(float(error), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_layer_without_a_decomposition_is_a_new_one_of_the_same_shape(kind):
+    conv = CONVS[kind.axes](4, 6, 2, stride=2, padding=1, padding_mode="circular").eval()
+    torch.manual_seed(5)
+    layer = kind.from_conv(conv, rank=2, decompose_weights=False)
+    torch.manual_seed(5)
+    new = kind(4, 6, 2, stride=2, padding=1, padding_mode="circular", rank=2)
+    assert layer.fit is None
+    assert all(torch.equal(mine, other) for mine, other in zip(layer.factors(), new.factors(), strict=True))
+    assert torch.equal(layer.bias, conv.bias)
+    assert layer(torch.randn(1, 4, *[5] * kind.axes)).shape == conv(torch.randn(1, 4, *[5] * kind.axes)).shape
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("bias", [None, torch.arange(4.0, dtype=torch.float64)])
+def test_a_layer_of_given_factors_is_the_convolution_with_their_kernel(axes, bias):
+    taps, letters = (2, 3, 2)[:axes], "xyz"[:axes]
+    x = torch.randn(2, 3, *[6] * axes, dtype=torch.float64)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    factors = [torch.randn(size, 5, dtype=torch.float64) for size in (4, 3, *taps)]
+    kernel = torch.einsum(",".join(f"{letter}r" for letter in "oi" + letters) + "->oi" + letters, *factors)
+    layer = CP[axes].from_factors(factors, bias, stride=2, padding=1, implementation="mobilenet")
+    torch.testing.assert_close(layer(x), convolve(x, kernel, bias, stride=2, padding=1))
+    core, outputs, inputs = (torch.randn(size, dtype=torch.float64) for size in ((2, 3, *taps), (4, 2), (3, 3)))
+    kernel = torch.einsum(f"pq{letters},op,iq->oi{letters}", core, outputs, inputs)
+    tucker = growconv.TuckerConv.from_factors([core, outputs, inputs], bias, dilation=2)
+    torch.testing.assert_close(tucker(x), convolve(x, kernel, bias, dilation=2))
+    core.zero_()
+    assert tucker.core.any()  # the factors were copied
+
+
+def test_factors_that_make_no_layer_are_refused():
+    good = [torch.randn(4, 2), torch.randn(3, 2), torch.randn(3, 2), torch.randn(3, 2)]
+    core = [torch.randn(2, 2, 3, 3), torch.randn(4, 2), torch.randn(3, 2)]
+    for kind, factors in (
+        (growconv.CPConv2d, []),
+        (growconv.CPConv2d, good[:3]),
+        (growconv.CPConv, good[:2]),
+        (growconv.CPConv2d, [torch.randn(4, 1), *good[1:]]),
+        (growconv.CPConv2d, [good[0].double(), *good[1:]]),
+        (growconv.CPConv2d, core),
+        (growconv.TuckerConv2d, good),
+        (growconv.TuckerConv2d, [torch.randn(2, 1, 3, 3), *core[1:]]),
+        (growconv.TuckerConv1d, core),
+    ):
+        with pytest.raises(ArgumentValueError, match="make no kernel of this class"):
+            kind.from_factors(factors)
+    with pytest.raises(ArgumentValueError, match="bias"):
+        growconv.CPConv2d.from_factors(good, torch.zeros(3))
+
+
+@pytest.mark.parametrize(("general", "kinds"), [(growconv.CPConv, CP), (growconv.TuckerConv, TUCKER)])
+def test_one_class_for_every_order(general, kinds):
+    for axes, kind in kinds.items():
+        layer, own = (each(3, 4, (2,) * axes, padding=1, rank=2) for each in (general, kind))
+        own.load_state_dict(layer.state_dict())
+        x = torch.randn(2, 3, *[5] * axes)
+        assert torch.equal(layer(x), own(x))
+        assert torch.equal(copy.deepcopy(layer)(x), own(x))
+        decomposed = general.from_conv(layer.to_conv(), rank=2)
+        assert decomposed.fit.error < 1e-4
+        assert decomposed.axes == axes
+    for kernel_size in (3, (3, 3, 3, 3), ()):
+        with pytest.raises(GeometryError, match="order"):
+            general(3, 4, kernel_size, rank=2)
+    with pytest.raises(ArgumentTypeError, match=r"nn\.Conv1d or nn\.Conv2d or nn\.Conv3d"):
+        general.from_conv(nn.Linear(3, 4))
 
 
 def test_tucker_with_full_ranks_is_exact_and_with_fewer_the_best_of_a_kind():
@@ -230,6 +302,23 @@ def test_not_converged_says_so_and_keeps_the_best():
     assert more.error < fit.error < 1
     again = torch.einsum("or,ir,hr,wr->oihw", *factors)
     assert float((again - kernel).norm() / kernel.norm()) == pytest.approx(fit.error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((8, 4, 3, 3), 12), ((16, 16, 3, 3), 20)])
+def test_the_cp_fit_is_as_good_as_two_hundred_sweeps_of_tensorly(shape, rank):
+    ours, theirs = [], []
+    for seed in range(2):
+        kernel = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        fit = decompose_cp(kernel, rank)[-1]
+        assert fit.converged
+        ours.append(fit.error)
+        # TensorLy from our own start, so that no luck with local minima is measured.
+        start = decomposition._leading_vectors(kernel, rank)
+        with tensorly.backend_context("pytorch", local_threadsafe=True):
+            terms = parafac(kernel, rank, init=(None, start), n_iter_max=200, tol=1e-14)
+            again = tensorly.cp_to_tensor(terms)
+        theirs.append(float((again - kernel).norm() / kernel.norm()))
+    assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1.001
 
 
 def test_decompositions_leave_tensorly_alone_and_repeat():

@@ -72,6 +72,29 @@ def test_differentiable_in_the_weight():
     assert torch.autograd.gradcheck(lambda w: toeplitz_matrix(w, (3, 3), padding=1), weight)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_adjoint_takes_a_gradient_back_to_the_kernel(groups, sparse):
+    settings = {"stride": (2, 1), "padding": 1, "dilation": (1, 2), "groups": groups}
+    weight = torch.randn(4, 2 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
+    x, wanted = torch.randn(2, 2, 5, 6, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((F.conv2d(x, weight, **settings) - wanted).pow(3).sum(), weight)
+    settings |= {"padding_mode": "zeros", "sparse": sparse}
+    matrix = toeplitz_matrix(weight.detach(), (5, 6), **settings).requires_grad_()
+    (gradient,) = torch.autograd.grad((matrix @ x.flatten(1).T - wanted.flatten()[:, None]).pow(3).sum(), matrix)
+    torch.testing.assert_close(growconv.toeplitz_adjoint(gradient, weight.shape, (5, 6), **settings), expected)
+
+
+def test_the_adjoint_in_a_padding_mode_and_of_another_matrix():
+    matrix = torch.randn(2 * 16, 16, dtype=torch.float64)
+    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    settings = {"padding": 1, "padding_mode": "reflect"}
+    there = (matrix * toeplitz_matrix(weight, 4, **settings)).sum()
+    assert (growconv.toeplitz_adjoint(matrix, (2, 1, 3, 3), 4, **settings) * weight).sum() == pytest.approx(there)
+    with pytest.raises(GeometryError, match="not that of such a convolution"):
+        growconv.toeplitz_adjoint(matrix.T, (2, 1, 3, 3), 4, **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
