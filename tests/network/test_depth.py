@@ -136,7 +136,7 @@ def test_growing_goes_on_afterwards() -> None:
     model, example = build()
     optimizer = trained(model, example)
     insert_copy(model, "block", optimizer=optimizer)
-    split_conv(model, "second", 6, optimizer=optimizer)
+    split_conv(model, "second", 16, optimizer=optimizer)
     axes = dict.fromkeys((("second.0", OUT), ("second.1", IN)), hand.PLAIN)
     site = hand.site(model, axes)
     expected = model(example)
