@@ -163,7 +163,8 @@ def test_policies_are_composed_in_yaml(here, capsys):
         (["trainer.accumulate=1000"], ["trainer.accumulate"]),
         (["trainer.label_smoothing=1"], ["trainer.label_smoothing"]),
         (["trainer.progress=loud"], ["trainer.progress"]),
-        (["logger.name=notebook"], ["logger.name"]),
+        (["logger=notebook"], ["notebook", "tensorboard"]),
+        (["logger=[csv,wandbb]"], ["did you mean logger=wandb?"]),
         (["logger=wandb", "logger.mode=sometimes"], ["logger.mode"]),
         (["baselines=[medium]"], ["baselines", "medium"]),
         (["growth=none", "baselines=[large]"], ["baselines"]),
@@ -232,6 +233,21 @@ def test_a_sweep_over_cores(here):
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert sorted(summary(path.parent)["seed"] for path in (here / "sweep").glob("*/summary.json")) == [0, 1]
+
+
+def test_a_search_by_optuna(here):
+    """The shipped study, shortened: its best value is the best of its runs; started again, it runs none."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    command = [sys.executable, "-m", "growconv", "-m", "experiment=search_digits", *QUICK, "hydra.sweeper.n_trials=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([*command, "trainer.epochs=1"], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    folder = here / "runs" / "search"
+    found = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    runs = [summary(path.parent) for path in folder.glob("*/summary.json")]
+    assert len(runs) == 3
+    assert found["best_value"] == max(run["best_val_accuracy"] for run in runs)
+    assert {"optimizer.lr", "growth.start"} <= set(found["best_params"])
 
 
 def in_a_process(script, *arguments):

@@ -78,6 +78,7 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
         "norm": model["norm"],
         "activation": model["activation"],
     }
+    offered |= {key: model[key] for key in ("name", "options") if key in model}
     target = locate(model["_target_"], "model._target_")
     built = call_target(target, model["args"], offered, f"model.args of {model['_target_']}")
     if not isinstance(built, nn.Module):

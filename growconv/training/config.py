@@ -116,6 +116,7 @@ class ModelConfig:
         norm: batch, group or none.
         activation: a key of growconv.training.models.ACTIVATIONS.
         args: further arguments of the target.
+        weights: file of weights (a state_dict) to begin with; a classifier of other classes stays as drawn.
     """
 
     _target_: str = MISSING
@@ -125,6 +126,20 @@ class ModelConfig:
     norm: str = "batch"
     activation: str = "relu"
     args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+
+@dataclass
+class LibraryModelConfig(ModelConfig):
+    """A model of another library; it begins at its full size, without `width`, `hidden`, `norm`, `activation`.
+
+    Attributes:
+        name: as the library calls it.
+        options: further options of the library's model.
+    """
+
+    name: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -297,10 +312,12 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides the run directory.
+    """Where metrics go besides the run directory; several at once: 'logger=[csv,wandb]'.
 
     Attributes:
-        name: none or wandb.
+        csv: metrics.csv and growth.csv in the run directory.
+        tensorboard: event files in the run directory's folder tensorboard.
+        wandb: Weights & Biases.
         mode: online, offline or disabled (wandb).
         server: address of a wandb server of one's own; null is the public one, or what the environment names.
         project: wandb project.
@@ -309,7 +326,9 @@ class LoggerConfig:
         tags: wandb tags.
     """
 
-    name: str = limited("none", choices=("none", "wandb"))
+    csv: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
     mode: str = limited("offline", choices=("online", "offline", "disabled"))
     server: str | None = None
     project: str = "growconv"
@@ -350,12 +369,13 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     ("data", "stored_schema"): StoredConfig,
     ("data", "images_schema"): ImagesConfig,
     ("model", "model_schema"): ModelConfig,
+    ("model", "library_schema"): LibraryModelConfig,
     ("growth", "growth_schema"): GrowthConfig,
     ("optimizer", "sgd_schema"): SGDConfig,
     ("optimizer", "adamw_schema"): AdamWConfig,
     ("lr_schedule", "lr_schedule_schema"): LRScheduleConfig,
     ("trainer", "trainer_schema"): TrainerConfig,
-    ("logger", "logger_schema"): LoggerConfig,
+    (None, "logger_schema"): LoggerConfig,
 }
 
 

@@ -27,11 +27,13 @@ from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
 from growconv.training.config import differences, is_longer
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
+from growconv.training.libraries import load_weights
 from growconv.training.loop import Trainer, global_batch_size
+from growconv.training.position import position_of
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
-from growconv.training.tracking import make_tracker
+from growconv.training.tracking import Tracker, make_tracker, require_installed
 
 
 def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, sweep: bool = False) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
     Raises:
         GrowthError: what is wrong with config, data, model or directory.
     """
+    require_installed(config["logger"])
     devices = make_devices(config["trainer"])
     directory = Path(on_first(devices, lambda: str(directory)))
     with _alone_in(directory, devices):
@@ -122,6 +125,8 @@ def run_one(
     check_output(model, dataset)
     if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
         replay(found, model)
+    weights = config["model"]["weights"]
+    drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
     optimizer = make_optimizer(config["optimizer"], model)
     batch_size = global_batch_size(config, dataset, devices.world_size)
     total = steps_per_epoch(len(dataset.train), batch_size) * config["trainer"]["epochs"]
@@ -133,17 +138,19 @@ def run_one(
         on_first(devices, lambda: _start(files, config, devices, resume))
     else:
         on_first(devices, lambda: files.prolong(config))
+    tracker = Tracker()
     if devices.is_first:
         identity = found.state.get("tracker") if found is not None else None
-        tracker = make_tracker(config["logger"], config, directory, directory.name, identity)
-    else:
-        tracker = make_tracker({"name": "none"}, config, directory, directory.name)
+        step = position_of(found).step if found is not None else None
+        tracker = make_tracker(config, directory, directory.name, identity, step)
     trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
     # From here on every process draws random numbers of its own (dropout).
     torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
     trainer.progress.say(_introduction(title, model, scheduler))
+    if drawn:
+        trainer.progress.say(f"as drawn, since the weights are of other classes: {', '.join(drawn)}")
     summary = trainer.fit()
     files.finish(summary)
     tracker.finish(summary)
@@ -161,7 +168,7 @@ def baselines(config: Mapping[str, Any], sweep: bool) -> list[str]:
     """Names of the fixed models to train for comparison."""
     if config["baselines"] is not None:
         return list(config["baselines"])
-    quick = config["data"]["name"] == "digits" and not sweep
+    quick = config["data"]["name"] == "digits" and "name" not in config["model"] and not sweep
     return ["small", "large"] if quick and grows(config) else []
 
 

@@ -1,11 +1,33 @@
 """Trackers: where metrics and growth events go besides the run directory."""
 
+import csv
+import io
+import json
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from growconv.errors import ConfigError
 from growconv.network.event import GrowthEvent
+from growconv.reporting.records import METRICS
+from growconv.training.rundir import write_atomically
+
+COLUMNS = (
+    "step",
+    "site",
+    "method",
+    "channels",
+    "width_before",
+    "width_after",
+    "amplitude",
+    "parameters_after",
+    "reason",
+)
+"""What tables of growth events show."""
+PACKAGES = {"tensorboard": "growconv[track]", "wandb": "wandb"}
+"""What loggers need besides growconv's own dependencies, and how to have it."""
 
 PATIENCE = 4
 """Seconds to wait for a server's login, and again for the run's start."""
@@ -47,18 +69,6 @@ class WandbTracker(Tracker):
         identity: id of the run to go on in; None starts a new one.
     """
 
-    COLUMNS = (
-        "step",
-        "site",
-        "method",
-        "channels",
-        "width_before",
-        "width_after",
-        "amplitude",
-        "parameters_after",
-        "reason",
-    )
-
     def __init__(
         self, options: Mapping[str, Any], config: Mapping[str, Any], directory: Path, name: str, identity: str | None
     ) -> None:
@@ -73,9 +83,9 @@ class WandbTracker(Tracker):
         """Log widths and gain spectra, and the table of all events so far."""
         import wandb
 
-        table = wandb.Table(columns=list(self.COLUMNS))
+        table = wandb.Table(columns=list(COLUMNS))
         for event in history:
-            table.add_data(*(getattr(event, column) for column in self.COLUMNS))
+            table.add_data(*(getattr(event, column) for column in COLUMNS))
         spectra = {
             f"gains/{event.site}": wandb.Histogram(list(event.gains))
             for event in fresh
@@ -92,21 +102,131 @@ class WandbTracker(Tracker):
         self.run.finish()
 
 
+class TensorBoardTracker(Tracker):
+    """TensorBoard's event files, in the folder tensorboard of the run directory.
+
+    Args:
+        directory: the run directory.
+        step: step of the checkpoint that the run goes on from; later points of an interrupted run are taken back.
+    """
+
+    def __init__(self, directory: Path, step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=None if step is None else step + 1)
+
+    def metrics(self, record: Mapping[str, Any], step: int) -> None:
+        """Write the numbers of an epoch at their optimizer step."""
+        for name, value in record.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
+        """Write the widths, and each new event as a line of text."""
+        step = fresh[-1].step
+        for site, width in widths.items():
+            self.writer.add_scalar(f"width/{site}", width, step)
+        self.writer.add_text("growth", "\n\n".join(str(event) for event in fresh), step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the final figures."""
+        for name, value in summary.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(f"summary/{name}", value, summary["steps"])
+        self.writer.close()
+
+
+class CsvTracker(Tracker):
+    """metrics.csv and growth.csv in the run directory, each whole after every epoch and growth.
+
+    Args:
+        directory: the run directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def metrics(self, record: Mapping[str, Any], step: int) -> None:
+        """Write all epochs so far; the run directory knows those of an interrupted part."""
+        lines = (self.directory / METRICS).read_text(encoding="utf-8").splitlines()
+        self._write("metrics.csv", list(record), [json.loads(line) for line in lines])
+
+    def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
+        """Write all events so far."""
+        self._write("growth.csv", COLUMNS, [{name: getattr(event, name) for name in COLUMNS} for event in history])
+
+    def _write(self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.directory / name, text.getvalue())
+
+
+class Trackers(Tracker):
+    """Several at once.
+
+    Args:
+        members: the trackers.
+    """
+
+    def __init__(self, members: Sequence[Tracker]) -> None:
+        self.members = members
+        self.identity = next((each.identity for each in members if each.identity is not None), None)
+
+    def metrics(self, record: Mapping[str, Any], step: int) -> None:
+        """Hand on."""
+        for each in self.members:
+            each.metrics(record, step)
+
+    def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
+        """Hand on."""
+        for each in self.members:
+            each.events(history, fresh, widths)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Hand on."""
+        for each in self.members:
+            each.finish(summary)
+
+
+def require_installed(options: Mapping[str, Any]) -> None:
+    """Refuse loggers whose package is not installed.
+
+    Args:
+        options: the group logger.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    for name, package in PACKAGES.items():
+        if options[name] and find_spec(name) is None:
+            raise ConfigError(
+                f"this needs {name}, which is not installed",
+                where=f"logger={name}",
+                fix=f"pip install '{package}', or choose another logger",
+            )
+
+
 def make_tracker(
-    options: Mapping[str, Any], config: Mapping[str, Any], directory: Path, name: str, identity: str | None = None
+    config: Mapping[str, Any], directory: Path, name: str, identity: str | None = None, step: int | None = None
 ) -> Tracker:
     """The tracker of the group logger.
 
     Args:
-        options: the group logger.
         config: the run's config.
         directory: the run directory.
         name: name of the run.
         identity: identity of the tracker that the run had before it was interrupted.
+        step: step of the checkpoint that the run goes on from; None: it begins.
     """
-    if options["name"] == "none":
-        return Tracker()
-    return WandbTracker(options, config, directory, name, identity)
+    options = config["logger"]
+    members: list[Tracker] = [CsvTracker(directory)] if options["csv"] else []
+    if options["tensorboard"]:
+        members.append(TensorBoardTracker(directory, step))
+    if options["wandb"]:
+        members.append(WandbTracker(options, config, directory, name, identity))
+    return Trackers(members)
 
 
 def _start_wandb(

@@ -47,7 +47,7 @@ def is_known(name: str) -> bool:
     except ImportError:
         return False
     if inspect.isfunction(found):  # builders such as resnet20
-        return module == found.__module__ == "growconv.training.models"
+        return module == found.__module__ and module in ("growconv.training.models", "growconv.training.libraries")
     own = getattr(found, "__module__", "").startswith("growconv.")
     return own and _is_kind(found, (nn.Module, Policy, Solver))
 
@@ -98,7 +98,7 @@ def require_trusted(
             fix = f"read that code; then say trust=true, or repeat the setting: {key}={name}"
             raise _strange(key, name, place(file, key), fix)
     logger = config.get("logger")
-    if not isinstance(logger, Mapping) or logger.get("name") != "wandb" or logger.get("mode") != "online":
+    if not isinstance(logger, Mapping) or logger.get("wandb") is not True or logger.get("mode") != "online":
         return
     for key in ("logger.server", "logger.mode"):
         value = logger.get(key.rpartition(".")[2])

@@ -36,7 +36,7 @@ GROUPS = {
     "lr_schedule": "the learning rate over the run",
     "trainer": "the training loop",
     "logger": "where metrics go besides the run directory",
-    "experiment": "a published setting, whole",
+    "experiment": "a published setting or a search, whole",
 }
 # Options that the first page shows: those of most runs.
 COMMON = (
@@ -55,6 +55,7 @@ SPECIAL = {
     "data=synthetic": settings.SyntheticConfig,
     "data=fashion_mnist, cifar10 or cifar100": settings.StoredConfig,
     "data=images": settings.ImagesConfig,
+    "model=timm, torchvision, transformers or pytorchcv": settings.LibraryModelConfig,
     "optimizer=sgd": settings.SGDConfig,
     "optimizer=adamw": settings.AdamWConfig,
 }

@@ -13,6 +13,7 @@ from growconv.solvers.base import SOLVERS
 from growconv.training import config as settings
 from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain
 
+LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
 GROUPS = ("data", "model", "growth", "optimizer", "lr_schedule", "trainer", "logger", "experiment")
 CHOICES = [
     (group, path.stem)
@@ -23,7 +24,8 @@ CHOICES = [
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    overrides = [f"{group}={name}"] + (["data.root=/nowhere"] if name == "images" else [])
+    needed = {"images": ["data.root=/nowhere"]} | dict.fromkeys(LIBRARIES, ["model.name=resnet"])
+    overrides = [f"{group}={name}", *needed.get(name, [])]
     config = plain(compose(overrides))
     assert config["trainer"]["epochs"] >= 1
     if group == "growth":

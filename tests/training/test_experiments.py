@@ -11,7 +11,7 @@ from growconv.training.config import compose, conf_dir, plain
 from growconv.training.experiment import run
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
-RECIPES = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (conf_dir() / "experiment").glob("*_*_*.yaml"))  # METHOD_MODEL_DATA
 # what two steps of a full recipe need to be quick: few samples, a round at the first step
 QUICK = ["trainer.epochs=1", "trainer.batch_size=8", "trainer.eval_batch_size=8", "trainer.progress=none"]
 

@@ -1,6 +1,8 @@
-"""wandb without a network: the offline run is read back, a resumed run goes on in it, a dead server stops nothing."""
+"""Loggers without a network: what they wrote is read back, a resumed run goes on in it, a dead server stops nothing."""
 
+import csv
 import json
+import shutil
 import socket
 import struct
 import time
@@ -133,12 +135,13 @@ def test_a_server_that_never_answers_holds_training_for_ten_seconds_at_most(tmp_
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     import wandb  # its import is not the server's fault
 
-    options = {"project": "p", "entity": None, "group": None, "tags": [], "name": "wandb", "mode": "online"}
+    options = {"project": "p", "entity": None, "group": None, "tags": [], "mode": "online", "wandb": True}
+    options |= {"csv": False, "tensorboard": False}
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
         with pytest.warns(UserWarning, match="wandb cannot be reached"):
-            tracker = tracking.make_tracker(options | {"server": address}, {}, tmp_path, "run")
+            tracker = tracking.make_tracker({"logger": options | {"server": address}}, tmp_path, "run")
         tracker.metrics({"loss": 1.0}, 1)
         tracker.finish({"loss": 1.0})
     assert time.monotonic() - began < 10
@@ -150,3 +153,46 @@ def test_disabled_writes_nothing(tmp_path, capsys):
     assert main([*QUICK, "logger.mode=disabled", f"hydra.run.dir={run}"]) == 0
     assert not (run / "wandb").exists()
     assert (run / "summary.json").is_file()
+
+
+def rows_of(path: Path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def points(folder: Path):
+    """Every scalar that TensorBoard shows: (step, value) by tag."""
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = loading.EventAccumulator(str(folder)).Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_several_loggers_at_once_and_after_an_interruption(tmp_path, capsys):
+    """CSV and TensorBoard show what metrics.jsonl and growth.jsonl say, once, also for a run that was resumed."""
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    options = [each for each in QUICK if not each.startswith("logger")]
+    assert main([*options, "logger=[csv,tensorboard]", f"hydra.run.dir={run}"]) == 0
+    (run / "summary.json").unlink()
+    shutil.copy(run / "checkpoint" / "previous.safetensors", run / "checkpoint" / "last.safetensors")
+    assert main([f"resume={run}"]) == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
+    table = rows_of(run / "metrics.csv")
+    assert [float(row["val_loss"]) for row in table] == [line["val_loss"] for line in metrics]
+    assert set(table[0]) == set(metrics[0])
+    assert [(row["site"], int(row["width_after"])) for row in rows_of(run / "growth.csv")] == [
+        (event["site"], event["width_after"]) for event in events
+    ]
+    shown = points(run / "tensorboard")
+    assert [step for step, _ in shown["val_accuracy"]] == [line["step"] for line in metrics]
+    assert [value for _, value in shown["val_loss"]] == pytest.approx([line["val_loss"] for line in metrics])
+    assert shown[f"width/{events[-1]['site']}"][-1][1] == events[-1]["width_after"]
+    assert not (run / "wandb").exists()
+
+
+def test_a_logger_that_is_not_installed_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    assert main([*QUICK[:-1], "logger=[csv,tensorboard]", f"hydra.run.dir={tmp_path / 'run'}"]) == 1
+    assert "pip install 'growconv[track]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

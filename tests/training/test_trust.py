@@ -188,7 +188,7 @@ def test_no_key_leaves_for_a_server_of_a_stored_config(run, server, monkeypatch,
     address, heard = server
     monkeypatch.setenv("WANDB_API_KEY", "b" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    store(run, "logger", name="wandb", mode="online", server=address)
+    store(run, "logger", wandb=True, mode="online", server=address)
     assert main([f"resume={run}"]) == 1
     said = capsys.readouterr().err
     assert re.search(r"config\.yaml, line \d+: logger\.server", said)
@@ -210,7 +210,7 @@ def test_no_key_leaves_for_a_server_of_a_stored_config(run, server, monkeypatch,
 def test_online_needs_a_word_too(arguments, word, run, capsys):
     (run / "wandb").mkdir()
     (run / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
-    store(run, "logger", name="wandb", mode="online", server=None)
+    store(run, "logger", wandb=True, mode="online", server=None)
     assert main([f"resume={run}", *arguments]) == (0 if word is None else 1)
     assert word is None or word in capsys.readouterr().err
 
