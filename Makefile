@@ -9,6 +9,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Workers of pytest share the cores: one thread each.
 PYTEST := OMP_NUM_THREADS=1 WANDB_MODE=disabled $(BIN)/pytest
 WORKERS ?= 2
+# Neighbouring tests stay together, so that what a module sets up once is set up once.
+PARALLEL = -n $(WORKERS) --dist worksteal
 # Where the tensors are: these tests also run with every argument's and result's type and shape checked (jaxtyping,
 # beartype), which doubles their time.
 TYPED := tests/test_linalg.py tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/methods
@@ -19,7 +21,7 @@ run: $(RUNTIME)  ## the default growth run: a small CNN on scikit-learn's digits
 	$(BIN)/growconv
 
 test: $(TOOLS)  ## all tests but the long ones
-	$(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-long: $(TOOLS)  ## the long proofs alone: twenty kills, full training runs
 	$(PYTEST) -m long $(ARGS)
@@ -31,7 +33,7 @@ lint: $(TOOLS)
 
 types: $(TOOLS)  ## pyright, then the tests of the mathematics with types and shapes checked as they run
 	$(BIN)/pyright
-	$(PYTEST) -n $(WORKERS) --jaxtyping-packages=growconv,beartype.beartype $(TYPED)
+	$(PYTEST) $(PARALLEL) --jaxtyping-packages=growconv,beartype.beartype $(TYPED)
 
 notebooks: $(TOOLS)  ## runs every notebook
 	$(PYTEST) -n $(WORKERS) --nbmake notebooks
