@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError
+from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.reporting.terminal import shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
@@ -106,18 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:  # as head does: nothing to complain of, but for a run that was cut short
         failures.leave_closed_pipe()
         if isinstance(error, Unheard):
-            _complain(f"Standard output was closed before the end; go on with:\n  {error.args[0]}")
+            failures.complain(f"Standard output was closed before the end; go on with:\n  {error.args[0]}")
         return 141
-    except failures.Stopped as error:
-        _complain(str(error))
-        return error.code
+    except failures.Stopped as stop:
+        failures.complain(stop.message)
+        return 128 + stop.number
     except Exception as error:
         if asked_for_trace:
             traceback.print_exc()
+        text = failures.explain(error)
         if isinstance(error, HydraException | OmegaConfBaseException):
-            cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
-            return _complain(f"{error}{cause}")
-        return _complain(failures.explain(error))
+            text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
+        failures.complain(text)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -337,6 +338,11 @@ def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]
         if sweep:  # finished runs are left out when it is started again
             raise Stopped(shlex.join(["growconv", *arguments])) from stop
         raise
+    except failures.RunFailed as error:
+        raise TrainingError(
+            "Not every run of this sweep ended well; the errors stand above.",
+            fix="mend what they name and start the same sweep again: finished runs are left out",
+        ) from error
     if errors:
         raise errors[0]
 
@@ -364,7 +370,11 @@ def train(config: DictConfig) -> float:
         _discard_unbegun(directory)
         if isinstance(error, BrokenPipeError) and (directory / "config.yaml").exists():
             raise Unheard(_go_on(directory)) from error
-        raise
+        if context.mode != RunMode.MULTIRUN:
+            raise
+        text = failures.explain(error)
+        failures.complain(f"{shown(directory)}: {text}")
+        raise failures.RunFailed("A run of the sweep ended with an error.", where=str(directory), got=text) from error
 
 
 def _rank() -> int:
@@ -386,7 +396,9 @@ def _announce(values: dict[str, Any], directory: Path) -> None:
 def _go_on(directory: Path) -> str:
     """The command that resumes a run."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    start = ["growconv"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "growconv"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    nodes = [f"--nnodes={processes // here}"] if here < processes else []
+    start = ["growconv"] if processes == 1 else ["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "growconv"]
     return shlex.join([*start, f"resume={shown(directory)}"])
 
 
@@ -394,6 +406,10 @@ def _discard_unbegun(directory: Path) -> None:
     """Remove what Hydra wrote for a run that failed before it began, and folders that are empty then."""
     if (directory / "config.yaml").exists() or _rank() > 0:
         return
+    for handler in list(logging.root.handlers):
+        if Path(getattr(handler, "baseFilename", "/")).parent == directory:
+            logging.root.removeHandler(handler)  # a launcher that logs later would ask for the file again
+            handler.close()
     shutil.rmtree(directory / ".hydra", ignore_errors=True)
     for name in ("growconv.log", ".lock"):
         (directory / name).unlink(missing_ok=True)
@@ -452,10 +468,3 @@ def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = shown
-
-
-def _complain(text: str) -> int:
-    printable = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
-    with suppress(OSError):  # the terminal may be gone
-        print(f"growconv: {printable}", file=sys.stderr, flush=True)
-    return 1

@@ -4,8 +4,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 from growconv.errors import GrowthError, TrainingError
 
@@ -30,33 +33,81 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 
 
-class Stopped(TrainingError):
-    """A signal asked the run to end; its checkpoint is written. `got` is the signal's name."""
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to end, where nobody else handles it."""
+PATIENCE = 60
+"""Seconds after which a launcher's handler is called although the run has not come to its checkpoint."""
 
-    @property
-    def code(self) -> int:
-        """The exit status that a shell expects."""
-        return 128 + signal.Signals[str(self.got)]
+
+class Stopped(SystemExit):
+    """A signal asked the run to end; its checkpoint is written. The exit status is the one that a shell expects.
+
+    Args:
+        number: the signal.
+        message: what happened, where, and how to go on.
+    """
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(number, message)
+        self.code = 128 + number
+        self.number = number
+        self.message = message
+
+
+class RunFailed(TrainingError):
+    """One run of a sweep ended with an error, which has been told; the others go on."""
+
+
+@dataclass(frozen=True)
+class SavesFirst:
+    """A launcher's signal handler that lets a run save itself first, if that takes no longer than `PATIENCE`."""
+
+    handler: Callable[[int, FrameType | None], Any]
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Do what the launcher does: nothing is being trained."""
+        self.handler(number, frame)
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[str]]:
-    """Inside, SIGTERM and SIGHUP are written into a list instead of ending the process.
+def noted_signals() -> Iterator[list[signal.Signals]]:
+    """Inside, the signals that ask a process to end are written into a list instead of ending it.
 
-    Signals that somebody else handles already (a launcher), or that are ignored (nohup), are left alone.
+    Signals that somebody else handles already (torchrun), or that are ignored (nohup), are left alone.
     """
-    noted: list[str] = []
-    taken = []
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        with suppress(ValueError):  # not the main thread
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, lambda arrived, _: noted.append(signal.Signals(arrived).name))
-                taken.append(number)
+    noted: list[signal.Signals] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        noted.append(signal.Signals(number))
+        if isinstance(before[signal.Signals(number)], SavesFirst):
+            signal.signal(signal.SIGALRM, lambda *_: before[noted[0]](noted[0], None))
+            signal.alarm(PATIENCE)
+
+    with suppress(ValueError):  # not the main thread
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if handler is signal.SIG_DFL or isinstance(handler, SavesFirst):
+                before[number] = handler
+                signal.signal(number, note)
     try:
         yield noted
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+            if isinstance(handler, SavesFirst):
+                signal.alarm(0)
+
+
+def complain(text: str) -> None:
+    """Say on standard error what went wrong.
+
+    Args:
+        text: control characters in it are left out.
+    """
+    printable = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+    with suppress(OSError):  # the terminal may be gone
+        print(f"growconv: {printable}", file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Trainer: the loop that trains, grows, evaluates, and writes down where it stands so that it can go on from there."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -74,7 +75,7 @@ class Trainer:
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
         self._clock = time.monotonic()
-        self._signals: list[str] = []
+        self._signals: list[signal.Signals] = []
         self._wrapped = model
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
@@ -87,7 +88,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer a finite number.
             CheckpointError: a checkpoint could not be written.
-            Stopped: SIGTERM or SIGHUP came; a checkpoint is written.
+            Stopped: a signal asked the run to end; a checkpoint is written.
         """
         self._prepare()
         with noted_signals() as self._signals, self.progress:
@@ -179,16 +180,16 @@ class Trainer:
             if over or grew or stopping or (every and position.step % every == 0):
                 self.save(best)
             if stopping:
+                path = self.directory.path
                 raise Stopped(
-                    "The run was asked to end, and is saved.",
-                    where=str(self.directory.path),
-                    got=stopping,
-                    fix=f"go on with growconv resume={self.directory.path}",
+                    stopping,
+                    f"{path}: The run was asked to end by {stopping.name}, and is saved.\n"
+                    f"  what to do: go on with growconv resume={path}",
                 )
             if over:
                 return
 
-    def _asked_to_stop(self) -> str | None:
+    def _asked_to_stop(self) -> signal.Signals | None:
         """The signal that came; several processes, which it reaches at different steps, agree on it now and then."""
         came = self._signals[0] if self._signals else None
         if self.devices.world_size == 1:
@@ -196,7 +197,7 @@ class Trainer:
         if self.position.step % AGREE_EVERY and self.position.batch < self.epoch_steps:
             return None
         anywhere = sum_over_ranks(self.devices, torch.tensor(float(came is not None), device=self.devices.device))
-        return (came or "SIGTERM") if float(anywhere) > 0 else None
+        return (came or signal.SIGTERM) if float(anywhere) > 0 else None
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
         inputs, targets = self.dataset.batch(self.dataset.train, index, augment)

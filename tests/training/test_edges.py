@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,10 @@ def uninterrupted(tmp_path_factory):
     return json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGHUP, signal.SIGUSR1))],
+)
 def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
     run = tmp_path / "run"
     process = start(run, "trainer.progress=none")
@@ -135,7 +139,7 @@ def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 128 + number, err
-    assert "asked to end, and is saved" in err
+    assert f"asked to end by {signal.Signals(number).name}, and is saved" in err
     assert f"growconv resume={run}" in err
     assert "Traceback" not in err
     assert not (run / "summary.json").exists()
@@ -167,8 +171,37 @@ def test_signals_that_others_handle_are_left_alone():
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-        assert noted == ["SIGTERM"]
+        assert noted == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launcher_s_handler_waits_for_the_checkpoint_but_not_for_ever(monkeypatch):
+    called = []
+    launchers = failures.SavesFirst(lambda number, _: called.append(number))
+    before = signal.signal(signal.SIGUSR2, launchers)
+    monkeypatch.setattr(failures, "PATIENCE", 1)
+    try:
+        with failures.noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.1)
+            assert noted == [signal.SIGUSR2]
+            assert called == []
+        time.sleep(1.2)
+        assert called == []  # the run came to its end in time
+        with failures.noted_signals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(1.2)
+        assert called == [signal.SIGUSR2]
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.01)
+        assert len(called) == 2  # nothing is being trained: at once
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_stopped_run_crosses_processes():
+    stop = pickle.loads(pickle.dumps(failures.Stopped(signal.SIGTERM, "saved")))
+    assert (stop.code, stop.number, stop.message) == (143, signal.SIGTERM, "saved")
