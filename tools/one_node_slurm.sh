@@ -35,9 +35,9 @@ ReturnToService=2
 KillWait=15
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-# Two tasks fit on a machine of one core too.
+# More than a small machine has: tests run side by side, and a job may wait for jobs of its own.
 SlurmdParameters=config_overrides
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$((cpus > 2 ? cpus : 2)) RealMemory=$megabytes
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$((cpus > 4 ? cpus : 4)) RealMemory=$megabytes
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 }
@@ -47,14 +47,15 @@ up() {
         echo "$conf is not this script's: nothing started"
         return
     fi
-    mkdir -p "$run"/{state,spool} /run/munge
+    mkdir -p "$run"/{state,spool,munge} /run/munge
     write_conf
     if [ ! -f /etc/munge/munge.key ]; then
         (umask 077 && head -c 1024 /dev/urandom >/etc/munge/munge.key)
     fi
-    chown -R munge:munge /etc/munge /run/munge
+    chown -R munge:munge /etc/munge /run/munge "$run/munge"
     chmod 755 /run/munge
-    alive /run/munge/munged.pid || runuser -u munge -- munged
+    # One that the system started serves as well, and is not stopped by `down`.
+    alive /run/munge/munged.pid || alive "$run/munge/pid" || runuser -u munge -- munged --pid-file="$run/munge/pid"
     alive "$run/slurmctld.pid" || slurmctld
     alive "$run/slurmd.pid" || slurmd
     for _ in $(seq 30); do
@@ -69,9 +70,9 @@ up() {
 }
 
 down() {
-    for name in "$run/slurmd.pid" "$run/slurmctld.pid" /run/munge/munged.pid; do
-        if alive "$name"; then
-            kill "$(cat "$name")"
+    for name in slurmd.pid slurmctld.pid munge/pid; do
+        if alive "$run/$name"; then
+            kill "$(cat "$run/$name")"
         fi
     done
 }

@@ -13,7 +13,7 @@ from growconv.training.checkpoint import BEST, Checkpoint, find_checkpoint, rest
 from growconv.training.config import require_complete
 from growconv.training.devices import parameter_dtype
 from growconv.training.rundir import CHECKPOINTS, RunDirectory
-from growconv.training.trust import require_trusted_model
+from growconv.training.trust import require_trusted_parts
 
 
 def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.Module:
@@ -73,7 +73,7 @@ def begun_model(found: Checkpoint, trust: bool) -> nn.Module:
     """
     config: Mapping[str, Any] = found.state["config"]
     if not trust:
-        require_trusted_model(config, found.path)
+        require_trusted_parts(config, found.path, "model")
     with torch.random.fork_rng(devices=[]):
         model = make_model(config, tuple(found.state["shape"]))
     return model.to(parameter_dtype(config["trainer"]["precision"]))

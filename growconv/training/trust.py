@@ -119,17 +119,18 @@ def require_trusted(
             )
 
 
-def require_trusted_model(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse to build the model of a stored config where it is foreign code.
+def require_trusted_parts(config: Mapping[str, Any], file: Path, *parts: str) -> None:
+    """Refuse to build the model, or what else is asked about, of a stored config where it is foreign code.
 
     Args:
         config: the config.
         file: the checkpoint that holds it.
+        parts: groups of the config that are about to be used.
 
     Raises:
         ConfigError: names it.
     """
-    for key, name in strange_names({"model": config["model"]}):
+    for key, name in strange_names({part: config[part] for part in parts}):
         fix = "read that code; then trust it: --trust, in Python load_run(run, trust=True)"
         raise _strange(key, name, f"{file}: {key}", fix)
 

@@ -33,6 +33,7 @@ from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
 from growconv.training.tracking import Tracker
 from growconv.training.trained import begun_model, distance, load_run, read_run
+from growconv.training.trust import require_trusted_parts
 
 
 @dataclass
@@ -119,6 +120,8 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
     if output.exists():
         raise CheckpointError("something lies here already", where=str(output), fix="name another: --output DIR")
     found = read_run(run)
+    if not trust and wish.method is None:
+        require_trusted_parts(found.state["config"], found.path, "growth")
     trainer = _trainer(found, output, trust)
     before, began = trainer.evaluate(trainer.dataset.validation), time.monotonic()
     events = _deepened(trainer, wish)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from sklearn.datasets import load_digits
 
@@ -43,7 +44,7 @@ def main(folder):
     trainer = pl.Trainer(
         max_epochs=1, callbacks=[growth, watch], default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
-        enable_checkpointing=False,
+        enable_checkpointing=False, plugins=LightningEnvironment(),  # also inside a Slurm job of one task
     )  # fmt: skip
     trainer.fit(module, shared.loader((images, torch.tensor(raw.target)), count=768))
     record = {

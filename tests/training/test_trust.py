@@ -9,8 +9,11 @@ import threading
 
 import pytest
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from growconv.cli import main
+from growconv.training import checkpoint
 from growconv.training.config import compose, plain
 from growconv.training.trust import is_known, place, strange_names
 
@@ -229,3 +232,22 @@ def test_a_place_in_a_broken_file_is_its_key(tmp_path):
     assert place(tmp_path / "none.yaml", "model._target_").endswith("none.yaml: model._target_")
     (tmp_path / "a.yaml").write_text("model: [1, 2]\n")
     assert place(tmp_path / "a.yaml", "model.7.x").endswith("a.yaml: model.7.x")
+
+
+def test_a_method_of_a_stranger_is_not_imported_to_grow_once(run, tmp_path, monkeypatch, capsys):
+    """`growconv grow` reads the method from the config inside the checkpoint."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*QUICK, "baselines=[]", f"hydra.run.dir={run}"]) == 0
+    path = run / "checkpoint" / "last.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(file.metadata()["record"])
+    record["state"]["config"]["growth"]["method"] = "evil.Method"
+    text = json.dumps(record)
+    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
+    assert main(["grow", str(run), "--factor", "1.5"]) == 1
+    said = capsys.readouterr().err
+    assert "evil.Method" in said
+    assert "--trust" in said
+    assert not (tmp_path / "pwned").exists()
