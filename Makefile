@@ -11,9 +11,12 @@ PYTEST := OMP_NUM_THREADS=1 WANDB_MODE=disabled $(BIN)/pytest
 WORKERS ?= 2
 # Neighbouring tests stay together, so that what a module sets up once is set up once.
 PARALLEL = -n $(WORKERS) --dist worksteal
-# Where the tensors are: these tests also run with every argument's and result's type and shape checked (jaxtyping,
-# beartype), which doubles their time.
-TYPED := tests/test_linalg.py tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/methods
+# Where the tensors are, and a few whole runs of growth: these tests also run with every argument's and result's type and
+# shape checked (jaxtyping, beartype), which slows them by half and more; the four left out for their time add no function.
+TYPED := tests/test_linalg.py tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/functional \
+	tests/solvers/methods tests/growth/test_yaml.py tests/growth/test_learning_rate.py \
+	tests/growth/test_what_events_show.py \
+	-k "not all_paths_agree and not study_geometry and not twenty_restarts and not planted_channels"
 
 .PHONY: run test test-long lint types notebooks docs study wheel clean
 
