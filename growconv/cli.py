@@ -388,8 +388,9 @@ def _announce(values: dict[str, Any], directory: Path) -> None:
     model = values["model"]["_target_"].rpartition(".")[-1]
     method = values["growth"]["method"]
     growth = "fixed" if method == "none" else f"grown by {method}"
-    epochs = values["trainer"]["epochs"]
-    print(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {epochs} epochs")
+    epochs, flops = values["trainer"]["epochs"], values["trainer"]["flops"]
+    length = f"{epochs} epochs" if flops is None else f"{flops:.3g} training FLOPs"
+    print(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {length}")
     print(f"run directory: {shown(directory)}", flush=True)
 
 

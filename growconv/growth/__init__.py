@@ -4,11 +4,11 @@ from growconv.growth.amount import Auto, Exponential, Fixed, Fraction, ToWidth
 from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Decision, Policy, Proposal, Situation
 from growconv.growth.distributed import parameter_hash, require_equal_parameters, rewrap
-from growconv.growth.learning_rate import StageRates, WarmUp
+from growconv.growth.learning_rate import StageRates, WarmUp, WidthRates
 from growconv.growth.pruning import PruneBack
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.stop import Budget, NoGain, TargetAccuracy
-from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove, LengtheningStages, Plateau
+from growconv.growth.when import AllOf, AnyOf, AtFlops, AtSteps, Every, GainAbove, LengtheningStages, Plateau
 from growconv.growth.where import All, Best, Greedy, RoundRobin
 from growconv.network.event import GrowthHistory
 from growconv.network.model import undisturbed
@@ -17,6 +17,7 @@ __all__ = [
     "All",
     "AllOf",
     "AnyOf",
+    "AtFlops",
     "AtSteps",
     "Auto",
     "Best",
@@ -43,6 +44,7 @@ __all__ = [
     "TargetAccuracy",
     "ToWidth",
     "WarmUp",
+    "WidthRates",
     "parameter_hash",
     "require_equal_parameters",
     "rewrap",

@@ -1,12 +1,14 @@
-"""What a model costs: FLOPs of one sample, layer by layer, followed through growth without a new forward pass."""
+"""What a model costs, followed through growth without a new forward pass; and what computing costs, as it is done."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from growconv.network import layers
 from growconv.network.model import example_arguments, undisturbed
@@ -14,11 +16,34 @@ from growconv.network.plan import plan_size
 from growconv.network.site import Site
 
 
-@dataclass
-class Spent:
-    """FLOPs (2 × MACs) that were spent so far."""
+class FlopMeter(TorchDispatchMode):
+    """Counts inside its block every operation that torch.utils.flop_counter has a formula for, backward included.
 
-    flops: float = 0.0
+    These are convolutions and matrix products, at 2 × multiply-accumulates; decompositions of small matrices have no
+    formula. Unlike FlopCounterMode it attaches no hook to any module, so that statistics can be collected inside.
+
+    Attributes:
+        flops: operations so far.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, torch's default, would import torch._dynamo at the first operation
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and add its count."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=result))
+        return result
 
 
 class ModelCost:
@@ -51,7 +76,7 @@ class ModelCost:
         locations: dict[str, float] = {}
         samples = max(batch_size(inputs), 1)
 
-        def note(path: str, module: nn.Module, count: float) -> None:
+        def note(path: str, count: float) -> None:
             locations[path] = locations.get(path, 0.0) + count / samples
 
         arguments, keywords = example_arguments(inputs)
@@ -82,33 +107,17 @@ class ModelCost:
         """FLOPs (2 × MACs) of one sample's forward pass with the model's present shapes."""
         total = 0.0
         for path in self.locations:
-            total += self.layer(path, _entries(self.model.get_submodule(path)))
+            total += self.layer(path, layers.weighted(self.model.get_submodule(path)).multiplications())
         return round(total)
-
-    @contextmanager
-    def counting(self) -> Iterator[Spent]:
-        """Count what the layers compute meanwhile; a pass that records gradients counts three times, for its backward.
-
-        Yields:
-            A counter that grows with every layer that runs, in the model or in a copy that is made of it meanwhile.
-        """
-        spent = Spent()
-
-        def note(path: str, module: nn.Module, count: float) -> None:
-            passes = 3 if torch.is_grad_enabled() else 1
-            spent.flops += passes * 2.0 * _entries(module) * count
-
-        with _watched(self.model, note):
-            yield spent
 
 
 @contextmanager
-def _watched(model: nn.Module, note: Callable[[str, nn.Module, float], None]) -> Iterator[None]:
+def _watched(model: nn.Module, note: Callable[[str, float], None]) -> Iterator[None]:
     """Tell at how many locations each convolution and linear layer is applied, whenever one runs."""
 
     def watch(path: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x = arguments[0] if arguments else output  # given by name, as no convolution's input is
-        note(path, module, layers.weighted(module).locations(x, output))
+        note(path, layers.weighted(module).locations(x, output))
 
     counted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
     hooks = [module.register_forward_hook(partial(watch, path)) for path, module in counted]
@@ -117,11 +126,6 @@ def _watched(model: nn.Module, note: Callable[[str, nn.Module, float], None]) ->
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _entries(module: nn.Module) -> float:
-    """Multiply-adds per location."""
-    return layers.weighted(module).multiplications()
 
 
 def batch_size(inputs: object) -> int:

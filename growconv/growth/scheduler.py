@@ -15,7 +15,7 @@ from torch import nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.amount import Amount, as_amount
-from growconv.growth.cost import ModelCost
+from growconv.growth.cost import FlopMeter, ModelCost
 from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
@@ -95,7 +95,7 @@ class GrowthScheduler:
         left_out: sites that the method cannot serve, each with the reason.
         history: what has grown so far; its events hold names and numbers only.
         spent: wall-clock seconds so far by phase: collect, solve, amplitude, surgery.
-        flops_spent: FLOPs (2 × MACs, backward counted twice the forward) of all growth passes of this process so far.
+        flops_spent: FLOPs (2 × MACs) of all growth rounds of this process so far, solving included (`FlopMeter`).
         decisions: what the policies decided at the last question, and why.
 
     Raises:
@@ -231,10 +231,10 @@ class GrowthScheduler:
         before = _Before(self)
         try:
             self._step = self._step if step is None else step
-            fitting, held_out, cost = agreed(lambda: self._divided(batches))
-            require_same((len(fitting), len(held_out)), "numbers of growth batches")
-            work = self._round(fitting, held_out, loss, cost)
-            with cost.counting() as spent:
+            with FlopMeter() as spent:
+                fitting, held_out, cost = agreed(lambda: self._divided(batches))
+                require_same((len(fitting), len(held_out)), "numbers of growth batches")
+                work = self._round(fitting, held_out, loss, cost)
                 asked = {} if self._prunes else self._grown(work)
                 if self._prunes and self.pruning is not None:
                     self.decisions = []
@@ -494,7 +494,7 @@ class GrowthScheduler:
         rooms = [policy.room(situation) for policy in self.stops] or [(math.inf, math.inf)]
         return min(room[0] for room in rooms), min(room[1] for room in rooms)
 
-    def _record(self, work: Round, asked: Iterable[Site], flops: float) -> list[GrowthEvent]:
+    def _record(self, work: Round, asked: Iterable[Site], flops: float | int) -> list[GrowthEvent]:
         """Close the round: its seconds are shared evenly among its events."""
         shares = {phase: value / max(len(work.events), 1) for phase, value in work.stopwatch.seconds.items()}
         events = [

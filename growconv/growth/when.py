@@ -88,6 +88,38 @@ class AtSteps(When):
 
 
 @dataclass
+class AtFlops(When):
+    """Grow when so many training FLOPs are spent, whatever the steps cost: runs of equal FLOPs grow at equal shares.
+
+    Attributes:
+        flops: training FLOPs, ascending, compared with the metric "train_flops"; one round for each.
+    """
+
+    flops: Sequence[float | int]
+
+    def __post_init__(self) -> None:
+        self.flops = [float(mark) for mark in self.flops]
+        if not self.flops or not min(self.flops) > 0 or self.flops != sorted(set(self.flops)):
+            raise ScheduleError(
+                "a list of training FLOPs must be ascending and not empty",
+                expected="for example [1e12, 2e12]",
+                got=self.flops,
+                where="AtFlops.flops",
+            )
+
+    def decide(self, situation: Situation) -> Decision:
+        """Due while fewer rounds were made than marks lie behind."""
+        spent = situation.metrics.get("train_flops")
+        if spent is None:
+            return Decision(False, f"no train_flops reported at step {situation.step}")
+        passed = sum(mark <= spent for mark in self.flops)
+        if passed > situation.rounds:
+            return Decision(True, f"{spent:.3g} FLOPs are spent: {self.flops[situation.rounds]:.3g} is in the list")
+        ahead = f"the next is {self.flops[passed]:.3g}" if passed < len(self.flops) else "the list is done"
+        return Decision(False, f"{spent:.3g} FLOPs are spent, {ahead}")
+
+
+@dataclass
 class LengtheningStages(When):
     """Grow after stages of growing length, Variance Transfer's: T_0, then T_t = T_{t-1} + ⌊rate · T_{t-1}⌋.
 

@@ -3,6 +3,11 @@
 A new channel j is a copy of an old channel g(j), drawn at random; all copies of a channel share its outgoing weights,
 so that the network computes the same function (section 2.2: U_kj = W_k,g(j) on the incoming side, and the outgoing
 weights divided by the number of copies, |{x : g(x) = g(j)}|).
+
+The other choice keeps the scale of the consumer's weights in place of the function: squares of the shares sum to 1, so
+that Σ_k ω_k² over a channel's copies stays, and with it the variance of what the consumer puts out once the copies have
+become independent. Yu et al. 2026 ("SPARKLING", arXiv 2602.02472) found copies that keep the root mean square better at
+the end than copies that keep the function.
 """
 
 from dataclasses import dataclass
@@ -53,8 +58,9 @@ def draw_shares(
     granularity: int = 1,
     imbalance: float = 0.0,
     generator: torch.Generator | None = None,
+    power: int = 1,
 ) -> tuple[Float[Tensor, " width"], Float[Tensor, " channels"]]:
-    """Shares of the outgoing weights: those of all copies of one channel sum to 1.
+    """Shares of the outgoing weights: those of all copies of one channel sum to 1, or their squares do.
 
     Args:
         copied: index of the old channel that each new one copies.
@@ -63,6 +69,7 @@ def draw_shares(
         imbalance: 0 gives equal shares, as in the paper; u in (0, 1) draws them within a factor (1 ± u) of each other
             before they are normalised.
         generator: source of randomness.
+        power: 1: the shares sum to 1; 2: their squares do.
 
     Returns:
         Shares of the old channels and of the new ones, float64.
@@ -71,15 +78,15 @@ def draw_shares(
     place = generator.device if generator is not None else "cpu"
     drawn = torch.rand(len(groups), generator=generator, dtype=torch.float64, device=place).cpu()
     raw = 1 + imbalance * (2 * drawn - 1)
-    total = torch.zeros(width // granularity, dtype=torch.float64).index_add_(0, groups, raw)
-    shares = (raw / total[groups]).repeat_interleave(granularity)
+    total = torch.zeros(width // granularity, dtype=torch.float64).index_add_(0, groups, raw**power)
+    shares = (raw / total[groups] ** (1 / power)).repeat_interleave(granularity)
     return shares[:width], shares[width:]
 
 
 @register("net2net")
 @dataclass(frozen=True)
 class Net2Net(Solver):
-    """Copies of old channels that leave the function as it is. Norm entries and optimizer options are copied along.
+    """Copies of old channels that share their outgoing weights. Norm entries and optimizer options are copied along.
 
     Attributes:
         noise: standard deviation of Gaussian noise on the copies' filters, as a share of the filter's own root mean
@@ -88,11 +95,13 @@ class Net2Net(Solver):
         imbalance: how unequal the shares of the outgoing weights are. The paper has 0, where exact copies get equal
             gradients and stay copies forever unless there is noise or dropout; the default breaks the symmetry without
             any change of the function.
+        keeps: "function": the shares of all copies of a channel sum to 1, as in the paper. "rms": their squares do, so
+            that the root mean square of the consumer's weights keeps its proportion to 1/√fan-in; the function changes.
     """
 
     noise: float = 0.0
     imbalance: float = 0.2
-    function_preserving = True
+    keeps: str = "function"
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
@@ -102,6 +111,13 @@ class Net2Net(Solver):
             raise ArgumentValueError(
                 "shares stay positive", expected="0 ≤ imbalance < 1", got=self.imbalance, where="imbalance"
             )
+        if self.keeps not in ("function", "rms"):
+            raise ArgumentValueError("copies keep one thing", expected="function or rms", got=self.keeps, where="keeps")
+
+    @property
+    def function_preserving(self) -> bool:
+        """Whether the shares sum to 1."""
+        return self.keeps == "function"
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Where consumers' weights are computed from others, or copied filters would not make copied channels."""
@@ -118,7 +134,8 @@ class Net2Net(Solver):
         """See `Solver.solve`; the old outgoing weights are revised to the share that is left to them."""
         requested = require_number(channels, self.name, site)
         source = draw_copies(site.width, requested, site.granularity, generator)
-        kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator)
+        power = 1 if self.keeps == "function" else 2
+        kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator, power)
         size, new = site.granularity, requested // site.granularity
         units = (source[::size] // size).tolist()
         incoming, biases = {}, {}

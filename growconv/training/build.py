@@ -208,6 +208,17 @@ def _policies() -> dict[str, type[Policy]]:
     return {key: value for key, value in found.items() if not key.startswith("_") and value.__subclasses__() == []}
 
 
+def growth_flops(config: Config, total: float | int) -> list[float]:
+    """The training FLOPs of the growth rounds when they are spread evenly: `times` of them from `begin` to `end`.
+
+    Args:
+        config: the group growth.
+        total: training FLOPs of the run.
+    """
+    times, begin, end = config["times"], config["begin"], config["end"]
+    return [total * (begin + (end - begin) * index / max(1, times - 1)) for index in range(times)]
+
+
 def growth_steps(config: Config, total: int) -> list[int]:
     """The steps of the growth rounds when they are spread evenly: `times` of them from `begin` to `end`.
 
@@ -241,17 +252,17 @@ def make_scheduler(
         model: the raw model.
         optimizer: its optimizer.
         example: inputs of a few samples.
-        total: optimizer steps of the run.
+        total: optimizer steps of the run, where `trainer.flops` does not end it.
     """
     if not grows(config):
         return None
     from growconv.growth.stop import Budget
-    from growconv.growth.when import AtSteps
+    from growconv.growth.when import AtFlops, AtSteps
 
-    growth = config["growth"]
+    growth, flops = config["growth"], config["trainer"]["flops"]
     when = make_policy(growth["when"], "growth.when")
     if when is None and growth["every"] is None:
-        when = AtSteps(growth_steps(growth, total))
+        when = AtSteps(growth_steps(growth, total)) if flops is None else AtFlops(growth_flops(growth, flops))
     limits = growth["budget"]
     budget = Budget(**limits) if any(limit is not None for limit in limits.values()) else None
     fixed = {

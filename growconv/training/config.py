@@ -171,7 +171,7 @@ class GrowthConfig:
             `model.hidden` scales, or all of them where `start_width` is below 1.
         times: growth rounds; null: no limit (with `every` or `when`).
         every: optimizer steps between two rounds; null spreads them evenly from `begin` to `end`.
-        begin: first round, as a share of the run.
+        begin: first round, as a share of the run, in epochs or in `trainer.flops`.
         end: last round, as a share of the run; what grows late has no time to learn.
         amount: channels a round: a float is a share of the initial width, an int a number, "auto" what the data
             supports, {policy: NAME, ...} an Amount of growconv.growth.
@@ -274,7 +274,9 @@ class TrainerConfig:
     """The training loop.
 
     Attributes:
-        epochs: passes over the training split.
+        epochs: passes over the training split; not read where `flops` is set.
+        flops: training FLOPs (2 × MACs, forward and backward, growth included) that end the run, before the step that
+            would exceed them. Learning rate, `growth.begin` and `growth.end` are then shares of them. null: `epochs`.
         batch_size: samples of one optimizer step, over all processes and accumulated parts together.
         eval_batch_size: samples of one evaluation batch.
         accumulate: parts that a process cuts its share of a batch into, to save memory.
@@ -294,6 +296,7 @@ class TrainerConfig:
     """
 
     epochs: int = limited(20, least=1)
+    flops: float | None = limited(None, above=0)
     batch_size: int = limited(128, least=1)
     eval_batch_size: int = limited(512, least=1)
     accumulate: int = limited(1, least=1)

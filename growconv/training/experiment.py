@@ -133,7 +133,7 @@ def run_one(
     example = dataset.inputs(dataset.train, torch.arange(2)).to(next(model.parameters()).dtype)
     scheduler = make_scheduler(config, model, optimizer, example, total)
     loss = make_loss(dataset, config["trainer"]["label_smoothing"])
-    lr_schedule = make_lr_schedule(config["lr_schedule"], total)
+    lr_schedule = make_lr_schedule(config["lr_schedule"], config["trainer"]["flops"] or total)
     if found is None:
         on_first(devices, lambda: _start(files, config, devices, resume))
     else:

@@ -40,7 +40,8 @@ class Trainer:
         optimizer: its optimizer.
         scheduler: its growth scheduler; None for a fixed model.
         loss: loss(output, targets), averaged over the samples.
-        lr_schedule: factor on the learning rate as a function of the step.
+        lr_schedule: factor on the learning rate as a function of what is done and of the next step, in the run's unit:
+            optimizer steps, or training FLOPs.
         devices: device, precision and processes.
         directory: where the run writes.
         tracker: where else its numbers go.
@@ -55,7 +56,7 @@ class Trainer:
         optimizer: Optimizer,
         scheduler: GrowthScheduler | None,
         loss: Callable[[Tensor, Tensor], Tensor],
-        lr_schedule: Callable[[int], float],
+        lr_schedule: Callable[[float | int, float | int], float],
         devices: Devices,
         directory: RunDirectory,
         tracker: Tracker,
@@ -68,8 +69,10 @@ class Trainer:
         self.position = Position()
         self.batch_size = global_batch_size(config, dataset, devices.world_size)
         self.epoch_steps = steps_per_epoch(len(dataset.train), self.batch_size)
-        self.total = self.epoch_steps * self.options["epochs"]
-        self.progress = TrainingProgress(self.options["progress"] if devices.is_first else "none", title, self.total)
+        self.flops: float | None = self.options["flops"]
+        self.total = self.flops or self.epoch_steps * self.options["epochs"]
+        shown = 100 if self.flops else int(self.total)  # FLOPs in per cent
+        self.progress = TrainingProgress(self.options["progress"] if devices.is_first else "none", title, shown)
         self.checkpoints = CheckpointFolder(directory.checkpoints)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
@@ -86,13 +89,22 @@ class Trainer:
             What summary.json holds.
 
         Raises:
+            ConfigError: `trainer.flops` does not pay for one step.
             TrainingError: the loss is no longer a finite number.
             CheckpointError: a checkpoint could not be written.
             Stopped: a signal asked the run to end; a checkpoint is written.
         """
         self._prepare()
+        if self._at_end and not self.position.metrics:
+            step = self._sample_flops * self.batch_size
+            raise ConfigError(
+                "the training FLOPs do not pay for one step",
+                where="trainer.flops",
+                expected=f"{step:.4g} or more",
+                got=f"{self.flops:.4g}",
+            )
         with noted_signals() as self._signals, self.progress:
-            while self.position.epoch < self.options["epochs"]:
+            while not self._at_end:
                 self._epoch()
         return self._summary()
 
@@ -141,9 +153,19 @@ class Trainer:
 
     @property
     def train_flops(self) -> float:
-        """FLOPs spent so far: training steps, forward and backward, and growth passes, of all processes."""
-        growing = 0.0 if self.scheduler is None else self.scheduler.flops_spent * self.devices.world_size
-        return self.position.step_flops + growing
+        """FLOPs spent so far: training steps, forward and backward, and growth rounds, of all processes."""
+        return self.position.step_flops + self.position.growth_flops
+
+    @property
+    def _done(self) -> tuple[float | int, float | int]:
+        """What lies behind, and the size of the next step, in the unit of `total`."""
+        return (self.train_flops, self._sample_flops * self.batch_size) if self.flops else (self.position.step, 1)
+
+    @property
+    def _at_end(self) -> bool:
+        """Whether the next step would be one too many."""
+        done, one = self._done
+        return done + one > self.total
 
     def _prepare(self) -> None:
         """Wrap the model for its devices and count its FLOPs: at the start, and again after each growth."""
@@ -162,14 +184,15 @@ class Trainer:
             self._step(order[start : start + self.batch_size])
             position.step += 1
             position.batch += 1
-            over = position.batch == self.epoch_steps
+            over = position.batch == self.epoch_steps or self._at_end
             fresh: dict[str, Any] = {}
             if over:
-                position.epoch += 1
                 fresh = self._close_epoch()
             elif self.progress.mode == "bar":
-                self.progress.step(position.step, self._state())
+                self.progress.step(self._shown, self._state())
             grew = self._grow_if_due(fresh)
+            if self._at_end and not over:  # growing has spent the rest
+                over, fresh = True, self._close_epoch()
             every = self.options["checkpoint_every"]
             best = over and (position.best is None or fresh["val_accuracy"] > position.best)
             if best:
@@ -216,7 +239,7 @@ class Trainer:
     def _step(self, index: Tensor) -> None:
         """One optimizer step on this process's share of a batch."""
         position, devices, wrapped = self.position, self.devices, self._wrapped
-        factor = self.lr_schedule(position.step)
+        factor = self.lr_schedule(*self._done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         # Drawn for the whole batch, so that the run is the same on any number of processes.
@@ -255,13 +278,16 @@ class Trainer:
     def _grow_if_due(self, fresh: Mapping[str, Any]) -> bool:
         """Ask the scheduler, and let it grow the model; nothing grows after the last step."""
         position = self.position
-        if self.scheduler is None or position.step >= self.total:
+        if self.scheduler is None or self._at_end:
             return False
-        if not self.scheduler.due(position.step, {"epoch": position.epoch, **fresh}):
+        metrics = {"epoch": position.epoch, "train_flops": self.train_flops, **fresh}
+        if not self.scheduler.due(position.step, metrics):
             return False
-        began = time.monotonic()
+        began, before = time.monotonic(), self.scheduler.flops_spent
         share_buffers(self.devices, self.model)
         events = self.scheduler.grow(self.growth_batches(), self.loss, position.step)
+        spent = torch.tensor(self.scheduler.flops_spent - before, dtype=torch.float64, device=self.devices.device)
+        position.growth_flops += float(sum_over_ranks(self.devices, spent))
         if events:
             self.progress.events(position.step, events)
             self._prepare()
@@ -282,10 +308,11 @@ class Trainer:
         return [self._batch(index) for index in own.split(max(1, options["batch_size"] // world))]
 
     def _close_epoch(self) -> dict[str, Any]:
-        """Evaluate, and write the epoch's line."""
+        """Evaluate, and write the epoch's line; the last epoch of a run of so many FLOPs is seldom a whole one."""
         position = self.position
+        position.epoch += 1
         self._require_finite()
-        samples = self.epoch_steps * self.batch_size
+        samples = position.batch * self.batch_size
         loss_sum, hits = sum_over_ranks(self.devices, self._sums).tolist()
         self._sums.zero_()
         val_loss, val_accuracy = self.evaluate(self.dataset.validation)
@@ -309,7 +336,7 @@ class Trainer:
         self.directory.append_metrics(record)
         if self.devices.is_first:
             self.tracker.metrics(record, position.step)
-        self.progress.step(position.step, self._state(record))
+        self.progress.step(self._shown, self._state(record))
         self.progress.epoch(self._state(record))
         return record
 
@@ -320,7 +347,8 @@ class Trainer:
         loss = float(self._sums[0]) / max(1, position.batch * self.batch_size // self.devices.world_size)
         return {
             "epoch": position.epoch,
-            "epochs": self.options["epochs"],
+            "epochs": None if self.flops else self.options["epochs"],
+            "flops": self.flops,
             "train_loss": latest["train_loss"] if record else loss,
             "val_accuracy": latest.get("val_accuracy"),
             "score": self.score,
@@ -329,6 +357,11 @@ class Trainer:
             "train_flops": self.train_flops,
             "next_growth": self._next_growth(),
         }
+
+    @property
+    def _shown(self) -> int:
+        """How far the bar is."""
+        return round(100 * self.train_flops / self.flops) if self.flops else self.position.step
 
     @property
     def score(self) -> str:

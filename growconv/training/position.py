@@ -17,7 +17,8 @@ class Position:
         batch: batches of the present epoch done.
         loss_sum: training loss summed over the present epoch's samples, as of the checkpoint.
         hits: correct answers among them.
-        step_flops: FLOPs of all training steps so far, growth passes left out.
+        step_flops: FLOPs of all training steps so far.
+        growth_flops: FLOPs of all growth rounds so far, of all processes.
         seconds: wall-clock seconds of training, evaluation and growth.
         growth_seconds: those spent on growing.
         best: best validation accuracy so far.
@@ -31,6 +32,7 @@ class Position:
     loss_sum: float = 0.0
     hits: float = 0.0
     step_flops: float = 0.0
+    growth_flops: float = 0.0
     seconds: float = 0.0
     growth_seconds: float = 0.0
     best: float | None = None

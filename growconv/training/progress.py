@@ -28,7 +28,7 @@ class TrainingProgress:
     Args:
         mode: "auto" (a bar on a terminal, else lines), "bar", "lines" or "none".
         title: what is trained.
-        total: optimizer steps of the run.
+        total: length of the run, in the unit of `step`.
         console: where to print; None prints to standard output.
     """
 
@@ -64,7 +64,7 @@ class TrainingProgress:
         """Move the bar.
 
         Args:
-            step: optimizer steps done.
+            step: what is done of the total.
             state: numbers, of which the accuracy is shown beside it.
         """
         if self._bar is not None:
@@ -96,8 +96,8 @@ def describe(state: Mapping[str, Any], width: int | None = None) -> str:
         state: the numbers.
         width: characters of the line; what does not fit after epoch and loss is left out. None leaves nothing out.
     """
-    digits = len(str(state["epochs"]))
-    parts = [f"epoch {state['epoch']:>{digits}}/{state['epochs']}", f"loss {state['train_loss']:.4f}"]
+    last = "" if state["epochs"] is None else f"/{state['epochs']}"
+    parts = [f"epoch {state['epoch']:>{len(last) - 1 if last else 2}}{last}", f"loss {state['train_loss']:.4f}"]
     if state.get("val_accuracy") is not None:
         name = "R² " if state["score"] == "R²" else ""
         parts.append(f"val {name}{100 * state['val_accuracy']:.2f}%")
@@ -106,7 +106,7 @@ def describe(state: Mapping[str, Any], width: int | None = None) -> str:
     parts.append(f"{si(state['parameters'])} parameters")
     if state.get("next_growth") is not None:
         parts.append(f"grows at {state['next_growth']}")
-    parts.append(f"{si(state['train_flops'])}FLOP")
+    parts.append(f"{si(state['train_flops'])}{f' of {si(end)}' if (end := state.get('flops')) else ''}FLOP")
     while width is not None and len("  ".join(parts)) > width and len(parts) > 2:
         parts.pop()
     return "  ".join(parts)

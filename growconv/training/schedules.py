@@ -36,38 +36,49 @@ class AdamW(_WithoutDynamo, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def lr_factor(name: str, step: int, total: int, warmup: float = 0.0, final: float = 0.0, decay: float = 0.3) -> float:
-    """The learning rate at a step, as a factor on the top rate.
+def lr_factor(
+    name: str,
+    done: float | int,
+    total: float | int,
+    warmup: float = 0.0,
+    final: float = 0.0,
+    decay: float = 0.3,
+    one: float | int = 1.0,
+) -> float:
+    """The learning rate of a step, as a factor on the top rate.
+
+    The run is measured in optimizer steps, or in training FLOPs.
 
     Args:
         name: "cosine", "trapezoid" (constant, then falling linearly) or "constant".
-        step: optimizer steps done, 0 to total - 1.
-        total: optimizer steps of the run.
+        done: how much of the run lies behind, before the step.
+        total: the whole run.
         warmup: share of the run in which the rate rises linearly.
         final: factor at the end (cosine, trapezoid).
         decay: share of the run in which the rate falls (trapezoid).
+        one: the step itself, in the same unit.
     """
     rising = warmup * total
-    if step < rising:
-        return (step + 1) / (rising + 1)
+    if done < rising:
+        return (done + one) / (rising + one)
     if name == "constant":
         return 1.0
     if name == "trapezoid":
         falling = decay * total
-        return 1.0 if total - step > falling else final + (1 - final) * (total - step) / (falling + 1)
-    progress = (step - rising) / max(1.0, total - rising)
+        return 1.0 if total - done > falling else final + (1 - final) * max(0.0, total - done) / (falling + one)
+    progress = (done - rising) / max(one, total - rising)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_lr_schedule(config: Mapping[str, Any], total: int) -> Callable[[int], float]:
-    """The factor as a function of the step.
+def make_lr_schedule(config: Mapping[str, Any], total: float | int) -> Callable[[float | int, float | int], float]:
+    """The factor as a function of what is done, and of the size of the next step.
 
     Args:
         config: the group lr_schedule.
-        total: optimizer steps of the run.
+        total: optimizer steps or training FLOPs of the run.
     """
     name, shares = config["name"], {key: config[key] for key in ("warmup", "final", "decay")}
-    return lambda step: lr_factor(name, step, total, **shares)
+    return lambda done, one: lr_factor(name, done, total, one=one, **shares)
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:

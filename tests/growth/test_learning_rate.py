@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from growconv.errors import ScheduleError
-from growconv.growth import GrowthScheduler, StageRates, WarmUp
+from growconv.growth import GrowthScheduler, StageRates, WarmUp, WidthRates
 from growconv.growth.learning_rate import stages_of
 from growconv.network.apply import shrink
 
@@ -121,8 +121,49 @@ def test_a_warm_up_resumes_exactly(chain, sites_of, batches_of):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: WarmUp(0), lambda: WarmUp(5, 1.5), lambda: StageRates(0.0), lambda: StageRates(2.0, 1.0)]
-)
+    "build",
+    [
+        lambda: WarmUp(0), lambda: WarmUp(5, 1.5), lambda: WarmUp(5, 0.0, 0.0), lambda: StageRates(0.0),
+        lambda: StageRates(2.0, 1.0), lambda: WidthRates("momentum"),
+    ],
+)  # fmt: skip
 def test_settings_without_sense_are_refused(build):
     with pytest.raises(ScheduleError):
         build()
+
+
+def test_a_peak_above_one_is_kept_and_follows_the_learning_rate(chain, sites_of, batches_of):
+    plain_model, plain, _ = grown(chain, sites_of, batches_of, None)
+    model, optimizer, scheduler = grown(chain, sites_of, batches_of, WarmUp(steps=1, start=1.0, peak=1.3))
+    for rate, top in ((1.15, 0.1), (1.3, 0.1), (1.3, 0.02)):
+        for each in (plain, optimizer):
+            each.param_groups[0]["lr"] = top
+        model.load_state_dict(plain_model.state_dict())
+        full, scaled = step(plain_model, plain, batches_of(1)), step(model, optimizer, batches_of(1))
+        new = stages_of(model, scheduler.history)[model[3].weight].expand_as(model[3].weight) > 0
+        torch.testing.assert_close(scaled["3.weight"][new], rate * full["3.weight"][new], rtol=1e-4, atol=1e-7)
+        assert torch.equal(scaled["3.weight"][~new], full["3.weight"][~new])
+
+
+def test_everything_warms_up_with_the_youngest_entries(chain, sites_of, batches_of):
+    plain_model, plain, _ = grown(chain, sites_of, batches_of, None)
+    model, optimizer, _ = grown(chain, sites_of, batches_of, WarmUp(steps=3, everything=True))
+    for rate in (0.25, 0.5, 0.75, 1.0):
+        model.load_state_dict(plain_model.state_dict())
+        full, scaled = step(plain_model, plain, batches_of(1)), step(model, optimizer, batches_of(1))
+        for name, update in full.items():
+            torch.testing.assert_close(scaled[name], rate * update, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_width_rates_follow_fan_in_and_fan_out(chain, sites_of, batches_of, rule):
+    plain_model, plain, _ = grown(chain, sites_of, batches_of, None)  # widths 3, 4, 5 to 5, 6, 7
+    model, optimizer, _ = grown(chain, sites_of, batches_of, WidthRates(rule))
+    model.load_state_dict(plain_model.state_dict())
+    full, scaled = step(plain_model, plain, batches_of(1)), step(model, optimizer, batches_of(1))
+    outputs = {"0": 5 / 3, "3": 6 / 4, "5": 7 / 5, "9": 1.0}
+    inputs = {"0": 1.0, "3": 5 / 3, "5": 6 / 4, "9": 7 / 5}
+    for name, update in full.items():
+        layer, kind = name.split(".")
+        rate = (outputs[layer] if rule == "sgd" else 1.0) / (inputs[layer] if kind == "weight" else 1.0)
+        torch.testing.assert_close(scaled[name], rate * update, rtol=1e-4, atol=1e-6)

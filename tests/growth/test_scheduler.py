@@ -247,6 +247,17 @@ def test_events_say_what_happened(chain, sites_of, digits, batches_of):
     assert scheduler.flops_spent > 0
 
 
+@pytest.mark.parametrize("method", ["tiny", "functional", "splitting"])
+def test_the_flops_of_a_round_are_those_of_torchs_own_counter(chain, sites_of, batches_of, method):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = chain(3, 4, norm=False)
+    scheduler = GrowthScheduler(model, optimizer_of(model), sites_of(model), method=method, amount=2)
+    with FlopCounterMode(display=False) as counter:
+        scheduler.grow(batches_of(4, size=32), LOSS, step=1)
+    assert scheduler.flops_spent == counter.get_total_flops() > 0
+
+
 def test_the_history_replays_on_a_fresh_model(chain, sites_of, digits, batches_of):
     model = chain(3, 4, 5)
     optimizer = optimizer_of(model)

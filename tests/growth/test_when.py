@@ -7,7 +7,7 @@ from torch import nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.decision import Situation
-from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove, LengtheningStages, Plateau, When
+from growconv.growth.when import AllOf, AnyOf, AtFlops, AtSteps, Every, GainAbove, LengtheningStages, Plateau, When
 
 MODEL = nn.Linear(2, 2)
 
@@ -39,6 +39,17 @@ def test_every_interval_grows_once_each():
 def test_a_loop_that_asks_rarely_misses_no_interval_and_never_catches_up():
     assert rounds_of(Every(75), 400, asked_every=100) == [100, 200, 300, 400]
     assert rounds_of(Every(150), 600, asked_every=100) == [200, 300, 500, 600]
+
+
+def test_marks_in_flops_grow_once_each_whatever_a_step_costs():
+    spent = [0, 10, 20, 30, 70, 110, 150, 190, 230, 270]  # steps cost 10, and 40 after the first growth
+    report = lambda step: {"train_flops": spent[step]}  # noqa: E731
+    assert rounds_of(AtFlops([25, 150]), 9, metric=report) == [3, 6]
+    assert rounds_of(AtFlops([25, 40, 1000]), 9, metric=report) == [3, 4]
+    assert "no train_flops" in AtFlops([25]).decide(situation(3)).reason
+    for wrong in ([], [0.0], [3.0, 2.0]):
+        with pytest.raises(ScheduleError, match="ascending"):
+            AtFlops(wrong)
 
 
 def test_epochs_count_where_they_are_reported():

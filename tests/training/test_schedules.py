@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from growconv.training.config import compose, plain
-from growconv.training.schedules import make_lr_schedule, make_optimizer
+from growconv.training.schedules import lr_factor, make_lr_schedule, make_optimizer
 
 SHARES = {"warmup": 0.0, "final": 0.0, "decay": 0.3}
 
@@ -17,7 +17,7 @@ def test_cosine_is_torchs_own() -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.1)
     factor = make_lr_schedule({**SHARES, "name": "cosine", "final": 0.1}, 50)
     for step in range(50):
-        assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert factor(step, 1) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
 
@@ -26,14 +26,21 @@ def test_cosine_is_torchs_own() -> None:
 def test_trapezoid_rises_stays_and_falls(total: int, decay: float, final: float) -> None:
     factor = make_lr_schedule({"name": "trapezoid", "warmup": 0.0, "final": final, "decay": decay}, total)
     expected = np.interp(range(total), [total - decay * total - 1, total], [1.0, final])
-    np.testing.assert_allclose([factor(step) for step in range(total)], expected, atol=1e-12)
+    np.testing.assert_allclose([factor(step, 1) for step in range(total)], expected, atol=1e-12)
     warm = make_lr_schedule({"name": "trapezoid", "warmup": 0.1, "final": final, "decay": decay}, total)
-    assert warm(0) == pytest.approx(1 / (0.1 * total + 1))
+    assert warm(0, 1) == pytest.approx(1 / (0.1 * total + 1))
+
+
+@pytest.mark.parametrize("name", ["cosine", "trapezoid", "constant"])
+def test_a_schedule_in_flops_is_that_in_steps_where_steps_cost_the_same(name: str) -> None:
+    for step in range(40):
+        in_steps = lr_factor(name, step, 40, warmup=0.1, decay=0.5)
+        assert lr_factor(name, 3e9 * step, 1.2e11, warmup=0.1, decay=0.5, one=3e9) == pytest.approx(in_steps)
 
 
 def test_constant_stays() -> None:
     factor = make_lr_schedule({**SHARES, "name": "constant"}, 10)
-    assert {factor(step) for step in range(10)} == {1.0}
+    assert {factor(step, 1) for step in range(10)} == {1.0}
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

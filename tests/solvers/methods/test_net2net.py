@@ -10,6 +10,7 @@ from growconv.errors import ArgumentValueError, SolverError
 from growconv.network.apply import grow
 from growconv.network.find import find_sites
 from growconv.solvers import solve
+from growconv.solvers.base import get_solver
 from growconv.solvers.net2net import draw_copies, draw_shares
 
 
@@ -74,6 +75,22 @@ def test_shares_are_positive_sum_to_one_and_stay_in_their_bounds(groups, new, gr
     assert (shared <= ratio / counts[copied] + 1e-12).all()
 
 
+@pytest.mark.parametrize("imbalance", [0.0, 0.4])
+def test_copies_that_keep_the_rms_keep_the_squares_of_every_outgoing_weight(make, imbalance):
+    model, x, _ = make("relu")
+    site = find_sites(model, x)[0]
+    old = model[2].weight.detach().clone()
+    growth = solve(site, "net2net", 6, imbalance=imbalance, keeps="rms", generator=torch.Generator().manual_seed(3))
+    grow(model, site, growth)
+    new, source = model[2].weight.detach(), torch.cat([torch.arange(4), growth.copied_from])
+    squares = torch.zeros_like(old).index_add(1, source, new.square())
+    torch.testing.assert_close(squares, old.square())
+    assert bool((new * old[:, source] >= 0).all())
+    shares = (new / old[:, source])[0, :, 0, 0]
+    equal = torch.bincount(source)[source].rsqrt().to(shares)
+    assert torch.allclose(shares, equal) == (imbalance == 0)
+
+
 @pytest.mark.parametrize(("imbalance", "apart"), [(0.0, False), (0.2, True)])
 def test_unequal_shares_are_what_tells_copies_apart_in_training(make, imbalance, apart):
     model, x, y = make("relu")
@@ -114,6 +131,8 @@ def test_impossible_hyperparameters_and_auto_are_refused(make):
     site = find_sites(model, x)[0]
     with pytest.raises(ArgumentValueError, match="imbalance"):
         solve(site, "net2net", 2, imbalance=1.0)
+    with pytest.raises(ArgumentValueError, match="keeps"):
+        get_solver("net2net", keeps="variance")
     with pytest.raises(ArgumentValueError, match="noise"):
         solve(site, "net2net", 2, noise=-1.0)
     with pytest.raises(SolverError, match="auto"):

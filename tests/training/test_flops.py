@@ -1,0 +1,82 @@
+"""Runs that are as long as their training FLOPs: where they end, when they grow, and how their rate falls."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from growconv.cli import main
+from growconv.training.rundir import RunDirectory
+
+QUICK = [
+    "data.limit=160",
+    "growth=random",
+    "growth.times=2",
+    "growth.begin=0.2",
+    "growth.end=0.5",
+    "lr_schedule=trapezoid",
+    "lr_schedule.decay=0.25",
+    "baselines=[]",
+    "report=false",
+    "trainer.progress=none",
+]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    assert main([*QUICK, f"hydra.run.dir={folder}", *overrides]) == 0
+    return RunDirectory(folder).summary()
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_run_ends_with_its_flops_and_grows_at_shares_of_them(tmp_path: Path) -> None:
+    budget = 3e9
+    ended = run(tmp_path / "run", f"trainer.flops={budget}", "trainer.checkpoint_every=1")
+    metrics, events = lines(tmp_path / "run", "metrics.jsonl"), lines(tmp_path / "run", "growth.jsonl")
+    last_step = 32 * 3 * 2 * (64 * 9 * 32 + 16 * 9 * 32 * 64 + 4 * 9 * 64 * 64 + 64 * 10)  # of the full width, at most
+    assert budget - last_step < ended["train_flops"] <= budget
+    assert ended["train_flops"] == metrics[-1]["train_flops"]
+    assert [record["epoch"] for record in metrics] == list(range(1, len(metrics) + 1))
+    assert len({event["step"] for event in events}) == 2
+    assert metrics[-1]["learning_rate"] < 0.1 * metrics[0]["learning_rate"]
+    for record in metrics:  # constant, then linear in FLOPs; the rate is that of the step before the line
+        left = (budget - record["train_flops"]) / (0.25 * budget)
+        assert record["learning_rate"] / metrics[0]["learning_rate"] == pytest.approx(min(1.0, left), abs=0.06)
+
+
+def test_fixed_runs_of_other_widths_spend_the_same(tmp_path: Path) -> None:
+    spent = [
+        run(tmp_path / width, "growth=none", f"model.width={width}", "trainer.flops=1e9")["train_flops"]
+        for width in ("0.25", "0.5")
+    ]
+    assert max(spent) <= 1e9
+    assert min(spent) > 0.95e9
+
+
+def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from growconv.training.loop import Trainer
+
+    whole = run(tmp_path / "whole", "trainer.flops=2e9", "trainer.checkpoint_every=1")
+    step = Trainer._step
+
+    def stopping(self: Trainer, index: Any) -> None:
+        if self.position.step == whole["steps"] // 2:
+            raise KeyboardInterrupt
+        step(self, index)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    overrides = [*QUICK, f"hydra.run.dir={tmp_path / 'cut'}", "trainer.flops=2e9", "trainer.checkpoint_every=1"]
+    assert main(overrides) == 130
+    monkeypatch.undo()
+    assert main([f"resume={tmp_path / 'cut'}", "trainer.progress=none"]) == 0
+    timed = {"seconds", "growth_seconds"}
+    resumed = RunDirectory(tmp_path / "cut").summary()
+    assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+
+
+def test_flops_that_pay_for_no_step_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, f"hydra.run.dir={tmp_path / 'run'}", "trainer.flops=10"]) == 1
+    assert "trainer.flops" in capsys.readouterr().err
