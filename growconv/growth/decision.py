@@ -85,6 +85,8 @@ class Proposal:
         parameters_per_channel: parameters that one channel adds.
         flops_per_channel: FLOPs (2 × MACs, forward, one sample) that one channel adds.
         samples: how many the statistics were collected on; None for methods without statistics.
+        slopes: (K,) descending, what compares across layers: squared norms of the first gradient that new incoming
+            weights would get behind outgoing weights of norm 1; None where a policy did not ask for them.
     """
 
     site: Site
@@ -93,6 +95,7 @@ class Proposal:
     parameters_per_channel: float | int
     flops_per_channel: float | int
     samples: int | None = None
+    slopes: Tensor | None = None
 
     @property
     def gain(self) -> float:

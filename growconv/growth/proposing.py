@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
@@ -17,7 +17,9 @@ from growconv.network.model import undisturbed
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
 from growconv.network.site import GrowthSite, Site
+from growconv.solvers.assembly import require_statistics
 from growconv.solvers.base import Channels, Solver, solve
+from growconv.solvers.gradmax import gradmax
 from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
 from growconv.solvers.sampling import Found, gains_known, until_known
 from growconv.statistics.collect import collect_statistics
@@ -35,10 +37,12 @@ class Collection:
     Attributes:
         options: further options of `collect_statistics`.
         relative_error: collect only until the sum of the gains is known this well at every site; None: all batches.
+        slopes: measure the slopes of proposals too; every site has closed-form statistics then.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     relative_error: float | None = None
+    slopes: bool = False
 
 
 class Stopwatch:
@@ -96,28 +100,37 @@ def propose(
     statistics: dict[str, PairStatistics] = {}
     moments: dict[str, RankStatistics] = {}
 
-    def solved(site: Site) -> tuple[ChannelGrowth, float | None, int | None]:
+    def solved(site: Site) -> tuple[ChannelGrowth, float | None, int | None, Tensor | None]:
         if site.own_method == "rank":
             terms = 1 if asked[site] == "auto" else min(int(asked[site]), site.room or 1)
             seen = moments[site.name]
-            return solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None
+            return solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None, None
         subject = statistics.get(site.name)
-        growth = solve(subject or cast(GrowthSite, site), solver, asked[site], model, generator)
-        return (growth, None, None) if subject is None else (growth, subject.gradient_energy, subject.samples)
+        given = subject if solver.reads else None
+        growth = solve(given or cast(GrowthSite, site), solver, asked[site], model, generator)
+        slopes = _slopes(statistics[site.name], growth.channels) if collection.slopes else None
+        return (growth, *((None, None) if given is None else (given.gradient_energy, given.samples)), slopes)
 
     with undisturbed(model):
         with stopwatch.phase("collect"):
             if ranks:
                 moments = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
-            if solver.reads and served:
+            if (solver.reads or collection.slopes) and served:
                 wanted: dict[GrowthSite, Channels] = {site: asked[site] for site in served}
                 statistics = _collected(model, solver, wanted, batches, loss, collection, generator)
         with stopwatch.phase("solve"):
             answers = from_first(lambda: [solved(site) for site in sites], device)
     return [
-        Proposal(site, growth, energy, *cost.channel(site), samples)
-        for site, (growth, energy, samples) in zip(sites, answers, strict=True)
+        Proposal(site, growth, energy, *cost.channel(site), samples, slopes)
+        for site, (growth, energy, samples, slopes) in zip(sites, answers, strict=True)
     ]
+
+
+def _slopes(subject: PairStatistics, channels: int) -> Tensor:
+    """See `Proposal.slopes`; zeros for channels beyond the rank of N_raw."""
+    (raw,) = require_statistics(subject, "N_raw")
+    slopes = gradmax(torch.cat([each.flatten(1) for each in raw], 1)[:, None], max(1, channels)).gains[:channels]
+    return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
 
 
 def _collected(
@@ -131,7 +144,7 @@ def _collected(
 ) -> Found:
     """Statistics over all processes: of all batches, or of as many as make the gains known."""
     error = collection.relative_error
-    reads = solver.reads | (set() if error is None else {"samples"})
+    reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
     keep = {"keep_samples": KEEP_SAMPLES} if "samples" in reads else {}
     settings = {"quantities": reads, **keep, **collection.options}
 

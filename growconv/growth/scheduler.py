@@ -21,6 +21,7 @@ from growconv.growth.distributed import agreed, from_first, require_equal_parame
 from growconv.growth.learning_rate import LearningRate
 from growconv.growth.proposing import PHASES, Collection, Stopwatch, split
 from growconv.growth.pruning import PruneBack
+from growconv.growth.recipe import fallen, too_wide
 from growconv.growth.round import Round
 from growconv.growth.settings import (
     LeftOut,
@@ -147,10 +148,11 @@ class GrowthScheduler:
         self.pruning = pruning
         self.held_out = as_share(held_out, "held_out")
         error = as_relative_error(samples, relative_error, self.solver, self.sites)
-        self.collection = Collection(dict(statistics or {}), error)
+        slopes = self.where.compares_slopes and all(site.closed_form for site in self.sites)
+        self.collection = Collection(dict(statistics or {}), error, slopes)
         self.seed = seed
         check_owner(optimizer, self.sites)
-        check_gains(self.solver, self._policies().values())
+        check_gains(self.solver, [each for each in self._policies().values() if each is not self.where or not slopes])
         if times is not None:
             require_positive(self, "times", times)
         if learning_rate is not None:
@@ -172,6 +174,7 @@ class GrowthScheduler:
         self._last_epoch: int | None = None
         self._last_pruning: int | None = None
         self._prunes = False
+        self._top_rate = 0.0
         self._cost: ModelCost | None = None
         self._began = time.monotonic()
         self._seconds_before = 0.0
@@ -203,6 +206,7 @@ class GrowthScheduler:
         self.require_schedule()
         follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
         self._step, self._metrics = step, dict(metrics or {})
+        self._top_rate = max(self._top_rate, self._rate)
         situation = self._situation()
         yes, self.decisions = self._decide(situation)
         self._prunes = self._pruning_due(situation)
@@ -260,9 +264,19 @@ class GrowthScheduler:
                 fix="give it one of them; or call grow() when it suits, without asking due()",
             )
 
+    def cautions(self) -> list[str]:
+        """What speaks against the next round, as far as it is known beforehand; one line each."""
+        situation = self._situation()
+        asked = {site: self.amount.channels(site, situation) for site in self.sites}
+        wider = {site: site.width + channels for site, channels in asked.items() if channels != "auto"}
+        return [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
+
     def explain(self) -> str:
-        """What was decided at the last question or in the last round, one line each."""
-        return "\n".join(self.decisions)
+        """What the recipe is, what speaks against it, and what was decided at the last question or in the last round."""
+        rates = "the optimizer's learning rate" if self.learning_rate is None else repr(self.learning_rate)
+        recipe = [repr(self), f"new entries train at {rates}; the optimizer's state is {self.optimizer_state}"]
+        cautions = [] if self.times is not None and self._rounds >= self.times else self.cautions()
+        return "\n".join([*recipe, *(f"caution: {text}" for text in cautions), *self.decisions])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides model and optimizer, as JSON-able values."""
@@ -364,6 +378,12 @@ class GrowthScheduler:
         return (
             f"GrowthScheduler({self.solver.name}): {self._rounds}{limit} rounds, {len(self.history)} events; {widths}"
         )
+
+    @property
+    def _rate(self) -> float:
+        """The highest learning rate of the optimizers now."""
+        groups = [group for each in as_optimizers(self.optimizer) for group in each.param_groups]
+        return max((float(group["lr"]) for group in groups), default=0.0)
 
     @property
     def _device(self) -> torch.device:
@@ -503,6 +523,8 @@ class GrowthScheduler:
         ]
         for event in events:
             self.history.append(replace(event, recipe=None))
+            self._caution(too_wide(event.site, event.width_before, event.width_after))
+        self._caution(fallen(self._rate, self._top_rate) if events and not self._prunes else None)
         for phase, value in work.stopwatch.seconds.items():
             self.spent[phase] += value
         self.flops_spent += flops
@@ -520,6 +542,11 @@ class GrowthScheduler:
             for optimizer in as_optimizers(self.optimizer):
                 optimizer.state.clear()
         return events
+
+    def _caution(self, text: str | None) -> None:
+        if text is not None:
+            self.decisions.insert(0, f"caution: {text}")
+            logger.warning("%s", text)
 
     def _note(self, text: str) -> None:
         self.decisions.append(text)

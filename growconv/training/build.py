@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 import growconv.growth.scheduler as growing
 from growconv.errors import ConfigError, GrowthError
 from growconv.growth.decision import Policy
+from growconv.growth.widths import set_widths
 from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Solver, get_solver
@@ -83,6 +84,9 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
     built = call_target(target, model["args"], offered, f"model.args of {model['_target_']}")
     if not isinstance(built, nn.Module):
         raise ConfigError("this builds no model", where="model._target_", expected="torch.nn.Module", got=type(built))
+    if model["widths"]:
+        sites = find_sites(built, torch.zeros(2, channels, image_size, image_size))
+        set_widths(built, sites, model["widths"])
     return built
 
 

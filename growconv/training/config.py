@@ -117,6 +117,7 @@ class ModelConfig:
         activation: a key of growconv.training.models.ACTIVATIONS.
         args: further arguments of the target.
         weights: file of weights (a state_dict) to begin with; a classifier of other classes stays as drawn.
+        widths: channels of sites by their names, in place of what the factors give; the weights are drawn anew.
     """
 
     _target_: str = MISSING
@@ -127,6 +128,7 @@ class ModelConfig:
     activation: str = "relu"
     args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
+from growconv.growth.recipe import too_late
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import (
@@ -32,7 +33,7 @@ from growconv.training.loop import Trainer, global_batch_size
 from growconv.training.position import position_of
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
-from growconv.training.schedules import make_lr_schedule, make_optimizer
+from growconv.training.schedules import decay_begins, make_lr_schedule, make_optimizer
 from growconv.training.tracking import Tracker, make_tracker, require_installed
 
 
@@ -93,7 +94,13 @@ def _alone_in(directory: Path, devices: Devices) -> Iterator[None]:
 
 
 def run_one(
-    config: Mapping[str, Any], directory: Path, devices: Devices, dataset: Dataset, title: str, resume: bool = False
+    config: Mapping[str, Any],
+    directory: Path,
+    devices: Devices,
+    dataset: Dataset,
+    title: str,
+    resume: bool = False,
+    origin: Path | None = None,
 ) -> dict[str, Any]:
     """Train one model into one directory.
 
@@ -104,6 +111,7 @@ def run_one(
         dataset: on the device.
         title: what progress and tables call it.
         resume: go on with what lies there, if anything does.
+        origin: directory of a finished run whose last state this one begins with, lengths and rates being its own.
 
     Returns:
         The summary.
@@ -111,10 +119,14 @@ def run_one(
     devices, epochs = devices.for_one_run(), config["trainer"]["epochs"]
     files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    if resume and on_first(devices, lambda: files.finished and files.summary().get("epochs") == epochs):
+    by_flops = config["trainer"]["flops"] is not None
+    if resume and on_first(devices, lambda: files.finished and (by_flops or files.summary().get("epochs") == epochs)):
         return on_first(devices, files.summary)
     if resume:
         found = on_first(devices, lambda: _found(files, config))
+    begins = found is None
+    if begins and origin is not None:
+        found = on_first(devices, lambda: find_checkpoint(origin))
     torch.manual_seed(seed_for(config["seed"], "weights"))
     model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(devices.device)
     if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
@@ -134,14 +146,15 @@ def run_one(
     scheduler = make_scheduler(config, model, optimizer, example, total)
     loss = make_loss(dataset, config["trainer"]["label_smoothing"])
     lr_schedule = make_lr_schedule(config["lr_schedule"], config["trainer"]["flops"] or total)
-    if found is None:
+    if begins:
         on_first(devices, lambda: _start(files, config, devices, resume))
     else:
         on_first(devices, lambda: files.prolong(config))
     tracker = Tracker()
     if devices.is_first:
-        identity = found.state.get("tracker") if found is not None else None
-        step = position_of(found).step if found is not None else None
+        gone_on = None if begins else found
+        identity = None if gone_on is None else gone_on.state.get("tracker")
+        step = None if gone_on is None else position_of(gone_on).step
         tracker = make_tracker(config, directory, directory.name, identity, step)
     trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
     # From here on every process draws random numbers of its own (dropout).
@@ -151,10 +164,25 @@ def run_one(
     trainer.progress.say(_introduction(title, model, scheduler))
     if drawn:
         trainer.progress.say(f"as drawn, since the weights are of other classes: {', '.join(drawn)}")
+    for caution in [] if scheduler is None else cautions(config, scheduler, trainer.total):
+        trainer.progress.say(f"caution: {caution}")
     summary = trainer.fit()
     files.finish(summary)
     tracker.finish(summary)
     return summary
+
+
+def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float | int) -> list[str]:
+    """What is known to speak against the recipe of a run.
+
+    Args:
+        config: the whole config.
+        scheduler: of the run, before it begins.
+        total: length of the run, in the unit of its schedule.
+    """
+    marks = getattr(scheduler.when, "steps", None) or getattr(scheduler.when, "flops", None)
+    late = too_late(marks[-1] / total, decay_begins(config["lr_schedule"])) if marks else None
+    return [*([] if late is None else [late]), *scheduler.cautions()]
 
 
 def _introduction(title: str, model: torch.nn.Module, scheduler: GrowthScheduler | None) -> str:

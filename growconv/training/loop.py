@@ -295,7 +295,7 @@ class Trainer:
             if self.devices.is_first:
                 self.tracker.events(list(self.scheduler.history), events, self.widths)
         else:
-            self.progress.say(f"step {position.step}: nothing grew. {self.scheduler.explain()}")
+            self.progress.say(f"step {position.step}: nothing grew. {'; '.join(self.scheduler.decisions)}")
         position.growth_seconds += time.monotonic() - began
         return True
 

@@ -81,6 +81,15 @@ def make_lr_schedule(config: Mapping[str, Any], total: float | int) -> Callable[
     return lambda done, one: lr_factor(name, done, total, one=one, **shares)
 
 
+def decay_begins(config: Mapping[str, Any]) -> float:
+    """Where the learning rate begins to fall, as a share of the run; 1 where it never does.
+
+    Args:
+        config: the group lr_schedule.
+    """
+    return {"constant": 1.0, "trapezoid": 1 - config["decay"], "cosine": config["warmup"]}[config["name"]]
+
+
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
     """The optimizer of a model, weights in one group, biases and norm layers without decay in another.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -96,11 +97,17 @@ def test_best_compares_by_the_yardstick_it_was_given(three):
         proposal(three.sites[0], [3.0, 1.0], parameters=100.0, flops=10.0),
         proposal(three.sites[1], [2.0, 1.0], parameters=10.0, flops=100.0),
     ]
-    for per, expected in (("gain", 0), ("parameter", 1), ("flop", 0)):
+    for per, expected in (("channel", 0), ("parameter", 1), ("flop", 0)):
         ((chosen, reason),) = Best(per).choose(offers, math.inf, math.inf)
         assert chosen is offers[expected]
-        assert "gain per" in reason
-    assert [chosen for chosen, _ in Best("gain", count=2).choose(offers, math.inf, math.inf)] == offers
+        assert f"energy per {per}" in reason
+    steep = [replace(offer, slopes=torch.tensor(s)) for offer, s in zip(offers, ([1.0, 1.0], [50.0, 1.0]), strict=True)]
+    for policy, expected in ((Best(), 1), (Best("channel", "gradient"), 1), (Best("flop", "energy"), 0)):
+        ((chosen, _),) = policy.choose(steep, math.inf, math.inf)
+        assert chosen is steep[expected]
+    with pytest.raises(ScheduleError, match="compares gradients"):
+        Best(by="gradient").choose([steep[0], offers[1]], math.inf, math.inf)
+    assert [chosen for chosen, _ in Best("channel", count=2).choose(offers, math.inf, math.inf)] == offers
 
 
 def test_greedy_is_the_best_filling_of_a_small_knapsack_of_equal_prices(three):
@@ -124,6 +131,16 @@ def test_greedy_never_exceeds_an_allowance_and_fills_up_with_cheaper_channels(th
     assert {taken.site.name: taken.growth.channels for taken, _ in chosen} == {cheap.site.name: 2}
     assert Greedy().choose([dear, cheap], 5.0, math.inf) == []
     assert Greedy().choose([dear, cheap], math.inf, 0.5) == []
+
+
+def test_greedy_spreads_a_budget_over_its_rounds(three):
+    offers = [proposal(site, [3.0] * 12, flops=10.0) for site in three.sites]
+    policy, room = Greedy(rounds=3), 300.0
+    for number, expected in enumerate((100.0, 100.0, 100.0, 0.0)):
+        policy.candidates(three.sites, situation(three, rounds=number))
+        spent = 10.0 * sum(taken.growth.channels for taken, _ in policy.choose(offers, math.inf, room))
+        assert spent == expected
+        room -= spent
 
 
 def test_gains_cannot_be_compared_where_there_are_none(three):
@@ -167,7 +184,7 @@ def test_no_gain_needs_poor_rounds_in_a_row(three):
     [
         lambda: Fixed(0), lambda: Fraction(0.0), lambda: ToWidth(8, 0), lambda: ToWidth(0, 3), lambda: Exponential(0),
         lambda: Exponential(0.2, rounds=4), lambda: Auto(0), lambda: RoundRobin(0), lambda: Best(count=0),
-        lambda: Greedy(channels=0), lambda: Greedy(parameters=-5), lambda: Budget(), lambda: Budget(parameters=0),
+        lambda: Greedy(channels=0), lambda: Greedy(parameters=-5), lambda: Greedy("gain"), lambda: Best(by="loss"), lambda: Budget(), lambda: Budget(parameters=0),
         lambda: Budget(flops=-1), lambda: Budget(seconds=0.0), lambda: TargetAccuracy(math.nan), lambda: NoGain(0.0),
         lambda: NoGain(0.1, 0),
     ],

@@ -254,8 +254,39 @@ def test_the_flops_of_a_round_are_those_of_torchs_own_counter(chain, sites_of, b
     model = chain(3, 4, norm=False)
     scheduler = GrowthScheduler(model, optimizer_of(model), sites_of(model), method=method, amount=2)
     with FlopCounterMode(display=False) as counter:
-        scheduler.grow(batches_of(4, size=32), LOSS, step=1)
+        scheduler.grow(batches_of(4), LOSS, step=1)
     assert scheduler.flops_spent == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("method", ["tiny", "random", "net2net"])
+def test_the_best_site_is_where_new_weights_would_get_the_steepest_gradient_per_flop(
+    chain, sites_of, batches_of, method
+):
+    """The referee: autograd on weights that are put in at zero, behind the singular vectors that GradMax takes."""
+    model, batches, steep = chain(3, 4, 5), batches_of(2), {}
+    for index, site in enumerate(sites_of(model)):
+        twin = chain(3, 4, 5)
+        site = sites_of(twin)[index]
+        found = growconv.collect_statistics(twin, [site], batches, LOSS, quantities={"N_raw"})[site.name]
+        growth = growconv.solve(found, "gradmax", channels=2, lift=1e-6)
+        growconv.grow(twin, site, growth)
+        twin.train()
+        for inputs, targets in batches:
+            (LOSS(twin(inputs), targets) / len(batches)).backward()
+        outgoing = float(growth.omega.flatten().norm()) / 2**0.5 if growth.omega.dim() == 4 else None
+        norm = outgoing or float(growth.omega.norm()) / 2**0.5
+        producer = twin.get_submodule(site.producers[0])
+        gradient = producer.weight.grad[-2:].square().sum() + producer.bias.grad[-2:].square().sum()
+        steep[site.name] = float(gradient) / norm**2
+    where = Best("channel")
+    scheduler = GrowthScheduler(model, None, sites_of(model), method=method, where=where, amount=2, amplitude=1.0)
+    seen = {}
+    choose = where.choose
+    where.choose = lambda proposals, *room: (seen.update({p.site.name: float(p.slopes.sum()) for p in proposals}), choose(proposals, *room))[1]
+    (event,) = scheduler.grow(batches, LOSS, step=1)
+    assert event.site == max(steep, key=steep.get)
+    for name, value in seen.items():
+        assert value == pytest.approx(steep[name], rel=0.05)
 
 
 def test_the_history_replays_on_a_fresh_model(chain, sites_of, digits, batches_of):
@@ -375,7 +406,7 @@ def test_best_grows_one_site_per_round_and_says_why(chain, sites_of, digits, bat
     scheduler = GrowthScheduler(model, None, sites_of(model), where=Best("parameter"), amount=Fixed(1))
     for step in range(3):
         (event,) = scheduler.grow(batches_of(2, size=32), LOSS, step=step)
-        assert "gain per parameter" in event.reason
+        assert "gradient per parameter" in event.reason
 
 
 def test_settings_that_contradict_are_refused_before_training(chain, sites_of, digits, batches_of):

@@ -1,0 +1,105 @@
+"""`growconv search`: what a short growing run says about the widths of a model, as a config and a table."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from growconv.errors import ConfigError
+from growconv.growth.cost import ModelCost
+from growconv.reporting.records import read_run
+from growconv.reporting.terminal import make_console, shown
+from growconv.training.build import data_shape, make_model
+from growconv.training.progress import si
+from growconv.training.rundir import RunDirectory, write_atomically
+
+FOUND = Path("experiment") / "found.yaml"
+
+
+def require_budget(config: Mapping[str, Any]) -> None:
+    """Refuse a search that does not know how large the model may become.
+
+    Raises:
+        ConfigError: neither FLOPs nor parameters are limited, or nothing grows.
+    """
+    growth = config["growth"]
+    if growth["method"] == "none":
+        raise ConfigError("a search grows a model", where="growth.method", got="none", fix="choose a growth method")
+    if growth["budget"]["flops"] is None and growth["budget"]["parameters"] is None:
+        raise ConfigError(
+            "a search needs the size that the model may have",
+            where="growth.budget",
+            expected="growth.budget.flops=... (FLOPs of one sample's forward pass) or growth.budget.parameters=...",
+        )
+
+
+def found_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
+    """The config of a fixed model with the widths that a run ended with, to be trained from scratch.
+
+    Args:
+        config: of the run.
+        widths: channels by the name of the site.
+    """
+    model, growth = dict(config["model"]), dict(config["growth"])
+    factors = {"width": model["width"] * growth["start_width"], "hidden": model["hidden"] * growth["start"]}
+    return {**config, "model": {**model, **factors, "widths": dict(widths)}, "growth": {**growth, "method": "none"}}
+
+
+def write_found(directory: Path) -> Path:
+    """Write the config of what a search found, and print the table.
+
+    Args:
+        directory: of the finished run.
+
+    Returns:
+        The file: `growconv --config-dir DIRECTORY experiment=found growth=none` trains it from scratch.
+
+    Raises:
+        CheckpointError: no finished run lies there.
+    """
+    files = RunDirectory(directory)
+    config, widths = files.config(), files.summary()["widths"]
+    found = found_config(config, widths)
+    channels, size, _ = shape = data_shape(config["data"])
+    model = make_model(found, shape)
+    flops = ModelCost.measure(model, torch.zeros(2, channels, size, size)).flops()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = yaml.safe_dump({"model": found["model"]}, sort_keys=False, allow_unicode=True)
+    note = f"# {parameters} parameters, {flops} FLOPs of a sample's forward pass."
+    target = directory / FOUND
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(target, f"# @package _global_\n# Widths that `growconv search` found.\n{note}\n{text}")
+    console = make_console()
+    console.print(found_table(read_run(directory).events, widths))
+    budget = config["growth"]["budget"]
+    limits = [f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None]
+    print(f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {', '.join(limits)}")
+    print(f"to train these widths from scratch, with the options of this search:\n  growconv --config-dir {shown(directory)} "
+          "experiment=found growth=none")
+    return target
+
+
+def found_table(events: Iterable[Mapping[str, Any]], widths: Mapping[str, int]) -> Table:
+    """Per site where it began and ended, and what its channels gained and cost.
+
+    Args:
+        events: the lines of growth.jsonl.
+        widths: channels at the end, by the name of the site.
+    """
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("site", overflow="fold")
+    for title in ("start", "found", "rounds", "gain", "parameters added"):
+        table.add_column(title, justify="right")
+    listed = list(events)
+    for site, width in widths.items():
+        own = [event for event in listed if event["site"] == site]
+        start = own[0]["width_before"] if own else width
+        gain = sum(sum(event["gains"]) for event in own)
+        added = sum(event["parameters_after"] - event["parameters_before"] for event in own)
+        table.add_row(escape(site), str(start), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}")
+    return table
