@@ -1,4 +1,4 @@
-"""The command line: train (with Hydra), resume, sites, compare, report. `growconv --help` lists it all.
+"""The command line: train (with Hydra), resume, sites, search, family, and what reads finished runs: `growconv --help`.
 
 What can be checked is checked before torch is loaded and before a run directory is made.
 """
@@ -165,7 +165,14 @@ def _dispatch(arguments: list[str]) -> None:
         else:
             if not trust:
                 _require_trusted_path(rest)
-            _train(rest, overrides, flags)
+            if command == "search":
+                _require_one_run(command, flags)
+                _train(["experiment=search", *rest], ["experiment=search", *overrides], flags, search)
+            elif command == "family":
+                _require_one_run(command, flags)
+                _train(rest, overrides, flags, family)
+            else:
+                _train(rest, overrides, flags)
 
 
 def _no_command(word: str, rest: Sequence[str]) -> ConfigError:
@@ -312,7 +319,35 @@ def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence
         target[path[-1]] = source[path[-1]]
 
 
-def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]) -> None:
+def search(values: dict[str, Any], directory: Path) -> None:
+    """Find widths for a budget by short growing."""
+    from growconv.training.experiment import run
+    from growconv.training.search import require_budget, write_found
+
+    require_budget(values)
+    run(values, directory, resume=(directory / "config.yaml").exists())
+    if _rank() == 0:
+        write_found(directory)
+
+
+def family(values: dict[str, Any], directory: Path) -> None:
+    """Train several sizes from one trunk."""
+    from growconv.training.family import run_family
+
+    run_family(values, directory)
+
+
+def _require_one_run(command: str, flags: dict[str, str]) -> None:
+    if "--multirun" in flags:
+        raise ConfigError("this command is no sweep", where=command, got="-m", fix="start it once for each setting")
+
+
+def _train(
+    arguments: Sequence[str],
+    overrides: list[str],
+    flags: dict[str, str],
+    job: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
     """Check a command line, then hand it to Hydra, which makes the run directory and calls `train`."""
     sweep = "--multirun" in flags
     if not UNCHECKED & set(flags):
@@ -327,7 +362,7 @@ def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]
     def one_run(config: DictConfig) -> float:
         """`train`, whose error is kept for the end: Hydra would print it in its own way."""
         try:
-            return train(config)
+            return train(config, job)
         except Exception as error:
             errors.append(error)
             return float("nan")
@@ -347,11 +382,12 @@ def _train(arguments: Sequence[str], overrides: list[str], flags: dict[str, str]
         raise errors[0]
 
 
-def train(config: DictConfig) -> float:
+def train(config: DictConfig, job: Callable[[dict[str, Any], Path], None] | None = None) -> float:
     """One run of a config that Hydra composed.
 
     Args:
         config: the config.
+        job: what to do with its values and directory; None trains.
 
     Returns:
         The best validation accuracy: the objective of a sweep.
@@ -361,11 +397,15 @@ def train(config: DictConfig) -> float:
     try:
         values = settings.plain(config)
         _announce(values, directory)
+        if job is not None:
+            job(values, directory)
+            return float("nan")
         from growconv.training.experiment import run
 
         return float(run(values, directory, sweep=context.mode == RunMode.MULTIRUN)["best_val_accuracy"])
     except KeyboardInterrupt as stop:
-        raise Stopped(_go_on(directory)) from stop
+        again = f"growconv {' '.join(sys.argv[1:])} hydra.run.dir={shlex.quote(str(directory))}"
+        raise Stopped(_go_on(directory) if job is None else again) from stop
     except Exception as error:
         _discard_unbegun(directory)
         if isinstance(error, BrokenPipeError) and (directory / "config.yaml").exists():

@@ -31,8 +31,9 @@ def too_late(growth: float, decay: float) -> str | None:
     if growth < decay:
         return None
     return (
-        f"the last growth comes at {growth:.0%} of the run, and the learning rate falls from {decay:.0%} on: new channels "
-        "learn best in a long stretch of constant rate; grow earlier, or let the rate fall later (lr_schedule=trapezoid)"
+        f"the last growth comes at {growth:.0%} of the run, and the learning rate falls from {decay:.0%} on: new "
+        "channels learn best in a long stretch of constant rate; grow earlier, or let the rate fall later "
+        "(lr_schedule=trapezoid)"
     )
 
 

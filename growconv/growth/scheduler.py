@@ -235,10 +235,10 @@ class GrowthScheduler:
         before = _Before(self)
         try:
             self._step = self._step if step is None else step
+            fitting, held_out, cost = agreed(lambda: self._divided(batches))
+            require_same((len(fitting), len(held_out)), "numbers of growth batches")
+            work = self._round(fitting, held_out, loss, cost)
             with FlopMeter() as spent:
-                fitting, held_out, cost = agreed(lambda: self._divided(batches))
-                require_same((len(fitting), len(held_out)), "numbers of growth batches")
-                work = self._round(fitting, held_out, loss, cost)
                 asked = {} if self._prunes else self._grown(work)
                 if self._prunes and self.pruning is not None:
                     self.decisions = []
@@ -272,7 +272,7 @@ class GrowthScheduler:
         return [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
 
     def explain(self) -> str:
-        """What the recipe is, what speaks against it, and what was decided at the last question or in the last round."""
+        """What the recipe is, what speaks against it, and what was decided last; one line each."""
         rates = "the optimizer's learning rate" if self.learning_rate is None else repr(self.learning_rate)
         recipe = [repr(self), f"new entries train at {rates}; the optimizer's state is {self.optimizer_state}"]
         cautions = [] if self.times is not None and self._rounds >= self.times else self.cautions()

@@ -1,10 +1,10 @@
 """Where to grow: which sites are looked at, and which of their proposals are taken.
 
 Sites are compared by how steeply new weights there would lower the loss: the squared norms of the first gradient on new
-incoming weights behind outgoing ones of norm 1, σ_k² of N_raw (GradMax, Evci et al. 2022, equation 9), per FLOP that the
-channels cost. Any method can grow the channels. The methods' own gains, captured energies, are shares of ‖v‖² at one
-layer and say nothing about another: in a first comparison on Fashion-MNIST the widths that they lead to were worse than
-uniform ones, those by gradient were not.
+incoming weights behind outgoing ones of norm 1, σ_k² of N_raw (GradMax, Evci et al. 2022, equation 9), per FLOP that
+the channels cost. Any method can grow the channels. The methods' own gains, captured energies, are shares of ‖v‖² at
+one layer and say nothing about another: in a first comparison on Fashion-MNIST the widths that they lead to were worse
+than uniform ones, those by gradient were not.
 """
 
 import math
@@ -102,7 +102,9 @@ class _Comparing(Where):
         ):
             if value not in known:
                 expected = ", ".join(map(str, known))
-                raise ScheduleError("unknown yardstick", expected=expected, got=value, where=f"{type(self).__name__}.{name}")
+                raise ScheduleError(
+                    "unknown yardstick", expected=expected, got=value, where=f"{type(self).__name__}.{name}"
+                )
 
     @property
     def compares_slopes(self) -> bool:

@@ -56,7 +56,7 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
     require_installed(config["logger"])
     devices = make_devices(config["trainer"])
     directory = Path(on_first(devices, lambda: str(directory)))
-    with _alone_in(directory, devices):
+    with alone_in(directory, devices):
         resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
         if config["trainer"]["deterministic"]:
             torch.use_deterministic_algorithms(True)
@@ -70,7 +70,7 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
         results = [(title, run_one(config, directory, devices, dataset, title, resume))]
         for name in named:
             fixed, title, inside = baseline_config(config, name), f"fixed {name}", directory / f"fixed_{name}"
-            with _alone_in(inside, devices):
+            with alone_in(inside, devices):
                 results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
         if devices.is_first:
             make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
@@ -86,7 +86,7 @@ def _sizes(dataset: Dataset) -> str:
 
 
 @contextmanager
-def _alone_in(directory: Path, devices: Devices) -> Iterator[None]:
+def alone_in(directory: Path, devices: Devices) -> Iterator[None]:
     """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
     with ExitStack() as stack:
         on_first(devices, lambda: stack.enter_context(RunDirectory(directory).locked()))

@@ -78,9 +78,11 @@ def write_found(directory: Path) -> Path:
     console.print(found_table(read_run(directory).events, widths))
     budget = config["growth"]["budget"]
     limits = [f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None]
-    print(f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {', '.join(limits)}")
-    print(f"to train these widths from scratch, with the options of this search:\n  growconv --config-dir {shown(directory)} "
-          "experiment=found growth=none")
+    print(
+        f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {', '.join(limits)}"
+    )
+    print("to train these widths from scratch, with the data and the other options of this search:")
+    print(f"  growconv --config-dir {shown(directory)} experiment=found growth=none")
     return target
 
 

@@ -26,6 +26,14 @@ COMMANDS = {
     "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
     "grow": ("widen or deepen a run's model once, verify and save it", "growconv grow RUN --factor 1.5"),
     "export": ("write a run's model as ONNX or torch.export", "growconv export RUN --output model.onnx"),
+    "search": (
+        "find widths for a budget of inference FLOPs or parameters by short growing",
+        "growconv search data=fashion_mnist growth.budget.flops=4e6",
+    ),
+    "family": (
+        "train several sizes from one trunk, each with its own decay",
+        "growconv family growth=net2net trainer.flops=2e10 growth.times=2",
+    ),
     "report": ("write one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
 }
 GROUPS = {

@@ -184,7 +184,8 @@ def test_no_gain_needs_poor_rounds_in_a_row(three):
     [
         lambda: Fixed(0), lambda: Fraction(0.0), lambda: ToWidth(8, 0), lambda: ToWidth(0, 3), lambda: Exponential(0),
         lambda: Exponential(0.2, rounds=4), lambda: Auto(0), lambda: RoundRobin(0), lambda: Best(count=0),
-        lambda: Greedy(channels=0), lambda: Greedy(parameters=-5), lambda: Greedy("gain"), lambda: Best(by="loss"), lambda: Budget(), lambda: Budget(parameters=0),
+        lambda: Greedy(channels=0), lambda: Greedy(parameters=-5), lambda: Greedy("gain"),
+        lambda: Best(by="loss"), lambda: Budget(), lambda: Budget(parameters=0),
         lambda: Budget(flops=-1), lambda: Budget(seconds=0.0), lambda: TargetAccuracy(math.nan), lambda: NoGain(0.0),
         lambda: NoGain(0.1, 0),
     ],

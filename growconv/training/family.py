@@ -1,0 +1,116 @@
+"""`growconv family`: models of several sizes from one run at constant rate, each with a decay of its own.
+
+A trunk trains and grows at constant learning rate. Before every growth, and at the end, a copy of it is trained on
+alone while its rate falls: a member. Each member is a run of its own length with its own decay, but for the order of
+its samples, and the trunk is paid for once (arXiv 2504.00623: 25 % less in total for language models).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from growconv.errors import ConfigError
+from growconv.reporting.terminal import make_console
+from growconv.training.build import grows, growth_flops, make_dataset
+from growconv.training.devices import Devices, make_devices
+from growconv.training.experiment import alone_in, run_one
+from growconv.training.progress import closing_table, si
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One size.
+
+    Attributes:
+        trunk: config of the trunk up to where this size is taken, from where the size before was.
+        member: config of the run that ends with this size.
+    """
+
+    trunk: dict[str, Any]
+    member: dict[str, Any]
+
+
+def stages(config: Mapping[str, Any]) -> list[Stage]:
+    """The sizes of a family, smallest first: one more than there are growth rounds.
+
+    Args:
+        config: of the run that ends with the largest size: growth rounds spread over its FLOPs, and a decay.
+
+    Raises:
+        ConfigError: a run that does not grow, has no length in FLOPs, or grows when its rate falls already.
+    """
+    growth, flops, decay = config["growth"], config["trainer"]["flops"], config["lr_schedule"]["decay"]
+    if not grows(config) or growth["when"] is not None or growth["every"] is not None:
+        got = f"growth.method={growth['method']}, growth.when={growth['when']}, growth.every={growth['every']}"
+        fix = "set growth.times, growth.begin and growth.end"
+        raise ConfigError("the sizes of a family come by growth spread over the run", where="growth", got=got, fix=fix)
+    if flops is None or config["lr_schedule"]["name"] != "trapezoid":
+        raise ConfigError(
+            "a family shares a trunk of constant rate",
+            where="trainer.flops, lr_schedule",
+            expected="trainer.flops=... (of the largest member), lr_schedule=trapezoid",
+            got=f"trainer.flops={flops}, lr_schedule={config['lr_schedule']['name']}",
+        )
+    marks, end = growth_flops(growth, flops), (1 - decay) * flops
+    if marks[-1] >= end:
+        raise ConfigError(
+            "the last growth comes when the largest member's rate falls already",
+            where="growth.end",
+            expected=f"below {1 - decay:g}, where the decay begins",
+            got=growth["end"],
+        )
+
+    def part(length: float, rate: str, rounds: list[float]) -> dict[str, Any]:
+        when = {"policy": "AtFlops", "flops": rounds or [2 * flops]}  # the smallest never grows
+        return {
+            **config,
+            "baselines": [],
+            "report": False,
+            "growth": {**growth, "when": when, "times": max(1, len(rounds))},
+            "lr_schedule": {**config["lr_schedule"], "name": rate},
+            "trainer": {**config["trainer"], "flops": length},
+        }
+
+    taken = [*marks, end]
+    return [
+        Stage(part(length, "constant", marks[:grown]), part(length / (1 - decay), "trapezoid", marks[:grown]))
+        for grown, length in enumerate(taken)
+    ]
+
+
+def run_family(config: Mapping[str, Any], directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Train a family; finished parts are left out, interrupted ones go on.
+
+    Args:
+        config: see `stages`.
+        directory: where the parts write: trunk_0, member_0, trunk_1, ...
+
+    Returns:
+        The members' names and summaries.
+    """
+    plan, devices = stages(config), make_devices(config["trainer"])
+    with alone_in(directory, devices):
+        return _trained(plan, config, directory, devices)
+
+
+def _trained(
+    plan: list[Stage], config: Mapping[str, Any], directory: Path, devices: Devices
+) -> list[tuple[str, dict[str, Any]]]:
+    dataset = make_dataset(config["data"]).to(devices.device)
+    members: list[tuple[str, dict[str, Any]]] = []
+    origin: Path | None = None
+    spent, before = 0.0, 0.0
+    for number, stage in enumerate(plan):
+        trunk = directory / f"trunk_{number}"
+        reached = run_one(stage.trunk, trunk, devices, dataset, f"trunk {number}", True, origin)["train_flops"]
+        name = f"member {number}"
+        member = run_one(stage.member, directory / f"member_{number}", devices, dataset, name, True, trunk)
+        members.append((name, member))
+        spent += (reached - before) + (member["train_flops"] - reached)
+        origin, before = trunk, reached
+    if devices.is_first:
+        make_console().print(closing_table(members, "R²" if dataset.regression else "accuracy"))
+        alone = sum(summary["train_flops"] for _, summary in members)
+        print(f"the family took {si(spent)}FLOP; its members one by one would have taken {si(alone)}FLOP")
+    return members

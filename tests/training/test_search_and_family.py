@@ -1,0 +1,118 @@
+"""Widths found by short growing, and several sizes from one trunk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from growconv.cli import main
+from growconv.errors import ConfigError, SiteError
+from growconv.growth.cost import ModelCost
+from growconv.growth.widths import set_widths
+from growconv.network.find import find_sites
+from growconv.training.build import make_model
+from growconv.training.config import compose, plain
+from growconv.training.family import stages
+from growconv.training.rundir import RunDirectory
+
+QUICK = ["data.limit=160", "growth.samples=96", "growth.batch_size=48", "trainer.progress=none"]
+FAMILY = [
+    *QUICK, "growth=net2net", "growth.times=2", "growth.begin=0.2", "growth.end=0.5", "lr_schedule=trapezoid",
+    "lr_schedule.decay=0.25", "trainer.flops=1.2e9",
+]  # fmt: skip
+
+
+def chain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)
+    )
+
+
+def test_widths_are_set_and_weights_drawn_as_in_a_model_that_was_made_so() -> None:
+    torch.manual_seed(0)
+    model, x = chain(), torch.randn(4, 1, 9, 9)
+    sites = find_sites(model, x)
+    set_widths(model, sites, {"0 -> 3": 400, "3 -> 5": 3})
+    assert (model[0].weight.shape[0], model[1].weight.shape[0], model[3].weight.shape[:2]) == (400, 400, (3, 400))
+    assert model(x).shape == (4, 2, 3, 3)
+    for layer in (model[0], model[3]):  # torch's own range, ±1/√fan-in, filled
+        bound = layer.weight[0].numel() ** -0.5
+        assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound
+    assert bool((model[1].weight == 1).all())
+    with pytest.raises(SiteError, match="no such site"):
+        set_widths(model, sites, {"3 -> 4": 9})
+
+
+def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, budget = tmp_path / "search", 600_000
+    command = [*QUICK, f"growth.budget.flops={budget}", "growth.times=6", "growth.where.rounds=6", "trainer.epochs=2"]
+    assert main(["search", *command, f"hydra.run.dir={run}"]) == 0
+    said = capsys.readouterr().out
+    found = yaml.safe_load((run / "experiment" / "found.yaml").read_text())["model"]
+    assert found["widths"] == RunDirectory(run).summary()["widths"]
+    assert f"growconv --config-dir {run} experiment=found growth=none" in said
+    for site, width in found["widths"].items():
+        assert f"{site} " in said
+        assert f" {width} " in said
+    overrides = [f"hydra.searchpath=[file://{run}]", "experiment=found", "growth=none"]
+    model = make_model(plain(compose(overrides)), (1, 8, 10))
+    flops = ModelCost.measure(model, torch.zeros(2, 1, 8, 8)).flops()
+    assert 0.8 * budget < flops <= budget
+    assert sum(p.numel() for p in model.parameters()) == RunDirectory(run).summary()["parameters"]
+    scratch = ["--config-dir", str(run), "experiment=found", "growth=none", *QUICK[-1:], "data.limit=64"]
+    assert main([*scratch, "trainer.epochs=1", "report=false", f"hydra.run.dir={tmp_path / 'scratch'}"]) == 0
+    assert RunDirectory(tmp_path / "scratch").summary()["parameters"] == RunDirectory(run).summary()["parameters"]
+
+
+def test_a_search_needs_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *QUICK, f"hydra.run.dir={tmp_path / 'run'}"]) == 1
+    assert "growth.budget" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    timed = {"seconds", "growth_seconds", "best_val_accuracy", "epochs"}
+    return {name: value for name, value in RunDirectory(folder).summary().items() if name not in timed}
+
+
+def test_a_member_is_the_run_of_its_own_length_and_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["family", *FAMILY, f"hydra.run.dir={tmp_path / 'family'}"]) == 0
+    said = capsys.readouterr().out
+    members = [figures(tmp_path / "family" / f"member_{number}") for number in range(3)]
+    sizes = [member["parameters"] for member in members]
+    assert sizes == sorted(set(sizes))
+    assert [member["growth_events"] > 0 for member in members] == [False, True, True]
+    for member, length in zip(members, (0.2 / 0.75, 0.5 / 0.75, 1.0), strict=True):
+        assert 0.9 * length * 1.2e9 < member["train_flops"] <= length * 1.2e9
+    lines = [json.loads(line) for line in (tmp_path / "family/member_1/metrics.jsonl").read_text().splitlines()]
+    trunk = [json.loads(line) for line in (tmp_path / "family/trunk_1/metrics.jsonl").read_text().splitlines()]
+    assert lines[: len(trunk)] == trunk
+    rates = [line["learning_rate"] for line in lines]
+    assert set(rates[: len(trunk)]) == {rates[0]}
+    assert rates[-1] < 0.5 * rates[0]
+    assert "one by one" in said
+    assert main(["family", *FAMILY, f"hydra.run.dir={tmp_path / 'family'}"]) == 0  # nothing is left to do
+    assert [figures(tmp_path / "family" / f"member_{number}") for number in range(3)] == members
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["growth=none"], "growth spread"),
+        (["growth.every=10"], "growth spread"),
+        (["trainer.flops=null"], "trunk of constant rate"),
+        (["lr_schedule=cosine"], "trunk of constant rate"),
+        (["growth.end=0.8"], "falls already"),
+    ],
+)
+def test_what_is_no_family_is_refused(changes: list[str], words: str) -> None:
+    groups = {change.split("=")[0] for change in changes}
+    kept = [text for text in FAMILY if text.split("=")[0] not in groups]
+    with pytest.raises(ConfigError, match=words):
+        stages(plain(compose([*kept, *changes])))
