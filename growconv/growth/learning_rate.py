@@ -152,7 +152,9 @@ class WidthRates(LearningRate):
         """Look up along which axes of a layer's tensors its inputs and outputs lie, too."""
         super().follow(model, history)
         self._axes = {}
-        for module in filter(layers.is_weighted, model.modules()):
+        for module in model.modules():
+            if not layers.is_weighted(module):
+                continue
             adapter = layers.weighted(module)
             axes = [{slot.name: slot.axis for slot in adapter.slots(side)} for side in (OUT, IN)]
             for name, parameter in module.named_parameters():
@@ -236,7 +238,13 @@ def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Te
         stage += any(event.channels > 0 for event in listed)
         for event in listed:
             for edit in cast(Sequence[Mapping[str, Any]], event.edits):
-                if "tensor" in edit:
+                if "copy" in edit:  # what is inside the block lies one level deeper now
+                    inside, moved = f"{edit['module']}.", f"{edit['module']}.original."
+                    edits = {
+                        (path.replace(inside, moved, 1) if path.startswith(inside) else path, axis): changes
+                        for (path, axis), changes in edits.items()
+                    }
+                elif "tensor" in edit:
                     path = f"{edit['module']}.{edit['tensor']}".removeprefix(".")
                     edits.setdefault((path, edit["axis"]), []).append((stage, edit))
     found: dict[nn.Parameter, Tensor] = {}

@@ -109,7 +109,9 @@ def propose(
         given = subject if solver.reads else None
         growth = solve(given or cast(GrowthSite, site), solver, asked[site], model, generator)
         slopes = _slopes(statistics[site.name], growth.channels) if collection.slopes else None
-        return (growth, *((None, None) if given is None else (given.gradient_energy, given.samples)), slopes)
+        if given is None:
+            return growth, None, None, slopes
+        return growth, given.gradient_energy, given.samples, slopes
 
     with undisturbed(model):
         with stopwatch.phase("collect"):

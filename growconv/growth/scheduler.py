@@ -264,11 +264,30 @@ class GrowthScheduler:
                 fix="give it one of them; or call grow() when it suits, without asking due()",
             )
 
+    def follow_model(self, sites: Iterable[Site], events: Iterable[GrowthEvent] = ()) -> None:
+        """Go on with a model that has other layers than before, as after `insert_copy`.
+
+        Args:
+            sites: of the model as it is now. What the schedule knows of a site goes over to it and to its copy.
+            events: what was done to the model, for the history.
+        """
+        known = {_without_copies(name): name for name in self._initial_widths}
+        sites = [site for site in sites if _without_copies(site.name) in known]
+        self.sites, self.left_out = checked_sites(sites, self.model, self.solver)
+        old = {site.name: known[_without_copies(site.name)] for site in self.sites}
+        self._initial_widths = {name: self._initial_widths[before] for name, before in old.items()}
+        self._visits = {name: self._visits[before] for name, before in old.items()}
+        self._cost = None
+        for event in events:
+            self.history.append(replace(event, recipe=None))
+        if self.learning_rate is not None:
+            self.learning_rate.follow(self.model, self.history)
+
     def cautions(self) -> list[str]:
         """What speaks against the next round, as far as it is known beforehand; one line each."""
         situation = self._situation()
         asked = {site: self.amount.channels(site, situation) for site in self.sites}
-        wider = {site: site.width + channels for site, channels in asked.items() if channels != "auto"}
+        wider = {site: site.width + channels for site, channels in asked.items() if isinstance(channels, int)}
         return [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
 
     def explain(self) -> str:
@@ -551,6 +570,11 @@ class GrowthScheduler:
     def _note(self, text: str) -> None:
         self.decisions.append(text)
         logger.info("%s", text)
+
+
+def _without_copies(name: str) -> str:
+    """The name that a site had before blocks were copied."""
+    return name.replace(".original", "").replace(".inserted", "")
 
 
 class _Before:

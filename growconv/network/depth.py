@@ -6,6 +6,8 @@ and that averages and teachers can follow. Find the sites again afterwards.
 
 import copy
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +128,44 @@ def insert_copy(
         silent = _silencing(block, returned, path) if identity else None
     reason = f"a copy behind {path}" + (f" with {silent} at zero" if silent else "")
     return _edited(model, {"module": path, "copy": silent}, optimizer, path, "insert_copy", (0, 0), reason)
+
+
+def copy_blocks(
+    model: nn.Module,
+    patterns: Sequence[str],
+    example_input: object,
+    *,
+    identity: bool = False,
+    optimizer: Optimizers = None,
+) -> list[GrowthEvent]:
+    """Put a copy behind each of several blocks: depth by stacking, which doubles it every time.
+
+    Args:
+        model: the raw model.
+        patterns: of module paths, as in a shell; "blocks.*" is every block, not what is inside. Blocks whose outputs
+            have another shape than their inputs are left as they are.
+        example_input: what the model's forward takes.
+        identity: see `insert_copy`.
+        optimizer: the optimizer (or a list).
+
+    Returns:
+        An event for each copy.
+
+    Raises:
+        SiteError: no block fits the patterns.
+        SurgeryError: no layer makes a copy the identity.
+    """
+    model = unwrapped(model)
+    named = [path for path, _ in model.named_modules() if any(fnmatchcase(path, pattern) for pattern in patterns)]
+    outermost = [path for path in named if not any(path.startswith(f"{other}.") for other in named)]
+    shapes = {path: _seen(model, blocks.module_at(model, path), example_input, path) for path in outermost}
+    fitting = [path for path, (given, returned) in shapes.items() if given.shape == returned.shape]
+    if not fitting:
+        raise SiteError("no block that can be copied has such a path", got=list(patterns), fix="see named_modules()")
+    return [
+        insert_copy(model, path, example_input=example_input, identity=identity, optimizer=optimizer)
+        for path in fitting
+    ]
 
 
 def merge_pair(

@@ -30,7 +30,7 @@ POLICY_MODULES = ("when", "where", "amount", "stop", "learning_rate", "pruning")
 
 def make_dataset(config: Config) -> Dataset:
     """The dataset of the group data, on the CPU."""
-    return load_data(**config)
+    return load_data(**{name: value for name, value in config.items() if name != "size"})
 
 
 def data_shape(config: Config) -> tuple[int, int, int]:
@@ -101,13 +101,26 @@ def make_loss(dataset: Dataset, label_smoothing: float) -> Callable[[Tensor, Ten
     return cross_entropy
 
 
-def check_output(model: nn.Module, dataset: Dataset) -> None:
+def resized(images: Tensor, pixels: int | None) -> Tensor:
+    """Images (n, channels, height, width) scaled to squares of so many pixels; None: as they are."""
+    if pixels is None:
+        return images
+    return functional.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True)
+
+
+def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) -> None:
     """Refuse a model whose output does not fit the dataset's targets, before any training.
+
+    Args:
+        model: the model.
+        dataset: what it learns.
+        pixels: side to which the images are scaled; None: as they are.
 
     Raises:
         ConfigError: for example a label map where one class an image is asked for.
     """
     inputs, targets = dataset.batch(dataset.train, torch.arange(min(2, len(dataset.train))))
+    inputs = resized(inputs, pixels)
     mode = model.training
     try:
         with torch.no_grad():

@@ -284,18 +284,19 @@ def restore(
         raise
 
 
-def replay(found: Checkpoint, model: nn.Module) -> None:
-    """Give a fresh small model the shapes of a checkpoint, before its optimizer is built; `restore` fills it.
+def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Give a fresh small model the shapes of a checkpoint; `restore` fills it.
 
     Args:
         found: the checkpoint.
         model: the raw model as the run began with it.
+        optimizer: its optimizer, which goes through the same; None: it is built afterwards.
 
     Raises:
         CheckpointError: it is another model. Nothing has changed then.
     """
     rehearse(found.history, model, most_entries(found.model.values()))
-    found.history.replay(model)
+    found.history.replay(model, optimizer)
 
 
 def _history(record: Mapping[str, Any]) -> GrowthHistory:

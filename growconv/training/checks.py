@@ -150,6 +150,23 @@ def check_together(config: Mapping[str, Any]) -> None:
         )
     if spread and growth["times"] is None:
         raise ConfigError("growing needs a number of rounds", where="growth.times", expected="1 or more", got="null")
+    sizes = config["data"]["size"]
+    fits = all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair) for pair in sizes
+    )
+    shares = [pair[0] for pair in sizes] if fits else []
+    if not fits or shares != sorted(set(shares)) or any(not 0 < share <= 1 or side < 1 for share, side in sizes):
+        raise ConfigError(
+            "image sizes are [share of the run, pixels] pairs, ascending",
+            where="data.size",
+            expected="for example [[0.25, 14]]",
+            got=sizes,
+        )
+    depth = growth["depth"]["at"]
+    if depth != sorted(set(depth)) or not all(0 < share < 1 for share in depth):
+        raise ConfigError(
+            "depth grows at shares of the run", where="growth.depth.at", expected="for example [0.4]", got=depth
+        )
     if config["baselines"] and not grows:
         raise ConfigError(
             "a fixed run has no baselines",

@@ -35,12 +35,15 @@ class DataConfig:
         validation: share of the training samples held out for validation, the same ones in every run.
         augmentation: none, crop (shifts by up to 4 pixels) or flip_crop (mirror images too).
         limit: use only this many training samples; null uses all.
+        size: training images smaller at first: [share, pixels] pairs, ascending; up to that share of the run they are
+            scaled to squares of so many pixels. Growth and evaluation see them as they are.
     """
 
     name: str = MISSING
     validation: float = limited(0.1, above=0, below=1)
     augmentation: str = limited("none", choices=("none", "crop", "flip_crop"))
     limit: int | None = limited(None, least=1)
+    size: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -160,6 +163,22 @@ class BudgetConfig:
 
 
 @dataclass
+class DepthConfig:
+    """Growth in depth: blocks are copied whole, each behind itself.
+
+    Attributes:
+        at: shares of the run at which it happens; every time doubles the depth.
+        blocks: patterns of the module paths of the blocks; those that change their input's shape are left out.
+        identity: the function stays: the last layer of each copy's branch starts at zero. Without it copies keep their
+            weights, and the function changes.
+    """
+
+    at: list[float] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=lambda: ["blocks.*"])
+    identity: bool = False
+
+
+@dataclass
 class GrowthConfig:
     """What grows, when, where and how much.
 
@@ -185,6 +204,7 @@ class GrowthConfig:
         samples: training samples for the statistics and the line search of one round.
         batch_size: samples of one growth batch.
         budget: limits of the grown model.
+        depth: copies of whole blocks, with a growth of channels or without (`growth=none`).
     """
 
     method: str = "none"
@@ -205,6 +225,7 @@ class GrowthConfig:
     samples: int = limited(1024, least=1)
     batch_size: int = limited(128, least=1)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
 
 
 @dataclass

@@ -134,12 +134,13 @@ def run_one(
     model = model.to(devices.dtype)
     if config["trainer"]["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    check_output(model, dataset)
-    if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
-        replay(found, model)
+    for pixels in (None, *(int(side) for _, side in config["data"]["size"])):
+        check_output(model, dataset, pixels)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
     optimizer = make_optimizer(config["optimizer"], model)
+    if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
+        replay(found, model, optimizer)
     batch_size = global_batch_size(config, dataset, devices.world_size)
     total = steps_per_epoch(len(dataset.train), batch_size) * config["trainer"]["epochs"]
     example = dataset.inputs(dataset.train, torch.arange(2)).to(next(model.parameters()).dtype)

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torch.optim import Optimizer
 from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
+from growconv.network.depth import copy_blocks
 from growconv.network.event import GrowthHistory
+from growconv.network.find import find_sites
+from growconv.training.build import resized
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
@@ -77,6 +80,7 @@ class Trainer:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
+        self._side: int | None = None  # pixels to which training images are scaled now
         self._clock = time.monotonic()
         self._signals: list[signal.Signals] = []
         self._wrapped = model
@@ -174,7 +178,13 @@ class Trainer:
             torch.compiler.reset()  # what was compiled for the old shapes is of no more use
         self._wrapped = self.devices.wrap(self.model, self.options["compile"])
         inputs, targets = self._batch(torch.arange(min(2, len(self.dataset.train))))
-        self._sample_flops = training_flops(self.model, inputs, targets, self.loss)
+        self._side = self._side_now()
+        self._sample_flops = training_flops(self.model, resized(inputs, self._side), targets, self.loss)
+
+    def _side_now(self) -> int | None:
+        """Pixels to which `data.size` scales training images at this point of the run; None: as they are."""
+        share = self._done[0] / self.total
+        return next((int(side) for until, side in self.config["data"]["size"] if share < until), None)
 
     def _epoch(self) -> None:
         position = self.position
@@ -190,7 +200,7 @@ class Trainer:
                 fresh = self._close_epoch()
             elif self.progress.mode == "bar":
                 self.progress.step(self._shown, self._state())
-            grew = self._grow_if_due(fresh)
+            grew = self._deepen_if_due() | self._grow_if_due(fresh)
             if self._at_end and not over:  # growing has spent the rest
                 over, fresh = True, self._close_epoch()
             every = self.options["checkpoint_every"]
@@ -238,6 +248,8 @@ class Trainer:
 
     def _step(self, index: Tensor) -> None:
         """One optimizer step on this process's share of a batch."""
+        if self._side_now() != self._side:
+            self._prepare()
         position, devices, wrapped = self.position, self.devices, self._wrapped
         factor = self.lr_schedule(*self._done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -246,6 +258,7 @@ class Trainer:
         augment = generator_for(self.config["seed"], "augment", position.epoch, position.batch)
         share = slice(devices.rank, None, devices.world_size)
         inputs, targets = self._batch(index, augment, share)
+        inputs = resized(inputs, self._side)
         parts = list(
             zip(inputs.chunk(self.options["accumulate"]), targets.chunk(self.options["accumulate"]), strict=True)
         )
@@ -297,6 +310,28 @@ class Trainer:
         else:
             self.progress.say(f"step {position.step}: nothing grew. {'; '.join(self.scheduler.decisions)}")
         position.growth_seconds += time.monotonic() - began
+        return True
+
+    def _deepen_if_due(self) -> bool:
+        """Copy blocks where `growth.depth` says so; nothing grows after the last step."""
+        position, depth = self.position, self.config["growth"]["depth"]
+        due = sum(share * self.total <= self._done[0] for share in depth["at"])
+        if self._at_end or position.deepened >= due:
+            return False
+        position.deepened = due
+        inputs, _ = self._batch(torch.arange(min(2, len(self.dataset.train))))
+        made = copy_blocks(self.model, depth["blocks"], inputs, identity=depth["identity"], optimizer=self.optimizer)
+        events = [replace(event, step=position.step) for event in made]
+        if self.scheduler is None:
+            for event in events:
+                self._history.append(replace(event, recipe=None))
+        else:
+            self.scheduler.follow_model(find_sites(self.model, inputs), events)
+        self.progress.events(position.step, events)
+        self._prepare()
+        self.directory.append_events([event.to_dict() for event in events])
+        if self.devices.is_first:
+            self.tracker.events(list(self.history), events, self.widths)
         return True
 
     def growth_batches(self) -> list[tuple[Tensor, Tensor]]:

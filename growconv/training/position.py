@@ -19,6 +19,7 @@ class Position:
         hits: correct answers among them.
         step_flops: FLOPs of all training steps so far.
         growth_flops: FLOPs of all growth rounds so far, of all processes.
+        deepened: rounds of growth in depth so far.
         seconds: wall-clock seconds of training, evaluation and growth.
         growth_seconds: those spent on growing.
         best: best validation accuracy so far.
@@ -33,6 +34,7 @@ class Position:
     hits: float = 0.0
     step_flops: float = 0.0
     growth_flops: float = 0.0
+    deepened: int = 0
     seconds: float = 0.0
     growth_seconds: float = 0.0
     best: float | None = None
@@ -55,7 +57,7 @@ def position_of(found: Checkpoint) -> Position:
         raise damaged_state(found, error) from error
     for name, value in asdict(position).items():
         kinds: dict[str, tuple[type, ...]] = {"metrics": (list,)}
-        kinds |= dict.fromkeys(("step", "epoch", "batch"), (int,))
+        kinds |= dict.fromkeys(("step", "epoch", "batch", "deepened"), (int,))
         kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
         if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
             raise damaged_state(found, f"{name}: {value!r}")

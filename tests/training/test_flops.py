@@ -1,5 +1,6 @@
 """Runs that are as long as their training FLOPs: where they end, when they grow, and how their rate falls."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,16 @@ def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
 def test_flops_that_pay_for_no_step_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'run'}", "trainer.flops=10"]) == 1
     assert "trainer.flops" in capsys.readouterr().err
+
+
+def test_images_are_small_at_first_and_cost_less(tmp_path: Path) -> None:
+    run(tmp_path / "run", "growth=none", "trainer.epochs=4", "data.size=[[0.5,4]]")
+    spent = [0.0, *(record["train_flops"] for record in lines(tmp_path / "run", "metrics.jsonl"))]
+    small, still, full, same = (after - before for before, after in itertools.pairwise(spent))
+    assert (small, full) == (still, same)
+    assert small == pytest.approx(
+        full / 4, rel=0.05
+    )  # but for the linear layer, every layer's cost is that of its area
+    growing = ["trainer.flops=1e9", "data.size=[[0.5,4]]"]
+    assert run(tmp_path / "grown", *growing)["train_flops"] <= 1e9
+    assert main([*QUICK, f"hydra.run.dir={tmp_path / 'wrong'}", "data.size=[[0.5,4],[0.25,2]]"]) == 1
