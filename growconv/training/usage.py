@@ -27,7 +27,7 @@ COMMANDS = {
     "grow": ("widen or deepen a run's model once, verify and save it", "growconv grow RUN --factor 1.5"),
     "export": ("write a run's model as ONNX or torch.export", "growconv export RUN --output model.onnx"),
     "search": (
-        "find widths for a budget of inference FLOPs or parameters by short growing",
+        "find widths for a budget of inference FLOPs by short growing",
         "growconv search data=fashion_mnist growth.budget.flops=4e6",
     ),
     "family": (
