@@ -24,7 +24,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    needed = {"images": ["data.root=/nowhere"]} | dict.fromkeys(LIBRARIES, ["model.name=resnet"])
+    needed = {"images": ["data.root=/nowhere"]} | {key: ["model.name=resnet"] for key in LIBRARIES}
     overrides = [f"{group}={name}", *needed.get(name, [])]
     config = plain(compose(overrides))
     assert config["trainer"]["epochs"] >= 1
