@@ -79,7 +79,7 @@ class GrowthScheduler:
         budget: a Budget; every round is cut to what fits into it.
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
             growth batches; a number is taken as it is. Methods that preserve the function take 1.
-        learning_rate: how new entries train after growth: None at the optimizer's rate; or WarmUp, StageRates or WidthRates.
+        learning_rate: how new entries train: None at the optimizer's rate; or WarmUp, StageRates or WidthRates.
         optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones train as under a new
             optimizer; "fresh" forgets the state of every parameter after a round that grew,
             as a new optimizer would.
