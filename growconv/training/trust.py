@@ -28,6 +28,11 @@ _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
 """Modules of torch whose classes a stored config may name, and what these have to be."""
 
 
+_LIBRARIES = "growconv.training.libraries"
+_OF_LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
+"""Builders of models among its functions."""
+
+
 def is_known(name: str) -> bool:
     """Whether a dotted name is a class that growconv or torch.nn or torch.optim defines; imports nothing else.
 
@@ -47,7 +52,9 @@ def is_known(name: str) -> bool:
     except ImportError:
         return False
     if inspect.isfunction(found):  # builders such as resnet20
-        return module == found.__module__ and module in ("growconv.training.models", "growconv.training.libraries")
+        return module == found.__module__ and (
+            module == "growconv.training.models" or (module == _LIBRARIES and last in _OF_LIBRARIES)
+        )
     own = getattr(found, "__module__", "").startswith("growconv.")
     return own and _is_kind(found, (nn.Module, Policy, Solver))
 
@@ -59,11 +66,19 @@ def _is_kind(found: object, kind: type | tuple[type, ...]) -> bool:
 def strange_names(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
     """Every name in a config that would be imported and is not known, with the key it stands under.
 
+    An option of another library's model that is a text, or asks for pretrained weights, counts as one: some name files
+    of pickles, code on a hub, or hosts.
+
     Args:
         tree: a config, or a part of one.
         path: dotted key of that part.
     """
     if isinstance(tree, Mapping):
+        if str(tree.get("_target_")).startswith(f"{_LIBRARIES}."):
+            for part in ("options", "args"):
+                for key, value in _leaves(tree.get(part), f"{path}.{part}"):
+                    if isinstance(value, str) or (value and "pretrained" in key):
+                        yield key, str(value)
         for key, value in tree.items():
             inner = f"{path}.{key}" if path else str(key)
             if (key == "_target_" or (key in ("policy", "method") and "." in str(value))) and not is_known(str(value)):

@@ -96,10 +96,10 @@ def test_rounds_leave_nothing_behind(method, rounds, batches_of, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_thousand_channels_grow(method, batches_of):
     model = build(1000)
-    optimizer, scheduler = growing(model, method, amount=8, amplitude=0.5)
+    optimizer, scheduler = growing(model, method, amount=4, amplitude=0.5)
     step(model, optimizer, batches_of(1)[0])
-    (event,) = scheduler.grow(batches_of(4), LOSS, step=1)
-    assert (event.width_before, event.width_after) == (1000, 1008)
+    events = scheduler.grow(batches_of(4), LOSS, step=1)
+    assert [event.channels for event in events] == ([] if method == "north" else [4])  # north: the rank is full
     step(model, optimizer, batches_of(1)[0])
     assert all(bool(torch.isfinite(each).all()) for each in model.parameters())
 

@@ -116,6 +116,8 @@ def test_growconv_s_own_need_no_word(name):
         ("torch.optim.lr_scheduler.StepLR", True),
         ("growconv.growth.when.Plateau", True),
         ("growconv.solvers.tiny.Tiny", True),
+        ("growconv.training.libraries.timm", True),
+        ("growconv.training.libraries.load_weights", False),
         ("torch.nn.Nothing", False),
         ("torch.nn.init.zeros_", False),
         ("torch.nn.functional.relu", False),
@@ -251,3 +253,16 @@ def test_a_method_of_a_stranger_is_not_imported_to_grow_once(run, tmp_path, monk
     assert "evil.Method" in said
     assert "--trust" in said
     assert not (tmp_path / "pwned").exists()
+
+
+def test_options_of_another_library_s_model_name_no_files_and_no_hubs(run, capsys):
+    """timm unpickles what checkpoint_path names; transformers loads code of the hub that attn_implementation names."""
+    stored = {"_target_": "growconv.training.libraries.timm", "name": "resnet18", "weights": None}
+    assert list(strange_names({"model": stored | {"options": {"drop_rate": 0.1, "global_pool": None}}})) == []
+    for options in ({"checkpoint_path": "evil.pth"}, {"pretrained": True}, {"config": {"attn_implementation": "a/b"}}):
+        assert len(list(strange_names({"model": stored | {"options": options}}))) == 1
+    store(run, "model", **stored, options={"checkpoint_path": "evil.pth"})
+    assert main([f"resume={run}"]) == 1
+    said = capsys.readouterr().err
+    assert "model.options.checkpoint_path" in said
+    assert "evil.pth" in said
