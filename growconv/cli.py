@@ -358,17 +358,24 @@ def _train(
             if "--cfg" not in flags:
                 settings.plain(config)
     errors: list[Exception] = []
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    same = {override.get_key_element() for override in parsed if not override.is_sweep_override()}
+
+    def one_of_many(config: DictConfig) -> float:
+        """`train`, called by what differs from the other runs of the sweep."""
+        task = HydraConfig.get().overrides.task
+        return train(config, ", ".join(text for text in task if text.partition("=")[0] not in same))
 
     def one_run(config: DictConfig) -> float:
         """`train`, whose error is kept for the end: Hydra would print it in its own way."""
         try:
-            return train(config, job)
+            return train(config, job=job)
         except Exception as error:
             errors.append(error)
             return float("nan")
 
     try:
-        _with_hydra(arguments, train if sweep else one_run)
+        _with_hydra(arguments, one_of_many if sweep else one_run)
     except KeyboardInterrupt as stop:
         if sweep:  # finished runs are left out when it is started again
             raise Stopped(shlex.join(["growconv", *arguments])) from stop
@@ -382,11 +389,14 @@ def _train(
         raise errors[0]
 
 
-def train(config: DictConfig, job: Callable[[dict[str, Any], Path], None] | None = None) -> float:
+def train(
+    config: DictConfig, name: str | None = None, job: Callable[[dict[str, Any], Path], None] | None = None
+) -> float:
     """One run of a config that Hydra composed.
 
     Args:
         config: the config.
+        name: what tells it from the others of its sweep.
         job: what to do with its values and directory; None trains.
 
     Returns:
@@ -402,7 +412,8 @@ def train(config: DictConfig, job: Callable[[dict[str, Any], Path], None] | None
             return float("nan")
         from growconv.training.experiment import run
 
-        return float(run(values, directory, sweep=context.mode == RunMode.MULTIRUN)["best_val_accuracy"])
+        sweep = context.mode == RunMode.MULTIRUN
+        return float(run(values, directory, sweep=sweep, name=name)["best_val_accuracy"])
     except KeyboardInterrupt as stop:
         again = f"growconv {' '.join(sys.argv[1:])} hydra.run.dir={shlex.quote(str(directory))}"
         raise Stopped(_go_on(directory) if job is None else again) from stop

@@ -45,7 +45,7 @@ class Where(Policy):
             flops: FLOPs per sample that the budget leaves, inf without one.
 
         Returns:
-            Each taken proposal with the reason why.
+            Each taken proposal with the reason why, empty where all are.
         """
 
 
@@ -55,7 +55,7 @@ class All(Where):
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """All of them, in forward order."""
-        return [(proposal, "every site grows") for proposal in proposals]
+        return [(proposal, "") for proposal in proposals]
 
 
 @dataclass

@@ -121,15 +121,17 @@ class GrowthEvent:
         return cls(**{**values, "gains": tuple(values["gains"]), "edits": tuple(values["edits"])})  # pyright: ignore
 
     def __str__(self) -> str:
-        """One line: site, widths, amplitude, parameters."""
-        more = self.parameters_after - self.parameters_before
+        """One line: site, widths, what the held-out loss did (else the amplitude), parameters."""
+        more = f"{self.parameters_after - self.parameters_before:+,} parameters"
         note = f"; {self.reason}" if self.reason else ""
         if not self.channels:
-            return f"{self.site}: {self.method}, {more:+d} parameters{note}"
-        return (
-            f"{self.site}: {self.width_before} -> {self.width_after} channels by {self.method}, "
-            f"amplitude {self.amplitude:.3g}, {more:+d} parameters{note}"
-        )
+            return f"{self.site}: {self.method}, {more}{note}"
+        losses = dict(self.details.get("losses", ()))
+        effect = "silent at first" if self.amplitude == 0 else f"amplitude {self.amplitude:.3g}"
+        if self.amplitude != 0 and {0.0, self.amplitude} <= set(losses):
+            effect = f"held-out loss {losses[0.0]:.4g} -> {losses[self.amplitude]:.4g}"
+        widths = f"{self.width_before} -> {self.width_after} channels by {self.method}"
+        return f"{self.site}: {widths}, {effect}, {more}{note}"
 
 
 def not_in_step(site: str, expected: object, got: object) -> SurgeryError:

@@ -9,16 +9,22 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from growconv.errors import ArgumentValueError
 from growconv.reporting.comparison import FIGURES, Comparison, Difference, Group, compare
-from growconv.reporting.plots import draw_comparison, save_figure
+from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_differences
 from growconv.reporting.records import is_number, plain_text
+from growconv.reporting.style import save_figure
 from growconv.reporting.terminal import make_console
+
+FIGURE_FILES = {"comparison": draw_differences, "costs": draw_costs, "courses": draw_courses}
+FILES = ("comparison.md", "comparison.csv", "comparison.tex", "runs.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,36 +41,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", help="run directories, or folders of them (a sweep)")
     parser.add_argument(
-        "--baseline", help="group to measure against (label, or its beginning); default: most parameters"
+        "--baseline",
+        help="group to measure against (label, or its beginning); default: the largest fixed network, else random",
     )
     parser.add_argument("--by", help="comma-separated settings that tell groups apart, e.g. growth.method,model.width")
     parser.add_argument("--output", default="comparison", help="folder for table, CSV and plots (default: comparison)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a comparison that lies in the folder")
     arguments = parser.parse_args(argv)
     by = arguments.by.split(",") if arguments.by else None
-    comparison = compare(arguments.runs, arguments.baseline, by)
     output = Path(arguments.output)
+    if any((output / name).exists() for name in FILES) and not arguments.overwrite:
+        fix = "--overwrite replaces it, --output FOLDER writes elsewhere"
+        raise ArgumentValueError("a comparison lies there already", where="--output", got=str(output), fix=fix)
+    comparison = compare(arguments.runs, arguments.baseline, by)
     write_comparison(comparison, output)
     _print(comparison, output)
     return 0
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
-    """Write comparison.md, comparison.csv, runs.csv, comparison.svg and comparison.png into a folder.
+    """Write the table as comparison.md, .csv and .tex, runs.csv, and three figures as .svg and .png into a folder.
 
     Args:
         comparison: what to write.
-        output: the folder; made where it is missing.
+        output: the folder; made where it is missing. What lies there is replaced.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "comparison.md").write_text(to_markdown(comparison), encoding="utf-8")
+    (output / "comparison.tex").write_text(to_latex(comparison), encoding="utf-8")
     _write_groups(comparison, output / "comparison.csv")
     _write_runs(comparison, output / "runs.csv")
-    save_figure(draw_comparison(comparison), output / "comparison.svg", output / "comparison.png")
+    for name, draw in FIGURE_FILES.items():
+        save_figure(partial(draw, comparison), output / f"{name}.svg", output / f"{name}.png")
 
 
 def table_rows(comparison: Comparison) -> list[list[str]]:
     """The table as text, heading first."""
-    heading = ["method", "n", *FIGURES.values(), "growing %", f"difference to {comparison.baseline.label}"]
+    name = comparison.baseline.label
+    differences = [f"difference to {name}", f"{comparison.loss_name}, difference"]
+    heading = ["method", "n", *comparison.headings.values(), "growing %", *differences]
     return [heading, *(_row(comparison, group) for group in comparison.groups)]
 
 
@@ -76,7 +91,8 @@ def _row(comparison: Comparison, group: Group) -> list[str]:
         str(len(group.runs)),
         *shown,
         "–" if math.isnan(share) else f"{100 * share:.0f}",
-        _difference_text(comparison.difference(group)),
+        _difference_text(comparison.difference(group), 2),
+        _difference_text(comparison.difference(group, "test_loss"), 3),
     ]
 
 
@@ -95,11 +111,13 @@ def _write_groups(comparison: Comparison, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std")]
-        writer.writerow(
-            ["group", "n", "seeds", *columns, "growth_share", "difference", "ci95_low", "ci95_high", "pairs"]
-        )
+        parts = ("difference", "ci95_low", "ci95_high")
+        differences = [*parts, "pairs", *(f"test_loss_{part}" for part in parts)]
+        writer.writerow(["group", "n", "seeds", *columns, "growth_share", *differences])
         for group in comparison.groups:
-            difference = comparison.difference(group) or Difference(math.nan, math.nan, math.nan, 0)
+            none = Difference(math.nan, math.nan, math.nan, 0)
+            difference = comparison.difference(group) or none
+            loss = comparison.difference(group, "test_loss") or none
             writer.writerow(
                 [
                     _cell(group.label),
@@ -111,6 +129,9 @@ def _write_groups(comparison: Comparison, path: Path) -> None:
                     difference.low,
                     difference.high,
                     difference.pairs,
+                    loss.mean,
+                    loss.low,
+                    loss.high,
                 ]
             )
 
@@ -132,6 +153,8 @@ def _spread(mean: float, std: float, figure: str) -> str:
         return "–"
     if figure.endswith("accuracy"):
         return f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
+    if figure == "test_loss":
+        return f"{mean:.3f}" + ("" if math.isnan(std) else f" ± {std:.3f}")
     scale, unit = _unit(abs(mean))
     scaled = mean / scale
     if 0 < abs(scaled) < 1e-3:
@@ -149,12 +172,30 @@ def _unit(size: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def _difference_text(difference: Difference | None) -> str:
+def _difference_text(difference: Difference | None, digits: int) -> str:
     if difference is None:
         return "–"
-    if math.isnan(difference.low):
-        return f"{difference.mean:+.2f} (n={difference.pairs})"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] (n={difference.pairs})"
+    figures = (difference.mean, difference.low, difference.high)
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in figures)  # + 0.0: no -0.00
+    interval = "" if math.isnan(difference.low) else f" [{low}, {high}]"
+    return f"{mean}{interval} (n={difference.pairs})"
+
+
+def to_latex(comparison: Comparison) -> str:
+    """The table in LaTeX, for documents that use the package booktabs."""
+    heading, *body = [[_latex(cell) for cell in row] for row in table_rows(comparison)]
+    lines = [" & ".join(row) + r" \\" for row in (heading, *body)]
+    columns = "l" + "r" * (len(heading) - 1)
+    rules = [r"\begin{tabular}{" + columns + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*rules, r"\end{tabular}", ""])
+
+
+def _latex(text: str) -> str:
+    """Text of a stranger inside LaTeX: its own characters only."""
+    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    names |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    names |= {"±": r"$\pm$", "–": "--", "²": r"\textsuperscript{2}"}
+    return "".join(names.get(letter, letter) for letter in plain_text(text))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -180,8 +221,9 @@ def _print(comparison: Comparison, output: Path) -> None:
     console = make_console()
     rows = table_rows(comparison)
     every = range(len(rows[0]))
-    costs = every[2 + sum(figure.endswith("accuracy") for figure in FIGURES) : -1]
-    halves = [[column for column in every if column not in costs], [0, *costs]]
+    scores = 1 + len(FIGURES) - 3  # method and n, then accuracies and loss, then three costs and the growing share
+    costs = every[scores + 1 : scores + 5]
+    halves = [[*every[: scores + 1]], [0, *every[-2:]], [0, *costs]]
     whole = _table(rows, every)
     fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
     console.print("mean ± std over seeds; differences paired by seed, 95 % intervals")
@@ -191,7 +233,8 @@ def _print(comparison: Comparison, output: Path) -> None:
         console.print(f"note: {plain_text(note)}", markup=False)
     for path, reason in comparison.left_out:
         console.print(f"left out: {plain_text(path)}: {plain_text(reason)}", markup=False)
-    console.print(f"written to {output}: comparison.md, comparison.csv, runs.csv, comparison.svg, .png", markup=False)
+    figures = ", ".join(FIGURE_FILES)
+    console.print(f"written to {output}: {', '.join(FILES)}; figures {figures} as .svg and .png", markup=False)
 
 
 def _table(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> Table:

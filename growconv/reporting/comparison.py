@@ -1,9 +1,10 @@
 """Comparison: runs that differ only in their seed as groups, and groups against a baseline by paired differences."""
 
+import difflib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from growconv.reporting.records import CONFIG, METRICS, SUMMARY, RunRecord, is_n
 
 FIGURES = {
     "test_accuracy": "test %",
+    "test_loss": "test NLL",
     "best_val_accuracy": "best val. %",
     "parameters": "parameters",
     "train_flops": "train. FLOPs",
@@ -20,7 +22,31 @@ FIGURES = {
 }
 """Figures of summary.json that are compared, with their headings. FLOPs are 2 × multiply-accumulates."""
 
-_NOT_A_TREATMENT = ("seed", "logger", "hydra", "paths", "run", "resume", "name", "data.root", "trainer.device")
+_NOT_A_TREATMENT = (
+    *("seed", "logger", "hydra", "paths", "run", "resume", "report", "baselines", "name"),
+    *(
+        "data.root",
+        "data.download",
+        "trainer.device",
+        "trainer.devices",
+        "trainer.progress",
+        "trainer.checkpoint_every",
+    ),
+)
+"""Settings that change no result, or only by chance."""
+_CONDITIONS = (
+    "data",
+    "model._target_",
+    "model.name",
+    "model.args",
+    "model.norm",
+    "model.activation",
+    "trainer.epochs",
+    "trainer.flops",
+)
+"""Settings under which runs are compared: the same for all of them, unless `by` names them."""
+_NOTED_SHARE = 0.05
+"""Training FLOPs that differ by more than this share of the baseline's are remarked."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,21 @@ class Comparison:
     left_out: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def headings(self) -> dict[str, str]:
+        """Names of the figures; a regression has no likelihood."""
+        return {**FIGURES, "test_loss": self.loss_name}
+
+    @property
+    def loss_name(self) -> str:
+        """What the test loss is: mean negative log-likelihood of classes, mean square of a regression."""
+        return "test MSE" if self.baseline.runs[0].data == "synthetic" else "test NLL"
+
+    def flops_share(self, group: Group) -> float:
+        """Training FLOPs of a group relative to the baseline's; NaN where either is unknown."""
+        whole = self.baseline.mean("train_flops")
+        return group.mean("train_flops") / whole if whole > 0 else math.nan
+
     def difference(self, group: Group, figure: str = "test_accuracy") -> Difference | None:
         """Paired difference of a group to the baseline; None for the baseline itself or without a common seed."""
         if group is self.baseline:
@@ -138,8 +179,10 @@ def compare(
 
     Args:
         paths: run directories, or folders that hold some at any depth (a sweep).
-        baseline: label of the group to measure against, or its beginning; None takes the group with most parameters.
-        by: settings (dotted names) that tell groups apart; None finds those in which runs of one method differ.
+        baseline: label of the group to measure against, or its beginning; None takes the largest fixed network,
+            else `random`, else the group with most parameters.
+        by: settings (dotted names) that tell groups apart; None finds those in which runs of one method differ. Runs on
+            other data, of another model or of other epochs than most are left out, unless `by` names that setting.
         label: names the group of a run, in place of `by`.
 
     Returns:
@@ -147,10 +190,12 @@ def compare(
 
     Raises:
         CheckpointError: no run is left to compare; the reasons are in the message.
-        ArgumentValueError: no group is called `baseline`, or several are.
+        ArgumentValueError: no group is called `baseline`, or several are; or no run has a setting of `by`.
     """
     records, left_out = _read_all(paths)
-    records, dropped = _same_data(records)
+    _check_settings(records, by or ())
+    conditions = ("data",) if label is not None else _CONDITIONS
+    records, dropped = _same_conditions(records, conditions, by or ())
     left_out += dropped
     if not records:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out)
@@ -161,7 +206,8 @@ def compare(
     groups.sort(key=lambda group: (-_or(group.mean("test_accuracy"), -math.inf), group.label))
     chosen = _choose_baseline(groups, baseline)
     notes += _missing_seeds(groups, chosen)
-    return Comparison(tuple(groups), chosen, tuple(left_out), tuple(notes))
+    comparison = Comparison(tuple(groups), chosen, tuple(left_out), tuple(notes))
+    return replace(comparison, notes=(*notes, *_cost_notes(comparison)))
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -206,22 +252,44 @@ def _unusable(record: RunRecord) -> str | None:
     return None
 
 
-def _data_name(record: RunRecord) -> str:
-    settings = record.settings
-    return str(settings.get("data.name", settings.get("data", "unknown")))
+def _check_settings(records: Sequence[RunRecord], by: Sequence[str]) -> None:
+    known = sorted({key for record in records for key in record.settings})
+    for key in by:
+        if records and key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            fix = f"did you mean {' or '.join(near)}?" if near else "config.yaml of a run lists its settings"
+            raise ArgumentValueError("no run has this setting", where="--by", got=key, fix=fix)
 
 
-def _same_data(records: list[RunRecord]) -> tuple[list[RunRecord], list[tuple[str, str]]]:
-    names = Counter(map(_data_name, records))
-    if len(names) < 2:
+def _same_conditions(
+    records: list[RunRecord], conditions: Sequence[str], by: Sequence[str]
+) -> tuple[list[RunRecord], list[tuple[str, str]]]:
+    """The largest set of runs under the same conditions, and the others with what differs; what is missing does not."""
+    every = [record.settings for record in records]
+    keys = [key for key in dict.fromkeys(key for one in every for key in one) if _below(key, conditions)]
+    keys = [key for key in keys if not _below(key, _NOT_A_TREATMENT) and (key not in by or key == "data.name")]
+    usual = {key: Counter(repr(one[key]) for one in every if key in one).most_common(1)[0][0] for key in keys}
+    states = [tuple(repr(one[key]) if key in one else usual[key] for key in keys) for one in every]
+    if len(set(states)) < 2:
         return records, []
-    kept = names.most_common(1)[0][0]
-    left_out = [
-        (str(record.path), f"other data: {_data_name(record)} (most runs are on {kept})")
-        for record in records
-        if _data_name(record) != kept
-    ]
-    return [record for record in records if _data_name(record) == kept], left_out
+    kept = Counter(states).most_common(1)[0][0]
+    left_out = []
+    for record, state in zip(records, states, strict=True):
+        others = [
+            (key, plain_text(got, 60), plain_text(most, 60))
+            for key, got, most in zip(keys, state, kept, strict=True)
+            if got != most
+        ]
+        if others:
+            told = ", ".join(f"{key} is {got} (most runs: {most})" for key, got, most in others)
+            named = ",".join(key for key, *_ in others)
+            fix = "" if "data.name" in named else f"; --by {named} compares them"
+            left_out.append((str(record.path), f"other conditions: {told}{fix}"))
+    return [record for record, state in zip(records, states, strict=True) if state == kept], left_out
+
+
+def _below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _group(
@@ -262,7 +330,7 @@ def _differing(runs: list[RunRecord]) -> list[str]:
     seen: dict[str, set[str]] = defaultdict(set)
     settings = [run.settings for run in runs]
     for key in dict.fromkeys(key for one in settings for key in one):
-        if not any(key == name or key.startswith(f"{name}.") for name in _NOT_A_TREATMENT):
+        if not _below(key, _NOT_A_TREATMENT):
             seen[key] = {repr(one.get(key)) for one in settings}
     return [key for key, values in seen.items() if len(values) > 1]
 
@@ -274,7 +342,9 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 def _choose_baseline(groups: list[Group], name: str | None) -> Group:
     if name is None:
-        return max(groups, key=lambda group: (_or(group.mean("parameters"), 0.0), group.mean("test_accuracy")))
+        usual = [[group for group in groups if group.runs[0].method == method] for method in ("fixed", "random")]
+        among = next(filter(None, usual), groups)
+        return max(among, key=lambda group: (_or(group.mean("parameters"), 0.0), _or(group.mean("test_accuracy"), 0.0)))
     exact = [group for group in groups if group.label == name]
     found = exact or [group for group in groups if group.label.startswith(name)]
     if len(found) != 1:
@@ -300,6 +370,16 @@ def _missing_seeds(groups: list[Group], baseline: Group) -> list[str]:
         elif group is not baseline and len(common) < 2:
             notes.append(f"{group.label}: one seed in common with {baseline.label}, so no interval")
     return notes
+
+
+def _cost_notes(comparison: Comparison) -> list[str]:
+    """Groups whose training FLOPs are not the baseline's: equal epochs are not equal cost."""
+    shares = {group.label: comparison.flops_share(group) for group in comparison.groups}
+    other = sorted((share, label) for label, share in shares.items() if abs(share - 1) > _NOTED_SHARE)
+    if not other:
+        return []
+    told = " to ".join(f"{100 * share:.0f} % ({label})" for share, label in dict.fromkeys((other[0], other[-1])))
+    return [f"equal cost this is not: training FLOPs are {told} of those of {comparison.baseline.label}"]
 
 
 def _or(value: float, default: float) -> float:

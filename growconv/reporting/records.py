@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ MOST_BYTES = {"yaml": 1 << 20, "json": 1 << 28}
 """Sizes above which a file is not read: a config has a few kilobytes, a history of growth at most some megabytes."""
 
 CONFIG, METRICS, GROWTH, SUMMARY = "config.yaml", "metrics.jsonl", "growth.jsonl", "summary.json"
+ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RunRecord:
         metrics: one dictionary an epoch, in file order.
         events: one dictionary a growth event, in file order.
         summary: final figures; empty where the run did not finish.
+        environment: command, versions and layers that the run wrote down at its start; empty where it wrote nothing.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class RunRecord:
     metrics: tuple[dict[str, Any], ...]
     events: tuple[dict[str, Any], ...]
     summary: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -54,6 +57,17 @@ class RunRecord:
         settings = self.settings
         named = self.summary.get("method") or settings.get("growth.method") or settings.get("growth.solver.name")
         return str(named) if named not in (None, "", "none") else "fixed"
+
+    @property
+    def data(self) -> str:
+        """Name of the dataset."""
+        settings = self.settings
+        return str(settings.get("data.name", settings.get("data", "unknown data")))
+
+    @property
+    def model(self) -> str:
+        """Name of the class or function that built the model."""
+        return str(self.settings.get("model._target_", "a network")).rpartition(".")[-1]
 
     @property
     def seed(self) -> int | None:
@@ -112,6 +126,7 @@ def read_run(path: str | Path) -> RunRecord:
         metrics=tuple(_read_lines(directory / METRICS, needed="epoch")),
         events=tuple(map(_usual, _read_lines(directory / GROWTH, needed="site"))),
         summary=_read_summary(directory / SUMMARY),
+        environment=_read_environment(directory / ENVIRONMENT),
     )
 
 
@@ -256,6 +271,15 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if not isinstance(summary, dict) or not summary:
         raise _damaged(path, "holds no figures")
     return summary
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    """What is told about the run's start: it only adds to a report, so a damaged file counts as missing."""
+    try:
+        told = read_json(_read_text(path) or "{}")
+    except (CheckpointError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _read_lines(path: Path, needed: str) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from growconv.training.config import differences, is_longer
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.libraries import load_weights
-from growconv.training.loop import Trainer, global_batch_size
+from growconv.training.loop import Trainer, global_batch_size, weight_shapes
 from growconv.training.position import position_of
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
@@ -37,7 +38,13 @@ from growconv.training.schedules import decay_begins, make_lr_schedule, make_opt
 from growconv.training.tracking import Tracker, make_tracker, require_installed
 
 
-def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, sweep: bool = False) -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any],
+    directory: str | Path,
+    resume: bool = False,
+    sweep: bool = False,
+    name: str | None = None,
+) -> dict[str, Any]:
     """Train what a config says, and the fixed models that it asks to be compared with.
 
     Args:
@@ -46,6 +53,7 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
         resume: go on with the run that lies there, from its newest good checkpoint; a finished part is not run again.
         sweep: the run is one of many: what lies in its directory is gone on with, so that a sweep can be started again,
             and baselines are trained only where the config names them.
+        name: what a sweep calls the run; None takes its directory's name.
 
     Returns:
         The summary of the run.
@@ -66,10 +74,10 @@ def run(config: Mapping[str, Any], directory: str | Path, resume: bool = False, 
         named = baselines(config, sweep)
         title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
         if sweep:
-            title = directory.name  # what tells the run from the others
+            title = name or directory.name
         results = [(title, run_one(config, directory, devices, dataset, title, resume))]
-        for name in named:
-            fixed, title, inside = baseline_config(config, name), f"fixed {name}", directory / f"fixed_{name}"
+        for size in named:
+            fixed, title, inside = baseline_config(config, size), f"fixed {size}", directory / f"fixed_{size}"
             with alone_in(inside, devices):
                 results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
         if devices.is_first:
@@ -148,7 +156,8 @@ def run_one(
     loss = make_loss(dataset, config["trainer"]["label_smoothing"])
     lr_schedule = make_lr_schedule(config["lr_schedule"], config["trainer"]["flops"] or total)
     if begins:
-        on_first(devices, lambda: _start(files, config, devices, resume))
+        about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
+        on_first(devices, lambda: _start(files, config, about, resume))
     else:
         on_first(devices, lambda: files.prolong(config))
     tracker = Tracker()
@@ -220,6 +229,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "numpy", "hydra-core", "safetensors")
     return {
         "command": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -261,13 +271,13 @@ def _holds_same_run(files: RunDirectory, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _start(files: RunDirectory, config: Mapping[str, Any], devices: Devices, resume: bool) -> None:
+def _start(files: RunDirectory, config: Mapping[str, Any], about: Mapping[str, Any], resume: bool) -> None:
     if resume:  # killed before its first checkpoint: from the beginning, in the same place
         files.path.mkdir(parents=True, exist_ok=True)
         files.rewind([], [])
         (files.path / "metrics.jsonl").unlink()
         (files.path / "growth.jsonl").unlink()
-    files.start(config, {**environment(), "processes": devices.world_size})
+    files.start(config, about)
 
 
 def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:

@@ -18,7 +18,7 @@ from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
 from growconv.network.event import GrowthHistory
 from growconv.network.find import find_sites
-from growconv.training.build import resized
+from growconv.training.build import make_loss, resized
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
@@ -28,6 +28,15 @@ from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
 from growconv.training.tracking import Tracker
+
+
+def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the weights of every layer that has a matrix or kernels, by the layer's path."""
+    weights = {path: getattr(module, "weight", None) for path, module in model.named_modules()}
+    return {
+        path: list(weight.shape) for path, weight in weights.items() if isinstance(weight, Tensor) and weight.ndim > 1
+    }
+
 
 AGREE_EVERY = 10
 """Steps between two questions among several processes whether a signal asked one of them to end."""
@@ -68,6 +77,7 @@ class Trainer:
         self.config, self.options = config, config["trainer"]
         self.dataset, self.model, self.optimizer, self.scheduler = dataset, model, optimizer, scheduler
         self.loss, self.lr_schedule, self.devices = loss, lr_schedule, devices
+        self.plain_loss = make_loss(dataset, 0.0)  # comparable between runs, whatever they smooth
         self.directory, self.tracker = directory, tracker
         self.position = Position()
         self.batch_size = global_batch_size(config, dataset, devices.world_size)
@@ -427,7 +437,8 @@ class Trainer:
             split: validation or test.
 
         Returns:
-            The mean loss, and the share of correct answers; for a regression the coefficient of determination R².
+            The mean loss without label smoothing, and the share of correct answers; for a regression the
+            coefficient of determination R².
         """
         share_buffers(self.devices, self.model)
         sums = torch.zeros(2, dtype=torch.float64, device=self.devices.device)
@@ -438,7 +449,7 @@ class Trainer:
         with torch.no_grad():
             for inputs, targets in batches:
                 output = self.devices.forward(self.model, self._converted(inputs))
-                sums[0] += self.loss(output, targets).double() * len(inputs)
+                sums[0] += self.plain_loss(output, targets).double() * len(inputs)
                 if self.dataset.regression:
                     sums[1] += (output - targets).double().square().sum()
                 else:
@@ -501,6 +512,7 @@ class Trainer:
             "first_train_loss": position.first_loss,
             "parameters": self._parameters(),
             "widths": self.widths,
+            "layers": weight_shapes(self.model),
             "train_flops": self.train_flops,
             "seconds": position.seconds,
             "growth_seconds": position.growth_seconds,

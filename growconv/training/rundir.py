@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.reporting.records import CONFIG, GROWTH, METRICS, SUMMARY, read_json, read_yaml
+from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml
 from growconv.training.config import is_longer
 
 CHECKPOINTS = "checkpoint"
@@ -116,7 +116,7 @@ class RunDirectory:
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config(config)
-            write_atomically(self.path / "environment.json", json.dumps(versions, indent=2) + "\n")
+            write_atomically(self.path / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
 
     def prolong(self, config: Mapping[str, Any]) -> None:
         """Write the config of a run that goes on, and take back the summary of the shorter one.

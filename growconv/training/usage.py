@@ -123,6 +123,36 @@ def train_page() -> str:
     return "\n".join(lines)
 
 
+def options_page() -> str:
+    """Every group with its files and options as Markdown, for the documentation."""
+    lines: list[str] = []
+    for group, meaning in {"": "the run itself", **GROUPS}.items():
+        lines += ["", f"## {group or 'run'}: {meaning}", ""]
+        lines += [f"- `{group}={name}`: {_comment(group, name)}" for name in group_names(group)] if group else []
+        lines += _option_table(group)
+    return "\n".join(lines)
+
+
+def _option_table(group: str) -> Iterator[str]:
+    """Options of a group that all its files have, then those of some files, as a Markdown table."""
+    every = list(_described(settings.RunConfig))
+    rows = [row for row in every if row[0].startswith(f"{group}.") or (not group and "." not in row[0])]
+    special = {choice: schema for choice, schema in SPECIAL.items() if choice.startswith(f"{group}=") and group}
+    tables = [("", rows)] + [
+        (
+            f"With `{choice}` also, or with other defaults:",
+            [row for row in _described(schema, f"{group}.") if row not in rows],
+        )
+        for choice, schema in special.items()
+    ]
+    for title, entries in tables:
+        if entries:
+            yield from ("", title, "", "| option | default | meaning |", "|---|---|---|")
+            for name, default, meaning, limits in entries:
+                text = f"{meaning} ({limits})" if limits else meaning
+                yield f"| `{name}` | `{default}` | {text.replace('|', '/')} |"
+
+
 def command_page(command: str) -> str:
     """What `growconv sites --help` or `growconv resume --help` prints."""
     meaning, example = COMMANDS[command]

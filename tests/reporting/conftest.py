@@ -26,6 +26,7 @@ def write_run(
     for epoch in range(1, epochs + 1):
         reached = accuracy * (1 - math.exp(-0.8 * epoch)) + draw.uniform(-0.002, 0.002)
         line = {"step": 50 * epoch, "epoch": epoch, "train_loss": 2.3 * math.exp(-0.5 * epoch), "val_accuracy": reached}
+        line |= {"val_loss": 2.4 * math.exp(-0.4 * epoch) + 0.1, "train_accuracy": min(1.0, reached + 0.02)}
         line |= {"parameters": parameters, "train_flops": 1e9 * epoch, "seconds": 2.5 * epoch, "learning_rate": 0.1}
         lines.append(json.dumps(line))
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -39,10 +40,22 @@ def write_run(
                 {"step": step, "site": site, "method": method, "channels": 3, "width_before": width}
                 | {"width_after": width + 3, "amplitude": 0.5, "gains": gains[:3], "seconds": 0.4, "reason": None}
                 | {"predicted_decrease": predicted, "realised_decrease": predicted * draw.uniform(0.4, 1.1)}
+                | {"parameters_before": 1000, "parameters_after": 1250}
+                | {"edits": [{"module": site.split(" ")[0], "tensor": "weight", "axis": 0, "position": 4, "count": 3}]}
                 | {"details": {"captured_energy": draw.uniform(0.05, 0.4), "spectrum": gains, "seconds": PHASES}}
             )
+            events[-1]["details"]["losses"] = [[0.0, 0.75], [0.5, 0.625]]
     (directory / "growth.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    summary = {"test_accuracy": accuracy, "best_val_accuracy": accuracy + 0.01, "parameters": parameters, "seed": seed}
+    layers = {path: [4, 3, 3, 3] for site in SITES for path in site.replace(" + ", " -> ").split(" -> ")}
+    told = {"command": ["growconv"], "started": "2026-01-31T12:00:00+00:00", "layers": layers}
+    (directory / "environment.json").write_text(json.dumps(told))
+    summary = {
+        "test_accuracy": accuracy,
+        "test_loss": 1.0 - accuracy,
+        "best_val_accuracy": accuracy + 0.01,
+        "parameters": parameters,
+        "seed": seed,
+    }
     summary |= {"train_flops": 1e9 * epochs, "seconds": 2.5 * epochs, "growth_events": len(events), "method": method}
     (directory / "summary.json").write_text(json.dumps(summary))
     return directory

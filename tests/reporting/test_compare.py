@@ -11,7 +11,8 @@ from scipy import stats
 from growconv.errors import ArgumentValueError, CheckpointError
 from growconv.reporting import compare as command
 from growconv.reporting.comparison import compare, paired_difference
-from growconv.reporting.plots import magnitude
+from growconv.reporting.comparison_plots import group_styles
+from growconv.reporting.style import magnitude
 
 
 def test_means_spreads_and_paired_differences_equal_numpy_and_scipy(make_run):
@@ -84,10 +85,56 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(make_run, tmp
     assert "metrics.jsonl" in reasons["damaged"]
     assert "line 5" in reasons["damaged"]
     assert "not UTF-8" in reasons["binary"]
-    assert "cifar10" in reasons["other"]
+    assert "data.name is 'cifar10' (most runs: 'digits')" in reasons["other"]
     assert "seed" in reasons["seedless"]
     assert "no such run directory" in reasons["nowhere"]
     assert all(str(path) in command.to_markdown(result) for path, _ in result.left_out)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [("trainer__epochs", "trainer.epochs"), ("model___target_", "model._target_"), ("data__limit", "data.limit")],
+)
+def test_runs_under_other_conditions_are_left_out_unless_named(setting, key, make_run, tmp_path):
+    """But for how often a run saves, and for a setting that older runs do not have."""
+    for seed in range(3):
+        make_run(f"tiny{seed}", seed=seed, **{setting: 20}, trainer__checkpoint_every=seed)
+    make_run("random0", method="random", **{setting: 20})
+    make_run("old", method="net2net")
+    make_run("other", method="gradmax", **{setting: 11})
+    result = compare([tmp_path])
+    assert {group.label for group in result.groups} == {"tiny", "random", "net2net"}
+    (reason,) = [reason for path, reason in result.left_out if path.endswith("other")]
+    assert f"{key} is 11 (most runs: 20)" in reason
+    assert f"--by {key} compares them" in reason
+    named = compare([tmp_path], by=[key])
+    assert f"gradmax, {key.rpartition('.')[-1]}=11" in {group.label for group in named.groups}
+    assert not named.left_out
+
+
+def test_a_misspelt_setting_is_an_error_with_what_was_meant(make_run):
+    with pytest.raises(ArgumentValueError, match=r"did you mean growth\.method"):
+        compare([make_run("run")], by=["growth.methd"])
+
+
+def test_training_flops_that_differ_are_remarked(make_run, tmp_path):
+    for seed in (0, 1):
+        make_run(f"tiny{seed}", seed=seed, epochs=4)
+        make_run(f"fixed{seed}", method="none", seed=seed, epochs=8, growth=False)
+    (note,) = [note for note in compare([tmp_path]).notes if "FLOPs" in note]
+    assert "50 % (tiny) of those of fixed" in note
+    assert compare([tmp_path], baseline="fixed").flops_share(compare([tmp_path]).groups[0]) > 0
+
+
+def test_every_group_has_a_colour_and_marker_of_its_own_the_same_in_every_comparison(make_run, tmp_path):
+    methods = ("tiny", "exact", "functional", "gradmax", "firefly", "north", "senn", "splitting", "net2net")
+    for method in (*methods, "variance_transfer", "random", "none", "my.Method", "my.Other"):
+        make_run(f"runs/{method}", method=method, growth=False)
+    make_run("runs/tiny_fast", growth__amount=0.5)
+    styles = group_styles(compare([tmp_path / "runs"]))
+    assert len(set(styles.values())) == len(styles) == 15
+    few = group_styles(compare([tmp_path / "runs" / "gradmax", tmp_path / "runs" / "firefly"]))
+    assert few == {label: styles[label] for label in ("gradmax", "firefly")}
 
 
 def test_a_seed_that_ran_twice_counts_once_and_is_told(make_run):
@@ -137,9 +184,15 @@ def test_the_command_writes_table_plots_and_csv_that_agree(make_run, tmp_path, c
     assert float(rows["tiny"]["difference"]) == pytest.approx(2.0)
     with (output / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
-    assert (output / "comparison.svg").read_text().count("tiny (n=3)") == 1
-    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "| tiny | 3 | 90.10 ± 0.10 |" in (output / "comparison.md").read_text()
+    assert float(rows["tiny"]["test_loss_difference"]) == pytest.approx(-0.02)
+    assert (output / "costs.svg").read_text().count("tiny (n=3)") == 1
+    for name in ("comparison", "costs", "courses"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "| tiny | 3 | 90.10 ± 0.10 | 0.099 ± 0.001 |" in (output / "comparison.md").read_text()
+    assert r"tiny & 3 & 90.10 $\pm$ 0.10 & 0.099 $\pm$ 0.001 &" in (output / "comparison.tex").read_text()
+    with pytest.raises(ArgumentValueError, match="lies there already"):
+        command.main([str(tmp_path / "runs"), "--output", str(output)])
+    assert command.main([str(tmp_path / "runs"), "--output", str(output), "--overwrite"]) == 0
 
 
 def test_runs_without_a_course_still_give_a_table(make_run, tmp_path):
@@ -153,7 +206,7 @@ def test_figures_that_are_no_numbers_count_as_missing(make_run, tmp_path):
     summary = json.loads((run / "summary.json").read_text()) | {"seconds": None, "train_flops": float("nan")}
     (run / "summary.json").write_text(json.dumps(summary))
     rows = command.table_rows(compare([run]))
-    assert rows[1][5:8] == ["–", "–", "–"]
+    assert rows[1][6:9] == ["–", "–", "–"]
 
 
 @pytest.mark.parametrize(

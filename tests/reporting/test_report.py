@@ -1,10 +1,13 @@
 """`growconv report`: one file, complete, escaped, and right in a real browser."""
 
+import base64
+import hashlib
 import html.parser
 import json
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,6 +19,8 @@ CHROMIUM = next(
 )
 SECTIONS = [
     "Training",
+    "Learning rate",
+    "Network before and after",
     "Widths",
     "Spectra",
     "Captured energy",
@@ -54,7 +59,7 @@ class Page(html.parser.HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data):
-        if self.stack and self.stack[-1] != "style":
+        if self.stack and self.stack[-1] not in ("style", "script"):
             self.text.append(data)
 
 
@@ -65,8 +70,8 @@ def test_the_report_is_complete_and_needs_nothing_else(make_run):
     page = Page(text)
     assert path == run / "report.html"
     assert re.findall(r"<h2>(.*?)</h2>", text) == SECTIONS
-    assert all(reference.startswith("#") for reference in page.references)
-    assert "script" not in page.tags
+    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
+    assert page.tags.count("script") == 1
     assert not re.search(r"url\((?!#)|@import", text)
     local = [identifier for identifier in page.ids if not identifier.startswith(("figure", "axes", "patch", "text"))]
     clips = [identifier for identifier in local if f"url(#{identifier})" in text]
@@ -79,8 +84,14 @@ def test_the_report_is_complete_and_needs_nothing_else(make_run):
         "18.0 %",
         "7 → 10",
         "method: tiny",
-        "training 16.4 s (82 %)",
-        "collect 1.8 s (9 %)",
+        "0.75",
+        "0.625",
+        "+250",
+        "16.4 s (82 %)",
+        "1.8 s (9 %)",
+        "4 → 13",
+        "a network on digits, grown by tiny, seed 0",
+        "2026-01-31T12:00:00+00:00",
     ):
         assert part in shown
 
@@ -92,7 +103,7 @@ def test_everything_from_the_run_is_escaped(make_run):
     events = [event | {"site": bad + event["site"], "reason": bad} for event in events]
     (run / "growth.jsonl").write_text("\n".join(map(json.dumps, events)))
     page = Page(report.write_report(run).read_text())
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # the page's own
     shown = " ".join(page.text)
     assert shown.count("<script>alert('x')</script>") >= 5
     assert "$y$ ${tiles}" in shown
@@ -103,6 +114,7 @@ def test_a_run_without_growth_and_one_that_goes_on_have_a_report(make_run):
     text = report.write_report(fixed).read_text()
     assert "This run did not grow." in text
     assert "<h2>Widths</h2>" not in text
+    assert "<h2>Network before and after</h2>" in text
     running = make_run("running")
     (running / "summary.json").unlink()
     assert "unfinished, so far:" in report.write_report(running).read_text()
@@ -115,7 +127,7 @@ def test_methods_without_gains_or_predictions_leave_those_figures_out(make_run):
     events = [{k: v for k, v in event.items() if k not in keys} | {"gains": [0.0, 0.0]} for event in events]
     (run / "growth.jsonl").write_text("\n".join(map(json.dumps, events)))
     sections = re.findall(r"<h2>(.*?)</h2>", report.write_report(run).read_text())
-    assert sections == [name for name in SECTIONS if name not in SECTIONS[2:5]]
+    assert sections == [name for name in SECTIONS if name not in SECTIONS[4:7]]
 
 
 def test_the_command_to_reproduce_quotes_what_the_shell_would_split(make_run):
@@ -142,14 +154,56 @@ def test_runs_that_cannot_be_reported_say_why_and_leave_no_file(make_run, tmp_pa
     assert not (run / "report.html").exists()
 
 
+def test_the_fixed_networks_beside_a_run_are_in_its_report(make_run):
+    run = make_run("run", accuracy=0.9)
+    make_run("run/fixed_small", method="none", growth=False, accuracy=0.8125, parameters=100)
+    make_run("run/fixed_large", method="none", growth=False, accuracy=0.9375, epochs=16)
+    (make_run("run/fixed_odd", method="none") / "summary.json").write_text("{")
+    text = report.write_report(run).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", text)[:2] == ["What growing bought", "Accuracy against cost"]
+    table = text[text.index("What growing bought") : text.index("Accuracy against cost")]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
+    assert {row[0]: (row[1], row[5]) for row in rows} == {
+        "grown, tiny": ("90.00", "50.0 %"),
+        "fixed small": ("81.25", "50.0 %"),
+        "fixed large": ("93.75", "100.0 %"),
+    }
+    assert "Left out: " in table
+    assert "fixed_odd" in table
+
+
+def test_only_the_page_s_own_script_may_run(make_run):
+    text = report.write_report(make_run("run")).read_text()
+    script = re.search("<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+
+
+def test_figures_alone_follow_light_and_dark_pages(make_run, tmp_path):
+    paths = report.write_figures(report.read_run(make_run("run")), tmp_path / "figures")
+    assert "widths.svg" in [path.name for path in paths]
+    for path in paths:
+        assert "prefers-color-scheme:dark" in path.read_text()
+        ElementTree.parse(path)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 800, 400])
 def test_a_real_browser_shows_the_page_without_sideways_scrolling(make_run, tmp_path, width):
     """The page is measured by itself: a script is added to a copy, the DOM is dumped after it ran."""
     text = report.write_report(make_run("run")).read_text()
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # it would stop the probe
     probe = """<script>
     const shown = [...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 0);
     const sizes = shown.flatMap(e => [...e.querySelectorAll('text')].map(t => t.getBoundingClientRect().height));
+    const table = document.querySelector('table');
+    const widths = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[7].textContent));
+    table.querySelectorAll('button')[7].click();
+    const up = widths();
+    table.querySelectorAll('button')[7].click();
+    const down = widths();
+    document.body.dataset.sorted = Number(up.every((x, i) => !i || x >= up[i - 1]) && up.join() !== down.join()
+        && down.every((x, i) => !i || x <= down[i - 1]));
     document.body.dataset.overflow = document.documentElement.scrollWidth - window.innerWidth;
     document.body.dataset.figures = shown.length;
     document.body.dataset.smallest = Math.min(...sizes).toFixed(1);
@@ -174,6 +228,7 @@ def test_a_real_browser_shows_the_page_without_sideways_scrolling(make_run, tmp_
     )
     measured = dict(re.findall(r'data-(\w+)="([-\d.]+)"', done.stdout))
     assert int(measured["overflow"]) <= 0
-    assert int(measured["figures"]) == 6
+    assert int(measured["figures"]) == 8
+    assert int(measured["sorted"]) == 1
     assert float(measured["smallest"]) >= 8
     assert int(measured["widest"]) <= width

@@ -1,0 +1,139 @@
+"""Figures over many runs: differences with their intervals, what the accuracy cost, and its course."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from growconv.reporting.comparison import Comparison, Group
+from growconv.reporting.records import RunRecord
+from growconv.reporting.run_plots import course, zoom
+from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, method_style, shortened
+
+Styles = dict[str, tuple[str, str]]
+PANELS = 24
+"""Groups with a panel of their own, the best first."""
+
+
+def draw_differences(comparison: Comparison) -> Figure:
+    """Forest plot: paired differences to the baseline in test accuracy and test loss, with 95 % intervals."""
+    groups = comparison.groups
+    figure = Figure(figsize=(9.6, 1.3 + 0.3 * len(groups)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    styles = group_styles(comparison)
+    name = comparison.baseline.label
+    for axis, figure_name, title in zip(
+        axes, ("test_accuracy", "test_loss"), ("test accuracy, points", comparison.loss_name), strict=True
+    ):
+        axis.axvline(0, color=SOFT, linewidth=0.8, zorder=0)
+        for row, group in enumerate(groups):
+            colour, marker = styles[group.label]
+            difference = comparison.difference(group, figure_name)
+            middle = 0.0 if difference is None and group is comparison.baseline else math.nan
+            ends = None
+            if difference is not None:
+                middle = difference.mean
+                half = difference.high - difference.mean
+                ends = None if math.isnan(half) else half
+            axis.errorbar(middle, row, xerr=ends, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2)
+        axis.set(xlabel=f"{title}: difference to {shortened(name, 30)}")
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(groups)), [_row_name(comparison, group) for group in groups])
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
+    return figure
+
+
+def draw_costs(comparison: Comparison) -> Figure:
+    """Test accuracy against final parameters, training FLOPs and seconds: mean and standard deviation of each group."""
+    styles = group_styles(comparison)
+    rows = math.ceil(len(comparison.groups) / 4)
+    figure = Figure(figsize=(9.6, 3.4 + 0.2 * rows), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, cost, name in zip(
+        axes, ("parameters", "train_flops", "seconds"), ("final parameters", "training FLOPs", "seconds"), strict=True
+    ):
+        for group in comparison.groups:
+            colour, marker = styles[group.label]
+            spreads = [0.0 if math.isnan(value := group.std(key)) else value for key in (cost, "test_accuracy")]
+            axis.errorbar(
+                group.mean(cost),
+                group.mean("test_accuracy"),
+                xerr=spreads[0],
+                yerr=spreads[1],
+                color=colour,
+                marker=marker,
+                linestyle="",
+                linewidth=0.9,
+                label=f"{group.label} (n={len(group.runs)})",
+            )
+        axis.set(xlabel=name)
+        log_ticks(axis, "x")
+    axes[0].set(ylabel="test accuracy %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def draw_courses(comparison: Comparison) -> Figure:
+    """Best validation accuracy against training FLOPs so far: a panel a group, the baseline in each of them."""
+    styles = group_styles(comparison)
+    baseline = comparison.baseline
+    panels = [group for group in comparison.groups if group is not baseline][:PANELS] or [baseline]
+    drawn = {group.label: mean_course(group.runs) for group in (*panels, baseline)}
+    known = {label: each for label, each in drawn.items() if each is not None}
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(9.6, 0.9 + 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, group in zip(axes.flat, panels, strict=False):
+        for grid, mean, _ in known.values():
+            axis.plot(grid, mean, color=SOFT, linewidth=0.3)
+        for label, colour, dash in ((baseline.label, INK, DASHES[1]), (group.label, styles[group.label][0], DASHES[0])):
+            if label in known:
+                grid, mean, spread = known[label]
+                axis.plot(grid, mean, color=colour, linestyle=dash, linewidth=1.4)
+                axis.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(shortened(group.label, 30), fontsize=9)
+        log_ticks(axis, "x")
+    zoom(axes.flat[0], [mean for _, mean, _ in known.values()])
+    figure.supxlabel("training FLOPs so far", fontsize=9)
+    figure.supylabel("best validation accuracy % so far", fontsize=9)
+    figure.text(0.99, 0.005, f"dashed: {shortened(baseline.label, 30)}; thin: all", fontsize=8, ha="right", color=SOFT)
+    return figure
+
+
+def group_styles(comparison: Comparison) -> Styles:
+    """Colour and marker of every group; of several groups of one method the shortest label has the method's own."""
+    known: Styles = {}
+    styles: Styles = {}
+    for group in sorted(comparison.groups, key=lambda group: (len(group.label), group.label)):
+        style = method_style(group.runs[0].method, group.label, known)
+        taken = style in styles.values()
+        styles[group.label] = method_style(group.label, "", known) if taken else style
+    return styles
+
+
+def _row_name(comparison: Comparison, group: Group) -> str:
+    """Label, and what the group spent relative to the baseline."""
+    share = comparison.flops_share(group)
+    return shortened(group.label, 40) + ("" if math.isnan(share) else f"  ({100 * share:.0f} % of the FLOPs)")
+
+
+def mean_course(runs: Sequence[RunRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """FLOPs, and mean and standard deviation over runs of the best validation accuracy so far.
+
+    None where the runs have no range of FLOPs in common.
+    """
+    courses = [course(run, "train_flops") for run in runs]
+    courses = [each for each in courses if each[0].size]
+    if not courses:
+        return None
+    low, high = max(each[0][0] for each in courses), min(each[0][-1] for each in courses)
+    if not high > low > 0:
+        return None
+    grid = np.geomspace(low, high, 200)
+    values = np.array([np.interp(grid, *each) for each in courses])
+    return grid, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(grid))
