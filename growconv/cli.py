@@ -55,6 +55,7 @@ FLAGS = {
     "-sc": "--shell-completion",
 }
 WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--experimental-rerun"}
+WITH_VALUE |= {"--shell-completion"}
 KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
 # With these the config comes from elsewhere, or none is made.
 UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}
@@ -147,6 +148,8 @@ def _dispatch(arguments: list[str]) -> None:
         rest = [text for text in rest if text not in ("trust=true", "trust=false")]
         overrides, flags = _split(rest)
         resumed = [text for text in overrides if text.startswith("resume=")]
+        if "--shell-completion" in flags:
+            complete(flags["--shell-completion"])
         if "--version" in flags:
             print(f"growconv {__version__}")
         elif "--help" in flags:
@@ -173,6 +176,23 @@ def _dispatch(arguments: list[str]) -> None:
                 _train(rest, overrides, flags, family)
             else:
                 _train(rest, overrides, flags)
+
+
+def complete(asked: str) -> None:
+    """Check what is asked of Hydra's completion of groups and options, and add the commands to it.
+
+    Args:
+        asked: install=SHELL, uninstall=SHELL or query=SHELL.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if asked not in {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish")}:
+        fix = """eval "$(growconv --shell-completion install=bash)", in zsh too; fish: install=fish, piped to source"""
+        raise ConfigError("no such completion", where="--shell-completion", got=asked or None, fix=fix)
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if asked.startswith("query") and len(words) == 2:
+        print(" ".join(command for command in usage.COMMANDS if command.startswith(words[1])))
 
 
 def _no_command(word: str, rest: Sequence[str]) -> ConfigError:

@@ -262,6 +262,12 @@ def test_the_config_is_printed_by_hydra(here, capsys):
     assert not list(here.iterdir())
 
 
+def test_the_citation_is_of_this_version():
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert told["version"] == __version__
+    assert {"cff-version", "message", "title", "authors"} <= set(told)
+
+
 def test_help_version_and_mistakes_need_no_torch(here):
     script = """
 import sys
@@ -302,6 +308,31 @@ def test_did_you_mean(line, fix, here, capsys):
     assert main(line.split()) == 1
     assert fix in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["run1"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("growconv gr", {"grow", "growth="}),
+        ("growconv model=res", {"model=resnet18", "model=resnet20"}),
+        ("growconv growth=tiny trainer.ep", {"trainer.epochs="}),
+    ],
+)
+def test_the_shell_completes(typed, offered, capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", typed)
+    assert main(["--shell-completion", "query=bash"]) == 0
+    assert offered <= set(capsys.readouterr().out.split())
+
+
+def test_the_shell_gets_a_script_that_it_can_read(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["growconv"])
+    assert main(["--shell-completion", "install=bash"]) == 0
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+    assert "growconv" in script
+    for wrong in (["--shell-completion"], ["-sc", "bash"], ["-sc", "install=tcsh"]):
+        assert main(wrong) == 1
+        assert "install=bash" in capsys.readouterr().err
 
 
 def test_what_fails_before_the_run_begins_leaves_nothing(here, capsys, monkeypatch):

@@ -33,7 +33,8 @@ class DataConfig:
     Attributes:
         name: key of growconv.training.sources.SOURCES.
         validation: share of the training samples held out for validation, the same ones in every run.
-        augmentation: none, crop (shifts by up to 4 pixels) or flip_crop (mirror images too).
+        augmentation: none, crop (shifts by up to 4 pixels), flip_crop (mirror images too) or randaugment (RandAugment
+            before those two; needs growconv[augment]).
         limit: use only this many training samples; null uses all.
         size: training images smaller at first: [share, pixels] pairs, ascending; up to that share of the run they are
             scaled to squares of so many pixels. Growth and evaluation see them as they are.
@@ -41,7 +42,7 @@ class DataConfig:
 
     name: str = MISSING
     validation: float = limited(0.1, above=0, below=1)
-    augmentation: str = limited("none", choices=("none", "crop", "flip_crop"))
+    augmentation: str = limited("none", choices=("none", "crop", "flip_crop", "randaugment"))
     limit: int | None = limited(None, least=1)
     size: list[Any] = field(default_factory=list)
 
@@ -313,6 +314,9 @@ class TrainerConfig:
         compile: backend of torch.compile (inductor), null for none; the step is compiled anew after every growth.
         clip_gradient: largest norm of the whole gradient; null for no limit.
         label_smoothing: share of the target spread over all classes.
+        mix: none, mixup or cutmix: blends of two images, or a rectangle of another one (needs growconv[augment]).
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and what `load_run`
+            and export give; null for none.
         checkpoint_every: optimizer steps between two checkpoints; null: only at an epoch's end and after growth.
         deterministic: make torch refuse algorithms whose result can differ from run to run (CPU runs do not).
         progress: auto (a bar on a terminal, else lines), bar, lines, or none: only the table at the end.
@@ -331,6 +335,8 @@ class TrainerConfig:
     compile: str | None = None
     clip_gradient: float | None = limited(None, above=0)
     label_smoothing: float = limited(0.0, least=0, below=1)
+    mix: str = limited("none", choices=("none", "mixup", "cutmix"))
+    ema: float | None = limited(None, above=0, below=1)
     checkpoint_every: int | None = limited(None, least=1)
     deterministic: bool = False
     progress: str = limited("auto", choices=("auto", "bar", "lines", "none"))

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from growconv.errors import DataError
+from growconv.training.mixing import rand_augment
 from growconv.training.sources import SOURCES, RawData
 
-AUGMENTATIONS = ("none", "crop", "flip_crop")
+AUGMENTATIONS = ("none", "crop", "flip_crop", "randaugment")
 
 
 def seed_for(seed: int, *labels: object) -> int:
@@ -104,10 +105,12 @@ class Dataset:
         """
         images = split.inputs[index]
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if augment is not None and self.augmentation == "randaugment":
+            images = rand_augment(images, augment)
         images = (images - self.mean[:, None, None]) / self.std[:, None, None]
         if augment is None or self.augmentation == "none":
             return images
-        return shift_and_flip(images, augment, pad=4, flip=self.augmentation == "flip_crop")
+        return shift_and_flip(images, augment, pad=4, flip=self.augmentation != "crop")
 
     def batch(self, split: Split, index: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some samples; see `inputs`."""

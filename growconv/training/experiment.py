@@ -31,6 +31,7 @@ from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.libraries import load_weights
 from growconv.training.loop import Trainer, global_batch_size, weight_shapes
+from growconv.training.mixing import require_kornia
 from growconv.training.position import position_of
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
@@ -62,6 +63,7 @@ def run(
         GrowthError: what is wrong with config, data, model or directory.
     """
     require_installed(config["logger"])
+    require_kornia(config)
     devices = make_devices(config["trainer"])
     directory = Path(on_first(devices, lambda: str(directory)))
     with alone_in(directory, devices):

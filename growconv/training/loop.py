@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,14 +16,16 @@ from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
-from growconv.network.event import GrowthHistory
+from growconv.network.event import GrowthEvent, GrowthHistory
 from growconv.network.find import find_sites
+from growconv.training.average import Average
 from growconv.training.build import make_loss, resized
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
 from growconv.training.failures import Stopped, noted_signals
 from growconv.training.flops import training_flops
+from growconv.training.mixing import mix
 from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
@@ -94,6 +96,8 @@ class Trainer:
         self._clock = time.monotonic()
         self._signals: list[signal.Signals] = []
         self._wrapped = model
+        decay = self.options["ema"]
+        self.average = None if decay is None else Average(model, decay)
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
     def fit(self) -> dict[str, Any]:
@@ -143,6 +147,9 @@ class Trainer:
         position = position_of(found)
         restore(found, self.model, self.optimizer, self.scheduler)
         self.position, self._history = position, found.history
+        if self.options["ema"] is not None:
+            self.average = Average(self.model, self.options["ema"])
+            self.average.load(found.tensors)
         self._clock = time.monotonic() - position.seconds
         if self.devices.is_first:  # the checkpoint holds the sum over all ranks
             self._sums += torch.tensor([self.position.loss_sum, self.position.hits], dtype=torch.float64).to(self._sums)
@@ -244,6 +251,8 @@ class Trainer:
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
         inputs, targets = self.dataset.batch(self.dataset.train, index, augment)
+        if augment is not None and self.options["mix"] != "none":
+            inputs, targets = mix(self.options["mix"], inputs, targets, self.dataset.classes, augment)
         if part is not None:
             inputs, targets = inputs[part], targets[part]
         return self._converted(inputs), targets.to(self._float) if self.dataset.regression else targets
@@ -280,13 +289,16 @@ class Trainer:
                 devices.backward(loss * (len(x) / len(inputs)))
             self._sums[0] += loss.detach().double() * len(x)
             if not self.dataset.regression:
-                self._sums[1] += (output.detach().argmax(1) == y).double().mean() * len(x)
+                wanted = y.argmax(1) if y.is_floating_point() else y
+                self._sums[1] += (output.detach().argmax(1) == wanted).double().mean() * len(x)
         if position.first_loss is None:
             position.first_loss = float(self._sums[0]) / len(inputs)
         # A look at the sum makes a GPU wait, so there it is taken now and then.
         if self._sums.device.type == "cpu" or position.step % 50 == 0:
             self._require_finite()
         devices.step(self.optimizer, self.options["clip_gradient"])
+        if self.average is not None:
+            self.average.update(self.model)
         position.step_flops += self._sample_flops * len(index)
 
     def _require_finite(self) -> None:
@@ -312,6 +324,7 @@ class Trainer:
         spent = torch.tensor(self.scheduler.flops_spent - before, dtype=torch.float64, device=self.devices.device)
         position.growth_flops += float(sum_over_ranks(self.devices, spent))
         if events:
+            self.follow(events)
             self.progress.events(position.step, events)
             self._prepare()
             self.directory.append_events([event.to_dict() for event in events])
@@ -332,6 +345,7 @@ class Trainer:
         inputs, _ = self._batch(torch.arange(min(2, len(self.dataset.train))))
         made = copy_blocks(self.model, depth["blocks"], inputs, identity=depth["identity"], optimizer=self.optimizer)
         events = [replace(event, step=position.step) for event in made]
+        self.follow(events)
         if self.scheduler is None:
             for event in events:
                 self._history.append(replace(event, recipe=None))
@@ -343,6 +357,16 @@ class Trainer:
         if self.devices.is_first:
             self.tracker.events(list(self.history), events, self.widths)
         return True
+
+    def follow(self, events: Sequence[GrowthEvent]) -> None:
+        """Let the average of the weights grow as the model did."""
+        if self.average is not None:
+            self.average.follow(events)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated: the average where there is one."""
+        return self.model if self.average is None else self.average.model
 
     def growth_batches(self) -> list[tuple[Tensor, Tensor]]:
         """This process's share of fresh growth samples, drawn from the training split without augmentation."""
@@ -440,21 +464,22 @@ class Trainer:
             The mean loss without label smoothing, and the share of correct answers; for a regression the
             coefficient of determination R².
         """
-        share_buffers(self.devices, self.model)
+        model = self.judged
+        share_buffers(self.devices, model)
         sums = torch.zeros(2, dtype=torch.float64, device=self.devices.device)
-        self.model.eval()
+        model.eval()
         batches = self.dataset.batches(
             split, self.options["eval_batch_size"], self.devices.rank, self.devices.world_size
         )
         with torch.no_grad():
             for inputs, targets in batches:
-                output = self.devices.forward(self.model, self._converted(inputs))
+                output = self.devices.forward(model, self._converted(inputs))
                 sums[0] += self.plain_loss(output, targets).double() * len(inputs)
                 if self.dataset.regression:
                     sums[1] += (output - targets).double().square().sum()
                 else:
                     sums[1] += (output.argmax(1) == targets).double().mean() * len(inputs)
-        self.model.train()
+        model.train()
         loss, score = sum_over_ranks(self.devices, sums).tolist()
         if self.dataset.regression:
             spread = (split.targets.double() - split.targets.double().mean()).square().sum()
@@ -472,6 +497,9 @@ class Trainer:
         self._require_finite()
         share_buffers(self.devices, self.model)
         tensors, values = random_states(self.devices)
+        if self.average is not None:
+            share_buffers(self.devices, self.average.model)
+            tensors = {**tensors, **self.average.tensors()}
         position.loss_sum, position.hits = sum_over_ranks(self.devices, self._sums).tolist()
         scaler = self.devices.scaler
         state = {

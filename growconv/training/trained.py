@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import CheckpointError
+from growconv.training.average import averaged_weights
 from growconv.training.build import make_model
 from growconv.training.checkpoint import BEST, Checkpoint, find_checkpoint, restore
 from growconv.training.config import require_complete
@@ -25,7 +26,7 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
         trust: whether the run's config may build a model from outside growconv and torch.
 
     Returns:
-        The model, grown as in the run; a plain `nn.Module`.
+        The model, grown as in the run; a plain `nn.Module`. Of a run with trainer.ema: with the averaged weights.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
@@ -34,6 +35,12 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
     found = read_run(run, best)
     model = begun_model(found, trust)
     restore(found, model)
+    average = averaged_weights(found.tensors)
+    if average:
+        try:
+            model.load_state_dict(average)
+        except RuntimeError as error:
+            raise CheckpointError("its average is of another model", where=str(found.path), got=error) from error
     return model.eval()
 
 

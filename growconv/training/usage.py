@@ -72,6 +72,7 @@ FLAGS = {
     "--cfg job": "print the settings that a run would have, and stop",
     "--config-dir DIR": "a folder of further files for the groups",
     "-h, --help": "this page; train --help lists all groups and options",
+    "--shell-completion install=SHELL": "what bash, zsh (install=bash) or fish evaluate to complete words",
     "--version": "the version",
     "--hydra-help": "the help of Hydra, which reads the settings",
 }

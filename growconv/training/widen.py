@@ -129,6 +129,7 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
         events += _widened(trainer, wish, found.state["config"])
     if not any(event.parameters_after > event.parameters_before for event in events):
         raise ConfigError("nothing grew", where=str(run), fix="ask for more, or try another --method")
+    trainer.follow(events)
     for event in events:
         print(event)
         trainer.history.append(replace(event, recipe=None))
@@ -253,7 +254,7 @@ def _save(trainer: Trainer, output: Path) -> None:
         x = _example(trainer)
         again = load_run(output, trust=True).to(x.device)
         with torch.no_grad():
-            error = distance(again(x), trainer.model.eval()(x))
+            error = distance(again(x), trainer.judged.eval()(x))
         if not error <= (tolerance := 100 * torch.finfo(x.dtype).eps):
             raise TrainingError(
                 "the saved model computes something else", where=str(output), expected=tolerance, got=error
