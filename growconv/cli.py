@@ -280,7 +280,7 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
 
     Args:
         directory: the run directory.
-        overrides: further overrides; settings that change no number may differ, and trainer.epochs may be more.
+        overrides: further overrides; settings that change no number may differ, and what ends the run may be more.
         trust: whether its config may run code from anywhere and reach the hosts that it names.
 
     Raises:
@@ -295,22 +295,22 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     settings.require_complete(stored, str(files.config_file))
     wanted = settings.plain(settings.compose(overrides))
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
+    length = settings.length(stored)
     changed = [
         line
         for line in settings.differences(stored, wanted)
         if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
-        and not (settings.is_longer(stored, wanted) and line.startswith("trainer.epochs:"))
+        and not (settings.is_longer(stored, wanted) and line.startswith(f"{length}:"))
     ]
     if changed:
         raise CheckpointError(
             "the run was made with another config",
             where=str(Path(directory) / "config.yaml"),
             got="\n    ".join(["", *changed]),
-            fix=f"resume it as it was (growconv resume={directory}), prolong it (trainer.epochs=MORE), "
-            "or start a new run",
+            fix=f"resume it as it was (growconv resume={directory}), prolong it ({length}=MORE), or start a new run",
         )
-    if "trainer.epochs" in asked:
-        stored["trainer"]["epochs"] = wanted["trainer"]["epochs"]
+    if length in asked:
+        _copy_setting(wanted, stored, length.split("."))
     for name in asked:
         for free in settings.FREE_ON_RESUME:
             if name == free or name.startswith(f"{free}."):

@@ -476,10 +476,17 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     return lines
 
 
+def length(config: Mapping[str, Any]) -> str:
+    """The option that says when a run ends; the only one of a run that may grow."""
+    return "trainer.epochs" if config["trainer"]["flops"] is None else "trainer.flops"
+
+
 def is_longer(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a config asks for more epochs than another: the one setting of a run that may grow."""
-    before, after = (config["trainer"]["epochs"] for config in (stored, wanted))
-    return isinstance(before, int) and isinstance(after, int) and after > before
+    """Whether a config asks for more of what ends a run than another."""
+    name = length(stored).partition(".")[2]
+    before, after = (config["trainer"][name] for config in (stored, wanted))
+    numbers = all(isinstance(each, int | float) for each in (before, after))
+    return length(wanted) == length(stored) and numbers and after > before
 
 
 def require_complete(config: Mapping[str, Any], where: str) -> None:

@@ -26,7 +26,7 @@ from growconv.training.build import (
     make_scheduler,
 )
 from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
-from growconv.training.config import differences, is_longer
+from growconv.training.config import differences, is_longer, length
 from growconv.training.data import Dataset, seed_for, steps_per_epoch
 from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.libraries import load_weights
@@ -126,11 +126,10 @@ def run_one(
     Returns:
         The summary.
     """
-    devices, epochs = devices.for_one_run(), config["trainer"]["epochs"]
+    devices = devices.for_one_run()
     files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    by_flops = config["trainer"]["flops"] is not None
-    if resume and on_first(devices, lambda: files.finished and (by_flops or files.summary().get("epochs") == epochs)):
+    if resume and on_first(devices, lambda: files.finished and not is_longer(files.config(), config)):
         return on_first(devices, files.summary)
     if resume:
         found = on_first(devices, lambda: _found(files, config))
@@ -295,7 +294,7 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     changed = [
         line
         for line in differences(stored, config)
-        if not (line.startswith("trainer.epochs:") and is_longer(stored, config))
+        if not (line.startswith(f"{length(stored)}:") and is_longer(stored, config))
     ]
     if changed:
         raise CheckpointError(

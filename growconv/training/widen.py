@@ -26,6 +26,7 @@ from growconv.reporting.terminal import shown
 from growconv.solvers.base import get_solver
 from growconv.training.build import grows, make_dataset, make_loss
 from growconv.training.checkpoint import Checkpoint
+from growconv.training.config import length
 from growconv.training.devices import make_devices
 from growconv.training.experiment import baseline_config, environment
 from growconv.training.loop import Trainer
@@ -87,9 +88,9 @@ def main(arguments: Namespace) -> None:
     given, run = arguments, arguments.run
     wish = Wish(given.factor, _widths(given.width), given.parameters, given.flops, given.deepen, given.method)
     output = given.output or run.absolute().with_name(f"{run.absolute().stem}-grown")
-    grow_run(run, output, wish, given.trust)
+    more = grow_run(run, output, wish, given.trust)
     print(f"saved and read back: {shown(output)}")
-    print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} trainer.epochs=MORE")
+    print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} {more}=MORE")
 
 
 def _widths(given: Sequence[str]) -> dict[str, int]:
@@ -103,7 +104,7 @@ def _widths(given: Sequence[str]) -> dict[str, int]:
     return widths
 
 
-def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
+def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> str:
     """Grow a run's model once, with its optimizer, and save both as a run of a fixed model.
 
     Args:
@@ -111,6 +112,9 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
         output: the new run directory.
         wish: how to grow.
         trust: as for `load_run`.
+
+    Returns:
+        The option that prolongs the new run.
 
     Raises:
         ConfigError: a wish that makes no sense, or nothing that would grow.
@@ -137,6 +141,7 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> None:
     after = trainer.evaluate(trainer.dataset.validation)
     print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {trainer.score} {before[1]:.2%} -> {after[1]:.2%}")
     _save(trainer, output)
+    return length(trainer.config)
 
 
 def _check(wish: Wish) -> None:
@@ -157,8 +162,9 @@ def _check(wish: Wish) -> None:
 def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
     """The run where it stands, as one of a fixed model that has been grown; it writes nothing yet."""
     config: dict[str, Any] = dict(found.state["config"])
-    spent = 0.0 if found.scheduler is None else float(found.scheduler["flops_spent"]) * found.state["world_size"]
     config = baseline_config(config, "small") if grows(config) else {**config, "baselines": []}
+    growth = config["growth"]
+    config["growth"] = {**growth, "depth": {**growth["depth"], "at": []}}  # what has been copied is in the history
     devices = make_devices(config["trainer"]).for_one_run()
     dataset = make_dataset(config["data"]).to(devices.device)
     model = begun_model(found, trust).to(devices.device)
@@ -169,7 +175,6 @@ def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
     optimizer, schedule = make_optimizer(config["optimizer"], model), make_lr_schedule(config["lr_schedule"], 1)
     trainer = Trainer(config, dataset, model, optimizer, None, loss, schedule, devices, files, tracker, "grown once")
     trainer.resume(replace(found, state={**found.state, "world_size": 1}))
-    trainer.position.step_flops += spent
     return trainer
 
 
@@ -212,7 +217,7 @@ def _widened(trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> list[Gr
         seed=trainer.config["seed"],
     )
     events = scheduler.grow(trainer.growth_batches(), trainer.loss, trainer.position.step)
-    trainer.position.step_flops += scheduler.flops_spent
+    trainer.position.growth_flops += scheduler.flops_spent
     return events
 
 
