@@ -1,8 +1,8 @@
 """The command ``growconv study``: every variant with every seed, at equal epochs and at equal training FLOPs.
 
 A study is a YAML file: `base` overrides for all runs, `variants` with overrides of their own, `seeds`, a `baseline`,
-and `equal_flops`: the fixed variants that are trained again for as many epochs as the growing runs' training FLOPs pay
-for. Started again, a study leaves out finished runs and goes on with interrupted ones.
+and `equal_flops`: the fixed variants that are trained again for the training FLOPs that growing runs took. Started
+again, a study leaves out finished runs and goes on with interrupted ones.
 """
 
 import json
@@ -154,20 +154,15 @@ def first_part(study: Study, runs: Path) -> Iterator[Job]:
 
 def second_part(study: Study, runs: Path) -> Iterator[Job]:
     """The fixed variants again, for the growing variants' training FLOPs."""
-    for name, epochs in equal_flops_epochs(study, runs).items():
+    length = f"trainer.flops={flops_of_growing(study, runs)}"
+    for name in study.equal_flops:
         for seed in study.seeds:
-            yield _job(study, runs / "equal_flops", name, study.variants[name], seed, epochs)
+            yield _job(study, runs / "equal_flops", name, [*study.variants[name], length], seed, study.epochs)
 
 
-def equal_flops_epochs(study: Study, runs: Path) -> dict[str, int]:
-    """Epochs for which the growing variants' median training FLOPs pay, per fixed variant; at least 1."""
-    spent = {name: _flops(runs / "equal_epochs" / name) for name in study.variants}
-    budget = statistics.median(flops for name in study.growing for flops in spent[name])
-    return {
-        name: max(1, round(study.epochs * budget / statistics.median(spent[name])))
-        for name in study.equal_flops
-        if spent[name]
-    }
+def flops_of_growing(study: Study, runs: Path) -> float:
+    """The growing variants' median training FLOPs."""
+    return statistics.median(flops for name in study.growing for flops in _flops(runs / "equal_epochs" / name))
 
 
 def work(jobs: Sequence[Job], processes: int) -> list[tuple[Job, str]]:

@@ -1,5 +1,7 @@
 """The runner of studies: all variants and seeds, once each; what fails is told and the rest is kept."""
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,11 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert {f: f.stat().st_mtime_ns for f in summaries if f != gone} == {
         f: t for f, t in summaries.items() if f != gone
     }
+    grown, fixed = (
+        [json.loads(file.read_text())["train_flops"] for file in (tmp_path / "runs" / "small" / part).glob(pattern)]
+        for part, pattern in (("equal_epochs", "random/*/summary.json"), ("equal_flops", "*/*/summary.json"))
+    )
+    assert all(0 < flops <= statistics.median(grown) for flops in fixed)
     again, before = yaml.safe_load(gone.read_text()), yaml.safe_load(content)
     assert again["test_accuracy"] == before["test_accuracy"]
 
@@ -64,7 +71,7 @@ def test_what_fails_is_told_and_the_rest_is_compared(tmp_path, capsys):
     assert "| fixed_large | 1 |" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_epochs_at_equal_flops_follow_from_what_was_spent(tmp_path):
+def test_fixed_variants_run_again_for_the_median_flops_of_growing_ones(tmp_path):
     path = write(tmp_path, epochs=10, equal_flops=["fixed_large", "fixed_small"])
     with pytest.raises(ConfigError, match="fixed_large, random"):
         study.Study.read(path)
@@ -77,7 +84,9 @@ def test_epochs_at_equal_flops_follow_from_what_was_spent(tmp_path):
         folder = tmp_path / "runs" / "equal_epochs" / name / "seed0"
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(f'{{"train_flops": {flops}}}')
-    assert study.equal_flops_epochs(small, tmp_path / "runs") == {"fixed_large": 5, "fixed_small": 50}
+    jobs = list(study.second_part(small, tmp_path / "runs"))
+    assert [job.directory.parent.name for job in jobs] == ["fixed_large"] * 2 + ["fixed_small"] * 2
+    assert all("trainer.flops=50.0" in job.overrides for job in jobs)
 
 
 @pytest.mark.parametrize("name", ["digits_quick/study.yaml", "fashion_mnist/study.yaml", "fashion_mnist/levers.yaml"])
