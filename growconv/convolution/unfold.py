@@ -82,8 +82,9 @@ def fold(columns: Float[Tensor, "n a l"], geometry: Geometry, input_size: Sequen
     with torch.enable_grad():
         channels = columns.shape[1] // geometry.taps
         x = torch.zeros(columns.shape[0], channels, *input_size, dtype=columns.dtype, device=columns.device)
-        patches = unfold(x.requires_grad_(), geometry)
-    (result,) = torch.autograd.grad(patches, x, columns)
+        # a sum, since torch.autograd.grad of tensors loads sympy at its first call, for half a second
+        total = (unfold(x.requires_grad_(), geometry) * columns).sum()
+    (result,) = torch.autograd.grad(total, x)
     return result
 
 

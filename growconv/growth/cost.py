@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from growconv.network import layers
+from growconv.network.layout import IN, OUT
 from growconv.network.model import example_arguments, undisturbed
 from growconv.network.plan import plan_size
 from growconv.network.site import Site
@@ -88,6 +89,13 @@ class ModelCost:
     def layer(self, path: str, weight_entries: float | int) -> float:
         """FLOPs that so many weight entries cost in one layer, per sample."""
         return 2.0 * weight_entries * self.locations.get(path, 0.0)
+
+    def entries(self, path: str) -> float:
+        """About how many entries a layer reads and writes, per sample."""
+        if path not in self.locations:
+            return 0.0
+        layer = layers.weighted(self.model.get_submodule(path))
+        return self.locations[path] * (layer.size(IN) + layer.size(OUT))
 
     def channel(self, site: Site) -> tuple[float, float]:
         """What one more channel costs at the site's present shapes.

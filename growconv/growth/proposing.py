@@ -1,16 +1,18 @@
 """From growth batches to proposals: collect, solve, count what it costs."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from growconv.errors import ScheduleError
-from growconv.growth.cost import ModelCost
+from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, reduce_statistics
 from growconv.network.model import undisturbed
@@ -25,8 +27,13 @@ from growconv.solvers.sampling import Found, gains_known, until_known
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
-KEEP_SAMPLES = 512
-"""Samples per process and site whose tensors are kept for methods that read them."""
+ROOM_BYTES = 2**28
+"""What the kept samples of all sites may take in any case; beyond half of what a training step holds, and beyond this,
+sites are collected and solved in several parts, each from its own passes over the batches."""
+
+Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
+"""What a site is offered, ‖v‖²/n there, the samples behind it, and `Proposal.slopes`."""
+
 PHASES = ("collect", "solve", "amplitude", "surgery")
 
 
@@ -96,11 +103,9 @@ def propose(
     """
     sites, device = [site for site in asked if site.room != 0], next(model.parameters()).device
     ranks = [cast(RankSite, site) for site in sites if site.own_method == "rank"]
-    served = [cast(GrowthSite, site) for site in sites if site.own_method is None]
-    statistics: dict[str, PairStatistics] = {}
     moments: dict[str, RankStatistics] = {}
 
-    def solved(site: Site) -> tuple[ChannelGrowth, float | None, int | None, Tensor | None]:
+    def solved(site: Site, statistics: Found) -> Answer:
         if site.own_method == "rank":
             terms = 1 if asked[site] == "auto" else min(int(asked[site]), site.room or 1)
             seen = moments[site.name]
@@ -113,15 +118,21 @@ def propose(
             return growth, None, None, slopes
         return growth, given.gradient_energy, given.samples, slopes
 
+    answers: list[Answer] = []
     with undisturbed(model):
-        with stopwatch.phase("collect"):
-            if ranks:
+        if ranks:
+            with stopwatch.phase("collect"):
                 moments = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
-            if (solver.reads or collection.slopes) and served:
-                wanted: dict[GrowthSite, Channels] = {site: asked[site] for site in served}
-                statistics = _collected(model, solver, wanted, batches, loss, collection, generator)
-        with stopwatch.phase("solve"):
-            answers = from_first(lambda: [solved(site) for site in sites], device)
+        kept = collection.options.get("keep_samples", solver.keep_samples) if "samples" in solver.reads else 0
+        for part in from_first(lambda: parts_of(sites, cost, kept, batches), device):
+            statistics: Found = {}  # those of the part before are gone now
+            own = [sites[index] for index in part]
+            wanted = {cast(GrowthSite, site): asked[site] for site in own if site.own_method is None}
+            if (solver.reads or collection.slopes) and wanted:
+                with stopwatch.phase("collect"):
+                    statistics = _collected(model, solver, wanted, batches, loss, collection, generator)
+            with stopwatch.phase("solve"):
+                answers += from_first(partial(_each, solved, own, statistics), device)
     return [
         Proposal(site, growth, energy, *cost.channel(site), samples, slopes)
         for site, (growth, energy, samples, slopes) in zip(sites, answers, strict=True)
@@ -133,6 +144,34 @@ def _slopes(subject: PairStatistics, channels: int) -> Tensor:
     (raw,) = require_statistics(subject, "N_raw")
     slopes = gradmax(torch.cat([each.flatten(1) for each in raw], 1)[:, None], max(1, channels)).gains[:channels]
     return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
+
+
+def _each(solved: Callable[[Site, Found], Answer], sites: Sequence[Site], statistics: Found) -> list[Answer]:
+    return [solved(site, statistics) for site in sites]
+
+
+def parts_of(sites: Sequence[Site], cost: ModelCost, kept: int, batches: Sequence[Batch]) -> list[list[int]]:
+    """The indices of sites, in parts whose kept samples leave a round's memory near that of a training step.
+
+    Args:
+        sites: in order.
+        cost: knows the sizes of their maps.
+        kept: samples that are kept for a site; 0: none.
+        batches: one of them stands for a training batch.
+    """
+    held = 3 * batch_size(batches[0][0]) * sum(cost.entries(path) for path in cost.locations) / 2  # of maps and norms
+    room = max(held / 2, ROOM_BYTES / 4)
+    samples = min(kept, sum(batch_size(inputs) for inputs, _ in batches))
+    parts: list[list[int]] = []
+    taken = math.inf
+    for index, site in enumerate(sites):
+        own = samples * sum(cost.entries(path) for path in (*site.producers, *site.consumers))
+        if taken + own > room:
+            parts.append([])
+            taken = 0.0
+        parts[-1].append(index)
+        taken += own
+    return parts
 
 
 def _collected(
@@ -147,7 +186,7 @@ def _collected(
     """Statistics over all processes: of all batches, or of as many as make the gains known."""
     error = collection.relative_error
     reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
-    keep = {"keep_samples": KEEP_SAMPLES} if "samples" in reads else {}
+    keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
     settings = {"quantities": reads, **keep, **collection.options}
 
     def collect(part: Sequence[Batch]) -> Found:

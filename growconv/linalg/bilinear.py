@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
+from growconv.linalg.optimizers import LBFGS
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
 
@@ -273,7 +274,7 @@ class _Descent:
     def __init__(self, problem: _LeftProblem, start: Tensor, energy: float | None) -> None:
         self._problem, self._energy = problem, energy
         self._point = torch.nn.Parameter(torch.linalg.qr(start.mT)[0].mT.contiguous())
-        self._optimizer = torch.optim.LBFGS(
+        self._optimizer = LBFGS(
             [self._point],
             max_iter=10,
             history_size=20,

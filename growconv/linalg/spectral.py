@@ -5,7 +5,7 @@ so that no result depends on the scale of the loss or of the inputs.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -190,11 +190,11 @@ def fix_signs(left: Float[Tensor, "k n"], right: Float[Tensor, "k m"]) -> tuple[
 def leading_svd(
     matrix: Float[Tensor, "a n"], rank: int, tolerance: float = 1e-6
 ) -> tuple[Float[Tensor, "a k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
-    """Leading singular triplets, through TensorLy's interface.
+    """Leading singular triplets.
 
-    Small matrices, or most of the spectrum, take the full decomposition. Otherwise a block Krylov iteration runs until
-    every triplet's residual ‖Mv − σu‖ is below `tolerance`·σ₁; where it does not get there, as for a flat spectrum,
-    the full decomposition takes over. The result is therefore as accurate either way.
+    A few triplets of a large matrix take a block Krylov iteration, which runs until every triplet's residual ‖Mv − σu‖
+    is below `tolerance`·σ₁. All else, and what the iteration does not resolve, takes the eigenvectors of M·Mᵀ in
+    float64, as accurate down to σ = 1e-4·σ₁; smaller singular values take the full decomposition.
 
     Args:
         matrix: M (a, n).
@@ -205,33 +205,38 @@ def leading_svd(
     Returns:
         U (a, k), σ (k,) descending, Vᵀ (k, n); signs as `fix_signs` sets them.
     """
-    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorly.tenalg import svd_interface
-
     require_finite(matrix=matrix)
     rank = min(rank, *matrix.shape)
     tolerance = max(tolerance, 50 * torch.finfo(matrix.dtype).eps)
-    with backend_context("pytorch", local_threadsafe=True):
-        # TensorLy's own annotations know only the names of its methods, its documentation also takes a function.
-        method: Any = _krylov_svd
-        left, values, right = svd_interface(
-            matrix, method=method, n_eigenvecs=rank, flip_sign=False, tolerance=tolerance
-        )
-    left, right = fix_signs(left.mT, right)
-    return left.mT, values, right
+    left, values, right = (
+        _krylov_svd(matrix, rank, tolerance) or _gram_svd(matrix, rank) or torch.linalg.svd(matrix, full_matrices=False)
+    )
+    left, right = fix_signs(left[:, :rank].mT, right[:rank])
+    return left.mT, values[:rank], right
 
 
-def _krylov_svd(matrix: Tensor, n_eigenvecs: int, tolerance: float, **_unused: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Block Lanczos in float32, refined in the matrix's own precision; the full decomposition where it does not pay."""
-    longest = 4 * n_eigenvecs + 8 * BLOCK
-    smaller, scale = min(matrix.shape), float(matrix.abs().max())
-    if max(384, 2 * longest) <= smaller and scale > 0:
-        basis = _lanczos((matrix / scale).float(), n_eigenvecs, longest)
-        triplets = None if basis is None else _refine(matrix, basis, n_eigenvecs, tolerance)
-        if triplets is not None:
-            return triplets
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :n_eigenvecs], values[:n_eigenvecs], right[:n_eigenvecs]
+def _krylov_svd(matrix: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Block Lanczos in float32, refined in the matrix's own precision; None where it does not pay or not converge."""
+    longest, scale = 4 * count + 8 * BLOCK, float(matrix.abs().max())
+    if max(384, 2 * longest) > min(matrix.shape) or scale == 0:
+        return None
+    basis = _lanczos((matrix / scale).float(), count, longest)
+    return None if basis is None else _refine(matrix, basis, count, tolerance)
+
+
+def _gram_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """From the eigenvectors of M·Mᵀ or Mᵀ·M; None where a singular value is too small for its square to tell."""
+    if matrix.shape[0] > matrix.shape[1]:
+        found = _gram_svd(matrix.mT, count)
+        return None if found is None else (found[2].mT, found[1], found[0].mT)
+    exact = matrix.double()
+    squares, vectors = torch.linalg.eigh(exact @ exact.mT)
+    squares, left = squares[-count:].flip(0), vectors[:, -count:].flip(1)
+    if not bool(squares[-1] > 1e-8 * squares[0]):
+        return None
+    values = squares.sqrt()
+    right = (left.mT @ exact) / values[:, None]
+    return left.to(matrix), values.to(matrix), right.to(matrix)
 
 
 def _lanczos(matrix: Tensor, count: int, longest: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import empty
 from growconv.solvers.base import Solver
 from growconv.solvers.energy import require_samples
-from growconv.solvers.response import channel_responses
+from growconv.solvers.response import captured_by_sample
 from growconv.statistics.held_out import without
 from growconv.statistics.pair import PairStatistics
 
@@ -62,7 +62,7 @@ def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGai
         StatisticsError: fewer than two samples were kept.
     """
     kept = require_samples(subject, "an error bar", least=2)
-    captured = channel_responses(subject, growth).captured
+    captured = captured_by_sample(subject, growth)
     return MeasuredGains(captured.mean(0), captured.std(0) / len(kept) ** 0.5, len(kept))
 
 

@@ -5,7 +5,7 @@ matrix of what the consumers read, and its correlation with v⊥ (variable proje
 left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,20 @@ class Fit:
         return self.samples.pieces(size // one.samples, room)
 
 
+@torch.no_grad()
+def is_homogeneous(fit: Fit, filters: Filters) -> bool:
+    """Whether what lies between is positively homogeneous, as the ReLU family is: a filter's norm can move into ω."""
+    (piece, *_) = fit.samples.few(8).passes
+    once = fit.reads(piece, filters)
+    for factor in (0.5, 4.0):
+        read = fit.reads(piece, filters.each(lambda tensor, factor=factor: tensor * factor))
+        for path, calls in read.items():
+            for value, before in zip(calls, once[path], strict=True):
+                if not torch.allclose(value, factor * before, rtol=1e-3, atol=1e-4 * float(value.abs().max())):
+                    return False
+    return True
+
+
 @dataclass
 class Normal:
     """The normal equations of one consumer's outgoing weights.
@@ -104,17 +118,20 @@ def normal_equations(fit: Fit, filters: Filters) -> dict[Path, Normal]:
         fit: what to fit.
         filters: the new filters.
     """
-    result: dict[Path, Normal] = {}
     with torch.no_grad():
-        for piece in fit.pieces(filters):
-            for path, read in fit.reads(piece, filters).items():
-                for group, (design, target) in enumerate(
-                    zip(piece.design(path, read), piece.targets(path), strict=True)
-                ):
-                    gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
-                    known = result.setdefault((path, group), Normal(torch.zeros_like(gram), torch.zeros_like(cross)))
-                    known.gram += gram
-                    known.cross += cross
+        return _summed((piece, fit.reads(piece, filters)) for piece in fit.pieces(filters))
+
+
+def _summed(reads: Iterable[tuple[KeptPass, Mapping[str, Calls]]]) -> dict[Path, Normal]:
+    """The normal equations of pieces with what the consumers would read there."""
+    result: dict[Path, Normal] = {}
+    for piece, found in reads:
+        for path, read in found.items():
+            for group, (design, target) in enumerate(zip(piece.design(path, read), piece.targets(path), strict=True)):
+                gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
+                known = result.setdefault((path, group), Normal(torch.zeros_like(gram), torch.zeros_like(cross)))
+                known.gram += gram
+                known.cross += cross
     return result
 
 
@@ -202,24 +219,25 @@ class Objective:
         fit, energy = self.fit, self.fit.samples.energy
         theta = theta.detach().requires_grad_()
         filters = self.parametrization.filters(theta)
-        fixed = filters.each(torch.Tensor.detach)
-        equations = normal_equations(fit, fixed)
+        leaves = filters.each(lambda tensor: tensor.detach().requires_grad_())
+        # what the consumers read is kept between the two uses: about as much as the samples themselves
+        reads = [(piece, fit.reads(piece, leaves)) for piece in fit.pieces(leaves)]
+        with torch.no_grad():
+            equations = _summed(reads)
         outgoing = best_outgoing(equations, fit.site, theta, self.separable, self.ridge)
         loss = 0.0
         for normal, weights in zip(equations.values(), _by_group(equations, outgoing), strict=True):
             loss += float((weights * (normal.gram @ weights - 2 * normal.cross)).sum()) / energy
-        leaves = fixed.each(lambda tensor: tensor.clone().requires_grad_())
         totals = [torch.zeros_like(tensor) for tensor in leaves.tensors]
-        for piece in fit.pieces(fixed):
-            added = piece.added(fit.reads(piece, leaves), outgoing)
-            ends = [delta for calls in added.values() for delta in calls]
-            wanted = [target for path in added for target in piece.v[path]]
-            seeds = [(delta.detach() - target) * (2 / energy) for delta, target in zip(ends, wanted, strict=True)]
-            for total, part in zip(
-                totals, torch.autograd.grad(ends, leaves.tensors, seeds, allow_unused=True), strict=True
-            ):
+        for piece, read in reads:
+            added = piece.added(read, outgoing)
+            pairs = [pair for path in added for pair in zip(added[path], piece.v[path], strict=True)]
+            left_over = torch.stack([(delta - target).square().sum() for delta, target in pairs]).sum() / energy
+            parts = torch.autograd.grad(left_over, leaves.tensors, allow_unused=True)
+            for total, part in zip(totals, parts, strict=True):
                 total += 0 if part is None else part
-        (gradient,) = torch.autograd.grad(filters.tensors, theta, totals)
+        pulled = torch.stack([(tensor * total).sum() for tensor, total in zip(filters.tensors, totals, strict=True)])
+        (gradient,) = torch.autograd.grad(pulled.sum(), theta)
         curvature = sum(
             weights.unflatten(1, (theta.shape[0], -1)).movedim(1, 0).flatten(1).square().sum(1)
             for weights in outgoing.values()
@@ -253,7 +271,7 @@ class Search:
 
 def minimize(
     objective: Objective,
-    held_out: Fit,
+    held_out: Fit | None,
     start: Tensor,
     iterations: int,
     patience: int = 5,
@@ -263,7 +281,7 @@ def minimize(
 
     Args:
         objective: the loss of the filters.
-        held_out: samples that the objective does not see.
+        held_out: samples that the objective does not see; None: the captured energy is that of the fit.
         start: parameters to start from, one row a unit.
         iterations: steps at most.
         patience: steps without a better held-out captured energy before stopping.
@@ -309,7 +327,9 @@ def minimize(
     return best
 
 
-def _share(objective: Objective, held_out: Fit, point: Point) -> float:
+def _share(objective: Objective, held_out: Fit | None, point: Point) -> float:
+    if held_out is None:
+        return -point.loss
     with torch.no_grad():
         filters = objective.parametrization.filters(point.theta)
     return captured_share(held_out, filters, point.outgoing)
@@ -335,7 +355,7 @@ def _direction(point: Point, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def greedy_order(
-    equations: Mapping[Path, Normal], channels: int, ridge: float = 1e-6
+    equations: Mapping[Path, Normal], channels: int, wanted: int | None = None, ridge: float = 1e-6
 ) -> tuple[list[int], Float[Tensor, " k"]]:
     """Order in which each unit adds the most captured energy to those before it, all outgoing weights refitted.
 
@@ -344,6 +364,7 @@ def greedy_order(
     Args:
         equations: normal equations per consumer and group.
         channels: number of units.
+        wanted: how many of them to order; None: all.
         ridge: as in `Normal.solve`.
 
     Returns:
@@ -358,7 +379,7 @@ def greedy_order(
         grams.append(gram.view(channels, size, channels, size))
         crosses.append(normal.cross.view(channels, size, -1).clone())
     left, order, gains = list(range(channels)), [], []
-    while left:
+    while left and len(order) != wanted:
         blocks = [(gram[left, :, left], cross[left]) for gram, cross in zip(grams, crosses, strict=True)]
         captured = torch.stack([(cross * _solve(gram, cross)).sum((1, 2)) for gram, cross in blocks]).sum(0)
         chosen = left.pop(int(captured.argmax()))

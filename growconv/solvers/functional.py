@@ -35,11 +35,12 @@ from growconv.solvers.fitting import (
     Search,
     best_outgoing,
     greedy_order,
+    is_homogeneous,
     minimize,
     normal_equations,
 )
 from growconv.solvers.linear_start import exact_filters, tiny_filters
-from growconv.solvers.parametrization import Bounded, Parametrization, Separable, Whitened, patch_gram
+from growconv.solvers.parametrization import Bounded, Parametrization, Separable, whitened
 from growconv.solvers.scale import old_steepness
 from growconv.statistics import PairStatistics
 from growconv.statistics.samples import KeptSamples, by_sample
@@ -120,7 +121,8 @@ class Functional(Solver):
         self._warn(samples, site, most)
         rest, judge = split(samples, self.held_out)
         fit, held_out = Fit(rest), Fit(judge)
-        coordinates = self._coordinates(fit)
+        every = whitened(rest, self.damping)
+        coordinates: Parametrization = Separable(every) if self.kernel == "separable" else every
         free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
@@ -141,14 +143,6 @@ class Functional(Solver):
                 return self._nothing(samples, most, reason)
             filters = filters.picked(range(units))
         return self._assembled(subject, samples, model, filters, reason)
-
-    def _coordinates(self, fit: Fit) -> Parametrization:
-        inputs = {path: [x for each in fit.samples.passes for x in each.x[path]] for path in fit.site.producers}
-        grams = {path: patch_gram(fit.module(path), each) for path, each in inputs.items()}
-        counts = {path: int(fit.site.granularity * fit.site.ratio(path, OUT)) for path in inputs}
-        modules = {path: (fit.module(path), count) for path, count in counts.items()}
-        whitened = Whitened(grams, modules, self.damping, fit.samples.like.dtype)
-        return Separable(whitened) if self.kernel == "separable" else whitened
 
     def _objective(self, fit: Fit, coordinates: Parametrization) -> Objective:
         return Objective(fit, coordinates, separable=self.kernel == "separable")
@@ -313,23 +307,10 @@ def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> 
             for piece in batch.passes:
                 for path, calls in piece.added(fit.reads(piece, filters), outgoing).items():
                     for delta, target in zip(calls, piece.v[path], strict=True):
-                        gain += by_sample(2 * target * delta - delta.square(), batch.samples)
+                        gains = (2 * target * delta - delta.square()).flatten(1).sum(1, dtype=torch.float64)
+                        gain += by_sample(gains, batch.samples)
             found.append(gain)
     return torch.cat(found)
-
-
-@torch.no_grad()
-def is_homogeneous(fit: Fit, filters: Filters) -> bool:
-    """Whether what lies between is positively homogeneous, as the ReLU family is: a filter's norm can move into ω."""
-    (piece, *_) = fit.samples.few(8).passes
-    once = fit.reads(piece, filters)
-    for factor in (0.5, 4.0):
-        read = fit.reads(piece, filters.each(lambda tensor, factor=factor: tensor * factor))
-        for path, calls in read.items():
-            for value, before in zip(calls, once[path], strict=True):
-                if not torch.allclose(value, factor * before, rtol=1e-3, atol=1e-4 * float(value.abs().max())):
-                    return False
-    return True
 
 
 def unit(filters: Filters, coordinates: Parametrization) -> Filters:
@@ -350,8 +331,7 @@ def random_filters(fit: Fit, coordinates: Parametrization, units: int, generator
 
 def _best_of(fit: Fit, filters: Filters, units: int) -> Filters:
     """The units that together capture the most, chosen one after the other."""
-    order, _ = greedy_order(normal_equations(fit, filters), filters.units)
-    return filters.picked(order[:units])
+    return filters.picked(greedy_order(normal_equations(fit, filters), filters.units, units)[0])
 
 
 def split(samples: KeptSamples, share: float) -> tuple[KeptSamples, KeptSamples]:

@@ -14,6 +14,7 @@ from growconv.network.layout import OUT
 from growconv.solvers.filters import Filters, Weights, flattened
 from growconv.solvers.rank_one import outer_product, rank_one_factors
 from growconv.statistics.columns import columns
+from growconv.statistics.samples import KeptSamples
 
 
 @runtime_checkable
@@ -179,6 +180,21 @@ class Bounded:
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`."""
         return self.inner.encode(filters)
+
+
+def whitened(samples: KeptSamples, damping: float) -> Whitened:
+    """Coordinates that whiten the patches of all producers of a site.
+
+    Args:
+        samples: of the site.
+        damping: see `Whitened`.
+    """
+    site, grams, modules = samples.site, {}, {}
+    for path in site.producers:
+        module = site.model.get_submodule(path)
+        grams[path] = patch_gram(module, [x for each in samples.passes for x in each.x[path]])
+        modules[path] = (module, int(site.granularity * site.ratio(path, OUT)))
+    return Whitened(grams, modules, damping, samples.like.dtype)
 
 
 def patch_gram(module: nn.Module, inputs: Sequence[Tensor], positions: int = 100_000) -> Float[Tensor, "a a"]:

@@ -399,7 +399,7 @@ class _Search:
 
     def advance(self, iterations: int) -> None:
         """Search on for so many iterations."""
-        optimizer = torch.optim.LBFGS(self._point, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+        optimizer = LBFGS(self._point, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
         def evaluate() -> Tensor:
             optimizer.zero_grad()

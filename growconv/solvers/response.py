@@ -1,6 +1,7 @@
-"""What each new channel alone does on kept samples, through the model's own operations: signs, decrease, noise."""
+"""What each new channel alone does on kept samples, through the model's own operations: signs and noise."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -8,67 +9,74 @@ from torch import Tensor
 
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.seats import Inserted
 from growconv.solvers.energy import expected_decrease, inserted_by, require_samples
 from growconv.solvers.existing import scaled_columns, scaled_rows
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.samples import KeptPass, Maps, by_sample
+from growconv.statistics.samples import KeptPass, KeptSamples, Maps, by_sample
 
-
-@dataclass(frozen=True, eq=False)
-class Responses:
-    """Per sample and channel; δz_k is what channel k alone adds to the consumers' outputs, summed over consumers.
-
-    Attributes:
-        captured: ⟨v⊥, δz_k⟩ (n, k).
-        energy: ‖δz_k‖² (n, k).
-        decrease: ⟨v, δz_k⟩ (n, k): the first-order decrease of the sample's loss.
-        norms: per norm layer in between, mean and variance (k,) of the channels' own values before it.
-    """
-
-    captured: Float[Tensor, "n k"]
-    energy: Float[Tensor, "n k"]
-    decrease: Float[Tensor, "n k"]
-    norms: dict[str, tuple[Tensor, Tensor]]
+DESIGN_ENTRIES = 2**22
+"""Entries of what a consumer multiplies its columns with that are held at once."""
 
 
 @torch.no_grad()
-def channel_responses(subject: PairStatistics, growth: ChannelGrowth) -> Responses:
-    """Run every channel of a proposal on the kept samples by itself.
+def captured_by_sample(subject: PairStatistics, growth: ChannelGrowth) -> Float[Tensor, "n k"]:
+    """⟨v⊥, δz_k⟩ of every kept sample; δz_k is what channel k alone adds to the consumers, summed over consumers.
 
     Args:
         subject: statistics with kept samples, and with what v⊥ needs.
         growth: the proposal; norm layers get its moments, or those that are measured where it has none.
     """
     kept = require_samples(subject, growth.method)
-    norms = {**kept.moments(growth.incoming, growth.incoming_bias), **growth.norms}
-    inserted = replace(inserted_by(growth, kept.site), norms=norms)
-    projected = kept.projected()
-    rows = []
-    for batch, wanted in zip(kept.batches, projected.batches, strict=True):
-        row = torch.zeros(3, batch.samples, growth.channels, dtype=torch.float64, device=kept.like.device)
-        for piece, target in zip(batch.passes, wanted.passes, strict=True):
+    inserted, projected, rows = _inserted(kept, growth), kept.projected(), []
+    for batch in projected.batches:
+        row = torch.zeros(batch.samples, growth.channels, dtype=torch.float64, device=kept.like.device)
+        for piece in batch.passes:
             read = piece.read(growth.incoming, growth.incoming_bias, inserted)
-            for channel in range(growth.channels):
-                row[:, :, channel] += _one_channel(piece, target, read, growth, channel, batch.samples)
+            for each in _agreements(read, piece, pulled_back(piece, read, growth.outgoing), growth.channels):
+                row += by_sample(each, batch.samples)
         rows.append(row)
-    captured, energy, decrease = torch.cat(rows, 1)
-    return Responses(captured, energy, decrease, norms)
+    return torch.cat(rows)
 
 
-def _one_channel(
-    piece: KeptPass, target: KeptPass, read: Maps, growth: ChannelGrowth, channel: int, samples: int
-) -> Tensor:
-    """⟨v⊥, δz⟩, ‖δz‖² and ⟨v, δz⟩ of one channel, (3, samples)."""
-    found = torch.zeros(3, samples, dtype=torch.float64, device=read[next(iter(read))][0].device)
-    for path, weight in growth.outgoing.items():
-        layer, ratio = layers.weighted(piece.region.site.model.get_submodule(path)), weight.shape[1] // growth.channels
-        own = weight.narrow(1, channel * ratio, ratio)
-        for values, wanted, projected in zip(read[path], piece.v[path], target.v[path], strict=True):
-            part = values.narrow(layer.channel_axis(values.dim()), channel * ratio, ratio)
-            change = layer.apply(part, own.to(part), None)
-            pairs = (change * projected, change.square(), change * wanted)
-            found += torch.stack([by_sample(pair, samples) for pair in pairs])
+def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> Maps:
+    """∂⟨v, δz⟩/∂(what the consumers read of the new channels), which does not depend on what they read."""
+    with torch.enable_grad():
+        leaves = {path: tuple(each.detach().requires_grad_() for each in calls) for path, calls in read.items()}
+        added = piece.added(leaves, outgoing)
+        pairs = [pair for path in added for pair in zip(added[path], piece.v[path], strict=True)]
+        total = torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
+    found = iter(torch.autograd.grad(total, [each for calls in leaves.values() for each in calls]))
+    return {path: tuple(next(found) for _ in calls) for path, calls in leaves.items()}
+
+
+def _agreements(read: Maps, piece: KeptPass, pulled: Maps, channels: int) -> list[Float[Tensor, "rows k"]]:
+    """⟨v, δz_k⟩ of every row, per consumer and call."""
+    found = []
+    for path, calls in read.items():
+        layer = layers.weighted(piece.region.site.model.get_submodule(path))
+        for values, back in zip(calls, pulled[path], strict=True):
+            product = (values * back).movedim(layer.channel_axis(values.dim()), 1).unflatten(1, (channels, -1))
+            found.append(product.flatten(2).sum(2, dtype=torch.float64))
     return found
+
+
+def _energies(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor], channels: int) -> Float[Tensor, " k"]:
+    """‖δz_k‖² of every channel on a piece, from the second moments of its own columns."""
+    total = torch.zeros(channels, dtype=torch.float64, device=next(iter(outgoing.values())).device)
+    for path, calls in read.items():
+        designs = piece.design(path, calls)
+        for design, weight in zip(designs, outgoing[path].to(designs[0]).chunk(len(designs)), strict=True):
+            own = design.unflatten(0, (channels, -1))
+            columns = weight.flatten(1).unflatten(1, (channels, -1)).transpose(0, 1)
+            total += ((own @ own.mT) * (columns.mT @ columns)).sum((1, 2), dtype=torch.float64)
+    return total
+
+
+def _inserted(kept: KeptSamples, growth: ChannelGrowth) -> Inserted:
+    """What norm layers in between get: the proposal's moments, or measured ones where it has none."""
+    norms = {**kept.moments(growth.incoming, growth.incoming_bias), **growth.norms}
+    return replace(inserted_by(growth, kept.site), norms=norms)
 
 
 def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowth:
@@ -84,19 +92,40 @@ def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowt
     Returns:
         The proposal with its signs, `expected_decrease` and the moments of norm layers that were not known before.
     """
-    flipped = _scaled(growth, -growth.gains.new_ones(growth.channels))
-    both = [channel_responses(subject, each) for each in (growth, flipped)]
-    scores = []
-    for responses in both:
-        captured, energy = responses.captured.sum(0), responses.energy.sum(0)
-        scores.append(captured.clamp_min(0).square() / energy.clamp_min(torch.finfo(energy.dtype).tiny))
+    kept = require_samples(subject, growth.method)
+    both = (growth, _scaled(growth, -growth.gains.new_ones(growth.channels)))
+    scores = _scores(kept.projected(), both)
     flip = scores[1] > scores[0] * (1 + 1e-6)  # an exact tie, as behind a linear activation, keeps the fixed sign
     chosen = _scaled(growth, torch.where(flip, -1.0, 1.0))
-    kept, like = require_samples(subject, growth.method), growth.incoming[subject.producer]
+    like = growth.incoming[subject.producer]
     measured = kept.moments(chosen.incoming, chosen.incoming_bias)
     norms = {path: (mean.to(like), variance.to(like)) for path, (mean, variance) in measured.items()}
     chosen = replace(chosen, norms={**norms, **chosen.norms})
     return replace(chosen, expected_decrease=expected_decrease(subject, chosen))
+
+
+@torch.no_grad()
+def _scores(projected: KeptSamples, growths: tuple[ChannelGrowth, ChannelGrowth]) -> Float[Tensor, "2 k"]:
+    """max(⟨v⊥, δz_k⟩, 0)²/‖δz_k‖² of a proposal and of the one with all signs turned."""
+    channels = growths[0].channels
+    inserted = [_inserted(projected, each) for each in growths]
+    captured = torch.zeros(2, channels, dtype=torch.float64, device=projected.like.device)
+    energy = torch.zeros_like(captured)
+    entries = sum(
+        each[:1].numel() * weight[0].numel() // weight.shape[0]  # locations times columns
+        for path, weight in growths[0].outgoing.items()
+        for each in projected.passes[0].v[path]
+    )
+    for piece in projected.pieces(entries, DESIGN_ENTRIES):
+        pulled: Maps = {}
+        for index, (growth, between) in enumerate(zip(growths, inserted, strict=True)):
+            read = piece.read(growth.incoming, growth.incoming_bias, between)
+            pulled = pulled or pulled_back(piece, read, growth.outgoing)
+            sign = 1 - 2 * index  # ω turned turns what is pulled back
+            for each in _agreements(read, piece, pulled, channels):
+                captured[index] += sign * each.sum(0)
+            energy[index] += _energies(piece, read, growth.outgoing, channels)
+    return captured.clamp_min(0).square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def _scaled(growth: ChannelGrowth, signs: Tensor) -> ChannelGrowth:

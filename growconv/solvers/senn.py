@@ -8,18 +8,20 @@ channels is at least (theorem 3.2)
 
 a_p: what the consumer reads of the new channels, A_p its second moment, g_r = v⊥: the consumer's output gradient
 without what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The incoming weights
-maximise Δη'. For a convolution the averages are sums over locations, as in K-FAC for convolutions; Γ is the average
-over locations.
+maximise Δη'. With Γ^(-1/2)·g_r in the place of g_r it is what a least-squares fit by the new channels explains, so that
+the search of `functional` does it. For a convolution the averages are sums over locations, as in K-FAC for
+convolutions; Γ is the average over locations.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError
+from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
@@ -27,14 +29,19 @@ from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.existing import (
     filter_norms,
-    normalised,
     picked_rows,
     random_filters,
     require_number,
     silent_outgoing,
 )
+from growconv.solvers.filters import Filters
+from growconv.solvers.fitting import Fit, Objective, is_homogeneous, minimize
+from growconv.solvers.parametrization import Bounded, Parametrization, whitened
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.samples import KeptSamples
+from growconv.statistics.samples import KeptPass, KeptSamples
+
+WHITENING = 1e-3
+"""Damping of the coordinates that are searched, as a share of the patches' mean eigenvalue."""
 
 
 def expansion_score(
@@ -55,8 +62,9 @@ def expansion_score(
         The score; differentiable.
     """
     samples = proposed.shape[0]
-    cross = torch.einsum("icm,ipm->pc", residual, proposed) / samples
-    moment = torch.einsum("ipm,iqm->pq", proposed, proposed) / samples
+    rows = proposed.transpose(0, 1).flatten(1)
+    cross = rows @ residual.transpose(0, 1).flatten(1).mT / samples
+    moment = rows @ rows.mT / samples
     size = moment.shape[0]
     scale = moment.diagonal().mean().detach()
     # proposals that are silent on all samples score 0, whatever they are divided by
@@ -87,24 +95,22 @@ class Senn(Solver):
     """Channels that raise the natural expansion score most, with outgoing weights of zero.
 
     Attributes:
-        steps: gradient steps on the incoming weights.
-        learning_rate: of Adam, for filters of unit norm.
+        steps: L-BFGS steps on the incoming weights.
         damping: of A and Γ, relative to their mean diagonal entries.
     """
 
-    steps: int = 60
-    learning_rate: float = 0.1
+    steps: int = 20
     damping: float = 1e-4
     reads = frozenset({"samples"})
     function_preserving = True
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        if self.steps < 0 or not self.learning_rate > 0 or not self.damping > 0:
+        if self.steps < 0 or not self.damping > 0:
             raise ArgumentValueError(
                 "impossible hyperparameters of senn",
-                expected="steps ≥ 0, learning_rate > 0, damping > 0",
-                got=(self.steps, self.learning_rate, self.damping),
+                expected="steps ≥ 0, damping > 0",
+                got=(self.steps, self.damping),
                 where="senn",
             )
 
@@ -125,18 +131,17 @@ class Senn(Solver):
             for group, precision in enumerate(self._precisions(kept, path))
         ]
         drawn, biases = random_filters(site, model, requested, generator)
-        free = [weight.requires_grad_() for weight in (*drawn.values(), *biases.values())]
-        optimizer = torch.optim.Adam(free, lr=self.learning_rate)
-        units, norm = requested // site.granularity, filter_norms(site, model).mean()
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                incoming, shifts = normalised(drawn, biases, norm, units)
-                score = self._score(self._designs(kept, incoming, shifts, None), kept, consumers, units, range(units))
-                gradients = torch.autograd.grad(-score, free, allow_unused=True)
-                for parameter, gradient in zip(free, gradients, strict=True):
-                    parameter.grad = None if gradient is None else gradient / score.detach().clamp_min(1e-30)
-                optimizer.step()
-        return self._growth(kept, normalised(drawn, biases, norm, units), consumers, requested, model)
+        units, norm = requested // site.granularity, float(filter_norms(site, model).mean())
+        filters = Filters(units, {path: (weight, biases.get(path)) for path, weight in drawn.items()}).at_norm(norm)
+        fit = Fit(_weighed(kept.projected(), consumers))
+        if self.steps and fit.samples.energy > 0 and norm > 0:
+            coordinates: Parametrization = whitened(fit.samples, WHITENING)
+            if not is_homogeneous(fit, filters.picked(range(min(units, 2)))):
+                coordinates = Bounded(coordinates, norm)
+            objective = Objective(fit, coordinates, self.damping)
+            point = minimize(objective, None, coordinates.encode(filters), self.steps, self.steps + 1).point
+            filters = coordinates.filters(point.theta).at_norm(norm)
+        return self._growth(kept, (filters.incoming, filters.biases), consumers, requested, model)
 
     def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:
         """Γ⁻¹ of a consumer, one for each of its groups."""
@@ -198,6 +203,29 @@ class Senn(Solver):
                 for path, (mean, variance) in measured.items()
             },
         )
+
+
+def _weighed(kept: KeptSamples, consumers: Sequence["_Consumer"]) -> KeptSamples:
+    """The samples with v times a root of Γ⁻¹: Δη' is what least squares take off ‖v‖² then, on average."""
+    roots = {
+        path: torch.block_diag(*[_root(each.precision) for each in consumers if each.path == path]) for path in kept.v
+    }
+
+    def weighed(path: str, v: Tensor) -> Tensor:
+        axis = layers.channel_axis(kept.site.model.get_submodule(path), v.dim())
+        return (v.movedim(axis, -1) @ roots[path]).movedim(-1, axis).contiguous()
+
+    def of_pass(each: KeptPass) -> KeptPass:
+        return replace(each, v={path: tuple(weighed(path, v) for v in calls) for path, calls in each.v.items()})
+
+    batches = [replace(batch, passes=tuple(of_pass(each) for each in batch.passes)) for batch in kept.batches]
+    return replace(kept, batches=tuple(batches))
+
+
+def _root(precision: Tensor) -> Tensor:
+    """L with L·Lᵀ = Γ⁻¹; zeros where there is no gradient."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    return torch.zeros_like(precision) if bool(failed) else factor
 
 
 @dataclass(frozen=True, eq=False)

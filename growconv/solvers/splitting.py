@@ -50,42 +50,58 @@ Product = Callable[[Tensor], Tensor]
 
 
 def lowest_eigenpairs(
-    product: Product, start: Float[Tensor, "c a"], iterations: int = 24
+    product: Product,
+    start: Float[Tensor, "c a"],
+    iterations: int = 24,
+    tolerance: float = 0.0,
+    wanted: int | None = None,
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, "c a"]]:
     """Lowest eigenvalue and its eigenvector of many symmetric matrices at once, by Lanczos' method.
 
     Args:
         product: takes one vector per matrix (c, a), gives the matrices' products with them.
         start: vectors to start from, not orthogonal to those sought.
-        iterations: size of the Krylov spaces; a is enough for the exact answer.
+        iterations: largest size of the Krylov spaces; a is enough for the exact answer.
+        tolerance: stop earlier where ‖Sv − λv‖ is below this share of |λ|; λ is then right to about its square.
+        wanted: of how many matrices, those with the lowest eigenvalues; None: of all.
 
     Returns:
         Eigenvalues (c,) and unit eigenvectors (c, a), the entry of largest magnitude positive.
     """
-    iterations = min(iterations, start.shape[1])
-    basis = [start / start.norm(dim=1, keepdim=True)]
-    products = []
-    for _ in range(iterations):
+    iterations, wanted = min(iterations, start.shape[1]), len(start) if wanted is None else wanted
+    basis, products = [start / start.norm(dim=1, keepdim=True)], []
+    values, lowest = start[:, 0], start
+    for count in range(1, iterations + 1):
         products.append(product(basis[-1]))
         following = products[-1]
         for _ in range(2):
             for vector in basis:
                 following = following - (following * vector).sum(1, keepdim=True) * vector
         length = following.norm(dim=1, keepdim=True)
+        if count == iterations or (tolerance > 0 and count % 4 == 0):
+            values, rotation = _lowest_ritz(torch.stack(basis, 1), torch.stack(products, 1))
+            lowest = torch.einsum("cj,cja->ca", rotation, torch.stack(basis, 1))
+            missing = length[:, 0] * rotation[:, -1].abs()  # ‖Sv − λv‖
+            order = values.argsort()[:wanted]
+            if bool((missing[order] <= tolerance * values[order].abs()).all()):
+                break
         # where a Krylov space is complete, a vector of zeros adds nothing to it
         scale = products[-1].norm(dim=1, keepdim=True)
         basis.append(torch.where(length > 1e-10 * scale, following / length.clamp_min(1e-300), 0.0))
-    vectors, images = torch.stack(basis[:iterations], 1), torch.stack(products, 1)
-    small = torch.einsum("cja,cka->cjk", vectors, images)
+    lowest = lowest / lowest.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    largest = lowest.gather(1, lowest.abs().argmax(1, keepdim=True))
+    return values, lowest * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _lowest_ritz(vectors: Float[Tensor, "c j a"], images: Float[Tensor, "c j a"]) -> tuple[Tensor, Tensor]:
+    """Lowest Ritz values (c,) and their coefficients (c, j) in orthonormal bases and what the matrices make of them."""
+    small = vectors @ images.mT
     small = (small + small.mT) / 2
     # directions that add nothing must not pass for an eigenvalue of zero
     empty = vectors.norm(dim=2) < 0.5
     small = small + torch.diag_embed(empty * (1 + small.abs().amax((1, 2)))[:, None])
     values, rotations = torch.linalg.eigh(small)
-    lowest = torch.einsum("cj,cja->ca", rotations[:, :, 0], vectors)
-    lowest = lowest / lowest.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    largest = lowest.gather(1, lowest.abs().argmax(1, keepdim=True))
-    return values[:, 0], lowest * torch.where(largest < 0, -1.0, 1.0)
+    return values[:, 0], rotations[:, :, 0]
 
 
 def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:
@@ -138,7 +154,7 @@ def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) ->
     def product(vectors: Tensor) -> Tensor:
         if not gradient.requires_grad:
             return torch.zeros_like(vectors)
-        found = torch.autograd.grad(gradient, theta, vectors, retain_graph=True, allow_unused=True)[0]
+        found = torch.autograd.grad((gradient * vectors).sum(), theta, retain_graph=True, allow_unused=True)[0]
         return torch.zeros_like(vectors) if found is None else found
 
     return product, theta.detach()
@@ -169,22 +185,24 @@ class Splitting(Solver):
         step: ε, as a share of the channel's own filter norm.
         smoothing: width of the softplus that stands for a ReLU's kink in the second derivative, as a share of the root
             mean square of its inputs.
-        iterations: size of the Krylov spaces.
+        iterations: largest size of the Krylov spaces.
+        tolerance: residual of the eigenvectors beside their eigenvalues at which the search ends earlier.
     """
 
     step: float = 0.1
     smoothing: float = 0.25
     iterations: int = 24
+    tolerance: float = 0.1
     reads = frozenset({"samples"})
     function_preserving = True
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        if not self.step > 0 or not self.smoothing > 0 or self.iterations < 1:
+        if not self.step > 0 or not self.smoothing > 0 or self.iterations < 1 or self.tolerance < 0:
             raise ArgumentValueError(
                 "impossible hyperparameters of splitting",
-                expected="step > 0, smoothing > 0, iterations ≥ 1",
-                got=(self.step, self.smoothing, self.iterations),
+                expected="step > 0, smoothing > 0, iterations ≥ 1, tolerance ≥ 0",
+                got=(self.step, self.smoothing, self.iterations, self.tolerance),
                 where="splitting",
             )
 
@@ -200,8 +218,9 @@ class Splitting(Solver):
         requested, size = require_number(channels, self.name, site), site.granularity
         kept = require_samples(subject, self.name)
         product, start = splitting_matrices(kept, model, self.smoothing)
-        values, vectors = lowest_eigenpairs(product, normal(tuple(start.shape), start, generator), self.iterations)
-        order = values.argsort()[: min(requested // size, units_of(site))]
+        drawn, wanted = normal(tuple(start.shape), start, generator), min(requested // size, units_of(site))
+        values, vectors = lowest_eigenpairs(product, drawn, self.iterations, self.tolerance, wanted)
+        order = values.argsort()[:wanted]
         order = order[values[order] < -1e-7 * values.abs().max().clamp_min(0)]
         return self._split(site, model, order, values, vectors, requested)
 

@@ -87,6 +87,7 @@ class Tiny(Solver):
     rank_tolerance: float = RANK_TOLERANCE
     shrinkage: float | Literal["auto"] = 0.0
     signs: bool = True
+    keep_samples = 128  # enough for a sign
     energy_gains = True
     linearises = True
     needs_closed_form = True

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, StatisticsError
@@ -231,6 +232,11 @@ class KeptSamples:
             left = max(0, left - take)
         return replace(self, batches=tuple(first)), replace(self, batches=tuple(rest))
 
+    def parts(self, least: int) -> list["KeptSamples"]:
+        """Disjoint parts of whole batches, as many as give at least so many samples each; all in one where none do."""
+        count = max(1, min(len(self.batches), len(self) // least))
+        return [replace(self, batches=self.batches[index::count]) for index in range(count)]
+
     def few(self, count: int) -> "KeptSamples":
         """About as many of the first samples."""
         return replace(self, batches=self.batches[:1]).subset(slice(0, count))
@@ -313,6 +319,8 @@ class KeptSamples:
             biases: per producer with a bias (K·ratio,).
         """
         totals: dict[str, tuple[Tensor, Tensor, float]] = {}
+        if not self.site.followers:
+            return {}
         with torch.no_grad():
             for each in self.passes:
                 measured: dict[str, Moments] = {}
@@ -382,7 +390,8 @@ def _shapes(kept: KeptPass) -> list[torch.Size]:
 def _designs(module: nn.Module, read: Sequence[Tensor], groups: int) -> list[Tensor]:
     axis = layers.channel_axis(module, read[0].dim())
     parts = [each.chunk(groups, axis) for each in read]
-    return [torch.cat([columns(module, own) for own in calls], 1) for calls in zip(*parts, strict=True)]
+    designs = [[columns(module, own) for own in calls] for calls in zip(*parts, strict=True)]
+    return [calls[0] if len(calls) == 1 else torch.cat(calls, 1) for calls in designs]
 
 
 @dataclass(frozen=True)
@@ -410,12 +419,11 @@ class Equations:
         return Equations(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
 
 
-def by_sample(values: Tensor, samples: int) -> Tensor:
-    """Sums over all but the samples (samples,), in float64; rows beyond a multiple are counted with the first ones."""
-    rows = values.flatten(1).sum(1, dtype=torch.float64)
+def by_sample(rows: Float[Tensor, "rows *any"], samples: int) -> Float[Tensor, "n *any"]:
+    """Rows added up by sample; rows beyond a multiple of the samples are counted with the first ones."""
     index = torch.arange(len(rows), device=rows.device)
     index = index * samples // len(rows) if len(rows) % samples == 0 else index % samples
-    return rows.new_zeros(samples).index_add(0, index, rows)
+    return rows.new_zeros(samples, *rows.shape[1:]).index_add(0, index, rows)
 
 
 def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import nn
 import growconv
 from growconv.errors import StatisticsError
 from growconv.solvers import measure_gains, solve, tiny
-from growconv.solvers.response import channel_responses, choose_signs
+from growconv.solvers.response import captured_by_sample, choose_signs
 from growconv.statistics.held_out import without
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
@@ -147,7 +147,7 @@ def test_error_bars_shrink_with_the_samples_and_cover_the_truth() -> None:
     torch.testing.assert_close(part.errors, 2 * full.errors, rtol=0.35, atol=0)
     assert ((part.gains - full.gains).abs() < 4 * part.errors).all()
     assert full.samples_for(full.relative_error / 2) == pytest.approx(4 * 300)
-    per_sample = channel_responses(stats, growth).captured
+    per_sample = captured_by_sample(stats, growth)
     draws = torch.randint(0, 300, (400, 300), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(per_sample[draws].mean(1).std(0), full.errors, rtol=0.15, atol=0)
     assert "±" in str(full)
