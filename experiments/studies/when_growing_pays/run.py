@@ -46,7 +46,7 @@ METHODS = {
     "random": ["growth=random"],
     "variance_transfer": ["growth=variance_transfer"],
 }
-FASTER = "growth.scheduler.learning_rate={policy: WarmUp, steps: 4, start: 1.0, peak: 1.3}"
+FASTER = "+growth.scheduler.learning_rate={policy: WarmUp, steps: 4, start: 1.0, peak: 1.3}"
 
 
 def rates(runs: Path) -> Iterator[Job]:
