@@ -262,6 +262,19 @@ def test_the_config_is_printed_by_hydra(here, capsys):
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("line", ["--help", "study --help", "--cfg job"])
+def test_a_closed_pipe_ends_a_command_in_silence(line, here):
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "growconv", *line.split()], stdout=writing, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(writing)
+    assert answer.stderr == b""
+    assert answer.returncode in (0, 141)  # argparse writes its pages without looking
+
+
 def test_the_citation_is_of_this_version():
     told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert told["version"] == __version__
