@@ -1,208 +1,210 @@
-"""Whether growing disturbs training: the mean training loss of the next 100 steps against training that did not grow.
+"""How strongly new channels should start: the loss at the end of training, by the cap of the amplitude.
 
-    python -m experiments.benchmarks.amplitude              # about a quarter of an hour on 2 cores
-    python -m experiments.benchmarks.amplitude --seeds 3
+    OMP_NUM_THREADS=1 nice python -m experiments.benchmarks.amplitude       # about 25 minutes on one core
+    python -m experiments.benchmarks.amplitude --seeds 2 --no-write
 
-A network with the pair conv 8 → 4, activation, conv 4 → 16 (3×3, 14×14 maps) is trained on Fashion-MNIST for 200 steps
-of 64 images. Then it goes on for 100 steps on the same batches: as it is, and after growing by 4 channels with the
-amplitude that `choose_amplitude` takes. "Best immediate" is the amplitude with the lowest held-out loss, uncapped.
+A network of three convolutions is trained with momentum; its rate decays to zero over the second half. Both hidden
+widths are doubled in two rounds, at a fifth and at two fifths of the steps. The arms share the steps before the first
+round and differ in the amplitude alone: 0, the line search under a cap, the line search without one. Every run is
+written to a file as soon as it is finished; the same command goes on where it was stopped.
 """
 
 import argparse
-import copy
 import itertools
+import json
 import math
-import multiprocessing
 import statistics
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 
 import growconv
 from experiments.benchmarks.table import write_section
-from growconv.growth.amplitude import Trials, amplitude_cap, choose_amplitude, rescaled
-from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
-from growconv.solvers import FewSamplesWarning, get_solver
-from growconv.statistics import collect_statistics
+from growconv.solvers import FewSamplesWarning
 from growconv.training.data import load_data
 
 Batch = tuple[Tensor, Tensor]
-METHODS = ("functional", "exact", "tiny")
-BEFORE, AFTER, BATCH, CHANNELS = 200, 100, 64, 4
+Arm = tuple[str, dict[str, Any]]
+ARMS: list[Arm] = [
+    ("0", {"amplitude": 0.0}),
+    *(
+        (f"≤ {name}", {"amplitude_cap": cap})
+        for name, cap in (("1/8", 1 / 8), ("1/4", 1 / 4), ("1/2", 1 / 2), ("1", 1.0))
+    ),
+    ("no cap", {"amplitude_cap": None}),
+]
 CHANCE = math.log(10)
-"""Loss of a network that has learned nothing; such networks, and those that diverged, are left out and counted."""
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD 0.02, momentum 0.9": lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
-    "AdamW 0.003": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
-}
-
-
-def network(activation: type[nn.Module], norm: bool) -> nn.Sequential:
-    """Stem, the pair, pooling and a linear head, for 28×28 images."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, stride=2, padding=1),
-        activation(),
-        nn.Conv2d(8, 4, 3, padding=1),
-        nn.BatchNorm2d(4) if norm else nn.Identity(),
-        activation(),
-        nn.Conv2d(4, 16, 3, padding=1),
-        nn.BatchNorm2d(16) if norm else nn.Identity(),
-        activation(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * 49, 10),
-    )
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> float:
-    """Mean training loss over some steps."""
-    model.train()
-    losses = []
-    for x, y in batches:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return statistics.mean(losses)
-
-
-def copied(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model and its optimizer's state, for another branch."""
-    other = copy.deepcopy(model)
-    twin = OPTIMIZERS[name](other)
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return other, twin
-
-
-def best_immediate(model: nn.Module, site: GrowthSite, growth: ChannelGrowth, held_out: list[Batch]) -> float:
-    """The amplitude with the lowest held-out loss, however large."""
-    cap = amplitude_cap(site, growth)
-    trials, losses = Trials(model, site, growth, held_out, F.cross_entropy), {}
-    with torch.no_grad():
-        for power in range(-3, 14):
-            amplitude = cap * 2.0**power
-            losses[amplitude] = trials.loss(amplitude)
-    return min(losses, key=lambda amplitude: losses[amplitude])
+"""Loss of a network that has learned nothing; from there on a run counts as diverged."""
+STEPS, BATCH, WIDTHS = 400, 64, (4, 8)
+ROUNDS = (STEPS // 5, 2 * STEPS // 5)
+TASKS = {"digits": (1000, 0.02), "fashion_mnist": (4000, 0.05)}
+"""Training images and learning rate of each task."""
 
 
 @cache
-def training_data() -> Any:
-    """Fashion-MNIST's training split as tensors, once a process."""
-    dataset = load_data("fashion_mnist", validation=0.1, augmentation="none", limit=None, root="data")
-    return replace(dataset.train, inputs=dataset.inputs(dataset.train, torch.arange(len(dataset.train))))
+def images(task: str) -> tuple[Batch, Batch]:
+    """Training and test images, at most 14 pixels wide, with labels."""
+    root = {"root": "."} if task == "fashion_mnist" else {}
+    dataset = load_data(task, validation=0.1, augmentation="none", limit=None, **root)
+
+    def split(part: Any, most: int) -> Batch:
+        x = dataset.inputs(part, torch.arange(min(len(part), most)))
+        return (F.avg_pool2d(x, 2) if x.shape[-1] > 14 else x), part.targets[:most]
+
+    return split(dataset.train, TASKS[task][0]), split(dataset.test, 2000)
 
 
-def run(task: tuple[type[nn.Module], bool, str, int]) -> dict[str, float] | None:
-    """Ratios of mean losses after growing to the one without, and shares of the cap; None where training failed."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FewSamplesWarning)
-    (activation, norm, optimizer_name, seed), data = task, training_data()
-    torch.manual_seed(seed)
-    model = network(activation, norm)
-    optimizer = OPTIMIZERS[optimizer_name](model)
-    order = torch.randperm(len(data.inputs), generator=torch.Generator().manual_seed(seed))
-    images, labels = data.inputs[order], data.targets[order]
+def network(norm: bool) -> nn.Sequential:
+    """Three 3×3 convolutions, pooling and a linear head."""
 
-    def cut(start: int, count: int, size: int) -> list[Batch]:
-        return [(images[i : i + size], labels[i : i + size]) for i in range(start, start + count * size, size)]
+    def block(before: int, after: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after) if norm else nn.Identity(), nn.ReLU()]
 
-    if not train(model, optimizer, cut(0, BEFORE, BATCH)) < CHANCE:
-        return None
-    following = cut(BEFORE * BATCH, AFTER, BATCH)
-    fitting, held_out = cut(30_000, 8, 256), cut(40_000, 4, 256)
-    plain, plain_optimizer = copied(model, optimizer, optimizer_name)
-    reference = train(plain, plain_optimizer, following)
-    if not reference < CHANCE:
-        return None
-    result: dict[str, float] = {"ungrown": reference}
-    for method in METHODS:
-        grown, _ = copied(model, optimizer, optimizer_name)
-        site = growconv.site(grown, "2", "5", example_input=images[:1])
-        solver = get_solver(method)
-        collected = collect_statistics(
-            grown, [site], fitting, F.cross_entropy, quantities=solver.reads, keep_samples=2048
-        )
-        growth = growconv.solve(collected[site.name], solver, CHANNELS, generator=torch.Generator().manual_seed(seed))
-        if growth.channels == 0:  # a network that is dead or has nothing to gain goes on as it is
-            result |= {method: 1.0, f"{method} share of cap": 0.0}
-            result |= {"tiny, best immediate": 1.0} if method == "tiny" else {}
-            continue
-        growth = rescaled(site, growth)
-        choice = choose_amplitude(grown, site, growth, held_out, F.cross_entropy)
-        amplitudes = {method: choice.amplitude}
-        if method == "tiny":
-            amplitudes["tiny, best immediate"] = best_immediate(grown, site, growth, held_out)
-        result[f"{method} share of cap"] = choice.amplitude / choice.cap if choice.cap > 0 else 0.0
-        for name, amplitude in amplitudes.items():
-            branch, branch_optimizer = copied(model, optimizer, optimizer_name)
-            own = growconv.site(branch, "2", "5", example_input=images[:1])
-            growconv.grow(branch, own, growth, amplitude=amplitude, optimizer=branch_optimizer)
-            result[name] = train(branch, branch_optimizer, following) / reference
-    return result
+    first, second = WIDTHS
+    layers = [*block(1, first), *block(first, second), nn.MaxPool2d(2), *block(second, 16)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+
+
+def mean_loss(model: nn.Module, data: Batch) -> float:
+    """Loss over a split, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        loss = float(F.cross_entropy(model(data[0]), data[1]))
+    model.train()
+    return loss
+
+
+class Run:
+    """One network on its way: the model, its optimizer and where it stands."""
+
+    def __init__(self, task: str, norm: bool, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.task, self.seed, self.step = task, seed, 0
+        self.model = network(norm)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=TASKS[task][1], momentum=0.9)
+        decay = lambda step: min(1.0, 2 * (1 - step / STEPS))  # noqa: E731
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decay)
+        self.draws = torch.Generator().manual_seed(seed)
+
+    def train(self, until: int) -> None:
+        """Train up to a step."""
+        x, y = images(self.task)[0]
+        while self.step < until:
+            index = torch.randint(len(x), (BATCH,), generator=self.draws)
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(x[index]), y[index]).backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.step += 1
+
+    def grow(self, method: str, arm: dict[str, Any]) -> list[growconv.GrowthEvent]:
+        """One round at both sites."""
+        x, y = images(self.task)[0]
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:1024]
+        sites = [growconv.site(self.model, *pair, example_input=x[:2]) for pair in (("0", "3"), ("3", "7"))]
+        widths = [width // 2 for width in WIDTHS]
+        growing = [
+            growconv.GrowthScheduler(
+                self.model, self.optimizer, [site], method=method, amount=amount, seed=self.step, **arm
+            )
+            for site, amount in zip(sites, widths, strict=True)
+        ]
+        batches = [(x[part], y[part]) for part in order.split(128)]
+        return [event for each in growing for event in each.grow(batches, F.cross_entropy)]
+
+
+def outcome(task: str, norm: bool, seed: int, method: str, arm: Arm) -> dict[str, Any]:
+    """Train, grow twice, train to the end."""
+    run = Run(task, norm, seed)
+    events = []
+    for at in ROUNDS:
+        run.train(at)
+        events += run.grow(method, arm[1])
+    run.train(STEPS)
+    train, test = images(task)
+    return {
+        "task": task,
+        "norm": norm,
+        "seed": seed,
+        "method": method,
+        "arm": arm[0],
+        "train": mean_loss(run.model, train),
+        "test": mean_loss(run.model, test),
+        "immediate": sum(event.realised_decrease or 0.0 for event in events),
+    }
+
+
+def outcomes(path: Path, method: str, seeds: int) -> list[dict[str, Any]]:
+    """Every run of the plan: those of the file, and the others, which it then has too."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {
+        (each["task"], each["norm"], each["seed"], each["method"], each["arm"]): each for each in map(json.loads, lines)
+    }
+    found = []
+    for seed, task, norm, arm in itertools.product(range(seeds), TASKS, (False, True), ARMS):
+        key = (task, norm, seed, method, arm[0])
+        if key not in done:
+            done[key] = outcome(task, norm, seed, method, arm)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(done[key]) + "\n")
+            print(*done[key].values(), sep="\t", flush=True)
+        found.append(done[key])
+    return found
+
+
+def ratio(runs: list[dict[str, Any]], arm: str, what: str) -> str:
+    """Loss over that of amplitude 0, paired by seed: geometric mean, 95 % interval, and how many runs diverged."""
+    losses = {name: {each["seed"]: each[what] for each in runs if each["arm"] == name} for name in (arm, ARMS[0][0])}
+    pairs = [(losses[arm][seed], losses[ARMS[0][0]][seed]) for seed in losses[arm]]
+    logs = [math.log(one / other) for one, other in pairs if math.isfinite(one) and one < CHANCE]
+    if len(logs) < 2:
+        return "diverged"
+    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / len(logs) ** 0.5
+    mean = statistics.mean(logs)
+    lost = f", {len(pairs) - len(logs)} diverged" if len(logs) < len(pairs) else ""
+    return f"{math.exp(mean):.3f} [{math.exp(mean - half):.3f}, {math.exp(mean + half):.3f}]{lost}"
 
 
 def main() -> None:
-    """Run all settings and write the section."""
+    """Run what is missing and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
-    parser.add_argument("--first-seed", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--method", default="tiny", help="the growth method")
+    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--file", type=Path, default=Path("runs/amplitude.jsonl"), help="of the runs that are finished")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    names = (*METHODS, "tiny, best immediate")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FewSamplesWarning)
+    every = outcomes(arguments.file, arguments.method, arguments.seeds)
     rows: list[list[object]] = []
-    worst, failed = 0.0, 0
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    settings = list(itertools.product((nn.ReLU, nn.SELU), (False, True), OPTIMIZERS))
-    tasks = [(*setting, seed) for setting in settings for seed in seeds]
-    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-        outcomes = pool.map(run, tasks)
-        for activation, norm, optimizer in settings:
-            every = [next(outcomes) for _ in range(arguments.seeds)]
-            runs = [one for one in every if one is not None]
-            failed += len(every) - len(runs)
-            label = "BatchNorm" if norm else "none"
-            if not runs:
-                rows.append([activation.__name__, label, optimizer, "failed", *["–"] * (len(names) + 1)])
-                continue
-            cells: list[object] = []
-            for name in names:
-                ratios = [one[name] for one in runs]
-                finite = all(map(math.isfinite, ratios))
-                cells.append(f"{statistics.mean(ratios):.3f} ({max(ratios):.3f})" if finite else "diverged")
-                if name in METHODS:
-                    worst = max(worst, *ratios) if finite else math.inf
-            share = statistics.mean(one["functional share of cap"] for one in runs)
-            ungrown = statistics.mean(one["ungrown"] for one in runs)
-            rows.append([activation.__name__, label, optimizer, f"{ungrown:.3f}", *cells, f"{share:.2f}"])
-            print(*rows[-1], sep="\t", flush=True)
-    notes = [
-        f"Mean training loss of the {AFTER} steps after growing over that of ungrown training on the same batches: "
-        f"mean over seeds {seeds[0]} to {seeds[-1]} (largest). With the chosen amplitude the largest of all is "
-        f"{worst:.3f}. "
-        f"{failed} of {len(tasks)} networks had learned nothing or diverged before growing and are left out.",
-        "How the amplitude's caps and the new channels' scale were chosen: on seeds 0 to 9, where an earlier version "
-        "reached 1.046, 10 to 19, where the one after it reached 1.021, and 100 to 115. Seeds 20 to 29 took no part. "
-        "So this is the third set of ten seeds, and its largest is close to 1.02: another ten may pass it.",
-    ]
-    print(*notes, sep="\n")
+    for task, norm in itertools.product(TASKS, (False, True)):
+        runs = [each for each in every if (each["task"], each["norm"]) == (task, norm)]
+        zero = [each for each in runs if each["arm"] == ARMS[0][0]]
+        for what in ("test", "train"):
+            label = [task, "BatchNorm" if norm else "none", what, f"{statistics.mean(each[what] for each in zero):.4f}"]
+            rows.append([*label, *(ratio(runs, arm, what) for arm, _ in ARMS[1:])])
+            print(*rows[-1], sep="\t")
     if not arguments.no_write:
         write_section(
             "amplitude",
-            "Amplitude: the 100 steps after growing",
-            f"python -m experiments.benchmarks.amplitude --seeds {arguments.seeds} --first-seed {arguments.first_seed}",
-            ["activation", "norm", "optimizer", "ungrown loss", *names, "functional: γ ÷ cap"],
+            "Amplitude: the loss at the end of training",
+            f"python -m experiments.benchmarks.amplitude --method {arguments.method} --seeds {arguments.seeds}",
+            ["task", "norm", "loss", "amplitude 0", *(arm for arm, _ in ARMS[1:])],
             rows,
-            notes,
+            [
+                f"Loss after {STEPS} steps with the rate decayed to zero, both hidden widths doubled by "
+                f"`{arguments.method}` in two rounds at steps {ROUNDS[0]} and {ROUNDS[1]}: the mean with amplitude 0, "
+                f"and the ratio to it, paired over {arguments.seeds} seeds, as geometric mean and 95 % interval. "
+                '"≤ c" is the line search under the cap c: the strongest new channel has at most c of the mean '
+                "strength of the old ones.",
+            ],
         )
 
 

@@ -9,7 +9,7 @@ from growconv.growth.pruning import PruneBack
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.stop import Budget, NoGain, TargetAccuracy
 from growconv.growth.when import AllOf, AnyOf, AtFlops, AtSteps, Every, GainAbove, LengtheningStages, Plateau
-from growconv.growth.where import All, Best, Greedy, RoundRobin
+from growconv.growth.where import All, Best, Greedy, RankTrigger, RoundRobin
 from growconv.network.event import GrowthHistory
 from growconv.network.model import undisturbed
 
@@ -38,6 +38,7 @@ __all__ = [
     "Policy",
     "Proposal",
     "PruneBack",
+    "RankTrigger",
     "RoundRobin",
     "Situation",
     "StageRates",

@@ -1,5 +1,6 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -20,16 +21,20 @@ from growconv.network.site import GrowthSite, Site
 from growconv.solvers.existing import columns_of
 from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
 
-STRONGEST = 0.125
-"""Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes. Above it the
-loss of the next hundred steps can suffer although the held-out loss is lower."""
+CAP = 1.0
+"""Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes unless asked: of
+1/8, 1/4, 1/2, 1 and no cap the best at the end of training (experiments/benchmarks/amplitude.py)."""
 
-HEAVIEST = 0.5
-"""Norm of the largest new outgoing weights, relative to the mean old ones, beyond which no amplitude goes: what comes
-before them learns the faster, the larger they are, and a channel that is quiet would need very large ones."""
+HEAVIEST = 4.0
+"""Norm of the largest new outgoing weights, relative to the mean old ones, that a cap of 1 allows: what comes before
+them learns the faster, the larger they are, and a channel that is quiet would need very large ones."""
 
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
-"""Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then."""
+"""Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then. Without a
+cap they are shares of a cap of 1, and the amplitude is doubled for as long as the loss falls."""
+
+MOST = 24
+"""Losses measured at most."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class AmplitudeChoice:
     Attributes:
         amplitude: γ, between 0 and `cap`.
         losses: mean held-out loss per amplitude tried, 0 among them.
-        cap: the largest amplitude that was allowed (`amplitude_cap`).
+        cap: the largest amplitude that was allowed (`amplitude_cap`); inf: none was forbidden.
         reason: one line.
     """
 
@@ -60,13 +65,14 @@ def choose_amplitude(
     growth: ChannelGrowth,
     batches: Sequence[Batch],
     loss: Loss,
+    strongest: float | int | None = CAP,
 ) -> AmplitudeChoice:
     """The amplitude with the lowest loss on samples that the solver did not see.
 
-    γ = 0 is among the candidates. The cap (`amplitude_cap`) keeps every new channel well below the old ones: without
-    one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training that
-    follows. The losses are those of a grown copy of the model, as it will be; a loss that calls the model itself sees
-    it without the new channels.
+    γ = 0 is among the candidates. The cap (`amplitude_cap`) lets no new channel come out stronger than the old ones:
+    without one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training
+    that follows. The losses are those of a grown copy of the model, as it will be; a loss that calls the model itself
+    sees it without the new channels.
 
     Args:
         model: the model of the site, or one with the same names; not changed. Norm layers stay in the mode that they
@@ -75,6 +81,7 @@ def choose_amplitude(
         growth: the proposal, which changes no old weights.
         batches: held-out (inputs, targets) pairs.
         loss: loss(output, targets), averaged over the batch.
+        strongest: of `amplitude_cap`; None: no cap, as in TINY's line search.
 
     Returns:
         The choice, with every loss that was measured.
@@ -86,7 +93,9 @@ def choose_amplitude(
     _check(site, growth, batches)
     site = site.of(model)
     site.check()
-    cap = amplitude_cap(site, growth)
+    unit = amplitude_cap(site, growth, 1.0)
+    cap = math.inf if strongest is None else strongest * unit
+    start = min(unit, cap)
     losses: dict[float, float] = {}
     trials = Trials(model, site, growth, batches, loss)
 
@@ -98,14 +107,16 @@ def choose_amplitude(
         measure(0.0)
         if not torch.isfinite(torch.tensor(losses[0.0])):
             raise StatisticsError("the loss on the held-out batches is not finite", got=losses[0.0], where=site.name)
-        if cap > 0:
+        if start > 0:
             for share in COARSE:
-                measure(share * cap)
-            best = min(losses, key=lambda amplitude: _rank(losses[amplitude]))
+                measure(share * start)
+            best = _best(losses)
             if best > 0:
-                for amplitude in (best / 2, min(2 * best, cap)):
-                    measure(amplitude)
-    best = min(sorted(losses), key=lambda amplitude: _rank(losses[amplitude]))
+                measure(best / 2)
+                measure(min(2 * best, cap))
+            while (best := _best(losses)) == max(losses) and best < cap and len(losses) < MOST:
+                measure(min(2 * best, cap))
+    best = _best(losses)
     change = f"held-out loss {losses[0.0]:.4g} → {losses[best]:.4g}"
     if best == 0.0:
         reason = "no amplitude lowers the held-out loss: the channels start silent"
@@ -133,29 +144,31 @@ def _check(site: Site, growth: ChannelGrowth, batches: Sequence[Batch]) -> None:
         )
 
 
-def amplitude_cap(site: Site, growth: ChannelGrowth) -> float:
-    """The largest γ at which no new channel is strong beside the old ones.
+def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CAP) -> float:
+    """The largest γ at which no new channel is too strong beside the old ones.
 
     The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
-    the strongest new one gets at most an eighth of the old ones' mean, and ‖ω‖ alone at most a half of theirs.
+    the strongest new one gets at most `strongest` of the old ones' mean, and ‖ω‖ alone at most four times that share of
+    theirs.
 
     Args:
         site: where.
         growth: the proposal.
+        strongest: share of the old channels' mean strength, above 0.
 
     Returns:
         0 where the new or the old channels have no outgoing weights.
     """
     own = site.cap(growth)
     if own is not None:
-        return STRONGEST * own
+        return strongest * own
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
     new = _outgoing_norms(weight.unflatten(1, (units, -1)) for weight in growth.outgoing.values())
     old = _outgoing_norms(columns_of(site, site.model, path) for path in site.consumers)
-    strongest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
-    if strongest <= 0:
+    largest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
+    if largest <= 0:
         return 0.0
-    return min(STRONGEST * typical / strongest, HEAVIEST * float(old.mean() / new.max()))
+    return strongest * min(typical / largest, HEAVIEST * float(old.mean() / new.max()))
 
 
 def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
@@ -197,10 +210,7 @@ class Trials:
         self, model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
     ) -> None:
         self.site, self.growth, self.batches, self.criterion = site, growth, batches, loss
-        self.model = copied(model)
-        for module in self.model.modules():
-            if layers.is_dropout(module):
-                module.eval()
+        self.model = _without_dropout(model)
         grow(self.model, site, growth)
         strong, silent = self._entries(1.0), self._entries(0.0)
         self.scaled = {path: tensor for path, tensor in strong.items() if not torch.equal(tensor, silent[path])}
@@ -223,18 +233,53 @@ class Trials:
                 scaled = torch.where(self.masks[path], strong * amplitude, strong)
                 tensor.detach().copy_(scaled if entries is None else entries[path])
         refresh(self.model)
-        total = 0.0
-        with undisturbed(self.model):
-            for inputs, targets in self.batches:
-                arguments, keywords = example_arguments(inputs)
-                total += float(self.criterion(self.model(*arguments, **keywords), targets))
-        return total / len(self.batches)
+        return _mean_loss(self.model, self.batches, self.criterion)
+
+
+def losses_of(
+    model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
+) -> tuple[float, float]:
+    """Mean loss of held-out batches on copies of the model, as it is and grown; for proposals that change old weights.
+
+    Args:
+        model: the model; not changed.
+        site: one of its sites.
+        growth: the proposal.
+        batches: held-out (inputs, targets) pairs.
+        loss: loss(output, targets), averaged over the batch.
+    """
+    with torch.no_grad():
+        return _mean_loss(_without_dropout(model), batches, loss), Trials(model, site, growth, batches, loss).loss(1.0)
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A copy of the model that drops nothing."""
+    model = copied(model)
+    for module in model.modules():
+        if layers.is_dropout(module):
+            module.eval()
+    return model
+
+
+def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+    """Mean over the batches."""
+    total = 0.0
+    with undisturbed(model):
+        for inputs, targets in batches:
+            arguments, keywords = example_arguments(inputs)
+            total += float(loss(model(*arguments, **keywords), targets))
+    return total / len(batches)
 
 
 def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " units"]:
     """Norm of the weights on each unit of channels in all consumers, (out, units, entries, *kernel) each."""
     squares = [weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in weights]
     return torch.stack(squares).sum(0).sqrt()
+
+
+def _best(losses: dict[float, float]) -> float:
+    """The amplitude of the lowest loss, the smallest where several have it."""
+    return min(sorted(losses), key=lambda amplitude: _rank(losses[amplitude]))
 
 
 def _rank(loss: float) -> float:

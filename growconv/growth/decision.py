@@ -104,14 +104,15 @@ class Proposal:
 
     @property
     def relative_gain(self) -> float:
-        """Share of ‖v‖²/n that the channels capture: a number that does not depend on the scale of the loss."""
-        if self.gradient_energy is None:
+        """Share of ‖v‖²/n that the channels capture, or SENN's Δη′/η: a number that knows no scale of the loss."""
+        whole = self.growth.measured.get("score", self.gradient_energy)
+        if whole is None:
             raise ScheduleError(
                 f"method {self.growth.method!r} uses no statistics, so its channels have no gain",
                 where=self.site.name,
-                fix="use a method with gains (tiny, exact, functional, gradmax) with this policy",
+                fix="use a method with gains (tiny, exact, functional, senn) with this policy",
             )
-        return self.gain / self.gradient_energy if self.gradient_energy > 0 else 0.0
+        return self.gain / whole if whole > 0 else 0.0
 
 
 class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
@@ -121,11 +122,11 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
 
     Attributes:
         personal: the policy reads the clock or reported metrics, which may differ between processes.
-        compares_gains: the policy reads the gains of proposals, which methods without statistics do not have.
+        compares: units of gains (`Solver.gain_unit`) that the policy can compare; empty: it looks at no gains.
     """
 
     personal: ClassVar[bool] = False
-    compares_gains: ClassVar[bool] = False
+    compares: ClassVar[frozenset[str]] = frozenset()
 
     def state_dict(self) -> dict[str, object]:
         """The policy's state as JSON-able values."""

@@ -171,23 +171,27 @@ class WidthRates(LearningRate):
 class StageRates(LearningRate):
     """η_k = η_0 · f(W_k) / f(W_0) for the entries W_k of a weight that stage k added, as in Variance Transfer.
 
-    f is the root mean square of the entries, so that blocks of different sizes compare. It is taken anew at every step,
-    and balances how far old and young entries move relative to their own size. Vectors (biases, norm layers) keep the
-    full rate.
+    f is the root mean square of the entries, so that blocks of different sizes compare, or the Frobenius norm of the
+    paper's section 3.2. It is taken anew at every step, and balances how far old and young entries move relative to
+    their own size. Vectors (biases, norm layers) keep the full rate.
 
     Attributes:
         lowest: smallest ratio, so that entries which start at zero can learn.
         highest: largest ratio.
+        size: f, "rms" or, as in the paper, "frobenius".
     """
 
     lowest: float | int = 0.1
     highest: float | int = 10.0
+    size: str = "rms"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "lowest", self.lowest)
         if self.highest < self.lowest:
             raise ScheduleError("the highest rate lies below the lowest", got=self, where="StageRates")
+        if self.size not in ("rms", "frobenius"):
+            raise ScheduleError("unknown size", expected="rms or frobenius", got=self.size, where="StageRates.size")
 
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
         """The ratio of each entry's stage to stage 0."""
@@ -197,8 +201,8 @@ class StageRates(LearningRate):
         count = int(stages.max()) + 1
         index = stages.expand_as(parameter).flatten()
         sums = square.new_zeros(count).index_add_(0, index, square.flatten())
-        sizes = torch.bincount(index, minlength=count).clamp(min=1)
-        size = (sums / sizes).sqrt()
+        entries = torch.bincount(index, minlength=count).clamp(min=1)
+        size = (sums / entries if self.size == "rms" else sums).sqrt()
         if not bool(size[0] > 0):
             return None
         ratio = (size / size[0]).clamp(self.lowest, self.highest)

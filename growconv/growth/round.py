@@ -1,5 +1,6 @@
 """One round of growth or pruning: what it works with, and what it has changed so far."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from growconv.growth.amplitude import choose_amplitude, rescaled
+from growconv.growth.amplitude import choose_amplitude, losses_of, rescaled
 from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import mean_over_ranks, world_size
@@ -35,6 +36,7 @@ class Round:
         collection: how statistics are collected.
         fitting: growth batches of this process that statistics are collected on.
         held_out: those that the amplitude is chosen on; none: it is not searched.
+        amplitude_cap: how far the search may go, see `choose_amplitude`.
         loss: loss(output, targets).
         cost: the model's cost meter.
         generator: randomness of methods that draw.
@@ -53,6 +55,7 @@ class Round:
     collection: Collection
     fitting: Sequence[Batch]
     held_out: Sequence[Batch]
+    amplitude_cap: float | None
     loss: Loss
     cost: ModelCost
     generator: torch.Generator
@@ -142,26 +145,39 @@ class Round:
 
     def _applied(self, site: Site, growth: ChannelGrowth, reason: str) -> GrowthEvent:
         growth = rescaled(site, growth)
-        # new weights that belong together with changes of old ones have no amplitude of their own
-        amplitude = 1.0 if growth.revised else self.amplitude
-        decrease, details = None, {}
-        if self.held_out and not growth.revised and growth.copied_from is None:
-            with self.stopwatch.phase("amplitude"), undisturbed(self.model):
-                choice = choose_amplitude(self.model, site, growth, self.held_out, self._shared_loss())
-            amplitude, decrease = choice.amplitude, choice.decrease
-            details = {"losses": sorted([list(pair) for pair in choice.losses.items()]), "cap": choice.cap}
-            self.note(f"{site.name}: amplitude {amplitude:.3g}, {choice.reason}")
+        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
+            amplitude, details = self._measured(site, growth)
+        losses = dict(details.get("losses", ()))
         with self.stopwatch.phase("surgery"):
             event = grow(self.model, site, growth, amplitude=amplitude, optimizer=self.optimizer)
         event = replace(
             event,
             step=self.step,
-            realised_decrease=decrease,
+            realised_decrease=losses[0.0] - losses[amplitude] if losses else None,
             details={**event.details, **details},
             reason="; ".join(part for part in (reason, growth.reason) if part),
         )
         self.note(str(event))
         return event
+
+    def _measured(self, site: Site, growth: ChannelGrowth) -> tuple[float, dict[str, Any]]:
+        """The amplitude, and what an event tells of it: the held-out loss before and after where it is measured."""
+        # new weights that belong together with changes of old ones have no amplitude of their own
+        amplitude = 1.0 if growth.revised else self.amplitude
+        if self.solver.function_preserving and site.own_method is None:
+            return amplitude, {"unchanged": True}
+        if not self.held_out:
+            return amplitude, {}
+        if growth.revised or growth.copied_from is not None:
+            losses = losses_of(self.model, site, growth, self.held_out, self._shared_loss())
+            return amplitude, {"losses": [[0.0, losses[0]], [amplitude, losses[1]]]}
+        cap = self.amplitude_cap
+        choice = choose_amplitude(self.model, site, growth, self.held_out, self._shared_loss(), cap)
+        self.note(f"{site.name}: amplitude {choice.amplitude:.3g}, {choice.reason}")
+        return choice.amplitude, {
+            "losses": sorted([list(pair) for pair in choice.losses.items()]),
+            "cap": choice.cap if math.isfinite(choice.cap) else None,
+        }
 
     def _shared_loss(self) -> Loss:
         """The loss averaged over the processes, so that all of them choose the same amplitude."""
@@ -186,7 +202,7 @@ def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> 
     shown: dict[str, Any] = {}
     if growth.spectrum is not None:
         shown["spectrum"] = growth.spectrum.tolist()
-    if solver.energy_gains and proposal.gradient_energy:
+    if solver.gain_unit == "energy" and proposal.gradient_energy:
         shown["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
     if proposal.samples is not None:
         shown["samples"] = proposal.samples

@@ -15,6 +15,7 @@ from torch import nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.amount import Amount, as_amount
+from growconv.growth.amplitude import CAP
 from growconv.growth.cost import FlopMeter, ModelCost
 from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
@@ -26,6 +27,7 @@ from growconv.growth.round import Round
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
+    as_amplitude_cap,
     as_optimizer_state,
     as_relative_error,
     as_share,
@@ -79,6 +81,8 @@ class GrowthScheduler:
         budget: a Budget; every round is cut to what fits into it.
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
             growth batches; a number is taken as it is. Methods that preserve the function take 1.
+        amplitude_cap: how strong the search may make the strongest new channel, as a share of the old ones' mean; None:
+            as strong as it likes, as in TINY. 1 was the best at the end of training (the benchmark `amplitude`).
         learning_rate: how new entries train: None at the optimizer's rate; or WarmUp, StageRates or WidthRates.
         optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones train as under a new
             optimizer; "fresh" forgets the state of every parameter after a round that grew,
@@ -122,6 +126,7 @@ class GrowthScheduler:
         stop: Stop | Sequence[Stop] = (),
         budget: Budget | None = None,
         amplitude: float | int | str = "line_search",
+        amplitude_cap: float | int | None = CAP,
         learning_rate: LearningRate | None = None,
         optimizer_state: Literal["carried", "fresh"] | str = "carried",
         pruning: PruneBack | None = None,
@@ -143,6 +148,7 @@ class GrowthScheduler:
         self.where = as_where(where)
         self.stops: list[Stop] = [*([stop] if isinstance(stop, Stop) else stop), *([] if budget is None else [budget])]
         self.amplitude: float | Literal["line_search"] = as_amplitude(amplitude)
+        self.amplitude_cap = as_amplitude_cap(amplitude_cap)
         self.learning_rate = learning_rate
         self.optimizer_state = as_optimizer_state(optimizer_state)
         self.pruning = pruning
@@ -152,7 +158,8 @@ class GrowthScheduler:
         self.collection = Collection(dict(statistics or {}), error, slopes)
         self.seed = seed
         check_owner(optimizer, self.sites)
-        check_gains(self.solver, [each for each in self._policies().values() if each is not self.where or not slopes])
+        compared = [each for each in self._policies().values() if each is not self.where or not slopes]
+        check_gains(self.solver, compared, self.sites)
         if times is not None:
             require_positive(self, "times", times)
         if learning_rate is not None:
@@ -478,6 +485,7 @@ class GrowthScheduler:
             collection=self.collection,
             fitting=fitting,
             held_out=held_out,
+            amplitude_cap=self.amplitude_cap,
             loss=loss,
             cost=cost,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self._rounds),

@@ -14,7 +14,7 @@ from growconv.growth.when import Every, When
 from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
-from growconv.solvers.base import Solver
+from growconv.solvers.base import SOLVERS, Solver
 from growconv.solvers.sampling import require_known_gains
 
 
@@ -119,18 +119,30 @@ def check_owner(optimizer: Any, sites: Sequence[Site]) -> None:
                 )
 
 
-def check_gains(solver: Solver, policies: Iterable[Policy]) -> None:
-    """Check that policies which compare gains have some to compare.
+def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:
+    """Check that policies which compare gains have some that they can compare.
 
     Raises:
         ScheduleError: naming the policy.
     """
     for policy in policies:
-        if policy.compares_gains and not solver.reads:
+        if policy.compares and solver.gain_unit not in policy.compares:
+            lack = "none" if solver.gain_unit in (None, "rank") else f"gains in another unit, {solver.gain_unit!r}"
             raise ScheduleError(
-                f"this policy compares gains, and method {solver.name!r}, which reads no statistics, has none",
+                f"this policy compares gains in the unit {' or '.join(map(repr, sorted(policy.compares)))}, and method "
+                f"{solver.name!r} has {lack}",
                 where=type(policy).__name__,
-                fix="use where=all or where=round_robin, or a method with gains such as tiny",
+                expected=" or ".join(name for name in sorted(SOLVERS) if SOLVERS[name].gain_unit in policy.compares),
+                got=solver.name,
+                fix="use another method, or a policy that compares no gains, such as where=all or where=round_robin",
+            )
+        ranks = next((site for site in sites if site.own_method is not None), None)
+        if policy.compares and ranks is not None and solver.gain_unit != "energy":
+            raise ScheduleError(
+                f"this policy compares gains, and those of {solver.name!r} are not in the unit of this site's own",
+                where=f"{type(policy).__name__}, {ranks.name}",
+                expected="captured energies, as those of tiny, exact and functional",
+                fix="leave out sites with a method of their own, or use a policy that compares no gains",
             )
 
 
@@ -165,6 +177,19 @@ def as_amplitude(amplitude: float | int | str) -> float | Literal["line_search"]
         return float(amplitude)
     raise ScheduleError(
         "unknown amplitude", expected='"line_search" or a finite number', got=amplitude, where="amplitude"
+    )
+
+
+def as_amplitude_cap(cap: float | int | None) -> float | None:
+    """A cap above zero, or None where there is none.
+
+    Raises:
+        ScheduleError: anything else.
+    """
+    if cap is None or (isinstance(cap, int | float) and not isinstance(cap, bool) and 0 < cap < math.inf):
+        return None if cap is None else float(cap)
+    raise ScheduleError(
+        "this is no cap of the amplitude", expected="a number above 0, or None", got=cap, where="amplitude_cap"
     )
 
 

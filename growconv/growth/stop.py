@@ -110,7 +110,7 @@ class NoGain(Stop):
 
     threshold: float | int = 1e-3
     patience: int = 2
-    compares_gains: ClassVar[bool] = True
+    compares: ClassVar[frozenset[str]] = frozenset({"energy", "score"})
     poor_rounds: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

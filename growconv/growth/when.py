@@ -217,32 +217,34 @@ class GainAbove(When):
     """Measure every so many steps, and grow only sites whose proposal captures enough.
 
     Attributes:
-        threshold: smallest share of ‖v‖²/n that a site's new channels must capture.
+        threshold: smallest gain of a site's new channels: the share of ‖v‖²/n that they must capture, for senn the
+            paper's τ, which Δη′/η must reach (η: the score of the consumer's old weights; it may be above 1).
+        least: for senn the paper's absolute threshold α on Δη′; for others on the captured energy.
         every: steps between two measurements.
     """
 
     threshold: float | int
     every: int
-    compares_gains: ClassVar[bool] = True
+    least: float | int = 0.0
+    compares: ClassVar[frozenset[str]] = frozenset({"energy", "score"})
 
     def __post_init__(self) -> None:
         require_positive(self, "every", self.every)
-        if not 0 < self.threshold < 1:
-            raise ScheduleError(
-                "a gain threshold is a share of ‖v‖²/n",
-                expected="between 0 and 1",
-                got=self.threshold,
-                where="GainAbove",
-            )
+        require_positive(self, "threshold", self.threshold)
+        if not self.least >= 0:
+            raise ScheduleError("a gain is not negative", expected="0 or more", got=self.least, where="GainAbove.least")
 
     def decide(self, situation: Situation) -> Decision:
         """Due whenever a measurement is."""
         return Every(self.every).decide(situation)
 
     def admits(self, proposal: Proposal) -> Decision:
-        """Whether the captured share reaches the threshold."""
-        gain = proposal.relative_gain
-        return Decision(gain >= self.threshold, f"captures {gain:.3g} of ‖v‖², the threshold is {self.threshold:.3g}")
+        """Whether the gain reaches both thresholds."""
+        gain, whole = proposal.relative_gain, "η" if "score" in proposal.growth.measured else "‖v‖²"
+        reason = f"gains {gain:.3g} of {whole}, the threshold is {self.threshold:.3g}"
+        if proposal.gain < self.least:
+            return Decision(False, f"gains {proposal.gain:.3g}, the least is {self.least:.3g}")
+        return Decision(gain >= self.threshold, reason)
 
 
 @dataclass
@@ -264,9 +266,10 @@ class _Combined(When):
         return any(policy.personal for policy in self.policies)
 
     @property
-    def compares_gains(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether a member does."""
-        return any(policy.compares_gains for policy in self.policies)
+    def compares(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What every member that looks at gains can compare."""
+        units = [policy.compares for policy in self.policies if policy.compares]
+        return frozenset.intersection(*units) if units else frozenset()
 
     def admits(self, proposal: Proposal) -> Decision:
         """Every member has to admit the proposal."""

@@ -10,7 +10,7 @@ than uniform ones, those by gradient were not.
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from growconv.errors import ScheduleError
@@ -20,6 +20,7 @@ from growconv.network.site import Site
 
 Per = Literal["channel", "parameter", "flop"]
 By = Literal["gradient", "energy"]
+COMPARABLE = frozenset({"energy", "score", "loss"})
 Chosen = list[tuple[Proposal, str]]
 
 
@@ -88,12 +89,13 @@ class _Comparing(Where):
     Attributes:
         per: what the value of a channel is divided by: "flop" and "parameter" what it costs, "channel" 1.
         by: "gradient": the first gradient on new weights; sites without closed-form statistics have none. "energy": the
-            energy that the method's channels capture. None: the gradient where every site has it, else the energy.
+            method's own gains, captured energies of tiny, exact and functional, first-order gains of others. None: the
+            gradient where every site has it, else the energy.
     """
 
     per: Per | str = "flop"
     by: By | str | None = None
-    compares_gains: ClassVar[bool] = True
+    compares: ClassVar[frozenset[str]] = COMPARABLE
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -173,21 +175,24 @@ class Greedy(_Comparing):
     Attributes:
         per: what the value of a channel is divided by: "flop" and "parameter" what it costs, "channel" 1.
         by: "gradient": the first gradient on new weights; sites without closed-form statistics have none. "energy": the
-            energy that the method's channels capture. None: the gradient where every site has it, else the energy.
+            method's own gains, captured energies of tiny, exact and functional, first-order gains of others. None: the
+            gradient where every site has it, else the energy.
         channels: channels to add in one round; None: no limit.
+        share: the same as a share of the channels that all sites together have now; None: no limit.
         parameters: parameters to add in one round; None: what the schedule's budget leaves.
         flops: FLOPs (forward, one sample) to add in one round; None: what the schedule's budget leaves.
         rounds: spread what the schedule's budget leaves evenly over so many rounds; None: the first takes all it can.
     """
 
     channels: int | None = None
+    share: float | int | None = None
     parameters: int | None = None
     flops: int | None = None
     rounds: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "parameters", "flops", "rounds"):
+        for name in ("channels", "share", "parameters", "flops", "rounds"):
             if getattr(self, name) is not None:
                 require_positive(self, name, getattr(self, name))
         self._share = 1.0
@@ -200,8 +205,12 @@ class Greedy(_Comparing):
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """Fill the allowance from the most worthwhile block of channels down."""
         values, name = self.values(proposals)
+        width = sum(proposal.site.width for proposal in proposals)
         left = {
-            "channels": math.inf if self.channels is None else self.channels,
+            "channels": min(
+                math.inf if self.channels is None else self.channels,
+                math.inf if self.share is None else int(self.share * width),
+            ),
             "parameters": min(parameters * self._share, math.inf if self.parameters is None else self.parameters),
             "flops": min(flops * self._share, math.inf if self.flops is None else self.flops),
         }
@@ -229,6 +238,46 @@ class Greedy(_Comparing):
             elif count:
                 reason = f"{count} of {offered} channels rank high enough, {name} per {self.per}"
                 answer.append((replace(proposal, growth=proposal.growth.subset(range(count), reason)), reason))
+        return answer
+
+
+@dataclass
+class RankTrigger(Where):
+    """NORTH*'s trigger (Maile et al. 2022, section 3.1): ⌊C·(φ − γ·φ*)⌋ of the channels that a site is offered.
+
+    φ is the share of directions that the C old channels' responses use behind the activation, φ* the largest share that
+    this site has ever had. Sites are asked for as many channels as they may get at once (`amount`).
+
+    Attributes:
+        gamma: γ, between 0 and 1.
+    """
+
+    gamma: float | int = 0.9
+    compares: ClassVar[frozenset[str]] = frozenset({"rank"})
+    names: list[str] = field(default_factory=list, init=False)
+    largest: list[float] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ScheduleError(
+                "γ is a share", expected="above 0, at most 1", got=self.gamma, where="RankTrigger.gamma"
+            )
+
+    def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
+        """As many channels of each site as its rank calls for, in whole groups."""
+        known, answer = dict(zip(self.names, self.largest, strict=True)), []
+        for proposal in proposals:
+            site, growth = proposal.site, proposal.growth
+            rank = growth.measured["rank"]
+            best = max(known.get(site.name, 0.0), rank)
+            wanted = math.floor(site.width * (rank - self.gamma * known.get(site.name, rank)) + 1e-9)
+            known[site.name] = best
+            count = min(wanted, growth.channels) // site.granularity * site.granularity
+            reason = f"{rank:.1%} of the directions in use, {best:.1%} at most so far: room for {wanted} channels"
+            if count > 0:
+                cut = growth if count == growth.channels else growth.subset(range(count), reason)
+                answer.append((replace(proposal, growth=cut), reason))
+        self.names, self.largest = list(known), list(known.values())
         return answer
 
 

@@ -128,6 +128,8 @@ class GrowthEvent:
             return f"{self.site}: {self.method}, {more}{note}"
         losses = dict(self.details.get("losses", ()))
         effect = "silent at first" if self.amplitude == 0 else f"amplitude {self.amplitude:.3g}"
+        if self.details.get("unchanged"):
+            effect = "outputs unchanged"
         if self.amplitude != 0 and {0.0, self.amplitude} <= set(losses):
             effect = f"held-out loss {losses[0.0]:.4g} -> {losses[self.amplitude]:.4g}"
         widths = f"{self.width_before} -> {self.width_after} channels by {self.method}"

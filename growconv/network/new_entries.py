@@ -58,9 +58,6 @@ class NewEntries:
     def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
         """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
         norm, growth = layers.norm(self.site.model.get_submodule(path)), self.growth
-        old = self._copied(path, ENTRY)
-        if old is not None:
-            return {slot.name: tensor_at(norm.module, slot.name).detach()[old] for slot in norm.slots(ENTRY)}
         zeros = torch.zeros(entries, dtype=torch.float64)
         moments = growth.norms.get(path, (zeros, zeros + 1))
         given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
@@ -70,18 +67,22 @@ class NewEntries:
         )
         if bool((variance < 0).any()):
             raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=float(variance.min()))
-        return norm.transparent(mean, variance, scale)
+        fresh, old = norm.transparent(mean, variance, scale), self._copied(path, ENTRY)
+        if old is None:
+            return fresh
+        return {s.name: _mixed(old, tensor_at(norm.module, s.name), fresh.get(s.name)) for s in norm.slots(ENTRY)}
 
     def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
         layer = layers.weighted(self.site.model.get_submodule(path))
-        old = self._copied(path, GROUP_OUT)
-        if old is not None:
-            bias = layer.bias()
-            return {"weight": layer.filters().detach()[old]} | ({} if bias is None else {"bias": bias.detach()[old]})
-        filters = self.growth.carried.get(path)
+        filters, old, bias = self.growth.carried.get(path), self._copied(path, GROUP_OUT), layer.bias()
         if filters is None:
-            return {"weight": layer.identity(entries)}
-        return {"weight": self._fitted(filters, layer.shape(GROUP_OUT, entries), f"new filters of {path}")}
+            filters = layer.identity(entries)
+        else:
+            filters = self._fitted(filters, layer.shape(GROUP_OUT, entries), f"new filters of {path}")
+        if old is None:
+            return {"weight": filters}
+        copies = {"weight": _mixed(old, layer.filters(), filters)}
+        return copies if bias is None else copies | {"bias": _mixed(old, bias, torch.zeros_like(bias[:1]))}
 
     def _bare(self, path: str, entries: int) -> Tensor:
         """New entries of a bare tensor, its channel axis in front."""
@@ -91,7 +92,7 @@ class NewEntries:
         shape = (entries, *front.shape[1:])
         old = self._copied(path, ENTRY)
         if old is not None:
-            return front[old]
+            return _mixed(old, front, front[site.entries(path, ENTRY)].mean(0, keepdim=True))
         if path in site.producers:
             given = self._given(growth.incoming, path, "incoming entries")
             return self._fitted(_padded(given, shape), shape, f"incoming entries of {path}")
@@ -111,15 +112,15 @@ class NewEntries:
         return self._fitted(value, (entries,), label)
 
     def _copied(self, path: str, side: str) -> list[int] | None:
-        """The old entries that the new ones copy, channel by channel; None where they are no copies."""
+        """The old entries that the new ones copy, channel by channel, −1 for those that copy none; None: none does."""
         if self.growth.copied_from is None:
             return None
         channels, size = self.growth.copied_from.tolist(), self.site.granularity
         per_unit = self.site.layout.per_unit((path, side), self.site.space)
         if per_unit % size:  # channels of a unit share entries
-            channels, size = [channel // size for channel in channels[::size]], 1
+            channels, size = [channel // size for channel in channels[::size]], 1  # −1 stays −1
         own, old = per_unit // size, self.site.entries(path, side)
-        return [old[channel * own + each] for channel in channels for each in range(own)]
+        return [-1 if channel < 0 else old[channel * own + each] for channel in channels for each in range(own)]
 
     def _given(self, weights: Mapping[str, Tensor], path: str, label: str) -> Tensor:
         if path not in weights:
@@ -141,6 +142,15 @@ class NewEntries:
         if tuple(tensor.shape) != tuple(shape):
             raise _misshapen(label, self.site, tuple(shape), tuple(tensor.shape))
         return tensor
+
+
+def _mixed(index: list[int], old: Tensor, fresh: Tensor | None) -> Tensor:
+    """The old entries of an index, and new ones where it is −1."""
+    at = torch.tensor(index, device=old.device)
+    copies = old.detach()[at.clamp_min(0)]
+    if fresh is None:
+        return copies
+    return torch.where((at >= 0).view(-1, *[1] * (copies.dim() - 1)), copies, fresh.detach().to(copies))
 
 
 def _misshapen(label: str, site: Site, expected: object, got: object) -> SurgeryError:
@@ -255,7 +265,7 @@ def check_proposal(site: Site, growth: ChannelGrowth) -> None:
             fix=f"ask for {site.growable_channels(max(growth.channels, 1))} channels",
         )
     index = growth.copied_from
-    if index is not None and (index.shape != (growth.channels,) or index.min() < 0 or index.max() >= site.width):
+    if index is not None and (index.shape != (growth.channels,) or index.min() < -1 or index.max() >= site.width):
         raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())
 
 

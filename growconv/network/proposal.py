@@ -42,9 +42,11 @@ class ChannelGrowth:
             for methods that change existing weights.
         copied_from: (K,) index of the old channel that each new one copies, for methods that duplicate channels: every
             norm layer, grouped layer and bare parameter in between then gives the new channel the entries (weight,
-            bias, running statistics, kernel) of that old channel. None: the new channels are no copies.
+            bias, running statistics, kernel) of that old channel. −1: this one is no copy; None: none of them is.
         expected_decrease: first-order decrease of the mean loss at amplitude 1; None where it was not computed.
         spectrum: gains of more candidates than were taken, best first, the channels' own in front; None: only `gains`.
+        measured: further numbers that policies read, by name: `score`, SENN's expansion score of the old weights;
+            `rank`, the share of directions that the old channels' responses use.
         units: `GrowthSite.units` when this was solved: the widths that the other axes of the weights belong to. Where
             neighbours have grown since, surgery fills their new channels with zeros. Empty: read off the shapes where
             they leave no doubt.
@@ -66,6 +68,7 @@ class ChannelGrowth:
     copied_from: Tensor | None = None
     expected_decrease: float | None = None
     spectrum: Tensor | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[int, int] = field(default_factory=dict)
 
     @property

@@ -30,6 +30,8 @@ class LinearisationWarning(UserWarning):
     """A method that takes the activation as linear was asked for channels behind one that is not 0 at 0."""
 
 
+GainUnit = Literal["energy", "score", "loss", "rank"]
+
 SolverClass = TypeVar("SolverClass", bound="type[Solver]")
 
 
@@ -41,7 +43,9 @@ class Solver(ABC):
         reads: statistics that the collector must fill ("S", "N", "N_raw", "S_full", "patch", "samples"); empty for a
             method that looks at the weights alone. May be a property that depends on the hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
-        energy_gains: the channels' gains are captured energies in the unit of ‖v‖²/n.
+        gain_unit: unit of the channels' gains: "energy", captured energy in the unit of ‖v‖²/n; "score", that of the
+            `score` that the proposal measured; "loss", comparable between sites, but with no whole to be a share of;
+            "rank": none, but the `rank` of the old responses is measured; None: the method has no gains.
         linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
         needs_closed_form: serves sites with closed-form statistics only.
@@ -50,7 +54,7 @@ class Solver(ABC):
     name: ClassVar[str] = ""
     reads: frozenset[str] = frozenset()
     keep_samples: int = 512
-    energy_gains: bool = False
+    gain_unit: GainUnit | None = None
     linearises: bool = False
     function_preserving: bool = False
     needs_closed_form: bool = False

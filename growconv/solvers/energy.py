@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import StatisticsError
+from growconv.errors import SolverError, StatisticsError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
@@ -122,6 +122,13 @@ def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptS
 def inserted_by(growth: ChannelGrowth, site: GrowthSite) -> Inserted:
     """What surgery will put between producers and consumers for a proposal."""
     copied = growth.copied_from
+    if copied is not None and bool((copied < 0).any()):
+        raise SolverError(
+            "a proposal of new channels and halves of old ones has no δz: it changes old weights",
+            got=growth.method,
+            where=site.name,
+            fix="compare the loss before and after growing",
+        )
     units = None if copied is None else copied[:: site.granularity] // site.granularity
     return Inserted(growth.norms, growth.norm_scale, growth.carried, units)
 

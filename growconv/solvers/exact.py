@@ -269,7 +269,7 @@ class Exact(Solver):
     tolerance: float = 1e-4
     rounds: int = 60
     signs: bool = True
-    energy_gains = True
+    gain_unit = "energy"
     linearises = True
     needs_closed_form = True
 

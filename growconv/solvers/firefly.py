@@ -4,14 +4,16 @@ The network f with candidate channels δ_l at strength ε_l is f_ε,δ (equation
 candidates with ‖δ_l‖ ≤ 1 for a few steps at small ε; step two (equations 6 and 7) writes L(f_ε,δ) = L(f) + Σ_l ε_l s_l
 + O(ε²) and keeps the candidates with the largest |s_l|, the Taylor gains, over all layers. As ε → 0 the loss of step
 one is its own linear part, s_l = −⟨v, δz_l⟩ averaged over samples, so that kept samples are all it takes; this limit
-is what is computed here. The paper's other candidates, splittings of old neurons, are the method `splitting`.
+is what is computed here. The paper's other candidates are splittings of old neurons: `splits` mixes them in, each with
+the ε²/2·|λ_min| that splitting it takes off the loss (`growconv.solvers.splitting`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from growconv.errors import ArgumentValueError
 from growconv.linalg.optimizers import Adam
@@ -32,7 +34,9 @@ from growconv.solvers.existing import (
     require_number,
     scaled_columns,
     silent_outgoing,
+    units_of,
 )
+from growconv.solvers.splitting import Splitting
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 
@@ -49,20 +53,27 @@ class Firefly(Solver):
         candidates: channels trained for every one kept.
         steps: gradient steps of step one, each on a part of the kept samples where there are many.
         learning_rate: of Adam; in 20 steps an entry moves by 0.4 at most, so that candidates stay unlike each other.
+        splits: old channels that split are candidates too. What is kept then has the two strengths that follow.
+        strength: norm of a new channel's ω, as a share of the old ones' mean (the paper's code: entries of 0.01).
+        step: by how much the halves of a channel move, as a share of its filter's norm (the code: entries of 0.1).
     """
 
     candidates: int = 4
     steps: int = 20
     learning_rate: float = 0.02
+    splits: bool = False
+    strength: float = 0.01
+    step: float = 0.1
     reads = frozenset({"samples"})
+    gain_unit = "loss"
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        if self.candidates < 1 or self.steps < 0 or not self.learning_rate > 0:
+        if self.candidates < 1 or self.steps < 0 or not min(self.learning_rate, self.strength, self.step) > 0:
             raise ArgumentValueError(
                 "impossible hyperparameters of firefly",
-                expected="candidates ≥ 1, steps ≥ 0, learning_rate > 0",
-                got=(self.candidates, self.steps, self.learning_rate),
+                expected="candidates ≥ 1, steps ≥ 0, the others > 0",
+                got=self,
                 where="firefly",
             )
 
@@ -74,13 +85,78 @@ class Firefly(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm."""
+        """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm.
+
+        With splits they are what every channel takes off the loss at its strength.
+        """
         requested, size = require_number(channels, self.name, site), site.granularity
         candidates = Candidates(require_samples(subject, self.name), model, requested * self.candidates, generator)
         candidates.train(self.steps, self.learning_rate)
         gains = candidates.taylor_gains()
+        if self.splits:
+            return self._mixed(candidates, gains, model, requested, generator)
         best = gains.abs().argsort(descending=True)[: requested // size]
         return candidates.keep([int(index) for index in best if gains[index] != 0], gains, requested)
+
+    def refusal(self, site: GrowthSite) -> str | None:
+        """With splits also where old weights are computed from others."""
+        return Splitting().refusal(site) if self.splits else None
+
+    def _mixed(
+        self,
+        candidates: "Candidates",
+        gains: Tensor,
+        model: nn.Module,
+        requested: int,
+        generator: torch.Generator | None,
+    ) -> ChannelGrowth:
+        """The best of new channels and halves of old ones, compared by what they take off the loss."""
+        kept, site = candidates.kept, candidates.kept.site
+        splitting = Splitting(step=self.step)
+        values, vectors = splitting.curvatures(kept, model, generator)
+        units, size = units_of(site), site.granularity
+        old = [columns_of(site, model, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
+        strength = self.strength * torch.cat(old, 1).norm(dim=1).mean()
+        halves = (self.step * filter_norms(site, model)).square() * -values / 2
+        worth = torch.cat([strength * gains.abs(), halves.clamp_min(0)])
+        best = [int(index) for index in worth.argsort(descending=True)[: requested // size] if worth[index] > 0]
+        fresh, split = ([i for i in best if i < len(gains)], [i - len(gains) for i in best if i >= len(gains)])
+        new = candidates.keep(fresh, gains, requested, strength)
+        if split:
+            order = torch.tensor(split, device=values.device)
+            new = _joined(new, splitting.split(site, model, order, values, vectors, requested))
+        if not best:
+            return new
+        taken = worth[[*fresh, *(i + len(gains) for i in split)]].repeat_interleave(size) / size
+        order = taken.argsort(descending=True, stable=True).tolist()
+        few = len(best) * size < requested
+        reason = f"only {len(best) * size} of {requested} candidates change the loss" if few else None
+        spectrum = worth.sort(descending=True).values.repeat_interleave(size) / size
+        new = replace(new, gains=taken, reason=reason, spectrum=spectrum).subset(order)
+        return replace(new, expected_decrease=float(worth[best].sum()))
+
+
+def _joined(new: ChannelGrowth, halves: ChannelGrowth) -> ChannelGrowth:
+    """New channels and halves of old ones in one proposal."""
+
+    def both(mine: dict[str, Tensor], others: dict[str, Tensor], axis: int = 0) -> dict[str, Tensor]:
+        return {path: torch.cat([each, others[path].to(each)], axis) for path, each in mine.items()}
+
+    ratio = halves.channels / max(new.channels, 1)
+    norms = {
+        path: (functional.pad(mean, (0, int(len(mean) * ratio))), functional.pad(variance, (0, int(len(mean) * ratio))))
+        for path, (mean, variance) in new.norms.items()
+    }
+    copied = torch.as_tensor(halves.copied_from)
+    return replace(
+        new,
+        incoming=both(new.incoming, halves.incoming),
+        incoming_bias=both(new.incoming_bias, halves.incoming_bias),
+        outgoing=both(new.outgoing, halves.outgoing, 1),
+        norms=norms,
+        revised=halves.revised,
+        copied_from=torch.cat([copied.new_full((new.channels,), -1), copied]),
+    )
 
 
 class Candidates:
@@ -154,8 +230,8 @@ class Candidates:
         return total.detach() / len(self.kept)
 
     @torch.no_grad()
-    def keep(self, order: list[int], gains: Tensor, requested: int) -> ChannelGrowth:
-        """The chosen candidates, ω with the sign that lowers the loss and one common scale that fits v best."""
+    def keep(self, order: list[int], gains: Tensor, requested: int, strength: Tensor | None = None) -> ChannelGrowth:
+        """The chosen candidates, ω with the sign that lowers the loss and of one norm; None: that which fits v best."""
         site, size = self.kept.site, self.kept.site.granularity
         incoming, biases, outgoing = self.weights()
         incoming = {path: picked_rows(weight, order, self.count) for path, weight in incoming.items()}
@@ -171,7 +247,7 @@ class Candidates:
             for piece in self.kept.passes:
                 one, other = self.decrease(piece, outgoing, piece.read(incoming, biases, inserted))
                 decrease, energy = decrease.to(one) + one, energy.to(other) + other
-            scale = decrease / energy
+            scale = decrease / energy if strength is None else strength
             outgoing = {path: weight * scale.to(weight) for path, weight in outgoing.items()}
             expected = float(decrease * scale) / len(self.kept)
             few = f"only {len(order) * size} of {requested} candidates change the loss"

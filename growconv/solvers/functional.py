@@ -81,7 +81,7 @@ class Functional(Solver):
     patience: int = 8
     damping: float = 0.1
     reads = frozenset({"samples"})
-    energy_gains = True
+    gain_unit = "energy"
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""

@@ -14,7 +14,7 @@ from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import columns_of, filter_norms, not_plain, require_number
+from growconv.solvers.existing import columns_of, filter_norms, normal, not_plain, require_number
 from growconv.statistics.pair import PairStatistics
 
 
@@ -68,14 +68,17 @@ class GradMax(Solver):
 
     Attributes:
         outgoing: norm of each ω_k relative to the mean over the existing channels.
+        directions: "gradient", or "random": the paper's baseline, Gaussian ω of the same norm and α = 0.
         lift: bias of channels that would be dead, relative to the existing filters' mean norm; 0 refuses them instead.
         rank_tolerance: relative threshold on singular values.
     """
 
     outgoing: float = 0.5
+    directions: str = "gradient"
     lift: float = 1e-3
     rank_tolerance: float = RANK_TOLERANCE
     reads = frozenset({"N_raw"})
+    gain_unit = "loss"
     function_preserving = True
     linearises = True
     needs_closed_form = True
@@ -88,6 +91,8 @@ class GradMax(Solver):
                 got=f"outgoing={self.outgoing}, lift={self.lift}",
                 where="gradmax",
             )
+        if self.directions not in ("gradient", "random"):
+            raise SolverError("unknown directions", expected="gradient or random", got=self.directions, where="gradmax")
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
@@ -105,7 +110,14 @@ class GradMax(Solver):
         (raw,) = require_statistics(subject, "N_raw")
         requested = require_number(channels, self.name, site)
         stacked = torch.cat([each.flatten(1) for each in raw], 1)
-        every = gradmax(stacked, requested + NOT_TAKEN, self.rank_tolerance)
+        if self.directions == "random":
+            drawn = normal((requested, stacked.shape[1]), stacked, generator)
+            omega = drawn / drawn.norm(dim=1, keepdim=True)
+            gains = (stacked @ omega.mT).square().sum(0)
+            order = gains.argsort(descending=True)
+            every = GradMaxChannels(omega[order], gains[order])
+        else:
+            every = gradmax(stacked, requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = omega.shape[0]
         parts = omega.split([each[0].numel() for each in raw], 1)

@@ -7,8 +7,9 @@ changes at first. Three of the paper's initialisations (section 3.2):
 - NORTH-Select: of many random filters those whose responses after the activation are most orthogonal to the old ones;
 - NORTH-Weight: filters orthogonal to the old filters.
 
-NORTH-Random is the method `random`. The paper's trigger, the effective dimension φ of the responses (section 3.1),
-chooses how many where "auto" is asked for: ⌊C·(φ − γ)⌋ channels.
+NORTH-Random is the method `random`. The effective dimension φ of what the consumers read of the old channels (section
+3.1) goes along with the proposal as `measured["rank"]`; the paper's trigger, which decides by it, is the policy
+`growconv.growth.RankTrigger`.
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from growconv.solvers.existing import (
     normalised,
     picked_rows,
     random_filters,
+    require_number,
     silent_outgoing,
     units_of,
 )
@@ -44,15 +46,16 @@ from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 
-def effective_dimension(gram: Float[Tensor, "c c"], tolerance: float = 0.01) -> int:
+def effective_dimension(gram: Float[Tensor, "c c"], tolerance: float = 0.01, relative: bool = True) -> int:
     """How many directions C responses use: singular values of H/√n above a tolerance (φ^ED of section 3.1, times C).
 
     Args:
         gram: second moment of the responses over samples and locations, whose eigenvalues are those values squared.
-        tolerance: relative to the largest singular value, where the paper's ε = 0.01 is absolute.
+        tolerance: ε.
+        relative: ε is a share of the largest singular value; False: a number, as in the paper.
     """
     values = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
-    return int((values > tolerance * values.max()).sum()) if bool(values.max() > 0) else 0
+    return int((values > tolerance * (values.max() if relative else 1.0)).sum()) if bool(values.max() > 0) else 0
 
 
 def orthogonal_filters(
@@ -130,14 +133,15 @@ class North(Solver):
     Attributes:
         variant: "pre" (second moment of the patches), "select" (kept samples) or "weight" (no data).
         candidates: random filters drawn per new channel in "select".
-        gamma: γ of the trigger, used for "auto": the share of directions in use above which channels are added.
-        tolerance: singular values below this share of the largest are no direction (the paper's ε is 0.01).
+        tolerance: singular values of the old responses below it are no direction (the paper's ε is 0.01).
+        relative: `tolerance` is a share of the largest singular value; False: a number, as in the paper.
     """
 
     variant: str = "pre"
     candidates: int = 16
-    gamma: float = 0.9
     tolerance: float = 0.01
+    relative: bool = True
+    gain_unit = "rank"
     function_preserving = True
 
     def __post_init__(self) -> None:
@@ -163,15 +167,11 @@ class North(Solver):
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
         """See `Solver.solve`; every producer's filters are orthogonal to its own old ones."""
+        requested = require_number(channels, self.name, site)
         if self.variant == "select":
-            kept = require_samples(cast(PairStatistics, subject), self.name)  # it reads samples, so it gets them
-            return self._select(kept, channels, model, generator)
+            return self._select(cast(PairStatistics, subject), requested, model, generator)  # it reads samples
         old = {path: flattened(*_exact(model, path, site)) for path in site.producers}
         grams = {path: self._gram(subject, site, path, rows) for path, rows in old.items()}
-        used = torch.block_diag(*(rows @ grams[path] @ rows.mT for path, rows in old.items()))
-        requested = self._number(used, channels, site, sum(map(len, old.values())))
-        if requested == 0:
-            return self._none(site, model)
         found: dict[str, Tensor] = {}
         units = requested // site.granularity
         for path, rows in old.items():
@@ -185,6 +185,18 @@ class North(Solver):
             reason = f"asked for {requested}, got {left}: no more directions are free of the old responses"
         rows = {path: found[path][: units * (len(old[path]) // units_of(site))] for path in found}
         return self._grown(site, model, rows, requested, reason, subject)
+
+    def _measured(self, site: GrowthSite, model: nn.Module, subject: PairStatistics | None) -> dict[str, float]:
+        """The share of directions that the consumers read of the old units; in variant "weight", that filters span."""
+        if self.variant == "weight":
+            rows = [flattened(*_exact(model, path, site)).unflatten(0, (units_of(site), -1)) for path in site.producers]
+            responses = torch.cat([each.flatten(1) for each in rows], 1)
+        elif subject is not None and subject.samples_kept is not None:
+            responses = _old_responses(subject.samples_kept)
+        else:
+            return {}
+        gram = responses @ responses.mT / responses.shape[1]
+        return {"rank": effective_dimension(gram, self.tolerance, self.relative) / len(gram)}
 
     def _gram(self, subject: PairStatistics | None, site: GrowthSite, path: str, old: Tensor) -> Tensor:
         """Second moment of a producer's patches; the identity where responses are not looked at."""
@@ -242,17 +254,15 @@ class North(Solver):
             requested=requested,
             reason=reason,
             norms=norms,
+            measured=self._measured(site, model, subject),
         )
 
     def _select(
-        self, kept: KeptSamples, channels: Channels, model: nn.Module, generator: torch.Generator | None
+        self, subject: PairStatistics, requested: int, model: nn.Module, generator: torch.Generator | None
     ) -> ChannelGrowth:
         """NORTH-Select: responses after everything in between, as the consumers see them."""
+        kept = require_samples(subject, self.name)
         site, size = kept.site, kept.site.granularity
-        old = torch.cat([self._old_responses(each, path) for each in kept.passes for path in site.consumers], 1)
-        requested = self._number(old @ old.mT, channels, site, site.width)
-        if requested == 0:
-            return self._none(site, model)
         units, pool = requested // size, requested // size * self.candidates
         drawn, biases = random_filters(site, model, pool * size, generator)
         drawn, biases = normalised(drawn, biases, filter_norms(site, model).mean(), pool)
@@ -261,9 +271,9 @@ class North(Solver):
         with torch.no_grad():
             for each in kept.passes:
                 read = each.read(drawn, biases, Inserted(norms=measured))
-                parts += [self._responses(each, path, read[path], pool) for path in site.consumers]
+                parts += [_responses(each, path, read[path], pool) for path in site.consumers]
         new = torch.cat(parts, 1)
-        chosen, _ = most_orthogonal(new, old, units)
+        chosen, _ = most_orthogonal(new, _old_responses(kept), units)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
@@ -272,33 +282,27 @@ class North(Solver):
             outgoing=silent_outgoing(site, model, requested),
             gains=new.new_zeros(requested),
             requested=requested,
+            measured=self._measured(site, model, subject),
             norms={p: (picked_rows(m, chosen, pool), picked_rows(v, chosen, pool)) for p, (m, v) in measured.items()},
         )
 
-    def _responses(self, piece: KeptPass, path: str, read: Calls, units: int) -> Tensor:
-        """What a consumer reads as one row a unit: (units, entries · samples · locations)."""
-        axis = layers.channel_axis(piece.region.site.model.get_submodule(path), read[0].dim())
-        return torch.cat([each.movedim(axis, 0).unflatten(0, (units, -1)).flatten(1) for each in read], 1)
 
-    def _old_responses(self, piece: KeptPass, path: str) -> Tensor:
-        """The same of the old units."""
-        places = piece.region.places[path, IN]
-        axis = layers.channel_axis(piece.region.site.model.get_submodule(path), piece.h[path][0].dim())
-        own = [each.index_select(axis, places.flatten()) for each in piece.h[path]]
-        return self._responses(piece, path, own, len(places))
+def _old_responses(kept: KeptSamples) -> Float[Tensor, "u s"]:
+    """What the consumers read of the old units, behind everything in between: one row a unit."""
+    parts = []
+    for piece in kept.passes:
+        for path in kept.site.consumers:
+            places = piece.region.places[path, IN]
+            axis = layers.channel_axis(piece.region.site.model.get_submodule(path), piece.h[path][0].dim())
+            own = [each.index_select(axis, places.flatten()) for each in piece.h[path]]
+            parts.append(_responses(piece, path, own, len(places)))
+    return torch.cat(parts, 1)
 
-    def _number(self, gram: Tensor, channels: Channels, site: GrowthSite, directions: int) -> int:
-        """The number asked for, or for "auto" the excess of the effective dimension over γ of the width."""
-        if channels != "auto":
-            return int(channels)
-        used = effective_dimension(gram, self.tolerance) * site.width / directions
-        return max(int(used - self.gamma * site.width), 0) // site.granularity * site.granularity
 
-    def _none(self, site: GrowthSite, model: nn.Module) -> ChannelGrowth:
-        """No channels: the old ones leave directions unused."""
-        rows = {path: flattened(*_exact(model, path, site))[:0] for path in site.producers}
-        reason = f"nothing added: fewer than {self.gamma:.0%} of the {site.width} directions are in use"
-        return self._grown(site, model, rows, 0, reason, None)
+def _responses(piece: KeptPass, path: str, read: Calls, units: int) -> Tensor:
+    """What a consumer reads as one row a unit: (units, entries · samples · locations)."""
+    axis = layers.channel_axis(piece.region.site.model.get_submodule(path), read[0].dim())
+    return torch.cat([each.movedim(axis, 0).unflatten(0, (units, -1)).flatten(1) for each in read], 1)
 
 
 def _exact(model: nn.Module, path: str, site: GrowthSite) -> tuple[Tensor, Tensor | None]:

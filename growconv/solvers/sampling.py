@@ -68,7 +68,7 @@ def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
     Raises:
         SolverError: a method without statistics of pairs, or a site without closed form.
     """
-    if not solver.energy_gains:
+    if solver.gain_unit != "energy":
         raise SolverError(
             "this method has no gains that more samples would make known",
             expected="a method on the statistics of pairs, such as tiny, exact or functional",

@@ -102,6 +102,7 @@ class Senn(Solver):
     steps: int = 20
     damping: float = 1e-4
     reads = frozenset({"samples"})
+    gain_unit = "score"
     function_preserving = True
 
     def __post_init__(self) -> None:
@@ -175,6 +176,15 @@ class Senn(Solver):
             scores.append(expansion_score(design[None], residual[None], each.precision, self.damping) / len(kept))
         return torch.stack(scores).sum()
 
+    def _old_score(self, kept: KeptSamples, consumers: Sequence["_Consumer"]) -> Tensor:
+        """η of the consumers' old weights without their biases (equation 3), in the unit of Δη'."""
+        scores = []
+        for each in consumers:
+            read = torch.cat([one.own_design(each.path)[each.group] for one in kept.passes], 1)
+            wanted = torch.cat([one.targets(each.path)[each.group] for one in kept.passes], 1)
+            scores.append(expansion_score(read[None], wanted[None], each.precision, self.damping) / len(kept))
+        return torch.stack(scores).sum()
+
     @torch.no_grad()
     def _growth(
         self,
@@ -198,6 +208,7 @@ class Senn(Solver):
             outgoing=silent_outgoing(site, model, requested),
             gains=alone[order].repeat_interleave(size) / size,
             requested=requested,
+            measured={"score": float(self._old_score(kept, consumers))},
             norms={
                 path: (picked_rows(mean, order, units), picked_rows(variance, order, units))
                 for path, (mean, variance) in measured.items()

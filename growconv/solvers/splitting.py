@@ -37,7 +37,6 @@ from growconv.solvers.existing import (
     not_rewritable,
     of_units,
     picked_rows,
-    require_number,
     scaled_rows,
     units_of,
     with_scaled_columns,
@@ -182,7 +181,8 @@ class Splitting(Solver):
     """Old channels split in two along the direction of most negative curvature.
 
     Attributes:
-        step: ε, as a share of the channel's own filter norm.
+        step: ε.
+        relative: ε is a share of the channel's own filter norm; False: a length, as in the paper (its code: 0.01).
         smoothing: width of the softplus that stands for a ReLU's kink in the second derivative, as a share of the root
             mean square of its inputs.
         iterations: largest size of the Krylov spaces.
@@ -190,11 +190,12 @@ class Splitting(Solver):
     """
 
     step: float = 0.1
+    relative: bool = True
     smoothing: float = 0.25
     iterations: int = 24
     tolerance: float = 0.1
     reads = frozenset({"samples"})
-    function_preserving = True
+    gain_unit = "loss"
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
@@ -214,24 +215,44 @@ class Splitting(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; `gains` are −λ_min of the channels that split, in the unit of the loss per filter²."""
-        requested, size = require_number(channels, self.name, site), site.granularity
-        kept = require_samples(subject, self.name)
-        product, start = splitting_matrices(kept, model, self.smoothing)
-        drawn, wanted = normal(tuple(start.shape), start, generator), min(requested // size, units_of(site))
-        values, vectors = lowest_eigenpairs(product, drawn, self.iterations, self.tolerance, wanted)
+        """See `Solver.solve`; `gains` are −λ_min of the channels that split, in the unit of the loss per filter².
+
+        "auto" asks for every channel that is not splitting-stable.
+        """
+        requested, size = site.width if channels == "auto" else int(channels), site.granularity
+        wanted = min(requested // size, units_of(site))
+        values, vectors = self.curvatures(require_samples(subject, self.name), model, generator, wanted)
         order = values.argsort()[:wanted]
         order = order[values[order] < -1e-7 * values.abs().max().clamp_min(0)]
-        return self._split(site, model, order, values, vectors, requested)
+        return self.split(site, model, order, values, vectors, requested)
+
+    def curvatures(
+        self, kept: KeptSamples, model: nn.Module, generator: torch.Generator | None, wanted: int | None = None
+    ) -> tuple[Float[Tensor, " u"], Float[Tensor, "u a"]]:
+        """Lowest eigenvalue of every old unit's splitting matrix and its eigenvector, exact for the `wanted` lowest."""
+        product, start = splitting_matrices(kept, model, self.smoothing)
+        drawn = normal(tuple(start.shape), start, generator)
+        return lowest_eigenpairs(product, drawn, self.iterations, self.tolerance, wanted)
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Where old weights are computed from others, so that the old half cannot be moved."""
         return not_rewritable(site, *site.producers, *site.consumers)
 
-    def _split(
+    def split(
         self, site: GrowthSite, model: nn.Module, order: Tensor, values: Tensor, vectors: Tensor, requested: int
     ) -> ChannelGrowth:
-        step = self.step * filter_norms(site, model)
+        """The proposal that splits some units, by their `curvatures`.
+
+        Args:
+            site: the site.
+            model: its model.
+            order: indices of the units that split, (k,).
+            values: lowest eigenvalues of all units.
+            vectors: their eigenvectors.
+            requested: channels asked for.
+        """
+        norms = filter_norms(site, model)
+        step = self.step * norms if self.relative else torch.full_like(norms, self.step)
         old = {path: (filters_of(model, path, site), bias_of(model, path, site)) for path in site.producers}
         moves, shifts = unflattened(vectors * step[:, None], old)
         units, size, chosen = units_of(site), site.granularity, order.tolist()

@@ -88,7 +88,7 @@ class Tiny(Solver):
     shrinkage: float | Literal["auto"] = 0.0
     signs: bool = True
     keep_samples = 128  # enough for a sign
-    energy_gains = True
+    gain_unit = "energy"
     linearises = True
     needs_closed_form = True
 

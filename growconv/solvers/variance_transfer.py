@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
@@ -43,6 +44,8 @@ class VarianceTransfer(Solver):
     """Pairs of new channels that cancel, and old weights rescaled to the larger fan-in.
 
     Attributes:
+        output_layers: paths of consumers that are output layers. Table 1 has another rule for them: old weights times
+            C_t / C_t+1, new ones of variance 1 / fan-in². Nothing undoes that: the logits are smaller by it at first.
         rescale: scale the old outgoing weights by √(C_t / C_t+1). Their change is undone where it costs nothing: in the
             running statistics of a BatchNorm behind the consumer (the paper's way), else, where all in between is
             positively homogeneous, in the old incoming weights or the last norm in between (ours). Where neither is
@@ -50,7 +53,12 @@ class VarianceTransfer(Solver):
     """
 
     rescale: bool = True
-    function_preserving = True
+    output_layers: Sequence[str] = ()
+
+    @property
+    def function_preserving(self) -> bool:
+        """Whether no output layer is scaled down."""
+        return not self.output_layers
 
     def solve(
         self,
@@ -62,6 +70,9 @@ class VarianceTransfer(Solver):
     ) -> ChannelGrowth:
         """See `Solver.solve`; of an odd number of channels (or groups) the last reads but is not read."""
         requested, size = require_number(channels, self.name, site), site.granularity
+        unknown = [path for path in self.output_layers if path not in dict(model.named_modules())]
+        if unknown:
+            raise SolverError("the model has no such output layer", got=unknown[0], where="output_layers")
         units = requested // size
         pairs = units // 2
         single = units - 2 * pairs
@@ -74,7 +85,8 @@ class VarianceTransfer(Solver):
             old = columns_of(site, model, path)
             fan_in = filters_of(model, path).shape[1] + units * old.shape[2]
             fan_in *= old[0, 0, 0].numel()
-            half = normal((old.shape[0], pairs, *old.shape[2:]), old, generator) / fan_in**0.5
+            half = normal((old.shape[0], pairs, *old.shape[2:]), old, generator)
+            half = half / fan_in ** (1.0 if path in self.output_layers else 0.5)
             rest = old.new_zeros(old.shape[0], single, *old.shape[2:])
             outgoing[path] = torch.cat([half, -half, rest], 1).flatten(1, 2)
         revised, reason = self._rescaled(site, model, requested) if self.rescale else ({}, None)
@@ -95,13 +107,20 @@ class VarianceTransfer(Solver):
         fixed = not_rewritable(site, *site.producers, *site.consumers)
         if fixed is not None:
             return {}, f"old weights not rescaled: {fixed}"
-        behind = {path: batch_norm_behind(site, model, path) for path in site.consumers}
+        ratio = site.width / (site.width + channels)
+        heads = [path for path in site.consumers if path in self.output_layers]
+        others = [path for path in site.consumers if path not in heads]
+        behind = {path: batch_norm_behind(site, model, path) for path in others}
         if all(norm is not None for norm in behind.values()):
-            return _rescaled_consumers(site, model, channels, behind), None
+            return _rescaled_columns(site, model, heads, ratio) | _rescaled_consumers(
+                site, model, channels, behind
+            ), None
         obstacle = _not_homogeneous(site, model)
         if obstacle is not None:
             return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every consumer"
-        return _rescaled_pair(site, model, (site.width / (site.width + channels)) ** 0.5), None
+        # what they read is scaled up by the root, for the output layers too
+        scaled = _rescaled_columns(site, model, others, ratio**0.5) | _rescaled_columns(site, model, heads, ratio**1.5)
+        return scaled | _scaled_up(site, model, ratio**-0.5), None
 
 
 def batch_norm_behind(site: GrowthSite, model: nn.Module, path: str) -> str | None:
@@ -116,7 +135,7 @@ def _rescaled_consumers(
 ) -> dict[str, Tensor]:
     """Every consumer's old weights and bias scaled for its larger fan-in, and the BatchNorm behind it to match."""
     revised = {}
-    for path in site.consumers:
+    for path in behind:
         layer = layers.weighted(model.get_submodule(path))
         width = filters_of(model, path).shape[1]
         scale = (width / (width + int(channels * site.ratio(path)) // layer.groups)) ** 0.5
@@ -133,18 +152,21 @@ def _rescaled_consumers(
     return revised
 
 
-def _rescaled_pair(site: GrowthSite, model: nn.Module, scale: float) -> dict[str, Tensor]:
-    """Old outgoing weights scaled down, and what they read scaled up by the same factor."""
+def _rescaled_columns(site: GrowthSite, model: nn.Module, paths: Sequence[str], scale: float) -> dict[str, Tensor]:
+    """Old outgoing weights of some consumers times a factor."""
+    factor = torch.full((units_of(site),), scale, dtype=torch.float64)
+    return {f"{path}.weight": with_scaled_columns(site, model, path, factor) for path in paths}
+
+
+def _scaled_up(site: GrowthSite, model: nn.Module, scale: float) -> dict[str, Tensor]:
+    """What sets the scale of what the consumers read, times a factor."""
     revised = {}
-    for path in site.consumers:
-        factor = torch.full((units_of(site),), scale, dtype=torch.float64)
-        revised[f"{path}.weight"] = with_scaled_columns(site, model, path, factor)
     for path in _scaled_layers(site):
         module = model.get_submodule(path)
         for name in ("weight", "bias"):
             value = getattr(module, name, None)
             if isinstance(value, Tensor):
-                revised[f"{path}.{name}"] = value.detach() / scale
+                revised[f"{path}.{name}"] = value.detach() * scale
     return revised
 
 

@@ -121,10 +121,10 @@ class PlainNet(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with a skip connection (He et al. 2016); `middle` channels between them are free to grow."""
 
-    def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str):
+    def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str, inner: str):
         super().__init__()
-        self.conv1 = conv(incoming, middle, 3, stride, norm=norm)
-        self.norm1 = make_norm(norm, middle)
+        self.conv1 = conv(incoming, middle, 3, stride, norm=inner)
+        self.norm1 = make_norm(inner, middle)
         self.activation1 = make_activation(activation)
         self.conv2 = conv(middle, outgoing, 3, norm=norm)
         self.norm2 = make_norm(norm, outgoing)
@@ -141,12 +141,12 @@ class BasicBlock(nn.Module):
 class PreactivationBlock(nn.Module):
     """Norm and activation before each convolution (Zagoruyko and Komodakis 2016); `middle` is free to grow."""
 
-    def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str):
+    def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str, inner: str):
         super().__init__()
         self.norm1 = make_norm(norm, incoming)
         self.activation1 = make_activation(activation)
-        self.conv1 = conv(incoming, middle, 3, stride, norm=norm)
-        self.norm2 = make_norm(norm, middle)
+        self.conv1 = conv(incoming, middle, 3, stride, norm=inner)
+        self.norm2 = make_norm(inner, middle)
         self.activation2 = make_activation(activation)
         self.conv2 = conv(middle, outgoing, 3, norm=norm)
         self.shortcut = nn.Identity()
@@ -165,6 +165,7 @@ class ResidualNet(nn.Module):
         block: `BasicBlock` or `PreactivationBlock`.
         stages: (channels at factor 1, blocks) of each stage.
         stem: channels of the first convolution at factor 1.
+        inner_norm: norm between the two convolutions of a block; None: `norm`.
         downsampling_stem: 7×7 stride 2 and pooling in the stem, for images of 96 pixels and more.
     """
 
@@ -180,6 +181,7 @@ class ResidualNet(nn.Module):
         hidden: float = 1.0,
         norm: str = "batch",
         activation: str = "relu",
+        inner_norm: str | None = None,
         downsampling_stem: bool = False,
     ):
         super().__init__()
@@ -197,7 +199,7 @@ class ResidualNet(nn.Module):
             outgoing, middle = scaled(planned, width), scaled(planned, width * hidden)
             for position in range(count):
                 stride = 2 if index > 0 and position == 0 else 1
-                blocks.append(block(channels, middle, outgoing, stride, norm, activation))
+                blocks.append(block(channels, middle, outgoing, stride, norm, activation, inner_norm or norm))
                 channels = outgoing
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(make_norm(norm, channels), make_activation(activation)) if preactivation else None

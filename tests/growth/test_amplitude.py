@@ -115,8 +115,29 @@ def test_at_the_cap_no_new_channel_is_strong_beside_the_old_ones(chain, proposed
     outgoing = reader.weight.transpose(0, 1).flatten(1).norm(dim=1).detach()
     strength = float((incoming * outgoing)[3:].max() / (incoming[:3].mean() * outgoing[:3].mean()))
     weight = float(outgoing[3:].max() / outgoing[:3].mean())
-    assert max(strength / (1 / 8), weight / (1 / 2)) == pytest.approx(1, rel=1e-9)
-    assert (weight == pytest.approx(1 / 2)) == quiet
+    assert max(strength, weight / 4) == pytest.approx(1, rel=1e-9)
+    assert (weight == pytest.approx(4)) == quiet
+
+
+@pytest.mark.parametrize("strongest", [1 / 4, 2.0, None])
+def test_the_search_goes_as_far_as_its_cap_allows_and_without_one_as_far_as_the_loss_falls(
+    chain, batches_of, proposed, strongest
+) -> None:
+    model = chain(3, 4, norm=False).double()
+    with torch.no_grad():
+        model[-1].weight *= 0.05  # the network has hardly begun: much larger channels help at once
+        model[3].weight *= 0.05
+    site, growth = proposed(model)
+    choice = choose_amplitude(
+        model, site, growth, batches_of(2, start=600, dtype=torch.float64), F.cross_entropy, strongest
+    )
+    unit = amplitude_cap(site, growth, 1.0)
+    assert choice.losses[choice.amplitude] == min(choice.losses.values()) < choice.losses[0.0]
+    if strongest is None:
+        assert choice.cap == float("inf")
+        assert max(choice.losses) == 2 * choice.amplitude > 8 * unit
+    else:
+        assert choice.cap == pytest.approx(strongest * unit) == choice.amplitude
 
 
 def test_channels_that_do_harm_start_silent(chain, batches_of, proposed) -> None:

@@ -1,6 +1,7 @@
 """Hazard: the wrong site, the wrong number of channels, a budget that is overrun."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ import torch
 from growconv.errors import ScheduleError
 from growconv.growth.amount import Auto, Exponential, Fixed, Fraction, ToWidth, as_amount
 from growconv.growth.decision import Proposal, Situation
+from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.stop import Budget, NoGain, TargetAccuracy
-from growconv.growth.where import All, Best, Greedy, RoundRobin, as_where
+from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove
+from growconv.growth.where import All, Best, Greedy, RankTrigger, RoundRobin, as_where
 from growconv.network.proposal import ChannelGrowth
+from growconv.solvers import SOLVERS
 
 
 @pytest.fixture
@@ -150,6 +154,60 @@ def test_gains_cannot_be_compared_where_there_are_none(three):
             policy.choose(offers, math.inf, math.inf)
     with pytest.raises(ScheduleError, match="no statistics"):
         NoGain().observe(offers)
+
+
+def test_greedy_takes_a_share_of_all_channels(three):
+    offers = [proposal(site, [3.0 - rank, 2.0 - rank, 1.0 - rank]) for rank, site in enumerate(three.sites)]
+    chosen = Greedy(share=0.3).choose(offers, math.inf, math.inf)  # of 4 + 6 + 8 channels
+    assert sum(taken.growth.channels for taken, _ in chosen) == 5
+    assert Greedy(share=0.3, channels=2).choose(offers, math.inf, math.inf)[0][0].growth.channels == 2
+    with pytest.raises(ScheduleError):
+        Greedy(share=0.0)
+
+
+def test_the_rank_trigger_measures_against_the_largest_rank_seen(three):
+    def offer(site, rank, channels=8):
+        made = proposal(site, [0.0] * channels)
+        return replace(made, growth=replace(made.growth, measured={"rank": rank}))
+
+    def taken(trigger, *offers):
+        return {p.site.name: p.growth.channels for p, _ in trigger.choose(offers, math.inf, math.inf)}
+
+    first, second, _ = three.sites  # 4 and 6 channels
+    trigger = RankTrigger(gamma=0.5)
+    # nothing was seen before: the first rank is the baseline, floor(4 (1 - 0.5)) and floor(6 (0.5 - 0.25))
+    assert taken(trigger, offer(first, 1.0), offer(second, 0.5)) == {first.name: 2, second.name: 1}
+    saved = json.loads(json.dumps(trigger.state_dict()))
+    # the first fell below half of its best; the second passes its own: floor(6 (1 - 0.25)), at most what is offered
+    assert taken(trigger, offer(first, 0.5), offer(second, 1.0, channels=3)) == {second.name: 3}
+    assert taken(trigger, offer(second, 0.5)) == {}
+    resumed = RankTrigger(gamma=0.5)
+    resumed.load_state_dict(saved)
+    assert taken(resumed, offer(first, 0.5), offer(second, 1.0)) == {second.name: 4}
+    with pytest.raises(ScheduleError):
+        RankTrigger(0.0)
+
+
+@pytest.mark.parametrize("method", sorted(SOLVERS))
+def test_a_policy_that_compares_gains_takes_only_methods_that_have_such(three, method):
+    between_sites = {"tiny", "exact", "functional", "senn", "gradmax", "firefly", "splitting"}
+    shares = {"tiny", "exact", "functional", "senn"}
+    policies = [
+        ({"where": Best(by="energy")}, between_sites),
+        ({"where": Greedy(by="energy")}, between_sites),
+        ({"when": GainAbove(0.1, 5)}, shares),
+        ({"when": AnyOf([Every(3), GainAbove(0.1, 5)])}, shares),
+        ({"stop": NoGain()}, shares),
+        ({"where": Best()}, set(SOLVERS)),  # by gradient
+        ({"where": RankTrigger()}, {"north"}),
+        ({"when": AllOf([Every(3), AtSteps([4])])}, set(SOLVERS)),
+    ]
+    for settings, able in policies:
+        if method in able:
+            GrowthScheduler(three.model, None, three.sites, method=method, **settings)
+        else:
+            with pytest.raises(ScheduleError, match=r"compares gains.*has (none|gains in another)"):
+                GrowthScheduler(three.model, None, three.sites, method=method, **settings)
 
 
 def test_budgets_say_what_is_left_and_when_it_is_spent(three):

@@ -67,9 +67,10 @@ def test_warm_up_scales_exactly_the_new_entries(chain, sites_of, batches_of, kin
             assert torch.equal(scaled[name][~new], update[~new])
 
 
-def test_stage_rates_follow_the_size_of_each_block(chain, sites_of, batches_of):
+@pytest.mark.parametrize("kind", ["rms", "frobenius"])
+def test_stage_rates_follow_the_size_of_each_block(chain, sites_of, batches_of, kind):
     plain_model, plain, _ = grown(chain, sites_of, batches_of, None, rounds=2)
-    rates = StageRates(lowest=0.05, highest=20.0)
+    rates = StageRates(lowest=0.05, highest=20.0, size=kind)
     model, optimizer, scheduler = grown(chain, sites_of, batches_of, rates, rounds=2)
     with torch.no_grad():
         model[3].weight[4:] *= 7.0
@@ -77,7 +78,8 @@ def test_stage_rates_follow_the_size_of_each_block(chain, sites_of, batches_of):
     weight, stages = model[3].weight.detach().clone(), stages_of(model, scheduler.history)[model[3].weight]
     full, scaled = step(plain_model, plain, batches_of(1)), step(model, optimizer, batches_of(1))
     blocks = stages.expand_as(weight)
-    sizes = [weight[blocks == stage].double().square().mean().sqrt() for stage in range(3)]
+    squares = [weight[blocks == stage].double().square() for stage in range(3)]
+    sizes = [(each.mean() if kind == "rms" else each.sum()).sqrt() for each in squares]
     for stage in range(3):
         rate = float((sizes[stage] / sizes[0]).clamp(0.05, 20.0)) if stage else 1.0
         update, expected = scaled["3.weight"][blocks == stage], rate * full["3.weight"][blocks == stage]
@@ -124,7 +126,7 @@ def test_a_warm_up_resumes_exactly(chain, sites_of, batches_of):
     "build",
     [
         lambda: WarmUp(0), lambda: WarmUp(5, 1.5), lambda: WarmUp(5, 0.0, 0.0), lambda: StageRates(0.0),
-        lambda: StageRates(2.0, 1.0), lambda: WidthRates("momentum"),
+        lambda: StageRates(2.0, 1.0), lambda: StageRates(size="max"), lambda: WidthRates("momentum"),
     ],
 )  # fmt: skip
 def test_settings_without_sense_are_refused(build):

@@ -132,7 +132,7 @@ def test_every_answer_says_why():
         lambda: AtSteps([5, 3]), lambda: AtSteps([3, 3]), lambda: LengtheningStages(0),
         lambda: LengtheningStages(5, -0.1),
         lambda: Plateau("loss", patience=0), lambda: Plateau("loss", min_delta=-1.0), lambda: GainAbove(0.0, 5),
-        lambda: GainAbove(1.5, 5), lambda: AllOf([]),
+        lambda: GainAbove(0.5, 5, -1), lambda: AllOf([]),
     ],
 )  # fmt: skip
 def test_settings_without_sense_are_refused(build):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from growconv.training import sources
+from growconv.training import models, sources
 from growconv.training.config import compose, conf_dir, plain
 from growconv.training.experiment import run
 
@@ -72,4 +73,13 @@ def test_every_recipe_runs_two_steps_and_grows(name, tmp_path, random_images):
 def test_variance_transfer_grows_the_skip_connections_too():
     config = plain(compose(["experiment=variance_transfer_resnet20_cifar10"]))
     assert config["growth"]["start_width"] == 0.25
-    assert config["growth"]["scheduler"]["learning_rate"] == {"policy": "StageRates"}
+    assert config["growth"]["scheduler"]["learning_rate"]["size"] == "frobenius"
+
+
+def test_the_blocks_of_gradmax_have_no_norm_inside_unless_asked():
+    for override, norm in (([], nn.Identity), (["model.args.inner_norm=batch"], nn.BatchNorm2d)):
+        config = plain(compose(["experiment=gradmax_wrn28_cifar10", *override]))
+        block = models.wrn28(in_channels=3, classes=10, image_size=32, **config["model"]["args"]).blocks[0]
+        assert isinstance(block.norm1, nn.BatchNorm2d)
+        assert isinstance(block.norm2, norm)
+        assert (block.conv1.bias is None) == (norm is nn.BatchNorm2d)

@@ -88,6 +88,24 @@ def test_activations_with_a_slope_at_zero_keep_filters_of_zero(activation: type[
     assert not growth.alpha_bias.any()
 
 
+def test_random_directions_have_the_same_norm_and_the_gradients_that_their_gains_tell() -> None:
+    model = pair()
+    batches = teacher_batches(model, channels=3)
+    site, stats = collected(model, batches, quantities={"N_raw"})
+    best = solve(stats, "gradmax", channels=2)
+    growth = solve(stats, "gradmax", 2, generator=torch.Generator().manual_seed(0), directions="random")
+    sizes = growth.omega.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(sizes, best.omega.transpose(0, 1).flatten(1).norm(dim=1))
+    assert not growth.alpha.any()
+    assert growth.gains[0] >= growth.gains[1]
+    assert growth.gains.sum() < best.gains.sum()
+    growconv.grow(model, site, growth)
+    expected = float((growth.gains * sizes.square()).sum()) ** 0.5
+    assert gradient_norm(model, batches, 2) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(SolverError, match="unknown directions"):
+        get_solver("gradmax", directions="other")
+
+
 def test_fewer_directions_than_channels() -> None:
     N = torch.zeros(4, 2, 3)
     N[0, 0, 0], N[1, 1, 1] = 2.0, 1.0

@@ -1,5 +1,7 @@
 """firefly: Taylor gains are derivatives of the loss, training raises them, the largest are kept."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -8,7 +10,44 @@ from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.apply import grow
 from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
+from growconv.solvers.existing import filter_norms
 from growconv.solvers.firefly import Candidates
+from growconv.solvers.splitting import Splitting
+
+
+@pytest.mark.parametrize("name", ["tanh", "norm", "fan", "residual"])
+def test_halves_of_old_channels_compete_with_new_ones(make, collect, name):
+    model, x, y = make(name)
+    model.eval()
+    statistics = collect(model, x, y, {"samples"})
+    site, options = (
+        statistics.growth_site,
+        {"splits": True, "candidates": 1, "steps": 2, "strength": 3e-4, "step": 0.05},
+    )
+    every = solve(statistics, "firefly", 8, generator=torch.Generator().manual_seed(0), **options)
+    assert (every.gains.diff() <= 0).all()
+    alone = Splitting(step=0.05).solve(statistics, site, "auto", model, torch.Generator().manual_seed(0))
+    norms = filter_norms(site, model)
+    for index, channel in enumerate(every.copied_from.tolist()):
+        if channel >= 0:  # what a split takes off the loss: ε²/2·|λ|
+            half = alone.copied_from.tolist().index(channel)
+            expected = float(alone.gains[half] * (0.05 * norms[channel]) ** 2 / 2)
+            assert float(every.gains[index]) == pytest.approx(expected, rel=1e-3)
+    if name in ("tanh", "norm"):
+        assert {channel < 0 for channel in every.copied_from.tolist()} == {True, False}
+    old, before = copy.deepcopy(model), functional.cross_entropy(model(x), y).item()
+    grow(model, site, every)
+    if name == "tanh":  # smooth: the second derivative is that of the loss
+        decrease = before - functional.cross_entropy(model(x), y).item()
+        assert decrease == pytest.approx(every.expected_decrease, rel=0.15)
+    if name == "norm":
+        for index, channel in enumerate(every.copied_from.tolist()):
+            if channel >= 0:
+                assert model[1].running_var[4 + index] == old[1].running_var[channel]
+                assert model[1].weight[4 + index] == old[1].weight[channel]
+            else:  # transparent
+                root = (model[1].running_var[4 + index] + model[1].eps).sqrt()
+                assert float(model[1].weight[4 + index].detach()) == pytest.approx(float(root))
 
 
 @pytest.mark.parametrize("name", ["relu", "norm", "tanh", "gelu and pooling", "fan", "linear", "residual", "depthwise"])

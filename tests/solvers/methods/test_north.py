@@ -94,6 +94,7 @@ def test_weight_variant_needs_no_data(make):
     old = torch.cat([model[0].weight.flatten(1), model[0].bias[:, None]], 1)
     new = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1)
     assert cosines(new, old) < 1e-10
+    assert growth.measured["rank"] == 1
 
 
 @pytest.mark.parametrize("name", ["relu", "norm", "residual", "fan"])
@@ -149,16 +150,26 @@ def test_effective_dimension_counts_directions():
     assert effective_dimension(torch.zeros(3, 3), 0.01) == 0
 
 
-def test_auto_adds_what_the_trigger_says(make, collect):
-    model, x, y = make("relu")
-    statistics = collect(model, x, y, {"patch"})
-    assert solve(statistics, "north", "auto", gamma=0.5).channels == 2
-    with torch.no_grad():
-        model[0].weight[1:] = model[0].weight[:1]
-        model[0].bias[1:] = model[0].bias[:1]
-    nothing = solve(collect(model, x, y, {"patch"}), "north", "auto", gamma=0.5)
-    assert nothing.channels == 0
-    assert "nothing added" in nothing.reason
+@pytest.mark.parametrize("variant", ["pre", "select"])
+@pytest.mark.parametrize("name", ["relu", "linear"])
+def test_the_rank_is_that_of_what_the_consumer_reads(make, collect, name, variant):
+    model, x, y = make(name)
+    producer = model[0 if name != "linear" else 1]
+    with torch.no_grad():  # two channels that differ before the activation, and not behind it: both are off
+        producer.weight[:2] *= 1e-3
+        producer.bias[:2] = -1.0
+    model.eval()
+    statistics = collect(model, x, y, {"patch", "samples"})
+    (site,), seen = [statistics.growth_site], []
+    hook = model.get_submodule(site.consumers[0]).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    hook.remove()
+    responses = seen[0].detach().transpose(0, 1).flatten(1)
+    values = torch.linalg.svdvals(responses / responses.shape[1] ** 0.5)
+    for relative, least in ((True, 0.01 * values.max()), (False, 0.01)):
+        growth = solve(statistics, "north", 2, variant=variant, relative=relative)
+        assert growth.measured["rank"] == int((values > least).sum()) / len(responses)
+    assert growth.measured["rank"] < 1
 
 
 def test_bad_hyperparameters_and_missing_statistics_are_named(make, collect):
@@ -167,5 +178,7 @@ def test_bad_hyperparameters_and_missing_statistics_are_named(make, collect):
         solve(find_sites(model, x)[0], "north", 2, variant="post")
     with pytest.raises(SolverError, match="needs statistics"):
         solve(find_sites(model, x)[0], "north", 2)
+    with pytest.raises(SolverError, match="no measure by which to choose"):
+        solve(collect(model, x, y, {"patch"}), "north", "auto")
     with pytest.raises(SolverError, match="patches was not collected"):
         solve(collect(model, x, y, {"S"}), "north", 2)

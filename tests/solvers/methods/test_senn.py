@@ -96,6 +96,8 @@ def test_the_optimum_of_a_linear_pair_is_found():
         1e-8,
     )
     assert reached == pytest.approx(best.item(), rel=1e-3)
+    read = statistics.samples_kept.h[site.consumers[0]]
+    assert growth.measured["score"] == pytest.approx(float(natural_gain(read, wanted, precision)), rel=1e-6)
 
 
 def score_together(statistics, growth):

@@ -111,6 +111,17 @@ def test_the_channels_with_the_most_negative_curvature_split_along_it(make, coll
         assert abs(move @ spectra[channel].eigenvectors[:, 0]) == pytest.approx(1, abs=1e-4)
 
 
+def test_auto_splits_every_channel_that_is_not_stable_by_a_step_of_a_given_length(make, collect):
+    model, x, y = make("tanh")
+    statistics = collect(model, x, y, {"samples"})
+    lowest = [torch.linalg.eigvalsh(split_hessian(model, x, y, channel, 0.25))[0] for channel in range(4)]
+    growth = solve(statistics, "splitting", "auto", step=0.01, relative=False, iterations=28)
+    assert growth.channels == sum(float(value) < -1e-7 * max(map(abs, lowest)) for value in lowest) > 0
+    moved = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1)
+    old = torch.cat([model[0].weight.flatten(1), model[0].bias[:, None]], 1)[growth.copied_from]
+    torch.testing.assert_close((moved - old).norm(dim=1), torch.full((growth.channels,), 0.01, dtype=torch.float64))
+
+
 def test_the_loss_falls_as_predicted_to_second_order(make, collect):
     model, x, y = make("tanh")
     statistics = collect(model, x, y, {"samples"})

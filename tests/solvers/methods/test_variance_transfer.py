@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from growconv.errors import SolverError
 from growconv.network.apply import grow
 from growconv.network.find import find_sites
-from growconv.solvers import solve
+from growconv.solvers import get_solver, solve
 from growconv.solvers.variance_transfer import batch_norm_behind
 
 
@@ -77,6 +78,47 @@ def test_without_a_norm_behind_the_incoming_side_compensates(make):
     torch.testing.assert_close(new["0.weight"][:4], old["0.weight"] * 2)
     torch.testing.assert_close(new["0.bias"][:4], old["0.bias"] * 2)
     assert growth.reason is None
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_output_layers_take_the_other_rule_of_the_table(norm):
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm2d(40)] if norm else []
+    model = nn.Sequential(
+        nn.Conv2d(3, 40, 3), *middle, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 50)
+    )
+    x, head = torch.randn(4, 3, 6, 6), str(4 + norm)
+    model.eval()
+    (site,) = find_sites(model, x)
+    before, bias = model(x).detach(), model[-1].bias.detach()
+    solver = get_solver("variance_transfer", output_layers=[head])
+    assert not solver.function_preserving
+    growth = solve(site, solver, 60, generator=torch.Generator().manual_seed(0))
+    grow(model, site, growth)
+    assert growth.omega.std() == pytest.approx(1 / 100, rel=0.05)
+    torch.testing.assert_close(model(x) - bias, 0.4 * (before - bias), rtol=1e-4, atol=1e-6)
+    with pytest.raises(SolverError, match="no such output layer"):
+        solve(site, "variance_transfer", 2, output_layers=["head"])
+
+
+def test_an_output_layer_beside_others_has_its_own_factor():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            return self.head(x.mean((2, 3))), self.b(x)
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 6, 6)
+    (site,) = (each for each in find_sites(model, x) if "head" in each.name)
+    (logits, maps), bias = model(x), model.head.bias.detach()
+    grow(model, site, solve(site, "variance_transfer", 12, output_layers=["head"]))
+    after, same = model(x)
+    torch.testing.assert_close(same, maps, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after - bias, (logits - bias) / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_where_no_scale_passes_old_weights_stay_and_the_growth_says_so(make):
