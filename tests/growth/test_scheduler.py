@@ -433,7 +433,7 @@ def test_settings_that_contradict_are_refused_before_training(chain, sites_of, d
         GrowthScheduler(model, optimizer_of(other), sites)
     with pytest.raises(GrowthError, match="no such growth method"):
         GrowthScheduler(model, optimizer, sites, method="tinny")
-    for wrong in ({"where": "best"}, {"when": GainAbove(0.1, 5)}, {"stop": NoGain()}):
+    for wrong in ({"where": Best(by="energy")}, {"when": GainAbove(0.1, 5)}, {"stop": NoGain()}):
         with pytest.raises(ScheduleError, match="compares gains"):
             GrowthScheduler(model, optimizer, sites, method="random", **wrong)
 
