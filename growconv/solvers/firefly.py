@@ -112,7 +112,7 @@ class Firefly(Solver):
     ) -> ChannelGrowth:
         """The best of new channels and halves of old ones, compared by what they take off the loss."""
         kept, site = candidates.kept, candidates.kept.site
-        splitting = Splitting(step=self.step)
+        splitting = Splitting(step=self.step, tolerance=0.01)  # their gains are compared with those of others
         values, vectors = splitting.curvatures(kept, model, generator)
         units, size = units_of(site), site.granularity
         old = [columns_of(site, model, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
