@@ -1,7 +1,7 @@
 """Channel classes: what lives and dies together, gathered into channel spaces whose positions form runs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -132,7 +132,9 @@ class Torn(Exception):
         self.space = space
 
 
-def runs_of(axis: NDArray[np.int64], units: Sequence[int], entries: Sequence[int]) -> tuple[Run, ...]:
+def runs_of(
+    axis: NDArray[np.int64], units: Sequence[int] | Mapping[int, int], entries: Mapping[int, int]
+) -> tuple[Run, ...]:
     """The runs that an axis is made of.
 
     Args:

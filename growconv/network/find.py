@@ -22,11 +22,11 @@ from growconv.network.model import (
     undisturbed,
     unwrapped,
 )
-from growconv.network.plan import tied_weights
+from growconv.network.plan import parameter_names, tied_weights
 from growconv.network.proof import Proof
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.routes import Route
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, Numbers, look
 
@@ -215,24 +215,24 @@ def analyse(
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = copied(model)
     with undisturbed(twin):
-        strict = _numbered(twin, examples)
-        numbers = _numbered(twin, examples, repeated=True) if collapsed(strict) else strict
-        found, widening = _analysed(model, twin, examples, strict, numbers, rehearse)
-        sites = _sites(found)
+        strict, ways = _numbered(twin, examples)
+        numbers = _numbered(twin, examples, repeated=True)[0] if collapsed(strict) else strict
+        found, widening = _analysed(model, twin, ways, strict, numbers, rehearse)
+        sites, untouched = _sites(found), copied(model)
         for _ in range(len(found.spaces) if rehearse else 0):
-            failed = Proof(copied(model), examples, sites).failures()
+            failed = Proof(untouched, examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
                 found.spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        _enter_sites(found, sites, copied(model), examples)
+        _enter_sites(found, sites, untouched, examples)
     return found
 
 
 def _analysed(
-    model: nn.Module, twin: nn.Module, examples: Sequence[Example], strict: Numbers, numbers: Numbers, rehearse: bool
+    model: nn.Module, twin: nn.Module, ways: Sequence[Example], strict: Numbers, numbers: Numbers, rehearse: bool
 ) -> tuple[Analysis, Widening]:
     """The spaces that take other widths; halves that a split needs equal grow together where they must."""
 
@@ -241,7 +241,7 @@ def _analysed(
         if numbers.repeated:
             mark_copied(strict, numbers, spaces)
         _refuse_layers(twin, numbers, spaces)
-        widening = Widening(twin, examples, numbers, spaces, whole_groups)
+        widening = Widening(twin, ways, numbers, spaces, whole_groups)
         return Analysis(model, numbers, spaces, Layout({}, (), {}), outputs), widening
 
     def live(each: tuple[Analysis, Widening]) -> int:
@@ -253,13 +253,14 @@ def _analysed(
         return found
     tied, joint = _tied_parts(numbers, found[0].spaces), None
     if tied is not None:
-        apart, found = found[1].takes_all(), widened(numbers)
-        if not apart:
-            joint = widened(tied)
-            possible = live(joint)
-            joint[0].layout = joint[1].prove()
-            if live(joint) == possible:
-                return joint
+        if found[1].takes_all():
+            found[0].layout = found[1].relay()
+            return found
+        found, joint = widened(numbers), widened(tied)
+        possible = live(joint)
+        joint[0].layout = joint[1].prove()
+        if live(joint) == possible:
+            return joint
     found[0].layout = found[1].prove()
     return found if joint is None else max(found, joint, key=live)
 
@@ -287,19 +288,25 @@ def whole_groups(path: str, module: nn.Module) -> bool:
     return groups >= layers.size(module, IN) // groups
 
 
-def _numbered(model: nn.Module, examples: Sequence[Example], repeated: bool = False) -> Numbers:
-    """The numbers of a copy, from every example in every mode."""
-    numbers = Numbers(repeated)
+def _numbered(
+    model: nn.Module, examples: Sequence[Example], repeated: bool = False
+) -> tuple[Numbers, tuple[Example, ...]]:
+    """The numbers of a copy, from every example in every mode; of the examples one for each way through the model."""
+    numbers, ways = Numbers(repeated), {}
     for example in examples:
         model.train(example.training)
         same_chance()
+        before = len(numbers.cuts)
         try:
-            look(model, example.arguments, numbers, whole_groups, gradients=True)
+            trail = look(model, example.arguments, numbers, whole_groups, gradients=True)
+            if ways.setdefault((id(example.arguments), trail), example) is not example:
+                del numbers.cuts[before:]
         except LookFailed as failure:
-            if example.training and numbers.order:
-                continue  # a batch of one in front of a batch norm, mostly; rehearsal pretends its way through
+            if example.training and numbers.order:  # a batch of one in front of a batch norm, mostly
+                ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
+                continue
             raise _no_run(model, example.arguments, failure.error) from failure.error
-    return numbers
+    return numbers, tuple(ways.values())
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:
@@ -347,6 +354,7 @@ def _sites(found: Analysis) -> dict[int, GrowthSite]:
     """A site, without routes, for every space that can grow and whose width can be read off the layers."""
     sites: dict[int, GrowthSite] = {}
     names: Counter[str] = Counter()
+    sizes, parameters = sizes_of(found.model, found.layout), parameter_names(found.model)
     for number, space in enumerate(found.spaces):
         if space.reason is None:
             each = _site(found, number, space)
@@ -354,8 +362,8 @@ def _sites(found: Analysis) -> dict[int, GrowthSite]:
             if names[each.name] > 1:  # the same layers have other channels of theirs apart
                 each = replace(each, name=f"{each.name} ({names[each.name]})")
             try:
-                each.check()
-                space.reason = tied_weights(each)
+                each.check(sizes=sizes)
+                space.reason = tied_weights(each, parameters)
             except SiteError as error:
                 space.reason = error.problem
             if space.reason is None:

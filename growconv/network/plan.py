@@ -226,20 +226,34 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     return plan
 
 
-def tied_weights(site: Site) -> str | None:
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """Per parameter, by identity, all the names that it has in a model."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            names.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    return names
+
+
+def tied_weights(site: Site, names: Mapping[int, Sequence[str]]) -> str | None:
     """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
 
     Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight
     that produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a
     layer outside of the site too, cannot keep the function and grow.
+
+    Args:
+        site: where.
+        names: all names of the parameters of its model, as `parameter_names` gives them.
     """
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
-    for path, module in site.model.named_modules():
-        for name, parameter in module._parameters.items():
-            parts.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = set()
+
+    def parts_of(tensor: object) -> dict[str, set[tuple[str, int]]]:
+        return parts.setdefault(id(tensor), {name: set() for name in names.get(id(tensor), ())})
+
     for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
         if path in site.layout.dims:
-            own = parts.get(id(attribute(site.model, path)), {})
+            own = parts_of(attribute(site.model, path))
             where = f"{path} (used on its own)" if own.get(path) else path
             own.setdefault(where, set()).add((ENTRY, site.layout.dims[path]))
             continue
@@ -247,7 +261,7 @@ def tied_weights(site: Site) -> str | None:
         for side in sides:
             for slot in adapter.slots(side):
                 name = f"{path}.{slot.name}"
-                parts.get(id(attribute(site.model, name)), {}).setdefault(name, set()).add((side, slot.axis))
+                parts_of(attribute(site.model, name)).setdefault(name, set()).add((side, slot.axis))
     for shared in parts.values():
         if any(part != next(iter(shared.values())) for part in shared.values()):
             return f"{' and '.join(shared)} are one weight, but play different parts for these channels"

@@ -63,7 +63,7 @@ class Widening:
         self.numbers = numbers
         self.spaces = spaces
         self.whole_groups = whole_groups
-        self.pretender = Pretender(model)
+        self.pretender = Pretender(model, whole_groups)
         self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
         self.sizes |= {key: len(numbers.range_of(key)) for key in {key for key, _ in numbers.owners}}
         self.dims: dict[str, int] = {}
@@ -281,13 +281,13 @@ class Widening:
         return True
 
     def _runs(self, key: Key, live: Sequence[int]) -> tuple[Run, ...]:
-        return self._parse(self._codes(self._axis(key, live)), key, [space.units for space in self.spaces])
+        codes = self._codes(self._axis(key, live))
+        return self._parse(codes, key, {number: self.spaces[number].units for number in _spaces(codes)})
 
-    def _parse(self, codes: Codes, key: Key, units: Sequence[int]) -> tuple[Run, ...]:
+    def _parse(self, codes: Codes, key: Key, units: Sequence[int] | Mapping[int, int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
-        return runs_of(
-            np.where(codes[:, None] < 0, -1, axis), units, [space.counts.get(key, 0) for space in self.spaces]
-        )
+        entries = {number: self.spaces[number].counts.get(key, 0) for number in _spaces(codes)}
+        return runs_of(np.where(codes[:, None] < 0, -1, axis), units, entries)
 
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""
@@ -318,7 +318,8 @@ class Widening:
             space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
             return
         groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
-        guesses = dict.fromkeys((*groups, *BLOCKS))
+        shuffled = [first * second for first in groups for second in groups]  # one of each group in each group
+        guesses = dict.fromkeys((*groups, *BLOCKS, *shuffled))
         for blocks, neighbours in ((blocks, neighbours) for blocks in guesses for neighbours in (False, True)):
             whole = blocks in (1, len(space.roots)) and neighbours
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
@@ -478,10 +479,12 @@ class Pretender:
 
     Args:
         model: a copy that may be changed.
+        whole_groups: whether the groups of a grouped convolution come and go as a whole.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole_groups: Callable[[str, nn.Module], bool]) -> None:
         self.model = model
+        self.whole_groups = whole_groups
         self._widths: dict[str, int] = {}
         for path, module in model.named_modules():
             if layers.is_norm(module):
@@ -491,7 +494,10 @@ class Pretender:
 
     def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-            return layers.pretended(module, x, self._widths.get(path))
+            outputs = self._widths.get(path)
+            if outputs is None and not self.whole_groups(path, module):
+                outputs = layers.size(module, OUT)
+            return layers.pretended(module, x, outputs)
 
         return forward
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.errors import SiteError
 from growconv.network import layers, operations
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
 from growconv.network.site import GrowthSite
 from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of, is_pointwise
@@ -518,12 +518,13 @@ class _Go:
 # ------------------------------------------------------------------------------------------ from a tape
 
 
-def region_of(tape: Tape, site: GrowthSite) -> Region:
+def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Region:
     """The part of a recording that lies between the producers and consumers of a site.
 
     Args:
         tape: a recorded forward pass of the site's model.
         site: the site.
+        sizes: the lengths of the axes, if they are known.
 
     Returns:
         The region; it holds only what it needs of the tape.
@@ -536,7 +537,8 @@ def region_of(tape: Tape, site: GrowthSite) -> Region:
         path: tuple(call.output for call in tape.calls(path)) for path in site.producers if path not in site.layout.dims
     }
     steps, needed = _needed(tape, site, hot, made)
-    places = _places(site)
+    sizes = sizes or site.sizes
+    places = _places(site, sizes)
     memories = {
         tape.values[number].storage
         for step in steps
@@ -544,19 +546,19 @@ def region_of(tape: Tape, site: GrowthSite) -> Region:
         for number in step.outputs
     }
     written = {number for number in (*needed, *made) if tape.values[number].storage in memories}
-    narrow = _in_order(places, site) and all(_is_narrow(tape, step, hot, site) for step in steps)
+    narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
     kept = {number for number in needed if number not in made} | (set() if narrow else made)
     samples = _samples(tape, site)
     return Region(
         site=site,
         steps=tuple(steps),
         constants={number: _constant(tape, number) for number in kept},
-        bare=_bare(tape, kept, site),
+        bare=_bare(tape, kept, site, sizes),
         created=frozenset(written),
         outputs=outputs,
         shapes={number: tape.values[number].tensor.shape for number in made},
         places=places,
-        sizes={key: site.sizes(key) for key in places},
+        sizes={key: sizes(key) for key in places},
         narrow=narrow,
         samples=samples,
         recorded=samples,
@@ -611,7 +613,7 @@ def _constant(tape: Tape, number: int) -> Tensor:
     return tensor if value.source is None else tensor.clone()
 
 
-def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite) -> dict[int, Bare]:
+def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite, sizes: Sizes) -> dict[int, Bare]:
     """The bare parameters and buffers with entries of the site among some values."""
     found = {}
     for number in numbers:
@@ -620,29 +622,28 @@ def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite) -> dict[int, Bar
             continue
         if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
             continue
-        axis, places = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY), device=tensor.device)
+        axis, places = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY, sizes), device=tensor.device)
         own = tensor.index_select(axis, places)
         mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else tensor.narrow(axis, -1, 1)
-        found[number] = Bare(axis, places.view(site.width // site.granularity, -1), mean)
+        found[number] = Bare(axis, places.view(site.layout.units(site.space, sizes), -1), mean)
     return found
 
 
-def _places(site: GrowthSite) -> dict[Key, Tensor]:
+def _places(site: GrowthSite, sizes: Sizes) -> dict[Key, Tensor]:
     """Per axis the positions of the channels, (units, entries of a unit), as they are now."""
-    units = site.width // site.granularity
+    units = site.layout.units(site.space, sizes)
     found = {}
     for path, side in site.axes:
         if path in site.layout.dims:
             continue
         device = next(iter(site.model.get_submodule(path).parameters()), torch.empty(0)).device
-        found[path, side] = torch.tensor(site.entries(path, side), device=device).view(units, -1)
+        found[path, side] = torch.tensor(site.entries(path, side, sizes), device=device).view(units, -1)
     order = [(path, OUT) for path in site.producers] + [(path, IN) for path in site.consumers]
     return {key: found[key] for key in (*order, *found) if key in found}
 
 
-def _in_order(places: Mapping[Key, Tensor], site: GrowthSite) -> bool:
+def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:
     """Whether no axis holds anything else, and all channels lie one after the other."""
-    sizes = site.sizes
     return all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
 
 

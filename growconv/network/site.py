@@ -260,11 +260,12 @@ class GrowthSite(Site):
             return "its channels depend on each other: only copies of all of them keep the function (net2net)"
         return REFUSALS[method](self)
 
-    def check(self, model: nn.Module | None = None) -> None:
+    def check(self, model: nn.Module | None = None, sizes: Sizes | None = None) -> None:
         """Check that a model has this site: its layers by name and kind, their sizes, and weights that can train.
 
         Args:
             model: None for the site's own.
+            sizes: the lengths of the model's axes, if they are known.
 
         Raises:
             SiteError: naming the layer that is missing or another, or the frozen weight.
@@ -283,7 +284,7 @@ class GrowthSite(Site):
                     got="nothing" if found is None else type(found).__name__,
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        sizes = site.sizes
+        sizes = sizes or site.sizes
         for key in site.axes:
             runs = site.layout.axes[key]
             expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)

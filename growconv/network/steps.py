@@ -12,9 +12,8 @@ from growconv.network.layout import OUT
 from growconv.network.model import Arguments, tensors_in
 from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
 from growconv.network.seats import Region, region_of
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values_of, is_pointwise
-from growconv.network.tape import Step as Recorded
 
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"])
@@ -45,12 +44,18 @@ def routes_of(
             output = model(*arguments[0], **arguments[1])
         returned = {tape.number(tensor) for tensor in tensors_in(output)}
         behind = _norms_behind(tape, returned)
-        found = {}
+        found, sizes = {}, sizes_of(model, sites[0].layout) if sites else None
+        known: dict[frozenset[str], dict[str, float | bool]] = {}
         for each in sites:
             site = each.of(model)
             routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
             if replace(site, routes=routes).closed_form:
-                probed = _at_zero(region_of(tape, site))
+                kinds = _kinds(routes)
+                probed = known.get(kinds) if kinds is not None else None
+                if probed is None:
+                    probed = _at_zero(region_of(tape, site, sizes))
+                if kinds is not None:
+                    known[kinds] = probed
                 routes = tuple(replace(route, **probed) for route in routes)  # pyright: ignore[reportArgumentType]
             found[each.name] = routes
         return found
@@ -61,59 +66,61 @@ def routes_of(
 
 def _norms_behind(tape: Tape, returned: Iterable[int]) -> dict[str, str]:
     """Per layer the norm layer that alone takes what it gives, in every call, and takes nothing else."""
-    users: dict[int, list[Recorded]] = {number: [] for number in returned}
-    for number in returned:
-        users[number] = [Rewritten(number, number, number)]  # somebody outside
-    for step in tape.steps:
-        given = (
-            (step.input,)
-            if isinstance(step, LayerCall)
-            else (step.old,)
-            if isinstance(step, Rewritten)
-            else step.inputs
-        )
-        for number in given:
-            users.setdefault(number, []).append(step)
-    calls: dict[str, list[LayerCall]] = {}
-    for step in tape.steps:
-        if isinstance(step, LayerCall):
-            calls.setdefault(step.path, []).append(step)
-    found = {}
-    for path, own in calls.items():
-        takers = [users.get(call.output, []) for call in own]
-        norms = {step.path for each in takers for step in each if isinstance(step, LayerCall)}
-        if len(norms) == 1 and all(len(each) == 1 and isinstance(each[0], LayerCall) for each in takers):
-            (norm,) = norms
-            if layers.is_norm(tape.model.get_submodule(norm)) and len(calls[norm]) == len(own):
-                found[path] = norm
+    found, outside = {}, set(returned)
+    for path, own in tape.layer_calls.items():
+        takers = [step for call in own for step in tape.users.get(call.output, ())]
+        norms = {step.path if isinstance(step, LayerCall) else None for step in takers}
+        if len(norms) != 1 or len(takers) != len(own) or any(call.output in outside for call in own):
+            continue
+        (norm,) = norms
+        alone = norm is not None and layers.is_norm(tape.model.get_submodule(norm))
+        if alone and len(tape.layer_calls[norm]) == len(own):
+            found[path] = norm
     return found
+
+
+def _kinds(routes: Sequence[Route]) -> frozenset[str] | None:
+    """The kinds of steps on some routes, where they alone say what a constant gives; None where arguments matter."""
+    steps = [step for route in routes for step in route.steps]
+    plain = all(
+        step.name == "relu" if isinstance(step, Activation) else isinstance(step, Norm | Pool | AdaptivePool | Flatten)
+        for step in steps
+    )
+    return frozenset(type(step).__name__ for step in steps) if plain else None
 
 
 def _at_zero(region: Region) -> dict[str, float | bool]:
     """What new channels of one constant value give: their value at 0, and whether all slopes are 0 at 0 and above."""
-    found: dict[str, float | bool] = {}
-    for label, height in (("dead_at_zero", 0.0), ("dead_above_zero", 1e-3)):
-        new: dict[str, list[Tensor]] = {}
-        for path, numbers in region.outputs.items():
-            per_unit, module = region.places[path, OUT].shape[1], region.site.model.get_submodule(path)
-            new[path] = []
-            for number in numbers:
-                shape = list(region.shapes[number])
-                shape[layers.channel_axis(module, len(shape))] = per_unit
-                like = next(module.parameters())
-                new[path].append(like.new_full(shape, height, dtype=torch.float64).requires_grad_())
-        with torch.enable_grad():
-            values = [each for calls in region.read(new).values() for each in calls]
-            probes = [each for calls in new.values() for each in calls]
-            # any weights but equal ones, whose sum a norm over the locations of a sample leaves as it is
-            draw = torch.Generator().manual_seed(0)
-            weights = [torch.rand(each.shape, generator=draw, dtype=torch.float64).to(each) for each in values]
-            total = torch.stack([(each * w).sum() for each, w in zip(values, weights, strict=True)]).sum()
-            slopes = torch.autograd.grad(total, probes, allow_unused=True) if total.requires_grad else ()
-        found[label] = not any(slope is not None and bool((slope != 0).any()) for slope in slopes)
-        if height == 0:
-            found["at_zero"] = max((float(each.detach().flatten()[each.abs().argmax()]) for each in values), key=abs)
-    return found
+    new: dict[str, list[Tensor]] = {}  # two units of each: one at 0, one above
+    axes: dict[str, int] = {}
+    for path, numbers in region.outputs.items():
+        module = region.site.model.get_submodule(path)
+        heights = next(module.parameters()).new_tensor((0.0, 1e-3), dtype=torch.float64)
+        heights = heights.repeat_interleave(region.places[path, OUT].shape[1])
+        new[path] = []
+        for shape in (region.shapes[number] for number in numbers):
+            axes[path] = axis = layers.channel_axis(module, len(shape))
+            across = heights.view(-1, *[1] * (len(shape) - axis - 1))
+            new[path].append(across.expand(*shape[:axis], -1, *shape[axis + 1 :]).clone().requires_grad_())
+    with torch.enable_grad():
+        read = region.read(new)
+        values = [each for calls in read.values() for each in calls]
+        # any weights but equal ones, whose sum a norm over the locations of a sample leaves as it is
+        draw = torch.Generator().manual_seed(0)
+        weights = [torch.rand(each.shape, generator=draw, dtype=torch.float64).to(each) for each in values]
+        total = torch.stack([(each * w).sum() for each, w in zip(values, weights, strict=True)]).sum()
+        probes = [(path, each) for path, calls in new.items() for each in calls]
+        slopes = [None] * len(probes)
+        if total.requires_grad:
+            slopes = torch.autograd.grad(total, [each for _, each in probes], allow_unused=True)
+    halves = [slope.chunk(2, axes[path]) for (path, _), slope in zip(probes, slopes, strict=True) if slope is not None]
+    moved = [any(bool((half[height] != 0).any()) for half in halves) for height in (0, 1)]
+    at_zero = []
+    for path, calls in read.items():
+        module = region.site.model.get_submodule(path)
+        at_zero += [each.detach().chunk(2, layers.channel_axis(module, each.dim()))[0].flatten() for each in calls]
+    strongest = max((float(each[each.abs().argmax()]) for each in at_zero), key=abs)
+    return {"dead_at_zero": not moved[0], "dead_above_zero": not moved[1], "at_zero": strongest}
 
 
 def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
@@ -139,14 +146,7 @@ class _Walker:
         self.tape = tape
         self.site = site
         self.hot, self.made = hot_values_of(tape, site)
-        self.maker: dict[int, LayerCall | Operation | Rewritten] = {}
-        for step in tape.steps:
-            if isinstance(step, LayerCall):
-                self.maker[step.output] = step
-            elif isinstance(step, Rewritten):
-                self.maker[step.new] = step
-            else:
-                self.maker |= dict.fromkeys(step.outputs, step)
+        self.maker = tape.makers
 
     def back(self, value: int) -> tuple[tuple[Step, ...], str | None, str | None]:
         """Steps before a value, the producer that they start from, and what keeps them from being a chain."""

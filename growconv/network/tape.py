@@ -88,6 +88,16 @@ class LayerCall:
     input: int
     output: int
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The value that it is given."""
+        return (self.input,)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The value that it gives."""
+        return (self.output,)
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -96,6 +106,16 @@ class Rewritten:
     old: int
     by: int
     new: int
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the tensor held, and what wrote to it."""
+        return (self.old, self.by)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """What it holds now."""
+        return (self.new,)
 
 
 Step = Operation | LayerCall | Rewritten
@@ -160,9 +180,42 @@ class Tape(TorchDispatchMode):
         self._stack = [""]
         self._thread = threading.get_ident()
 
+    # ------------------------------------------------------------------------------------------ what was recorded
+
     def calls(self, path: str) -> list[LayerCall]:
         """The calls of a layer, in order."""
-        return [step for step in self.steps if isinstance(step, LayerCall) and step.path == path]
+        return self.layer_calls.get(path, [])
+
+    @cached_property
+    def layer_calls(self) -> dict[str, list[LayerCall]]:
+        """The calls of every layer that was called, by its path, in order."""
+        found: dict[str, list[LayerCall]] = {}
+        for step in self.steps:
+            if isinstance(step, LayerCall):
+                found.setdefault(step.path, []).append(step)
+        return found
+
+    @cached_property
+    def users(self) -> dict[int, list[Step]]:
+        """Per value the steps that it is given to."""
+        found: dict[int, list[Step]] = {}
+        for step in self.steps:
+            for number in dict.fromkeys(step.inputs):
+                found.setdefault(number, []).append(step)
+        return found
+
+    @cached_property
+    def makers(self) -> dict[int, Step]:
+        """Per value the step that made it."""
+        return {number: step for step in self.steps for number in step.outputs}
+
+    @cached_property
+    def on_memory(self) -> dict[int, list[int]]:
+        """Per memory the values that were on it at any time."""
+        found: dict[int, list[int]] = {}
+        for number, value in enumerate(self.values):
+            found.setdefault(value.storage, []).append(number)
+        return found
 
     # ------------------------------------------------------------------------------------------ context
 
@@ -371,34 +424,27 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
     Returns:
         Their numbers. Everything on a memory that a dependent operation writes to is among them, from its creation on.
     """
-    given, memories = set(sources), set[int]()
-    while True:
-        hot, before = set(given), frozenset(memories)
-
-        def touched(numbers: Iterable[int], hot: set[int] = hot, before: frozenset[int] = before) -> bool:
-            return any(number in hot or tape.values[number].storage in before for number in numbers)
-
-        for step in tape.steps:
-            if isinstance(step, LayerCall):
-                if follows(step.path) and touched([step.input]):
-                    hot.add(step.output)
-            elif isinstance(step, Rewritten):
-                if touched([step.old, step.by]):
-                    hot.add(step.new)
-            elif touched(step.inputs):
-                hot |= set(step.outputs)
-                if step.writes:
-                    memories |= {tape.values[number].storage for number in step.outputs}
-        if memories == before:
-            return hot
+    hot = set(sources)
+    waiting, seen = list(hot), set(hot)
+    while waiting:
+        for step in tape.users.get(waiting.pop(), ()):
+            if isinstance(step, LayerCall) and not follows(step.path):
+                continue
+            hot.update(step.outputs)
+            touched = list(step.outputs)
+            if isinstance(step, Operation) and step.writes:
+                touched += [each for number in step.outputs for each in tape.on_memory[tape.values[number].storage]]
+            waiting += [number for number in touched if number not in seen]
+            seen.update(touched)
+    return hot
 
 
 def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
     """The values of a recording that have channels of a site, and among them those that its producers made."""
     made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
-    bare = {number for number, value in enumerate(tape.values) if value.source in site.layout.dims}
     own = set(site.axes)
-    sources = made | {number for number in bare if (str(tape.values[number].source), ENTRY) in own}
+    bare = {path for path, side in own if side == ENTRY and path in site.layout.dims}
+    sources = made | {number for number, value in enumerate(tape.values) if bare and value.source in bare}
     return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
 
 

@@ -175,7 +175,7 @@ def look(
     whole_groups: Callable[[str, nn.Module], bool],
     outputs_block: bool = True,
     gradients: bool = False,
-) -> object:
+) -> tuple[str, ...]:
     """Send numbers through one forward pass.
 
     Args:
@@ -187,7 +187,7 @@ def look(
         gradients: note which layers run without gradients although their weights train.
 
     Returns:
-        The model's output.
+        The layers and the operations between them that ran, by name.
 
     Raises:
         LookFailed: the model's code raised an error.
@@ -208,7 +208,7 @@ def look(
             numbers.block(mode.companion(tensor), "it is the model's output")
     for path, count in mode.calls.items():
         numbers.calls[path] = max(numbers.calls.get(path, 0), count)
-    return output
+    return tuple(mode.trail)
 
 
 class _Mode(TorchDispatchMode):
@@ -223,6 +223,7 @@ class _Mode(TorchDispatchMode):
         self.numbers = numbers
         self.whole_groups = whole_groups
         self.met: set[int] = set()
+        self.trail: list[str] = []
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self.gradients = False
@@ -285,6 +286,7 @@ class _Mode(TorchDispatchMode):
     def _called(self, path: str, module: nn.Module, source: Tensor, output: Tensor) -> None:
         numbers = self.numbers
         self.calls[path] = self.calls.get(path, 0) + 1
+        self.trail.append(path)
         if path not in numbers.order:
             numbers.order.append(path)
         trains = any(parameter.requires_grad for parameter in module.parameters())
@@ -350,6 +352,7 @@ class _Mode(TorchDispatchMode):
         if self._inside:
             return func(*args, **kwargs)
         name = func.overloadpacket._qualified_op_name.split("::")[1]  # pyright: ignore[reportFunctionMemberAccess]
+        self.trail.append(name)
         sources = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
         for tensor in sources:
             owner = self._owned.get(id(tensor))

@@ -231,6 +231,13 @@ CASES: dict[str, Case] = {
         ),
         {"a -> g": 2, "g -> b": 2},
     ),
+    "shuffle between grouped layers": Case(  # every group of the second reads some of every group of the first
+        lambda: Net(
+            lambda m, x: m.b(shuffle(F.relu(m.a(m.stem(x))), 3)),
+            stem=nn.Conv2d(3, 12, 1), a=nn.Conv2d(12, 18, 1, groups=3), b=nn.Conv2d(18, 6, 3, groups=3),
+        ),
+        {"stem -> a": 3, "a -> b": 9},
+    ),
     "pixel shuffle": Case(module(lambda: nn.PixelShuffle(2), inputs=2), ONE),
     "pixel shuffle, padded and pooled": Case(
         between(lambda _, y: F.avg_pool2d(F.pad(F.pixel_shuffle(y, 2), (1, 0, 1, 0)), 2, 1), inputs=2), ONE

@@ -114,6 +114,10 @@ def untrained(grown: Grown, examples: object) -> list[str]:
     torch.manual_seed(1)
     for site in sites:
         for path in site.consumers:
+            if layers.groups_of(model.get_submodule(path)) > 1:  # its new entries lie in every group: move all
+                with torch.no_grad():
+                    for weight in model.get_submodule(path).parameters():
+                        weight += 0.1 * torch.randn_like(weight)
             for weight, new, _ in _new_entries(site, path, IN, grown.channels):
                 with torch.no_grad():
                     weight[new] += 0.1 * torch.randn_like(weight[new])

@@ -157,7 +157,7 @@ def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
     layout = Layout(
         {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
     )
-    pretender = Pretender(copy.deepcopy(model))
+    pretender = Pretender(copy.deepcopy(model), whole_groups)
     numbers = Numbers()
     with pretender.widened(layout, [4], [6]):
         assert pretender.model.scale.shape == (6, 1, 1)

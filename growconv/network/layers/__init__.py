@@ -3,7 +3,8 @@
 `isinstance` on kinds of layers lives here alone. A new kind is one more adapter, named in `ADAPTERS`.
 """
 
-from typing import TypeVar
+from functools import cache
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,8 +27,15 @@ ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convol
 Kind = TypeVar("Kind", bound=Adapter)
 
 
+@cache
+def _kind_of(layer: type) -> type[Adapter] | None:
+    return next((kind for kind in ADAPTERS if issubclass(layer, kind.kinds)), None)
+
+
 def _find(module: object) -> Adapter | None:
-    return next((kind(module) for kind in ADAPTERS if isinstance(module, nn.Module) and kind.serves(module)), None)
+    kind = _kind_of(type(module))
+    found = None if kind is None else kind(cast(nn.Module, module))
+    return found if found is not None and found.serves else None
 
 
 def _require(module: nn.Module, kind: type[Kind], expected: str) -> Kind:

@@ -46,18 +46,20 @@ class Adapter(ABC):
         module: the layer.
 
     Attributes:
+        kinds: the classes of layers that it is for.
         sides: the axes of this layer that channels can lie along, as in `network.layout`.
     """
 
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
     sides: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    @staticmethod
-    @abstractmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether the adapter is for this kind of layer."""
+    @property
+    def serves(self) -> bool:
+        """Whether this very layer has an entry for each channel."""
+        return True
 
     @abstractmethod
     def size(self, side: str) -> int:
@@ -117,6 +119,6 @@ class Adapter(ABC):
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer of a layer, "a.b" for one of a submodule; None where there is none."""
     owner_path, _, last = name.rpartition(".")
-    owner = module.get_submodule(owner_path)
+    owner = module.get_submodule(owner_path) if owner_path else module
     found = owner._parameters.get(last)
     return found if found is not None else owner._buffers.get(last)

@@ -37,12 +37,8 @@ class Rank:
 class Factorized(Weighted):
     """A convolution whose kernel is stored as factors."""
 
+    kinds = (FactorizedConv,)
     names = ("out_channels", "in_channels")
-
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a CP or Tucker convolution."""
-        return isinstance(module, FactorizedConv)
 
     def ranks(self) -> dict[str | None, Rank]:
         """The ranks by side: of a CP kernel one under None, of a Tucker kernel "out" and "in"."""

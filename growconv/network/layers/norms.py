@@ -18,14 +18,10 @@ TENSORS = ("weight", "bias", "running_mean", "running_var")
 class Norm(Adapter):
     """BatchNorm1d-3d, SyncBatchNorm and InstanceNorm1d-3d, with or without weights and running statistics."""
 
+    kinds = (_BatchNorm, _InstanceNorm)
     sides = (ENTRY,)
     count = "num_features"
     normalises = True
-
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a batch or instance norm."""
-        return isinstance(module, _BatchNorm | _InstanceNorm)
 
     def size(self, side: str) -> int:
         """Channels that it normalises."""
@@ -126,12 +122,8 @@ class Norm(Adapter):
 class GroupNorm(Norm):
     """GroupNorm: channels come and go with their groups, so that no old channel is normalised with new ones."""
 
+    kinds = (nn.GroupNorm,)
     count = "num_channels"
-
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a group norm."""
-        return isinstance(module, nn.GroupNorm)
 
     def _per_group(self) -> int:
         return self.size(ENTRY) // int(self.module.num_groups)  # pyright: ignore[reportArgumentType]
@@ -182,12 +174,13 @@ class PReLU(Norm):
     """PReLU with one slope a channel; new channels get the mean slope."""
 
     count = "num_parameters"
+    kinds = (nn.PReLU,)
     normalises = False
 
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a PReLU with a slope for each channel."""
-        return isinstance(module, nn.PReLU) and module.num_parameters > 1
+    @property
+    def serves(self) -> bool:
+        """Whether it has a slope for each channel."""
+        return self.module.num_parameters > 1  # pyright: ignore[reportOperatorIssue]
 
     def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """The mean slope: new channels get what the old ones have."""

@@ -31,6 +31,7 @@ class Weighted(Adapter):
         transposed: whether the stored weight lists inputs first.
     """
 
+    kinds = (nn.Linear,)
     sides = (OUT, IN)
     names = ("out_features", "in_features")
     transposed = False
@@ -38,11 +39,6 @@ class Weighted(Adapter):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.groups = int(getattr(module, "groups", 1))
-
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a linear layer."""
-        return isinstance(module, nn.Linear)
 
     @cached_property
     def _normalized(self) -> NormalizedWeight | None:
@@ -364,21 +360,14 @@ class Convolution(Weighted):
     sides = (OUT, IN, GROUP_IN, GROUP_OUT)
     names = ("out_channels", "in_channels")
 
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a convolution, transposed ones aside."""
-        return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+    kinds = (_ConvNd,)
 
 
 class TransposedConvolution(Convolution):
     """ConvTranspose1d, ConvTranspose2d, ConvTranspose3d."""
 
+    kinds = (_ConvTransposeNd,)
     transposed = True
-
-    @staticmethod
-    def serves(module: nn.Module) -> bool:
-        """Whether it is a transposed convolution."""
-        return isinstance(module, _ConvTransposeNd)
 
     def locations(self, x: Tensor, output: Tensor) -> float:
         """Every input location is multiplied with the whole kernel."""
