@@ -6,13 +6,14 @@ from functools import partial
 from typing import SupportsFloat
 
 from torch import nn
+from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError
 from growconv.network.event import GrowthEvent, Optimizers, count_parameters, not_in_step
 from growconv.network.exchange import Journal, exchange, overwritten, refresh
 from growconv.network.model import unwrapped
 from growconv.network.optimizer import as_optimizers, check_optimizers
-from growconv.network.plan import plan_growth, plan_removal
+from growconv.network.plan import Plan, plan_growth, plan_removal
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -65,14 +66,7 @@ def grow(
         predicted_decrease=None if decrease is None else decrease * amplitude,
         recipe=partial(_grow_again, site, growth, amplitude, width),
     )
-    journal = Journal(model, optimizers, overwritten(plan.changes))
-    try:
-        exchange(model, plan.changes, plan.attributes, optimizers)
-        refresh(model)
-        return event
-    except BaseException:
-        journal.restore()
-        raise
+    return _carried_out(model, plan, optimizers, event)
 
 
 def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
@@ -110,6 +104,10 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
         parameters_after=before + plan.added_parameters(),
         recipe=partial(_shrink_again, site, tuple(channels), width),
     )
+    return _carried_out(model, plan, optimizers, event)
+
+
+def _carried_out(model: nn.Module, plan: Plan, optimizers: Sequence[Optimizer], event: GrowthEvent) -> GrowthEvent:
     journal = Journal(model, optimizers, overwritten(plan.changes))
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)

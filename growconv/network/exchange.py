@@ -1,7 +1,6 @@
 """New tensors and modules in the place of old ones, and back again: surgery happens as a whole or not at all."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,22 +64,6 @@ class Journal:
         for tensor, value in self._values:
             tensor.detach().copy_(value)
         torch.set_grad_enabled(self._grad_mode)  # an interrupt may come where a `with torch.no_grad()` ends
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
-    """Several pieces of surgery inside happen as a whole: an error leaves model and optimizers as they were.
-
-    Args:
-        model: the model that is operated on.
-        optimizers: all optimizers that train it.
-    """
-    journal = Journal(model, optimizers, [*model.parameters(), *model.buffers()])
-    try:
-        yield
-    except BaseException:
-        journal.restore()
-        raise
 
 
 def exchange(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.convolution.cost import multiplications_per_output
 from growconv.convolution.cp import CPConv
