@@ -235,7 +235,7 @@ def parameter_names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def tied_weights(site: Site, names: Mapping[int, Sequence[str]]) -> str | None:
+def tied_weights(site: Site, names: Mapping[int, Sequence[str]] | None = None) -> str | None:
     """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
 
     Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight
@@ -244,8 +244,9 @@ def tied_weights(site: Site, names: Mapping[int, Sequence[str]]) -> str | None:
 
     Args:
         site: where.
-        names: all names of the parameters of its model, as `parameter_names` gives them.
+        names: all names of the parameters of its model, as `parameter_names` gives them, if they are known.
     """
+    names = parameter_names(site.model) if names is None else names
     parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
 
     def parts_of(tensor: object) -> dict[str, set[tuple[str, int]]]:
