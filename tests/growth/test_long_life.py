@@ -142,7 +142,7 @@ def test_one_class_leaves_nothing_to_learn(method, batches_of):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_that_are_no_numbers_change_nothing(method, value, batches_of):
-    batches = [(images.clone(), labels) for images, labels in batches_of(3)]  # they are cut from one tensor of all tests
+    batches = [(images.clone(), labels) for images, labels in batches_of(3)]  # cut from one tensor of all tests
     batches[0][0][1, 0, 2, 3] = value
     batches[2][0][1, 0, 2, 3] = value
     outcome = grown_or_told(method, batches)
