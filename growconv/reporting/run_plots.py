@@ -364,8 +364,8 @@ def _line(index: int) -> dict[str, Any]:
 
 def _beside(axis: Axes, x: float, y: float | int, text: str, left: bool = False) -> None:
     """Text a little to the right (or left) of a point."""
-    side = {"xytext": (-5, 0), "ha": "right"} if left else {"xytext": (5, 0), "ha": "left"}
-    axis.annotate(text, (x, y), textcoords="offset points", va="center", fontsize=8, **side)
+    place, align = ((-5, 0), "right") if left else ((5, 0), "left")
+    axis.annotate(text, (x, y), xytext=place, ha=align, textcoords="offset points", va="center", fontsize=8)
 
 
 def _figure(narrow: bool, height: float) -> Figure:
