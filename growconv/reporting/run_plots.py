@@ -118,7 +118,7 @@ def draw_network(run: RunRecord, narrow: bool) -> Figure:
     for row, (path, rings) in enumerate(shown):
         for place, width in reversed(rings):
             axis.barh(
-                row, width, left=-width / 2, height=0.72, color=shades.to_rgba(place), edgecolor=INK, linewidth=0.4
+                row, width, left=-width / 2, height=0.72, color=shades.cmap(place / last), edgecolor=INK, linewidth=0.4
             )
         widths = [rings[0][1], rings[-1][1]]
         text = " → ".join(f"{width:.0f}" for width in dict.fromkeys(widths))
