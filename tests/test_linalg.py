@@ -79,6 +79,29 @@ def test_solve_psd_is_the_pseudo_inverse(size: int, rank: int, seed: int) -> Non
     )
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_large_rank_deficient_equations_lose_no_energy(scale: float) -> None:
+    rows = gaussian(250, 400, seed=1) + 3 * gaussian(1, 400, seed=2)
+    target = gaussian(250, 5, seed=3)
+    gram, right = scale * rows.T @ rows, rows.T @ target
+    expected = scale * torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ right
+    found = scale * solve_psd(gram, right)
+    energies = [
+        float((target - rows @ weights).square().sum() / target.square().sum()) for weights in (found, expected)
+    ]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-7)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * float(expected.norm()))
+    assert float(found.norm()) < 1.01 * float(expected.norm())
+
+
+def test_large_well_conditioned_equations_are_solved() -> None:
+    gram, right = gram_of(300, 900, seed=4), gaussian(300, 5, seed=5)
+    torch.testing.assert_close(solve_psd(gram, right), torch.linalg.solve(gram, right), rtol=1e-6, atol=1e-9)
+    assert not solve_psd(0 * gram, right).any()
+    with pytest.raises(ArgumentValueError, match="no negative eigenvalues"):
+        solve_psd(-gram + 2 * torch.eye(300, dtype=torch.float64), right)
+
+
 def test_what_is_not_a_gram_matrix_is_refused() -> None:
     with pytest.raises(ArgumentValueError, match="no negative eigenvalues"):
         whiten(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64)))

@@ -136,7 +136,8 @@ def _reduced(own: PairStatistics) -> PairStatistics:
         return _summed(value * share)
 
     consumers = []
-    for each in own.consumers:
+    for held in own.consumers:
+        each = held.settled()
         if each.full_product:
             raise StatisticsError(
                 "S_full is too large to hold, and its product cannot be averaged over processes",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
-from growconv.growth.distributed import agreed, from_first, reduce_statistics
+from growconv.growth.distributed import agreed, from_first, reduce_statistics, world_size
 from growconv.network.model import undisturbed
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
@@ -187,7 +187,7 @@ def _collected(
     error = collection.relative_error
     reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
     keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
-    settings = {"quantities": reads, **keep, **collection.options}
+    settings = {"quantities": reads, "hold": world_size() == 1, **keep, **collection.options}
 
     def collect(part: Sequence[Batch]) -> Found:
         own = collect_statistics(model, asked, part, loss, run=agreed, average=reduce_statistics, **settings)

@@ -15,6 +15,10 @@ from growconv.errors import ArgumentValueError
 
 RANK_TOLERANCE = 1e-6
 """Eigenvalues below this share of the largest count as zero: sums collected in float32 are only right to about 1e-7."""
+EXACT_SIZE = 256
+"""Rows up to which an eigendecomposition costs little enough to solve with."""
+REFINEMENTS = 3
+"""Of a solution with a ridge; each takes the ridge's error in a direction down by the same factor."""
 BLOCK = 24
 """Columns of a Lanczos block."""
 
@@ -149,17 +153,56 @@ def solve_psd(
 ) -> Float[Tensor, "a n"]:
     """G⁺·right for a positive semi-definite G, with directions below the relative threshold left out.
 
+    Above EXACT_SIZE an iterated Tikhonov solution, which needs no eigenvectors: the factor of G + threshold·1, with
+    the residual of G itself solved for again. A direction of eigenvalue λ then keeps 1 − (τ/(λ + τ))⁴ of its part,
+    τ being the threshold: all of it well above, nothing well below.
+
     Args:
         gram: G (a, a).
-        right: right-hand sides (a, n).
+        right: right-hand sides (a, n) in the range of G, as products with what G was summed from are.
         rank_tolerance: share of the largest eigenvalue below which a direction counts as unsupported.
 
     Returns:
         The least-squares solution of least norm; zeros where G is zero.
     """
     require_finite(right=right)
-    whitening = whiten(gram, rank_tolerance)
-    return whitening.unwhiten(whitening.whiten(right))
+    if gram.shape[0] <= EXACT_SIZE:
+        whitening = whiten(gram, rank_tolerance)
+        return whitening.unwhiten(whitening.whiten(right))
+    require_finite(gram=gram)
+    unit = float(gram.diagonal().abs().max())
+    if unit <= 0.0:
+        return torch.zeros_like(right)
+    factor = _ridged_factor(gram, unit, rank_tolerance)
+    solution, residual = torch.zeros_like(right.mT), right.mT.contiguous()  # rows: solved for faster than columns
+    last = 0.0
+    for number in range(1 + REFINEMENTS):
+        scale = max(float(residual.norm()), torch.finfo(right.dtype).tiny)
+        step = torch.linalg.solve_triangular(factor.mT, (residual / scale).to(factor.dtype), upper=True, left=False)
+        step = torch.linalg.solve_triangular(factor, step, upper=False, left=False).to(right.dtype)
+        solution.add_(step, alpha=scale / unit)
+        size = scale / unit * float(step.norm())
+        if number == REFINEMENTS or size * size <= 1e-7 * last * float(solution.norm()):
+            break  # the next step would be smaller than this one in the same proportion
+        last = size
+        residual = torch.addmm(right.mT, solution, gram, alpha=-1)
+    return solution.mT
+
+
+def _ridged_factor(gram: Tensor, unit: float, ridge: float) -> Tensor:
+    """Cholesky factor of G/unit + ridge·λ·1, in float32 where that is enough: the refinements make up for it."""
+    for dtype in (torch.float32, torch.float64):
+        scaled = (gram / unit).to(dtype)
+        scaled.diagonal().add_(ridge * _largest_eigenvalue(scaled, iterations=3))
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        if not bool(failed):
+            return factor
+    raise ArgumentValueError(
+        "a Gram matrix has no negative eigenvalues",
+        expected="a positive semi-definite matrix",
+        got="one that has no Cholesky factor with a ridge",
+        where="gram",
+    )
 
 
 def fix_signs(left: Float[Tensor, "k n"], right: Float[Tensor, "k m"]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.energy import require_samples
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held_out import sample_averages, sample_problems
+from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import PairProblem
 
@@ -332,10 +332,10 @@ class Exact(Solver):
 
     def _sample_term(self, subject: PairStatistics, path: str) -> tuple[BilinearMetric, Tensor]:
         kept = require_samples(subject, "exact on samples").projected()
-        problems = sample_problems(kept, path)
-        small = self.route == "auto" and max(each[0].full_entries for each in problems) <= DENSE_ENTRIES
+        batches = sample_batches(kept, path)
+        small = self.route == "auto" and max(each.problem.full_entries for each in batches) <= DENSE_ENTRIES
         averages = sample_averages(kept, path, frozenset({"N_raw", "S_full" if small else "S"}))
         N = averages["N_raw"]
         if small:
             return DenseMetric(averages["S_full"], N.shape[0]), N
-        return SampleMetric([(problem, x) for problem, x, _, _ in problems], len(kept), averages["S"]), N
+        return SampleMetric([(each.problem, each.x) for each in batches], len(kept), averages["S"]), N

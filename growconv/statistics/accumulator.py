@@ -54,29 +54,40 @@ class ConsumerSums:
             v: desired change of the consumer's output (n, C2, *out).
             samples: how many new samples these are; 0 for a further call on the same ones.
         """
+        self.add_only(self.quantities, problem, x, h, v)
+        self.count(v, samples)
+
+    def add_only(self, names: frozenset[str], problem: PairProblem, x: Tensor, h: Tensor, v: Tensor) -> None:
+        """Add to some sums what a batch, whose samples are counted already, has for them.
+
+        Args:
+            names: of TENSOR_STATISTICS.
+            problem: as `add`, and the maps likewise.
+            x: input of the producer.
+            h: input of the consumer.
+            v: desired change of the consumer's output.
+        """
         if self._problem != problem:
             self.close()
             self._problem = problem
-        maps = (x, h, v)
-        for part, (shape, inputs) in self._parts(problem, maps).items():
+        for part, (shape, inputs) in self._parts(names, problem, (x, h, v)).items():
             if part not in self._open:
                 self._open[part] = _SizedSums(self, shape, part, x.shape[0])
                 self.choices |= self._open[part].choices
             self._open[part].add(*inputs)
-        self.count(v, samples)
 
     def _parts(
-        self, problem: PairProblem, maps: tuple[Tensor, Tensor, Tensor]
+        self, names: frozenset[str], problem: PairProblem, maps: tuple[Tensor, Tensor, Tensor]
     ) -> dict[frozenset[str], tuple[PairProblem, tuple[Tensor, Tensor, Tensor]]]:
         """The statistics by the problem that they are computed on: what lies in between joins the producer, if it can.
 
         The dense path, being the reference, does without; so do the producer's own patches, which come before.
         """
         if self.path == "dense" or problem.local:
-            return {self.quantities: (problem, maps)}
+            return {names: (problem, maps)}
         local, x = folded(problem, maps[0])
-        patches = self.quantities & {"patch_gram"}
-        parts = {patches: (problem, maps), self.quantities - patches: (local, (x, *maps[1:]))}
+        patches = names & {"patch_gram"}
+        parts = {patches: (problem, maps), names - patches: (local, (x, *maps[1:]))}
         return {part: entry for part, entry in parts.items() if part}
 
     def full_product(self) -> Callable[[Tensor], Tensor] | None:

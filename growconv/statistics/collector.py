@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from growconv.convolution.geometry import Geometry
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.network import layers
 from growconv.network.model import tensors_in, unwrapped
-from growconv.network.routes import Route
 from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import ConsumerSums
+from growconv.statistics.held import HeldBatch
+from growconv.statistics.measurement import Measurement
 from growconv.statistics.options import PATHS, QUANTITIES, SCRATCH_BYTES, checked_quantities, require_closed_form
 from growconv.statistics.pair import ConsumerStatistics, PairStatistics
 from growconv.statistics.precision import full_precision
-from growconv.statistics.problem import PairProblem, batched, pair_problem
+from growconv.statistics.problem import batched, pair_problem
 from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
-from growconv.statistics.totals import entries_text
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
@@ -107,22 +106,11 @@ class _Kept:
 
 
 @dataclass(eq=False)
-class _Consumer:
-    """One consumer of one site."""
-
-    path: str
-    route: Route | None
-    sums: ConsumerSums
-    projected: ConsumerSums | None = None
-    second_pass: str | None = None
-
-
-@dataclass(eq=False)
 class _Site:
     """One site and what has been kept of its samples."""
 
     site: GrowthSite
-    consumers: dict[str, _Consumer]
+    consumers: dict[str, Measurement]
     kept: list[KeptBatch] = field(default_factory=list)
     skipped: int = 0
 
@@ -151,8 +139,11 @@ class StatisticsCollector:
             together with samples, and then it is left out) and samples; None for S and N. A solver's
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
-        scratch_bytes: bound on temporary memory, and on P and S_full (256 MiB). Where P would be larger, N needs a
-            second pass over the same batches, see `second_pass`; where S_full would be, it is kept as a product.
+        scratch_bytes: bound on temporary memory, on P and S_full, and per consumer on what is held (256 MiB). Where
+            S_full would be larger, it is kept as a product.
+        hold: hold the batches' x, h and v for N as long as they fit. Where they do not, or with False, N takes P,
+            which costs about as much as all else together, and where P does not fit either, a second pass over the
+            same batches, see `second_pass`. Several processes must not hold, since they share W*.
         loss_scale: factor that the loss was multiplied by before backward(): a number, or a GradScaler.
         nonfinite: "error" raises when an activation or gradient is infinite or NaN, "skip" leaves the batch out.
 
@@ -173,6 +164,7 @@ class StatisticsCollector:
         quantities: Iterable[str] | None = None,
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
+        hold: bool = True,
         loss_scale: float | Scaler = 1.0,
         nonfinite: str = "error",
     ) -> None:
@@ -192,6 +184,7 @@ class StatisticsCollector:
         self.keep_samples = keep_samples
         self.path = path
         self.scratch_bytes = scratch_bytes
+        self.hold = hold
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
         self._collected = [self._prepare(site) for site in given]
@@ -203,7 +196,7 @@ class StatisticsCollector:
         self._outputs: list[GradientEdge] = []
         self._finished: dict[str, PairStatistics] | None = None
         self._second = False
-        self._projections: dict[tuple[str, str], ConsumerStatistics] = {}
+        self._updates: dict[tuple[str, str], Tensor] = {}
         self._consumed = self._consumers_by_path()
         self._waiting = self._producers_by_path()
 
@@ -248,35 +241,31 @@ class StatisticsCollector:
         if not self.needs_second_pass:
             raise StatisticsError("no second pass is needed", fix="read collector.statistics")
         own = self.statistics
-        self._projections = {
-            (name, consumer.consumer): consumer
+        self._updates = {
+            (name, consumer.consumer): consumer.best_update
             for name, stats in (own if average is None else average(own)).items()
             for consumer in stats.consumers
+            if consumer.best_update is not None
         }
-        waiting = [consumer for consumer in self._all_consumers() if consumer.second_pass is not None]
-        for consumer in waiting:
-            consumer.projected = ConsumerSums(consumer.sums.where, frozenset({"N_raw"}), self.path, self.scratch_bytes)
+        for consumer in self._all_consumers():
+            consumer.begin_second_pass()
         self._second = True
         try:
             with self:
                 yield self
-            for collected in self._collected:
-                for statistics in own[collected.site.name].consumers:
-                    _enter_projection(collected.consumers[statistics.consumer], statistics)
+            self._finished = self._build()
         except BaseException:
-            for consumer in waiting:
+            for consumer in self._all_consumers():
                 consumer.projected = None
             raise
         finally:
             self._second = False
-            self._projections = {}
+            self._updates = {}
 
     @property
     def needs_second_pass(self) -> bool:
         """Whether N of some consumer waits for a second pass over the same batches."""
-        return any(
-            consumer.second_pass is not None and consumer.projected is None for consumer in self._all_consumers()
-        )
+        return any(consumer.waits_for_second_pass for consumer in self._all_consumers())
 
     @property
     def outputs(self) -> tuple[GradientEdge, ...]:
@@ -303,8 +292,7 @@ class StatisticsCollector:
         lines = []
         for consumer in self._all_consumers():
             lines.append(consumer.sums.where)
-            lines += [f"  {line}" for line in consumer.sums.describe()]
-            lines += [f"  {consumer.second_pass}"] if consumer.second_pass else []
+            lines += [f"  {line}" for line in consumer.describe()]
         return "\n".join(lines)
 
     def _build(self) -> dict[str, PairStatistics]:
@@ -314,7 +302,7 @@ class StatisticsCollector:
             consumers: list[ConsumerStatistics] = []
             patches: dict[str, Tensor] = {}
             for consumer in collected.consumers.values():
-                statistics, found = self._consumer_statistics(consumer)
+                statistics, found = consumer.statistics(self.model.get_submodule(consumer.path))
                 patches = patches or found
                 consumers.append(statistics)
             producer = layers.weighted(self.model.get_submodule(site.producers[0]))
@@ -334,28 +322,6 @@ class StatisticsCollector:
                 notes=tuple(r.second_pass for r in collected.consumers.values() if r.second_pass),
             )
         return result
-
-    def _consumer_statistics(self, consumer: _Consumer) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
-        with full_precision(torch.device("cpu")):
-            averages = consumer.sums.averages()
-        layer = layers.weighted(self.model.get_submodule(consumer.path))
-        pending = None
-        if consumer.second_pass is not None:
-            pending = f"{consumer.second_pass}: run the batches again inside `with collector.second_pass():`"
-        patches = {name: averages.pop(name) for name in ("patch_mean", "patch_gram") if name in averages}
-        statistics = ConsumerStatistics(
-            consumer=consumer.path,
-            samples=consumer.sums.samples,
-            outgoing_shape=tuple(layer.filters().shape),
-            bias=layer.bias() is not None,
-            geometry=_geometry(layer),
-            moments=averages,
-            gradient_energy=consumer.sums.energy / consumer.sums.samples,
-            pending=pending,
-            full_product=consumer.sums.full_product(),
-        )
-        _enter_projection(consumer, statistics)
-        return statistics, patches
 
     def _kept(self, collected: _Site, consumers: list[ConsumerStatistics]) -> KeptSamples | None:
         if not self.keep_samples:
@@ -381,19 +347,21 @@ class StatisticsCollector:
             require_closed_form(site)
         routes = {route.consumer: route for route in site.routes}
         consumers = {
-            path: _Consumer(
+            path: Measurement(
                 path, routes.get(path), ConsumerSums(_where(site, path), wanted, self.path, self.scratch_bytes)
             )
             for path in site.consumers
         }
+        for consumer in consumers.values() if wanted else ():
+            consumer.wait_for(self.quantities)
         return _Site(site, consumers)
 
-    def _all_consumers(self) -> Iterator[_Consumer]:
+    def _all_consumers(self) -> Iterator[Measurement]:
         for collected in self._collected:
             yield from collected.consumers.values()
 
-    def _consumers_by_path(self) -> dict[str, list[tuple[_Site, _Consumer]]]:
-        result: dict[str, list[tuple[_Site, _Consumer]]] = {}
+    def _consumers_by_path(self) -> dict[str, list[tuple[_Site, Measurement]]]:
+        result: dict[str, list[tuple[_Site, Measurement]]] = {}
         for collected in self._collected:
             for path, consumer in collected.consumers.items():
                 result.setdefault(path, []).append((collected, consumer))
@@ -544,7 +512,7 @@ class StatisticsCollector:
     def _measure(
         self,
         collected: _Site,
-        consumer: _Consumer,
+        consumer: Measurement,
         module: nn.Module,
         each: _Pass,
         h: Tensor,
@@ -557,19 +525,25 @@ class StatisticsCollector:
         sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
         if sums is None:
             return
-        exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
-        h, v = batched(h, module).to(exact), batched(gradient, module).to(exact)
-        v = v * (-(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale())
         kept = self._copies(collected, each)
+        own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
+        copy = own is None and bool(consumer.waiting) and self.hold  # what is held must stay as it is
+        exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
+        h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
+        v = batched(gradient, module).to(exact)
+        v = v * (-(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale())
         x = {}
         if sums.quantities:
             found = self._inputs_of(site, consumer.path, index, each)
-            x = {path: batched(t, self.model.get_submodule(path)).to(exact) for path, t in found.items()}
+            x = {
+                path: (batched(t, self.model.get_submodule(path)) if own is None else own.x[path][index]).to(
+                    exact, copy=copy
+                )
+                for path, t in found.items()
+            }
         if not self._finite(collected, consumer, each, x, h, v):
             return
-        if self._second:
-            v = v - self._projections[site.name, consumer.path].apply_update(h)
-        elif kept is not None:
+        if kept is not None:
             kept.v.setdefault(consumer.path, {})[index] = v
         count = self._new_samples(site.name, consumer.path, each)
         if not sums.quantities:
@@ -578,9 +552,11 @@ class StatisticsCollector:
         producer = self.model.get_submodule(site.producers[0])
         if consumer.route is None:
             raise StatisticsError("no way leads from the producer to this consumer", where=consumer.path)
-        problem, *maps = pair_problem(consumer.route, producer, module, x[site.producers[0]], h, v)
-        self._plan_projection(consumer, problem)
-        sums.add(problem, *maps, samples=count)
+        batch = HeldBatch(*pair_problem(consumer.route, producer, module, x[site.producers[0]], h, v), samples=count)
+        if self._second:
+            consumer.add_projected(batch, self._updates[site.name, consumer.path])
+        else:
+            consumer.add(batch, self.hold)
 
     def _new_samples(self, site: str, path: str, each: _Pass) -> int:
         """How many samples a call adds.
@@ -601,7 +577,7 @@ class StatisticsCollector:
         return value
 
     def _finite(
-        self, collected: _Site, consumer: _Consumer, each: _Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
+        self, collected: _Site, consumer: Measurement, each: _Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
     ) -> bool:
         named = [(f"the input of {path}", tensor) for path, tensor in x.items()]
         named += [(f"the input of {consumer.path}", h), (f"the gradient at the output of {consumer.path}", v)]
@@ -670,31 +646,6 @@ class StatisticsCollector:
             like = kept.h[path][index]
             yield found[index] if index in found else batched(like.new_zeros(shape), self.model.get_submodule(path))
 
-    def _plan_projection(self, consumer: _Consumer, problem: PairProblem) -> None:
-        """Give P up in favour of a second pass where it does not fit."""
-        needless = "P" in consumer.sums.quantities and "P" not in self.quantities
-        if needless and 8 * problem.projection_entries > self.scratch_bytes:
-            consumer.sums.quantities -= {"P"}
-            consumer.second_pass = (
-                f"P would have {entries_text(problem.projection_entries)}, more than scratch_bytes: "
-                "N comes from a second pass over the same batches"
-            )
-
-
-def _enter_projection(consumer: _Consumer, statistics: ConsumerStatistics) -> None:
-    """Give a consumer's statistics the N that a second pass has found, if there was one."""
-    if consumer.projected is None:
-        return
-    with full_precision(torch.device("cpu")):
-        projected = consumer.projected.averages()["N_raw"]
-        statistics.moments["N"] = projected
-        statistics.moments["N_energy"] = projected.new_tensor(consumer.projected.energy / consumer.projected.samples)
-    statistics.pending = None
-
 
 def _where(site: GrowthSite, consumer: str) -> str:
     return site.name if len(site.consumers) == 1 else f"{site.name}, consumer {consumer}"
-
-
-def _geometry(layer: layers.Weighted) -> Geometry | None:
-    return Geometry.of(layer.module) if layer.kernel_size and not layer.transposed else None

@@ -4,16 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.convolution.geometry import Geometry
-from growconv.convolution.unfold import pad
 from growconv.errors import StatisticsError
 from growconv.linalg import solve_psd
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from growconv.statistics.held import Held
 
 MatrixFree = Callable[[Tensor], Tensor]
 
@@ -27,31 +23,33 @@ class ConsumerStatistics:
         samples: number of samples n averaged over.
         outgoing_shape: shape of the consumer's weight, (C2, C1, *k2); (C2, features) for a linear layer.
         bias: whether the consumer has a bias, the last entry of axis d.
-        geometry: of the consumer; None for a linear layer.
         moments: the averages by name; float64.
         gradient_energy: ‖v‖²/n, summed over output locations and channels.
         pending: why N is not there yet, where it needs a second pass over the batches.
         full_product: Θ (a, b, c) to S_full·Θ where S_full itself is too large to hold.
+        held: batches from which N, N_raw and P come once they are asked for; None where moments have what there is.
     """
 
     consumer: str
     samples: int
     outgoing_shape: tuple[int, ...]
     bias: bool
-    geometry: Geometry | None
     moments: dict[str, Tensor]
     gradient_energy: float
     pending: str | None = None
     full_product: MatrixFree | None = None
+    held: Held | None = None
 
     @property
     def S(self) -> Float[Tensor, "a a"] | None:
         """S_aa' = (1/n) Σ_imb X_imab X_ima'b."""
         return self.moments.get("S")
 
-    @property
+    @cached_property
     def N_raw(self) -> Float[Tensor, "a b c"] | None:
         """(1/n) Σ_im X_imab v_imc: N without the projection."""
+        if self.held is not None and "N_raw" not in self.moments:
+            return self.held.average("N_raw")
         return self.moments.get("N_raw")
 
     @property
@@ -64,9 +62,11 @@ class ConsumerStatistics:
         """(1/n) Σ Hp_imd Hp_imd'."""
         return self.moments.get("S2")
 
-    @property
+    @cached_property
     def P(self) -> Float[Tensor, "a b d"] | None:
-        """(1/n) Σ_im X_imab Hp_imd; None where N comes from a second pass."""
+        """(1/n) Σ_im X_imab Hp_imd; None where it would be larger than scratch_bytes."""
+        if self.held is not None and self.held.holds_projection:
+            return self.held.average("P")
         return self.moments.get("P")
 
     @property
@@ -85,10 +85,11 @@ class ConsumerStatistics:
             return self.moments["N"]
         if self.pending:
             raise StatisticsError("N needs a second pass over the same batches", where=self.consumer, fix=self.pending)
-        best, raw, cross = self.best_update, self.N_raw, self.P
-        if best is None or raw is None or cross is None:
-            return None
-        return raw - cross @ best
+        best = self.best_update
+        if best is not None and self.held is not None:
+            return self.held.average("N_raw", best)
+        raw, cross = self.N_raw, self.P
+        return None if best is None or raw is None or cross is None else raw - cross @ best
 
     @cached_property
     def best_update(self) -> Float[Tensor, "d c"] | None:
@@ -142,29 +143,27 @@ class ConsumerStatistics:
             )
         return self.full_product(theta)
 
-    def apply_update(self, h: Tensor) -> Tensor:
-        """What W* would add to the consumer's output.
-
-        Args:
-            h: input of the consumer as the module receives it.
+    def settled(self) -> "ConsumerStatistics":
+        """The same with N_raw and P among the moments and no batches held: what can be averaged with others.
 
         Raises:
-            StatisticsError: where M and S2 were not collected.
+            StatisticsError: where P does not fit.
         """
-        weight, bias = self.update, self.update_bias
-        if weight is None:
+        if self.held is None:
+            return self
+        if not self.held.holds_projection:
             raise StatisticsError(
-                "W* was not collected", where=self.consumer, fix="collect with 'N' or 'update' among the quantities"
+                "P, which other processes need, is larger than scratch_bytes",
+                where=self.consumer,
+                fix="collect with hold=False and a second pass, or with a larger scratch_bytes",
             )
-        weight, bias = weight.to(h), None if bias is None else bias.to(h)
-        if self.geometry is None:
-            return F.linear(h, weight, bias)
-        convolve = _CONVOLUTIONS[self.geometry.axes]
-        padded = pad(h, self.geometry)
-        return convolve(padded, weight, bias, self.geometry.stride, 0, self.geometry.dilation)
+        found = {name: value for name, value in (("N_raw", self.N_raw), ("P", self.P)) if value is not None}
+        return replace(self, moments=self.moments | found, held=None)
 
     def merged(self, other: "ConsumerStatistics") -> "ConsumerStatistics":
         """Average over the samples of both."""
+        if (self.held is None) != (other.held is None):
+            return self.settled().merged(other.settled())
         if self.consumer != other.consumer or self.moments.keys() != other.moments.keys():
             raise StatisticsError(
                 "statistics of different consumers or quantities cannot be merged",
@@ -181,4 +180,5 @@ class ConsumerStatistics:
         mine, theirs = self.samples / total, other.samples / total
         moments = {name: mine * value + theirs * other.moments[name] for name, value in self.moments.items()}
         energy = mine * self.gradient_energy + theirs * other.gradient_energy
-        return replace(self, samples=total, moments=moments, gradient_energy=energy)
+        held = None if self.held is None or other.held is None else self.held.joined(other.held.batches)
+        return replace(self, samples=total, moments=moments, gradient_energy=energy, held=held)

@@ -3,21 +3,19 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import StatisticsError
 from growconv.statistics.accumulator import TENSOR_STATISTICS, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held import HeldBatch
 from growconv.statistics.options import SCRATCH_BYTES
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.problem import PairProblem, pair_problem
+from growconv.statistics.problem import pair_problem
 from growconv.statistics.samples import KeptSamples
 
-Problem = tuple[PairProblem, Float[Tensor, "n a *size"], Float[Tensor, "n d *hidden"], Float[Tensor, "n c *out"]]
 
-
-def sample_problems(kept: KeptSamples, consumer: str) -> list[Problem]:
+def sample_batches(kept: KeptSamples, consumer: str) -> list[HeldBatch]:
     """One pair of a site and its samples as maps, in float64, one entry for each call and batch.
 
     Args:
@@ -27,10 +25,12 @@ def sample_problems(kept: KeptSamples, consumer: str) -> list[Problem]:
     site = kept.site
     route = next(route for route in site.routes if route.consumer == consumer)
     producer, layer = site.model.get_submodule(route.producer), site.model.get_submodule(consumer)
-    found = []
+    found: list[HeldBatch] = []
     for each in kept.passes:
         calls = zip(each.x[route.producer], each.h[consumer], each.v[consumer], strict=True)
-        found += [pair_problem(route, producer, layer, x.double(), h.double(), v.double()) for x, h, v in calls]
+        for x, h, v in calls:
+            maps = pair_problem(route, producer, layer, x.double(), h.double(), v.double())
+            found.append(HeldBatch(*maps, samples=0 if found else len(kept)))
     return found
 
 
@@ -72,7 +72,10 @@ def without(subject: PairStatistics, left_out: KeptSamples, remaining: KeptSampl
             total = getattr(subject, name)
             if first and total is not None:
                 patches[name] = reduced(total, own[name], subject.samples)
-        consumers.append(replace(consumer, samples=consumer.samples - count, moments=moments))
+        held = consumer.held
+        if held is not None:
+            held = held.joined(each.left_out() for each in sample_batches(left_out, consumer.consumer))
+        consumers.append(replace(consumer, samples=consumer.samples - count, moments=moments, held=held))
     kept = replace(remaining, consumers={consumer.consumer: consumer for consumer in consumers})
     return replace(subject, samples=subject.samples - count, consumers=tuple(consumers), samples_kept=kept, **patches)
 
@@ -87,6 +90,6 @@ def sample_averages(kept: KeptSamples, consumer: str, names: frozenset[str]) -> 
         names: among S, S_full, N_raw, M, S2, P and patch_gram (with patch_mean).
     """
     sums = ConsumerSums(f"{kept.site.name}, consumer {consumer}", names, "auto", SCRATCH_BYTES)
-    for number, problem in enumerate(sample_problems(kept, consumer)):
-        sums.add(*problem, samples=0 if number else len(kept))
+    for each in sample_batches(kept, consumer):
+        sums.add(each.problem, each.x, each.h, each.v, each.samples)
     return sums.averages()

@@ -1,0 +1,106 @@
+"""Batches held until W* is known: N, N_raw and P from x, h and v themselves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from growconv.convolution.unfold import pad
+from growconv.statistics.accumulator import ConsumerSums
+from growconv.statistics.precision import full_precision
+from growconv.statistics.problem import PairProblem
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def applied_update(
+    problem: PairProblem, h: Float[Tensor, "n c *hidden"], update: Float[Tensor, "d c2"]
+) -> Float[Tensor, "n c2 *out"]:
+    """W*·Hp: what an update of the consumer's own weights adds to its output.
+
+    Args:
+        problem: the pair.
+        h: input of the consumer.
+        update: W*, the bias in the last row where the consumer has one.
+    """
+    second, update = problem.second, update.to(h)
+    weight, bias = (update[:-1], update[-1]) if problem.second_bias else (update, None)
+    weight = weight.T.reshape(-1, h.shape[1], *second.kernel_size)
+    padding: int | tuple[int, ...] = tuple(low for low, _ in second.padding)
+    if second.padding_mode != "zeros" or any(low != high for low, high in second.padding):
+        h, padding = pad(h, second), 0
+    return _CONVOLUTIONS[second.axes](h, weight, bias, second.stride, padding, second.dilation)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBatch:
+    """One call on one batch.
+
+    Attributes:
+        problem: shapes and geometry.
+        x: input of the producer (n, C0, *size).
+        h: input of the consumer (n, C1, *grid).
+        v: desired change of the consumer's output (n, C2, *out).
+        samples: how many new samples these are; 0 for a further call on the same ones.
+    """
+
+    problem: PairProblem
+    x: Tensor
+    h: Tensor
+    v: Tensor
+    samples: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(each.numel() * each.element_size() for each in (self.x, self.h, self.v))
+
+    def left_out(self) -> "HeldBatch":
+        """What takes the batch out of a sum again: N_raw, N and P are linear in x."""
+        return replace(self, x=-self.x, samples=-self.samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """All batches of one consumer.
+
+    With W* at hand N is one correlation, of x and v⊥ = v − W*·Hp; without it takes P, the dearest statistic.
+
+    Attributes:
+        where: name of site and consumer, for messages.
+        path: as `ConsumerSums`.
+        scratch_bytes: as `ConsumerSums`; P is given where it fits into as much.
+        batches: what is held.
+    """
+
+    where: str
+    path: str
+    scratch_bytes: int
+    batches: tuple[HeldBatch, ...]
+
+    @property
+    def holds_projection(self) -> bool:
+        """Whether P fits."""
+        return 8 * self.batches[0].problem.projection_entries <= self.scratch_bytes
+
+    def average(self, name: str, update: Float[Tensor, "d c2"] | None = None) -> Tensor:
+        """An average over the samples.
+
+        Args:
+            name: N_raw or P.
+            update: W*; N_raw is then N.
+        """
+        sums = ConsumerSums(self.where, frozenset({name}), self.path, self.scratch_bytes)
+        for batch in self.batches:
+            with full_precision(batch.v.device):
+                v = batch.v if update is None else batch.v - applied_update(batch.problem, batch.h, update)
+                sums.add(batch.problem, batch.x, batch.h, v, batch.samples)
+        with full_precision(torch.device("cpu")):
+            return sums.averages()[name]
+
+    def joined(self, batches: Iterable[HeldBatch]) -> "Held":
+        """With further batches."""
+        return replace(self, batches=(*self.batches, *batches))

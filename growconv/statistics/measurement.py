@@ -1,0 +1,146 @@
+"""What one consumer's samples add up to, and how N is freed from what an update of the existing weights can give."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from growconv.network import layers
+from growconv.network.routes import Route
+from growconv.statistics.accumulator import ConsumerSums
+from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held import Held, HeldBatch, applied_update
+from growconv.statistics.options import QUANTITIES
+from growconv.statistics.precision import full_precision
+from growconv.statistics.totals import entries_text
+
+
+@dataclass(eq=False)
+class Measurement:
+    """One consumer of one site.
+
+    N takes W*, which is known at the end. Batches are held for it while they fit into scratch_bytes; beyond that P is
+    summed; where P does not fit either, N comes from a second pass over the same batches.
+
+    Attributes:
+        path: module path of the consumer.
+        route: the way from the producer; None where there is none.
+        sums: the sums over samples.
+        waiting: what is not summed as long as batches are held.
+        held: these batches.
+        projected: sums of the second pass.
+        second_pass: why there is to be one.
+    """
+
+    path: str
+    route: Route | None
+    sums: ConsumerSums
+    waiting: frozenset[str] = frozenset()
+    held: list[HeldBatch] = field(default_factory=list)
+    projected: ConsumerSums | None = None
+    second_pass: str | None = None
+
+    def wait_for(self, quantities: frozenset[str]) -> None:
+        """Let what only N asks for wait, where it has a choice.
+
+        Args:
+            quantities: all that was asked for.
+        """
+        others = frozenset[str]().union(*(QUANTITIES[name] for name in quantities - {"N"}))
+        if "N" in quantities and "P" not in others:
+            self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
+            self.sums.quantities -= self.waiting
+
+    def add(self, batch: HeldBatch, hold: bool) -> None:
+        """Add a batch.
+
+        Args:
+            batch: its tensors; they stay as they are while they are held.
+            hold: whether it may be held.
+        """
+        if self.waiting and hold and sum(each.size for each in (*self.held, batch)) <= self.sums.scratch_bytes:
+            self.held.append(batch)
+        elif self.waiting:
+            self._settle(batch.problem.projection_entries)
+        self.sums.add(batch.problem, batch.x, batch.h, batch.v, samples=batch.samples)
+
+    def _settle(self, entries: int) -> None:
+        """Hold no longer: sum P, or leave N to a second pass where P does not fit."""
+        names, self.waiting = self.waiting, frozenset()
+        if 8 * entries > self.sums.scratch_bytes:
+            names -= {"P"}
+            self.second_pass = (
+                f"P would have {entries_text(entries)}, more than scratch_bytes: "
+                "N comes from a second pass over the same batches"
+            )
+        held, self.held = self.held, []
+        for each in held:
+            self.sums.add_only(names, each.problem, each.x, each.h, each.v)
+        self.sums.quantities |= names
+
+    # ------------------------------------------------------------------------------------------- second pass
+
+    @property
+    def waits_for_second_pass(self) -> bool:
+        """Whether N is still to come."""
+        return self.second_pass is not None and self.projected is None
+
+    def begin_second_pass(self) -> None:
+        """Sum N from now on, where it waits."""
+        if self.second_pass is not None:
+            self.projected = ConsumerSums(
+                self.sums.where, frozenset({"N_raw"}), self.sums.path, self.sums.scratch_bytes
+            )
+
+    def add_projected(self, batch: HeldBatch, update: Tensor) -> None:
+        """Add a batch of the second pass.
+
+        Args:
+            batch: its tensors.
+            update: W*.
+        """
+        if self.projected is not None:
+            v = batch.v - applied_update(batch.problem, batch.h, update)
+            self.projected.add(batch.problem, batch.x, batch.h, v, samples=batch.samples)
+
+    # ------------------------------------------------------------------------------------------- results
+
+    def describe(self) -> list[str]:
+        """How each statistic is computed, a line each."""
+        lines = self.sums.describe()
+        if self.held:
+            size = sum(each.size for each in self.held) / 2**20
+            lines.append(f"N from x, h and v, held of {len(self.held)} calls ({size:.3g} MiB)")
+        return [*lines, *([self.second_pass] if self.second_pass else [])]
+
+    def statistics(self, layer: nn.Module) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
+        """Averages over the samples so far, and those of the producer's patches.
+
+        Args:
+            layer: the consumer.
+        """
+        with full_precision(torch.device("cpu")):
+            averages = self.sums.averages()
+            if self.projected is not None:
+                averages["N"] = self.projected.averages()["N_raw"]
+                averages["N_energy"] = averages["N"].new_tensor(self.projected.energy / self.projected.samples)
+        patches = {name: averages.pop(name) for name in ("patch_mean", "patch_gram") if name in averages}
+        held, weights, pending = None, layers.weighted(layer), None
+        if self.held:
+            held = Held(self.sums.where, self.sums.path, self.sums.scratch_bytes, tuple(self.held))
+        if self.waits_for_second_pass:
+            pending = f"{self.second_pass}: run the batches again inside `with collector.second_pass():`"
+        found = ConsumerStatistics(
+            consumer=self.path,
+            samples=self.sums.samples,
+            outgoing_shape=tuple(weights.filters().shape),
+            bias=weights.bias() is not None,
+            moments=averages,
+            gradient_energy=self.sums.energy / self.sums.samples,
+            pending=pending,
+            full_product=self.sums.full_product(),
+            held=Held(self.sums.where, self.sums.path, self.sums.scratch_bytes, tuple(self.held))
+            if self.held
+            else None,
+        )
+        return found, patches
