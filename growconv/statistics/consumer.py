@@ -180,5 +180,5 @@ class ConsumerStatistics:
         mine, theirs = self.samples / total, other.samples / total
         moments = {name: mine * value + theirs * other.moments[name] for name, value in self.moments.items()}
         energy = mine * self.gradient_energy + theirs * other.gradient_energy
-        held = None if self.held is None or other.held is None else self.held.joined(other.held.batches)
+        held = None if self.held is None or other.held is None else self.held.joined(other.held)
         return replace(self, samples=total, moments=moments, gradient_energy=energy, held=held)

@@ -29,7 +29,7 @@ class FullProduct:
     def __init__(self, path: OffsetPath, totals: Totals, x: Tensor, samples: int) -> None:
         correlation = path.correlations["xx"]
         self.problem = path.problem
-        self.features = path.features(totals, correlation, slice(None))
+        self.features = path.features(path.sums(totals, correlation), correlation, slice(None))
         self.weights = []
         self.shapes = [features.shapes["S_full"][:2] for features in correlation.features]
         for features, shape in zip(correlation.features, self.shapes, strict=True):

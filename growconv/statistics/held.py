@@ -58,10 +58,6 @@ class HeldBatch:
         """Bytes."""
         return sum(each.numel() * each.element_size() for each in (self.x, self.h, self.v))
 
-    def left_out(self) -> "HeldBatch":
-        """What takes the batch out of a sum again: N_raw, N and P are linear in x."""
-        return replace(self, x=-self.x, samples=-self.samples)
-
 
 @dataclass(frozen=True, eq=False)
 class Held:
@@ -74,12 +70,14 @@ class Held:
         path: as `ConsumerSums`.
         scratch_bytes: as `ConsumerSums`; P is given where it fits into as much.
         batches: what is held.
+        left_out: batches that an average is to leave out again.
     """
 
     where: str
     path: str
     scratch_bytes: int
     batches: tuple[HeldBatch, ...]
+    left_out: tuple[HeldBatch, ...] = ()
 
     @property
     def holds_projection(self) -> bool:
@@ -93,14 +91,22 @@ class Held:
             name: N_raw or P.
             update: W*; N_raw is then N.
         """
+        total, samples = self._average(self.batches, name, update)
+        if not self.left_out:
+            return total
+        part, fewer = self._average(self.left_out, name, update)
+        return (samples * total - fewer * part.to(total)) / (samples - fewer)
+
+    def _average(self, batches: Iterable[HeldBatch], name: str, update: Tensor | None) -> tuple[Tensor, int]:
         sums = ConsumerSums(self.where, frozenset({name}), self.path, self.scratch_bytes)
-        for batch in self.batches:
+        for batch in batches:
             with full_precision(batch.v.device):
                 v = batch.v if update is None else batch.v - applied_update(batch.problem, batch.h, update)
                 sums.add(batch.problem, batch.x, batch.h, v, batch.samples)
         with full_precision(torch.device("cpu")):
-            return sums.averages()[name]
+            return sums.averages()[name], sums.samples
 
-    def joined(self, batches: Iterable[HeldBatch]) -> "Held":
-        """With further batches."""
-        return replace(self, batches=(*self.batches, *batches))
+    def joined(self, other: "Held") -> "Held":
+        """With the batches of another."""
+        left_out = (*self.left_out, *other.left_out)
+        return replace(self, batches=(*self.batches, *other.batches), left_out=left_out)

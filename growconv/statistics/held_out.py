@@ -74,7 +74,7 @@ def without(subject: PairStatistics, left_out: KeptSamples, remaining: KeptSampl
                 patches[name] = reduced(total, own[name], subject.samples)
         held = consumer.held
         if held is not None:
-            held = held.joined(each.left_out() for each in sample_batches(left_out, consumer.consumer))
+            held = replace(held, left_out=(*held.left_out, *sample_batches(left_out, consumer.consumer)))
         consumers.append(replace(consumer, samples=consumer.samples - count, moments=moments, held=held))
     kept = replace(remaining, consumers={consumer.consumer: consumer for consumer in consumers})
     return replace(subject, samples=subject.samples - count, consumers=tuple(consumers), samples_kept=kept, **patches)

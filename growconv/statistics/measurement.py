@@ -139,8 +139,6 @@ class Measurement:
             gradient_energy=self.sums.energy / self.sums.samples,
             pending=pending,
             full_product=self.sums.full_product(),
-            held=Held(self.sums.where, self.sums.path, self.sums.scratch_bytes, tuple(self.held))
-            if self.held
-            else None,
+            held=held,
         )
         return found, patches

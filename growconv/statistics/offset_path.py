@@ -14,13 +14,13 @@ from growconv.statistics.correlation import (
     Tiling,
     along_axis,
     plan_tiling,
-    shifted_products,
     spectral_products,
     spectrum,
     split_phases,
 )
 from growconv.statistics.offsets import MAPS, AxisFeatures, AxisProblem, axis_features
 from growconv.statistics.problem import PairProblem
+from growconv.statistics.strips import Strip, blocks_of
 from growconv.statistics.totals import Totals
 
 LONGEST_TRANSFORM = 72
@@ -81,10 +81,11 @@ class Correlation:
         self.features: list[AxisFeatures] = [axis_features(axis, maps, statistics) for axis in axes]
         self.steps = [(axis.step(maps[0]), axis.step(maps[1])) for axis in axes]
         self.symmetric = maps[0] == maps[1]
+        self._strips: dict[str, list[Strip]] = {}
 
-    def key(self, kinds: str) -> str:
-        """Name of the sums where each axis takes its diagonals ("d") or its singles ("s")."""
-        return f"{self.maps}:{kinds}"
+    def key(self, kinds: str, strip: int | None = None) -> str:
+        """Name of the sums where each axis takes its diagonals ("d") or its singles ("s"), or of one strip of them."""
+        return f"{self.maps}:{kinds}" + ("" if strip is None else f":{strip}")
 
     @cached_property
     def border_kinds(self) -> list[str]:
@@ -118,6 +119,44 @@ class Correlation:
             indices.append(index)
             offsets.append(offset)
         return [(phases, *members) for phases, members in groups.items()]
+
+    def strips(self, kinds: str) -> list[Strip]:
+        """What is to be multiplied where each axis takes its diagonals or its singles.
+
+        For two equal maps half of the diagonals of the first axis that has some; `complete` gives the others.
+        """
+        if kinds not in self._strips:
+            pairs = [axis for axis, kind in enumerate(kinds) if kind == "s"]
+            lines = [axis for axis, kind in enumerate(kinds) if kind == "d"]
+            groups = [self.phase_groups(axis) for axis in lines]
+            if self.symmetric and lines:
+                mirror = self.mirror(lines[0], "d")
+                groups[0] = _only(groups[0], {index for index, other in enumerate(mirror) if index <= other})
+            steps = {axis: self.steps[axis] for axis in lines}
+            self._strips[kinds] = [
+                Strip(dict(zip(pairs, blocks, strict=True)), dict(zip(lines, phases, strict=True)), steps)
+                for blocks in itertools.product(*(blocks_of(self.features[axis].singles) for axis in pairs))
+                for phases in itertools.product(*groups)
+            ]
+        return self._strips[kinds]
+
+    def complete(self, kinds: str, value: Tensor) -> None:
+        """Fill in the features that `strips` leave out: exchanging the maps transposes the channels.
+
+        Args:
+            kinds: whether each axis takes its diagonals or its singles.
+            value: (features of each axis ..., c, d).
+        """
+        if not self.symmetric or "d" not in kinds:
+            return
+        leading, device = kinds.index("d"), value.device
+        mirror = self.mirror(leading, "d")
+        missing = [index for index, other in enumerate(mirror) if index > other]
+        found = value.index_select(leading, torch.tensor([mirror[index] for index in missing], device=device).long())
+        for axis, kind in enumerate(kinds):
+            if axis != leading:
+                found = found.index_select(axis, torch.tensor(self.mirror(axis, kind), device=device).long())
+        value.index_copy_(leading, torch.tensor(missing, device=device).long(), found.transpose(-1, -2))
 
     def mirror(self, axis: int, kind: str) -> list[int]:
         """For two equal maps: where each feature stands once the maps are exchanged."""
@@ -294,73 +333,16 @@ class OffsetPath:
 
     def _add_products(self, totals: Totals, correlation: Correlation, kinds: str, maps: dict[str, Tensor]) -> None:
         """Correlations where each axis takes its diagonals or its singles, by matrix products."""
-        leading = kinds.find("s") if "s" in kinds else 0
-        chosen = list(range(correlation.count(leading, kinds[leading])))
-        mirror = correlation.mirror(leading, kinds[leading]) if correlation.symmetric else None
-        if mirror is not None:
-            chosen = [index for index in chosen if index <= mirror[index]]
         first, second = maps[correlation.maps[0]], maps[correlation.maps[1]]
         pairs = math.prod(correlation.count(axis, "s") for axis, kind in enumerate(kinds) if kind == "s")
         rest = math.prod(size for size, kind in zip(first.shape[2:], kinds, strict=True) if kind == "d")
         per_sample = 4 * pairs * rest * (first.shape[1] + second.shape[1]) * first.element_size()
         samples = max(1, self.scratch_bytes // max(1, per_sample))
-        value: Tensor | None = None
-        for start in range(0, first.shape[0], samples):
-            chunk = slice(start, start + samples)
-            part = self._products(correlation, kinds, leading, chosen, first[chunk], second[chunk])
-            value = part if value is None else value.add_(part)
-        if value is None:
-            return
-        if mirror is not None:
-            value = _completed(correlation, kinds, leading, chosen, mirror, value)
-        totals.add(correlation.key(kinds), value)
-
-    def _products(
-        self, correlation: Correlation, kinds: str, leading: int, chosen: list[int], first: Tensor, second: Tensor
-    ) -> Tensor:
-        """(features of each axis ..., c, d), the leading axis with its chosen features only."""
-        axes = range(len(kinds))
-        single_axes = [axis for axis in axes if kinds[axis] == "s"]
-        diagonal_axes = [axis for axis in axes if kinds[axis] == "d"]
-        sides = []
-        for side, maps in enumerate((first, second)):
-            for axis in single_axes:
-                singles = correlation.features[axis].singles
-                kept = [singles[index] for index in chosen] if axis == leading else singles
-                where = torch.tensor([pair[side] for pair in kept], dtype=torch.long, device=maps.device)
-                maps = maps.index_select(2 + axis, where)
-            # (singles ..., c, n, rest ...)
-            order = [2 + axis for axis in single_axes] + [1, 0] + [2 + axis for axis in diagonal_axes]
-            maps = maps.permute(order)
-            maps = maps.flatten(0, len(single_axes) - 1) if single_axes else maps.unsqueeze(0)
-            steps = [correlation.steps[axis][side] for axis in diagonal_axes]
-            if math.prod(steps) > 1:
-                split = split_phases(maps.flatten(0, 1), steps).unflatten(0, maps.shape[:2])
-            else:
-                split = maps.reshape(*maps.shape[:3], *(1,) * len(steps), *maps.shape[3:])
-            sides.append(split)
-        counts = [len(chosen) if axis == leading else correlation.count(axis, kinds[axis]) for axis in axes]
-        shape = [counts[axis] for axis in diagonal_axes] + [counts[axis] for axis in single_axes]
-        result = first.new_empty(*shape, first.shape[1], second.shape[1])
-        groups_per_axis = [correlation.phase_groups(axis) for axis in diagonal_axes]
-        if leading in diagonal_axes:
-            groups_per_axis[diagonal_axes.index(leading)] = _only(groups_per_axis[diagonal_axes.index(leading)], chosen)
-        for groups in itertools.product(*groups_per_axis):
-            f, g = (
-                side[(slice(None),) * 3 + tuple(phases[number] for phases, _, _ in groups)]
-                for number, side in enumerate(sides)
-            )
-            offsets = list(itertools.product(*(offsets for _, _, offsets in groups)))
-            value = shifted_products(f, g, offsets)
-            value = value.view(*(len(indices) for _, indices, _ in groups), *result.shape[len(diagonal_axes) :])
-            if groups:
-                index = np.ix_(*(indices for _, indices, _ in groups))
-                result[tuple(torch.from_numpy(part).to(result.device) for part in index)] = value
-            else:
-                result.copy_(value)
-        # (diagonals ..., singles ..., c, d) to the order of the axes
-        source = [*diagonal_axes, *single_axes]
-        return result.permute(*(source.index(axis) for axis in axes), len(kinds), len(kinds) + 1)
+        for number, strip in enumerate(correlation.strips(kinds)):
+            for start in range(0, first.shape[0], samples):
+                part = first[start : start + samples]
+                other = part if second is first else second[start : start + samples]
+                totals.add(correlation.key(kinds, number), strip.products(part, other))
 
     # ------------------------------------------------------------------------------------ statistics from correlations
 
@@ -381,7 +363,8 @@ class OffsetPath:
     def expand_one(self, totals: Totals, correlation: Correlation, name: str) -> Tensor:
         """One statistic from the sums of its correlations."""
         axes = range(len(correlation.axes))
-        like = totals[correlation.key("d" * len(axes))]
+        sums = self.sums(totals, correlation)
+        like = sums["d" * len(axes)]
         c, d = like.shape[-2:]
         weights = [torch.from_numpy(f.weights[name]).to(like) for f in correlation.features]
         shapes = [features.shapes[name] for features in correlation.features]
@@ -404,53 +387,62 @@ class OffsetPath:
         rows = sizes[0] // c
         for start in range(0, c, block):
             end = min(start + block, c)
-            value = self.features(totals, correlation, slice(start, end))
+            value = self.features(sums, correlation, slice(start, end))
             for axis in axes:
                 value = along_axis(weights[axis], value, axis)
             value = value.reshape(*(n for shape in shapes for n in shape), end - start, d).permute(order)
             result[start * rows : end * rows] = value.reshape(-1, *sizes[1:])
         return result
 
+    def sums(self, totals: Totals, correlation: Correlation) -> dict[str, Tensor]:
+        """Sums of all features by kinds of the axes: (features of each axis ..., c, d).
+
+        Args:
+            totals: what `add` has filled.
+            correlation: one of `correlations`.
+        """
+        c, d = (self.channels[which] for which in correlation.maps)
+        like = next((value for name, value in totals.items() if name.startswith(correlation.maps)), torch.zeros(()))
+        found = {}
+        for kinds in ["d" * len(correlation.axes), *correlation.border_kinds]:
+            counts = [correlation.count(axis, kind) for axis, kind in enumerate(kinds)]
+            found[kinds] = like.new_zeros(*counts, c, d, dtype=torch.float64)
+            strips = [
+                (strip, totals[key])
+                for number, strip in enumerate(correlation.strips(kinds))
+                if (key := correlation.key(kinds, number)) in totals
+            ]
+            for strip, value in strips:
+                strip.enter(found[kinds], value)
+            if strips:
+                correlation.complete(kinds, found[kinds])
+            if correlation.key(kinds) in totals:
+                found[kinds] += totals[correlation.key(kinds)]
+        return found
+
     @staticmethod
-    def features(totals: Totals, correlation: Correlation, channels: slice) -> Tensor:
+    def features(sums: dict[str, Tensor], correlation: Correlation, channels: slice) -> Tensor:
         """Sums of all features (diagonals and singles of each axis ..., c, d) for some channels of the first map."""
         axes = range(len(correlation.axes))
-        everything = totals[correlation.key("d" * len(axes))][..., channels, :]
         counts = [correlation.count(axis, "d") + correlation.count(axis, "s") for axis in axes]
+        everything = sums["d" * len(axes)][..., channels, :]
         value = everything.new_zeros(*counts, *everything.shape[-2:])
-        for kinds in ["d" * len(axes), *correlation.border_kinds]:
+        for kinds, part in sums.items():
             where = tuple(
                 slice(0, correlation.count(axis, "d")) if kind == "d" else slice(correlation.count(axis, "d"), None)
                 for axis, kind in enumerate(kinds)
             )
-            value[where] = totals[correlation.key(kinds)][..., channels, :]
+            value[where] = part[..., channels, :]
         return value
 
 
 def _only(
-    groups: list[tuple[tuple[int, int], list[int], list[int]]], chosen: list[int]
+    groups: list[tuple[tuple[int, int], list[int], list[int]]], chosen: set[int]
 ) -> list[tuple[tuple[int, int], list[int], list[int]]]:
-    """Phase groups cut to the chosen diagonals, renumbered among them."""
-    place = {index: number for number, index in enumerate(chosen)}
+    """Phase groups cut to the chosen diagonals."""
     result = []
     for phases, indices, offsets in groups:
-        kept = [(place[index], offset) for index, offset in zip(indices, offsets, strict=True) if index in place]
+        kept = [(index, offset) for index, offset in zip(indices, offsets, strict=True) if index in chosen]
         if kept:
             result.append((phases, [index for index, _ in kept], [offset for _, offset in kept]))
     return result
-
-
-def _completed(
-    correlation: Correlation, kinds: str, leading: int, chosen: list[int], mirror: list[int], value: Tensor
-) -> Tensor:
-    """Fill the features left out by symmetry: exchanging the maps transposes the channels."""
-    mirrored = value
-    for axis, kind in enumerate(kinds):
-        if axis != leading:
-            where = torch.tensor(correlation.mirror(axis, kind), dtype=torch.long, device=value.device)
-            mirrored = mirrored.index_select(axis, where)
-    mirrored = mirrored.transpose(-1, -2)
-    place = {index: number for number, index in enumerate(chosen)}
-    own = [place[index] if index in place else len(chosen) + place[mirror[index]] for index in range(len(mirror))]
-    both = torch.cat([value, mirrored], dim=leading)
-    return both.index_select(leading, torch.tensor(own, dtype=torch.long, device=value.device))

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.statistics import StatisticsCollector, collect_statistics
+from growconv.statistics.held_out import without
 
 X = torch.randn(6, 3, 9, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 1, 0])
@@ -233,6 +234,42 @@ def test_dropout_norms_buffers_and_gradients_are_left_alone():
         assert torch.equal(parameter.grad, gradient)
     assert model[3].training
     assert model[1].training
+
+
+@pytest.mark.parametrize("calls", [2, 12])
+def test_n_of_held_batches_is_that_of_p(calls):
+    model = network(norm=True).double().eval()
+    site = site_of(model)
+    limit = 100_000  # P has 92,736 bytes
+    batches = [(X.double() + number, Y) for number in range(calls)]
+    collectors = [StatisticsCollector(model, site, hold=hold, scratch_bytes=limit) for hold in (True, False)]
+    for collector in collectors:
+        with collector:
+            for x, y in batches:
+                F.cross_entropy(model(x), y).backward()
+                x.zero_()  # what is held does not change with the caller's own tensors
+        batches = [(X.double() + number, Y) for number in range(calls)]
+    held, summed = (collector.statistics[site.name] for collector in collectors)
+    assert ("held of 2 calls" in collectors[0].explain()) == (calls == 2)
+    assert ("P" in held.consumer.moments) == (calls > 2)
+    assert "P" in summed.consumer.moments
+    for name in ("S", "S2", "M", "N_raw", "P", "N"):
+        torch.testing.assert_close(getattr(held, name), getattr(summed, name), rtol=1e-9, atol=1e-12)
+    both = held + summed
+    torch.testing.assert_close(both.N, summed.N, rtol=1e-8, atol=1e-12)
+
+
+def test_samples_taken_out_of_held_batches_leave_the_rest():
+    model = network().double()
+    site, batches = site_of(model), [(X.double(), Y), (X.double() - 1, Y)]
+    options = {"quantities": ("S", "N", "samples"), "keep_samples": 6}
+    loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
+    whole = collect_statistics(model, site, batches, loss, reduction="sum", **options)[site.name]
+    rest = collect_statistics(model, site, batches[1:], loss, reduction="sum", **options)[site.name]
+    assert whole.consumer.held is not None
+    remaining = without(whole, whole.samples_kept, rest.samples_kept)
+    torch.testing.assert_close(remaining.N, rest.N, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(remaining.P, rest.P)
 
 
 def test_the_second_pass_gives_the_same_n():
