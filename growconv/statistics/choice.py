@@ -53,7 +53,11 @@ def choose_paths(
         return {name: Choice("offset", "as asked") for name in statistics}
     choices = {}
     for name in sorted(statistics):
-        reason = _obstacle(problem, name) or _too_many_combinations(problem, name)
+        reason = (
+            "the gradient of the consumer's weight"
+            if name == "M"
+            else _obstacle(problem, name) or _too_many_combinations(problem, name)
+        )
         if reason:
             choices[name] = Choice("unfold", reason)
             continue

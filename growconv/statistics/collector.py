@@ -527,7 +527,7 @@ class StatisticsCollector:
             return
         kept = self._copies(collected, each)
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
-        copy = own is None and bool(consumer.waiting) and self.hold  # what is held must stay as it is
+        copy = own is None and not self._second and bool(sums.quantities)  # what waits must stay as it is
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
         v = batched(gradient, module).to(exact)

@@ -1,6 +1,7 @@
 """Batches held until W* is known: N, N_raw and P from x, h and v themselves."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,9 @@ from growconv.convolution.unfold import pad
 from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import PairProblem
+
+GROUP_BYTES = 8 * 2**20
+"""Calls on small batches are summed together up to this size: every product has costs that no sample adds to."""
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -59,6 +63,33 @@ class HeldBatch:
         return sum(each.numel() * each.element_size() for each in (self.x, self.h, self.v))
 
 
+def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:
+    """Small batches of one shape, one after the other, as larger ones.
+
+    Args:
+        batches: in the order in which they came.
+    """
+
+    def shapes(batch: HeldBatch) -> tuple[object, ...]:
+        return batch.problem, *((each.dtype, each.device) for each in (batch.x, batch.h, batch.v))
+
+    for _, alike in itertools.groupby(batches, key=shapes):
+        waiting: list[HeldBatch] = []
+        for batch in alike:
+            if waiting and sum(each.size for each in (*waiting, batch)) > GROUP_BYTES:
+                yield _joined(waiting)
+                waiting = []
+            waiting.append(batch)
+        yield _joined(waiting)
+
+
+def _joined(batches: list[HeldBatch]) -> HeldBatch:
+    if len(batches) == 1:
+        return batches[0]
+    x, h, v = (torch.cat([getattr(each, name) for each in batches]) for name in "xhv")
+    return HeldBatch(batches[0].problem, x, h, v, sum(each.samples for each in batches))
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """All batches of one consumer.
@@ -99,7 +130,7 @@ class Held:
 
     def _average(self, batches: Iterable[HeldBatch], name: str, update: Tensor | None) -> tuple[Tensor, int]:
         sums = ConsumerSums(self.where, frozenset({name}), self.path, self.scratch_bytes)
-        for batch in batches:
+        for batch in grouped(batches):
             with full_precision(batch.v.device):
                 v = batch.v if update is None else batch.v - applied_update(batch.problem, batch.h, update)
                 sums.add(batch.problem, batch.x, batch.h, v, batch.samples)

@@ -9,7 +9,7 @@ from growconv.network import layers
 from growconv.network.routes import Route
 from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held import Held, HeldBatch, applied_update
+from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
 from growconv.statistics.options import QUANTITIES
 from growconv.statistics.precision import full_precision
 from growconv.statistics.totals import entries_text
@@ -28,6 +28,7 @@ class Measurement:
         sums: the sums over samples.
         waiting: what is not summed as long as batches are held.
         held: these batches.
+        small: batches that are to be summed together with the next ones.
         projected: sums of the second pass.
         second_pass: why there is to be one.
     """
@@ -37,6 +38,7 @@ class Measurement:
     sums: ConsumerSums
     waiting: frozenset[str] = frozenset()
     held: list[HeldBatch] = field(default_factory=list)
+    small: list[HeldBatch] = field(default_factory=list)
     projected: ConsumerSums | None = None
     second_pass: str | None = None
 
@@ -55,17 +57,27 @@ class Measurement:
         """Add a batch.
 
         Args:
-            batch: its tensors; they stay as they are while they are held.
+            batch: its tensors; they stay as they are.
             hold: whether it may be held.
         """
         if self.waiting and hold and sum(each.size for each in (*self.held, batch)) <= self.sums.scratch_bytes:
             self.held.append(batch)
         elif self.waiting:
             self._settle(batch.problem.projection_entries)
-        self.sums.add(batch.problem, batch.x, batch.h, batch.v, samples=batch.samples)
+        self.small.append(batch)
+        if sum(each.size for each in self.small) > GROUP_BYTES:
+            self.sum_up()
+
+    def sum_up(self) -> None:
+        """Sum what has waited for more."""
+        small, self.small = self.small, []
+        for each in grouped(small):
+            with full_precision(each.v.device):
+                self.sums.add(each.problem, each.x, each.h, each.v, samples=each.samples)
 
     def _settle(self, entries: int) -> None:
         """Hold no longer: sum P, or leave N to a second pass where P does not fit."""
+        self.sum_up()
         names, self.waiting = self.waiting, frozenset()
         if 8 * entries > self.sums.scratch_bytes:
             names -= {"P"}
@@ -74,7 +86,7 @@ class Measurement:
                 "N comes from a second pass over the same batches"
             )
         held, self.held = self.held, []
-        for each in held:
+        for each in grouped(held):
             self.sums.add_only(names, each.problem, each.x, each.h, each.v)
         self.sums.quantities |= names
 
@@ -107,6 +119,7 @@ class Measurement:
 
     def describe(self) -> list[str]:
         """How each statistic is computed, a line each."""
+        self.sum_up()
         lines = self.sums.describe()
         if self.held:
             size = sum(each.size for each in self.held) / 2**20
@@ -119,6 +132,7 @@ class Measurement:
         Args:
             layer: the consumer.
         """
+        self.sum_up()
         with full_precision(torch.device("cpu")):
             averages = self.sums.averages()
             if self.projected is not None:

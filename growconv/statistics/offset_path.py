@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from growconv.convolution.geometry import Geometry
@@ -22,6 +23,7 @@ from growconv.statistics.offsets import MAPS, AxisFeatures, AxisProblem, axis_fe
 from growconv.statistics.problem import PairProblem
 from growconv.statistics.strips import Strip, blocks_of
 from growconv.statistics.totals import Totals
+from growconv.statistics.unfolded import weight_gradient
 
 LONGEST_TRANSFORM = 72
 """Longer maps are cut into tiles before their Fourier transform."""
@@ -29,11 +31,13 @@ TILE_TRANSFORM = 36
 """Length of a tile's transform, about: more tiles of fewer frequencies make larger products of each frequency."""
 SPECTRA_BYTES = 8 * 2**20
 """Spectra made at a time, about: memory that stays in the cache and with the process is not paged in again."""
-SPECTRAL_PRODUCT = 2.5
-"""Price of one multiply-add of a complex product of small matrices, in multiply-adds of a large real one."""
-STRIP_PRODUCT = 2.0
-"""The same for the products along the border."""
-TRANSFORM = 60.0
+SPECTRAL_PRODUCT = 1.5
+"""Price of one multiply-add of a complex product of small matrices, in those of a convolution."""
+SPECTRAL_INVERSE = 24.0
+"""Price of one complex entry of the sums of products, for one offset of the first axis."""
+PRODUCT = 2.0
+"""Price of one multiply-add of a product per offset or along the border."""
+TRANSFORM = 200.0
 """Price of one complex entry of a Fourier transform, moving it included."""
 
 LAYOUTS: dict[str, tuple[tuple[str | int, ...], ...]] = {
@@ -105,33 +109,55 @@ class Correlation:
         """Offsets of the diagonals of an axis."""
         return [offset for _, _, offset in self.features[axis].diagonals] or [0]
 
+    def chosen(self, axis: int, leading: int = 0) -> list[int]:
+        """Diagonals to be summed: of the leading axis half where the maps are equal, `complete` gives the others."""
+        diagonals = self.features[axis].diagonals
+        if not self.symmetric or axis != leading:
+            return list(range(len(diagonals)))
+        return [
+            index
+            for index, (phase, other, offset) in enumerate(diagonals)
+            if (offset, phase, other) >= (-offset, other, phase)
+        ]
+
+    def tap_places(self, axis: int) -> list[int]:
+        """Chosen diagonals of an axis as the locations of the first map that location 0 of the second meets."""
+        diagonals = (self.features[axis].diagonals[index] for index in self.chosen(axis))
+        return [self.steps[axis][0] * offset + phase for phase, _, offset in diagonals]
+
+    @cached_property
+    def taps(self) -> list[tuple[int, int]]:
+        """Lowest of `tap_places` and number of locations up to the highest, by axis."""
+        places = [self.tap_places(axis) for axis in range(len(self.axes))]
+        return [(min(each), max(each) - min(each) + 1) for each in places]
+
+    @property
+    def as_gradient(self) -> bool:
+        """Whether the whole diagonals are the gradient of a convolution's weight: the second map has one phase."""
+        return all(step == 1 for _, step in self.steps) and all(f.diagonals for f in self.features)
+
     def coarse_size(self, axis: int) -> int:
         """Locations of the larger map on an axis after its phases are split."""
         return max(
             -(-self.axes[axis].size(which) // step) for which, step in zip(self.maps, self.steps[axis], strict=True)
         )
 
-    def phase_groups(self, axis: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:
-        """Diagonals of an axis by their two phases: (phases, their indices, their offsets)."""
+    def phase_groups(self, axis: int, leading: int = 0) -> list[tuple[tuple[int, int], list[int], list[int]]]:
+        """Chosen diagonals of an axis by their two phases: (phases, their indices, their offsets)."""
         groups: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-        for index, (phase, other, offset) in enumerate(self.features[axis].diagonals):
+        for index in self.chosen(axis, leading):
+            phase, other, offset = self.features[axis].diagonals[index]
             indices, offsets = groups.setdefault((phase, other), ([], []))
             indices.append(index)
             offsets.append(offset)
         return [(phases, *members) for phases, members in groups.items()]
 
     def strips(self, kinds: str) -> list[Strip]:
-        """What is to be multiplied where each axis takes its diagonals or its singles.
-
-        For two equal maps half of the diagonals of the first axis that has some; `complete` gives the others.
-        """
+        """What is to be multiplied where each axis takes its diagonals or its singles."""
         if kinds not in self._strips:
             pairs = [axis for axis, kind in enumerate(kinds) if kind == "s"]
             lines = [axis for axis, kind in enumerate(kinds) if kind == "d"]
-            groups = [self.phase_groups(axis) for axis in lines]
-            if self.symmetric and lines:
-                mirror = self.mirror(lines[0], "d")
-                groups[0] = _only(groups[0], {index for index, other in enumerate(mirror) if index <= other})
+            groups = [self.phase_groups(axis, lines[0]) for axis in lines]
             steps = {axis: self.steps[axis] for axis in lines}
             self._strips[kinds] = [
                 Strip(dict(zip(pairs, blocks, strict=True)), dict(zip(lines, phases, strict=True)), steps)
@@ -151,7 +177,8 @@ class Correlation:
             return
         leading, device = kinds.index("d"), value.device
         mirror = self.mirror(leading, "d")
-        missing = [index for index, other in enumerate(mirror) if index > other]
+        chosen = set(self.chosen(leading, leading))
+        missing = [index for index in range(len(mirror)) if index not in chosen]
         found = value.index_select(leading, torch.tensor([mirror[index] for index in missing], device=device).long())
         for axis, kind in enumerate(kinds):
             if axis != leading:
@@ -175,7 +202,7 @@ class OffsetPath:
         problem: the pair; its grid must not change in between, and its paddings must be zeros.
         statistics: names among S, S_full, patch_gram, N_raw, P, S2 and M.
         scratch_bytes: bound on temporary memory.
-        spectral: whether whole diagonals are taken through spectra, or by one product per offset; None: by cost.
+        spectral: whether whole diagonals are taken through spectra; None: by cost.
     """
 
     def __init__(
@@ -202,23 +229,28 @@ class OffsetPath:
             v: desired change of the consumer's output (n, C2, *out).
         """
         maps = {"x": x, "h": h, "v": v}
-        self.spectral = [c for c in self.correlations.values() if self._is_spectral(c, x.shape[0])]
+        ways = {name: self._way(correlation, x.shape[0]) for name, correlation in self.correlations.items()}
+        self.spectral = [correlation for name, correlation in self.correlations.items() if ways[name] == "spectral"]
         if self.spectral:
             self._add_spectral(totals, maps)
-        for correlation in self.correlations.values():
-            kinds = list(correlation.border_kinds)
-            if correlation not in self.spectral:
-                kinds.append("d" * len(correlation.axes))
-            for kind in kinds:
-                self._add_products(totals, correlation, kind, maps)
+        for name, correlation in self.correlations.items():
+            if ways[name] == "gradient":
+                self._add_gradient(totals, correlation, maps)
+            elif ways[name] == "products":
+                self._add_products(totals, correlation, "d" * len(correlation.axes), maps)
+            for kinds in correlation.border_kinds:
+                self._add_products(totals, correlation, kinds, maps)
 
     # ------------------------------------------------------------------------------------ whole diagonals, by spectra
 
-    def _is_spectral(self, correlation: Correlation, samples: int) -> bool:
+    def _way(self, correlation: Correlation, samples: int) -> str:
+        """How the whole diagonals are summed: "spectral", "gradient" or "products"."""
+        costs = self.whole_costs(correlation, samples)
         if self.forced_spectral is not None:
-            return self.forced_spectral
-        spectral, products = self.whole_costs(correlation, samples)
-        return spectral < products
+            if self.forced_spectral:
+                return "spectral"
+            del costs["spectral"]
+        return min(costs, key=costs.__getitem__)
 
     def tiling_of(self, correlations: Iterable[Correlation]) -> Tiling:
         """How maps are cut for the spectra that some correlations share."""
@@ -239,26 +271,32 @@ class OffsetPath:
     def cost(self, correlation: Correlation, samples: int) -> float:
         """Price of a correlation for a batch, in multiply-adds of a large real product."""
         strips = sum(self._product_cost(correlation, kinds) for kinds in correlation.border_kinds)
-        return samples * STRIP_PRODUCT * strips + min(self.whole_costs(correlation, samples))
+        return samples * PRODUCT * strips + min(self.whole_costs(correlation, samples).values())
 
-    def whole_costs(self, correlation: Correlation, samples: int) -> tuple[float, float]:
-        """Price of the whole diagonals for a batch: through spectra, and by one product per offset."""
+    def whole_costs(self, correlation: Correlation, samples: int) -> dict[str, float]:
+        """Price of the whole diagonals for a batch, by each way."""
         first, second = (self.stacked(which) for which in correlation.maps)
         tiling = self.tiling_of([correlation])
         entries = tiling.frequencies * tiling.parts * samples
-        wanted = len(correlation.offsets(0))
-        products = SPECTRAL_PRODUCT * 4 * first * second * (entries + wanted * tiling.frequencies)
-        spectral = products + TRANSFORM * entries * (first + second)
-        return spectral, samples * self._product_cost(correlation, "d" * len(correlation.axes))
+        inverse = SPECTRAL_INVERSE * first * second * len(correlation.chosen(0)) * tiling.frequencies
+        spectral = SPECTRAL_PRODUCT * 4 * first * second * entries + TRANSFORM * entries * (first + second) + inverse
+        costs = {"spectral": spectral}
+        if correlation.as_gradient:
+            channels = math.prod(self.channels[which] for which in correlation.maps)
+            locations = math.prod(axis.size(correlation.maps[1]) for axis in correlation.axes)
+            costs["gradient"] = channels * locations * samples * math.prod(taps for _, taps in correlation.taps)
+        else:
+            costs["products"] = PRODUCT * samples * self._product_cost(correlation, "d" * len(correlation.axes))
+        return costs
 
     def _product_cost(self, correlation: Correlation, kinds: str) -> float:
         """Multiply-adds for one sample of one product per offset or single pair."""
         cost = float(math.prod(self.channels[which] for which in correlation.maps))
         for axis, kind in enumerate(kinds):
-            cost *= correlation.count(axis, kind)
+            cost *= len(correlation.chosen(axis, kinds.find("d"))) if kind == "d" else correlation.count(axis, kind)
             if kind == "d":
                 cost *= correlation.coarse_size(axis) + max(abs(offset) for offset in correlation.offsets(axis))
-        return cost / 2 if correlation.symmetric else cost
+        return cost
 
     def _add_spectral(self, totals: Totals, maps: dict[str, Tensor]) -> None:
         tiling = self.tiling_of(self.spectral)
@@ -306,13 +344,15 @@ class OffsetPath:
     def _at_diagonals(self, correlation: Correlation, tiling: Tiling, products: Tensor) -> Tensor:
         """(diagonals of each axis ..., c, d) from a cross spectrum of maps with stacked phases."""
         axes = range(len(correlation.axes))
-        counts = [correlation.count(axis, "d") for axis in axes]
+        chosen = [correlation.chosen(axis) for axis in axes]
+        counts = [len(indices) for indices in chosen]
         steps = [math.prod(step[side] for step in correlation.steps) for side in (0, 1)]
         if 0 in counts:
             channels = (products.shape[1] // steps[0], products.shape[2] // steps[1])
             return products.real.new_zeros(*counts, *channels)
         if steps == [1, 1]:
-            value = spectral_products(products, tiling, [correlation.offsets(axis) for axis in axes])
+            offsets = [[correlation.offsets(axis)[index] for index in chosen[axis]] for axis in axes]
+            value = spectral_products(products, tiling, offsets)
             return value.view(*counts, *value.shape[1:])
         split = products.unflatten(2, (-1, steps[1])).unflatten(1, (-1, steps[0]))
         first, second = split.shape[1], split.shape[3]
@@ -324,10 +364,32 @@ class OffsetPath:
                 phases = [phases[0] * step + phase, phases[1] * other + other_phase]
             part = split[:, :, phases[0], :, phases[1]].contiguous()
             value = spectral_products(part, tiling, [offsets for _, _, offsets in groups])
-            index = np.ix_(*(indices for _, indices, _ in groups))
-            where = tuple(torch.from_numpy(part).to(result.device) for part in index)
+            places = (
+                [known.index(index) for index in indices] for known, (_, indices, _) in zip(chosen, groups, strict=True)
+            )
+            where = tuple(torch.from_numpy(part).to(result.device) for part in np.ix_(*places))
             result[where] = value.view(*(len(indices) for _, indices, _ in groups), first, second)
         return result
+
+    # ---------------------------------------------------------------------------------- whole diagonals, by a gradient
+
+    def _add_gradient(self, totals: Totals, correlation: Correlation, maps: dict[str, Tensor]) -> None:
+        """Whole diagonals as the gradient of a convolution's weight with a tap for each."""
+        first, second = (maps[which] for which in correlation.maps)
+        kernel, sides = [], []
+        for axis, (lowest, taps) in enumerate(correlation.taps):
+            step = correlation.steps[axis][0]
+            kernel.append(taps)
+            sides.append((-lowest, step * (second.shape[2 + axis] - 1) + taps + lowest - first.shape[2 + axis]))
+        ones = (1,) * len(kernel)
+        geometry = Geometry(tuple(kernel), tuple(step for step, _ in correlation.steps), ones, ((0, 0),) * len(kernel))
+        padded = F.pad(first, [side for pair in reversed(sides) for side in pair])
+        value = weight_gradient(padded, second, geometry)
+        value = value.view(value.shape[0], *kernel, value.shape[2]).movedim(0, -2)
+        for axis, (lowest, _) in enumerate(correlation.taps):
+            wanted = torch.tensor(correlation.tap_places(axis), device=value.device) - lowest
+            value = value.index_select(axis, wanted)
+        totals.add(correlation.key("d" * len(kernel)), value)
 
     # ------------------------------------------------------------------------------------ strips, by products
 
@@ -407,17 +469,13 @@ class OffsetPath:
         for kinds in ["d" * len(correlation.axes), *correlation.border_kinds]:
             counts = [correlation.count(axis, kind) for axis, kind in enumerate(kinds)]
             found[kinds] = like.new_zeros(*counts, c, d, dtype=torch.float64)
-            strips = [
-                (strip, totals[key])
-                for number, strip in enumerate(correlation.strips(kinds))
-                if (key := correlation.key(kinds, number)) in totals
-            ]
-            for strip, value in strips:
-                strip.enter(found[kinds], value)
-            if strips:
-                correlation.complete(kinds, found[kinds])
+            for number, strip in enumerate(correlation.strips(kinds)):
+                if (key := correlation.key(kinds, number)) in totals:
+                    strip.enter(found[kinds], totals[key])
             if correlation.key(kinds) in totals:
-                found[kinds] += totals[correlation.key(kinds)]
+                chosen = torch.tensor(correlation.chosen(0), dtype=torch.long, device=like.device)
+                found[kinds].index_add_(0, chosen, totals[correlation.key(kinds)])
+            correlation.complete(kinds, found[kinds])
         return found
 
     @staticmethod
@@ -434,15 +492,3 @@ class OffsetPath:
             )
             value[where] = part[..., channels, :]
         return value
-
-
-def _only(
-    groups: list[tuple[tuple[int, int], list[int], list[int]]], chosen: set[int]
-) -> list[tuple[tuple[int, int], list[int], list[int]]]:
-    """Phase groups cut to the chosen diagonals."""
-    result = []
-    for phases, indices, offsets in groups:
-        kept = [(index, offset) for index, offset in zip(indices, offsets, strict=True) if index in chosen]
-        if kept:
-            result.append((phases, [index for index, _ in kept], [offset for _, offset in kept]))
-    return result

@@ -17,7 +17,7 @@ from growconv.statistics.totals import Totals
 
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
-SYMMETRIC_BLOCK = 512
+SYMMETRIC_BLOCK = 96
 """Rows below which a Gram matrix is one product; above, its two halves share the off-diagonal block."""
 
 
@@ -194,9 +194,10 @@ def _add_slab(
         plain = u if problem.local else unfold(x, problem.first)
         totals.add("patch_gram", gram(plain.transpose(0, 1).reshape(plain.shape[1], -1)))
     if "S" in quantities:
-        weighted = u * q[slab.low : slab.high].sqrt()
+        rows = u.transpose(0, 1).flatten(2)  # (a, n, locations), copied once
+        weighted = rows * q[slab.low : slab.high].sqrt().flatten()
         del u
-        totals.add("S", gram(weighted.transpose(0, 1).reshape(weighted.shape[1], -1)))
+        totals.add("S", gram(weighted.flatten(1)))
 
 
 def _add_full(totals: Totals, problem: PairProblem, x: Tensor, slab: _Slab) -> None:
