@@ -37,7 +37,7 @@ SPECTRAL_INVERSE = 24.0
 """Price of one complex entry of the sums of products, for one offset of the first axis."""
 PRODUCT = 2.0
 """Price of one multiply-add of a product per offset or along the border."""
-TRANSFORM = 200.0
+TRANSFORM = 450.0
 """Price of one complex entry of a Fourier transform, moving it included."""
 
 LAYOUTS: dict[str, tuple[tuple[str | int, ...], ...]] = {
@@ -383,12 +383,16 @@ class OffsetPath:
             sides.append((-lowest, step * (second.shape[2 + axis] - 1) + taps + lowest - first.shape[2 + axis]))
         ones = (1,) * len(kernel)
         geometry = Geometry(tuple(kernel), tuple(step for step, _ in correlation.steps), ones, ((0, 0),) * len(kernel))
-        padded = F.pad(first, [side for pair in reversed(sides) for side in pair])
-        value = weight_gradient(padded, second, geometry)
+        if all(low == high >= 0 for low, high in sides):
+            value = weight_gradient(first, second, geometry, tuple(low for low, _ in sides))
+        else:
+            padded = F.pad(first, [side for pair in reversed(sides) for side in pair])
+            value = weight_gradient(padded, second, geometry)
         value = value.view(value.shape[0], *kernel, value.shape[2]).movedim(0, -2)
-        for axis, (lowest, _) in enumerate(correlation.taps):
-            wanted = torch.tensor(correlation.tap_places(axis), device=value.device) - lowest
-            value = value.index_select(axis, wanted)
+        for axis, (lowest, taps) in enumerate(correlation.taps):
+            wanted = [place - lowest for place in correlation.tap_places(axis)]
+            if wanted != list(range(taps)):
+                value = value.index_select(axis, torch.tensor(wanted, device=value.device))
         totals.add(correlation.key("d" * len(kernel)), value)
 
     # ------------------------------------------------------------------------------------ strips, by products

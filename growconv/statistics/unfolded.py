@@ -179,6 +179,9 @@ def _add_slab(
         if "S2" in quantities and slab.new_outputs < slab.end_output:
             fresh = hp[:, :, slab.new_outputs - slab.first_output :]
             totals.add("S2", gram(fresh.transpose(0, 1).reshape(fresh.shape[1], -1)))
+    if "S" in quantities and problem.local:
+        totals.add("S", gram(_weighted_rows(problem, x, q, slab)))
+        quantities -= {"S"}
     if not quantities & {"S", "N_raw", "P", "patch_gram"}:
         return
     u = _patches(problem, x, slab)  # (n, a, *hidden rows)
@@ -194,10 +197,18 @@ def _add_slab(
         plain = u if problem.local else unfold(x, problem.first)
         totals.add("patch_gram", gram(plain.transpose(0, 1).reshape(plain.shape[1], -1)))
     if "S" in quantities:
-        rows = u.transpose(0, 1).flatten(2)  # (a, n, locations), copied once
-        weighted = rows * q[slab.low : slab.high].sqrt().flatten()
+        weighted = u * q[slab.low : slab.high].sqrt()
         del u
-        totals.add("S", gram(weighted.flatten(1)))
+        totals.add("S", gram(weighted.transpose(0, 1).reshape(weighted.shape[1], -1)))
+
+
+def _weighted_rows(problem: PairProblem, x: Tensor, q: Tensor, slab: _Slab) -> Float[Tensor, "a p"]:
+    """√q·U of a slab as rows, written once."""
+    first = problem.first
+    view = windows(pad(x, first), first)[(slice(None),) * (2 + first.axes) + (slice(slab.low, slab.high),)]
+    rows = view.permute(*range(1, 2 + first.axes), 0, *range(2 + first.axes, 2 + 2 * first.axes))
+    weighted = torch.mul(rows, q[slab.low : slab.high].sqrt(), out=x.new_empty(rows.shape))
+    return weighted.view(problem.patch_entries, -1)
 
 
 def _add_full(totals: Totals, problem: PairProblem, x: Tensor, slab: _Slab) -> None:
