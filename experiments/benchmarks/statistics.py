@@ -10,6 +10,7 @@ memory is measured in further processes, one per method, above what the process 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import growconv
 from experiments.benchmarks.table import write_section
-from growconv.statistics import StatisticsCollector
+from growconv.statistics import ConsumerStatistics, StatisticsCollector
 
 SHAPES = ("32x32x32", "32x64x32", "128x16x128", "64x32x128", "64x224x8", "512x8x64")
 """Channels x image x batch."""
@@ -45,19 +46,30 @@ COLUMNS = (
 
 
 class Bench:
-    """One shape: a pair conv - ReLU - conv of 3×3 kernels with padding 1 and biases."""
+    """One shape: a pair conv - ReLU - conv with biases, padded to keep the grid but for the first layer's stride.
 
-    def __init__(self, shape: str, device: str) -> None:
-        self.channels, self.image, self.batch = (int(part) for part in shape.split("x"))
-        self.device = torch.device(device)
+    Args:
+        shape: channels x image x batch, with kN for another kernel than 3 and sN for another stride of the first layer.
+        device: where to run.
+        clock: what to read times from.
+    """
+
+    def __init__(self, shape: str, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        parts = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:k(\d+))?(?:s(\d+))?", shape)
+        if parts is None:
+            raise SystemExit(f"{shape}: expected channels x image x batch, such as 64x16x32 or 64x16x32k5s2")
+        given = [None if part is None else int(part) for part in parts.groups()]
+        self.channels, self.image, self.batch = (part or 0 for part in given[:3])
+        self.kernel, self.stride = given[3] or 3, given[4] or 1
+        self.device, self.clock = torch.device(device), clock
         torch.manual_seed(0)
-        c = self.channels
-        self.model = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1))
-        self.model.to(self.device)
+        c, k = self.channels, self.kernel
+        first = nn.Conv2d(c, c, k, stride=self.stride, padding=k // 2)
+        self.model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(c, c, k, padding=k // 2)).to(self.device)
         self.x = torch.randn(self.batch, c, self.image, self.image, device=self.device)
-        self.gradient = torch.randn_like(self.x) / self.x[0].numel()
+        self.gradient = torch.randn_like(self.model(self.x).detach()) / self.x[0].numel()
         self.site = growconv.site(self.model, "0", "2", example_input=self.x[:1])
-        self.compared = TARGETS[shape][1] is not None
+        self.compared = shape in TARGETS and TARGETS[shape][1] is not None
 
     def train_step(self) -> None:
         """Forward and backward of the pair alone; the images need no gradient."""
@@ -72,13 +84,13 @@ class Bench:
     def timed(self, function: Callable[[], Any]) -> float:
         """Seconds of one call."""
         self.synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         function()
         self.synchronize()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def collector(self, path: str = "auto") -> "TimedCollector":
-        """A collector of S, S2, M, N_raw, N and, where it fits, P."""
+        """A collector of S, S2, M and N."""
         return TimedCollector(self, self.site, path)
 
 
@@ -94,29 +106,46 @@ class TimedCollector(StatisticsCollector):
         self.seconds += self.bench.timed(lambda: StatisticsCollector._measure(self, *arguments))
 
 
-def measure_update(bench: Bench, path: str = "auto") -> Callable[[], float]:
-    """A function that takes one batch into the statistics and gives the seconds that it took.
+def collection(bench: Bench, batches: int, path: str = "auto") -> float:
+    """Seconds of a collection from the first batch to S, S2, M and N, all but solving for W*.
 
-    Where N needs a second pass, its forward and backward count as well as its work.
+    The model's own forward and backward passes do not count, except where N needs them a second time.
     """
-    prepared = bench.collector(path)
-    with prepared:
-        bench.train_step()
-    second = prepared.needs_second_pass
-
-    def update() -> float:
-        collector = bench.collector(path)
-        with collector:
+    collector = bench.collector(path)
+    with collector:
+        for _ in range(batches):
             bench.train_step()
-        seconds = collector.seconds
-        if second:
-            for consumer in prepared._all_consumers():
-                consumer.projected = None
-            for found in prepared.statistics.values():
-                _ = found.update  # solving for W* is part of finishing, not of a batch
-            with prepared.second_pass():
-                seconds += bench.timed(bench.train_step)
-        return seconds
+    seconds = collector.seconds + bench.timed(lambda: collector.statistics)
+    solved = _stands_in(collector)
+    if collector.needs_second_pass:
+        with collector.second_pass():
+            seconds += bench.timed(lambda: [bench.train_step() for _ in range(batches)])
+        seconds += bench.timed(lambda: collector.statistics)
+    return seconds + bench.timed(lambda: _with_update(collector, solved).N)
+
+
+def _stands_in(collector: StatisticsCollector) -> Tensor:
+    """Any numbers for W*, entered so that nobody solves for it."""
+    consumer = next(iter(collector.statistics.values())).consumer
+    moments = consumer.M
+    assert moments is not None  # it is among what was collected
+    _with_update(collector, moments)
+    return moments
+
+
+def _with_update(collector: StatisticsCollector, update: Tensor) -> ConsumerStatistics:
+    consumer = next(iter(collector.statistics.values())).consumer
+    consumer.__dict__["best_update"] = update
+    return consumer
+
+
+def measure_update(bench: Bench, path: str = "auto") -> Callable[[], tuple[float, float]]:
+    """A function that gives the seconds of one batch more, from collections of one and of three, and of the rest."""
+
+    def update() -> tuple[float, float]:
+        one = collection(bench, 1, path)
+        batch = (collection(bench, 3, path) - one) / 2
+        return batch, one - batch
 
     return update
 
@@ -204,7 +233,7 @@ def task_times(bench: Bench) -> dict[str, Any]:
     steps, updates = [], []
     for _ in range(repeats):
         steps.append(bench.timed(bench.train_step))
-        updates.append(update())
+        updates.append(update()[0])
     result: dict[str, Any] = {"step": median(steps), "ours": median(updates), "repeats": repeats}
     collector = bench.collector()
     with collector:
@@ -212,7 +241,10 @@ def task_times(bench: Bench) -> dict[str, Any]:
     result["finish"] = bench.timed(lambda: _finish(collector))
     result["second pass"] = collector.needs_second_pass
     result["paths"] = collector.explain()
-    for name, maker in (("dense", lambda: measure_update(bench, "dense")), ("gromo", lambda: gromo_update(bench))):
+    for name, maker in (
+        ("dense", lambda: lambda: measure_update(bench, "dense")()[0]),
+        ("gromo", lambda: gromo_update(bench)),
+    ):
         if not bench.compared:
             continue
         try:
@@ -319,7 +351,7 @@ def main() -> None:
         print(json.dumps(task_times(bench) if task == "times" else task_memory(bench, task.removeprefix("memory-"))))
         return
     rows, notes = [], [
-        "All statistics are S, S2, M, N_raw, N and, where it fits into scratch_bytes, P, for one batch of a pair of "
+        "All statistics are S, S2, M and N, for one batch more of a pair of "
         "3×3 convolutions with padding 1 and biases, float32, ReLU in between. Forward+backward is the pair alone, its "
         "images without gradient. Finish: expanding the sums, solving for W* and projecting, once per collection. Peak "
         "memory is above what the process held before, finishing included. – : not tried, "

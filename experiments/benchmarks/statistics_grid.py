@@ -1,0 +1,104 @@
+"""What the statistics of a pair cost relative to its forward and backward pass, over channels, maps, kernels, strides.
+
+    python -m experiments.benchmarks.statistics_grid                   # a few shapes of each kind
+    python -m experiments.benchmarks.statistics_grid --all             # every combination, hours
+    python -m experiments.benchmarks.statistics_grid 64x16x32k5s2 --no-write
+    python -m experiments.benchmarks.statistics_grid --save old.json   # there: an older state of the package
+    python -m experiments.benchmarks.statistics_grid --before old.json # here: with a column of the older state
+
+Everything is timed in one process on one thread by the CPU time it takes, alternating and as medians: other processes
+on the machine slow the clock on the wall, and much less this one.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from experiments.benchmarks.statistics import Bench, collection
+from experiments.benchmarks.table import write_section
+
+QUICK = (
+    "32x16x32", "64x16x32", "128x16x32", "32x32x32", "64x32x32",
+    "16x8x32", "16x16x32", "16x32x32", "64x8x32", "128x8x32",
+    "64x16x32k1", "16x16x32k5", "64x8x32k5", "16x32x32s2", "64x16x32s2",
+)  # fmt: skip
+LARGEST = 2**28
+"""Entries of a batch's three maps, above which a shape of the whole grid is left out."""
+COLUMNS = (
+    "C", "image", "batch", "kernel", "stride", "target", "a batch ÷ fwd+bwd", "before", "the rest ÷ fwd+bwd", "before",
+)  # fmt: skip
+
+
+def shapes() -> list[str]:
+    """Every combination that fits."""
+    found = []
+    for c, image, batch, k, s in itertools.product(
+        (16, 32, 64, 128, 256), (8, 16, 32, 56), (32, 128), (1, 3, 5), (1, 2)
+    ):
+        if 3 * c * image**2 * batch <= LARGEST:
+            found.append(f"{c}x{image}x{batch}k{k}s{s}")
+    return found
+
+
+def target(bench: Bench) -> float:
+    """How much a batch may cost, in forward and backward passes of the pair."""
+    plain = bench.kernel == 3 and bench.stride == 1
+    return 1.5 if plain and bench.channels >= 32 and bench.image >= 16 else 2.5
+
+
+def measured(bench: Bench, repeats: int) -> tuple[float, float]:
+    """A batch more and the rest of a collection, in forward and backward passes."""
+    bench.train_step()
+    collection(bench, 1)
+    steps, ones, batches = [], [], []
+    for _ in range(repeats):
+        steps.append(bench.timed(bench.train_step))
+        ones.append(collection(bench, 1))
+        steps.append(bench.timed(bench.train_step))
+        batches.append((collection(bench, 3) - ones[-1]) / 2)
+    step, batch = median(steps), median(batches)
+    return batch / step, (median(ones) - batch) / step
+
+
+def main() -> None:
+    """Run the table."""
+    parser = argparse.ArgumentParser(description="Cost of the statistics over many shapes.")
+    parser.add_argument("shapes", nargs="*", help="channels x image x batch, with k and s: 64x16x32k5s2")
+    parser.add_argument("--all", action="store_true", help="every combination")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", type=Path, help="write the ratios to a file, and no table")
+    parser.add_argument("--before", type=Path, help="read the ratios of another state of the package")
+    parser.add_argument("--no-write", action="store_true", help="print the table only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    before = json.loads(options.before.read_text()) if options.before else {}
+    found: dict[str, tuple[float, float]] = {}
+    rows, notes = [], [
+        "S, S2, M and N of a pair of convolutions with biases and ReLU in between, the stride being the first one's; "
+        "float32, one thread, CPU time. A batch: a collection of three batches less one of one, halved, in units of "
+        "the pair's forward and backward pass. The rest: what a collection takes whatever its batches, but for solving "
+        "for W*."
+    ]  # fmt: skip
+    for shape in options.shapes or (shapes() if options.all else QUICK):
+        bench = Bench(shape, "cpu", time.process_time)
+        found[shape] = measured(bench, options.repeats)
+        cells = [str(bench.channels), f"{bench.image}²", str(bench.batch), str(bench.kernel), str(bench.stride)]
+        cells += [f"≤ {target(bench)}"]
+        for part in (0, 1):
+            cells += [f"{found[shape][part]:.2f}", f"{before[shape][part]:.2f}" if shape in before else "–"]
+        print(" | ".join(cells), flush=True)
+        rows.append(cells)
+        if options.save:
+            options.save.write_text(json.dumps(found))
+        elif not options.no_write:
+            command = "python -m experiments.benchmarks.statistics_grid"
+            write_section("statistics-grid", "Statistics: all shapes", command, COLUMNS, rows, notes)
+
+
+if __name__ == "__main__":
+    main()
