@@ -3,8 +3,9 @@
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.collector import QUANTITIES, StatisticsCollector
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.own_update import best_update
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.samples import KeptSamples, best_update
+from growconv.statistics.samples import KeptSamples
 
 __all__ = [
     "QUANTITIES",

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.network import layers
 from growconv.network.model import tensors_in, unwrapped
-from growconv.network.seats import Region, region_of
+from growconv.network.seats import region_of
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import ConsumerSums
@@ -23,9 +23,10 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.options import PATHS, QUANTITIES, SCRATCH_BYTES, checked_quantities, require_closed_form
 from growconv.statistics.pair import ConsumerStatistics, PairStatistics
+from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
 from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import batched, pair_problem
-from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
+from growconv.statistics.samples import KeptBatch, KeptSamples
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
@@ -37,72 +38,6 @@ class Scaler(Protocol):
     def get_scale(self) -> float:
         """The factor that losses are multiplied by now."""
         ...
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One forward pass of the model.
-
-    Attributes:
-        loss: what it belongs to.
-        inputs: per layer what each of its calls was given; None once nobody waits for it any more.
-        waiting: per layer and call how many consumers still wait for that.
-        shapes: per consumer the shapes of its outputs.
-        samples: per consumer how many samples its first call had.
-        regions: per site what lies between its layers.
-        kept: per site what is to be kept of it.
-        left_out: sites at which something was not finite.
-    """
-
-    loss: "_Loss"
-    inputs: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    waiting: dict[str, list[int]] = field(default_factory=dict)
-    shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
-    samples: dict[str, int] = field(default_factory=dict)
-    regions: dict[str, Region] = field(default_factory=dict)
-    kept: "dict[str, _Kept]" = field(default_factory=dict)
-    left_out: set[str] = field(default_factory=set)
-
-    def take(self, path: str, index: int) -> Tensor | None:
-        """What a call was given; it is let go with the last one who asks."""
-        calls = self.inputs.get(path, [])
-        if index >= len(calls):
-            return None
-        found = calls[index]
-        self.waiting[path][index] -= 1
-        if self.waiting[path][index] <= 0 and not self.regions:
-            calls[index] = None
-        return found
-
-
-@dataclass(eq=False)
-class _Loss:
-    """All forward passes of one loss.
-
-    Attributes:
-        passes: in order.
-        samples: per consumer how many samples its first call had, which the loss is taken to be a mean or sum over.
-        counted: sites, consumers and passes whose samples have been counted.
-        differentiated: whether a gradient has arrived.
-        told: whether a loop has said that here a loss begins.
-        ready: whether it has said that the loss is computed, so that gradients may come.
-    """
-
-    passes: list[_Pass] = field(default_factory=list)
-    samples: dict[str, int] = field(default_factory=dict)
-    counted: set[tuple[str, str, int]] = field(default_factory=set)
-    differentiated: bool = False
-    told: bool = False
-    ready: bool = False
-
-
-@dataclass(eq=False)
-class _Kept:
-    """Copies of what one pass gave the layers of one site, and the gradients that have arrived."""
-
-    x: dict[str, list[Tensor]]
-    h: dict[str, list[Tensor]]
-    v: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -190,8 +125,8 @@ class StatisticsCollector:
         self._collected = [self._prepare(site) for site in given]
         self.sites = tuple(collected.site for collected in self._collected)
         self._handles: list[RemovableHandle] = []
-        self._loss = _Loss()
-        self._pass: _Pass | None = None
+        self._loss = Loss()
+        self._pass: Pass | None = None
         self._tape: Tape | None = None
         self._outputs: list[GradientEdge] = []
         self._finished: dict[str, PairStatistics] | None = None
@@ -385,10 +320,20 @@ class StatisticsCollector:
         Args:
             told: whether that is known, and not guessed.
         """
-        loss, self._loss, self._pass = self._loss, _Loss(told=told), None
+        loss, self._loss, self._pass = self._loss, Loss(told=told), None
         self._outputs = []
         for collected in self._collected if self.keep_samples else ():
-            self._keep_loss(collected, loss)
+            self._keep(collected, loss)
+
+    def _keep(self, collected: _Site, loss: Loss) -> None:
+        """Keep the samples of a loss, as many as are still missing."""
+        missing = self.keep_samples - collected.samples_kept
+        batch = None
+        if missing > 0:
+            batch = kept_batch(loss, collected.site, self.model, self.reduction == "sum" and not loss.told)
+        if batch is not None:
+            divided = batch.samples > missing and batch.divisible
+            collected.kept.append(batch.part(slice(0, missing)) if divided else batch)
 
     def loss_computed(self) -> None:
         """Say that the loss is computed: gradients that come before, after `next_loss`, would be part of it."""
@@ -399,7 +344,7 @@ class StatisticsCollector:
             return
         if self._loss.differentiated:
             self.next_loss(told=False)
-        self._pass = _Pass(self._loss)
+        self._pass = Pass(self._loss)
         self._loss.passes.append(self._pass)
         if not self._second and any(self._wants_samples(collected) for collected in self._collected):
             self._tape = Tape(self.model)
@@ -426,10 +371,10 @@ class StatisticsCollector:
     def _wants_samples(self, collected: _Site) -> bool:
         return self.keep_samples > collected.samples_kept
 
-    def _was_called(self, collected: _Site, each: _Pass) -> bool:
+    def _was_called(self, collected: _Site, each: Pass) -> bool:
         return any(each.inputs.get(path) for path in collected.site.consumers)
 
-    def _check_pairs(self, collected: _Site, each: _Pass) -> None:
+    def _check_pairs(self, collected: _Site, each: Pass) -> None:
         for path in collected.consumers:
             read = len(each.inputs.get(path, ()))
             for producer in collected.site.producers:
@@ -458,7 +403,7 @@ class StatisticsCollector:
             )
         each = self._pass
         if each is None:  # a layer that is called outside of the model's own forward
-            each = self._pass = _Pass(self._loss)
+            each = self._pass = Pass(self._loss)
             self._loss.passes.append(each)
         calls = each.inputs.setdefault(path, [])
         index = len(calls)
@@ -493,7 +438,7 @@ class StatisticsCollector:
         self._outputs.append(get_gradient_edge(output))  # stays right when the output is overwritten in place
         return replaced
 
-    def _inputs_of(self, site: GrowthSite, consumer: str, index: int, each: _Pass) -> dict[str, Tensor]:
+    def _inputs_of(self, site: GrowthSite, consumer: str, index: int, each: Pass) -> dict[str, Tensor]:
         inputs = {}
         for producer in site.producers:
             tensor = each.take(producer, index)
@@ -514,7 +459,7 @@ class StatisticsCollector:
         collected: _Site,
         consumer: Measurement,
         module: nn.Module,
-        each: _Pass,
+        each: Pass,
         h: Tensor,
         gradient: Tensor,
         index: int,
@@ -525,7 +470,7 @@ class StatisticsCollector:
         sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
         if sums is None:
             return
-        kept = self._copies(collected, each)
+        kept = copied_calls(each, collected.site, self.model)
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
         copy = own is None and not self._second and bool(sums.quantities)  # what waits must stay as it is
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
@@ -558,7 +503,7 @@ class StatisticsCollector:
         else:
             consumer.add(batch, self.hold)
 
-    def _new_samples(self, site: str, path: str, each: _Pass) -> int:
+    def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.
 
         Those of the loss, once; those of every pass where nobody said what is one loss and it is a sum.
@@ -577,7 +522,7 @@ class StatisticsCollector:
         return value
 
     def _finite(
-        self, collected: _Site, consumer: Measurement, each: _Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
+        self, collected: _Site, consumer: Measurement, each: Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
     ) -> bool:
         named = [(f"the input of {path}", tensor) for path, tensor in x.items()]
         named += [(f"the input of {consumer.path}", h), (f"the gradient at the output of {consumer.path}", v)]
@@ -593,58 +538,6 @@ class StatisticsCollector:
             where=collected.site.name,
             fix="lower the learning rate, pass the GradScaler as loss_scale, or collect with nonfinite='skip'",
         )
-
-    # ---------------------------------------------------------------------------------------------- kept samples
-
-    def _copies(self, collected: _Site, each: _Pass) -> _Kept | None:
-        """What the layers of a site were given, copied with the first gradient; None where it is not to be kept."""
-        site = collected.site
-        if site.name not in each.regions:
-            return None
-        if site.name not in each.kept:
-            calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
-            x, h = (
-                {
-                    path: [self._copied(path, tensor) for tensor in each.inputs.get(path, [])[: calls[path]]]
-                    for path in paths
-                }
-                for paths in (site.producers, site.consumers)
-            )
-            each.kept[site.name] = _Kept(x, h)
-        return each.kept[site.name]
-
-    def _copied(self, path: str, tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            raise StatisticsError("an input of this layer is gone already", where=path)
-        exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-        return batched(tensor, self.model.get_submodule(path)).to(exact, copy=True)
-
-    def _keep_loss(self, collected: _Site, loss: _Loss) -> None:
-        """Keep the passes of a loss whose gradients have come, as many samples as are still missing."""
-        site, passes = collected.site, []
-        for each in loss.passes:
-            kept = each.kept.get(site.name)
-            if kept is None or site.name in each.left_out:
-                continue
-            v = {path: tuple(self._gradients(kept, each, path)) for path in site.consumers}
-            x, h = ({path: tuple(calls) for path, calls in maps.items()} for maps in (kept.x, kept.h))
-            passes.append(KeptPass(x, h, v, each.regions[site.name]))
-        missing = self.keep_samples - collected.samples_kept
-        if not passes or missing <= 0:
-            return
-        separate = self.reduction == "sum" and not loss.told
-        counts = [max(each.samples.values()) for each in loss.passes] if separate else list(loss.samples.values())
-        batch = KeptBatch(sum(counts) if separate else max(counts), tuple(passes))
-        if batch.samples > missing and batch.divisible:
-            batch = batch.part(slice(0, missing))
-        collected.kept.append(batch)
-
-    def _gradients(self, kept: _Kept, each: _Pass, path: str) -> Iterator[Tensor]:
-        """V of every call of a consumer; zeros where the loss does not depend on it."""
-        found = kept.v.get(path, {})
-        for index, shape in enumerate(each.shapes.get(path, [])[: len(kept.h[path])]):
-            like = kept.h[path][index]
-            yield found[index] if index in found else batched(like.new_zeros(shape), self.model.get_submodule(path))
 
 
 def _where(site: GrowthSite, consumer: str) -> str:

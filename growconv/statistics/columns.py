@@ -1,5 +1,7 @@
 """Convolutions and linear layers as a matrix product: weights times columns, whatever the layer."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -31,6 +33,20 @@ def columns(module: nn.Module, values: Tensor) -> Float[Tensor, "d p"]:
     return view.permute(*range(1, 2 + axes), 0, *range(2 + axes, 2 + 2 * axes)).reshape(
         values.shape[1] * geometry.taps, -1
     )
+
+
+def designs(module: nn.Module, read: Sequence[Tensor], groups: int) -> list[Float[Tensor, "d p"]]:
+    """`columns` of each group of a layer, several calls side by side.
+
+    Args:
+        module: the layer.
+        read: what each of its calls read.
+        groups: number of groups.
+    """
+    axis = layers.channel_axis(module, read[0].dim())
+    parts = [each.chunk(groups, axis) for each in read]
+    found = [[columns(module, own) for own in calls] for calls in zip(*parts, strict=True)]
+    return [calls[0] if len(calls) == 1 else torch.cat(calls, 1) for calls in found]
 
 
 def positions(module: nn.Module, outputs: Tensor) -> Float[Tensor, "c p"]:

@@ -196,7 +196,8 @@ class PairStatistics:
 
     def __str__(self) -> str:
         """Site, samples, what was collected, and the energies."""
-        names = sorted({name for consumer in self.consumers for name in consumer.moments if name != "N_energy"})
+        known = {name for consumer in self.consumers for name in consumer.moments if name != "N_energy"}
+        names = sorted(known | ({"N"} if any(consumer.held for consumer in self.consumers) else set()))
         lines = [f"{self.site}: {self.samples} samples; {', '.join(names) or 'samples only'}"]
         for consumer in self.consumers:
             b = "unknown" if consumer.bottleneck_energy is None else f"{consumer.bottleneck_energy:.4g}"

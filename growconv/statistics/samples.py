@@ -5,30 +5,25 @@ consumers' outputs (v), call by call, and the region between them, so that nothi
 meets another. Several passes are kept together where one loss has run the model several times.
 """
 
-import math
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentValueError, StatisticsError
-from growconv.linalg import solve_psd
 from growconv.network import layers
-from growconv.network.layout import IN, OUT
+from growconv.network.layout import IN
 from growconv.network.seats import Calls, Inserted, Moments, Region, some_of
 from growconv.network.site import GrowthSite
-from growconv.statistics.columns import columns, positions
+from growconv.statistics.columns import designs, positions
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.own_update import best_update
 
 Maps = dict[str, tuple[Tensor, ...]]
 """Per layer one tensor for each of its calls."""
-
-RIDGES = (1e-4, 1e-2, 1.0, 100.0, math.inf)
-"""Ridges, in units of the design's mean eigenvalue, for an update that few samples determine; the last allows none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +94,7 @@ class KeptPass:
             axis = layers.channel_axis(module, read[0].dim())
             order = self.region.by_group(path, IN, read[0].shape[axis])
             read = [each.index_select(axis, order) for each in read]
-        return _designs(module, read, groups)
+        return designs(module, read, groups)
 
     def own_design(self, path: str) -> list[Tensor]:
         """The same of what a consumer reads now, all columns in the order of its weights."""
@@ -392,123 +387,8 @@ def _shapes(kept: KeptPass) -> list[torch.Size]:
     return [each.shape[1:] for calls in maps for each in calls]
 
 
-def _designs(module: nn.Module, read: Sequence[Tensor], groups: int) -> list[Tensor]:
-    axis = layers.channel_axis(module, read[0].dim())
-    parts = [each.chunk(groups, axis) for each in read]
-    designs = [[columns(module, own) for own in calls] for calls in zip(*parts, strict=True)]
-    return [calls[0] if len(calls) == 1 else torch.cat(calls, 1) for calls in designs]
-
-
-@dataclass(frozen=True)
-class Equations:
-    """Normal equations of a layer's own update: gram (d, d), cross (d, c), and the number of rows that they sum."""
-
-    gram: Tensor
-    cross: Tensor
-    rows: int
-
-    def ridged(self, ridge: float) -> Tensor:
-        """The solution with a ridge; zeros for an infinite one."""
-        if math.isinf(ridge):
-            return torch.zeros_like(self.cross)
-        lifted = self.gram.clone()
-        lifted.diagonal().add_(ridge)
-        return solve_psd(lifted, self.cross)
-
-    def loss(self, weights: Tensor) -> float:
-        """‖v − H·weights‖², less ‖v‖²."""
-        return float((weights * (self.gram @ weights - 2 * self.cross)).sum())
-
-    def __add__(self, other: "Equations") -> "Equations":
-        """Those of both."""
-        return Equations(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
-
-
 def by_sample(rows: Float[Tensor, "rows *any"], samples: int) -> Float[Tensor, "n *any"]:
     """Rows added up by sample; rows beyond a multiple of the samples are counted with the first ones."""
     index = torch.arange(len(rows), device=rows.device)
     index = index * samples // len(rows) if len(rows) % samples == 0 else index % samples
     return rows.new_zeros(samples, *rows.shape[1:]).index_add(0, index, rows)
-
-
-def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-    """The best first-order change of a layer's own weights on samples: W* = S2⁺ M (TINY, proposition 3.1).
-
-    It needs no site: any convolution or linear layer will do. What it leaves of v is the layer's expressivity
-    bottleneck. With fewer than four rows (samples × output locations) an entry of a filter, a ridge chosen by
-    cross-validation keeps it to what carries over to other samples.
-
-    Args:
-        module: convolution or linear layer.
-        pairs: h that it read, and v = −∂loss/∂output, of some samples each; images may differ in size between pairs.
-
-    Returns:
-        The change of its weight (out, in/groups, *kernel) and of its bias, None for a layer without one; in float64.
-
-    Raises:
-        SiteError: a layer of another kind.
-        StatisticsError: no samples, or h and v that are not input and output of the layer.
-    """
-    samples = sum(len(h) for h, _ in pairs)
-    if not samples:
-        raise StatisticsError("an update of zero samples", got="no samples", where=str(module))
-    halves: tuple[list[Equations], list[Equations]] = ([], [])
-    seen = 0
-    for h, v in pairs:
-        cut = min(max(samples // 2 - seen, 0), len(h))
-        seen += len(h)
-        for half, part in zip(halves, (slice(0, cut), slice(cut, None)), strict=True):
-            if len(h[part]):
-                half.append(_own_equations(module, h[part], v[part]))
-    first, second = (sum(half[1:], half[0]) if half else None for half in halves)
-    both = [each for each in (first, second) if each is not None]
-    total = sum(both[1:], both[0])
-    if total.rows >= 4 * total.gram.shape[-1] or first is None or second is None:
-        weights = torch.stack([solve_psd(*each) for each in zip(total.gram, total.cross, strict=True)])
-    else:
-        weights = torch.stack([_carried_over(*each) for each in _by_group(first, second)])
-    layer = layers.weighted(module)
-    weights = weights.mT.flatten(0, 1)
-    has_bias = layer.bias() is not None
-    weight = (weights[:, :-1] if has_bias else weights).reshape(len(weights), -1, *layer.kernel_size).contiguous()
-    return weight, weights[:, -1] if has_bias else None
-
-
-def _by_group(first: Equations, second: Equations) -> Iterator[tuple[Equations, Equations]]:
-    for parts in zip(first.gram, first.cross, second.gram, second.cross, strict=True):
-        yield Equations(*parts[:2], first.rows), Equations(*parts[2:], second.rows)
-
-
-def _carried_over(first: Equations, second: Equations) -> Tensor:
-    """The update with the ridge under which each half of the samples explains the other best."""
-    total = first + second
-    unit = float(total.gram.diagonal().mean()) / total.rows
-
-    def left_over(ridge: float) -> float:
-        pairs = ((first, second), (second, first))
-        return sum(other.loss(own.ridged(ridge * unit * own.rows)) for own, other in pairs)
-
-    return total.ridged(min(RIDGES, key=left_over) * unit * total.rows)
-
-
-def _own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
-    """Normal equations of every group of a layer: gram (g, d, d) and cross (g, d, c)."""
-    layer = layers.weighted(module)
-    one = _designs(module, [h[:1]], layer.groups)[0]
-    targets = positions(module, v[:1]).shape
-    if one.shape[0] != layer.filters()[0].numel() or targets != (layer.size(OUT), one.shape[1]) or len(h) != len(v):
-        raise StatisticsError(
-            "these are not input and output of the layer",
-            got=f"{tuple(h.shape)} and {tuple(v.shape)}",
-            where=str(module),
-        )
-
-    def summed(values: Tensor, wanted: Tensor) -> Equations:
-        designs = torch.stack(_designs(module, [values], layer.groups))
-        if layer.bias() is not None:
-            designs = torch.cat([designs, torch.ones_like(designs[:, :1])], 1)
-        targets = positions(module, wanted).unflatten(0, (layer.groups, -1))
-        return Equations((designs @ designs.mT).double(), (designs @ targets.mT).double(), designs.shape[2])
-
-    step = max(1, 2**22 // max(1, one.numel()))
-    return reduce(operator.add, map(summed, h.split(step), v.split(step)))
