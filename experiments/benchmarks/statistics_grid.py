@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    before = json.loads(options.before.read_text()) if options.before else {}
     found: dict[str, tuple[float, float]] = {}
     rows, notes = [], [
         "S, S2, M and N of a pair of convolutions with biases and ReLU in between, the stride being the first one's; "
@@ -87,6 +86,7 @@ def main() -> None:
     for shape in options.shapes or (shapes() if options.all else QUICK):
         bench = Bench(shape, "cpu", time.process_time)
         found[shape] = measured(bench, options.repeats)
+        before = json.loads(options.before.read_text()) if options.before else {}
         cells = [str(bench.channels), f"{bench.image}²", str(bench.batch), str(bench.kernel), str(bench.stride)]
         cells += [f"≤ {target(bench)}"]
         for part in (0, 1):

@@ -74,8 +74,8 @@ class StatisticsCollector:
             together with samples, and then it is left out) and samples; None for S and N. A solver's
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
-        scratch_bytes: bound on temporary memory, on P and S_full, and per consumer on what is held (256 MiB). Where
-            S_full would be larger, it is kept as a product.
+        scratch_bytes: bound on temporary memory, on P and S_full of a consumer, and on what all consumers together hold
+            beyond kept samples (256 MiB). Where S_full would be larger, it is kept as a product.
         hold: hold the batches' x, h and v for N as long as they fit. Where they do not, or with False, N takes P,
             which costs about as much as all else together, and where P does not fit either, a second pass over the
             same batches, see `second_pass`. Several processes must not hold, since they share W*.
@@ -500,8 +500,10 @@ class StatisticsCollector:
         batch = HeldBatch(*pair_problem(consumer.route, producer, module, x[site.producers[0]], h, v), samples=count)
         if self._second:
             consumer.add_projected(batch, self._updates[site.name, consumer.path])
-        else:
-            consumer.add(batch, self.hold)
+            return
+        size = batch.size if own is None else 0  # kept samples are there anyway
+        held = sum(each.held_bytes for each in self._all_consumers())
+        consumer.add(batch, size if self.hold and held + size <= self.scratch_bytes else None)
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.

@@ -19,8 +19,8 @@ from growconv.statistics.totals import entries_text
 class Measurement:
     """One consumer of one site.
 
-    N takes W*, which is known at the end. Batches are held for it while they fit into scratch_bytes; beyond that P is
-    summed; where P does not fit either, N comes from a second pass over the same batches.
+    N takes W*, which is known at the end. Batches are held for it while there is room; beyond that P is summed; where P
+    does not fit either, N comes from a second pass over the same batches.
 
     Attributes:
         path: module path of the consumer.
@@ -28,6 +28,7 @@ class Measurement:
         sums: the sums over samples.
         waiting: what is not summed as long as batches are held.
         held: these batches.
+        held_bytes: what they take beyond kept samples.
         small: batches that are to be summed together with the next ones.
         projected: sums of the second pass.
         second_pass: why there is to be one.
@@ -38,6 +39,7 @@ class Measurement:
     sums: ConsumerSums
     waiting: frozenset[str] = frozenset()
     held: list[HeldBatch] = field(default_factory=list)
+    held_bytes: int = 0
     small: list[HeldBatch] = field(default_factory=list)
     projected: ConsumerSums | None = None
     second_pass: str | None = None
@@ -53,15 +55,16 @@ class Measurement:
             self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
             self.sums.quantities -= self.waiting
 
-    def add(self, batch: HeldBatch, hold: bool) -> None:
+    def add(self, batch: HeldBatch, size: int | None) -> None:
         """Add a batch.
 
         Args:
             batch: its tensors; they stay as they are.
-            hold: whether it may be held.
+            size: bytes that holding it takes; None where it must not be held.
         """
-        if self.waiting and hold and sum(each.size for each in (*self.held, batch)) <= self.sums.scratch_bytes:
+        if self.waiting and size is not None:
             self.held.append(batch)
+            self.held_bytes += size
         elif self.waiting:
             self._settle(batch.problem.projection_entries)
         self.small.append(batch)
@@ -85,7 +88,7 @@ class Measurement:
                 f"P would have {entries_text(entries)}, more than scratch_bytes: "
                 "N comes from a second pass over the same batches"
             )
-        held, self.held = self.held, []
+        held, self.held, self.held_bytes = self.held, [], 0
         for each in grouped(held):
             self.sums.add_only(names, each.problem, each.x, each.h, each.v)
         self.sums.quantities |= names
