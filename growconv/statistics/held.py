@@ -14,7 +14,7 @@ from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import PairProblem
 
-GROUP_BYTES = 8 * 2**20
+GROUP_BYTES = 6 * 2**20
 """Calls on small batches are summed together up to this size: every product has costs that no sample adds to."""
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

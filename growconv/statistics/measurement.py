@@ -67,9 +67,9 @@ class Measurement:
             self.held_bytes += size
         elif self.waiting:
             self._settle(batch.problem.projection_entries)
-        self.small.append(batch)
-        if sum(each.size for each in self.small) > GROUP_BYTES:
+        if sum(each.size for each in (*self.small, batch)) > GROUP_BYTES:
             self.sum_up()
+        self.small.append(batch)
 
     def sum_up(self) -> None:
         """Sum what has waited for more."""
