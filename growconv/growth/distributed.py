@@ -146,9 +146,11 @@ def _reduced(own: PairStatistics) -> PairStatistics:
             )
         energy = torch.tensor(each.gradient_energy, dtype=torch.float64, device=device)
         moments = {key: average(each.moments[key]) for key in sorted(each.moments)}
-        consumers.append(
-            dataclasses.replace(each, samples=total, moments=moments, gradient_energy=float(average(energy)))
-        )
+        each = dataclasses.replace(each, samples=total, moments=moments, gradient_energy=float(average(energy)))
+        if held.held is not None and each.N is not None:  # P has served
+            moments = {key: each.moments[key] for key in held.moments} | {"N": each.N}
+            each = dataclasses.replace(each, moments=moments)
+        consumers.append(each)
     kept = own.samples_kept
     if kept is not None:
         batches = _gathered(kept.batches, own.growth_site.model, device)

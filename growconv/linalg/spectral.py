@@ -17,7 +17,7 @@ RANK_TOLERANCE = 1e-6
 """Eigenvalues below this share of the largest count as zero: sums collected in float32 are only right to about 1e-7."""
 EXACT_SIZE = 256
 """Rows up to which an eigendecomposition costs little enough to solve with."""
-REFINEMENTS = 3
+REFINEMENTS = 2
 """Of a solution with a ridge; each takes the ridge's error in a direction down by the same factor."""
 BLOCK = 24
 """Columns of a Lanczos block."""
@@ -154,7 +154,7 @@ def solve_psd(
     """G⁺·right for a positive semi-definite G, with directions below the relative threshold left out.
 
     Above EXACT_SIZE an iterated Tikhonov solution, which needs no eigenvectors: the factor of G + threshold·1, with
-    the residual of G itself solved for again. A direction of eigenvalue λ then keeps 1 − (τ/(λ + τ))⁴ of its part,
+    the residual of G itself solved for again. A direction of eigenvalue λ then keeps 1 − (τ/(λ + τ))³ of its part,
     τ being the threshold: all of it well above, nothing well below.
 
     Args:
