@@ -81,7 +81,7 @@ def main() -> None:
         "S, S2, M and N of a pair of convolutions with biases and ReLU in between, the stride being the first one's; "
         "float32, one thread, CPU time. A batch: a collection of three batches less one of one, halved, in units of "
         "the pair's forward and backward pass. The rest: what a collection takes whatever its batches, but for solving "
-        "for W*."
+        "for W*. Before (--before): the same at a state of the package that summed P in place of holding batches."
     ]  # fmt: skip
     for shape in options.shapes or (shapes() if options.all else QUICK):
         bench = Bench(shape, "cpu", time.process_time)
