@@ -99,7 +99,7 @@ class KeptPass:
     def own_design(self, path: str) -> list[Tensor]:
         """The same of what a consumer reads now, all columns in the order of its weights."""
         module = self.region.site.model.get_submodule(path)
-        return _designs(module, self.h[path], layers.groups_of(module))
+        return designs(module, self.h[path], layers.groups_of(module))
 
     def targets(self, path: str) -> list[Tensor]:
         """V of a consumer as (c, p) for each of its groups, columns as those of `design`."""
