@@ -127,7 +127,9 @@ def propose(
         for part in from_first(lambda: parts_of(sites, cost, kept, batches), device):
             statistics: Found = {}  # those of the part before are gone now
             own = [sites[index] for index in part]
-            wanted = {cast(GrowthSite, site): asked[site] for site in own if site.own_method is None}
+            wanted: dict[GrowthSite, Channels] = {
+                cast(GrowthSite, site): asked[site] for site in own if site.own_method is None
+            }
             if (solver.reads or collection.slopes) and wanted:
                 with stopwatch.phase("collect"):
                     statistics = _collected(model, solver, wanted, batches, loss, collection, generator)

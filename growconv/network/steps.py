@@ -68,13 +68,12 @@ def _norms_behind(tape: Tape, returned: Iterable[int]) -> dict[str, str]:
     """Per layer the norm layer that alone takes what it gives, in every call, and takes nothing else."""
     found, outside = {}, set(returned)
     for path, own in tape.layer_calls.items():
-        takers = [step for call in own for step in tape.users.get(call.output, ())]
-        norms = {step.path if isinstance(step, LayerCall) else None for step in takers}
-        if len(norms) != 1 or len(takers) != len(own) or any(call.output in outside for call in own):
+        takers = [tape.users.get(call.output, []) for call in own]
+        norms = {step.path if isinstance(step, LayerCall) else "" for each in takers for step in each}
+        if len(norms) != 1 or any(len(each) != 1 for each in takers) or any(call.output in outside for call in own):
             continue
         (norm,) = norms
-        alone = norm is not None and layers.is_norm(tape.model.get_submodule(norm))
-        if alone and len(tape.layer_calls[norm]) == len(own):
+        if norm and layers.is_norm(tape.model.get_submodule(norm)) and len(tape.layer_calls[norm]) == len(own):
             found[path] = norm
     return found
 

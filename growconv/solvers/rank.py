@@ -26,6 +26,7 @@ from growconv.convolution.tucker import TuckerConv
 from growconv.convolution.unfold import unfold
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
+from growconv.linalg.optimizers import LBFGS
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent
 from growconv.network.model import attribute, example_arguments, unwrapped

@@ -180,7 +180,7 @@ class PReLU(Norm):
     @property
     def serves(self) -> bool:
         """Whether it has a slope for each channel."""
-        return self.module.num_parameters > 1  # pyright: ignore[reportOperatorIssue]
+        return int(self.module.num_parameters) > 1  # pyright: ignore[reportArgumentType]
 
     def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """The mean slope: new channels get what the old ones have."""
