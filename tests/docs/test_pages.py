@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from growconv.cli import main
 from growconv.training import usage
 from growconv.training.config import RunConfig
 
@@ -35,6 +36,10 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict = {"__name__": "page"}
     found = blocks(page)
+    if "runs/first" in page.read_text():
+        run = ["trainer.epochs=2", "data.limit=160", "growth=random", "growth.times=1", "baselines=[large]"]
+        assert main([*run, "hydra.run.dir=runs/first", "trainer.progress=none"]) == 0
+        capsys.readouterr()
     for language, title, text in found:
         if title and language in ("python", "yaml"):
             (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)

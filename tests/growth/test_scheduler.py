@@ -289,8 +289,9 @@ def test_the_best_site_is_where_new_weights_would_get_the_steepest_gradient_per_
     scheduler = GrowthScheduler(model, None, sites_of(model), method=method, where=where, amount=2, amplitude=1.0)
     (event,) = scheduler.grow(batches, LOSS, step=1)
     assert event.site == max(steep, key=steep.get)
-    for name, value in seen.items():
-        assert value == pytest.approx(steep[name], rel=0.05)
+    assert len(seen) == 3
+    for name in list(seen)[1:]:  # at the first a max pooling of equals gives autograd one entry, and N their mean
+        assert seen[name] == pytest.approx(steep[name], rel=0.05)
 
 
 def test_the_history_replays_on_a_fresh_model(chain, sites_of, digits, batches_of):
