@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
@@ -136,15 +137,7 @@ def run_one(
     begins = found is None
     if begins and origin is not None:
         found = on_first(devices, lambda: find_checkpoint(origin))
-    torch.manual_seed(seed_for(config["seed"], "weights"))
-    model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(devices.device)
-    if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(devices.dtype)
-    if config["trainer"]["channels_last"]:
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    for pixels in (None, *(int(side) for _, side in config["data"]["size"])):
-        check_output(model, dataset, pixels)
+    model = _placed_model(config, dataset, devices)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
     optimizer = make_optimizer(config["optimizer"], model)
@@ -161,12 +154,7 @@ def run_one(
         on_first(devices, lambda: _start(files, config, about, resume))
     else:
         on_first(devices, lambda: files.prolong(config))
-    tracker = Tracker()
-    if devices.is_first:
-        gone_on = None if begins else found
-        identity = None if gone_on is None else gone_on.state.get("tracker")
-        step = None if gone_on is None else position_of(gone_on).step
-        tracker = make_tracker(config, directory, directory.name, identity, step)
+    tracker = _tracker_of(config, directory, None if begins else found) if devices.is_first else Tracker()
     trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
     # From here on every process draws random numbers of its own (dropout).
     torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
@@ -181,6 +169,27 @@ def run_one(
     files.finish(summary)
     tracker.finish(summary)
     return summary
+
+
+def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices) -> nn.Module:
+    """The model as it begins, on the device; its outputs are checked for every size of the images."""
+    torch.manual_seed(seed_for(config["seed"], "weights"))
+    model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(devices.device)
+    if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(devices.dtype)
+    if config["trainer"]["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    for pixels in (None, *(int(side) for _, side in config["data"]["size"])):
+        check_output(model, dataset, pixels)
+    return model
+
+
+def _tracker_of(config: Mapping[str, Any], directory: Path, goes_on: Checkpoint | None) -> Tracker:
+    """The loggers of a run, of the one that it goes on with where there is one."""
+    if goes_on is None:
+        return make_tracker(config, directory, directory.name)
+    return make_tracker(config, directory, directory.name, goes_on.state.get("tracker"), position_of(goes_on).step)
 
 
 def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float | int) -> list[str]:
