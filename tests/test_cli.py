@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -420,7 +421,9 @@ def test_no_progress_still_prints_the_table(here, capsys):
 def test_ctrl_c_prints_the_command_that_goes_on(here, capsys):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "growconv", "growth=none", "trainer.epochs=400", "hydra.run.dir=a b/run"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background does not
+    with subprocess.Popen(command, preexec_fn=hears, **options) as run:
         metrics = here / "a b" / "run" / "metrics.jsonl"
         while run.poll() is None and not metrics.exists():
             time.sleep(0.05)

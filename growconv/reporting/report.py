@@ -75,7 +75,9 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError("the report cannot be written", where=str(path), got=error) from error
+        raise CheckpointError(
+            "the report cannot be written", where=str(path), got=error, fix="name a file in a folder that is there"
+        ) from error
     return path
 
 

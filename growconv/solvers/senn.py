@@ -219,7 +219,8 @@ class Senn(Solver):
 def _weighed(kept: KeptSamples, consumers: Sequence["_Consumer"]) -> KeptSamples:
     """The samples with v times a root of Γ⁻¹: Δη' is what least squares take off ‖v‖² then, on average."""
     roots = {
-        path: torch.block_diag(*[_root(each.precision) for each in consumers if each.path == path]) for path in kept.v
+        path: torch.block_diag(*[_root(each.precision) for each in consumers if each.path == path])
+        for path in kept.passes[0].v
     }
 
     def weighed(path: str, v: Tensor) -> Tensor:

@@ -67,10 +67,8 @@ def run(
     require_kornia(config)
     devices = make_devices(config["trainer"])
     directory = Path(on_first(devices, lambda: str(directory)))
-    with alone_in(directory, devices):
+    with alone_in(directory, devices), deterministic(config["trainer"]["deterministic"]):
         resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
-        if config["trainer"]["deterministic"]:
-            torch.use_deterministic_algorithms(True)
         dataset = make_dataset(config["data"]).to(devices.device)
         if devices.is_first and config["trainer"]["progress"] != "none":
             print(f"data: {_sizes(dataset)}", flush=True)
@@ -94,6 +92,17 @@ def run(
 
 def _sizes(dataset: Dataset) -> str:
     return f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test samples"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, operations that give other results each time are errors, if that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [BasicBlock(4, 4, 4, 1, "batch", "relu"), BasicBlock(4, 6, 8, 2, "batch", "relu")]
+    blocks = [BasicBlock(4, 4, 4, 1, "batch", "relu", "batch"), BasicBlock(4, 6, 8, 2, "batch", "relu", "batch")]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
