@@ -43,10 +43,16 @@ def grow(
         SiteError: when the model has no such site (any more).
         SurgeryError: when the proposal does not fit, or the optimizer does not own the parameters.
     """
+    return _grown(model, site, growth, amplitude, optimizer, trains=True)
+
+
+def _grown(
+    model: nn.Module, site: object, growth: object, amplitude: object, optimizer: Optimizers, trains: bool
+) -> GrowthEvent:
     model = unwrapped(model)
     if not isinstance(growth, ChannelGrowth):
         raise ArgumentTypeError("a proposal is needed", expected="ChannelGrowth", got=type(growth).__name__)
-    site, amplitude = _site_of(site, model), _finite(amplitude)
+    site, amplitude = _site_of(site, model, trains), _finite(amplitude)
     optimizers = as_optimizers(optimizer)
     plan = plan_growth(site, growth, amplitude)
     check_optimizers(optimizers, plan.parameters())
@@ -86,7 +92,7 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
         SurgeryError: for channels that cannot be removed, or an optimizer that does not own the parameters.
     """
     model = unwrapped(model)
-    site, optimizers = _site_of(site, model), as_optimizers(optimizer)
+    site, optimizers = _site_of(site, model, trains=False), as_optimizers(optimizer)
     plan = plan_removal(site, channels)
     check_optimizers(optimizers, plan.parameters())
     before, width, gone = count_parameters(model), site.width, len({int(channel) for channel in channels})
@@ -122,7 +128,7 @@ def _grow_again(
     site: Site, growth: ChannelGrowth, amplitude: float, width: int, model: nn.Module, optimizer: Optimizers
 ) -> GrowthEvent:
     _require_width(site, width, model)
-    return grow(model, site, growth, amplitude, optimizer)
+    return _grown(model, site, growth, amplitude, optimizer, trains=False)  # a teacher's weights may be frozen
 
 
 def _shrink_again(
@@ -133,16 +139,16 @@ def _shrink_again(
 
 
 def _require_width(site: Site, width: int, model: nn.Module) -> None:
-    found = _site_of(site, unwrapped(model)).width
+    found = _site_of(site, unwrapped(model), trains=False).width
     if found != width:
         raise not_in_step(site.name, f"{width} channels", found)
 
 
-def _site_of(site: object, model: nn.Module) -> Site:
+def _site_of(site: object, model: nn.Module, trains: bool) -> Site:
     if not isinstance(site, Site):
         raise ArgumentTypeError("a site is needed", expected="GrowthSite", got=type(site).__name__)
     site = site.of(model)
-    site.check()
+    site.check(trains=trains)
     return site
 
 

@@ -70,8 +70,12 @@ class RankSite(Site):
         model = self.model if model is None else unwrapped(model)
         return self if model is self.model else RankSite(model, self.path, self.side)
 
-    def check(self, model: nn.Module | None = None) -> None:
+    def check(self, model: nn.Module | None = None, *, trains: bool = True) -> None:
         """Check that a model has such a layer.
+
+        Args:
+            model: None for the site's own.
+            trains: makes no difference here.
 
         Raises:
             SiteError: it has not, or not any more.

@@ -52,8 +52,12 @@ class Site(ABC):
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod
-    def check(self, model: nn.Module | None = None) -> None:
+    def check(self, model: nn.Module | None = None, *, trains: bool = True) -> None:
         """Check that a model has this site.
+
+        Args:
+            model: None for the site's own.
+            trains: whether the weights that new channels need must be trainable.
 
         Raises:
             SiteError: it has not, or not any more.
@@ -260,11 +264,12 @@ class GrowthSite(Site):
             return "its channels depend on each other: only copies of all of them keep the function (net2net)"
         return REFUSALS[method](self)
 
-    def check(self, model: nn.Module | None = None, sizes: Sizes | None = None) -> None:
+    def check(self, model: nn.Module | None = None, sizes: Sizes | None = None, *, trains: bool = True) -> None:
         """Check that a model has this site: its layers by name and kind, their sizes, and weights that can train.
 
         Args:
             model: None for the site's own.
+            trains: whether the weights that new channels need must be trainable.
             sizes: the lengths of the model's axes, if they are known.
 
         Raises:
@@ -296,7 +301,7 @@ class GrowthSite(Site):
                     got=sizes(key),
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        frozen = frozen_weight(site)
+        frozen = frozen_weight(site) if trains else None
         if frozen:
             raise SiteError(frozen, where=site.name, fix="set requires_grad=True on it, or choose another site")
 

@@ -44,10 +44,11 @@ def test_a_replica_grows_alike_to_the_last_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["pair", "stream", "weight norm", "concatenation"])
 def test_an_average_keeps_its_function_at_amplitude_zero(name: str) -> None:
     model, example, site = hand.build(name)
-    average, _, _ = hand.build(name, seed=7)  # other weights, as an average has
+    average = hand.build(name, seed=7)[0].requires_grad_(False)  # other weights, as an average or a teacher has
     expected = average.eval()(example)
     event = grow(model, site, hand.growth(site, 2), 0.0)
     event.apply_to(average)
+    assert not any(parameter.requires_grad for parameter in average.parameters())
     torch.testing.assert_close(average(example), expected, rtol=0, atol=1e-12)
     assert {k: v.shape for k, v in average.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
