@@ -6,6 +6,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -139,5 +140,9 @@ def saved_first() -> Iterator[None]:
         complain(stop.message)
         handler = signal.getsignal(stop.number)
         if callable(handler):
-            handler(stop.number, None)
+            try:
+                handler(stop.number, None)
+            except subprocess.CalledProcessError as error:
+                if error.returncode != -signal.SIGTERM:
+                    raise  # else sent back: that ends all that runs in the job, the command that asked for it too
         raise  # ended without a result: what becomes of the job, Slurm decides
