@@ -4,9 +4,19 @@ import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("growconv", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("growconv")
+
+
+@pytest.fixture(autouse=True)
+def _no_determinism_left_behind():
+    """Lightning's trainers set a switch of the whole process, under which some operations refuse to run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    if torch.are_deterministic_algorithms_enabled() != before:
+        torch.use_deterministic_algorithms(before)
