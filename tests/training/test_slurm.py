@@ -226,13 +226,13 @@ def test_nothing_is_taken_from_a_job_unasked(tmp_path):
 @needs_slurm
 @pytest.mark.long
 def test_a_time_limit_ends_no_run(tmp_path):
-    """A limit of one minute, and a run that needs longer: Slurm's own signal, half a minute before."""
+    """A limit of two minutes, and a run that needs longer: Slurm's own signal, half a minute before."""
     folder = tmp_path / "sweep"
     process = start_sweep(
-        folder, "trainer.epochs=2000", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30"
+        folder, "trainer.epochs=4000", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"
     )
     said = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, said
     assert "asked to end by SIGUSR2, and is saved" in job_logs(folder)
-    assert main([*QUICK, "trainer.epochs=2000", f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
+    assert main([*QUICK, "trainer.epochs=4000", f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
     assert_equal_runs(run_of(folder, "data.limit=160"), tmp_path / "plain")
