@@ -3,6 +3,7 @@
 python -m experiments.studies.when_growing_pays.tables
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 from scipy import stats
 
 from experiments.studies.when_growing_pays.pieces import BUDGETS, WIDTHS
 from experiments.studies.when_growing_pays.record import Record, Result
+from growconv.reporting.frontier import head_start_kept
 
 HERE = Path(__file__).parent
 Row = list[str]
@@ -56,13 +57,23 @@ def row(name: str, results: Mapping[int, Result], references: Sequence[Mapping[i
     seconds = statistics.median(result.seconds for result in results.values())
     peak = [result.peak_mib for result in results.values() if result.peak_mib is not None]
     memory = f"{statistics.median(peak):.0f}" if peak else ""
-    return [name, interval(nll(results)), f"{accuracy:.2f}", *differences, f"{cost:.2f}", f"{seconds:.0f}", memory]
+    size = f"{statistics.median(result.parameters for result in results.values()):.0f}"
+    return [
+        name,
+        interval(nll(results)),
+        f"{accuracy:.2f}",
+        *differences,
+        size,
+        f"{cost:.2f}",
+        f"{seconds:.0f}",
+        memory,
+    ]
 
 
 def titles(*references: str) -> Row:
     """The head of a table of `row`."""
     differences = [f"NLL less {name}, paired" for name in references]
-    return ["variant", "test NLL", "accuracy %", *differences, "TFLOP", "seconds", "MiB"]
+    return ["variant", "test NLL", "accuracy %", *differences, "parameters", "TFLOP", "seconds", "MiB"]
 
 
 class Tables:
@@ -112,17 +123,11 @@ class Tables:
 
     def head_start(self, target: float, results: Mapping[int, Result]) -> str:
         """Head start kept, as the protocol defines it, of runs of 2 E that doubled in the middle."""
-        large = {budget: found for budget in BUDGETS if (found := self.fixed(target, budget))}
-        small = self.fixed(target / 2, 1.0)
-        curve = sorted((statistics.mean(nll(found)), float(np.log(budget))) for budget, found in large.items())
-        if not small or len(curve) < 2:
+        large = {budget: statistics.mean(nll(found)) for budget in BUDGETS if (found := self.fixed(target, budget))}
+        if not (small := self.fixed(target / 2, 1.0)):
             return ""
-        losses, logs = zip(*curve, strict=True)
-        reached, before = statistics.mean(nll(results)), statistics.mean(nll(small))
-        if not all(losses[0] <= value <= losses[-1] for value in (reached, before)):
-            return "outside"
-        needed, worth = (float(np.exp(np.interp(value, losses, logs))) for value in (reached, before))
-        return f"{(needed - 1.0) / worth:.0%}"
+        kept = head_start_kept(statistics.mean(nll(results)), 1.0, large, statistics.mean(nll(small)))
+        return "outside" if math.isnan(kept) else f"{kept:.0%}"
 
     def doubling(self) -> list[str]:
         """(b)."""
