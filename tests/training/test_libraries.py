@@ -146,7 +146,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, capsys):
 
 
 def test_timm_and_torchvision_are_asked_for_an_undrawn_model_of_these_channels_and_classes(monkeypatch):
-    """Stand-ins with the libraries' own signatures: neither installs beside the CPU build of torch that tests run on."""
+    """Stand-ins with the libraries' own signatures: neither installs beside the CPU build of torch that CI has."""
     asked = []
 
     def create_model(model_name, pretrained=False, pretrained_cfg=None, checkpoint_path=None, **kwargs):
