@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError, TrainingError
-from growconv.reporting.terminal import shown
+from growconv.reporting.terminal import printable, shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
 from growconv.training.checks import near, variants
@@ -54,11 +55,10 @@ FLAGS = {
     "-r": "--run",
     "-sc": "--shell-completion",
 }
-WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--experimental-rerun"}
-WITH_VALUE |= {"--shell-completion"}
+WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--shell-completion"}
 KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
 # With these the config comes from elsewhere, or none is made.
-UNCHECKED = {"--config-path", "--config-name", "--experimental-rerun", "--info", "--hydra-help", "--shell-completion"}
+UNCHECKED = {"--config-path", "--config-name", "--info", "--hydra-help", "--shell-completion"}
 # Values of a sweep that are checked before its first run; the others are checked by their own run.
 CHECKED_VARIANTS = 30
 
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked_for_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: printable(formatted(*about, **more))
     try:
         with suppress(SystemExit) if {"-h", "--help"} & set(arguments) else nullcontext():
             _dispatch(arguments)
@@ -101,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as stop:
         if _rank() == 0:
-            advice = f"; go on with:\n  {stop.args[0]}" if stop.args else ""
-            print(f"\ngrowconv: stopped{advice}", file=sys.stderr)
+            print(file=sys.stderr)
+            failures.complain(f"stopped; go on with:\n  {stop.args[0]}" if stop.args else "stopped")
         return 130
     except BrokenPipeError as error:  # as head does: nothing to complain of, but for a run that was cut short
         failures.leave_closed_pipe()
@@ -120,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
         failures.complain(text)
         return 1
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -291,8 +295,7 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     from growconv.training.trust import require_trusted
 
     files = RunDirectory(directory)
-    stored = files.config()
-    settings.require_complete(stored, str(files.config_file))
+    stored = settings.stored_config(files.config(), str(files.config_file))
     wanted = settings.plain(settings.compose(overrides))
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
     length = settings.length(stored)
@@ -426,6 +429,8 @@ def train(
     directory = Path(context.runtime.output_dir)
     try:
         values = settings.plain(config)
+        if OmegaConf.get_type(config) is not settings.RunConfig:  # a stored config, by --config-path
+            values = settings.stored_config(values, "--config-path")
         _announce(values, directory)
         if job is not None:
             job(values, directory)
@@ -435,7 +440,7 @@ def train(
         sweep = context.mode == RunMode.MULTIRUN
         return float(run(values, directory, sweep=sweep, name=name)["best_val_accuracy"])
     except KeyboardInterrupt as stop:
-        again = f"growconv {' '.join(sys.argv[1:])} hydra.run.dir={shlex.quote(str(directory))}"
+        again = shlex.join(["growconv", *sys.argv[1:], f"hydra.run.dir={directory}"])
         raise Stopped(_go_on(directory) if job is None else again) from stop
     except Exception as error:
         _discard_unbegun(directory)
@@ -461,7 +466,7 @@ def _announce(values: dict[str, Any], directory: Path) -> None:
     growth = "fixed" if method == "none" else f"grown by {method}"
     epochs, flops = values["trainer"]["epochs"], values["trainer"]["flops"]
     length = f"{epochs} epochs" if flops is None else f"{flops:.3g} training FLOPs"
-    print(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {length}")
+    print(printable(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {length}"))
     print(f"run directory: {shown(directory)}", flush=True)
 
 

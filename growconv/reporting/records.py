@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -230,6 +231,25 @@ def plain_text(value: object, most: int = 300) -> str:
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)[: 2 * most])
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = plain_text(value)
+    return f"'{text}" if text[:1] in tuple("=+-@") else text
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written before it gets its name: beside it, where nothing lies that writing would follow.
+
+    Args:
+        path: the file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 def _read_text(path: Path, kind: str = "json") -> str | None:

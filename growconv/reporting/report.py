@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 from growconv.errors import CheckpointError
 from growconv.reporting import run_plots
-from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run
+from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, unfinished
 from growconv.reporting.style import magnitude, save_figure, style_sheet, svg_text
+from growconv.reporting.terminal import shown
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -45,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", help=f"file to write (default: RUN/{REPORT})")
     parser.add_argument("--figures", help="also write every figure as an SVG into this folder")
     arguments = parser.parse_args(argv)
-    print(write_report(arguments.run, arguments.output))
+    print(shown(write_report(arguments.run, arguments.output)))
     if arguments.figures:
         for path in write_figures(read_run(arguments.run), Path(arguments.figures)):
-            print(path)
+            print(shown(path))
     return 0
 
 
@@ -69,9 +70,9 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     if not record.metrics:
         raise CheckpointError("no epoch in it yet, so there is nothing to report", where=str(record.path / METRICS))
     path = Path(output) if output is not None else record.path / REPORT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = render(record)
     try:
+        temporary = unfinished(path)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:

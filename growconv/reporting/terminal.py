@@ -23,6 +23,15 @@ def make_console() -> Console:
 
 
 def shown(path: Path) -> Path:
-    """A path as one would type it here."""
+    """A path as one would type it here, but for control characters in it."""
     whole, here = path.absolute(), Path.cwd()
-    return whole.relative_to(here) if whole.is_relative_to(here) else whole
+    return Path(printable(str(whole.relative_to(here) if whole.is_relative_to(here) else whole)))
+
+
+def printable(text: str) -> str:
+    """Text of any origin as a terminal may get it: letters and line ends, no control characters.
+
+    Args:
+        text: what is to be printed.
+    """
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")

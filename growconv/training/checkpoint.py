@@ -25,7 +25,7 @@ from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.network.event import GrowthHistory
 from growconv.network.exchange import Journal
 from growconv.network.optimizer import as_optimizers, follow_ages
-from growconv.reporting.records import read_json
+from growconv.reporting.records import read_json, unfinished
 from growconv.training import optimizer_record
 
 FORMAT = "growconv checkpoint 1"
@@ -115,15 +115,18 @@ def save_checkpoint(
 
 def _write(path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file under another name, then give it its own."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(content, temporary, metadata)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary = unfinished(path)
+        try:
+            save_file(content, temporary, metadata)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             "the checkpoint could not be written; what was there before still is",
             where=str(path),
@@ -332,12 +335,15 @@ class CheckpointFolder:
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.writing")
     try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        temporary = unfinished(target)
+        try:
+            shutil.copyfile(source, temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             "the checkpoint could not be copied", where=str(target), got=error, fix="free some space, then resume"
         ) from error

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError
+from growconv.reporting.records import flatten
 from growconv.training.checks import check_options, check_together, explain, limited
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -489,35 +490,70 @@ def is_longer(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return length(wanted) == length(stored) and numbers and after > before
 
 
-def require_complete(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a stored config that lacks a group or an option.
+def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config that was read from a run: complete, and every option of the type and within the limits of its schema.
 
     Args:
-        config: what was read from a run directory.
+        config: what was read.
         where: the file that holds it, for the message.
 
+    Returns:
+        The same, with values of the schema's types.
+
     Raises:
-        CheckpointError: names what is missing.
+        CheckpointError: names what is missing or does not fit.
     """
-    optimizer = {"sgd": SGDConfig, "adamw": AdamWConfig}
-    groups = {"data": DataConfig, "model": ModelConfig, "growth": GrowthConfig, "lr_schedule": LRScheduleConfig}
-    groups |= {"trainer": TrainerConfig, "logger": LoggerConfig}
-    missing = [entry.name for entry in dataclass_fields(RunConfig) if entry.name not in config]
+    groups = {entry.name: _schema(entry.name, config.get(entry.name)) for entry in dataclass_fields(RunConfig)}
+    missing = [name for name in groups if name not in config]
     for group, schema in groups.items():
-        found = config.get(group)
-        known = found if isinstance(found, Mapping) else {}
-        missing += [f"{group}.{entry.name}" for entry in dataclass_fields(schema) if entry.name not in known]
-    chosen = config.get("optimizer")
-    if isinstance(chosen, Mapping):
-        schema = optimizer.get(str(chosen.get("name")), OptimizerConfig)
-        missing += [f"optimizer.{entry.name}" for entry in dataclass_fields(schema) if entry.name not in chosen]
-    if missing:
-        raise CheckpointError(
-            "the run's config is incomplete, or was written by another version of growconv",
-            where=where,
-            got=f"without {', '.join(missing)}",
-            fix="restore the file, or resume with the version that environment.json names",
-        )
+        options = config.get(group)
+        known = options if isinstance(options, Mapping) else {}
+        names = [entry.name for entry in dataclass_fields(schema)] if schema is not None else []
+        missing += [f"{group}.{name}" for name in names if name not in known]
+    got = f"without {', '.join(missing)}"
+    if not missing:
+        try:
+            return _typed(config, groups)
+        except (ConfigError, TypeError, ValueError) as error:
+            got = str(error)
+    raise CheckpointError(
+        "the run's config is incomplete or damaged, or was written by another version of growconv",
+        where=where,
+        got=got.replace("\n", "\n  "),
+        fix="restore the file, or resume with the version that environment.json names",
+    )
+
+
+def _schema(group: str, options: object) -> type | None:
+    """The schema of a stored group; None for a plain option."""
+    given = options if isinstance(options, Mapping) else {}
+    name = str(given.get("name"))
+    if group == "data":
+        of_files = dict.fromkeys(("fashion_mnist", "cifar10", "cifar100"), StoredConfig)
+        known = {"digits": DigitsConfig, "synthetic": SyntheticConfig, "images": ImagesConfig, **of_files}
+        return known.get(name, DataConfig)
+    if group == "model":
+        return LibraryModelConfig if "name" in given else ModelConfig
+    if group == "optimizer":
+        return {"sgd": SGDConfig, "adamw": AdamWConfig}.get(name, OptimizerConfig)
+    others = {"growth": GrowthConfig, "lr_schedule": LRScheduleConfig}
+    return (others | {"trainer": TrainerConfig, "logger": LoggerConfig}).get(group)
+
+
+def _typed(config: Mapping[str, Any], groups: Mapping[str, type | None]) -> dict[str, Any]:
+    for key, value in flatten(dict(config)):
+        if "${" in str(value):
+            raise ConfigError("a reference, which growconv never stores", where=key, got=value)
+    merged: Any = OmegaConf.structured(RunConfig)
+    for group, options in config.items():
+        schema = groups.get(group)
+        try:
+            if schema is not None:
+                merged[group] = OmegaConf.structured(schema)
+            merged = OmegaConf.merge(merged, {group: options})
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0], where=str(error.full_key or group)) from error
+    return plain(merged)
 
 
 def locate(target: str, where: str) -> Any:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -59,24 +60,23 @@ def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> 
     inputs = [torch.randn(batch, channels, size, size, generator=generator).to(dtype) for batch in BATCHES]
     write, compute = formats[output.suffix]
     output.parent.mkdir(parents=True, exist_ok=True)
-    begun = output.with_name(f".{output.stem}.writing{output.suffix}")
-    try:
-        with torch.no_grad(), _quiet():
-            try:
-                write(model, inputs[1], begun)
-                error = max(distance(compute(begun, x), model(x)) for x in inputs)
-            except Exception as failure:
-                reason = str(failure).strip().splitlines()[0] if str(failure).strip() else "no more is known"
-                raise TrainingError(
-                    "this model cannot be exported", where=str(run), got=f"{type(failure).__name__}: {reason}"
-                ) from failure
+    with TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad(), _quiet():
+        begun = Path(folder) / output.name
+        try:
+            write(model, inputs[1], begun)
+            error = max(distance(compute(begun, x), model(x)) for x in inputs)
+        except OSError:
+            raise
+        except Exception as failure:
+            reason = str(failure).strip().splitlines()[0] if str(failure).strip() else "no more is known"
+            raise TrainingError(
+                "this model cannot be exported", where=str(run), got=f"{type(failure).__name__}: {reason}"
+            ) from failure
         if not error <= (tolerance := 100 * torch.finfo(dtype).eps):
             raise TrainingError(
                 "the file computes something else than the model", where=str(output), expected=tolerance, got=error
             )
         begun.replace(output)
-    finally:
-        begun.unlink(missing_ok=True)
     return error
 
 

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from growconv.errors import GrowthError, TrainingError
+from growconv.reporting.terminal import printable
 
 RESUME = "then go on with growconv resume=RUN_DIR"
 ADVICE = {
@@ -105,9 +106,8 @@ def complain(text: str) -> None:
     Args:
         text: control characters in it are left out.
     """
-    printable = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
     with suppress(OSError):  # the terminal may be gone
-        print(f"growconv: {printable}", file=sys.stderr, flush=True)
+        print(f"growconv: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> str:

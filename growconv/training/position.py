@@ -61,8 +61,9 @@ def position_of(found: Checkpoint) -> Position:
         kinds |= dict.fromkeys(("best", "first_loss"), (int, float, type(None)))
         if not isinstance(value, kinds.get(name, (int, float))) or isinstance(value, bool):
             raise damaged_state(found, f"{name}: {value!r}")
-    if not all(isinstance(line, dict) for line in position.metrics):
-        raise damaged_state(found, "metrics that are no records")
+    for line in position.metrics:
+        if not isinstance(line, dict) or not all(type(value) in (int, float) for value in line.values()):
+            raise damaged_state(found, "metrics that are no numbers")
     return position
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from growconv.network.event import GrowthEvent
 from growconv.network.find import LayerRow
-from growconv.reporting.terminal import make_console
+from growconv.reporting.terminal import make_console, printable
 
 
 def si(number: float | int) -> str:
@@ -86,7 +86,7 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.mode != "none":
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(printable(text), highlight=False, markup=False)
 
 
 def describe(state: Mapping[str, Any], width: int | None = None) -> str:
@@ -139,7 +139,7 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
     for label, summary in rows:
         growth = summary["growth_seconds"]
         table.add_row(
-            label,
+            escape(printable(label)),
             f"{100 * summary['test_accuracy']:.2f}",
             f"{100 * summary['best_val_accuracy']:.2f}",
             f"{summary['parameters']:,}",

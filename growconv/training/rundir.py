@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml
+from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml, unfinished
 from growconv.training.config import is_longer
 
 CHECKPOINTS = "checkpoint"
@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
         path: the file; its folder exists.
         text: the new content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = unfinished(path)
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)

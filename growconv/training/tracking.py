@@ -11,7 +11,7 @@ from typing import Any
 
 from growconv.errors import ConfigError
 from growconv.network.event import GrowthEvent
-from growconv.reporting.records import METRICS
+from growconv.reporting.records import METRICS, csv_cell
 from growconv.training.rundir import write_atomically
 
 COLUMNS = (
@@ -159,7 +159,7 @@ class CsvTracker(Tracker):
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
         write_atomically(self.directory / name, text.getvalue())
 
 

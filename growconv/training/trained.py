@@ -1,6 +1,7 @@
 """The models of runs: `growconv.load_run`, and what the commands export and grow read."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import CheckpointError
+from growconv.growth.validation import most_entries
 from growconv.training.average import averaged_weights
 from growconv.training.build import make_model
 from growconv.training.checkpoint import BEST, Checkpoint, find_checkpoint, restore
-from growconv.training.config import require_complete
+from growconv.training.config import stored_config
 from growconv.training.devices import parameter_dtype
 from growconv.training.rundir import CHECKPOINTS, RunDirectory
 from growconv.training.trust import require_trusted_parts
@@ -60,15 +62,19 @@ def read_run(run: str | Path, best: bool = False) -> Checkpoint:
         )
     found = find_checkpoint(path / CHECKPOINTS / BEST if best and path.is_dir() else path)
     config, shape = found.state.get("config"), found.state.get("shape")
-    sizes = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
-    if not isinstance(config, Mapping) or not sizes:
+    usual = (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(size) is int and size > 0 for size in shape)
+        and shape[0] * shape[1] ** 2 <= most_entries(found.model.values())
+    )
+    if not isinstance(config, Mapping) or not usual:
         raise CheckpointError(
             "this checkpoint was not written by a run of growconv",
             where=str(found.path),
             fix="build its model yourself, then growconv.load_checkpoint(path, model)",
         )
-    require_complete(config, str(found.path))
-    return found
+    return replace(found, state={**found.state, "config": stored_config(config, str(found.path))})
 
 
 def begun_model(found: Checkpoint, trust: bool) -> nn.Module:
@@ -82,8 +88,28 @@ def begun_model(found: Checkpoint, trust: bool) -> nn.Module:
     if not trust:
         require_trusted_parts(config, found.path, "model")
     with torch.random.fork_rng(devices=[]):
+        if not trust:
+            _require_affordable(found)
         model = make_model(config, tuple(found.state["shape"]))
     return model.to(parameter_dtype(config["trainer"]["precision"]))
+
+
+def _require_affordable(found: Checkpoint) -> None:
+    """Refuse a model that needs far more memory than the checkpoint's tensors; it is counted without taking any."""
+    config = found.state["config"]
+    if config["model"]["_target_"].startswith("growconv.training.libraries."):
+        return  # some of those cannot be built without memory; their sizes are the libraries' own
+    with torch.device("meta"):
+        model = make_model({**config, "model": {**config["model"], "widths": {}}}, tuple(found.state["shape"]))
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if needed > (most := most_entries(found.model.values())):
+        raise CheckpointError(
+            "The model of its config is far larger than what was saved.",
+            where=str(found.path),
+            expected=f"at most {most:,} entries",
+            got=f"{needed:,}",
+            fix="restore the file, or trust it: --trust, in Python load_run(run, trust=True)",
+        )
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

@@ -113,7 +113,7 @@ def require_trusted(
             fix = f"read that code; then say trust=true, or repeat the setting: {key}={name}"
             raise _strange(key, name, place(file, key), fix)
     logger = config.get("logger")
-    if not isinstance(logger, Mapping) or logger.get("wandb") is not True or logger.get("mode") != "online":
+    if not isinstance(logger, Mapping) or not logger.get("wandb") or logger.get("mode") in ("offline", "disabled"):
         return
     for key in ("logger.server", "logger.mode"):
         value = logger.get(key.rpartition(".")[2])

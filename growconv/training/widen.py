@@ -1,5 +1,6 @@
 """The command ``growconv grow``: a run's model made wider or deeper once; the result is a run that can go on."""
 
+import os
 import shlex
 import shutil
 import time
@@ -22,7 +23,7 @@ from growconv.network.depth import insert_copy, insert_layer
 from growconv.network.event import GrowthEvent
 from growconv.network.find import find_sites
 from growconv.network.site import Site
-from growconv.reporting.terminal import shown
+from growconv.reporting.terminal import printable, shown
 from growconv.solvers.base import get_solver
 from growconv.training.build import grows, make_dataset, make_loss
 from growconv.training.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ from growconv.training.config import length
 from growconv.training.devices import make_devices
 from growconv.training.experiment import baseline_config, environment
 from growconv.training.loop import Trainer
-from growconv.training.rundir import RunDirectory
+from growconv.training.rundir import LOCK, RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
 from growconv.training.tracking import Tracker
 from growconv.training.trained import begun_model, distance, load_run, read_run
@@ -121,26 +122,40 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> str:
         CheckpointError: there is no run, or something lies where the new one would.
     """
     _check(wish)
-    if output.exists():
-        raise CheckpointError("something lies here already", where=str(output), fix="name another: --output DIR")
+    _require_free(output)
     found = read_run(run)
     if not trust and wish.method is None:
         require_trusted_parts(found.state["config"], found.path, "growth")
-    trainer = _trainer(found, output, trust)
+    with RunDirectory(output).locked():
+        _require_free(output)  # another process may have been faster
+        try:
+            return _grow(run, _trainer(found, output, trust), wish, found.state["config"])
+        except BaseException:
+            shutil.rmtree(output, ignore_errors=True)
+            raise
+
+
+def _require_free(output: Path) -> None:
+    """Refuse to write where something lies; the lock of a process that was killed before it wrote is nothing."""
+    if os.path.lexists(output) and not (output.is_dir() and [entry.name for entry in output.iterdir()] == [LOCK]):
+        raise CheckpointError("something lies here already", where=str(output), fix="name another: --output DIR")
+
+
+def _grow(run: Path, trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> str:
     before, began = trainer.evaluate(trainer.dataset.validation), time.monotonic()
     events = _deepened(trainer, wish)
     if wish.widens:
-        events += _widened(trainer, wish, found.state["config"])
+        events += _widened(trainer, wish, config)
     if not any(event.parameters_after > event.parameters_before for event in events):
         raise ConfigError("nothing grew", where=str(run), fix="ask for more, or try another --method")
     trainer.follow(events)
     for event in events:
-        print(event)
+        print(printable(str(event)))
         trainer.history.append(replace(event, recipe=None))
     trainer.position.growth_seconds += time.monotonic() - began
     after = trainer.evaluate(trainer.dataset.validation)
     print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {trainer.score} {before[1]:.2%} -> {after[1]:.2%}")
-    _save(trainer, output)
+    _save(trainer)
     return length(trainer.config)
 
 
@@ -248,22 +263,18 @@ def _example(trainer: Trainer) -> torch.Tensor:
     return trainer.growth_batches()[0][0][:2]
 
 
-def _save(trainer: Trainer, output: Path) -> None:
+def _save(trainer: Trainer) -> None:
     """Write the new run, and compare the model that is read back from it with the one that was written."""
     files = trainer.directory
     files.active = True
-    try:
-        files.start(trainer.config, environment())
-        files.rewind(trainer.position.metrics, [event.to_dict() for event in trainer.history])
-        trainer.save()
-        x = _example(trainer)
-        again = load_run(output, trust=True).to(x.device)
-        with torch.no_grad():
-            error = distance(again(x), trainer.judged.eval()(x))
-        if not error <= (tolerance := 100 * torch.finfo(x.dtype).eps):
-            raise TrainingError(
-                "the saved model computes something else", where=str(output), expected=tolerance, got=error
-            )
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+    files.start(trainer.config, environment())
+    files.rewind(trainer.position.metrics, [event.to_dict() for event in trainer.history])
+    trainer.save()
+    x = _example(trainer)
+    again = load_run(files.path, trust=True).to(x.device)
+    with torch.no_grad():
+        error = distance(again(x), trainer.judged.eval()(x))
+    if not error <= (tolerance := 100 * torch.finfo(x.dtype).eps):
+        raise TrainingError(
+            "the saved model computes something else", where=str(files.path), expected=tolerance, got=error
+        )

@@ -138,6 +138,7 @@ def test_another_config_is_named(overrides, word, interrupted, tmp_path, capsys)
         lambda state: state["random"]["0"].update(python=[3, [1], None]),
         lambda state: state["random"]["0"].update(numpy=["MT19937", [1], 0, 0, 0.0]),
         lambda state: state.update(config=None),
+        lambda state: state["position"]["metrics"][0].update(train_loss="=HYPERLINK(1)"),
     ],
 )
 def test_a_forged_state_is_one_message(change, interrupted, tmp_path, capsys):

@@ -116,13 +116,13 @@ def job_logs(sweep):
     return "".join(path.read_text() for path in sweep.glob(".submitit/*/*/*log*"))
 
 
-def start_sweep(folder, *arguments):
-    """A sweep of one run, long enough to be interrupted."""
+def start_sweep(folder, *arguments, **more):
+    """A sweep of one run, long enough to be interrupted; with further variables of the environment."""
     name = f"hydra.launcher.name={folder.name}"
     command = [*GROWCONV, "-m", "hydra/launcher=slurm", *QUICK, "trainer.epochs=60", name, *arguments]
     return subprocess.Popen(
-        [*command, f"hydra.sweep.dir={folder}"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        [*command, f"hydra.sweep.dir={folder}"], env=environment() | more, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
@@ -223,16 +223,25 @@ def test_nothing_is_taken_from_a_job_unasked(tmp_path):
     assert_equal_runs(tmp_path / "job", tmp_path / "plain")
 
 
+# What Python reads first in the jobs: every epoch waits, so that a run outlives its limit on a machine of any speed.
+SLOW_EPOCHS = """
+import time
+from growconv.training.loop import Trainer
+epoch = Trainer._epoch
+Trainer._epoch = lambda self: (time.sleep(1), epoch(self))
+"""
+
+
 @needs_slurm
 @pytest.mark.long
 def test_a_time_limit_ends_no_run(tmp_path):
-    """A limit of two minutes, and a run that needs longer: Slurm's own signal, half a minute before."""
-    folder = tmp_path / "sweep"
-    process = start_sweep(
-        folder, "trainer.epochs=4000", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"
-    )
+    """A limit of two minutes, and a run that needs longer: Slurm's own signal, half a minute before or earlier."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_EPOCHS)
+    folder, epochs = tmp_path / "sweep", "trainer.epochs=150"
+    limit = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30")
+    process = start_sweep(folder, epochs, *limit, PYTHONPATH=f"{tmp_path}:{ROOT}")
     said = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, said
     assert "asked to end by SIGUSR2, and is saved" in job_logs(folder)
-    assert main([*QUICK, "trainer.epochs=4000", f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
+    assert main([*QUICK, epochs, f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
     assert_equal_runs(run_of(folder, "data.limit=160"), tmp_path / "plain")

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,6 +190,19 @@ def test_several_loggers_at_once_and_after_an_interruption(tmp_path, capsys):
     assert [value for _, value in shown["val_loss"]] == pytest.approx([line["val_loss"] for line in metrics])
     assert shown[f"width/{events[-1]['site']}"][-1][1] == events[-1]["width_after"]
     assert not (run / "wandb").exists()
+
+
+@pytest.mark.parametrize("sign", "=+-@")
+def test_no_formula_of_a_stranger_s_run_reaches_a_spreadsheet(sign, tmp_path):
+    """A resumed run writes what its checkpoint tells of earlier epochs and growths."""
+    evil = f"{sign}HYPERLINK(1)\x1b[31m"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": evil}) + "\n")
+    tracker = tracking.CsvTracker(tmp_path)
+    tracker.metrics({"epoch": 2, "train_loss": 1.0}, 2)
+    values = dict.fromkeys(tracking.COLUMNS) | {"site": evil, "reason": evil}
+    tracker.events([SimpleNamespace(**values)], [], {})
+    cells = [cell for file in tmp_path.glob("*.csv") for row in rows_of(file) for cell in row.values()]
+    assert cells.count(f"'{sign}HYPERLINK(1) [31m") == 3
 
 
 def test_a_logger_that_is_not_installed_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import torch
 import growconv
 from growconv.cli import main
 from growconv.training.data import load_data
+from growconv.training.rundir import RunDirectory
 
 QUICK = [
     "data.limit=200",
@@ -185,6 +186,20 @@ def test_a_grown_run_is_a_run(mine, capsys):
     assert summary(output)["parameters"] == count
     assert main(["grow", str(output), "--width", "features.0 -> features.4=96", "--method", "random"]) == 0
     assert growconv.load_run(mine.with_name("run-grown-grown")).get_submodule("features.0").out_channels == 96
+
+
+def test_growing_twice_at_once_spoils_nothing(mine, capsys):
+    """Whoever comes second is told before it computes, and removes nothing; what a killed process left is nothing."""
+    output = mine.with_name("out")
+    with RunDirectory(output).locked():
+        assert main(["grow", str(mine), "--factor", "1.5", "--output", str(output)]) == 1
+    assert "Another process works in this run directory" in capsys.readouterr().err
+    assert main(["grow", str(mine), "--factor", "1.5", "--output", str(output)]) == 0
+    assert main(["grow", str(mine), "--factor", "1.5", "--output", str(output)]) == 1
+    assert (output / "checkpoint" / "last.safetensors").is_file()
+    output.with_name("link").symlink_to("nowhere")
+    assert main(["grow", str(mine), "--factor", "1.5", "--output", str(output.with_name("link"))]) == 1
+    assert capsys.readouterr().err.count("something lies here already") == 2
 
 
 def test_growing_into_a_budget_and_of_a_fixed_run(mine, capsys):

@@ -3,8 +3,12 @@
 import base64
 import contextlib
 import json
+import os
+import pickle
 import re
+import shutil
 import socket
+import sys
 import threading
 
 import pytest
@@ -12,7 +16,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import growconv
 from growconv.cli import main
+from growconv.errors import CheckpointError
 from growconv.training import checkpoint
 from growconv.training.config import compose, plain
 from growconv.training.trust import is_known, place, strange_names
@@ -36,6 +42,23 @@ def store(run, *path, **values):
     part |= values
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return config
+
+
+def forge(path, change):
+    """A checkpoint that somebody else wrote: its state changed, its checksum right."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(file.metadata()["record"])
+    change(record["state"])
+    text = json.dumps(record)
+    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("good") / "run"
+    assert main([*QUICK, "baselines=[]", f"hydra.run.dir={run}"]) == 0
+    return run
 
 
 PLACES = {
@@ -242,12 +265,7 @@ def test_a_method_of_a_stranger_is_not_imported_to_grow_once(run, tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     assert main([*QUICK, "baselines=[]", f"hydra.run.dir={run}"]) == 0
     path = run / "checkpoint" / "last.safetensors"
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(file.metadata()["record"])
-    record["state"]["config"]["growth"]["method"] = "evil.Method"
-    text = json.dumps(record)
-    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
+    forge(path, lambda state: state["config"]["growth"].update(method="evil.Method"))
     assert main(["grow", str(run), "--factor", "1.5"]) == 1
     said = capsys.readouterr().err
     assert "evil.Method" in said
@@ -266,3 +284,148 @@ def test_options_of_another_library_s_model_name_no_files_and_no_hubs(run, capsy
     said = capsys.readouterr().err
     assert "model.options.checkpoint_path" in said
     assert "evil.pth" in said
+
+
+@pytest.mark.parametrize("values", [{"wandb": 1}, {"wandb": "on"}, {"mode": "shared"}, {"mode": None}, {"mode": 1}])
+def test_no_host_by_an_odd_spelling(values, run, server, tmp_path, monkeypatch, capsys):
+    """What wandb would take for yes, or for online, is one here as well."""
+    address, heard = server
+    monkeypatch.setenv("WANDB_API_KEY", "b" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    store(run, "logger", **({"wandb": True, "mode": "online", "server": address} | values))
+    assert main([f"resume={run}"]) == 1
+    assert "logger." in capsys.readouterr().err
+    command = ["--config-path", str(run), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"]
+    assert main(command) == 1
+    assert "logger." in capsys.readouterr().err
+    assert heard == []
+
+
+ODD = {
+    "trainer.epochs": ("many", [1], {}, 0),
+    "trainer.flops": ("many",),
+    "trainer.batch_size": (0, 1.5),
+    "trainer.precision": ("evil",),
+    "trainer.progress": ("evil",),
+    "trainer.ema": ("x", 1.0),
+    "seed": ([1], "x"),
+    "data.size": ([[1]], [[0.5, "x"]]),
+    "data.stranger": (1,),
+    "model._target_": (None, [1]),
+    "model.args": ([1], {"plan": "${oc.env:HOME}"}),
+    "model.width": (float("nan"), "x", -1),
+    "model.widths": ({"a": "x"},),
+    "optimizer": ({"name": "evil"}, [1]),
+    "optimizer.lr": ("x", float("inf")),
+    "lr_schedule.name": ("evil",),
+    "growth.stop": ("x",),
+    "growth.depth.at": (["x"],),
+    "baselines": (["../../x"],),
+    "logger": ([1], None),
+    "stranger": (1,),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_options_that_do_not_fit_are_refused(key, run, finished, tmp_path, capsys):
+    """In the config of a directory, and in the one inside a checkpoint; before anything is read or written."""
+    *path, last = key.split(".")
+    for value in ODD[key]:
+        config = store(run)
+        part = config
+        for name in path:
+            part = part[name]
+        part[last] = value
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        assert main([f"resume={run}"]) == 1
+        said = capsys.readouterr().err
+        assert "config.yaml: the run's config is incomplete or damaged" in said
+        assert (path or [last])[0] in said
+        assert sorted(os.listdir(run)) == ["config.yaml"]
+        path_of_file = shutil.copy(finished / "checkpoint" / "last.safetensors", tmp_path)
+        forge(path_of_file, lambda state, config=config: state.update(config=json.loads(json.dumps(config))))
+        with pytest.raises(CheckpointError, match=r"last\.safetensors: the run's config is incomplete or damaged"):
+            growconv.load_run(path_of_file)
+
+
+def test_a_model_far_larger_than_its_file_is_refused(finished, tmp_path):
+    """Before it takes memory: by its width, by a layer, by the size of its images."""
+    for number, change in enumerate(
+        (
+            lambda state: state["config"]["model"].update(width=2e4),
+            lambda state: state["config"]["model"].update(
+                _target_="torch.nn.Linear", args={"in_features": 10**6, "out_features": 10**6}
+            ),
+            lambda state: state.update(shape=[1, 10**5, 10]),
+        )
+    ):
+        path = shutil.copy(finished / "checkpoint" / "last.safetensors", tmp_path / f"{number}.safetensors")
+        forge(path, change)
+        with pytest.raises(CheckpointError, match=r"far larger than what was saved|not written by a run"):
+            growconv.load_run(path)
+
+
+def test_links_laid_into_a_run_are_not_followed(finished, tmp_path, capsys):
+    """Files that get their name when they are whole are begun beside it, where a stranger may have laid something."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "summary.json").unlink()
+    (tmp_path / "mine").write_text("precious")
+    names = ["config.yaml", "summary.json", "metrics.jsonl", "growth.jsonl", "metrics.csv", "report.html"]
+    names += [f"checkpoint/{name}.safetensors" for name in ("last", "previous", "best")]
+    for path in (run / name for name in [*names, "checkpoint/.last.safetensors.fresh"]):
+        path.with_name(f".{path.name}.{os.getpid()}.writing").symlink_to(tmp_path / "mine")
+        if path.name in ("report.html", ".last.safetensors.fresh", "metrics.csv"):
+            path.symlink_to(tmp_path / "mine")
+    assert main([f"resume={run}", "trainer.epochs=2", "logger=csv"]) == 0
+    assert main(["report", str(run)]) == 0
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert not (run / "report.html").is_symlink()
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "mine")
+    assert main([f"resume={run}", "trainer.epochs=3"]) == 1
+    assert "symbolic links" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_no_control_character_reaches_the_terminal(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "r\x1b]0;title\x07un")
+    (run / "summary.json").unlink()
+    assert main([f"resume={run}", "trainer.progress=lines", "trainer.epochs=2"]) == 0
+    assert main(["report", str(run)]) == 0
+    assert main(["compare", str(run), "--output", str(tmp_path / "o\x1b[31mut")]) == 0
+    for part, values in (("growth", {"method": "tiny\x1b[31m"}), ("data", {"name": "x\x1b[31m"})):
+        store(run, part, **values)
+        (run / "summary.json").unlink(missing_ok=True)
+        assert main([f"resume={run}", "trainer.progress=lines"]) == 1
+    out, err = capsys.readouterr()
+    assert not set(out + err) & set("\x1b\x07\x9b")
+
+
+def test_a_warning_about_a_stranger_s_folder_is_tame(tmp_path, capfd):
+    from PIL import Image
+
+    for half in ("train", "test"):
+        for name in ("a", "b\x1b[31m"):
+            (tmp_path / half / name).mkdir(parents=True)
+            (tmp_path / half / name / "notes.txt").write_text("x")
+            for number in range(8):
+                Image.new("L", (8, 8), number).save(tmp_path / half / name / f"{number}.png")
+    with pytest.warns(UserWarning, match="left out") as told:
+        main([*QUICK[2:], "data=images", f"data.root={tmp_path}", "data.channels=1", f"hydra.run.dir={tmp_path / 'r'}"])
+    assert any("\x1b" in str(each.message) for each in told)  # as a program gets it
+    capfd.readouterr()
+    program = "import sys, warnings; from growconv import cli; cli._dispatch = lambda a: warnings.warn(a[0]); "
+    assert os.system(f"{sys.executable} -c '{program} sys.exit(cli.main([chr(27)]))'") == 0
+    assert "\x1b" not in capfd.readouterr().err
+
+
+def test_no_pickle_of_hydra_is_read(tmp_path, capsys):
+    """Hydra's own flag to start a job again reads one."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Evil()))
+    assert main(["--experimental-rerun", str(tmp_path / "config.pickle")]) == 1
+    assert not (tmp_path / "pwned").exists()
