@@ -1,7 +1,7 @@
 """What is known to speak against a growth recipe; `GrowthScheduler.explain` and the start of a run say it."""
 
 WIDEST = 2.0
-"""Times as wide in one step beyond which growing was no faster than training the wide network (arXiv 2605.13405)."""
+"""Times as wide in one step that sped training up most reliably (Mallik et al. 2026, arXiv 2605.13405)."""
 
 FALLEN = 0.95
 """Share of the highest learning rate so far below which the rate counts as falling."""

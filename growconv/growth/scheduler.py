@@ -72,11 +72,12 @@ class GrowthScheduler:
             warning that says which; one of `site` that it cannot serve is an error.
         method: name of a registered solver, or a Solver with its hyperparameters.
         every: optimizer steps between two rounds, the first after as many; short for when=Every(every).
-        times: rounds at most, those that added nothing included; None: no limit.
+        times: rounds at most, those that added nothing included; None: no limit. Part of a schedule: it needs one.
         amount: channels per site and round: a float is a fraction of the site's initial width (0.25 is GradMax's), an
             int a number of channels, "auto" leaves it to the solver; or an Amount.
         where: "all", "best", "round_robin" or a Where.
-        when: a When in place of `every`. Neither: the loop calls `grow` when it suits, and never asks `due`.
+        when: a When in place of `every`. Neither: growth by hand, the loop calls `grow` when it suits; to ask `due`, to
+            limit `times` or to use a trainer's callback without a schedule is an error.
         stop: one Stop or several; the first that says so ends the growing.
         budget: a Budget; every round is cut to what fits into it.
         amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
@@ -162,6 +163,7 @@ class GrowthScheduler:
         check_gains(self.solver, compared, self.sites)
         if times is not None:
             require_positive(self, "times", times)
+            self.require_schedule("times limits a schedule", growth=True)
         if learning_rate is not None:
             learning_rate.attach(as_optimizers(optimizer))
         self._begin()
@@ -210,7 +212,7 @@ class GrowthScheduler:
         Raises:
             ScheduleError: the scheduler was made without a schedule.
         """
-        self.require_schedule()
+        self.require_schedule("due() asks a schedule")
         follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
         self._step, self._metrics = step, dict(metrics or {})
         self._top_rate = max(self._top_rate, self._rate)
@@ -256,19 +258,23 @@ class GrowthScheduler:
             before.restore()
             raise
 
-    def require_schedule(self) -> None:
-        """Check that something says when to grow.
+    def require_schedule(self, why: str, growth: bool = False) -> None:
+        """Check that something says when to change the model.
+
+        Args:
+            why: what needs a schedule.
+            growth: whether it has to be one of growth, and not only of pruning.
 
         Raises:
             ScheduleError: nothing does.
         """
-        if self.when is None and self.pruning is None:
+        if self.when is None and (growth or self.pruning is None):
             raise ScheduleError(
-                "this scheduler has no schedule, so it cannot say when growth is due",
+                f"{why}, and this scheduler has no schedule",
                 expected="every=500, or a When such as when=AtSteps([500, 1000])",
                 got="neither every nor when",
                 where="GrowthScheduler",
-                fix="give it one of them; or call grow() when it suits, without asking due()",
+                fix="give it one of them; to grow by hand, call grow() when it suits, without times and without due()",
             )
 
     def follow_model(self, sites: Iterable[Site], events: Iterable[GrowthEvent] = ()) -> None:
@@ -387,7 +393,7 @@ class GrowthScheduler:
 
     def __repr__(self) -> str:
         """What it will do, in one line."""
-        when = "when grow() is called" if self.when is None else f"by {self.when!r}"
+        when = "no schedule, by hand when grow() is called" if self.when is None else f"by {self.when!r}"
         every = getattr(self.when, "interval", None)
         if every is not None:
             when = f"every {every} {getattr(self.when, 'unit', 'step')}s"

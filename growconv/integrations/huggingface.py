@@ -92,7 +92,7 @@ class GrowthCallback(TrainerCallback):
         sites = tuple(found if self.sites is None else self.sites(found))
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
         self.scheduler = GrowthScheduler(model, optimizer, sites, **self.schedule)
-        self.scheduler.require_schedule()
+        self.scheduler.require_schedule("the callback grows by a schedule")
         saved = getattr(model.config, ENTRY, None)
         if saved is not None:
             self.scheduler.load_state_dict(saved)

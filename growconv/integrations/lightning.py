@@ -103,7 +103,7 @@ class GrowthCallback(Callback):
             found = find_sites(model, inputs)
         sites = tuple(found if self.sites is None else self.sites(found))
         self.scheduler = GrowthScheduler(model, trainer.optimizers[0], sites, **self.schedule)
-        self.scheduler.require_schedule()
+        self.scheduler.require_schedule("the callback grows by a schedule")
         if self._state is not None:
             self.scheduler.load_state_dict(self._state)
         self._step = trainer.global_step

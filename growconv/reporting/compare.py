@@ -8,17 +8,19 @@ import csv
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from growconv.errors import ArgumentValueError
 from growconv.reporting.comparison import FIGURES, Comparison, Difference, Group, compare
-from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_differences
+from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_differences, draw_frontier
+from growconv.reporting.frontier import Standing, standings
 from growconv.reporting.records import csv_cell, is_number, plain_text
 from growconv.reporting.style import save_figure
 from growconv.reporting.terminal import make_console, shown
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
-    """Write the table as comparison.md, .csv and .tex, runs.csv, and three figures as .svg and .png into a folder.
+    """Write the table as comparison.md, .csv and .tex, runs.csv, and the figures as .svg and .png into a folder.
 
     Args:
         comparison: what to write.
@@ -71,8 +73,25 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     (output / "comparison.tex").write_text(to_latex(comparison), encoding="utf-8")
     _write_groups(comparison, output / "comparison.csv")
     _write_runs(comparison, output / "runs.csv")
-    for name, draw in FIGURE_FILES.items():
+    for name, draw in figures(comparison).items():
         save_figure(partial(draw, comparison), output / f"{name}.svg", output / f"{name}.png")
+
+
+def figures(comparison: Comparison) -> dict[str, Callable[[Comparison], Figure]]:
+    """The figures of a comparison by their files' names."""
+    return {**FIGURE_FILES, "frontier": draw_frontier} if standings(comparison) else FIGURE_FILES
+
+
+def frontier_rows(comparison: Comparison) -> list[list[str]]:
+    """The growing runs beside the best fixed network of their training FLOPs as text, heading first; [] without any."""
+    found = standings(comparison)
+    heading = ["grown", "best fixed network of as many FLOPs", f"{comparison.loss_name}, difference", "head start kept"]
+    return [heading, *map(_standing, found)] if found else []
+
+
+def _standing(standing: Standing) -> list[str]:
+    kept = "–" if math.isnan(standing.head_start) else f"{standing.head_start:.0%}"
+    return [standing.group.label, standing.best.label, _difference_text(standing.difference, 3), kept]
 
 
 def table_rows(comparison: Comparison) -> list[list[str]]:
@@ -101,6 +120,8 @@ def to_markdown(comparison: Comparison) -> str:
     heading, *body = [[_markdown(cell) for cell in row] for row in table_rows(comparison)]
     lines = [_markdown_row(heading), _markdown_row(["---"] * len(heading)), *map(_markdown_row, body)]
     lines += ["", "Mean ± standard deviation over n seeds; differences are paired by seed, with 95 % intervals."]
+    if rows := [[_markdown(cell) for cell in row] for row in frontier_rows(comparison)]:
+        lines += ["", _markdown_row(rows[0]), _markdown_row(["---"] * len(rows[0])), *map(_markdown_row, rows[1:]), ""]
     lines += [f"- {_markdown(note)}" for note in comparison.notes]
     lines += [f"- left out: {_markdown(path)}: {_markdown(reason)}" for path, reason in comparison.left_out]
     return "\n".join(lines) + "\n"
@@ -113,11 +134,15 @@ def _write_groups(comparison: Comparison, path: Path) -> None:
         columns = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std")]
         parts = ("difference", "ci95_low", "ci95_high")
         differences = [*parts, "pairs", *(f"test_loss_{part}" for part in parts)]
-        writer.writerow(["group", "n", "seeds", *columns, "growth_share", *differences])
+        against = ["best_fixed", *(f"frontier_{part}" for part in parts), "head_start_kept"]
+        writer.writerow(["group", "n", "seeds", *columns, "growth_share", *differences, *against])
+        standing = {each.group.label: each for each in standings(comparison)}
         for group in comparison.groups:
             none = Difference(math.nan, math.nan, math.nan, 0)
             difference = comparison.difference(group) or none
             loss = comparison.difference(group, "test_loss") or none
+            place = standing.get(group.label)
+            frontier = (place.difference if place else None) or none
             writer.writerow(
                 [
                     csv_cell(group.label),
@@ -132,6 +157,11 @@ def _write_groups(comparison: Comparison, path: Path) -> None:
                     loss.mean,
                     loss.low,
                     loss.high,
+                    csv_cell(place.best.label) if place else "",
+                    frontier.mean,
+                    frontier.low,
+                    frontier.high,
+                    place.head_start if place else math.nan,
                 ]
             )
 
@@ -213,20 +243,22 @@ def _print(comparison: Comparison, output: Path) -> None:
     console = make_console()
     rows = table_rows(comparison)
     every = range(len(rows[0]))
-    scores = 1 + len(FIGURES) - 3  # method and n, then accuracies and loss, then three costs and the growing share
-    costs = every[scores + 1 : scores + 5]
+    scores = 1 + len(FIGURES) - 4  # method and n, then accuracies and loss, then four costs and the growing share
+    costs = every[scores + 1 : scores + 6]
     halves = [[*every[: scores + 1]], [0, *every[-2:]], [0, *costs]]
     whole = _table(rows, every)
     fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
     console.print("mean ± std over seeds; differences paired by seed, 95 % intervals")
     for table in [whole] if fits else [_table(rows, half) for half in halves]:
         console.print(table)
+    if against := frontier_rows(comparison):
+        console.print(_table(against, range(len(against[0]))))
     for note in comparison.notes:
         console.print(f"note: {plain_text(note)}", markup=False)
     for path, reason in comparison.left_out:
         console.print(f"left out: {plain_text(path)}: {plain_text(reason)}", markup=False)
-    figures = ", ".join(FIGURE_FILES)
-    console.print(f"written to {shown(output)}: {', '.join(FILES)}; figures {figures} as .svg and .png", markup=False)
+    drawn = ", ".join(figures(comparison))
+    console.print(f"written to {shown(output)}: {', '.join(FILES)}; figures {drawn} as .svg and .png", markup=False)
 
 
 def _table(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> Table:

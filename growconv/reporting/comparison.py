@@ -19,6 +19,7 @@ FIGURES = {
     "parameters": "parameters",
     "train_flops": "train. FLOPs",
     "seconds": "seconds",
+    "peak_memory": "bytes",
 }
 """Figures of summary.json that are compared, with their headings. FLOPs are 2 × multiply-accumulates."""
 

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from growconv.reporting.comparison import Comparison, Group
+from growconv.reporting.frontier import fixed_curves, network
 from growconv.reporting.records import RunRecord
 from growconv.reporting.run_plots import course, zoom
-from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, method_style, shortened
+from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, magnitude, method_style, shortened
 
 Styles = dict[str, tuple[str, str]]
 PANELS = 24
@@ -102,6 +103,34 @@ def draw_courses(comparison: Comparison) -> Figure:
     figure.supxlabel("training FLOPs so far", fontsize=9)
     figure.supylabel("best validation accuracy % so far", fontsize=9)
     figure.text(0.99, 0.005, f"dashed: {shortened(baseline.label, 30)}; thin: all", fontsize=8, ha="right", color=SOFT)
+    return figure
+
+
+def draw_frontier(comparison: Comparison) -> Figure:
+    """Test loss against training FLOPs: a line a fixed network, a point a growing group."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    fixed = [group for group in comparison.groups if group.runs[0].method == "fixed"]
+    sizes = {network(group.runs[0].summary): group.mean("parameters") for group in fixed}
+    curves = fixed_curves(fixed)
+    for number, name in enumerate(sorted(curves, key=lambda name: sizes[name])):
+        flops = sorted(curves[name])
+        label = f"fixed, {magnitude(sizes[name])} parameters"
+        losses = [curves[name][each] for each in flops]
+        axes.plot(flops, losses, color=SOFT, linestyle=DASHES[number % len(DASHES)], marker=".", label=label)
+    styles = group_styles(comparison)
+    for group in (group for group in comparison.groups if group not in fixed):
+        colour, marker = styles[group.label]
+        spread = [0.0 if math.isnan(value := group.std(key)) else value for key in ("train_flops", "test_loss")]
+        place = (group.mean("train_flops"), group.mean("test_loss"))
+        axes.errorbar(
+            *place, xerr=spread[0], yerr=spread[1], color=colour, marker=marker, linestyle="", linewidth=0.9,
+            label=shortened(group.label, 40),
+        )  # fmt: skip
+    axes.set(xlabel="training FLOPs", ylabel=comparison.loss_name)
+    log_ticks(axes, "x")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
     return figure
 
 

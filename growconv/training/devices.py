@@ -6,6 +6,7 @@ LOCAL_WORLD_SIZE); nothing else of the environment is read, so that a run inside
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -121,6 +122,21 @@ class Devices:
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory that this process has held so far, in bytes: allocated by torch on a GPU, else resident in all.
+
+    None on a system that does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def process_count() -> int:

@@ -22,7 +22,15 @@ from growconv.training.average import Average
 from growconv.training.build import make_loss, resized
 from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
-from growconv.training.devices import Devices, on_first, random_states, set_random_states, share_buffers, sum_over_ranks
+from growconv.training.devices import (
+    Devices,
+    on_first,
+    peak_memory,
+    random_states,
+    set_random_states,
+    share_buffers,
+    sum_over_ranks,
+)
 from growconv.training.failures import Stopped, noted_signals
 from growconv.training.flops import training_flops
 from growconv.training.mixing import mix
@@ -544,6 +552,7 @@ class Trainer:
             "train_flops": self.train_flops,
             "seconds": position.seconds,
             "growth_seconds": position.growth_seconds,
+            "peak_memory": peak_memory(self.devices.device),
             "growth_events": len(self.history),
             "steps": position.step,
             "epochs": position.epoch,

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,71 @@ def test_the_examples_of_the_readme_print_what_they_say(capsys):
     assert shown[0] == said[0]
     assert len(shown) == len(said)
     assert all("channels by tiny" in line for line in shown[1:])
+
+
+def test_every_paper_that_is_named_has_its_title_venue_and_link():
+    listed = (DOCS / "papers.md").read_text().splitlines()
+    cited, numbers = set(), set()
+    for folder in ("growconv", "docs", "conf", "experiments"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".yaml") and path != DOCS / "papers.md":
+                text = path.read_text()
+                cited |= set(
+                    re.findall(r"([A-Z][a-z]+)(?: et al\.| (?:and|&) [A-Z][a-z]+),? \(?((?:19|20)\d\d)\b", text)
+                )
+                numbers |= set(re.findall(r"arXiv[: ](\d{4}\.\d{5})|arxiv\.org/abs/(\d{4}\.\d{5})", text))
+    assert len(cited) > 20
+    for name, year in cited:
+        assert any(name in line and year in line and "](https://" in line for line in listed), (name, year)
+    for number in {old or new for old, new in numbers}:
+        assert any(number in line for line in listed), number
+
+
+def commands(page):
+    """The commands that a page tells the reader to type, completion of one shell or another left out."""
+    text = page.read_text()
+    typed = [
+        line[2:]
+        for language, _, block in blocks(page)
+        if language == "console"
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+    if page.name == "README.md":  # tables of other pages have placeholders
+        typed += re.findall(r"^\| `(growconv .*?)` \|", text, re.MULTILINE)
+    return [line for line in typed if "--shell-completion" not in line]
+
+
+def test_commands_mean_the_same_in_bash_and_in_zsh_as_printed(tmp_path):
+    """An interactive zsh knows no comments behind a command, and reads brackets and stars as patterns."""
+    typed = {page: commands(page) for page in [ROOT / "README.md", *DOCS.rglob("*.md")]}
+    assert len(typed[ROOT / "README.md"]) == 9
+    assert [line for lines in typed.values() for line in lines if "#" in shlex.split(line, comments=False)] == []
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    (tmp_path / "bin").mkdir()
+    for name in ("growconv", "make", "pip", "python", "torchrun"):
+        program = tmp_path / "bin" / name
+        program.write_text('#!/bin/sh\nprintf "<%s>" "$0" "$@"; echo\n')
+        program.chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    script = "set -e\n" + "\n".join(line for lines in typed.values() for line in lines) + "\n"
+    told = []
+    for shell in (["bash", "--norc"], ["zsh", "-f"]):
+        done = subprocess.run(
+            [*shell, "-c", script],
+            cwd=tmp_path,
+            env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert told[0] == told[1]
+    assert told[0].count("\n") == sum(len(lines) for lines in typed.values()) - 1  # activating prints nothing
 
 
 def test_one_file_and_one_yaml_add_a_method_to_the_command_line(tmp_path):

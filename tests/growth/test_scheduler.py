@@ -22,6 +22,7 @@ from growconv.growth import (
     GrowthScheduler,
     NoGain,
     Plateau,
+    PruneBack,
     TargetAccuracy,
     ToWidth,
     WarmUp,
@@ -499,11 +500,17 @@ def test_a_site_made_by_hand_is_never_left_out(batches_of):
     assert GrowthScheduler(model, None, [other, site], method="random").left_out == ()
 
 
-def test_without_a_schedule_only_grow_works(chain, sites_of, batches_of):
+def test_without_a_schedule_only_growing_by_hand_works(chain, sites_of, batches_of):
     model = chain(3, 4)
     scheduler = GrowthScheduler(model, optimizer_of(model), sites_of(model), amount=1)
-    with pytest.raises(ScheduleError, match="no schedule"):
+    assert "no schedule" in repr(scheduler)
+    with pytest.raises(ScheduleError, match=r"no schedule(.|\n)*every=500"):
         scheduler.due(1)
+    pruning = PruneBack(AtSteps([5]), parameters=100)
+    for further in ({}, {"pruning": pruning}):
+        with pytest.raises(ScheduleError, match="times limits a schedule"):
+            GrowthScheduler(model, optimizer_of(model), sites_of(model), times=8, **further)
+    assert not GrowthScheduler(model, optimizer_of(model), sites_of(model), pruning=pruning).due(1)
     assert len(scheduler.grow(batches_of(2, size=32), LOSS)) == 2
 
 
@@ -528,12 +535,11 @@ def test_a_schedule_says_what_it_will_do(chain, sites_of):
     text = repr(GrowthScheduler(model, None, sites_of(model), method="tiny", every=500, times=8, amount=0.25))
     for part in ("'tiny'", "every 500 steps", "8 times", "0.25", "All()", "2 sites"):
         assert part in text
-    assert "when grow() is called" in repr(GrowthScheduler(model, None, sites_of(model)))
 
 
 def test_a_schedule_prints_itself(chain, sites_of, batches_of):
     model = chain(3, 4)
-    scheduler = GrowthScheduler(model, None, sites_of(model), amount=1, times=4)
+    scheduler = GrowthScheduler(model, None, sites_of(model), amount=1, every=9, times=4)
     scheduler.grow(batches_of(2, size=32), LOSS, step=1)
     assert "1 of 4 rounds, 2 events" in str(scheduler)
     assert "3 → 4" in str(scheduler)

@@ -109,7 +109,7 @@ def outcome(folder: Path) -> tuple[dict, list, list]:
 
     summary = json.loads((folder / "summary.json").read_text())
     metrics = lines("metrics.jsonl", ("seconds", "growth_seconds"))
-    figures = {key: value for key, value in summary.items() if "seconds" not in key}
+    figures = {key: value for key, value in summary.items() if "seconds" not in key and key != "peak_memory"}
     return tensors, [figures, *metrics], lines("growth.jsonl", ("seconds", "details"))
 
 

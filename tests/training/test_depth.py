@@ -91,6 +91,6 @@ def test_a_run_grows_deeper_and_goes_on_after_a_stop(
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'cut'}", *options]) == 130
     monkeypatch.undo()
     assert main([f"resume={tmp_path / 'cut'}", "trainer.progress=none"]) == 0
-    timed = {"seconds", "growth_seconds"}
+    timed = {"seconds", "growth_seconds", "peak_memory"}
     resumed = RunDirectory(tmp_path / "cut").summary()
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}

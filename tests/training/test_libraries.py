@@ -2,6 +2,8 @@
 
 import builtins
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -143,10 +145,32 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, capsys):
     assert not (tmp_path / "third").exists()
 
 
-def test_torchvision_reads_colour_only(monkeypatch):
-    class Zoo:
-        list_models = staticmethod(lambda module: ["resnet18"])
+def test_timm_and_torchvision_are_asked_for_an_undrawn_model_of_these_channels_and_classes(monkeypatch):
+    """Stand-ins with the libraries' own signatures: neither installs beside the CPU build of torch that CI has."""
+    asked = []
 
-    monkeypatch.setattr(libraries, "import_module", lambda name: Zoo)
+    def create_model(model_name, pretrained=False, pretrained_cfg=None, checkpoint_path=None, **kwargs):
+        asked.append((model_name, pretrained, kwargs))
+        return Net()
+
+    def get_model(name, **config):
+        asked.append((name, config.pop("weights"), config))
+        return Net()
+
+    timm = types.ModuleType("timm")
+    timm.create_model, timm.list_models = create_model, lambda: ["resnet18"]
+    torchvision, zoo = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    zoo.get_model, zoo.list_models = get_model, lambda module: ["resnet18"]
+    torchvision.models = zoo
+    for name, module in {"timm": timm, "torchvision": torchvision, "torchvision.models": zoo}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert isinstance(libraries.timm("resnet18", 1, 10, {"drop_rate": 0.1}), Net)
+    assert isinstance(libraries.torchvision("resnet18", 3, 10, {}), Net)
+    assert asked == [
+        ("resnet18", False, {"in_chans": 1, "num_classes": 10, "drop_rate": 0.1}),
+        ("resnet18", None, {"num_classes": 10}),
+    ]
+    with pytest.raises(ConfigError, match="did you mean resnet18"):
+        libraries.timm("resnt18", 1, 10, {})
     with pytest.raises(ConfigError, match="colour"):
         libraries.torchvision("resnet18", 1, 10, {})

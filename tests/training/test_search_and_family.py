@@ -77,7 +77,7 @@ def test_a_search_needs_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    timed = {"seconds", "growth_seconds", "best_val_accuracy", "epochs"}
+    timed = {"seconds", "growth_seconds", "peak_memory", "best_val_accuracy", "epochs"}
     return {name: value for name, value in RunDirectory(folder).summary().items() if name not in timed}
 
 

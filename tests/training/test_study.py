@@ -139,17 +139,3 @@ def test_a_mistake_in_the_command_is_one_message(arguments, words, tmp_path, mon
     write(tmp_path)
     assert main(["study", *arguments]) == 1
     assert words in capsys.readouterr().err
-
-
-def test_the_runs_of_when_growing_pays_compose_and_rates_are_tuned_on_other_seeds(monkeypatch):
-    from experiments.studies.when_growing_pays import run
-    from growconv.training.build import make_policy
-    from growconv.training.config import compose, plain
-
-    monkeypatch.setattr(run, "best_rate", lambda runs, width: 0.1)
-    assert not set(run.TUNING) & set(run.SEEDS)
-    grown = list(run.doubling(Path("runs")))[: 2 * len(run.METHODS)]
-    for job in (next(run.rates(Path("runs"))), next(run.frontier(Path("runs"))), *grown):
-        config = plain(compose(list(job.overrides)))
-        assert config["trainer"]["flops"] in {run.E * budget for budget in run.BUDGETS}
-        make_policy(config["growth"]["scheduler"].get("learning_rate"), "growth.scheduler.learning_rate")

@@ -1,0 +1,159 @@
+"""The study when_growing_pays: its runs are what the protocol says, and its tables are right."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from experiments.studies.when_growing_pays import pieces, run
+from experiments.studies.when_growing_pays.record import Record, Result
+from experiments.studies.when_growing_pays.tables import Tables, interval
+from growconv.training.build import make_policy
+from growconv.training.config import compose, plain
+
+
+def result(question: str, variant: str, seed: int, loss: float) -> Result:
+    return Result(question, variant, seed, loss, 0.9, loss, 1000, 1e12, 10.0)
+
+
+@pytest.fixture
+def tuned(tmp_path) -> Record:
+    """A record in which 0.1 is the best rate of every net."""
+    record = Record(tmp_path / "results.jsonl")
+    names = [*(f"width_{width}" for width in pieces.WIDTHS), *(net for net in pieces.NETS if net != "plain")]
+    record.add(
+        result("rates", f"{name}/lr_{rate}", seed, 1 + abs(rate - 0.1))
+        for name in names
+        for rate in pieces.RATES
+        for seed in pieces.TUNING
+    )
+    return record
+
+
+def commands(piece: pieces.Piece, folder: Path) -> Iterator[tuple[str, ...]]:
+    """What a piece calls, with the results between that it reads."""
+    for arguments in piece.commands(folder):
+        yield arguments
+        directory = next((each.removeprefix("hydra.run.dir=") for each in arguments if "hydra.run.dir" in each), None)
+        if directory is not None:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            (Path(directory) / "metrics.jsonl").write_text(json.dumps({"val_loss": 1.0}) + "\n")
+
+
+@pytest.mark.parametrize("question", pieces.QUESTIONS)
+def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(question, tuned, tmp_path):
+    found = list(pieces.QUESTIONS[question](tuned, 3))
+    assert len({piece.variant for piece in found}) == len(found)
+    for piece in found:
+        for arguments in commands(piece, tmp_path / piece.question / piece.variant):
+            if arguments[0] == "grow" or arguments[0].startswith("resume="):
+                continue
+            overrides = [each for each in arguments if "=" in each and each != "experiment=found"]
+            if arguments[0] == "search":
+                overrides.insert(0, "experiment=search")
+            config = plain(compose(overrides))
+            assert config["seed"] == 3
+            assert config["optimizer"]["lr"] == 0.1
+            assert 0 < config["trainer"]["flops"] <= 4 * pieces.E
+            make_policy(config["growth"]["scheduler"].get("learning_rate"), "growth.scheduler.learning_rate")
+
+
+def test_rates_are_tuned_on_seeds_that_are_never_reported():
+    assert not set(pieces.TUNING) & set(pieces.SEEDS)
+
+
+def test_a_list_of_rates_grows_until_the_best_lies_within(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "WIDTHS", (1.0,))
+    monkeypatch.setattr(pieces, "NETS", {"plain": pieces.NETS["plain"]})
+    record, tried = Record(tmp_path / "results.jsonl"), []
+    for piece in pieces.rates(record):
+        rate = float(piece.variant.rpartition("_")[2])
+        tried.append(rate)
+        record.add([result("rates", piece.variant, piece.seed, abs(rate - 1.0))])
+    assert sorted(set(tried)) == [*pieces.RATES, 0.8, 1.6]
+    assert pieces.rate(record, "plain", 1.0) == "optimizer.lr=0.8"
+
+
+def test_no_rate_is_taken_before_all_were_tried(tmp_path):
+    with pytest.raises(SystemExit, match="run `rates` first"):
+        pieces.rate(Record(tmp_path / "results.jsonl"), "plain", 1.0)
+
+
+def test_widths_by_hand_cost_what_uniform_ones_cost():
+    budget = pieces.inference_flops(pieces.PLAN)
+    for shape in pieces.HAND_MADE.values():
+        widths = iter(pieces.scaled_to(shape, budget))
+        plan = [next(widths) if isinstance(entry, int) else entry for entry in pieces.PLAN]
+        assert 0.9 * budget < pieces.inference_flops(plan) <= budget
+    assert pieces.scaled_to(pieces.widths_of(pieces.PLAN), budget) == pieces.widths_of(pieces.PLAN)
+
+
+def test_a_piece_is_run_once_recorded_and_left_out_then(tuned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "Record", lambda: Record(tuned.path))
+    monkeypatch.setitem(
+        run.QUESTIONS,
+        "frontier",
+        lambda record, seed: [
+            pieces.run(
+                "frontier",
+                "short",
+                seed,
+                "data=digits",
+                "data.limit=100",
+                "model=small_cnn",
+                "growth=none",
+                "trainer.epochs=1",
+            )
+        ],
+    )
+    monkeypatch.setattr(pieces, "BASE", pieces.BASE[2:])
+    arguments = ["frontier", "--seeds", "0", "--runs", str(tmp_path / "runs")]
+    assert run.main(arguments) == 0
+    kept = Record(tuned.path).of("frontier", "short")[0]
+    summary = json.loads((tmp_path / "runs/frontier/short/seed0/summary.json").read_text())
+    assert kept.test_loss == summary["test_loss"]
+    assert kept.peak_mib is not None
+    assert 50 < kept.peak_mib < 5000
+    capsys.readouterr()
+    assert run.main(arguments) == 0
+    assert "short" not in capsys.readouterr().out
+
+
+def test_a_failed_command_ends_with_what_it_said(tmp_path):
+    piece = pieces.run("frontier", "wrong", 0, "growth=nothing")
+    with pytest.raises(SystemExit, match="nothing"):
+        run.perform(piece, tmp_path / "wrong", 1)
+
+
+def test_an_interval_is_students():
+    values = [1.0, 2.0, 4.0]
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
+    assert interval(values) == f"{7 / 3:.4f} [{low:.4f}, {high:.4f}] (n=3)"
+
+
+def test_the_head_start_kept_is_the_protocols(tmp_path):
+    record = Record(tmp_path / "results.jsonl")
+    large = {0.5: 0.50, 1.0: 0.40, 2.0: 0.30, 4.0: 0.20}
+    record.add(result("frontier", f"budget_{budget}/width_1.0", 0, loss) for budget, loss in large.items())
+    record.add([result("frontier", "budget_1.0/width_0.5", 0, 0.45)])
+    tables = Tables(record)
+    # The small net's loss is worth 2^-0.5 E: who ends at the large net's loss of 2 E has kept (2 - 1) / 2^-0.5 of it,
+    # who ends at that of 1 E nothing.
+    assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.30)}) == "141%"
+    assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.40)}) == "0%"
+    assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.60)}) == "outside"
+
+
+def test_tables_are_written_of_what_there_is(tuned):
+    tuned.add(
+        result("frontier", f"budget_{budget}/width_{width}", seed, width)
+        for budget in pieces.BUDGETS
+        for width in pieces.WIDTHS
+        for seed in (0, 1)
+    )
+    tuned.add([result("doubling", "to_1.0/random", 0, 0.25), result("doubling", "to_1.0/random", 1, 0.75)])
+    text = Tables(Record(tuned.path)).text()
+    assert "| random | 0.5000 [-2.6766, 3.6766] (n=2) |" in text
+    assert "the best, 0.5" in text
