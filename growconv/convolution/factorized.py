@@ -62,7 +62,7 @@ class FactorizedConv(nn.Module, ABC):
         *,
         rank: Rank = "same",
         implementation: str = "factorized",
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ class LearningRate(Policy):
         self._stages = stages_of(model, history)
         self.grown(len(growth_steps(history)))
 
-    def _remember(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+    def _remember(self, optimizer: Optimizer, arguments: object, keywords: object) -> None:
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._before = {}
         for parameter, stages in self._stages.items():
@@ -64,7 +64,7 @@ class LearningRate(Policy):
                 if rates is not None:
                     self._before[parameter] = (parameter.detach().clone(), rates.to(parameter))
 
-    def _scale(self, counts: bool, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+    def _scale(self, counts: bool, optimizer: Optimizer, arguments: object, keywords: object) -> None:
         with torch.no_grad():
             for parameter, (before, rates) in self._before.items():
                 parameter.copy_(torch.lerp(before, parameter, rates.expand_as(parameter)))

@@ -16,7 +16,7 @@ from growconv.growth.distributed import mean_over_ranks, world_size
 from growconv.growth.proposing import Collection, Stopwatch, propose
 from growconv.growth.pruning import PruneBack, energy_scores, norm_scores
 from growconv.network.apply import grow, shrink
-from growconv.network.event import GrowthEvent
+from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
@@ -49,7 +49,7 @@ class Round:
     """
 
     model: nn.Module
-    optimizer: Any
+    optimizer: Optimizers
     solver: Solver
     amplitude: float
     collection: Collection

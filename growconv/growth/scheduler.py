@@ -41,7 +41,7 @@ from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
-from growconv.network.event import GrowthEvent, GrowthHistory
+from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.exchange import Journal
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import as_optimizers, follow_ages
@@ -115,7 +115,7 @@ class GrowthScheduler:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Any,
+        optimizer: Optimizers,
         sites: Iterable[Site],
         *,
         method: str | Solver = "tiny",

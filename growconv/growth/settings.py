@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
 from growconv.growth.decision import Batch, Policy
 from growconv.growth.when import Every, When
+from growconv.network.event import Optimizers
 from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
@@ -98,7 +99,7 @@ def _how_to_have(left_out: Sequence[LeftOut]) -> str:
     return f"To have them, use method={' or '.join(repr(name) for name in able)}."
 
 
-def check_owner(optimizer: Any, sites: Sequence[Site]) -> None:
+def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
     """Check that the optimizers train every layer that will get new channels.
 
     Raises:

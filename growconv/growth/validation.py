@@ -404,7 +404,7 @@ def _alike(own: object, saved: object) -> bool:
     return _is(saved, *_OPTIONAL)
 
 
-def _is(value: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
+def _is(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
     """Whether a value of JSON is of a kind; true and false are no numbers."""
     return isinstance(value, kinds) and not isinstance(value, bool)
 

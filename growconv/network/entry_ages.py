@@ -98,7 +98,7 @@ class Maximum(Average):
         return scale(age - gap) / scale(age) * scale(now) / scale(now - gap), 0.0
 
 
-def averages(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[Average]:
+def averages(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[Average]:
     """The averages of a parameter's state that weight gradients by the count of steps; none where a twin is needed."""
 
     def corrected(name: str, power: int, beta: float, kind: type[Average] = Average) -> Average:
@@ -143,7 +143,7 @@ def _until(beta: float) -> int:
     return max(EXACT, math.ceil(math.log(SETTLED) / math.log(beta))) if 0 < beta < 1 else 0
 
 
-def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
+def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
@@ -160,7 +160,7 @@ def steps_young(optimizer: Any, group: Mapping[str, Any], state: Mapping[str, An
 
 
 def ages_after(
-    optimizer: Any,
+    optimizer: Optimizer,
     group: Mapping[str, Any],
     state: Mapping[str, Any],
     resized: Sequence[list[int | None]],

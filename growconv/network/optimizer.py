@@ -7,10 +7,11 @@ this cannot be noticed: pass all of them (a list for several), or build them aft
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, SurgeryError
 from growconv.network.entry_ages import AGES, ages_after, follow_ages
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
+def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     """The optimizers given: none, one or several.
 
     Raises:
@@ -43,10 +44,10 @@ def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
                 expected="a torch.optim.Optimizer, a sequence of them or None",
                 got=type(each).__name__,
             )
-    return given
+    return cast(tuple[Optimizer, ...], given)
 
 
-def check_optimizers(optimizers: Sequence[Any], replaced: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Check that the optimizers own the parameters and that their state can follow.
 
     Args:
@@ -197,15 +198,15 @@ def keep_identity(old: nn.Parameter, data: Tensor, grad: Tensor | None) -> nn.Pa
     return new
 
 
-def _groups(optimizer: Any, parameter: nn.Parameter) -> list[dict[str, Any]]:
+def _groups(optimizer: Optimizer, parameter: nn.Parameter) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups if any(member is parameter for member in group["params"])]
 
 
-def _state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != AGES}
 
 
-def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
+def _axes_like(value: object, parameter: Tensor) -> tuple[bool, ...] | None:
     """Which axes of a state tensor are those of the parameter; () for a number; None where it fits neither way."""
     if not isinstance(value, Tensor):
         return () if isinstance(value, (int, float, bool, type(None))) else None
@@ -216,7 +217,7 @@ def _axes_like(value: Any, parameter: Tensor) -> tuple[bool, ...] | None:
     return () if value.numel() == 1 else None
 
 
-def _begins_as(optimizer: Any, group: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor | None:
+def _begins_as(optimizer: Optimizer, group: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor | None:
     """What a state tensor of a new optimizer begins with, as a tensor that broadcasts to it; None for zeros."""
     if isinstance(optimizer, torch.optim.Rprop) and name == "step_size":
         return torch.full_like(parameter, float(group["lr"]))

@@ -28,7 +28,7 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, 
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
 from growconv.linalg.optimizers import LBFGS
 from growconv.network.apply import grow
-from growconv.network.event import GrowthEvent
+from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import attribute, example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
@@ -122,7 +122,7 @@ def grow_rank(
     statistics: LayerMoments | None = None,
     *,
     amplitude: float | int = 1.0,
-    optimizer: Any = None,
+    optimizer: Optimizers = None,
     generator: torch.Generator | None = None,
 ) -> GrowthEvent:
     """Add the best rank terms to a factorized convolution, in place.

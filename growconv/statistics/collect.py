@@ -101,7 +101,7 @@ def _pair(batch: object, number: int) -> tuple[Any, Any]:
     )
 
 
-def _check(value: Any, batch: int, nonfinite: str) -> None:
+def _check(value: object, batch: int, nonfinite: str) -> None:
     where = f"batch {batch}"
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
