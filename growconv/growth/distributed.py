@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from growconv.errors import GrowthError, ScheduleError, StatisticsError
+from growconv.errors import GrowthError, ScheduleError
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptBatch
 
@@ -138,12 +138,6 @@ def _reduced(own: PairStatistics) -> PairStatistics:
     consumers = []
     for held in own.consumers:
         each = held.settled()
-        if each.full_product:
-            raise StatisticsError(
-                "S_full is too large to hold, and its product cannot be averaged over processes",
-                where=each.consumer,
-                fix="give collect_statistics more scratch_bytes",
-            )
         energy = torch.tensor(each.gradient_energy, dtype=torch.float64, device=device)
         moments = {key: average(each.moments[key]) for key in sorted(each.moments)}
         each = dataclasses.replace(each, samples=total, moments=moments, gradient_energy=float(average(energy)))

@@ -4,7 +4,6 @@ from growconv.linalg.bilinear import (
     BilinearFit,
     BilinearMetric,
     DenseMetric,
-    OperatorMetric,
     bilinear_least_squares,
     shared_left_least_squares,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "BilinearFit",
     "BilinearMetric",
     "DenseMetric",
-    "OperatorMetric",
     "Whitening",
     "bilinear_least_squares",
     "fix_signs",

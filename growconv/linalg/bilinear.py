@@ -71,39 +71,6 @@ class DenseMetric:
         return torch.einsum("kbde,kble->ld", self._half, coupling.view(channels, taps, channels, taps))
 
 
-class OperatorMetric:
-    """The quadratic form as a function, for matrices too large to hold.
-
-    Args:
-        apply: Θ (a, b, c) to GΘ (a, b, c), for any size of c.
-        reduced: Σ_b G_ab,a'b (a, a).
-        taps: size of b.
-    """
-
-    def __init__(self, apply: Any, reduced: Float[Tensor, "a a"], taps: int) -> None:
-        self._apply, self._reduced, self._taps = apply, reduced, taps
-        self._half: Tensor | None = None
-
-    def reduced(self) -> Tensor:
-        """As given."""
-        return self._reduced
-
-    def gram(self, left: Tensor) -> Tensor:
-        """One application to a unit tap for every channel and tap, contracted with the left factors."""
-        (channels, size), taps = left.shape, self._taps
-        units = torch.eye(taps, dtype=left.dtype, device=left.device)
-        theta = torch.einsum("ka,be->abke", left, units).reshape(size, taps, channels * taps)
-        self._half = self._apply(theta).reshape(size, taps, channels, taps)
-        return torch.einsum("abke,la->kelb", self._half, left).reshape(channels * taps, channels * taps)
-
-    def pull(self, left: Tensor, coupling: Tensor) -> Tensor:
-        """Contract the half product of `gram` with the coupling of the right factors."""
-        channels, taps = left.shape[0], self._taps
-        if self._half is None:
-            self.gram(left)
-        return torch.einsum("abke,kelb->la", self._half, coupling.view(channels, taps, channels, taps))
-
-
 @dataclass(frozen=True, eq=False)
 class BilinearFit:
     """Result of a bilinear least-squares problem.

@@ -16,7 +16,6 @@ from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import (
     BilinearMetric,
     DenseMetric,
-    OperatorMetric,
     fix_signs,
     require_finite,
     shared_left_least_squares,
@@ -32,7 +31,7 @@ from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import PairProblem
 
-ROUTES = ("auto", "dense", "statistics", "samples")
+ROUTES = ("auto", "dense", "samples")
 CHUNK_ENTRIES = 1 << 23
 """Entries of the new channels' patches held at once (64 MiB)."""
 DENSE_ENTRIES = 1 << 22
@@ -252,8 +251,8 @@ class Exact(Solver):
     """The rank-K minimiser of J.
 
     Attributes:
-        route: where the quadratic form comes from. "dense" holds S_full, "statistics" applies it without holding it,
-            "samples" works on the kept samples alone, N included; "auto" takes the first that was collected.
+        route: where the quadratic form comes from. "dense" reads S_full, "samples" works on the kept samples alone,
+            N included; "auto" takes S_full where it was collected and fits.
         rank_tolerance: share of the largest singular value of Θ below which one counts as zero.
         random_starts: descents from random filters besides the one from `tiny`, against local minima. None takes 16 on
             a dense S_full, 2 on one of more than 2000 unknowns, and 0 where it is not held and each step is dear.
@@ -282,7 +281,8 @@ class Exact(Solver):
         """What the route needs, what norm layers need, and samples for the signs."""
         if self.route == "samples":
             return frozenset({"update", "patch", "samples"})
-        return frozenset({"S", "N", "S_full", "patch"} | ({"samples"} if self.signs else set()))
+        samples = self.signs or self.route == "auto"  # S_full may not fit
+        return frozenset({"S", "N", "S_full", "patch"} | ({"samples"} if samples else set()))
 
     def solve(
         self,
@@ -313,22 +313,18 @@ class Exact(Solver):
         return assemble(subject, model, self.name, found.alpha, found.omega, found.gains, channels, reason, self.signs)
 
     def _term(self, subject: PairStatistics, consumer: ConsumerStatistics) -> tuple[BilinearMetric, Tensor]:
-        full, product = consumer.S_full, consumer.full_product
-        if self.route == "samples" or (self.route == "auto" and full is None and product is None):
+        full = consumer.S_full
+        if self.route == "samples" or (self.route == "auto" and full is None):
             return self._sample_term(subject, consumer.consumer)
         require_statistics(subject, "N")
-        S, N = consumer.S, consumer.N
-        if N is None or (full is None and (product is None or S is None)) or (self.route == "dense" and full is None):
+        N = consumer.N
+        if N is None or full is None:
             raise StatisticsError(
                 "S_full was not collected",
                 where=f"{subject.site}, consumer {consumer.consumer}",
-                fix="collect with full=True, or use route='samples' with keep_samples",
+                fix="collect with full=True and scratch_bytes that hold it, or use route='samples' with keep_samples",
             )
-        if full is not None and self.route != "statistics":
-            return DenseMetric(full, N.shape[0]), N
-        if S is None:
-            raise StatisticsError("S was not collected", where=subject.site, fix="collect with quantities=solver.reads")
-        return OperatorMetric(consumer.apply_S_full, S, N.shape[1]), N
+        return DenseMetric(full, N.shape[0]), N
 
     def _sample_term(self, subject: PairStatistics, path: str) -> tuple[BilinearMetric, Tensor]:
         kept = require_samples(subject, "exact on samples").projected()

@@ -1,7 +1,6 @@
 """Accumulators: sums over batches for one consumer, whatever the image sizes, by the path chosen for each statistic."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +10,9 @@ from growconv.errors import StatisticsError
 from growconv.statistics.choice import Choice, choose_paths
 from growconv.statistics.constants import with_constants
 from growconv.statistics.dense import dense_sums
-from growconv.statistics.full_product import FullProduct
 from growconv.statistics.offset_path import OffsetPath
 from growconv.statistics.problem import PairProblem, folded
-from growconv.statistics.totals import Totals, entries_text
+from growconv.statistics.totals import Totals
 from growconv.statistics.unfolded import add_unfolded_sums
 
 TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})
@@ -39,7 +37,6 @@ class ConsumerSums:
     samples: int = 0
     energy: float = 0.0
     closed: Totals = field(default_factory=Totals)
-    products: list[FullProduct] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     _open: "dict[frozenset[str], _SizedSums]" = field(default_factory=dict)
     _problem: PairProblem | None = None
@@ -90,14 +87,6 @@ class ConsumerSums:
         parts = {patches: (problem, maps), names - patches: (local, (x, *maps[1:]))}
         return {part: entry for part, entry in parts.items() if part}
 
-    def full_product(self) -> Callable[[Tensor], Tensor] | None:
-        """Θ to S_full·Θ, averaged over the samples, where S_full is too large for a matrix."""
-        now = [product for part in self._open.values() if (product := part.full_product())]
-        products, samples = [*self.products, *now], self.samples
-        if not products:
-            return None
-        return lambda theta: torch.stack([product(theta) for product in products]).sum(dim=0) / samples
-
     def count(self, v: Tensor, samples: int) -> None:
         """Add a batch's energy and number of samples only.
 
@@ -120,7 +109,6 @@ class ConsumerSums:
         """Bring what was summed at the current image size into its final form."""
         for part in self._open.values():
             self.closed.absorb(part.finish())
-            self.products += [product] if (product := part.full_product()) else []
         self._open = {}
 
     def averages(self) -> dict[str, Tensor]:
@@ -149,16 +137,9 @@ class _SizedSums:
     def __init__(self, consumer: ConsumerSums, problem: PairProblem, statistics: frozenset[str], samples: int) -> None:
         self.problem = problem
         self.scratch_bytes = consumer.scratch_bytes
+        if 8 * problem.full_entries > consumer.scratch_bytes:
+            statistics -= {"S_full"}
         self.choices = choose_paths(problem, statistics, consumer.path, samples, consumer.where)
-        self.as_product = "S_full" in statistics and 8 * problem.full_entries > consumer.scratch_bytes
-        if self.as_product and consumer.path in ("auto", "offset"):
-            self.choices |= choose_paths(problem, frozenset({"S_full"}), "offset", samples, consumer.where)
-        elif self.as_product:
-            raise StatisticsError(
-                f"S_full would have {entries_text(problem.full_entries)}, more than scratch_bytes",
-                where=consumer.where,
-                fix="collect with path='auto', which keeps it as a product, or with a larger scratch_bytes",
-            )
         self.offset = OffsetPath(problem, self._by("offset"), consumer.scratch_bytes) if self._by("offset") else None
         self.correlations = Totals()
         self.dense = Totals()
@@ -184,22 +165,12 @@ class _SizedSums:
         if self.offset is not None:
             self.offset.add(self.correlations, x, h, v)
 
-    @property
-    def _products_only(self) -> frozenset[str]:
-        return frozenset({"S_full"}) if self.as_product else frozenset()
-
-    def full_product(self) -> FullProduct | None:
-        """S_full of the samples so far as a product, where it is too large for a matrix."""
-        if not self.as_product or self.offset is None:
-            return None
-        return FullProduct(self.offset, self.correlations, self.maps["x"], self.rows)
-
     def finish(self) -> Totals:
         sums: dict[str, Tensor] = dict(self.dense)
         if not sums:
             sums = dict(self.unfolded)
             if self.offset is not None:
-                sums |= self.offset.expand(self.correlations, self._products_only)
+                sums |= self.offset.expand(self.correlations)
             sums = with_constants(self.problem, sums, self.maps, self.rows)
         locations = math.prod(self.problem.first_output_size)
         return Totals(

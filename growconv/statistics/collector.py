@@ -75,7 +75,7 @@ class StatisticsCollector:
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
         scratch_bytes: bound on temporary memory, on P and S_full of a consumer, and on what all consumers together hold
-            beyond kept samples (256 MiB). Where S_full would be larger, it is kept as a product.
+            beyond kept samples (256 MiB). P and S_full that would be larger are left out (None).
         hold: hold the batches' x, h and v for N as long as they fit. Where they do not, or with False, N takes P,
             which costs about as much as all else together, and where P does not fit either, a second pass over the
             same batches, see `second_pass`. Several processes must not hold, since they share W*.

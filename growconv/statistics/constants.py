@@ -41,17 +41,6 @@ def with_constants(
     return result
 
 
-def full_border(problem: PairProblem, maps: dict[str, Tensor], samples: int) -> tuple[Tensor, Tensor]:
-    """Rows of S_full at the constant entry: (b, a·b) on the others, (b, b) on itself.
-
-    Args:
-        problem: the pair.
-        maps: "x": the producer's input summed over samples.
-        samples: how many.
-    """
-    return _Constants(problem, maps, samples).full_border()
-
-
 class _Constants:
     def __init__(self, problem: PairProblem, maps: dict[str, Tensor], samples: int) -> None:
         self.problem = problem
@@ -101,11 +90,6 @@ class _Constants:
     def S_full(self, value: Tensor) -> Tensor:
         if not self.problem.first_bias:
             return value
-        rows, corner = self.full_border()
-        return torch.cat([torch.cat([value, rows.T], dim=1), torch.cat([rows, corner], dim=1)])
-
-    def full_border(self) -> tuple[Tensor, Tensor]:
-        """Rows of S_full at the constant entry, (b, a·b) without it and (b, b) on itself."""
         second = self.problem.second
         taps = second.taps
         constant = self._constant_patches  # (b, m)
@@ -115,7 +99,8 @@ class _Constants:
         images = fold(columns, second, self.problem.hidden_size).squeeze(1)  # one per (b, b')
         sums = self._patch_sums(images).view(taps, taps, -1)  # (b, b', a)
         rows = sums.transpose(1, 2).reshape(taps, -1)
-        return rows, self.samples * constant @ constant.T
+        corner = self.samples * constant @ constant.T
+        return torch.cat([torch.cat([value, rows.T], dim=1), torch.cat([rows, corner], dim=1)])
 
     def patch_gram(self, value: Tensor) -> Tensor:
         if not self.problem.first_bias:

@@ -1,6 +1,5 @@
 """ConsumerStatistics: averages over samples of everything that concerns one consumer of a site."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,8 +9,6 @@ from torch import Tensor
 from growconv.errors import StatisticsError
 from growconv.linalg import solve_psd
 from growconv.statistics.held import Held
-
-MatrixFree = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -26,7 +23,6 @@ class ConsumerStatistics:
         moments: the averages by name; float64.
         gradient_energy: ‖v‖²/n, summed over output locations and channels.
         pending: why N is not there yet, where it needs a second pass over the batches.
-        full_product: Θ (a, b, c) to S_full·Θ where S_full itself is too large to hold.
         held: batches from which N, N_raw and P come once they are asked for; None where moments have what there is.
     """
 
@@ -37,7 +33,6 @@ class ConsumerStatistics:
     moments: dict[str, Tensor]
     gradient_energy: float
     pending: str | None = None
-    full_product: MatrixFree | None = None
     held: Held | None = None
 
     @property
@@ -71,7 +66,7 @@ class ConsumerStatistics:
 
     @property
     def S_full(self) -> Float[Tensor, "ab ab"] | None:
-        """(1/n) Σ_im X_imab X_ima'b', rows and columns ordered (a, b); None where it is too large, see apply_S_full."""
+        """(1/n) Σ_im X_imab X_ima'b', rows and columns ordered (a, b); None where it would exceed scratch_bytes."""
         return self.moments.get("S_full")
 
     @cached_property
@@ -123,26 +118,6 @@ class ConsumerStatistics:
         explained = 2 * (best * self.M).sum() - (best * (self.S2 @ best)).sum()
         return max(0.0, self.gradient_energy - float(explained))
 
-    def apply_S_full(self, theta: Float[Tensor, "a b c"]) -> Float[Tensor, "a b c"]:
-        """S_full·Θ, without the matrix where it was too large to hold.
-
-        Args:
-            theta: Θ (a, b, c), any number of columns c.
-
-        Raises:
-            StatisticsError: where S_full was not collected.
-        """
-        full = self.S_full
-        if full is not None:
-            return (full @ theta.to(full).flatten(0, 1)).view_as(theta)
-        if self.full_product is None:
-            raise StatisticsError(
-                "S_full was not collected",
-                where=self.consumer,
-                fix="collect with full=True, or with 'S_full' among the quantities",
-            )
-        return self.full_product(theta)
-
     def settled(self) -> "ConsumerStatistics":
         """The same with N_raw and P among the moments and no batches held: what can be averaged with others.
 
@@ -170,9 +145,9 @@ class ConsumerStatistics:
                 expected=f"{self.consumer} with {sorted(self.moments)}",
                 got=f"{other.consumer} with {sorted(other.moments)}",
             )
-        if self.pending or other.pending or "N" in self.moments or self.full_product or other.full_product:
+        if self.pending or other.pending or "N" in self.moments:
             raise StatisticsError(
-                "statistics projected in a second pass, or with S_full as a product, cannot be merged",
+                "statistics projected in a second pass cannot be merged",
                 where=self.consumer,
                 fix="collect once over all batches, or with a larger scratch_bytes",
             )

@@ -37,8 +37,7 @@ def sample_batches(kept: KeptSamples, consumer: str) -> list[HeldBatch]:
 def without(subject: PairStatistics, left_out: KeptSamples, remaining: KeptSamples) -> PairStatistics:
     """The same statistics over all samples but some.
 
-    W* and S_full kept as a product still know the samples that are left out; a gain measured on those is therefore very
-    slightly optimistic.
+    W* still knows the samples that are left out; a gain measured on those is therefore very slightly optimistic.
 
     Args:
         subject: statistics of a site with one producer.

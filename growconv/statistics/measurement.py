@@ -155,7 +155,6 @@ class Measurement:
             moments=averages,
             gradient_energy=self.sums.energy / self.sums.samples,
             pending=pending,
-            full_product=self.sums.full_product(),
             held=held,
         )
         return found, patches

@@ -412,18 +412,16 @@ class OffsetPath:
 
     # ------------------------------------------------------------------------------------ statistics from correlations
 
-    def expand(self, totals: Totals, leave_out: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    def expand(self, totals: Totals) -> dict[str, Tensor]:
         """Statistics from the sums of correlations, entries of the biases left out.
 
         Args:
             totals: what `add` has filled.
-            leave_out: statistics that are not wanted as tensors.
         """
         return {
             name: self.expand_one(totals, correlation, name)
             for correlation in self.correlations.values()
             for name in correlation.statistics
-            if name not in leave_out
         }
 
     def expand_one(self, totals: Totals, correlation: Correlation, name: str) -> Tensor:

@@ -138,10 +138,6 @@ class PairStatistics:
         """N_raw of all consumers as columns (a, Σ b·c)."""
         return _stacked([consumer.N_raw for consumer in self.consumers])
 
-    def apply_S_full(self, theta: Float[Tensor, "a b c"]) -> Float[Tensor, "a b c"]:
-        """S_full·Θ of the only consumer, see `ConsumerStatistics.apply_S_full`."""
-        return self.consumer.apply_S_full(theta)
-
     def merge(self, other: "PairStatistics") -> "PairStatistics":
         """Statistics over the samples of both, as if they had been collected together.
 
