@@ -3,15 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
-from growconv.growth.decision import Batch, Loss, Policy
-from growconv.growth.distributed import agreed, reduce_statistics
+from growconv.growth.decision import Policy
 from growconv.growth.when import When, require_positive
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
@@ -19,27 +17,22 @@ from growconv.network.model import attribute
 from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
 from growconv.solvers.existing import columns_of, filters_of
-from growconv.statistics.collect import collect_statistics
-from growconv.statistics.pair import PairStatistics
 
 
 @dataclass
 class PruneBack(Policy):
-    """Shrink the model to a budget, the least important channels of all sites first.
+    """Shrink the model to a budget: away go the channels whose weights (`norm_scores`) are the smallest for their site.
 
     Attributes:
         when: when to prune; a step at which growth is due as well prunes.
         parameters: parameters of the whole model that may stay.
         flops: FLOPs (2 × MACs, forward, one sample) that may stay.
-        score: "norm" takes the size of a channel's weights, "energy" what the channel contributes to its consumers'
-            outputs on the growth batches, ‖z_k‖²/n; both relative to the mean of the site.
         keep: channels that every site keeps at least.
     """
 
     when: When
     parameters: int | None = None
     flops: int | None = None
-    score: Literal["norm", "energy"] = "norm"
     keep: int = 1
 
     def __post_init__(self) -> None:
@@ -49,8 +42,6 @@ class PruneBack(Policy):
             if getattr(self, name) is not None:
                 require_positive(self, name, getattr(self, name))
         require_positive(self, "keep", self.keep)
-        if self.score not in ("norm", "energy"):
-            raise ScheduleError("unknown score", expected="norm or energy", got=self.score, where="PruneBack.score")
 
     def state_dict(self) -> dict[str, object]:
         """The state of `when`."""
@@ -188,41 +179,3 @@ def _squares(entries: Tensor, site: GrowthSite) -> Tensor:
     squares = entries.detach().double().cpu().flatten(1).square().sum(1)
     share = 1 if len(squares) % site.width == 0 else site.granularity
     return squares.reshape(site.width // share, -1).sum(1).repeat_interleave(share) / share
-
-
-def energy_scores(
-    model: nn.Module, sites: Sequence[GrowthSite], batches: Sequence[Batch], loss: Loss, options: Mapping[str, Any]
-) -> dict[GrowthSite, Tensor]:
-    """Importance (width,) of channels by what they write: Σ_c w_kᵀ S2_kk w_k = ‖z_k‖²/n, summed over the consumers.
-
-    Args:
-        model: the model; as before afterwards.
-        sites: where; sites without closed-form statistics fall back on their weights' norms.
-        batches: growth batches.
-        loss: loss(output, targets).
-        options: further options of `collect_statistics`.
-
-    Returns:
-        Scores by site.
-    """
-    known = [site for site in sites if site.closed_form]
-    settings = {"quantities": {"S2"}, **options}
-    own = collect_statistics(model, known, batches, loss, run=agreed, **settings) if known else {}
-    statistics = reduce_statistics(own)
-    return {site: _energy(site, statistics[site.name]) if site in known else norm_scores(site) for site in sites}
-
-
-def _energy(site: GrowthSite, statistics: PairStatistics) -> Tensor:
-    total = torch.zeros(site.width, dtype=torch.float64)
-    for consumer in statistics.consumers:
-        read = columns_of(site, site.model, consumer.consumer).double().cpu()
-        taps = read[0, 0, 0].numel()
-        columns = read.flatten(1, 2).unflatten(1, (site.width, -1)).flatten(2)
-        size = columns.shape[2]
-        index = torch.tensor(site.entries(consumer.consumer, IN))
-        entries = (index[:, None] * taps + torch.arange(taps)).flatten()
-        second = torch.empty(0) if consumer.S2 is None else consumer.S2
-        blocks = second.double().cpu()[entries][:, entries].view(site.width, size, site.width, size)
-        own = torch.einsum("kdke->kde", blocks)
-        total += torch.einsum("ckd,kde,cke->k", columns, own, columns)
-    return total

@@ -14,7 +14,7 @@ from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import mean_over_ranks, world_size
 from growconv.growth.proposing import Collection, Stopwatch, propose
-from growconv.growth.pruning import PruneBack, energy_scores, norm_scores
+from growconv.growth.pruning import PruneBack, norm_scores
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
@@ -97,15 +97,11 @@ class Round:
         """Shrink to a pruning policy's budget."""
         prunable = [cast(GrowthSite, site) for site in sites if site.own_method is None]
         with self.stopwatch.phase("collect"), undisturbed(self.model):
-            if pruning.score == "energy":
-                scores = energy_scores(self.model, prunable, self.fitting, self.loss, self.collection.options)
-            else:
-                scores = {site: norm_scores(site) for site in prunable}
-            chosen = pruning.choose(self.model, prunable, scores, self.cost)
+            chosen = pruning.choose(self.model, prunable, {site: norm_scores(site) for site in prunable}, self.cost)
         with self.stopwatch.phase("surgery"):
             for site, channels in chosen.items():
                 event = shrink(self.model, site, channels, optimizer=self.optimizer)
-                self.events.append(replace(event, step=self.step, reason=f"pruned back by {pruning.score}"))
+                self.events.append(replace(event, step=self.step, reason="pruned back by norm"))
                 self.note(str(self.events[-1]))
 
     def _current(self, proposal: Proposal) -> ChannelGrowth | None:

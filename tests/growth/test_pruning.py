@@ -10,7 +10,7 @@ from growconv.convolution.cp import CPConv2d
 from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import ScheduleError
 from growconv.growth import AtSteps, GrowthScheduler, ModelCost, PruneBack
-from growconv.growth.pruning import Sizes, energy_scores, norm_scores
+from growconv.growth.pruning import Sizes, norm_scores
 from growconv.network.apply import shrink
 
 LOSS = nn.functional.cross_entropy
@@ -84,9 +84,8 @@ def test_sizes_where_kernels_are_stored_as_something_else(kind, sites_of, digits
     assert predicted == (size(model), cost.flops())
 
 
-@pytest.mark.parametrize("score", ["norm", "energy"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_where_kernels_are_stored_as_something_else(kind, score, sites_of, batches_of):
+def test_scores_where_kernels_are_stored_as_something_else(kind, sites_of):
     model = stored_otherwise(kind).double()
     plain = nn.Sequential(*stored_otherwise(kind)).double()
     for index in (0, 2):
@@ -94,20 +93,16 @@ def test_scores_where_kernels_are_stored_as_something_else(kind, score, sites_of
         plain[index] = nn.Conv2d(like.shape[1], like.shape[0], 3, padding=1).double()
         plain[index].load_state_dict({"weight": like.detach(), "bias": model[index].bias.detach()})
     plain[6].load_state_dict(model[6].state_dict())
-    batches, found = batches_of(2, dtype=torch.float64), []
-    for each in (model, plain):
-        site = next(site for site in sites_of(each) if site.name == "0 -> 2")
-        found.append(norm_scores(site) if score == "norm" else energy_scores(each, [site], batches, LOSS, {})[site])
+    found = [norm_scores(next(s for s in sites_of(each) if s.name == "0 -> 2")) for each in (model, plain)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("score", ["norm", "energy"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_grow_and_prune_where_kernels_are_stored_as_something_else(kind, score, sites_of, digits, batches_of):
+def test_grow_and_prune_where_kernels_are_stored_as_something_else(kind, sites_of, digits, batches_of):
     model = stored_otherwise(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sizes = [size(model)]
-    pruning = PruneBack(AtSteps([3]), parameters=sizes[0], score=score)
+    pruning = PruneBack(AtSteps([3]), parameters=sizes[0])
     scheduler = GrowthScheduler(model, optimizer, sites_of(model), every=2, amount=2, pruning=pruning)
     for step in range(1, 4):
         optimizer.zero_grad()
@@ -121,8 +116,7 @@ def test_grow_and_prune_where_kernels_are_stored_as_something_else(kind, score, 
     model(digits[0][:2])
 
 
-@pytest.mark.parametrize("score", ["norm", "energy"])
-def test_silent_channels_go_first_and_the_function_stays(chain, sites_of, digits, batches_of, score):
+def test_silent_channels_go_first_and_the_function_stays(chain, sites_of, digits, batches_of):
     model = chain(6, 6, norm=False)
     sites = sites_of(model)
     with torch.no_grad():
@@ -132,7 +126,7 @@ def test_silent_channels_go_first_and_the_function_stays(chain, sites_of, digits
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     before = model(digits[0][:16])
     per_channel = 9 + 1 + 6 * 9
-    pruning = PruneBack(AtSteps([3]), parameters=size(model) - 3 * per_channel + 5, score=score)
+    pruning = PruneBack(AtSteps([3]), parameters=size(model) - 3 * per_channel + 5)
     scheduler = GrowthScheduler(model, optimizer, sites, every=100, pruning=pruning)
     assert not scheduler.due(2)
     assert scheduler.due(3)
@@ -142,22 +136,6 @@ def test_silent_channels_go_first_and_the_function_stays(chain, sites_of, digits
     assert not scheduler.due(4)
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     assert scheduler.rounds == 0
-
-
-def test_energy_is_what_a_channel_writes_into_its_readers(chain, sites_of, batches_of):
-    model = chain(3, 4).double()
-    site = sites_of(model)[0]
-    batches = batches_of(2, dtype=torch.float64)
-    scores = energy_scores(model, [site], batches, LOSS, {})[site]
-    images = torch.cat([x for x, _ in batches])
-    hidden = model[:4]
-    with torch.no_grad():
-        read = torch.cat([hidden(x) for x, _ in batches])  # batch by batch, as the norm layer sees them
-        for channel in range(3):
-            alone = torch.zeros_like(read)
-            alone[:, channel] = read[:, channel]
-            written = nn.functional.conv2d(alone, model[4].weight, padding=1)
-            torch.testing.assert_close(scores[channel], written.square().sum() / len(images), rtol=1e-9, atol=0)
 
 
 def test_norm_scores_do_not_depend_on_how_scale_is_shared(chain, sites_of):
