@@ -13,13 +13,12 @@ from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.growth.decision import Batch, Loss
 from growconv.network import layers
 from growconv.network.apply import grow
-from growconv.network.exchange import refresh
 from growconv.network.model import attribute, copied, example_arguments, undisturbed
+from growconv.network.optimizer import refresh
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.existing import columns_of
-from growconv.solvers.scale import at_old_scale, homogeneous, new_sizes, old_sizes
+from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, old_sizes
 
 CAP = 1.0
 """Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes unless asked: of

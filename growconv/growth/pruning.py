@@ -16,7 +16,7 @@ from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from growconv.network.model import attribute
 from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
-from growconv.solvers.existing import columns_of, filters_of
+from growconv.solvers.weights import columns_of, filters_of
 
 
 @dataclass

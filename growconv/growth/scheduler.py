@@ -20,10 +20,9 @@ from growconv.growth.cost import FlopMeter, ModelCost
 from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
-from growconv.growth.proposing import PHASES, Collection, Stopwatch, split
 from growconv.growth.pruning import PruneBack
 from growconv.growth.recipe import fallen, too_wide
-from growconv.growth.round import Round
+from growconv.growth.round import PHASES, Collection, Round, Stopwatch, split
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
@@ -42,9 +41,8 @@ from growconv.growth.validation import check_schedule, history_from
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
-from growconv.network.exchange import Journal
 from growconv.network.model import undisturbed, unwrapped
-from growconv.network.optimizer import as_optimizers, follow_ages
+from growconv.network.optimizer import Journal, as_optimizers, follow_ages
 from growconv.network.site import Site
 from growconv.solvers.base import Channels, Solver, get_solver
 

@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError
 from growconv.network.event import GrowthEvent, Optimizers, count_parameters, not_in_step
-from growconv.network.exchange import Journal, exchange, overwritten, refresh
 from growconv.network.model import unwrapped
-from growconv.network.optimizer import as_optimizers, check_optimizers
+from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, overwritten, refresh
 from growconv.network.plan import Plan, plan_growth, plan_removal
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site

@@ -17,10 +17,9 @@ from growconv.convolution.geometry import Geometry
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
 from growconv.network import blocks, layers
 from growconv.network.event import Edit, GrowthEvent, Optimizers, count_parameters
-from growconv.network.exchange import Journal
 from growconv.network.layout import IN
 from growconv.network.model import example_arguments, undisturbed, unwrapped
-from growconv.network.optimizer import add_parameters, as_optimizers
+from growconv.network.optimizer import Journal, add_parameters, as_optimizers
 from growconv.network.routes import Activation
 from growconv.network.site import GrowthSite
 

@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from growconv.errors import ArgumentValueError, CheckpointError, SurgeryError
 from growconv.network import blocks
-from growconv.network.exchange import Journal, exchange, refresh
 from growconv.network.model import attribute, unwrapped
-from growconv.network.optimizer import as_optimizers, check_optimizers
+from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, refresh
 from growconv.network.plan import Change
 from growconv.network.tensors import Insertion
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from growconv.errors import GrowthError
 from growconv.network import layers
-from growconv.network.exchange import exchange, refresh
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, same_chance, tensors_in
+from growconv.network.optimizer import exchange, refresh
 from growconv.network.plan import plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example

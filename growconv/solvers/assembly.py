@@ -12,10 +12,8 @@ from growconv.linalg import fix_signs
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
-from growconv.solvers.energy import expected_decrease
-from growconv.solvers.existing import filters_of
-from growconv.solvers.response import choose_signs
-from growconv.solvers.scale import at_old_scale, homogeneous
+from growconv.solvers.energy import choose_signs, expected_decrease
+from growconv.solvers.weights import at_old_scale, filters_of, homogeneous
 from growconv.statistics.pair import PairStatistics
 
 NOT_TAKEN = 8

@@ -10,8 +10,7 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import empty
 from growconv.solvers.base import Solver
-from growconv.solvers.energy import require_samples
-from growconv.solvers.response import captured_by_sample
+from growconv.solvers.energy import captured_by_sample, require_samples
 from growconv.statistics.held_out import without
 from growconv.statistics.pair import PairStatistics
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.solvers.existing import norms_of, of_units, scaled_rows
+from growconv.solvers.weights import norms_of, of_units, scaled_rows
 
 Weights = tuple[Tensor, Tensor | None]
 """Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""

@@ -23,7 +23,8 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.existing import (
+from growconv.solvers.splitting import Splitting
+from growconv.solvers.weights import (
     columns_of,
     filter_norms,
     normal,
@@ -36,7 +37,6 @@ from growconv.solvers.existing import (
     silent_outgoing,
     units_of,
 )
-from growconv.solvers.splitting import Splitting
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 

@@ -25,7 +25,6 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import expected_decrease, require_samples
-from growconv.solvers.existing import filter_norms, filters_of, normal, of_units
 from growconv.solvers.filters import Filters, joined
 from growconv.solvers.fitting import (
     RIDGE,
@@ -41,7 +40,7 @@ from growconv.solvers.fitting import (
 )
 from growconv.solvers.linear_start import exact_filters, tiny_filters
 from growconv.solvers.parametrization import Bounded, Parametrization, Separable, whitened
-from growconv.solvers.scale import old_steepness
+from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness
 from growconv.statistics import PairStatistics
 from growconv.statistics.samples import KeptSamples, by_sample
 

@@ -14,7 +14,7 @@ from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import columns_of, filter_norms, normal, not_plain, require_number
+from growconv.solvers.weights import columns_of, filter_norms, normal, not_plain, require_number
 from growconv.statistics.pair import PairStatistics
 
 

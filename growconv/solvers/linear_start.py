@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.network.seats import Calls
-from growconv.solvers.existing import filters_of
 from growconv.solvers.filters import Filters
 from growconv.solvers.fitting import Fit, Objective, minimize
 from growconv.solvers.parametrization import Parametrization
 from growconv.solvers.tiny import tiny
+from growconv.solvers.weights import filters_of
 from growconv.statistics.held_out import sample_averages
 from growconv.statistics.problem import pair_problem
 from growconv.statistics.samples import KeptPass

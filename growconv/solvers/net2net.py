@@ -20,7 +20,7 @@ from growconv.errors import ArgumentValueError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import (
+from growconv.solvers.weights import (
     bias_of,
     columns_of,
     filters_of,

@@ -28,7 +28,9 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.existing import (
+from growconv.solvers.filters import flattened
+from growconv.solvers.parametrization import patch_gram
+from growconv.solvers.weights import (
     bias_of,
     filter_norms,
     filters_of,
@@ -40,8 +42,6 @@ from growconv.solvers.existing import (
     silent_outgoing,
     units_of,
 )
-from growconv.solvers.filters import flattened
-from growconv.solvers.parametrization import patch_gram
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples
 

@@ -9,7 +9,7 @@ from growconv.errors import SolverError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
-from growconv.solvers.existing import (
+from growconv.solvers.weights import (
     columns_of,
     normal,
     random_filters,

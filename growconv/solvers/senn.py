@@ -27,16 +27,16 @@ from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.existing import (
+from growconv.solvers.filters import Filters
+from growconv.solvers.fitting import Fit, Objective, is_homogeneous, minimize
+from growconv.solvers.parametrization import Bounded, Parametrization, whitened
+from growconv.solvers.weights import (
     filter_norms,
     picked_rows,
     random_filters,
     require_number,
     silent_outgoing,
 )
-from growconv.solvers.filters import Filters
-from growconv.solvers.fitting import Fit, Objective, is_homogeneous, minimize
-from growconv.solvers.parametrization import Bounded, Parametrization, whitened
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples
 

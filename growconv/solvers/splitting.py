@@ -28,7 +28,8 @@ from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.existing import (
+from growconv.solvers.filters import flattened
+from growconv.solvers.weights import (
     bias_of,
     columns_of,
     filter_norms,
@@ -41,7 +42,6 @@ from growconv.solvers.existing import (
     units_of,
     with_scaled_columns,
 )
-from growconv.solvers.filters import flattened
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptSamples
 

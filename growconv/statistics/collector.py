@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -18,15 +19,15 @@ from growconv.network.model import tensors_in, unwrapped
 from growconv.network.seats import region_of
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
-from growconv.statistics.accumulator import ConsumerSums
+from growconv.statistics.accumulator import PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
 from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
-from growconv.statistics.options import PATHS, QUANTITIES, SCRATCH_BYTES, checked_quantities, require_closed_form
-from growconv.statistics.pair import ConsumerStatistics, PairStatistics
+from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import batched, pair_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
+from growconv.statistics.sums import full_precision
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
@@ -105,7 +106,7 @@ class StatisticsCollector:
     ) -> None:
         self.model = unwrapped(model)
         given = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
-        self.quantities = checked_quantities(quantities, full, keep_samples)
+        self.quantities = _checked_quantities(quantities, full, keep_samples)
         for label, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
             ("path", path, PATHS),
@@ -132,8 +133,15 @@ class StatisticsCollector:
         self._finished: dict[str, PairStatistics] | None = None
         self._second = False
         self._updates: dict[tuple[str, str], Tensor] = {}
-        self._consumed = self._consumers_by_path()
-        self._waiting = self._producers_by_path()
+        self._measurements: list[Measurement] = []
+        self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
+        self._waiting: dict[str, int] = {}  # per producer how many consumers wait for its input
+        for collected in self._collected:
+            self._measurements += collected.consumers.values()
+            for path, consumer in collected.consumers.items():
+                self._consumed.setdefault(path, []).append((collected, consumer))
+            for path in collected.site.producers:
+                self._waiting[path] = self._waiting.get(path, 0) + len(collected.consumers)
 
     # ---------------------------------------------------------------------------------------------- context
 
@@ -146,8 +154,7 @@ class StatisticsCollector:
         self._handles.append(self.model.register_forward_hook(self._end))
         for path in dict.fromkeys([*self._waiting, *self._consumed]):
             layer = self.model.get_submodule(path)
-            hook = self._hook_of(path)
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(partial(self._called, path), with_kwargs=True))
         return self
 
     def __exit__(
@@ -182,7 +189,7 @@ class StatisticsCollector:
             for consumer in stats.consumers
             if consumer.best_update is not None
         }
-        for consumer in self._all_consumers():
+        for consumer in self._measurements:
             consumer.begin_second_pass()
         self._second = True
         try:
@@ -190,7 +197,7 @@ class StatisticsCollector:
                 yield self
             self._finished = self._build()
         except BaseException:
-            for consumer in self._all_consumers():
+            for consumer in self._measurements:
                 consumer.projected = None
             raise
         finally:
@@ -200,7 +207,7 @@ class StatisticsCollector:
     @property
     def needs_second_pass(self) -> bool:
         """Whether N of some consumer waits for a second pass over the same batches."""
-        return any(consumer.waits_for_second_pass for consumer in self._all_consumers())
+        return any(consumer.waits_for_second_pass for consumer in self._measurements)
 
     @property
     def outputs(self) -> tuple[GradientEdge, ...]:
@@ -225,7 +232,7 @@ class StatisticsCollector:
     def explain(self) -> str:
         """How each statistic is computed, and why so: a line each, below its site and consumer."""
         lines = []
-        for consumer in self._all_consumers():
+        for consumer in self._measurements:
             lines.append(consumer.sums.where)
             lines += [f"  {line}" for line in consumer.describe()]
         return "\n".join(lines)
@@ -241,6 +248,9 @@ class StatisticsCollector:
                 patches = patches or found
                 consumers.append(statistics)
             producer = layers.weighted(self.model.get_submodule(site.producers[0]))
+            kept = None
+            if self.keep_samples:
+                kept = KeptSamples(site, tuple(collected.kept), {each.consumer: each for each in consumers})
             result[site.name] = PairStatistics(
                 site=site.name,
                 growth_site=site,
@@ -251,18 +261,12 @@ class StatisticsCollector:
                 incoming_bias=producer.bias() is not None,
                 patch_mean=patches.get("patch_mean"),
                 patch_gram=patches.get("patch_gram"),
-                samples_kept=self._kept(collected, consumers),
+                samples_kept=kept,
                 units=site.units,
                 skipped_batches=collected.skipped,
                 notes=tuple(r.second_pass for r in collected.consumers.values() if r.second_pass),
             )
         return result
-
-    def _kept(self, collected: _Site, consumers: list[ConsumerStatistics]) -> KeptSamples | None:
-        if not self.keep_samples:
-            return None
-        by_path = {consumer.consumer: consumer for consumer in consumers}
-        return KeptSamples(collected.site, tuple(collected.kept), by_path)
 
     # ---------------------------------------------------------------------------------------------- set-up
 
@@ -278,37 +282,23 @@ class StatisticsCollector:
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
         if not site.closed_form and wanted == {"patch_gram"} and self.keep_samples:
             wanted = frozenset()  # who reads it takes it from the samples there
-        if wanted:
-            require_closed_form(site)
-        routes = {route.consumer: route for route in site.routes}
-        consumers = {
-            path: Measurement(
-                path, routes.get(path), ConsumerSums(_where(site, path), wanted, self.path, self.scratch_bytes)
+        reason = site.no_closed_form if wanted else None
+        if reason:
+            raise StatisticsError(
+                "this site has no closed-form statistics",
+                got=reason,
+                where=site.name,
+                fix="collect quantities=('samples',) only, for methods such as functional",
             )
-            for path in site.consumers
-        }
-        for consumer in consumers.values() if wanted else ():
-            consumer.wait_for(self.quantities)
+        routes = {route.consumer: route for route in site.routes}
+        consumers = {}
+        for path in site.consumers:
+            where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
+            sums = ConsumerSums(where, wanted, self.path, self.scratch_bytes)
+            consumers[path] = Measurement(path, routes.get(path), sums)
+            if wanted:
+                consumers[path].wait_for(self.quantities)
         return _Site(site, consumers)
-
-    def _all_consumers(self) -> Iterator[Measurement]:
-        for collected in self._collected:
-            yield from collected.consumers.values()
-
-    def _consumers_by_path(self) -> dict[str, list[tuple[_Site, Measurement]]]:
-        result: dict[str, list[tuple[_Site, Measurement]]] = {}
-        for collected in self._collected:
-            for path, consumer in collected.consumers.items():
-                result.setdefault(path, []).append((collected, consumer))
-        return result
-
-    def _producers_by_path(self) -> dict[str, int]:
-        """How many consumers wait for the input of each producer."""
-        result: dict[str, int] = {}
-        for collected in self._collected:
-            for path in collected.site.producers:
-                result[path] = result.get(path, 0) + len(collected.consumers)
-        return result
 
     # ---------------------------------------------------------------------------------------------- hooks
 
@@ -359,7 +349,8 @@ class StatisticsCollector:
         if not self._measures() or each is None:
             return
         for collected in self._collected:
-            if tape is not None and self._wants_samples(collected) and self._was_called(collected, each):
+            called = any(each.inputs.get(path) for path in collected.site.consumers)
+            if tape is not None and called and self._wants_samples(collected):
                 with torch.no_grad():
                     each.regions[collected.site.name] = region_of(tape, collected.site)
             if any(consumer.sums.quantities for consumer in collected.consumers.values()):
@@ -370,9 +361,6 @@ class StatisticsCollector:
 
     def _wants_samples(self, collected: _Site) -> bool:
         return self.keep_samples > collected.samples_kept
-
-    def _was_called(self, collected: _Site, each: Pass) -> bool:
-        return any(each.inputs.get(path) for path in collected.site.consumers)
 
     def _check_pairs(self, collected: _Site, each: Pass) -> None:
         for path in collected.consumers:
@@ -387,14 +375,12 @@ class StatisticsCollector:
                         fix="leave this site out: its calls cannot be paired; or collect quantities=('samples',) only",
                     )
 
-    def _hook_of(self, path: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, object], output: Tensor) -> Tensor | None:
-            return self._called(path, module, tensors_in([args, kwargs])[0], output) if self._measures() else None
-
-        return hook
-
-    def _called(self, path: str, module: nn.Module, source: Tensor, output: Tensor) -> Tensor | None:
-        tensor = source.detach()
+    def _called(
+        self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, object], output: Tensor
+    ) -> Tensor | None:
+        if not self._measures():
+            return None
+        tensor = tensors_in([args, kwargs])[0].detach()
         if not next(module.parameters()).requires_grad:
             tensor = tensor.clone()  # autograd does not guard it against operations in place
         if tensor.shape[0] == 0:
@@ -502,7 +488,7 @@ class StatisticsCollector:
             consumer.add_projected(batch, self._updates[site.name, consumer.path])
             return
         size = batch.size if own is None else 0  # kept samples are there anyway
-        held = sum(each.held_bytes for each in self._all_consumers())
+        held = sum(each.held_bytes for each in self._measurements)
         consumer.add(batch, size if self.hold and held + size <= self.scratch_bytes else None)
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
@@ -542,5 +528,15 @@ class StatisticsCollector:
         )
 
 
-def _where(site: GrowthSite, consumer: str) -> str:
-    return site.name if len(site.consumers) == 1 else f"{site.name}, consumer {consumer}"
+def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_samples: int) -> frozenset[str]:
+    if keep_samples < 0:
+        raise ArgumentValueError("keep_samples must not be negative", got=keep_samples)
+    if isinstance(quantities, str):
+        quantities = (quantities,)
+    wanted = frozenset({"S", "N"} if quantities is None else quantities) | ({"S_full"} if full else frozenset())
+    unknown = wanted - QUANTITIES.keys()
+    if unknown:
+        raise ArgumentValueError("unknown quantities", expected=", ".join(QUANTITIES), got=", ".join(sorted(unknown)))
+    if "samples" in wanted and not keep_samples:
+        raise ArgumentValueError("samples are to be kept, but keep_samples is 0", fix="pass keep_samples=512 or so")
+    return wanted

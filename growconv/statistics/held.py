@@ -11,8 +11,8 @@ from torch import Tensor
 
 from growconv.convolution.unfold import pad
 from growconv.statistics.accumulator import ConsumerSums
-from growconv.statistics.precision import full_precision
 from growconv.statistics.problem import PairProblem
+from growconv.statistics.sums import full_precision
 
 GROUP_BYTES = 6 * 2**20
 """Calls on small batches are summed together up to this size: every product has costs that no sample adds to."""

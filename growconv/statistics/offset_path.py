@@ -12,8 +12,10 @@ from torch import Tensor
 
 from growconv.convolution.geometry import Geometry
 from growconv.statistics.correlation import (
+    Strip,
     Tiling,
     along_axis,
+    blocks_of,
     plan_tiling,
     spectral_products,
     spectrum,
@@ -21,8 +23,7 @@ from growconv.statistics.correlation import (
 )
 from growconv.statistics.offsets import MAPS, AxisFeatures, AxisProblem, axis_features
 from growconv.statistics.problem import PairProblem
-from growconv.statistics.strips import Strip, blocks_of
-from growconv.statistics.totals import Totals
+from growconv.statistics.sums import Totals
 from growconv.statistics.unfolded import weight_gradient
 
 LONGEST_TRANSFORM = 72

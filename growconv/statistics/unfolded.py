@@ -13,7 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, tap_multiplicities, unfold, windows
 from growconv.statistics.problem import PairProblem
-from growconv.statistics.totals import Totals
+from growconv.statistics.sums import Totals
 
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 

@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from growconv import GrowthScheduler
-from growconv.growth import proposing
 from growconv.growth.cost import ModelCost
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from growconv.errors import GrowthError, SiteError, SurgeryError
-from growconv.network import exchange, layers
+from growconv.network import layers
 from growconv.network.apply import grow, shrink
 from growconv.network.event import count_parameters
 from growconv.network.layout import IN, OUT

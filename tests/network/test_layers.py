@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from growconv.convolution.cp import CPConv2d
 from growconv.errors import SiteError, SurgeryError
 from growconv.network import layers
-from growconv.network.exchange import exchange
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Layout, Place, Run, Sizes
+from growconv.network.optimizer import exchange
 from growconv.network.plan import Plan
 from tests.network import hand
 

@@ -11,7 +11,7 @@ from growconv.statistics.constants import with_constants
 from growconv.statistics.dense import dense_sums
 from growconv.statistics.offset_path import OffsetPath
 from growconv.statistics.problem import PairProblem
-from growconv.statistics.totals import Totals
+from growconv.statistics.sums import Totals
 from growconv.statistics.unfolded import add_unfolded_sums
 
 SUMS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})

@@ -8,7 +8,7 @@ from torch import nn
 import growconv
 from growconv.errors import GeometryError, StatisticsError
 from growconv.statistics import StatisticsCollector, collect_statistics
-from growconv.statistics.precision import full_precision
+from growconv.statistics.sums import full_precision
 
 X = torch.randn(6, 3, 9, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 1, 0])

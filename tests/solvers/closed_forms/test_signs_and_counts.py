@@ -10,7 +10,7 @@ from torch import nn
 import growconv
 from growconv.errors import StatisticsError
 from growconv.solvers import measure_gains, solve, tiny
-from growconv.solvers.response import captured_by_sample, choose_signs
+from growconv.solvers.energy import captured_by_sample, choose_signs
 from growconv.statistics.held_out import without
 
 from .pairs import added, collected, pair, squared_error, teacher_batches

@@ -10,9 +10,9 @@ from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.apply import grow
 from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
-from growconv.solvers.existing import filter_norms
 from growconv.solvers.firefly import Candidates
 from growconv.solvers.splitting import Splitting
+from growconv.solvers.weights import filter_norms
 
 
 @pytest.mark.parametrize("name", ["tanh", "norm", "fan", "residual"])

@@ -13,7 +13,7 @@ from growconv.network.seats import Inserted
 from growconv.solvers import solve
 from growconv.solvers.senn import expansion_score, output_precision
 from growconv.statistics import collect_statistics
-from growconv.statistics import columns as columns_module
+from growconv.statistics.columns import designs
 
 
 def natural_gain(activations, gradient, precision):
@@ -63,7 +63,7 @@ def test_residual_gradients_are_orthogonal_to_what_the_consumer_reads(any_model,
     kept = collect(model, x, y, {"samples"}).samples_kept
     (each,), (free,) = kept.passes, kept.projected().passes
     for path in kept.site.consumers:
-        (own,) = columns_module.designs(model.get_submodule(path), each.h[path], 1)
+        (own,) = designs(model.get_submodule(path), each.h[path], 1)
         (residual,), (wanted,) = free.targets(path), each.targets(path)
         if own.shape[1] < 4 * len(own) + 4:
             continue  # few samples: a ridge keeps the update short
