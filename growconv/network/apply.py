@@ -46,7 +46,7 @@ def grow(
 
 
 def _grown(
-    model: nn.Module, site: object, growth: object, amplitude: object, optimizer: Optimizers, trains: bool
+    model: nn.Module, site: object, growth: object, amplitude: object, optimizer: object, trains: bool
 ) -> GrowthEvent:
     model = unwrapped(model)
     if not isinstance(growth, ChannelGrowth):

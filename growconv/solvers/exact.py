@@ -26,8 +26,8 @@ from growconv.solvers.assembly import assemble, require_moments, require_statist
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.energy import require_samples
-from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import PairProblem
 

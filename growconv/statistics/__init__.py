@@ -2,8 +2,8 @@
 
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.collector import QUANTITIES, StatisticsCollector
-from growconv.statistics.own_update import best_update
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.own_update import best_update
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptSamples
 

@@ -20,9 +20,9 @@ from growconv.network.seats import region_of
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
+from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
-from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
 from growconv.statistics.problem import batched, pair_problem

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from growconv.errors import StatisticsError
 from growconv.statistics.accumulator import SCRATCH_BYTES, TENSOR_STATISTICS, ConsumerSums
-from growconv.statistics.held import HeldBatch
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held import HeldBatch
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import pair_problem
 from growconv.statistics.samples import KeptSamples

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.routes import Route
 from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
-from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
 from growconv.statistics.consumer import ConsumerStatistics
+from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
 from growconv.statistics.sums import entries_text, full_precision
 
 
