@@ -312,18 +312,14 @@ class StatisticsCollector:
         """
         loss, self._loss, self._pass = self._loss, Loss(told=told), None
         self._outputs = []
-        for collected in self._collected if self.keep_samples else ():
-            self._keep(collected, loss)
-
-    def _keep(self, collected: _Site, loss: Loss) -> None:
-        """Keep the samples of a loss, as many as are still missing."""
-        missing = self.keep_samples - collected.samples_kept
-        batch = None
-        if missing > 0:
+        for collected in self._collected:
+            missing = self.keep_samples - collected.samples_kept
+            if missing <= 0:
+                continue
             batch = kept_batch(loss, collected.site, self.model, self.reduction == "sum" and not loss.told)
-        if batch is not None:
-            divided = batch.samples > missing and batch.divisible
-            collected.kept.append(batch.part(slice(0, missing)) if divided else batch)
+            if batch is not None:
+                divided = batch.samples > missing and batch.divisible
+                collected.kept.append(batch.part(slice(0, missing)) if divided else batch)
 
     def loss_computed(self) -> None:
         """Say that the loss is computed: gradients that come before, after `next_loss`, would be part of it."""

@@ -32,10 +32,9 @@ def with_constants(
     constants = _Constants(problem, maps, samples)
     result = {}
     for name, value in sums.items():
+        whole = result[name] = getattr(constants, name)(value)
         if name in ("S", "patch_gram", "S2", "S_full"):
-            result[name] = _symmetric(getattr(constants, name)(value))
-        else:
-            result[name] = getattr(constants, name)(value)
+            result[name] = (whole + whole.T).mul_(0.5)
     if "patch_gram" in sums:
         result["patch_mean"] = constants.patch_mean()
     return result
@@ -51,7 +50,8 @@ class _Constants:
     def S(self, value: Tensor) -> Tensor:
         if not self.problem.first_bias:
             return value
-        constant, q = self._constant, self._multiplicities
+        like = {"dtype": self.like.dtype, "device": self.like.device}
+        constant, q = self._constant, tap_multiplicities(self.problem.hidden_size, self.problem.second, **like)
         column = self._patch_sums((q * constant).unsqueeze(0))[0]
         return _bordered(value, column, self.samples * (q * constant.square()).sum())
 
@@ -77,7 +77,10 @@ class _Constants:
     def P(self, value: Tensor) -> Tensor:
         problem = self.problem
         if problem.second_bias:
-            read = self._patch_sums(self._tap_images)  # (b, a)
+            taps, outputs = problem.second.taps, math.prod(problem.output_size)
+            ones = torch.eye(taps, dtype=self.like.dtype, device=self.like.device)[..., None].expand(-1, -1, outputs)
+            images = fold(ones, problem.second, problem.hidden_size).squeeze(1)  # how often a tap reads a location
+            read = self._patch_sums(images)  # (b, a)
             value = torch.cat([value, read.T.unsqueeze(-1)], dim=2)
         if problem.first_bias:
             row = _sums_of_patches(self.maps["h"], problem.second, self._constant_patches)  # (b, d)
@@ -122,19 +125,6 @@ class _Constants:
     def _constant_patches(self) -> Float[Tensor, "b m"]:
         return unfold(self._constant[None, None], self.problem.second)[0]
 
-    @property
-    def _multiplicities(self) -> Float[Tensor, " *hidden"]:
-        return tap_multiplicities(
-            self.problem.hidden_size, self.problem.second, dtype=self.like.dtype, device=self.like.device
-        )
-
-    @property
-    def _tap_images(self) -> Float[Tensor, "b *hidden"]:
-        """How often each tap reads each hidden location."""
-        taps, outputs = self.problem.second.taps, math.prod(self.problem.output_size)
-        columns = torch.eye(taps, dtype=self.like.dtype, device=self.like.device).unsqueeze(-1).expand(-1, -1, outputs)
-        return fold(columns, self.problem.second, self.problem.hidden_size).squeeze(1)
-
     def _patch_sums(self, weights: Float[Tensor, "w *hidden"]) -> Float[Tensor, "w a"]:
         """Σ_l weight(l)·U_al of the summed input, a few channels at a time."""
         x, taps = self.maps["x"], self.problem.first.taps
@@ -161,8 +151,3 @@ def _bordered(value: Tensor, column: Tensor, corner: Tensor) -> Tensor:
     result[:-1, -1] = result[-1, :-1] = column
     result[-1, -1] = corner
     return result
-
-
-def _symmetric(value: Tensor) -> Tensor:
-    """The symmetric part, exactly symmetric."""
-    return (value + value.T).mul_(0.5)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from growconv import GrowthScheduler
+from growconv.growth import round as rounds
 from growconv.growth.cost import ModelCost
 
 
@@ -13,10 +14,10 @@ def test_sites_in_parts_grow_as_all_at_once(chain, sites_of, batches_of, monkeyp
     whole = chain(3, 4).double()
     batches, parts = batches_of(4, dtype=torch.float64), copy.deepcopy(whole)
     GrowthScheduler(whole, None, sites_of(whole), method="tiny", amount=2).grow(batches, cross_entropy)
-    monkeypatch.setattr(proposing, "ROOM_BYTES", 0)
+    monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
     scheduler = GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount=2)
     cost = ModelCost.measure(parts, batches[0][0])
-    assert len(proposing.parts_of(scheduler.sites, cost, scheduler.solver.keep_samples, batches)) > 1
+    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.keep_samples, batches)) > 1
     scheduler.grow(batches, cross_entropy)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
@@ -27,6 +28,6 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
 ) -> None:
     model, batches = chain(3, 4), batches_of(4)
     sites, cost = sites_of(model), ModelCost.measure(model, batches[0][0])
-    assert proposing.parts_of(sites, cost, 0, batches) == [list(range(len(sites)))]
-    monkeypatch.setattr(proposing, "ROOM_BYTES", 0)
-    assert proposing.parts_of(sites, cost, 512, batches) == [[index] for index in range(len(sites))]
+    assert rounds.parts_of(sites, cost, 0, batches) == [list(range(len(sites)))]
+    monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
+    assert rounds.parts_of(sites, cost, 512, batches) == [[index] for index in range(len(sites))]
