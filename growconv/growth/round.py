@@ -3,7 +3,7 @@
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ScheduleError
+from growconv.errors import ArgumentTypeError, ScheduleError
 from growconv.growth.amplitude import choose_amplitude, losses_of, rescaled
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
@@ -209,6 +209,28 @@ def _collected(
         return from_first(lambda: gains_known(found, asked, solver, error, model, generator), device)
 
     return until_known(collect, batches, known)
+
+
+def checked_batches(batches: Iterable[Any]) -> list[Batch]:
+    """Growth batches as a list of (inputs, targets) pairs.
+
+    Raises:
+        ScheduleError: there are none.
+        ArgumentTypeError: one of them is no pair.
+    """
+    data = list(batches)
+    if not data:
+        raise ScheduleError("no growth batches", expected="at least one (inputs, targets) pair", where="grow")
+    for index, batch in enumerate(data):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ArgumentTypeError(
+                "a growth batch is a pair",
+                expected="(inputs, targets)",
+                got=type(batch).__name__,
+                where=f"growth batch {index}",
+                fix="where the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
+            )
+    return [(inputs, targets) for inputs, targets in data]
 
 
 def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:

@@ -22,7 +22,7 @@ from growconv.growth.distributed import agreed, from_first, require_equal_parame
 from growconv.growth.learning_rate import LearningRate
 from growconv.growth.pruning import PruneBack
 from growconv.growth.recipe import fallen, too_wide
-from growconv.growth.round import PHASES, Collection, Round, Stopwatch, split
+from growconv.growth.round import PHASES, Collection, Round, Stopwatch, checked_batches, split
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
@@ -33,7 +33,6 @@ from growconv.growth.settings import (
     as_when,
     check_gains,
     check_owner,
-    checked_batches,
     checked_sites,
 )
 from growconv.growth.stop import Budget, Stop

@@ -4,12 +4,12 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
-from growconv.growth.decision import Batch, Policy
+from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
@@ -238,25 +238,3 @@ def as_relative_error(samples: str, relative_error: float | int, solver: Solver,
         return None
     require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])
     return float(relative_error)
-
-
-def checked_batches(batches: Iterable[Any]) -> list[Batch]:
-    """Growth batches as a list of (inputs, targets) pairs.
-
-    Raises:
-        ScheduleError: there are none.
-        ArgumentTypeError: one of them is no pair.
-    """
-    data = list(batches)
-    if not data:
-        raise ScheduleError("no growth batches", expected="at least one (inputs, targets) pair", where="grow")
-    for index, batch in enumerate(data):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ArgumentTypeError(
-                "a growth batch is a pair",
-                expected="(inputs, targets)",
-                got=type(batch).__name__,
-                where=f"growth batch {index}",
-                fix="where the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
-            )
-    return [(inputs, targets) for inputs, targets in data]

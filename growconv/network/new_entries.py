@@ -178,10 +178,10 @@ def positions_now(
     """
     sizes, layout = site.sizes, site.layout
     size, runs = sizes(key) // groups, layout.axes.get(key, ())
-    wrong = _misshapen(label, site, f"{size} entries for {key[0]} ({key[1]})", length)
+    expected = f"{size} entries for {key[0]} ({key[1]})"
     if not runs:
         if length != size:
-            raise wrong
+            raise _misshapen(label, site, expected, length)
         return list(range(length))
     now = {run.space: layout.units(run.space, sizes) for run in runs if run.space is not None}
     then = {space: units.get(space, now[space]) for space in now}
@@ -203,7 +203,7 @@ def positions_now(
         return list(range(length))
     owners_now, owners_then = ([tuple(owner) for owner in owners_of(runs, each).tolist()] for each in (now, then))
     if len(owners_then) != length * groups:
-        raise wrong
+        raise _misshapen(label, site, expected, length)
     place = {owner: at for at, owner in enumerate(owners_now)}
     fixed = iter([at for at, owner in enumerate(owners_now) if owner[0] < 0])  # they never grow
     found = [next(fixed) if owner[0] < 0 else place[owner] for owner in owners_then]
@@ -229,10 +229,6 @@ def require_finite(tensor: Tensor, label: str, site: Site) -> None:
     if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
         got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
-
-
-def _producers(site: Site, space: int) -> str:
-    return " + ".join(path for path, side in site.layout.keys(space) if side == OUT) or f"space {space}"
 
 
 def check_proposal(site: Site, growth: ChannelGrowth) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, StatisticsError
 from growconv.network import layers
-from growconv.network.model import example_arguments
+from growconv.network.model import example_arguments, undisturbed
 from growconv.network.site import GrowthSite
 from growconv.statistics.collector import Average, StatisticsCollector
 from growconv.statistics.pair import PairStatistics
@@ -58,7 +57,10 @@ def collect_statistics(
         )
     batches = list(batches) if isinstance(batches, Iterator) else batches
     collector = StatisticsCollector(model, sites, **options)
-    with _undisturbed(model):
+    with undisturbed(model):
+        for module in model.modules():
+            if layers.is_dropout(module):
+                module.eval()
         with collector:
             run(lambda: _run(collector, batches, loss))
         if collector.needs_second_pass:
@@ -119,20 +121,3 @@ def _check(value: object, batch: int, nonfinite: str) -> None:
             got=value.item(),
             fix="lower the learning rate, or collect with nonfinite='skip'",
         )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Dropout off; buffers and modes as before afterwards."""
-    dropouts = [module for module in model.modules() if layers.is_dropout(module) and module.training]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        for module in dropouts:
-            module.eval()
-        yield
-    finally:
-        for module in dropouts:
-            module.train()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

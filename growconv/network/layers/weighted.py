@@ -42,7 +42,7 @@ class Weighted(Adapter):
 
     @cached_property
     def _normalized(self) -> NormalizedWeight | None:
-        return normalized_weight(self.module)
+        return None if "weight" in self.module._parameters else normalized_weight(self.module)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
