@@ -16,6 +16,7 @@ from torch import nn
 
 from growconv.errors import GrowthError, SiteError, SurgeryError
 from growconv.network import layers
+from growconv.network import optimizer as exchanging
 from growconv.network.apply import grow, shrink
 from growconv.network.event import count_parameters
 from growconv.network.layout import IN, OUT
@@ -156,7 +157,7 @@ class Interrupted:
 
 def interrupt_everywhere(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: Callable[[], object]) -> int:
     """Interrupt a piece of surgery at every line that changes something; the number of interrupts."""
-    files = ("apply", "exchange", "optimizer", "entry_ages", "blocks", "depth", "event")
+    files = ("apply", "optimizer", "entry_ages", "blocks", "depth", "event")
     before, had = everything(model, optimizer), set[tuple[str, int, int]]()
     while True:
         trace = Interrupted(had, files)
@@ -202,8 +203,8 @@ def test_an_error_half_way_leaves_everything_as_it_was(monkeypatch: pytest.Monke
             raise RuntimeError("no memory")
         migrate(*arguments)
 
-    migrate = exchange.migrate
-    monkeypatch.setattr(exchange, "migrate", failing)
+    migrate = exchanging.migrate
+    monkeypatch.setattr(exchanging, "migrate", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         grow(model, site, hand.growth(site, 1), 1.0, optimizer)
     assert same(everything(model, optimizer), before)
@@ -216,7 +217,7 @@ def test_several_pieces_of_surgery_are_undone_together() -> None:
     optimizer.step()
     before = everything(model, optimizer)
 
-    journal = exchange.Journal(model, [optimizer], [*model.parameters(), *model.buffers()])
+    journal = exchanging.Journal(model, [optimizer], [*model.parameters(), *model.buffers()])
     grow(model, site, hand.growth(site, 1), 1.0, optimizer)
     shrink(model, site, [1], optimizer)
     model.a.weight.detach().zero_()
