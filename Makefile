@@ -13,9 +13,9 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist worksteal
 # Where the tensors are, and a few whole runs of growth: these tests also run with every argument's and result's type and
 # shape checked (jaxtyping, beartype), which slows them by half and more; the four left out for their time add no function.
-TYPED := tests/test_linalg.py tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/functional \
+TYPED := tests/linalg tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/functional \
 	tests/solvers/methods tests/growth/test_yaml.py tests/growth/test_learning_rate.py \
-	tests/growth/test_what_events_show.py \
+	tests/growth/test_round.py \
 	-k "not all_paths_agree and not study_geometry and not twenty_restarts and not planted_channels"
 
 .PHONY: run test test-long lint types notebooks docs study wheel clean

@@ -1,26 +1,26 @@
 """CP and Tucker convolutions: implementations agree, decompositions hold, state and gradients are whole."""
 
 import copy
-import warnings
 
 import pytest
-import tensorly
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tensorly.decomposition import parafac
 from torch import nn
 
 import growconv
-from growconv.convolution import decomposition
-from growconv.convolution.decomposition import ConvergenceWarning, best_rank_one, decompose_cp, decompose_tucker
-from growconv.convolution.ranks import cp_rank, tucker_ranks
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
 
 CP = {1: growconv.CPConv1d, 2: growconv.CPConv2d, 3: growconv.CPConv3d}
+
+
 TUCKER = {1: growconv.TuckerConv1d, 2: growconv.TuckerConv2d, 3: growconv.TuckerConv3d}
+
+
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
 ALL = [*CP.values(), *TUCKER.values()]
 
 
@@ -84,18 +84,6 @@ def test_gradients_reach_every_factor(kind):
             lambda *values: torch.func.functional_call(layer, dict(zip(factors, values, strict=True)), (x,)),
             tuple(factors.values()),
         )
-
-
-@pytest.mark.parametrize(("kind", "rank"), [(growconv.CPConv2d, 5), (growconv.TuckerConv2d, (4, 3))])
-def test_kernels_of_low_rank_come_back(kind, rank):
-    torch.manual_seed(1)
-    conv = kind(8, 9, 3, stride=2, padding=1, dilation=1, rank=rank).to_conv()
-    layer = kind.from_conv(conv, rank=rank)
-    assert layer.fit.error < 1e-5
-    assert layer.rank == rank
-    x = torch.randn(2, 8, 9, 9)
-    assert (layer(x) - conv(x)).abs().max() < 1e-4 * conv(x).abs().max()
-    assert (layer.to_conv().weight - conv.weight).norm() < 1e-4 * conv.weight.norm()
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -183,14 +171,6 @@ def test_one_class_for_every_order(general, kinds):
         general.from_conv(nn.Linear(3, 4))
 
 
-def test_tucker_with_full_ranks_is_exact_and_with_fewer_the_best_of_a_kind():
-    conv = nn.Conv2d(5, 6, 3)
-    assert growconv.TuckerConv2d.from_conv(conv, rank=(6, 5)).fit.error < 1e-6
-    values = torch.linalg.svdvals(conv.weight.detach().flatten(1).double())
-    layer = growconv.TuckerConv2d.from_conv(conv, rank=(3, 5))  # only outputs are cut: a truncated SVD
-    assert layer.fit.error == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-4)
-
-
 def test_parameters_of_a_copy_are_its_own():
     layer = growconv.CPConv2d(3, 4, 3, rank=2)
     conv = layer.to_conv()
@@ -222,33 +202,6 @@ def test_random_start_has_the_spread_of_a_convolution(kind):
     assert float(spread) == pytest.approx(1 / (3 * 64 * 9), rel=0.3)
 
 
-def test_ranks_by_share_keep_the_number_of_parameters():
-    shape = (128, 64, 3, 3)
-    full = 128 * 64 * 9
-    assert cp_rank(shape, "same") == full // (128 + 64 + 6)
-    assert cp_rank(shape, 0.25) == int(0.25 * full / 198)
-    for share in (0.1, 0.25, 1.0):
-        outputs, inputs = tucker_ranks(shape, share)
-        assert 0.9 * share * full < 128 * outputs + 64 * inputs + outputs * inputs * 9 <= share * full
-    assert cp_rank((4, 4, 1), 0.001) == 1
-    layer = growconv.CPConv2d(64, 64, 3, bias=False)
-    assert layer.rank == 275
-    assert sum(parameter.numel() for parameter in layer.parameters()) <= 64 * 64 * 9
-
-
-@pytest.mark.parametrize("rank", [0, -1, 97, "full", float("nan"), 0.0, -0.5, 5.0, (2, 2), True, "2"])
-def test_impossible_cp_ranks(rank):
-    with pytest.raises((ArgumentValueError, ArgumentTypeError), match=r"rank|share"):
-        growconv.CPConv2d(12, 8, (3, 4), rank=rank)
-    assert growconv.CPConv2d(12, 8, (3, 4), rank=96).rank == 96
-
-
-@pytest.mark.parametrize("rank", [0, (3, 0), (9, 3), (3, 13), (3,), (1, 2, 3), -2, 3.5])
-def test_impossible_tucker_ranks(rank):
-    with pytest.raises((ArgumentValueError, ArgumentTypeError), match="rank"):
-        growconv.TuckerConv2d(12, 8, 3, rank=rank)
-
-
 @pytest.mark.parametrize(
     ("arguments", "settings", "error"),
     [
@@ -268,11 +221,6 @@ def test_impossible_layers(arguments, settings, error):
         growconv.CPConv2d(*arguments, rank=2, **settings)
 
 
-def test_mobilenet_is_for_cp():
-    with pytest.raises(ArgumentValueError, match="factorized or reconstructed"):
-        growconv.TuckerConv2d(4, 4, 3, rank=2, implementation="mobilenet")
-
-
 @pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Linear(4, 4)])
 def test_from_conv_refuses_other_layers(module):
     with pytest.raises(ArgumentTypeError, match=r"nn\.Conv2d"):
@@ -287,68 +235,6 @@ def test_from_conv_refuses_groups_and_broken_weights():
         conv.weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(ArgumentValueError, match="finite"):
         growconv.CPConv2d.from_conv(conv)
-
-
-def test_not_converged_says_so_and_keeps_the_best():
-    torch.manual_seed(0)
-    kernel = torch.randn(12, 10, 3, 3)
-    with pytest.warns(ConvergenceWarning, match="not converged after 3 iterations"):
-        factors, fit = decompose_cp(kernel, 40, iterations=3)
-    assert not fit.converged
-    assert fit.iterations == 3
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, more = decompose_cp(kernel, 40, iterations=30)
-    assert more.error < fit.error < 1
-    again = torch.einsum("or,ir,hr,wr->oihw", *factors)
-    assert float((again - kernel).norm() / kernel.norm()) == pytest.approx(fit.error, rel=1e-3)
-
-
-@pytest.mark.parametrize(("shape", "rank"), [((8, 4, 3, 3), 12), ((16, 16, 3, 3), 20)])
-def test_the_cp_fit_is_as_good_as_two_hundred_sweeps_of_tensorly(shape, rank):
-    ours, theirs = [], []
-    for seed in range(2):
-        kernel = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        fit = decompose_cp(kernel, rank)[-1]
-        assert fit.converged
-        ours.append(fit.error)
-        # TensorLy from our own start, so that no luck with local minima is measured.
-        start = decomposition._leading_vectors(kernel, rank)
-        with tensorly.backend_context("pytorch", local_threadsafe=True):
-            terms = parafac(kernel, rank, init=(None, start), n_iter_max=200, tol=1e-14)
-            again = tensorly.cp_to_tensor(terms)
-        theirs.append(float((again - kernel).norm() / kernel.norm()))
-    assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1.001
-
-
-def test_decompositions_leave_tensorly_alone_and_repeat():
-    kernel = torch.randn(6, 5, 3)
-    backend = tensorly.get_backend()
-    numbers = torch.random.get_rng_state()
-    first, _ = decompose_cp(kernel, 7, iterations=500)
-    core, outputs, inputs, _ = decompose_tucker(kernel, (3, 3))
-    assert tensorly.get_backend() == backend
-    assert torch.equal(torch.random.get_rng_state(), numbers)
-    second, _ = decompose_cp(kernel, 7, iterations=500)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    torch.testing.assert_close(outputs.T @ outputs, torch.eye(3))
-    torch.testing.assert_close(inputs.T @ inputs, torch.eye(3))
-    assert core.shape == (3, 3, 3)
-
-
-@pytest.mark.parametrize("decompose", [lambda k: decompose_cp(k, 3), lambda k: decompose_tucker(k, (2, 2))])
-def test_zero_kernels(decompose):
-    *_, fit = decompose(torch.zeros(4, 5, 3, 3))
-    assert fit.error == 0
-    assert fit.converged
-
-
-def test_best_rank_one_of_separable_tensors():
-    vectors = [torch.randn(4, size, dtype=torch.float64) for size in (5, 3, 2)]
-    tensors = torch.einsum("na,nb,nc->nabc", *vectors)
-    torch.testing.assert_close(torch.einsum("na,nb,nc->nabc", *best_rank_one(tensors)), tensors)
-    flat = torch.randn(4, 5, dtype=torch.float64)
-    torch.testing.assert_close(best_rank_one(flat)[0], flat)
 
 
 def test_prints_itself():

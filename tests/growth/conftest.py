@@ -1,5 +1,7 @@
 """Small models and data that the growth tests share."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -52,3 +54,9 @@ def batches_of(digits):
         ]
 
     return cut
+
+
+@pytest.fixture
+def three(chain, sites_of):
+    model = chain(4, 6, 8)
+    return SimpleNamespace(model=model, sites=sites_of(model))

@@ -1,15 +1,11 @@
-"""Hazard: a policy that cannot be written in a config file, or whose decisions nobody can read."""
-
-import logging
+"""Hazard: a policy that cannot be written in a config file."""
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
 
 from growconv.growth import (
     AllOf,
-    Best,
     Budget,
     Every,
     Exponential,
@@ -30,6 +26,8 @@ when: {_target_: growconv.growth.LengtheningStages, first: 100, rate: 0.2}
 amount: {_target_: growconv.growth.Exponential, rate: 0.2, target: 4.0, rounds: 8}
 learning_rate: {_target_: growconv.growth.StageRates}
 """
+
+
 CAUTIOUS = """
 when:
   _target_: growconv.growth.AllOf
@@ -70,17 +68,3 @@ def test_yaml_gives_what_python_gives():
     assert second["budget"] == Budget(parameters=20000, seconds=3600)
     assert second["learning_rate"] == WarmUp(50)
     assert isinstance(second["pruning"], PruneBack)
-
-
-def test_decisions_are_logged_with_their_reasons(chain, sites_of, batches_of, caplog):
-    model = chain(4, 4)
-    scheduler = GrowthScheduler(model, None, sites_of(model), every=5, where=Best("flop"), amount=1)
-    with caplog.at_level(logging.INFO, logger="growconv.growth"):
-        assert not scheduler.due(4)
-        assert scheduler.due(5)
-        scheduler.grow(batches_of(2), nn.functional.cross_entropy)
-    said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "growth is due at step 5: step 5: every 5 from 5" in said
-    assert "gradient per flop" in said
-    assert "amplitude" in said
-    assert scheduler.explain().splitlines()[-1] == str(scheduler.history[0])

@@ -1,4 +1,4 @@
-"""What each of two gloo processes runs for test_two_processes.py: python two_processes.py RANK WORLD FOLDER."""
+"""What each of two gloo processes runs for test_distributed.py: python two_processes.py RANK WORLD FOLDER."""
 
 import json
 import sys

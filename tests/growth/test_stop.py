@@ -1,12 +1,42 @@
-"""Hazard: a budget that is overrun, or one that is left half empty."""
+"""Hazard: a run that grows on, or stops too early."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from growconv.growth import Budget, Greedy, GrowthScheduler, ModelCost
+from growconv.growth import GrowthScheduler, ModelCost
+from growconv.growth.stop import Budget, NoGain, TargetAccuracy
+from growconv.growth.where import Greedy
+from tests.growth.made_up import proposal, situation
 
-LOSS = nn.functional.cross_entropy
+
+def test_budgets_say_what_is_left_and_when_it_is_spent(three):
+    size = sum(parameter.numel() for parameter in three.model.parameters())
+    now = situation(three, seconds=9.0)
+    assert not Budget(parameters=size + 5).decide(now)
+    assert Budget(parameters=size + 5).room(now) == (5, math.inf)
+    assert Budget(parameters=size).decide(now)
+    assert Budget(parameters=size - 3).room(now) == (0, math.inf)
+    assert Budget(seconds=9).decide(now)
+    assert not Budget(seconds=9.5).decide(now)
+    assert Budget(seconds=9).personal
+    assert not Budget(parameters=5).personal
+
+
+def test_a_target_once_reached_stays_reached(three):
+    policy = TargetAccuracy(0.9)
+    answers = [bool(policy.decide(situation(three, metrics={"val_accuracy": value}))) for value in (0.5, 0.91, 0.4)]
+    assert answers == [False, True, True]
+    assert policy.decide(situation(three))
+
+
+def test_no_gain_needs_poor_rounds_in_a_row(three):
+    policy = NoGain(threshold=0.1, patience=2)
+    for gain, over in ((0.05, False), (0.5, False), (0.05, False), (0.02, True), (0.9, True)):
+        policy.observe([proposal(three.sites[0], [gain])])
+        assert bool(policy.decide(situation(three))) is over
 
 
 @pytest.mark.parametrize("amount", [1, 0.5, "auto"])
@@ -29,6 +59,9 @@ def test_a_budget_of_parameters_is_filled_and_never_exceeded(chain, sites_of, di
     assert final <= limit
     if amount != "auto":
         assert final > limit - 80  # less than one channel of the dearest site is left
+
+
+LOSS = nn.functional.cross_entropy
 
 
 def test_a_budget_of_flops_holds_by_torchs_own_counter(chain, sites_of, digits, batches_of):

@@ -1,0 +1,38 @@
+"""Hazard: the wrong number of channels."""
+
+import itertools
+
+import pytest
+
+from growconv.growth.amount import Exponential, Fraction, ToWidth
+from tests.growth.made_up import situation
+
+
+def test_fraction_counts_from_the_initial_width(three):
+    site = three.sites[2]
+    assert Fraction(0.25).channels(site, situation(three, initial_widths={site.name: 16})) == 4
+    assert Fraction(0.25).channels(site, situation(three, initial_widths={site.name: 1})) == 1
+
+
+@pytest.mark.parametrize(("target", "rounds"), [(9, 3), (3.0, 4), (5, 7), (2, 2)])
+def test_equal_steps_reach_the_target_in_the_last_round(three, chain, sites_of, target, rounds):
+    start, widths = 4, [4]
+    for visit in range(rounds + 2):
+        site = sites_of(chain(widths[-1]))[0]
+        now = situation(three, initial_widths={site.name: start}, visits={site.name: visit})
+        widths.append(widths[-1] + ToWidth(target, rounds).channels(site, now))
+    goal = max(start, target if isinstance(target, int) else round(target * start))
+    assert widths[rounds] == widths[-1] == goal
+    steps = [after - before for before, after in itertools.pairwise(widths[: rounds + 1])]
+    assert max(steps) - min(steps) <= 1
+
+
+def test_exponential_widths_follow_the_paper(three, chain, sites_of):
+    width, widths = 16, [16]
+    for visit in range(6):
+        site = sites_of(chain(width))[0]
+        now = situation(three, initial_widths={site.name: 16}, visits={site.name: visit})
+        width += Exponential(0.2, target=64, rounds=6).channels(site, now)
+        widths.append(width)
+    assert widths == [16, 18, 20, 24, 28, 32, 64]
+    assert all((after - before) % 2 == 0 for before, after in itertools.pairwise(widths))

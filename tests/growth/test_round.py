@@ -1,0 +1,187 @@
+"""Hazard: a round that neighbours, grown or shrunk in the meantime, parts, budgets or memory make wrong, and its events."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.functional import cross_entropy
+
+import growconv
+from growconv import GrowthScheduler
+from growconv.errors import GrowthError
+from growconv.growth import Budget
+from growconv.growth import round as rounds
+from growconv.growth.cost import ModelCost
+from growconv.solvers import get_solver
+
+LOSS = nn.functional.cross_entropy
+
+pytestmark = pytest.mark.filterwarnings("ignore::growconv.solvers.FewSamplesWarning")
+
+
+def collected(model, sites, method, batches):
+    solver = growconv.solvers.get_solver(method)
+    if not solver.reads:
+        return {site.name: site for site in sites}
+    keep = {"keep_samples": 64} if "samples" in solver.reads else {}
+    return growconv.collect_statistics(model, sites, batches, LOSS, quantities=solver.reads, **keep)
+
+
+def same_function(model, before, x):
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["tiny", "functional", "random"])
+def test_all_sites_in_turn_in_every_order(chain, sites_of, batches_of, method):
+    batches = batches_of(2, size=32, dtype=torch.float64)
+    every = list(itertools.permutations(range(3)))
+    for order in {"random": every, "tiny": every[1::2], "functional": every[4:5]}[method]:
+        model = chain(3, 4, 5).double().eval()
+        sites = sites_of(model)
+        subjects, before, x = collected(model, sites, method, batches), model(batches[0][0]), batches[0][0]
+        solved = {index: growconv.solve(subjects[sites[index].name], method, 2) for index in order[:2]}
+        for index in order:
+            growth = solved.get(index) or growconv.solve(subjects[sites[index].name], method, 2)
+            growconv.grow(model, sites[index], growth, amplitude=0.0)
+            same_function(model, before, x)
+        assert [site.width for site in sites] == [5, 6, 7]
+        LOSS(model(x), batches[0][1]).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["tiny", "functional", "random"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_neighbour_that_shrinks_in_between_leaves_an_exact_growth_or_an_error(
+    chain, sites_of, batches_of, method, first
+):
+    batches = batches_of(2, size=32, dtype=torch.float64)
+    model = chain(3, 4, 5).double().eval()
+    sites = sites_of(model)
+    subjects = collected(model, sites, method, batches)
+    early = growconv.solve(subjects[sites[1].name], method, 2)
+    growconv.shrink(model, sites[first], [1])
+    x, before = batches[0][0], model(batches[0][0])
+    shapes = [parameter.shape for parameter in model.parameters()]
+    for late in (False, True):
+        refused = ""
+        try:
+            growth = growconv.solve(subjects[sites[1].name], method, 2) if late else early
+            growconv.grow(model, sites[1], growth, amplitude=0.0)
+        except GrowthError as error:
+            refused = str(error)
+        if refused:
+            assert sites[1].name in refused
+            assert [parameter.shape for parameter in model.parameters()] == shapes
+        same_function(model, before, x)
+        shapes = [parameter.shape for parameter in model.parameters()]
+
+
+def test_sites_in_parts_grow_as_all_at_once(chain, sites_of, batches_of, monkeypatch) -> None:
+    whole = chain(3, 4).double()
+    batches, parts = batches_of(4, dtype=torch.float64), copy.deepcopy(whole)
+    GrowthScheduler(whole, None, sites_of(whole), method="tiny", amount=2).grow(batches, cross_entropy)
+    monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
+    scheduler = GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount=2)
+    cost = ModelCost.measure(parts, batches[0][0])
+    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.keep_samples, batches)) > 1
+    scheduler.grow(batches, cross_entropy)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
+    chain, sites_of, batches_of, monkeypatch
+) -> None:
+    model, batches = chain(3, 4), batches_of(4)
+    sites, cost = sites_of(model), ModelCost.measure(model, batches[0][0])
+    assert rounds.parts_of(sites, cost, 0, batches) == [list(range(len(sites)))]
+    monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
+    assert rounds.parts_of(sites, cost, 512, batches) == [[index] for index in range(len(sites))]
+
+
+@pytest.mark.parametrize("method", ["net2net", "variance_transfer", "splitting"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_function_stays_when_all_layers_of_a_chain_grow_in_one_round(
+    chain, sites_of, digits, batches_of, method, norm
+):
+    model = chain(3, 4, 5, norm=norm).double()
+    images = digits[0][:32].double()
+    model(images)
+    model.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    solver = get_solver(method, **({"step": 1e-6} if method == "splitting" else {}))
+    scheduler = GrowthScheduler(model, optimizer, sites_of(model), method=solver, amount=2)
+    before = model(images)
+    for step in (1, 2):
+        events = scheduler.grow(batches_of(2, dtype=torch.float64), functional.cross_entropy, step)
+        assert len(events) == 3
+        torch.testing.assert_close(model(images), before, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["net2net", "variance_transfer"])
+def test_the_function_stays_when_a_budget_cuts_the_channels_or_an_amplitude_is_set(
+    chain, sites_of, digits, batches_of, method
+):
+    model = chain(6, 7, norm=False).double().eval()
+    images = digits[0][:32].double()
+    before, size = model(images), sum(parameter.numel() for parameter in model.parameters())
+    site = sites_of(model)[0]
+    per_channel = 10 + 7 * 9
+    scheduler = GrowthScheduler(
+        model, None, [site], method=method, amount=6, amplitude=0.5, budget=Budget(parameters=size + 3 * per_channel)
+    )
+    (event,) = scheduler.grow(batches_of(1, dtype=torch.float64), functional.cross_entropy, 1)
+    assert event.channels == 3
+    assert event.amplitude == 1.0
+    torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "spectrum", "energy"),
+    [("tiny", True, True), ("gradmax", True, False), ("firefly", True, False), ("random", False, False)],
+)
+def test_events_hold_spectrum_and_captured_energy(chain, sites_of, batches_of, method, spectrum, energy):
+    model = chain(3, 4)
+    scheduler = GrowthScheduler(model, None, sites_of(model)[1:], method=method, amount=2, statistics={})
+    (event,) = scheduler.grow(batches_of(3), functional.cross_entropy, 1)
+    details = json.loads(json.dumps(event.to_dict()))["details"]
+    assert ("spectrum" in details) == spectrum
+    assert ("captured_energy" in details) == energy
+    if spectrum:
+        assert len(details["spectrum"]) > event.channels == 2
+        assert details["spectrum"] == sorted(details["spectrum"], reverse=True)
+        assert details["spectrum"][:2] == pytest.approx(list(event.gains))
+    told = str(event)
+    if method in ("gradmax", "random"):
+        assert "outputs unchanged" in told
+        assert event.realised_decrease is None
+    else:
+        losses = dict(event.details["losses"])
+        before, after = losses[0.0], losses[event.amplitude]
+        assert before - after == event.realised_decrease > 0
+        assert f"held-out loss {before:.4g} -> {after:.4g}" in told
+    assert "amplitude" not in told
+    if energy:
+        assert 0 < details["captured_energy"] < 1
+
+
+def test_splitting_says_what_it_changes(chain, sites_of, batches_of):
+    model = chain(3, 4)
+    scheduler = GrowthScheduler(model, None, sites_of(model)[1:], method="splitting", amount=2, held_out=1 / 3)
+    batches = batches_of(3)
+    model.train()
+
+    def loss():
+        with torch.no_grad():
+            return float(functional.cross_entropy(copy.deepcopy(model)(batches[-1][0]), batches[-1][1]))
+
+    before = loss()
+    (event,) = scheduler.grow(batches, functional.cross_entropy, 1)
+    losses = dict(event.details["losses"])
+    assert losses == pytest.approx({0.0: before, 1.0: loss()}, rel=1e-5)
+    assert losses[0.0] != losses[1.0]
+    assert f"held-out loss {losses[0.0]:.4g} -> {losses[1.0]:.4g}" in str(event)
