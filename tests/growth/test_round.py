@@ -1,4 +1,4 @@
-"""Hazard: a round that neighbours, grown or shrunk in the meantime, parts, budgets or memory make wrong, and its events."""
+"""Hazard: a round that its neighbours, parts or budgets make wrong, and events that keep too little of it."""
 
 import copy
 import itertools

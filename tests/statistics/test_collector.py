@@ -1,7 +1,5 @@
 """The collector in loops as people write them: in-place activations, accumulation, frozen layers, checkpointing."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.statistics import StatisticsCollector, collect_statistics
-from growconv.statistics.held_out import without
 
 X = torch.randn(6, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+
+
 Y = torch.tensor([0, 1, 2, 3, 1, 0])
 
 
@@ -75,28 +74,6 @@ def test_two_forwards_before_one_backward():
         second = F.cross_entropy(model(X[2:]), Y[2:], reduction="sum")
         (first + second).backward()
     assert_same(collector.statistics[site.name], collected(model))
-
-
-def test_merged_statistics_are_those_of_all_samples():
-    model = network().double()
-    x = X.double()
-    options = {"reduction": "sum", "keep_samples": 3, "quantities": ("S", "N", "patch", "samples"), "full": True}
-    loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
-    whole = collected(model, x, Y, loss, **options)
-    merged = collected(model, x[:2], Y[:2], loss, **options) + collected(model, x[2:], Y[2:], loss, **options)
-    assert_same(merged, whole, 1e-12)
-    torch.testing.assert_close(merged.N, whole.N, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(merged.patch_gram, whole.patch_gram)
-    torch.testing.assert_close(merged.samples_kept.x["0"], x[:5])
-    assert merged.gradient_energy == pytest.approx(whole.gradient_energy)
-
-
-def test_statistics_that_do_not_belong_together_are_not_merged():
-    wide = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(StatisticsError, match="belong together"):
-        collected(network()) + collected(wide)
-    with pytest.raises(StatisticsError, match="quantities"):
-        collected(network()) + collected(network(), quantities=("S",))
 
 
 def test_forward_passes_without_gradients_do_not_count():
@@ -209,132 +186,6 @@ def test_calls_that_cannot_be_paired_are_refused():
     assert hooks(host) == 0
 
 
-def test_dropout_norms_buffers_and_gradients_are_left_alone():
-    model = nn.Sequential(
-        nn.Conv2d(3, 5, 3),
-        nn.BatchNorm2d(5),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(5, 4, 3),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    F.cross_entropy(model(X), Y).backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    before = copy.deepcopy(model.state_dict())
-    site = site_of(model)
-    runs = [
-        collect_statistics(model, site, iter([(X, Y)]), F.cross_entropy, scratch_bytes=s)[site.name]
-        for s in (1, 1 << 28)
-    ]
-    torch.testing.assert_close(runs[0].N, runs[1].N, rtol=1e-3, atol=1e-5)  # dropout would differ between passes
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        assert torch.equal(parameter.grad, gradient)
-    assert model[3].training
-    assert model[1].training
-
-
-@pytest.mark.parametrize("calls", [2, 12])
-def test_n_of_held_batches_is_that_of_p(calls):
-    model = network(norm=True).double().eval()
-    site = site_of(model)
-    limit = 100_000  # P has 92,736 bytes
-    batches = [(X.double() + number, Y) for number in range(calls)]
-    collectors = [StatisticsCollector(model, site, hold=hold, scratch_bytes=limit) for hold in (True, False)]
-    for collector in collectors:
-        with collector:
-            for x, y in batches:
-                F.cross_entropy(model(x), y).backward()
-                x.zero_()  # what is held does not change with the caller's own tensors
-        batches = [(X.double() + number, Y) for number in range(calls)]
-    held, summed = (collector.statistics[site.name] for collector in collectors)
-    assert ("held of 2 calls" in collectors[0].explain()) == (calls == 2)
-    assert ("P" in held.consumer.moments) == (calls > 2)
-    assert "P" in summed.consumer.moments
-    for name in ("S", "S2", "M", "N_raw", "P", "N"):
-        torch.testing.assert_close(getattr(held, name), getattr(summed, name), rtol=1e-9, atol=1e-12)
-    both = held + summed
-    torch.testing.assert_close(both.N, summed.N, rtol=1e-8, atol=1e-12)
-
-
-def test_samples_taken_out_of_held_batches_leave_the_rest():
-    model = network().double()
-    site, batches = site_of(model), [(X.double(), Y), (X.double() - 1, Y)]
-    options = {"quantities": ("S", "N", "samples"), "keep_samples": 6}
-    loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
-    whole = collect_statistics(model, site, batches, loss, reduction="sum", **options)[site.name]
-    rest = collect_statistics(model, site, batches[1:], loss, reduction="sum", **options)[site.name]
-    assert whole.consumer.held is not None
-    remaining = without(whole, whole.samples_kept, rest.samples_kept)
-    torch.testing.assert_close(remaining.N, rest.N, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(remaining.P, rest.P)
-
-
-def test_the_second_pass_gives_the_same_n():
-    model = network(norm=True).double().eval()
-    batches = [(X[:2].double(), Y[:2]), (X[2:].double(), Y[2:])]
-    site = site_of(model)
-    loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
-    one = collect_statistics(model, site, batches, loss, reduction="sum")[site.name]
-    two = collect_statistics(model, site, batches, loss, reduction="sum", scratch_bytes=10_000)[site.name]
-    assert two.P is None
-    assert one.P is not None
-    torch.testing.assert_close(two.N, one.N, rtol=1e-9, atol=1e-12)
-    assert two.bottleneck_energy == pytest.approx(one.bottleneck_energy)
-    assert any("second pass" in note for note in two.notes)
-    with pytest.raises(StatisticsError, match="cannot be merged"):
-        two + two
-
-
-def test_a_hand_written_loop_is_told_about_the_second_pass():
-    model = network()
-    site = site_of(model)
-    collector = StatisticsCollector(model, site, scratch_bytes=1)
-    with collector:
-        F.cross_entropy(model(X), Y).backward()
-    assert collector.needs_second_pass
-    assert collector.statistics[site.name].S is not None
-    with pytest.raises(StatisticsError, match="second_pass"):
-        _ = collector.statistics[site.name].N
-    with collector.second_pass():
-        F.cross_entropy(model(X), Y).backward()
-    torch.testing.assert_close(collector.statistics[site.name].N, collected(model).N, rtol=1e-4, atol=1e-6)
-    assert not collector.needs_second_pass
-    with pytest.raises(StatisticsError, match="no second pass"), collector.second_pass():
-        pass
-    assert "second pass" in collector.explain()
-
-
-def test_the_forced_path_and_its_reason_can_be_seen():
-    model = network()
-    for path in ("dense", "unfold", "offset"):
-        collector = StatisticsCollector(model, site_of(model), path=path)
-        assert "no batch" in collector.explain()
-        with collector:
-            F.cross_entropy(model(X), Y).backward()
-        assert f"by {path} (as asked)" in collector.explain()
-    collector = StatisticsCollector(model, site_of(model))
-    with collector:
-        F.cross_entropy(model(X), Y).backward()
-    assert "multiply-adds" in collector.explain()
-
-
-def test_images_of_several_sizes():
-    model = network().double()
-    site = site_of(model)
-    images = [X.double(), X.double()[..., :6, :], X.double()]
-    results = {}
-    for path in ("dense", "auto", "unfold"):
-        with StatisticsCollector(model, site, path=path, full=True) as collector:
-            for image in images:
-                F.cross_entropy(model(image), Y).backward()
-        results[path] = collector.statistics[site.name]
-    for path in ("auto", "unfold"):
-        assert_same(results[path], results["dense"], 1e-12)
-
-
 def test_only_what_is_asked_for_is_computed():
     found = collected(network(), quantities=("S",))
     assert set(found.consumer.moments) == {"S"}
@@ -351,16 +202,6 @@ def test_only_what_is_asked_for_is_computed():
     with pytest.raises(ArgumentValueError, match="split"):
         kept.samples_kept.split(1.5)
     assert "samples only" in str(kept)
-
-
-def test_kept_samples_are_what_the_modules_saw():
-    model = network()
-    kept = collected(model, keep_samples=4).samples_kept
-    torch.testing.assert_close(kept.x["0"], X[:4])
-    torch.testing.assert_close(kept.h["2"], model[:2](X[:4]).detach())
-    z = model[:3](X).detach().requires_grad_()
-    F.cross_entropy(model[3:](z), Y, reduction="sum").backward()
-    torch.testing.assert_close(kept.v["2"], -z.grad[:4], rtol=1e-4, atol=1e-6)
 
 
 def test_hooks_and_caches_are_freed_after_an_exception():
@@ -418,22 +259,6 @@ def test_wrong_models_and_sites_are_refused():
         StatisticsCollector(nn.DataParallel(model), site)
     with pytest.raises(ArgumentTypeError):
         StatisticsCollector(torch.compile(model), site)
-
-
-def test_a_loss_that_never_reaches_the_pair():
-    model = network()
-    site = site_of(model)
-    with StatisticsCollector(model, site) as collector:
-        model(X)
-    with pytest.raises(StatisticsError, match="zero samples"):
-        _ = collector.statistics
-    with pytest.raises(StatisticsError, match="does not depend"):
-        collect_statistics(model, site, [(X, Y)], lambda z, y: torch.zeros(()))
-    with pytest.raises(StatisticsError, match="zero samples"):
-        collect_statistics(model, site, [], F.cross_entropy)
-    with pytest.raises(StatisticsError, match="one number"):
-        collect_statistics(model, site, [(X, Y)], lambda z, y: F.cross_entropy(z, y, reduction="none"))
-    assert hooks(model) == 0
 
 
 def test_two_backward_passes_through_one_forward_are_refused():

@@ -20,8 +20,7 @@ from growconv.solvers.fitting import (
     minimize,
     normal_equations,
 )
-from growconv.solvers.parametrization import Separable, Whitened, patch_gram
-from growconv.solvers.rank_one import outer_product, rank_one_factors, rank_one_least_squares
+from growconv.solvers.parametrization import Whitened, patch_gram
 from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
 from tests.network import hand
 
@@ -138,22 +137,6 @@ def test_the_search_stops_where_held_out_samples_gain_nothing() -> None:
     assert found.held_out >= found.history[-1][1]
 
 
-def test_whitened_coordinates_come_back() -> None:
-    fit, _ = problem()
-    whitened = coordinates(fit, 1e-3)
-    theta = torch.randn(4, whitened.size, dtype=torch.float64)
-    torch.testing.assert_close(whitened.encode(whitened.filters(theta)), theta)
-
-
-def test_patches_are_white_in_the_coordinates() -> None:
-    fit, _ = problem(samples=200)
-    whitened = coordinates(fit, 1e-9)
-    theta = torch.eye(whitened.size, dtype=torch.float64)
-    weight, bias = whitened.filters(theta)["w"]
-    outputs = F.conv2d(inputs(fit), weight, bias, padding=1).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(outputs @ outputs.mT / outputs.shape[1], theta, rtol=1e-5, atol=1e-5)
-
-
 def test_greedy_order_against_brute_force() -> None:
     fit, _ = problem(torch.relu, samples=30)
     filters = of(torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
@@ -178,33 +161,3 @@ def test_equal_channels_share_one_gain() -> None:
     order, gains = greedy_order(normal_equations(fit, of(weight.repeat(3, 1, 1, 1), bias.repeat(3))), 3)
     assert sorted(order) == [0, 1, 2]
     assert float(gains[1:].abs().max()) < 1e-4 * float(gains[0])
-
-
-def test_rank_one_factors_find_planted_ones() -> None:
-    factors = [torch.randn(3, size, dtype=torch.float64) for size in (4, 3, 5)]
-    planted = outer_product(factors)
-    torch.testing.assert_close(outer_product(rank_one_factors(planted)), planted)
-
-
-def test_rank_one_least_squares() -> None:
-    design = torch.randn(200, 2 * 6, dtype=torch.float64)
-    planted = outer_product([torch.randn(2, size, dtype=torch.float64) for size in (3, 2, 3)])  # (k, c, row, column)
-    target = torch.einsum("pkb,kcb->pc", design.view(200, 2, 6), planted.flatten(2))
-    start = planted + 0.3 * torch.randn_like(planted)
-    found = rank_one_least_squares(design.mT @ design, design.mT @ target, start, sweeps=60)
-    torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_separable_filters_and_kernels_are_of_rank_one(bias: bool) -> None:
-    fit, _ = problem(torch.relu, samples=40, bias=bias)
-    separable = Separable(coordinates(fit))
-    start = separable.encode(of(torch.randn(2, 2, 3, 3).double(), torch.zeros(2).double() if bias else None))
-    objective = Objective(fit, separable, separable=True)
-    found = minimize(objective, fit, start, iterations=10, patience=20)
-    assert found.history[-1][0] > found.history[0][0] > 0
-    weight = separable.filters(found.point.theta)["w"][0]
-    for kernel in (*weight, *found.point.outgoing["r"].transpose(0, 1)):
-        for axis in range(3):
-            values = torch.linalg.svdvals(kernel.movedim(axis, 0).flatten(1))
-            assert float(values[1:].max()) < 1e-9 * float(values[0])

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.statistics import offset_path
-from growconv.statistics.unfolded import gram
 from tests.statistics import cases
 
 SCRATCH = st.sampled_from([1 << 28, 1 << 28, 30_000, 3_000, 100])
@@ -71,18 +70,3 @@ def test_symmetric_statistics_are_exactly_symmetric(pair, scratch):
     ):
         for name in names:
             assert torch.equal(found[name], found[name].T)
-
-
-def test_blocked_gram_is_the_product():
-    rows = torch.randn(1500, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
-
-
-def test_offsets_of_two_three_by_three_kernels_are_as_few_as_the_theory_says():
-    geometry = cases.Geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
-    problem = cases.PairProblem(geometry, geometry, (), (32, 32), (32, 32), (2, 2, 2), True, True)
-    path = offset_path.OffsetPath(problem, cases.SUMS - {"S_full"}, 1 << 28)
-    counts = {maps: len(set(c.offsets(0))) * len(set(c.offsets(1))) for maps, c in path.correlations.items()}
-    assert counts == {"xx": 25, "xv": 25, "xh": 49, "hh": 25, "hv": 9}
-    full = offset_path.OffsetPath(problem, {"S_full"}, 1 << 28).correlations["xx"]
-    assert len(set(full.offsets(0))) ** 2 == 81

@@ -1,18 +1,12 @@
-"""gradmax and random: gradients by autograd, dead channels, scales, and the registry."""
-
-import inspect
-import itertools
-from dataclasses import dataclass
-from typing import Any
+"""gradmax: gradients by autograd, dead channels and random directions."""
 
 import pytest
 import torch
 from torch import nn
 
 import growconv
-from growconv.errors import ArgumentTypeError, SolverError
-from growconv.network.proposal import ChannelGrowth
-from growconv.solvers import SOLVERS, Solver, get_solver, gradmax, register, solve
+from growconv.errors import SolverError
+from growconv.solvers import get_solver, gradmax, solve
 
 from .pairs import collected, pair, squared_error, teacher_batches
 
@@ -113,79 +107,3 @@ def test_fewer_directions_than_channels() -> None:
     torch.testing.assert_close(found.gains, torch.tensor([4.0, 1.0]))
     torch.testing.assert_close(found.omega[0, 0, 0].abs(), torch.tensor(1.0))
     assert gradmax(torch.zeros(4, 2, 3), 5).omega.shape == (0, 2, 3)
-
-
-def test_random_channels_are_he_scaled_and_change_nothing() -> None:
-    model = pair(c0=16, between=lambda width: [nn.BatchNorm2d(width), nn.ReLU()])
-    site = growconv.find_sites(model, torch.randn(1, 16, 6, 6).double())[0]
-    generator = torch.Generator().manual_seed(3)
-    growth = growconv.solve(site, method="random", channels=200, model=model, generator=generator)
-    again = solve(site, "random", 200, model, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(again.alpha, growth.alpha)
-    assert float(growth.alpha.std()) == pytest.approx((2 / 144) ** 0.5, rel=0.05)
-    assert not growth.omega.any()
-    assert get_solver("random").function_preserving
-    assert not get_solver("random", outgoing=0.5).function_preserving
-    spoken = solve(site, "random", 8, model, generator, outgoing=0.5)
-    old = model[-1].weight.transpose(0, 1).flatten(1).norm(dim=1).mean()
-    torch.testing.assert_close(spoken.omega.transpose(0, 1).flatten(1).norm(dim=1), 0.5 * old.expand(8))
-
-
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("random", {"gain": 0.0}),
-        ("random", {"outgoing": -1.0}),
-        ("gradmax", {"outgoing": 0.0}),
-        ("gradmax", {"lift": -1.0}),
-    ],
-)
-def test_impossible_scales(method: str, options: dict) -> None:
-    with pytest.raises(SolverError, match="impossible scales"):
-        get_solver(method, **options)
-
-
-def test_names_and_hyperparameters_are_checked_with_a_suggestion() -> None:
-    with pytest.raises(SolverError, match="did you mean 'tiny'"):
-        get_solver("tinny")
-    with pytest.raises(SolverError, match="did you mean 'shrinkage'"):
-        get_solver("tiny", shrinkige=0.1)
-    with pytest.raises(SolverError, match="belong to the solver object"):
-        get_solver(get_solver("tiny"), shrinkage=0.1)
-
-
-def test_what_cannot_be_solved_is_named() -> None:
-    model = pair()
-    site = growconv.find_sites(model, torch.randn(1, 3, 6, 6).double())[0]
-    with pytest.raises(SolverError, match="needs statistics"):
-        solve(site, "tiny", 2)
-    with pytest.raises(ArgumentTypeError, match="takes the statistics of a site"):
-        inspect.unwrap(solve)(model, "tiny", 2)  # without the types that the tests check at run time
-    with pytest.raises(SolverError, match="no measure by which to choose"):
-        solve(site, "random", "auto")
-
-
-def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("growconv.solvers.base.SOLVERS", dict(SOLVERS))
-    counter = itertools.count()
-
-    @register("ones")
-    @dataclass(frozen=True)
-    class Ones(Solver):
-        value: float = 1.0
-
-        def solve(self, subject: Any, site: Any, channels: Any, model: Any, generator: Any = None) -> ChannelGrowth:
-            next(counter)
-            alpha = torch.full((channels, 3, 3, 3), self.value, dtype=torch.float64)
-            return ChannelGrowth(
-                site.name, self.name, {"0": alpha}, {"1": torch.zeros(4, channels, 3, 3)}, torch.zeros(channels)
-            )
-
-    model = pair(bias=False)
-    site = growconv.find_sites(model, torch.randn(1, 3, 6, 6).double())[0]
-    assert solve(site, "ones", 2, value=3.0).alpha.mean() == 3
-    assert next(counter) == 1
-    with pytest.raises(SolverError, match="not finite"):
-        solve(site, "ones", 2, value=float("nan"))
-    with pytest.raises(SolverError, match="is taken"):
-        register("tiny")(Ones)

@@ -83,60 +83,6 @@ def test_a_predicted_decrease_through_several_passes_is_the_slope() -> None:
         assert growth.expected_decrease == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3)
 
 
-def test_samples_of_several_image_sizes_stay_together() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 5, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(5, 3),
-    ).double()
-    batches = [
-        (data(n, size, seed), torch.zeros(n, dtype=torch.long))
-        for seed, (n, size) in enumerate([(4, 10), (4, 8), (3, 10)])
-    ]
-    sites = growconv.find_sites(model, batches[0][0])
-    found = collect_statistics(
-        model, sites, batches, F.cross_entropy, quantities={"S", "N", "samples"}, keep_samples=10
-    )
-    for site, layers in zip(sites, ((model[0], model[1:2]), (model[2], model[3:6])), strict=True):
-        kept = found[site.name].samples_kept
-        assert kept is not None
-        assert len(kept) == 10
-        for each in kept.passes:
-            x, h = each.x[site.producers[0]][0], each.h[site.consumers[0]][0]
-            torch.testing.assert_close(layers[1](layers[0](x)).detach(), h)
-        x, h = kept.x[site.producers[0]], kept.h[site.consumers[0]]
-        assert len(x) == len(h) == len(kept.v[site.consumers[0]]) == 4 + 2
-        for method in ("tiny", "functional", "firefly", "senn", "splitting"):
-            if method == "functional":
-                with pytest.warns():
-                    growth = growconv.solve(found[site.name], method, 2)
-            else:
-                growth = growconv.solve(found[site.name], method, 2)
-            assert growth.channels in (0, 1, 2)
-
-
-def test_batches_of_other_forms() -> None:
-    model, x = network(), data()
-    (site,) = growconv.find_sites(model, x)
-
-    def loss(output: Tensor, _: object) -> Tensor:
-        return output.square().mean()
-
-    expected = collect_statistics(model, [site], [(x, None)], loss)[site.name].S
-    for batch in (x, (x,), [x, None]):
-        assert torch.equal(collect_statistics(model, [site], [batch], loss)[site.name].S, expected)
-    for batch, named in (((x, 1, 2), "sequence of 3"), ({"image": x, "label": 1}, "image, label"), ("x", "str")):
-        with pytest.raises(ArgumentTypeError, match=named):
-            collect_statistics(model, [site], [batch], loss)
-    with torch.inference_mode(), pytest.raises(StatisticsError, match="inference mode"):
-        collect_statistics(model, [site], [(x, None)], loss)
-
-
 def test_a_gradient_penalty_is_an_error() -> None:
     model, x = network(), data()
     (site,) = growconv.find_sites(model, x)
@@ -179,3 +125,20 @@ def test_half_precision_models(method: str, dtype: torch.dtype) -> None:
     if growth.channels:
         growconv.grow(model, site, growth)
     assert model(x).dtype == dtype
+
+
+def test_batches_of_other_forms() -> None:
+    model, x = network(), data()
+    (site,) = growconv.find_sites(model, x)
+
+    def loss(output: Tensor, _: object) -> Tensor:
+        return output.square().mean()
+
+    expected = collect_statistics(model, [site], [(x, None)], loss)[site.name].S
+    for batch in (x, (x,), [x, None]):
+        assert torch.equal(collect_statistics(model, [site], [batch], loss)[site.name].S, expected)
+    for batch, named in (((x, 1, 2), "sequence of 3"), ({"image": x, "label": 1}, "image, label"), ("x", "str")):
+        with pytest.raises(ArgumentTypeError, match=named):
+            collect_statistics(model, [site], [batch], loss)
+    with torch.inference_mode(), pytest.raises(StatisticsError, match="inference mode"):
+        collect_statistics(model, [site], [(x, None)], loss)

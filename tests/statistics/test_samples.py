@@ -1,0 +1,58 @@
+"""Kept samples are what the modules saw."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import growconv
+from growconv.statistics import collect_statistics
+from tests.statistics.test_collector import X, Y, collected, network
+from tests.statistics.test_passes import data
+
+
+def test_kept_samples_are_what_the_modules_saw():
+    model = network()
+    kept = collected(model, keep_samples=4).samples_kept
+    torch.testing.assert_close(kept.x["0"], X[:4])
+    torch.testing.assert_close(kept.h["2"], model[:2](X[:4]).detach())
+    z = model[:3](X).detach().requires_grad_()
+    F.cross_entropy(model[3:](z), Y, reduction="sum").backward()
+    torch.testing.assert_close(kept.v["2"], -z.grad[:4], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_of_several_image_sizes_stay_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    ).double()
+    batches = [
+        (data(n, size, seed), torch.zeros(n, dtype=torch.long))
+        for seed, (n, size) in enumerate([(4, 10), (4, 8), (3, 10)])
+    ]
+    sites = growconv.find_sites(model, batches[0][0])
+    found = collect_statistics(
+        model, sites, batches, F.cross_entropy, quantities={"S", "N", "samples"}, keep_samples=10
+    )
+    for site, layers in zip(sites, ((model[0], model[1:2]), (model[2], model[3:6])), strict=True):
+        kept = found[site.name].samples_kept
+        assert kept is not None
+        assert len(kept) == 10
+        for each in kept.passes:
+            x, h = each.x[site.producers[0]][0], each.h[site.consumers[0]][0]
+            torch.testing.assert_close(layers[1](layers[0](x)).detach(), h)
+        x, h = kept.x[site.producers[0]], kept.h[site.consumers[0]]
+        assert len(x) == len(h) == len(kept.v[site.consumers[0]]) == 4 + 2
+        for method in ("tiny", "functional", "firefly", "senn", "splitting"):
+            if method == "functional":
+                with pytest.warns():
+                    growth = growconv.solve(found[site.name], method, 2)
+            else:
+                growth = growconv.solve(found[site.name], method, 2)
+            assert growth.channels in (0, 1, 2)
