@@ -1,6 +1,5 @@
 """Seats: what consumers read of new channels, against the grown model itself."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -253,14 +252,3 @@ def test_samples_that_are_mixed_need_the_whole_batch() -> None:
     assert not region.divisible
     with pytest.raises(SiteError, match="all samples"):
         region.part(slice(0, 2))
-
-
-def test_a_tape_leaves_no_hook_and_other_threads_alone() -> None:
-    model, x, _ = hand.build("pair")
-    before = copy.deepcopy(model.state_dict())
-    with Tape(model) as tape:
-        model(x)
-    assert tape.steps
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    model.eval()(x)
-    assert before.keys() == model.state_dict().keys()

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from xml.etree import ElementTree
 
 import pytest
 
@@ -17,6 +16,8 @@ from growconv.reporting import report
 CHROMIUM = next(
     (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
 )
+
+
 SECTIONS = [
     "Training",
     "Learning rate",
@@ -177,14 +178,6 @@ def test_only_the_page_s_own_script_may_run(make_run):
     script = re.search("<script>(.*?)</script>", text, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in text
-
-
-def test_figures_alone_follow_light_and_dark_pages(make_run, tmp_path):
-    paths = report.write_figures(report.read_run(make_run("run")), tmp_path / "figures")
-    assert "widths.svg" in [path.name for path in paths]
-    for path in paths:
-        assert "prefers-color-scheme:dark" in path.read_text()
-        ElementTree.parse(path)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -1,8 +1,6 @@
-"""Widths found by short growing, and several sizes from one trunk."""
+"""Widths found by short growing."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,20 +8,14 @@ import yaml
 from torch import nn
 
 from growconv.cli import main
-from growconv.errors import ConfigError, SiteError
+from growconv.errors import SiteError
 from growconv.growth.cost import ModelCost
 from growconv.growth.widths import set_widths
 from growconv.network.find import find_sites
 from growconv.training.build import make_model
 from growconv.training.config import compose, plain
-from growconv.training.family import stages
 from growconv.training.rundir import RunDirectory
-
-QUICK = ["data.limit=160", "growth.samples=96", "growth.batch_size=48", "trainer.progress=none"]
-FAMILY = [
-    *QUICK, "growth=net2net", "growth.times=2", "growth.begin=0.2", "growth.end=0.5", "lr_schedule=trapezoid",
-    "lr_schedule.decay=0.25", "trainer.flops=1.2e9",
-]  # fmt: skip
+from tests.training.test_family import QUICK
 
 
 def chain() -> nn.Sequential:
@@ -74,45 +66,3 @@ def test_a_search_needs_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["search", *QUICK, f"hydra.run.dir={tmp_path / 'run'}"]) == 1
     assert "growth.budget" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def figures(folder: Path) -> dict[str, Any]:
-    timed = {"seconds", "growth_seconds", "peak_memory", "best_val_accuracy", "epochs"}
-    return {name: value for name, value in RunDirectory(folder).summary().items() if name not in timed}
-
-
-def test_a_member_is_the_run_of_its_own_length_and_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["family", *FAMILY, f"hydra.run.dir={tmp_path / 'family'}"]) == 0
-    said = capsys.readouterr().out
-    members = [figures(tmp_path / "family" / f"member_{number}") for number in range(3)]
-    sizes = [member["parameters"] for member in members]
-    assert sizes == sorted(set(sizes))
-    assert [member["growth_events"] > 0 for member in members] == [False, True, True]
-    for member, length in zip(members, (0.2 / 0.75, 0.5 / 0.75, 1.0), strict=True):
-        assert 0.9 * length * 1.2e9 < member["train_flops"] <= length * 1.2e9
-    lines = [json.loads(line) for line in (tmp_path / "family/member_1/metrics.jsonl").read_text().splitlines()]
-    trunk = [json.loads(line) for line in (tmp_path / "family/trunk_1/metrics.jsonl").read_text().splitlines()]
-    assert lines[: len(trunk)] == trunk
-    rates = [line["learning_rate"] for line in lines]
-    assert set(rates[: len(trunk)]) == {rates[0]}
-    assert rates[-1] < 0.5 * rates[0]
-    assert "one by one" in said
-    assert main(["family", *FAMILY, f"hydra.run.dir={tmp_path / 'family'}"]) == 0  # nothing is left to do
-    assert [figures(tmp_path / "family" / f"member_{number}") for number in range(3)] == members
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (["growth=none"], "growth spread"),
-        (["growth.every=10"], "growth spread"),
-        (["trainer.flops=null"], "trunk of constant rate"),
-        (["lr_schedule=cosine"], "trunk of constant rate"),
-        (["growth.end=0.8"], "falls already"),
-    ],
-)
-def test_what_is_no_family_is_refused(changes: list[str], words: str) -> None:
-    groups = {change.split("=")[0] for change in changes}
-    kept = [text for text in FAMILY if text.split("=")[0] not in groups]
-    with pytest.raises(ConfigError, match=words):
-        stages(plain(compose([*kept, *changes])))
