@@ -15,15 +15,16 @@ from experiments.studies.when_growing_pays.record import Record
 from growconv.growth.cost import ModelCost
 from growconv.training.models import PlainNet
 
-E = 1.2e12
+E = 3e11
 """The unit of training FLOPs: about one epoch of width 1."""
-
+BUDGETS = (1.0, 2.0, 4.0, 8.0)
+LENGTH, HALF = 4.0 * E, 2.0 * E
+"""Training FLOPs of the runs of all other questions, and where they grow."""
 WIDTHS = (0.5, 0.7, 1.0, 1.4, 2.0)
-BUDGETS = (0.5, 1.0, 2.0, 4.0)
-RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
+RATES = (0.05, 0.1, 0.2, 0.4)
 TUNING, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 DECAY = 0.4
-PLAN = (16, "pool", 32, 32, "pool", 64)
+PLAN = (8, "pool", 16, 16, "pool", 32)
 SITES = (
     "features.0 -> features.4",
     "features.4 -> features.7",
@@ -40,7 +41,7 @@ BASE = (
     "report=false",
 )
 FALLING = ("lr_schedule=trapezoid", f"lr_schedule.decay={DECAY}")
-RESIDUAL = ("model=resnet20", "model._target_=experiments.studies.when_growing_pays.nets.residual", "model.width=0.5")
+RESIDUAL = ("model=resnet20", "model._target_=experiments.studies.when_growing_pays.nets.residual", "model.width=0.25")
 NETS: dict[str, tuple[str, ...]] = {
     "plain": (
         "model=small_cnn",
@@ -64,9 +65,9 @@ CRITERIA: dict[str, tuple[str, ...]] = {
     "energy_per_flop": ("growth=tiny", "growth.where.by=energy"),
     "gradient_per_parameter": ("growth.where.per=parameter",),
 }
-SEARCHES = (("gradient_per_flop", 0.05), ("gradient_per_flop", 0.5), *((criterion, 0.15) for criterion in CRITERIA))
+SEARCHES = (("gradient_per_flop", 0.1), ("gradient_per_flop", 1.0), *((criterion, 0.3) for criterion in CRITERIA))
 HAND_MADE = {"equal": (1.0, 1.0, 1.0, 1.0), "steep": (1.0, 3.0, 3.0, 9.0)}
-TRIALS, TRIAL = 5, 0.03
+TRIALS, TRIAL = 5, 0.06
 
 Commands = Callable[[Path], Iterator[tuple[str, ...]]]
 
@@ -100,7 +101,7 @@ def run(question: str, variant: str, seed: int, *overrides: str) -> Piece:
 
 
 def rates(record: Record) -> Iterator[Piece]:
-    """One unit of every net and width at every rate, on seeds that are never reported."""
+    """Every net and width at every rate, on seeds that are never reported."""
     jobs = [("plain", width) for width in WIDTHS] + [(net, None) for net in NETS if net != "plain"]
     for seed, (net, width), rate in itertools.product(TUNING, jobs, RATES):
         yield _rated(net, width, rate, seed)
@@ -116,7 +117,7 @@ def _name(net: str, width: float | None) -> str:
 
 def _rated(net: str, width: float | None, rate: float, seed: int) -> Piece:
     wide = () if width is None else (f"model.width={width}",)
-    overrides = (*NETS[net], *FIXED, *wide, f"trainer.flops={E}", f"optimizer.lr={rate}")
+    overrides = (*NETS[net], *FIXED, *wide, f"trainer.flops={HALF}", f"optimizer.lr={rate}")
     return run("rates", f"{_name(net, width)}/lr_{rate}", seed, *overrides)
 
 
@@ -156,12 +157,12 @@ def frontier(record: Record, seed: int) -> Iterator[Piece]:
 
 
 def _doubling(record: Record, target: float, variant: str, seed: int, *overrides: str) -> Piece:
-    grown = (*NETS["plain"], f"model.width={target}", *overrides, f"trainer.flops={2 * E}")
+    grown = (*NETS["plain"], f"model.width={target}", *overrides, f"trainer.flops={LENGTH}")
     return run("doubling", f"to_{target}/{variant}", seed, *grown, rate(record, "plain", target))
 
 
 def doubling(record: Record, seed: int) -> Iterator[Piece]:
-    """(b): one doubling within 2 E, to width 1 and to width 2."""
+    """(b): one doubling in the middle, to width 1 and to width 2."""
     for target, (name, method), faster in itertools.product((1.0, 2.0), METHODS.items(), (False, True)):
         more = (FASTER,) if faster else ()
         yield _doubling(record, target, f"{name}_1.3" if faster else name, seed, *method, *AT_HALF, *more)
@@ -181,7 +182,7 @@ def finished(record: Record, seed: int) -> Iterator[Piece]:
         chosen = rate(record, "plain", small)
 
         def commands(folder: Path, small: float = small, chosen: str = chosen) -> Iterator[tuple[str, ...]]:
-            begun = (*BASE, *FALLING, *NETS["plain"], *FIXED, f"model.width={small}", f"trainer.flops={E}", chosen)
+            begun = (*BASE, *FALLING, *NETS["plain"], *FIXED, f"model.width={small}", f"trainer.flops={HALF}", chosen)
             yield (*begun, f"seed={seed}", f"hydra.run.dir={folder / 'small'}")
             for method in ("net2net", "functional"):
                 yield (
@@ -194,8 +195,8 @@ def finished(record: Record, seed: int) -> Iterator[Piece]:
                     "--output",
                     f"{folder / method}",
                 )
-                yield (f"resume={folder / method}", f"trainer.flops={2 * E}")
-            yield (f"resume={folder / 'small'}", f"trainer.flops={2 * E}")
+                yield (f"resume={folder / method}", f"trainer.flops={LENGTH}")
+            yield (f"resume={folder / 'small'}", f"trainer.flops={LENGTH}")
 
         variant = f"from_{small}"
         outcomes = {f"{variant}/{name}": name for name in ("net2net", "functional", "small")}
@@ -204,9 +205,9 @@ def finished(record: Record, seed: int) -> Iterator[Piece]:
 
 def family(record: Record, seed: int) -> Iterator[Piece]:
     """(d): widths ½, ¾ and 1 from one trunk, and one by one for the same FLOPs in all."""
-    marks = (0.2, 0.5)  # of the largest member's 2 E: where the trunk grows
-    lengths = [mark * 2 * E / (1 - DECAY) for mark in marks] + [2 * E]
-    trunk = (1 - DECAY) * 2 * E
+    marks = (0.2, 0.5)  # of the largest member's length: where the trunk grows
+    lengths = [mark * LENGTH / (1 - DECAY) for mark in marks] + [LENGTH]
+    trunk = (1 - DECAY) * LENGTH
     spent = trunk + sum(DECAY * length for length in lengths)
     chosen = rate(record, "plain", 1.0)
 
@@ -218,7 +219,7 @@ def family(record: Record, seed: int) -> Iterator[Piece]:
             f"growth.begin={marks[0]}",
             f"growth.end={marks[1]}",
         )
-        length = ("growth.amount=0.5", f"trainer.flops={2 * E}")
+        length = ("growth.amount=0.5", f"trainer.flops={LENGTH}")
         yield (
             "family",
             *BASE,
@@ -241,7 +242,7 @@ def family(record: Record, seed: int) -> Iterator[Piece]:
 def allocation(record: Record, seed: int) -> Iterator[Piece]:
     """(e): widths found by short growing, by hand and at random, at equal inference FLOPs, from scratch for 2 E."""
     chosen, budget = rate(record, "plain", 1.0), inference_flops(PLAN)
-    last = (*BASE, *FALLING, *NETS["plain"], *FIXED, f"trainer.flops={2 * E}", chosen, f"seed={seed}")
+    last = (*BASE, *FALLING, *NETS["plain"], *FIXED, f"trainer.flops={LENGTH}", chosen, f"seed={seed}")
     for criterion, share in SEARCHES:
 
         def searched(folder: Path, criterion: str = criterion, share: float = share) -> Iterator[tuple[str, ...]]:
@@ -277,21 +278,21 @@ def allocation(record: Record, seed: int) -> Iterator[Piece]:
         best = losses.index(min(losses))
         yield (*_at(folder / "found", tried[best]), *last, f"hydra.run.dir={folder / 'found'}")
 
-    yield Piece("allocation", "at_random_0.15", seed, at_random, {"at_random_0.15": "found"})
+    yield Piece("allocation", "at_random_0.3", seed, at_random, {"at_random_0.3": "found"})
 
 
 def size_and_depth(record: Record, seed: int) -> Iterator[Piece]:
     """(f): smaller images at first, and blocks copied, alone and with a doubling."""
     small, grown = ("data.size=[[0.25,14]]",), (*METHODS["net2net"], FASTER, *AT_HALF)
     for target in (1.0, 2.0):
-        wide = (*NETS["plain"], f"model.width={target}", f"trainer.flops={2 * E}", rate(record, "plain", target))
+        wide = (*NETS["plain"], f"model.width={target}", f"trainer.flops={LENGTH}", rate(record, "plain", target))
         yield run("size_and_depth", f"plain/to_{target}/size", seed, *wide, *small, *FIXED)
         yield run("size_and_depth", f"plain/to_{target}/size_and_width", seed, *wide, *small, *grown)
     shallow, deep = "residual_2_2_2", "residual_4_3_3"
     for net in (shallow, deep):
-        fixed = (*NETS[net], *FIXED, f"trainer.flops={2 * E}")
+        fixed = (*NETS[net], *FIXED, f"trainer.flops={LENGTH}")
         yield run("size_and_depth", f"residual/{net}", seed, *fixed, rate(record, net))
-    copied = (*NETS[shallow], "growth.depth.at=[0.4]", f"trainer.flops={2 * E}", rate(record, deep))
+    copied = (*NETS[shallow], "growth.depth.at=[0.4]", f"trainer.flops={LENGTH}", rate(record, deep))
     yield run("size_and_depth", "residual/depth", seed, *FIXED, *copied)
     yield run("size_and_depth", "residual/depth_and_width", seed, *grown, *copied)
 
@@ -300,7 +301,7 @@ def directions(record: Record, seed: int) -> Iterator[Piece]:
     """(g): methods that differ in the initial weights only, silent at first and with the amplitude searched."""
     for method, amplitude in itertools.product(("tiny", "functional", "gradmax", "random"), ("0.0", "line_search")):
         overrides = (f"growth={method}", *AT_HALF, f"growth.amplitude={amplitude}", "model.width=1.0")
-        ends = (f"trainer.flops={2 * E}", rate(record, "plain", 1.0))
+        ends = (f"trainer.flops={LENGTH}", rate(record, "plain", 1.0))
         yield run("directions", f"{method}_{amplitude}", seed, *NETS["plain"], *overrides, *ends)
 
 

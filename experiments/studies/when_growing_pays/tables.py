@@ -13,7 +13,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from scipy import stats
 
-from experiments.studies.when_growing_pays.pieces import BUDGETS, WIDTHS
+from experiments.studies.when_growing_pays.pieces import BUDGETS, HALF, LENGTH, WIDTHS, E
 from experiments.studies.when_growing_pays.record import Record, Result
 from growconv.reporting.frontier import head_start_kept
 
@@ -86,11 +86,11 @@ class Tables:
     def __init__(self, record: Record):
         self.record = record
 
-    def fixed(self, width: float, budget: float = 2.0) -> dict[int, Result]:
+    def fixed(self, width: float, budget: float = LENGTH / E) -> dict[int, Result]:
         """A fixed width of the frontier."""
         return self.record.of("frontier", f"budget_{budget}/width_{width}")
 
-    def best(self, budget: float = 2.0) -> tuple[float, dict[int, Result]] | None:
+    def best(self, budget: float = LENGTH / E) -> tuple[float, dict[int, Result]] | None:
         """The fixed width with the lowest mean NLL at a budget, and its runs; None before all widths have one."""
         found = {width: self.fixed(width, budget) for width in WIDTHS}
         if not all(found.values()):
@@ -124,9 +124,9 @@ class Tables:
     def head_start(self, target: float, results: Mapping[int, Result]) -> str:
         """Head start kept, as the protocol defines it, of runs of 2 E that doubled in the middle."""
         large = {budget: statistics.mean(nll(found)) for budget in BUDGETS if (found := self.fixed(target, budget))}
-        if not (small := self.fixed(target / 2, 1.0)):
+        if not (small := self.fixed(target / 2, HALF / E)):
             return ""
-        kept = head_start_kept(statistics.mean(nll(results)), 1.0, large, statistics.mean(nll(small)))
+        kept = head_start_kept(statistics.mean(nll(results)), (LENGTH - HALF) / E, large, statistics.mean(nll(small)))
         return "outside" if math.isnan(kept) else f"{kept:.0%}"
 
     def doubling(self) -> list[str]:
@@ -157,7 +157,7 @@ class Tables:
         for small in (0.5, 1.0):
             scratch = {
                 f"width {2 * small:g} from scratch, {budget:g} E": self.fixed(2 * small, budget)
-                for budget in (1.0, 2.0)
+                for budget in (HALF / E, LENGTH / E)
             }
             reference = self.record.of("finished", f"from_{small}/small")
             rows = [row(name, found, [reference]) for name, found in scratch.items() if found]
@@ -253,9 +253,14 @@ class Tables:
             groups = self.group("doubling", f"to_{target_width}/")
             means = [statistics.mean(nll(found)) for found in groups.values()]
             axes.scatter(
-                [2.0] * len(means), means, marker=marker, color="black", zorder=3, label=f"grown to {target_width:g}"
+                [LENGTH / E] * len(means),
+                means,
+                marker=marker,
+                color="black",
+                zorder=3,
+                label=f"grown to {target_width:g}",
             )
-        axes.set(xscale="log", xlabel="training FLOPs in E = 1.2e12", ylabel="test NLL", xticks=BUDGETS)
+        axes.set(xscale="log", xlabel=f"training FLOPs in E = {E:.2g}", ylabel="test NLL", xticks=BUDGETS)
         axes.set_xticklabels([f"{budget:g}" for budget in BUDGETS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
