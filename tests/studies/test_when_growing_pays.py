@@ -135,12 +135,12 @@ def test_an_interval_is_students():
 
 def test_the_head_start_kept_is_the_protocols(tmp_path):
     record = Record(tmp_path / "results.jsonl")
-    large = {0.5: 0.50, 1.0: 0.40, 2.0: 0.30, 4.0: 0.20}
+    large = {1.0: 0.50, 2.0: 0.40, 4.0: 0.30, 8.0: 0.20}
     record.add(result("frontier", f"budget_{budget}/width_1.0", 0, loss) for budget, loss in large.items())
     record.add([result("frontier", "budget_2.0/width_0.5", 0, 0.45)])
     tables = Tables(record)
-    # The small net's loss is worth 2^-0.5 E: who ends at the large net's loss of 2 E has kept (2 - 1) / 2^-0.5 of it,
-    # who ends at that of 1 E nothing.
+    # The small net's loss is worth 2^0.5 E: who ends at the large net's loss of 4 E has kept (4 - 2) / 2^0.5 of it,
+    # who ends at that of 2 E nothing.
     assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.30)}) == "141%"
     assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.40)}) == "0%"
     assert tables.head_start(1.0, {0: result("doubling", "x", 0, 0.60)}) == "outside"
