@@ -27,6 +27,10 @@ _TYPES = {
 }
 
 
+OWN_SCHEDULES = ("cosine", "trapezoid", "constant")
+"""Learning rates of growconv's own, in shares of the run."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an option may be.
@@ -173,6 +177,13 @@ def check_together(config: Mapping[str, Any]) -> None:
             where="baselines",
             got=config["baselines"],
             fix="choose a growth, or leave baselines out",
+        )
+    if config["lr_schedule"]["name"] not in OWN_SCHEDULES and trainer["flops"] is not None:
+        raise ConfigError(
+            "torch's schedules count steps, and a run of so many FLOPs does not know how many it will have",
+            where="lr_schedule",
+            got=f"lr_schedule.name={config['lr_schedule']['name']}, trainer.flops={trainer['flops']:g}",
+            fix=f"choose one of {', '.join(OWN_SCHEDULES)}, or set trainer.epochs in place of trainer.flops",
         )
     if trainer["sync_batchnorm"] and trainer["accelerator"] == "cpu":
         raise no_sync_batchnorm("cpu")

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError
 from growconv.reporting.records import flatten
-from growconv.training.checks import check_options, check_together, explain, limited
+from growconv.training.checks import OWN_SCHEDULES, check_options, check_together, explain, limited
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # What may change when a run is resumed: nothing of it touches a number that the run computes.
@@ -235,12 +235,12 @@ class OptimizerConfig:
     """An optimizer.
 
     Attributes:
-        name: sgd or adamw.
+        name: sgd, adamw, or a class of torch.optim.
         lr: learning rate at the top of the schedule.
         weight_decay: L2 (sgd) or decoupled (adamw) decay; not applied to biases and norm layers.
     """
 
-    name: str = limited(MISSING, choices=("sgd", "adamw"))
+    name: str = MISSING
     lr: float = limited(MISSING, above=0)
     weight_decay: float = limited(0.0, least=0)
 
@@ -278,8 +278,45 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass
+class TorchOptimizerConfig(OptimizerConfig):
+    """Any optimizer of torch.optim that needs nothing but gradients.
+
+    Attributes:
+        name: its class: RMSprop, NAdam, ...
+        args: its further arguments.
+    """
+
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class LRScheduleConfig:
     """A learning rate over the run.
+
+    Attributes:
+        name: cosine, trapezoid, constant, or a class of torch.optim.lr_scheduler.
+    """
+
+    name: str = MISSING
+
+
+@dataclass
+class TorchScheduleConfig(LRScheduleConfig):
+    """Any schedule of torch.optim.lr_scheduler that depends on nothing but the step, in a run of `trainer.epochs`.
+
+    Attributes:
+        name: its class: StepLR, OneCycleLR, ...
+        every: when it steps: once an epoch, or once a step.
+        args: its arguments.
+    """
+
+    every: str = limited("epoch", choices=("epoch", "step"))
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OwnScheduleConfig(LRScheduleConfig):
+    """A learning rate in shares of the run.
 
     Attributes:
         name: cosine, trapezoid or constant.
@@ -288,7 +325,7 @@ class LRScheduleConfig:
         decay: share of the run in which the rate falls (trapezoid).
     """
 
-    name: str = limited("cosine", choices=("cosine", "trapezoid", "constant"))
+    name: str = limited("cosine", choices=OWN_SCHEDULES)
     warmup: float = limited(0.0, least=0, most=1)
     final: float = limited(0.0, least=0, most=1)
     decay: float = limited(0.3, least=0, most=1)
@@ -406,7 +443,9 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     ("growth", "growth_schema"): GrowthConfig,
     ("optimizer", "sgd_schema"): SGDConfig,
     ("optimizer", "adamw_schema"): AdamWConfig,
-    ("lr_schedule", "lr_schedule_schema"): LRScheduleConfig,
+    ("optimizer", "torch_optimizer_schema"): TorchOptimizerConfig,
+    ("lr_schedule", "lr_schedule_schema"): OwnScheduleConfig,
+    ("lr_schedule", "torch_schedule_schema"): TorchScheduleConfig,
     ("trainer", "trainer_schema"): TrainerConfig,
     (None, "logger_schema"): LoggerConfig,
 }
@@ -535,8 +574,10 @@ def _schema(group: str, options: object) -> type | None:
     if group == "model":
         return LibraryModelConfig if "name" in given else ModelConfig
     if group == "optimizer":
-        return {"sgd": SGDConfig, "adamw": AdamWConfig}.get(name, OptimizerConfig)
-    others = {"growth": GrowthConfig, "lr_schedule": LRScheduleConfig}
+        return {"sgd": SGDConfig, "adamw": AdamWConfig}.get(name, TorchOptimizerConfig)
+    if group == "lr_schedule":
+        return OwnScheduleConfig if name in OWN_SCHEDULES else TorchScheduleConfig
+    others = {"growth": GrowthConfig}
     return (others | {"trainer": TrainerConfig, "logger": LoggerConfig}).get(group)
 
 

@@ -156,11 +156,13 @@ def run_one(
     if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
         replay(found, model, optimizer)
     batch_size = global_batch_size(config, dataset, devices.world_size)
-    total = steps_per_epoch(len(dataset.train), batch_size) * config["trainer"]["epochs"]
+    epoch = steps_per_epoch(len(dataset.train), batch_size)
+    total = epoch * config["trainer"]["epochs"]
     example = dataset.inputs(dataset.train, torch.arange(2)).to(next(model.parameters()).dtype)
     scheduler = make_scheduler(config, model, optimizer, example, total)
     loss = make_loss(dataset, config["trainer"]["label_smoothing"])
-    lr_schedule = make_lr_schedule(config["lr_schedule"], config["trainer"]["flops"] or total)
+    length = config["trainer"]["flops"] or total
+    lr_schedule = make_lr_schedule(config["lr_schedule"], length, config["optimizer"]["lr"], epoch)
     if begins:
         about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
         on_first(devices, lambda: _start(files, config, about, resume))

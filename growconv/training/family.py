@@ -40,7 +40,7 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
     Raises:
         ConfigError: a run that does not grow, has no length in FLOPs, or grows when its rate falls already.
     """
-    growth, flops, decay = config["growth"], config["trainer"]["flops"], config["lr_schedule"]["decay"]
+    growth, flops = config["growth"], config["trainer"]["flops"]
     if not grows(config) or growth["when"] is not None or growth["every"] is not None:
         got = f"growth.method={growth['method']}, growth.when={growth['when']}, growth.every={growth['every']}"
         fix = "set growth.times, growth.begin and growth.end"
@@ -52,6 +52,7 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
             expected="trainer.flops=... (of the largest member), lr_schedule=trapezoid",
             got=f"trainer.flops={flops}, lr_schedule={config['lr_schedule']['name']}",
         )
+    decay = config["lr_schedule"]["decay"]
     marks, end = growth_flops(growth, flops), (1 - decay) * flops
     if marks[-1] >= end:
         raise ConfigError(

@@ -1,14 +1,29 @@
 """Learning rates as functions of the step, and the optimizers under conf/optimizer."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from growconv.errors import ConfigError
 from growconv.linalg.optimizers import SGD, AdamW
+from growconv.training.checks import OWN_SCHEDULES, near
+
+_OTHER_OPTIMIZERS = {
+    "LBFGS": "an optimizer that needs nothing but gradients; LBFGS runs the model itself",
+    "SparseAdam": "an optimizer of dense gradients",
+}
+_OTHER_SCHEDULES = {
+    "ReduceLROnPlateau": "a schedule of the step alone; this one looks at a metric",
+    **dict.fromkeys(("SequentialLR", "ChainedScheduler"), "a schedule of its own, not one of other schedules"),
+    **dict.fromkeys(("LambdaLR", "MultiplicativeLR"), "a schedule of numbers; this one takes functions"),
+}
 
 
 def lr_factor(
@@ -45,23 +60,76 @@ def lr_factor(
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_lr_schedule(config: Mapping[str, Any], total: float | int) -> Callable[[float | int, float | int], float]:
+def make_lr_schedule(
+    config: Mapping[str, Any], total: float | int, lr: float = 1.0, epoch_steps: int = 1
+) -> Callable[[float | int, float | int], float]:
     """The factor as a function of what is done, and of the size of the next step.
 
     Args:
         config: the group lr_schedule.
         total: optimizer steps or training FLOPs of the run.
+        lr: the rate that the factor is of, which some of torch's schedules know.
+        epoch_steps: optimizer steps of an epoch.
+
+    Raises:
+        ConfigError: torch has no such schedule, or it does not take these arguments.
     """
-    name, shares = config["name"], {key: config[key] for key in ("warmup", "final", "decay")}
+    name = config["name"]
+    if name not in OWN_SCHEDULES:
+        return TorchSchedule(config, int(total), lr, epoch_steps if config["every"] == "epoch" else 1)
+    shares = {key: config[key] for key in ("warmup", "final", "decay")}
     return lambda done, one: lr_factor(name, done, total, one=one, **shares)
 
 
+class TorchSchedule:
+    """A schedule of torch.optim.lr_scheduler as a factor on the learning rate.
+
+    It steps an optimizer of its own that trains nothing, so that growth and resuming need not know of it.
+
+    Args:
+        config: the group lr_schedule.
+        total: optimizer steps of the run.
+        lr: learning rate that the schedule begins with.
+        period: optimizer steps of the run for each of the schedule's.
+
+    Raises:
+        ConfigError: there is no such schedule, it does not take these arguments, or it ends before the run.
+    """
+
+    def __init__(self, config: Mapping[str, Any], total: int, lr: float, period: int) -> None:
+        self._config, self._lr, self._period = config, lr, period
+        self._begin()
+        try:
+            self(total - 1, 1)
+        except ValueError as error:
+            raise ConfigError("the schedule ends before the run", where="lr_schedule.args", got=error) from error
+
+    def __call__(self, done: float | int, one: float | int) -> float:
+        """The factor for the step after `done` others."""
+        wanted = int(done) // self._period
+        if wanted < self._reached:
+            self._begin()
+        while self._reached < wanted:
+            self._optimizer.step()
+            self._schedule.step()
+            self._reached += 1
+        return float(self._optimizer.param_groups[0]["lr"]) / self._lr
+
+    def _begin(self) -> None:
+        found = class_of_torch(lr_scheduler, self._config["name"], LRScheduler, "lr_schedule.name", _OTHER_SCHEDULES)
+        self._optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=self._lr, momentum=0.9)
+        self._schedule = _built(found, "lr_schedule.args", self._optimizer, **self._config["args"])
+        self._reached = 0
+
+
 def decay_begins(config: Mapping[str, Any]) -> float:
-    """Where the learning rate begins to fall, as a share of the run; 1 where it never does.
+    """Where the learning rate begins to fall, as a share of the run; 1 where it never does or torch's schedule tells.
 
     Args:
         config: the group lr_schedule.
     """
+    if config["name"] not in OWN_SCHEDULES:
+        return 1.0
     return {"constant": 1.0, "trapezoid": 1 - config["decay"], "cosine": config["warmup"]}[config["name"]]
 
 
@@ -73,19 +141,66 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
         model: the model.
 
     Raises:
-        ConfigError: the model has no parameter.
+        ConfigError: the model has no parameter, torch has no such optimizer, or it does not take these arguments.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError("the model has no parameter to train", where=f"model={type(model).__name__}")
+    arguments = {key: value for key, value in config.items() if key not in ("name", "weight_decay", "args")}
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    if config["name"] == "sgd":
+        kind, arguments["nesterov"] = SGD, config["nesterov"] and config["momentum"] > 0
+    elif config["name"] == "adamw":
+        kind = AdamW
+    else:
+        kind = class_of_torch(torch.optim, config["name"], Optimizer, "optimizer.name", _OTHER_OPTIMIZERS)
+        arguments |= config["args"]
+    decays = "weight_decay" in inspect.signature(kind).parameters
+    if config["weight_decay"] and not decays:
+        raise ConfigError(
+            f"{config['name']} has no weight decay",
+            where="optimizer.weight_decay",
+            expected=0,
+            got=config["weight_decay"],
+        )
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config["weight_decay"]},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ConfigError("the model has no parameter to train", where=f"model={type(model).__name__}")
-    if config["name"] == "sgd":
-        momentum = config["momentum"]
-        nesterov = config["nesterov"] and momentum > 0
-        return SGD(groups, lr=config["lr"], momentum=momentum, nesterov=nesterov)
-    first, second = config["betas"]
-    return AdamW(groups, lr=config["lr"], betas=(first, second), eps=config["eps"])
+    groups = [group if decays else {"params": group["params"]} for group in groups if group["params"]]
+    return _built(kind, "optimizer.args", groups, **arguments)
+
+
+def class_of_torch(module: ModuleType, name: str, kind: type, where: str, others: Mapping[str, str]) -> type[Any]:
+    """A class that a module of torch offers.
+
+    Args:
+        module: torch.optim or torch.optim.lr_scheduler.
+        name: of the class.
+        kind: what it has to be a subclass of.
+        where: the option, for the message.
+        others: classes that do not serve, with the reason.
+
+    Raises:
+        ConfigError: there is none, or it does not serve.
+    """
+    found = {key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, kind)}
+    found = {key: value for key, value in found.items() if value is not kind and not key.startswith("_")}
+    if name in others:
+        raise ConfigError("this one does not serve here", where=where, got=name, expected=others[name])
+    if name not in found:
+        known, meant = [key for key in found if key not in others], near(str(name), found)
+        fix = f"did you mean {where}={meant}?" if meant else None
+        raise ConfigError(
+            f"{module.__name__} has no such class", where=where, expected=", ".join(sorted(known)), got=name, fix=fix
+        )
+    return found[name]
+
+
+def _built(kind: Callable[..., Any], where: str, *given: Any, **arguments: Any) -> Any:
+    try:
+        return kind(*given, **arguments)
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        expected = ", ".join(inspect.signature(kind).parameters)
+        name = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{name} does not take this", where=where, expected=expected, got=error) from error

@@ -66,6 +66,9 @@ SPECIAL = {
     "model=timm, torchvision, transformers or pytorchcv": settings.LibraryModelConfig,
     "optimizer=sgd": settings.SGDConfig,
     "optimizer=adamw": settings.AdamWConfig,
+    "optimizer=torch": settings.TorchOptimizerConfig,
+    "lr_schedule=cosine, trapezoid or constant": settings.OwnScheduleConfig,
+    "lr_schedule=torch": settings.TorchScheduleConfig,
 }
 FLAGS = {
     "-m, --multirun": "a sweep: one run for every combination of the listed values",

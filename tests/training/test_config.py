@@ -25,7 +25,8 @@ CHOICES = [
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
     needed = {"images": ["data.root=/nowhere"]} | {key: ["model.name=resnet"] for key in LIBRARIES}
-    overrides = [f"{group}={name}", *needed.get(name, [])]
+    named = {"optimizer": ["optimizer.name=NAdam", "optimizer.lr=1e-3"], "lr_schedule": ["lr_schedule.name=StepLR"]}
+    overrides = [f"{group}={name}", *needed.get(name, named.get(group, []) if name == "torch" else [])]
     config = plain(compose(overrides))
     assert config["trainer"]["epochs"] >= 1
     if group == "growth":

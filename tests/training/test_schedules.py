@@ -1,12 +1,19 @@
 """Learning rates over a run, beside torch's own schedulers and numpy's interpolation."""
 
 import copy
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from growconv.cli import main
+from growconv.errors import ConfigError
 from growconv.training.config import compose, plain
+from growconv.training.loop import Trainer
+from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import lr_factor, make_lr_schedule, make_optimizer
 
 SHARES = {"warmup": 0.0, "final": 0.0, "decay": 0.3}
@@ -69,3 +76,109 @@ def test_the_optimizers_are_torchs_own(kind: str) -> None:
         assert torch.equal(ours.weight, theirs.weight)
         assert torch.equal(ours.bias, theirs.bias)
     assert isinstance(optimizer, type(expected))
+
+
+TORCH_SCHEDULES = {
+    "StepLR": {"step_size": 2, "gamma": 0.5},
+    "MultiStepLR": {"milestones": [3, 5]},
+    "ConstantLR": {"total_iters": 3},
+    "LinearLR": {"total_iters": 4},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {"total_iters": 9},
+    "CosineAnnealingLR": {"T_max": 7},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3},
+    "OneCycleLR": {"max_lr": 0.3, "total_steps": 12},
+}
+
+
+@pytest.mark.parametrize("every", ["epoch", "step"])
+@pytest.mark.parametrize("name", TORCH_SCHEDULES)
+def test_a_schedule_of_torch_gives_torchs_rates_from_any_step_on(name: str, every: str) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **TORCH_SCHEDULES[name])
+    period = 3 if every == "epoch" else 1
+    expected = []
+    for _ in range(10):
+        expected += period * [optimizer.param_groups[0]["lr"]]
+        optimizer.step()
+        scheduler.step()
+    config = {"name": name, "every": every, "args": TORCH_SCHEDULES[name]}
+    factor = make_lr_schedule(config, len(expected), 0.1, 3)
+    assert [0.1 * factor(step, 1) for step in range(len(expected))] == pytest.approx(expected)
+    assert 0.1 * factor(4, 1) == pytest.approx(expected[4])  # as after resuming
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["lr_schedule=torch", "lr_schedule.name=StepLr", "+lr_schedule.args.step_size=2"],
+            "lr_schedule.name=StepLR?",
+        ),
+        (["lr_schedule=torch", "lr_schedule.name=ReduceLROnPlateau"], "looks at a metric"),
+        (["lr_schedule=torch", "lr_schedule.name=StepLR"], "step_size"),
+        (
+            ["lr_schedule=torch", "lr_schedule.name=OneCycleLR", "+lr_schedule.args={max_lr: 1, total_steps: 2}"],
+            "before",
+        ),
+        (["optimizer=torch", "optimizer.name=RMSProp", "optimizer.lr=0.1"], "optimizer.name=RMSprop?"),
+        (["optimizer=torch", "optimizer.name=LBFGS", "optimizer.lr=0.1"], "runs the model itself"),
+        (
+            ["optimizer=torch", "optimizer.name=Rprop", "optimizer.lr=0.1", "optimizer.weight_decay=0.1"],
+            "no weight decay",
+        ),
+        (["optimizer=torch", "optimizer.name=NAdam", "optimizer.lr=0.1", "+optimizer.args.alpha=1"], "alpha"),
+    ],
+)
+def test_what_torch_does_not_have_or_take_is_said(overrides: list[str], words: str) -> None:
+    config = plain(compose(overrides))
+
+    def make() -> None:
+        make_optimizer(config["optimizer"], torch.nn.Linear(3, 2))
+        make_lr_schedule(config["lr_schedule"], 20, 0.1, 4)
+
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert words in str(caught.value)
+
+
+def test_torchs_schedules_need_a_number_of_steps() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.epochs"):
+        plain(compose(["lr_schedule=torch", "lr_schedule.name=StepLR", "trainer.flops=1e9"]))
+
+
+@pytest.mark.parametrize(("name", "args"), [("RMSprop", "{alpha: 0.9}"), ("NAdam", "{}"), ("Adagrad", "{}")])
+def test_a_growing_run_with_any_optimizer_of_torch_goes_on_bit_for_bit(
+    name: str, args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["optimizer=torch", f"optimizer.name={name}", f"+optimizer.args={args}", "optimizer.lr=1e-3"]
+    chosen += ["lr_schedule=torch", "lr_schedule.name=StepLR", "+lr_schedule.args={step_size: 1, gamma: 0.5}"]
+    quick = [
+        "trainer.epochs=3",
+        "growth.times=1",
+        "data.limit=300",
+        "growth.batch_size=64",
+        "growth.samples=128",
+        "report=false",
+    ]
+    quick += ["baselines=[]", "trainer.progress=none"]
+    assert main([*quick, *chosen, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
+    whole = RunDirectory(tmp_path / "whole").summary()
+    assert whole["growth_events"] > 0
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    step = Trainer._step
+
+    def stopping(self: Trainer, index: Any) -> None:
+        if self.position.epoch == 2:
+            raise KeyboardInterrupt
+        step(self, index)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    assert main([*quick, *chosen, f"hydra.run.dir={tmp_path / 'cut'}"]) == 130
+    monkeypatch.undo()
+    assert main([f"resume={tmp_path / 'cut'}", "trainer.progress=none"]) == 0
+    timed = {"seconds", "growth_seconds", "peak_memory"}
+    resumed = RunDirectory(tmp_path / "cut").summary()
+    assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
