@@ -21,12 +21,13 @@ def draw_differences(comparison: Comparison) -> Figure:
     """Forest plot: paired differences to the baseline in test accuracy and test loss, with 95 % intervals."""
     groups = comparison.groups
     figure = Figure(figsize=(9.6, 1.3 + 0.3 * len(groups)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    compared = {"test_accuracy": "test accuracy, points"}
+    if any(not math.isnan(group.mean("test_loss")) for group in groups):
+        compared["test_loss"] = comparison.loss_name
+    axes = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]
     styles = group_styles(comparison)
     name = comparison.baseline.label
-    for axis, figure_name, title in zip(
-        axes, ("test_accuracy", "test_loss"), ("test accuracy, points", comparison.loss_name), strict=True
-    ):
+    for axis, (figure_name, title) in zip(axes, compared.items(), strict=True):
         axis.axvline(0, color=SOFT, linewidth=0.8, zorder=0)
         for row, group in enumerate(groups):
             colour, marker = styles[group.label]

@@ -220,7 +220,7 @@ def _results(runs: Mapping[str, RunRecord], broken: Sequence[str]) -> str:
         "test loss",
         "parameters",
         "training FLOPs",
-        "of the most",
+        "share",
         "seconds",
         "growing",
     ]
@@ -279,7 +279,7 @@ def _event_table(run: RunRecord) -> str:
         "Loss: of the held-out growth batches. Silent at first: the function stays, the new channels learn from there."
     )
     note += f" {more} later events are in growth.jsonl." if more else ""
-    return f'<p class="soft">{note}</p>{_table(heading, rows)}'
+    return f'<p class="soft">{note}</p>{_table(heading, rows, noted=True)}'
 
 
 def losses_of(event: dict[str, Any]) -> tuple[float, float]:
@@ -291,11 +291,11 @@ def losses_of(event: dict[str, Any]) -> tuple[float, float]:
     return at.get(0.0, math.nan), at.get(number(event, "amplitude"), math.nan)
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose heads sort it on a click."""
+def _table(heading: Sequence[str], rows: Sequence[Sequence[object]], noted: bool = False) -> str:
+    """A table whose heads sort it on a click; `noted`: its last column is text."""
     head = "".join(f'<th><button type="button">{name}</button></th>' for name in heading)
     body = "".join("<tr>" + "".join(f"<td>{_escape(plain_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll{" noted" if noted else ""}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _reproduction(run: RunRecord) -> str:

@@ -34,6 +34,8 @@ from growconv.reporting.style import (
 
 PANELS = 12
 """Sites whose spectra are drawn; more would be too small to read."""
+ROUNDING = 1e-9
+"""Gains below this share of an event's largest are not drawn: numerical zeros would squeeze the others together."""
 ROWS = 40
 """Layers and sites that are drawn as rows; of more the first that grew are taken."""
 LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, PURPLE, SOFT)
@@ -222,7 +224,7 @@ def draw_spectra(run: RunRecord, narrow: bool) -> Figure:
                 continue
             shade = matplotlib.colormaps["viridis"](0.2 + 0.65 * order / max(1, len(events) - 1))
             ranks = np.arange(1, len(spectrum) + 1)
-            positive = spectrum > 0
+            positive = spectrum > ROUNDING * spectrum.max()
             kept = positive & (ranks <= number(event, "channels", len(spectrum)))
             axis.plot(ranks[positive], spectrum[positive], color=shade, linewidth=0.8)
             axis.plot(ranks[kept], spectrum[kept], color=shade, marker="o", markersize=3.2, linestyle="")
