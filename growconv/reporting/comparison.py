@@ -380,7 +380,7 @@ def _cost_notes(comparison: Comparison) -> list[str]:
     if not other:
         return []
     told = " to ".join(f"{100 * share:.0f} % ({label})" for share, label in dict.fromkeys((other[0], other[-1])))
-    return [f"equal cost this is not: training FLOPs are {told} of those of {comparison.baseline.label}"]
+    return [f"the costs differ: training FLOPs are {told} of those of {comparison.baseline.label}"]
 
 
 def _or(value: float, default: float) -> float:

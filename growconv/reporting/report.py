@@ -295,7 +295,8 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[object]], noted: bool
     """A table whose heads sort it on a click; `noted`: its last column is text."""
     head = "".join(f'<th><button type="button">{name}</button></th>' for name in heading)
     body = "".join("<tr>" + "".join(f"<td>{_escape(plain_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll{" noted" if noted else ""}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "scroll noted" if noted else "scroll"
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _reproduction(run: RunRecord) -> str:
