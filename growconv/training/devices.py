@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,9 @@ from growconv.errors import ConfigError
 from growconv.training.checks import no_sync_batchnorm
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long the processes of a run wait for one another before they give up."""
 
 _PARAMETERS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -186,7 +190,7 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", timeout=PATIENCE)
     return Devices(device, trainer["precision"], process_rank(), world)
 
 

@@ -30,7 +30,7 @@ PACKAGES = {"tensorboard": "growconv[track]", "wandb": "wandb"}
 """What loggers need besides growconv's own dependencies, and how to have it."""
 
 PATIENCE = 4
-"""Seconds to wait for a server's login, and again for the run's start."""
+"""Seconds to wait for a server's login, and again for the run's start; twice that at the run's end."""
 
 
 class Tracker:
@@ -72,6 +72,7 @@ class WandbTracker(Tracker):
     def __init__(
         self, options: Mapping[str, Any], config: Mapping[str, Any], directory: Path, name: str, identity: str | None
     ) -> None:
+        self.directory = directory
         self.run = _start_wandb(options, config, directory, name, identity)
         self.identity = self.run.id
 
@@ -99,7 +100,14 @@ class WandbTracker(Tracker):
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures into the run's summary."""
         self.run.summary.update(dict(summary))
-        self.run.finish()
+        try:
+            self.run.finish()
+        except TimeoutError:
+            warnings.warn(
+                f"wandb's server does not answer; what is unsent lies in {self.directory / 'wandb'}: send it later "
+                "with `wandb sync`",
+                stacklevel=2,
+            )
 
 
 class TensorBoardTracker(Tracker):
@@ -235,7 +243,8 @@ def _start_wandb(
     import wandb
 
     server = {} if options["server"] is None else {"base_url": options["server"]}
-    settings = wandb.Settings(silent=True, init_timeout=PATIENCE, login_timeout=PATIENCE, console="off", **server)
+    limits = {"init_timeout": PATIENCE, "login_timeout": PATIENCE, "finish_timeout": 2 * PATIENCE}
+    settings = wandb.Settings(silent=True, console="off", finish_timeout_raises=True, **limits, **server)
 
     def start(mode: Any) -> Any:
         return wandb.init(

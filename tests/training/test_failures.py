@@ -112,6 +112,42 @@ def test_a_lost_process_is_said(monkeypatch):
     assert "Another process of this run was lost" in said
 
 
+# What Python reads first: one of two processes hangs in its fourth step, and the other waits for 20 seconds only.
+HANGING = """
+import datetime, os, time
+from growconv.training import devices, loop
+devices.PATIENCE = datetime.timedelta(seconds=20)
+step = loop.Trainer._step
+def hang(self, index):
+    if self.position.step == 3 and os.environ["RANK"] == "1":
+        time.sleep(10_000)
+    step(self, index)
+loop.Trainer._step = hang
+"""
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_is_given_up(tmp_path):
+    """The other one says so after its patience, torchrun ends both, and the run goes on from its checkpoint."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "growconv"]
+    options = [*LONG[:-1], "trainer.epochs=2", "trainer.progress=none", "trainer.checkpoint_every=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    answer = subprocess.run(
+        [*torchrun, *options, f"hydra.run.dir={tmp_path / 'run'}"], env=environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert answer.returncode != 0
+    assert "Another process of this run was lost, or hangs." in answer.stderr
+    assert "growconv resume=" in answer.stderr
+    answer = subprocess.run(
+        [*torchrun, f"resume={tmp_path / 'run'}"], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def start(run, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

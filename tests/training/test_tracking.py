@@ -1,11 +1,14 @@
 """Loggers without a network: what they wrote is read back, a resumed run goes on in it, a dead server stops nothing."""
 
+import contextlib
 import csv
 import json
 import shutil
 import socket
 import struct
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,22 +134,80 @@ def test_a_server_that_cannot_be_reached_is_warned_about(tmp_path, monkeypatch, 
     assert (run / "summary.json").is_file()
 
 
+def online_tracker(address, folder):
+    options = {"project": "p", "entity": None, "group": None, "tags": [], "mode": "online", "wandb": True}
+    options |= {"csv": False, "tensorboard": False, "server": address}
+    return tracking.make_tracker({"logger": options}, folder, "run")
+
+
 @pytest.mark.long
-def test_a_server_that_never_answers_holds_training_for_ten_seconds_at_most(tmp_path, monkeypatch):
+@pytest.mark.parametrize("address", ["silent", "http://10.255.255.1", "http://no-such-host.invalid"])
+def test_a_server_that_never_answers_holds_training_for_ten_seconds_at_most(address, tmp_path, monkeypatch):
+    """One that takes the connection and is silent, an address where nobody is, and a name that nobody has."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     import wandb  # its import is not the server's fault
 
-    options = {"project": "p", "entity": None, "group": None, "tags": [], "mode": "online", "wandb": True}
-    options |= {"csv": False, "tensorboard": False}
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        here = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
         with pytest.warns(UserWarning, match="wandb cannot be reached"):
-            tracker = tracking.make_tracker({"logger": options | {"server": address}}, tmp_path, "run")
+            tracker = online_tracker(here if address == "silent" else address, tmp_path)
         tracker.metrics({"loss": 1.0}, 1)
         tracker.finish({"loss": 1.0})
     assert time.monotonic() - began < 10
     assert wandb.run is None
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of a wandb server as lets a run begin; once lost, it answers nothing more."""
+
+    protocol_version = "HTTP/1.1"
+    lost = threading.Event()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode(errors="replace")
+        while self.lost.is_set():
+            time.sleep(0.1)
+        entity = {"id": "e", "name": "e"}
+        bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0}
+        bucket["project"] = {"id": "p", "name": "p", "entity": entity}
+        features = {"features": [], "cliVersionInfo": {"max_cli_version": "0.99.0"}, "latestLocalVersionInfo": None}
+        viewer = {"id": "u", "username": "u", "entity": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
+        begun = {"bucket": bucket, "inserted": True} if "upsertBucket" in body else None
+        answer = json.dumps({"data": {"viewer": viewer, "serverInfo": features, "upsertBucket": begun}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # whoever asked has given up
+            self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.long
+def test_a_server_that_is_lost_holds_neither_the_training_nor_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tracker = online_tracker(f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
+    assert not wandb.run.offline
+    Server.lost.set()
+    began = time.monotonic()
+    for step in range(1, 300):
+        tracker.metrics({"loss": 1.0}, step)
+    assert time.monotonic() - began < 5
+    with pytest.warns(UserWarning, match="send it later with `wandb sync`"):
+        tracker.finish({"loss": 1.0})
+    assert time.monotonic() - began < 15
+    assert list(tmp_path.glob("wandb/run-*/run-*.wandb"))
+    Server.lost.clear()
+    server.shutdown()
+    server.server_close()
 
 
 def test_disabled_writes_nothing(tmp_path, capsys):
