@@ -5,6 +5,7 @@ What can be checked is checked before torch is loaded and before a run directory
 
 import argparse
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -93,13 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked_for_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter
     formatted = warnings.formatwarning
     warnings.formatwarning = lambda *about, **more: printable(formatted(*about, **more))
     try:
         with suppress(SystemExit) if {"-h", "--help"} & set(arguments) else nullcontext():
             _dispatch(arguments)
         _leave_processes()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the start
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt as stop:
         if _rank() == 0:

@@ -73,7 +73,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     text = render(record)
     try:
         temporary = unfinished(path)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of letters in names and texts
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(

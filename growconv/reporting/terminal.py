@@ -1,7 +1,7 @@
 """The screen that tables and progress are written for."""
 
 import errno
-import os
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +19,8 @@ class _Screen(Console):
 def make_console() -> Console:
     """Standard output: lines wrapped at words on a terminal and whole elsewhere, tables as wide as COLUMNS says."""
     console = _Screen()
-    return console if console.is_terminal else _Screen(soft_wrap=True, width=int(os.environ.get("COLUMNS", "140")))
+    width = shutil.get_terminal_size((140, 24)).columns  # of a pipe: what COLUMNS says
+    return console if console.is_terminal else _Screen(soft_wrap=True, width=width)
 
 
 def shown(path: Path) -> Path:

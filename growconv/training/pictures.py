@@ -86,7 +86,8 @@ def read_picture(path: Path, root: Path, size: int, channels: int) -> np.ndarray
             with Image.open(path, formats=FORMATS) as opened:
                 if opened.width * opened.height > MOST_PIXELS:
                     raise _refused(path, "The picture is too large.", opened.size, f"at most {MOST_PIXELS} pixels")
-                picture = ImageOps.exif_transpose(_in_eight_bits(path, opened))
+                picture = _in_eight_bits(path, opened)
+                ImageOps.exif_transpose(picture, in_place=True)  # pictures are large: no copy of those that stand
                 square = _on_white(picture).convert("L" if channels == 1 else "RGB").resize((size, size))
     except DataError:
         raise
@@ -99,7 +100,7 @@ def read_picture(path: Path, root: Path, size: int, channels: int) -> np.ndarray
 def _in_eight_bits(path: Path, picture: Image.Image) -> Image.Image:
     """Grey levels of 16 bits scaled to 8; deeper ones and floats have no range that a file would tell."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        levels = np.asarray(picture, dtype=np.int64)
+        levels = np.asarray(picture, dtype=np.int32)
         scaled = Image.fromarray(np.clip((levels + 128) // 257, 0, 255).astype(np.uint8))
         scaled.info, scaled.getexif()[_ORIENTATION] = picture.info, picture.getexif().get(_ORIENTATION, 1)
         return scaled

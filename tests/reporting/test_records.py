@@ -85,6 +85,7 @@ ODD = {
     "seed a list": change("summary.json", seed=[0]),
     "method a mapping": change("summary.json", method={"a": {"b": 1}}),
     "method of a million letters": change("summary.json", method="x" * 1_000_000),
+    "halves of letters": text("summary.json", '{"method": "\\ud800x", "seed": 1, "seconds": 1.0}'),
     "summary a list": text("summary.json", "[1]"),
     "metrics a number": text("metrics.jsonl", "5\n"),
     "metrics of odd types": change("metrics.jsonl", epoch="one", step=[1], val_accuracy={}, seconds="x"),

@@ -1,5 +1,6 @@
 """What ends a run from outside: one line that says what, where and what to do; signals save first."""
 
+import io
 import json
 import os
 import pickle
@@ -59,6 +60,24 @@ def test_the_operating_system_s_errors_are_one_line(arguments, words, finished, 
     if not any(argument.startswith("hydra.run.dir") for argument in command) and command[0] == FIXED[2]:
         command.append(f"hydra.run.dir={tmp_path / 'run'}")
     told(capsys, main(command), *words)
+
+
+@pytest.mark.parametrize("stream", [None, "ascii"])
+def test_an_odd_terminal_stops_nothing(stream, finished, tmp_path, monkeypatch, capsys):
+    """No standard output at all, one that knows no accents, and a width that is none."""
+    odd = None if stream is None else io.TextIOWrapper(io.BytesIO(), encoding=stream)
+    monkeypatch.setenv("COLUMNS", "wide")
+    monkeypatch.setattr(sys, "stdout", odd)
+    assert main(["compare", str(finished), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+    assert odd is None or b"mean ? std" in odd.buffer.getvalue()
+
+
+def test_a_name_that_is_no_text_stops_no_report(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / os.fsdecode(b"r\xffun"))
+    assert main(["report", str(run)]) == 0
+    assert main(["compare", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_directory_that_vanishes_is_said(tmp_path, monkeypatch, capsys):

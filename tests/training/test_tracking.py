@@ -10,11 +10,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from growconv.cli import main
+from growconv.network.event import GrowthEvent
 from growconv.training import tracking
 
 wandb = pytest.importorskip("wandb")
@@ -260,8 +260,7 @@ def test_no_formula_of_a_stranger_s_run_reaches_a_spreadsheet(sign, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": evil}) + "\n")
     tracker = tracking.CsvTracker(tmp_path)
     tracker.metrics({"epoch": 2, "train_loss": 1.0}, 2)
-    values = dict.fromkeys(tracking.COLUMNS) | {"site": evil, "reason": evil}
-    tracker.events([SimpleNamespace(**values)], [], {})
+    tracker.events([GrowthEvent(evil, "tiny", 2, 4, 6, 1.0, (), evil, (), 10, 20)], [], {})
     cells = [cell for file in tmp_path.glob("*.csv") for row in rows_of(file) for cell in row.values()]
     assert cells.count(f"'{sign}HYPERLINK(1) [31m") == 3
 
