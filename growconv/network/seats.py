@@ -137,7 +137,14 @@ class Region:
         Raises:
             SiteError: values of a producer or of a call are missing, or the channels are no whole units.
         """
-        self._check(new)
+        for path, numbers in self.outputs.items():
+            if len(new.get(path, ())) != len(numbers):
+                raise SiteError(
+                    "the values of new channels are needed from every producer",
+                    where=path,
+                    expected=f"{len(numbers)} tensor{'s' if len(numbers) > 1 else ''}",
+                    got=len(new.get(path, ())),
+                )
         path = next(iter(self.outputs))
         per_unit = self.places[path, OUT].shape[1]
         count, rest = divmod(new[path][0].shape[self._axis(path, new[path][0])], per_unit)
@@ -167,16 +174,6 @@ class Region:
 
     def _axis(self, path: str, tensor: Tensor) -> int:
         return layers.channel_axis(self.site.model.get_submodule(path), tensor.dim())
-
-    def _check(self, new: Mapping[str, Calls]) -> None:
-        for path, numbers in self.outputs.items():
-            if len(new.get(path, ())) != len(numbers):
-                raise SiteError(
-                    "the values of new channels are needed from every producer",
-                    where=path,
-                    expected=f"{len(numbers)} tensor{'s' if len(numbers) > 1 else ''}",
-                    got=len(new.get(path, ())),
-                )
 
     # ------------------------------------------------------------------------------------------ new weights
 
@@ -328,7 +325,10 @@ class _Go:
             if isinstance(step, Rewritten):
                 self.env[step.new] = self._value(step.old)
             elif isinstance(step, Operation):
-                self._operate(step)
+                refs = (step.args, dict(step.kwargs))
+                args, kwargs = tree_map(lambda leaf: self._value(leaf.value) if isinstance(leaf, Ref) else leaf, refs)
+                made = [each for each in tree_leaves(self._computed(step, args, kwargs)) if isinstance(each, Tensor)]
+                self.env |= zip(step.outputs, made, strict=True)
             elif step.path in found:
                 found[step.path].append(self._take(step.path, self._value(step.input)))
             else:
@@ -353,10 +353,8 @@ class _Go:
             return own.clone() if number in self.region.created else own
         shape = self.region.shapes[number]
         own = own.squeeze(0) if own.dim() > len(shape) else own
-        return self._put(self._constant(number), own, self._slots(path, OUT), self.region._axis(path, own))
-
-    def _put(self, whole: Tensor, own: Tensor, slots: Tensor, axis: int) -> Tensor:
-        return whole.index_copy(axis, slots, own.to(whole))
+        whole = self._constant(number)
+        return whole.index_copy(self.region._axis(path, own), self._slots(path, OUT), own.to(whole))
 
     def _take(self, path: str, value: Tensor, side: str = IN) -> Tensor:
         """What a layer reads of the new channels."""
@@ -392,13 +390,6 @@ class _Go:
         own = torch.arange(0) if copied is None else copied[self.units.start : self.units.stop]
         places = self.region.places[path, side]
         return places[own.to(places.device)][:, places[0].argsort()].flatten()
-
-    def _operate(self, step: Operation) -> None:
-        args, kwargs = tree_map(
-            lambda leaf: self._value(leaf.value) if isinstance(leaf, Ref) else leaf, (step.args, dict(step.kwargs))
-        )
-        output = self._computed(step, args, kwargs)
-        self.env |= zip(step.outputs, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], strict=True)
 
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
@@ -455,7 +446,7 @@ class _Go:
             shape = list(result.shape)
             shape[axis] = self.region.places[step.path, GROUP_OUT].numel()
             whole = result.new_zeros(shape)
-        return self._put(whole, result, self._slots(step.path, sides[1]), axis)
+        return whole.index_copy(axis, self._slots(step.path, sides[1]), result.to(whole))
 
     def _sorted(self, value: Tensor, path: str, side: str, back: bool = False) -> Tensor:
         """Entries channel by channel brought into the order in which a unit has them along the axis, or back."""
@@ -477,13 +468,8 @@ class _Go:
             filters = self._sorted_rows(self._of_go(self.inserted.carried[path]), path)
         else:
             filters = self._sorted_rows(layer.identity(entries), path)
-        groups = value.shape[self.region._axis(path, value)] // self._group_inputs(path)
-        return layer.apply(value, filters.to(value), bias, groups)
-
-    def _group_inputs(self, path: str) -> int:
-        """Inputs of one group of a grouped convolution, which growth leaves alone."""
-        layer = layers.weighted(self.region.site.model.get_submodule(path))
-        return layer.size(IN) // layer.groups
+        inputs = layer.size(IN) // layer.groups  # of one group, which growth leaves alone
+        return layer.apply(value, filters.to(value), bias, value.shape[self.region._axis(path, value)] // inputs)
 
     def _sorted_rows(self, filters: Tensor, path: str) -> Tensor:
         order = self.region.places[path, GROUP_OUT][0].argsort()
@@ -546,7 +532,9 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         for number in step.outputs
     }
     written = {number for number in (*needed, *made) if tape.values[number].storage in memories}
-    narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
+    # no axis holds anything else, and all channels lie one after the other
+    in_order = all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
+    narrow = in_order and all(_is_narrow(tape, step, hot, site) for step in steps)
     kept = {number for number in needed if number not in made} | (set() if narrow else made)
     samples = _samples(tape, site)
     return Region(
@@ -640,11 +628,6 @@ def _places(site: GrowthSite, sizes: Sizes) -> dict[Key, Tensor]:
         found[path, side] = torch.tensor(site.entries(path, side, sizes), device=device).view(units, -1)
     order = [(path, OUT) for path in site.producers] + [(path, IN) for path in site.consumers]
     return {key: found[key] for key in (*order, *found) if key in found}
-
-
-def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:
-    """Whether no axis holds anything else, and all channels lie one after the other."""
-    return all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
 
 
 def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:

@@ -301,9 +301,14 @@ class GrowthSite(Site):
                     got=sizes(key),
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        frozen = frozen_weight(site) if trains else None
-        if frozen:
-            raise SiteError(frozen, where=site.name, fix="set requires_grad=True on it, or choose another site")
+        for path in (*site.producers, *site.consumers) if trains else ():
+            parameters = [p for name, p in site.model.get_submodule(path).named_parameters() if "weight" in name]
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                raise SiteError(
+                    f"the weight of {path} is frozen (requires_grad=False)",
+                    where=site.name,
+                    fix="set requires_grad=True on it, or choose another site",
+                )
 
     def __repr__(self) -> str:
         """One line: name, kind and width."""
@@ -335,12 +340,3 @@ def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
         return layers.size(model.get_submodule(path), side)
 
     return Sizes(length)
-
-
-def frozen_weight(site: GrowthSite) -> str | None:
-    """The first frozen weight that new channels would need, said in one line; None where all can train."""
-    for path in (*site.producers, *site.consumers):
-        parameters = [p for name, p in site.model.get_submodule(path).named_parameters() if "weight" in name]
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            return f"the weight of {path} is frozen (requires_grad=False)"
-    return None

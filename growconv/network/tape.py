@@ -62,7 +62,7 @@ class Operation:
     @property
     def name(self) -> str:
         """Name without namespace and overload: "relu_"."""
-        return operation_name(self.func)
+        return self.func.overloadpacket._qualified_op_name.split("::")[1]
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -350,8 +350,8 @@ class Tape(TorchDispatchMode):
     def _write_down(
         self, func: OpOverload, refs: tuple, written: list[Tensor], outputs: list[Tensor], shown: Mapping[int, Tensor]
     ) -> None:
-        name = operation_name(func)
         operation = Operation(func, refs[0], refs[1], (), bool(written), self._stack[-1])
+        name = operation.name
         inputs = [self.values[number] for number in operation.inputs]
         if name in ("detach", "alias", "lift_fresh") and not written:
             return  # the same memory: the same value
@@ -378,11 +378,6 @@ class Tape(TorchDispatchMode):
             self._copied(kept, outputs[0], operation.module)
 
 
-def operation_name(func: OpOverload) -> str:
-    """Name of an operation without namespace and overload."""
-    return func.overloadpacket._qualified_op_name.split("::")[1]
-
-
 def written_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """The tensors that an operation overwrites."""
     if not func._schema.is_mutable:
@@ -396,11 +391,8 @@ def written_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type != "meta" and not _nested(tensor)
-
-
-def _nested(tensor: Tensor) -> bool:
-    return is_batchedtensor(tensor) or is_gradtrackingtensor(tensor)
+    nested = is_batchedtensor(tensor) or is_gradtrackingtensor(tensor)
+    return tensor.layout is torch.strided and tensor.device.type != "meta" and not nested
 
 
 def _memory(tensor: Tensor) -> Memory:

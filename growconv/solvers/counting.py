@@ -38,10 +38,6 @@ class MeasuredGains:
         total = float(self.gains.sum())
         return float(self.errors.square().sum().sqrt()) / total if total > 0 else float("inf")
 
-    def samples_for(self, relative_error: float) -> float:
-        """How many samples would know the sum of the gains to a relative error."""
-        return self.samples * (self.relative_error / relative_error) ** 2
-
     def __str__(self) -> str:
         """One channel a line."""
         lines = [f"gains on {self.samples} samples"]

@@ -133,11 +133,6 @@ class PairStatistics:
         """N of all consumers as columns (a, Σ b·c)."""
         return _stacked([consumer.N for consumer in self.consumers])
 
-    @property
-    def raw_columns(self) -> Float[Tensor, "a n"] | None:
-        """N_raw of all consumers as columns (a, Σ b·c)."""
-        return _stacked([consumer.N_raw for consumer in self.consumers])
-
     def merge(self, other: "PairStatistics") -> "PairStatistics":
         """Statistics over the samples of both, as if they had been collected together.
 

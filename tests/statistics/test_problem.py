@@ -200,7 +200,6 @@ def test_a_fan_has_no_single_n():
     torch.testing.assert_close(stats.S, stats.consumers[0].S + stats.consumers[1].S)
     assert stats.columns.shape == (16, 3 * 4 + 1 * 4)
     torch.testing.assert_close(stats.columns[:, :12].view(16, 3, 4), stats.consumers[0].N)
-    assert stats.raw_columns.shape == stats.columns.shape
     assert set(stats.outgoing_shapes) == {"b", "c"}
 
 
