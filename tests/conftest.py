@@ -20,3 +20,10 @@ def _no_determinism_left_behind():
     yield
     if torch.are_deterministic_algorithms_enabled() != before:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder that the test works in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

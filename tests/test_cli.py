@@ -28,93 +28,13 @@ QUICK = [
     "growth.times=2",
     "report=false",
 ]
+
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def summary(folder):
     return json.loads((Path(folder) / "summary.json").read_text())
-
-
-def test_a_run_leaves_what_the_readme_promises(here, capsys):
-    assert main([*QUICK, "hydra.run.dir=run", "baselines=[large]", "report=true"]) == 0
-    out = capsys.readouterr().out
-    assert "grown, tiny" in out
-    assert "fixed large" in out
-    assert "run directory: run" in out
-    assert "3 sites to grow" in out
-    assert "grows at " in out
-    assert out.splitlines()[-1] == "report: run/report.html"
-    run = here / "run"
-    for name in ("config.yaml", "metrics.jsonl", "growth.jsonl", "summary.json", "environment.json", "report.html"):
-        assert (run / name).stat().st_size > 0, name
-    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["epochs"] == 2
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in metrics] == [1, 2]
-    promised = {"step", "epoch", "train_loss", "val_accuracy", "parameters", "train_flops", "seconds", "learning_rate"}
-    assert promised <= set(metrics[0])
-    assert metrics[0]["parameters"] < metrics[1]["parameters"]
-    events = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
-    result = summary(run)
-    promised = {
-        "test_accuracy",
-        "best_val_accuracy",
-        "parameters",
-        "train_flops",
-        "seconds",
-        "growth_events",
-        "seed",
-        "method",
-    }
-    assert promised | {"growth_seconds"} <= set(result)
-    assert result["growth_events"] == len(events) > 0
-    assert result["parameters"] == events[-1]["parameters_after"] == metrics[-1]["parameters"]
-    assert 0 < result["growth_seconds"] < result["seconds"]
-    large = summary(run / "fixed_large")
-    assert large["parameters"] > result["parameters"]
-    assert large["growth_events"] == 0
-
-
-def test_same_seed_same_numbers(here, capsys):
-    for name in ("first", "second"):
-        assert main([*QUICK, f"hydra.run.dir={name}", "baselines=[]", "data.augmentation=crop"]) == 0
-    assert main([*QUICK, "hydra.run.dir=other", "baselines=[]", "data.augmentation=crop", "seed=1"]) == 0
-    timed = ("seconds", "growth_seconds")
-
-    def lines(name):
-        records = [json.loads(line) for line in (here / name / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-    assert lines("first") == lines("second")
-    assert lines("first") != lines("other")
-
-
-def test_fixed_training_flops_are_twice_the_macs(here, capsys):
-    """One linear algebra away from torch: forward 2·MACs, backward twice that but for the first layer's input."""
-    assert main([*QUICK, "growth=none", "hydra.run.dir=run", "trainer.progress=none"]) == 0
-    # convolutions: 8x8 (1->32), 4x4 (32->64), 2x2 (64->64), linear 64->10
-    forward = [2 * 64 * 9 * 32, 2 * 16 * 9 * 32 * 64, 2 * 4 * 9 * 64 * 64, 2 * 64 * 10]
-    expected = sum(3 * flops for flops in forward) - forward[0]
-    steps = summary("run")["steps"]
-    assert summary("run")["train_flops"] == expected * 32 * steps
-
-
-def test_a_model_from_elsewhere(here, capsys, monkeypatch):
-    (here / "mymodels.py").write_text(
-        "from torch import nn\n"
-        "def net(in_channels, classes, channels=6):\n"
-        "    return nn.Sequential(nn.Conv2d(in_channels, channels, 3), nn.ReLU(), nn.Conv2d(channels, classes, 3),\n"
-        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
-    )
-    monkeypatch.syspath_prepend(here)
-    command = [*QUICK, "model._target_=mymodels.net", "+model.args.channels=4", "baselines=[]", "growth.amount=2"]
-    assert main([*command, "hydra.run.dir=run"]) == 0
-    assert summary("run")["widths"] == {"0 -> 2": 8}
 
 
 def test_policies_are_composed_in_yaml(here, capsys):
@@ -251,12 +171,6 @@ def test_a_search_by_optuna(here):
     assert {"optimizer.lr", "growth.start"} <= set(found["best_params"])
 
 
-def in_a_process(script, *arguments):
-    """A Python script in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
-
-
 def test_the_config_is_printed_by_hydra(here, capsys):
     assert main(["--cfg", "job", "seed=5"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
@@ -280,86 +194,6 @@ def test_the_citation_is_of_this_version():
     told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert told["version"] == __version__
     assert {"cff-version", "message", "title", "authors"} <= set(told)
-
-
-def test_help_version_and_mistakes_need_no_torch(here):
-    script = """
-import sys
-from growconv import __version__
-from growconv.cli import main
-for line in ("--help", "train --help", "sites --help", "resume --help", "grow --help", "study --help", "--version"):
-    assert main(line.split()) == 0, line
-for line in ("site", "grwoth=tiny", "trainer.epochs=-1", "-m growth=tiny,randm", "sites model=resnt", "study --x"):
-    assert main(line.split()) == 1, line
-assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
-"""
-    answer = in_a_process(script)
-    assert answer.returncode == 0, answer.stderr
-    for word in ("train ", "resume=", "sites", "compare", "report", "trainer.epochs=20", "growconv 0."):
-        assert word in answer.stdout
-    assert "growth.solver" in answer.stdout
-    assert not list(here.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("line", "fix"),
-    [
-        ("site model=resnet20", "did you mean: growconv sites model=resnet20"),
-        ("version", "did you mean: growconv --version"),
-        ("model resnet20 seed=1", "did you mean: growconv model=resnet20 seed=1"),
-        ("nonsense", "growconv --help"),
-        ("resume run1", "did you mean: growconv resume=run1"),
-        ("resume", "growconv resume=RUN"),
-        ("growth=tiny resnet20", "did you mean model=resnet20?"),
-        ("seed=1 run1", "did you mean resume=run1?"),
-        ("--mulitrun seed=1", "did you mean --multirun?"),
-        ("-m growth=tiny,randm", "did you mean growth=random?"),
-        ("sites model=resnt20", "did you mean model=resnet20?"),
-    ],
-)
-def test_did_you_mean(line, fix, here, capsys):
-    (here / "run1").mkdir()
-    assert main(line.split()) == 1
-    assert fix in capsys.readouterr().err
-    assert [path.name for path in here.iterdir()] == ["run1"]
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("growconv gr", {"grow", "growth="}),
-        ("growconv model=res", {"model=resnet18", "model=resnet20"}),
-        ("growconv growth=tiny trainer.ep", {"trainer.epochs="}),
-    ],
-)
-def test_the_shell_completes(typed, offered, capsys, monkeypatch):
-    monkeypatch.setenv("COMP_LINE", typed)
-    assert main(["--shell-completion", "query=bash"]) == 0
-    assert offered <= set(capsys.readouterr().out.split())
-
-
-def test_the_shell_gets_a_script_that_it_can_read(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["growconv"])
-    assert main(["--shell-completion", "install=bash"]) == 0
-    script = capsys.readouterr().out
-    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
-    assert "growconv" in script
-    for wrong in (["--shell-completion"], ["-sc", "bash"], ["-sc", "install=tcsh"]):
-        assert main(wrong) == 1
-        assert "install=bash" in capsys.readouterr().err
-
-
-def test_what_fails_before_the_run_begins_leaves_nothing(here, capsys, monkeypatch):
-    """Errors that only the model can tell, and a model that raises."""
-    assert main([*QUICK, "growth.sites=[head*]"]) == 1
-    assert main([*QUICK, "growth.sites=[head*]", "hydra.run.dir=deep/down/run"]) == 1
-    assert main(["-m", *QUICK, "growth.sites=[head*]", "hydra.sweep.dir=sweep"]) == 1
-    assert [path.name for path in (here / "sweep").iterdir()] == ["multirun.yaml"]
-    (here / "broken.py").write_text("def net(classes):\n    return 1 / 0\n")
-    monkeypatch.syspath_prepend(here)
-    assert main([*QUICK, "model._target_=broken.net"]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
-    assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["broken.py", "sweep"]
 
 
 def on_a_terminal(columns, *arguments):
@@ -386,36 +220,11 @@ def on_a_terminal(columns, *arguments):
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
-def test_a_run_on_a_terminal_of_80_columns(here):
-    lines = on_a_terminal(80, *QUICK, "growth=variance_transfer", "growth.times=1", "hydra.run.dir=run", "report=true")
-    assert max(map(len, lines)) <= 80
-    assert lines[0] == f"growconv {__version__}: small_cnn on digits, grown by variance_transfer, 2 epochs"
-    assert lines[1] == "run directory: run"
-    assert any(line.startswith("grown, variance_transfer ━") for line in lines)
-    assert any(line.startswith("epoch 2/2  loss ") and "parameters" in line for line in lines)
-    assert any(line.startswith("  features.0 -> features.4  8 -> ") for line in lines)
-    table = lines[next(index for index, line in enumerate(lines) if line.startswith(" model ")) :]
-    assert [line[:12] for line in table if line.startswith((" grown", " fixed"))] == [
-        " grown,     ",
-        " fixed small",
-        " fixed large",
-    ]
-    assert lines[-1] == "report: run/report.html"
-
-
 def test_sites_on_a_terminal_of_80_columns(here):
     lines = on_a_terminal(80, "sites", "model=resnet20", "data=cifar10")
     assert max(map(len, lines)) <= 80
     assert any("blocks.0.conv1 ->" in line for line in lines)
     assert not any("…" in line for line in lines)
-
-
-def test_no_progress_still_prints_the_table(here, capsys):
-    assert main([*QUICK, "growth=none", "trainer.epochs=1", "trainer.progress=none", "hydra.run.dir=run"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[0].split()[:2] == ["model", "test"]
-    assert lines[2].split()[0] == "fixed"
-    assert len(lines) == 3
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(here, capsys):

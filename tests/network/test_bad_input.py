@@ -136,26 +136,6 @@ def test_groups_grow_as_a_whole() -> None:
         growconv.grow(model, site, growth.subset([0, 1, 2]))
 
 
-class Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._forward_module = module
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
-def test_wrapped_models_are_refused_by_name() -> None:
-    model, example = zoo.build("chain")
-    compiled = torch.compile(model)
-    for wrapped, says in (
-        (compiled, "_orig_mod"),
-        (nn.DataParallel(model), "model.module"),
-        (Wrapper(model), "model.module"),
-    ):
-        with pytest.raises(ArgumentTypeError, match="wrapped model") as caught:
-            find_sites(wrapped, example)
-        assert says in str(caught.value)
-
-
 def test_every_error_is_one_family(case) -> None:
     model, site, growth = case
     with pytest.raises(ValueError, match="cannot be removed"):

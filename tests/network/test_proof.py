@@ -1,8 +1,5 @@
 """Whatever else reads a layer's channels is found, or the site is refused there and then, with the true reason."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,19 +160,3 @@ def test_the_growths_that_prove_keep_the_function() -> None:
     grow(model, hidden, silent_growth(hidden, 3), 0.0)
     assert (stream.width, hidden.width) == (12, 9)
     torch.testing.assert_close(model(example), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_chance_of_numpy_and_python_is_the_same_in_every_run() -> None:
-    class DropPath(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.relu(self.a(x))
-            if not self.training or np.random.rand() + random.random() > 1:  # noqa: NPY002
-                y = y + torch.relu(self.b(y))
-            return self.c(y)
-
-    found = reasons(DropPath().double())
-    assert [path for path, reason in found.items() if reason is None] == ["a", "b"]

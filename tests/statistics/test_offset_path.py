@@ -43,30 +43,3 @@ def test_the_path_chosen_by_cost_agrees(pair):
     names = cases.statistics_of(problem)
     x, h, v = cases.tensors(problem)
     cases.assert_equal(cases.by_offsets(problem, names, x, h, v), cases.dense(problem, names, x, h, v), 1e-10)
-
-
-@pytest.mark.parametrize("tile", [6, 12, 72])
-def test_larger_images_with_many_tiles(tile, monkeypatch):
-    monkeypatch.setattr(offset_path, "LONGEST_TRANSFORM", tile)
-    monkeypatch.setattr(offset_path, "TILE_TRANSFORM", tile)
-    geometry = cases.Geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
-    problem = cases.PairProblem(geometry, geometry, (), (31, 26), (31, 26), (2, 3, 2), True, True)
-    x, h, v = cases.tensors(problem)
-    names = cases.SUMS - {"S_full"}
-    expected = cases.unfolded(problem, names, x, h, v)
-    cases.assert_equal(cases.by_offsets(problem, names, x, h, v, spectral=True), expected, 1e-10)
-
-
-@settings(max_examples=40)
-@given(cases.pairs(), SCRATCH)
-def test_symmetric_statistics_are_exactly_symmetric(pair, scratch):
-    problem = cases.problem_of(pair)
-    names = cases.statistics_of(problem) & {"S", "S2", "S_full", "patch_gram"}
-    maps = cases.tensors(problem, dtype=torch.float32)
-    for found in (
-        cases.by_offsets(problem, names, *maps, scratch, True),
-        cases.by_offsets(problem, names, *maps, scratch, False),
-        cases.unfolded(problem, names, *maps, scratch),
-    ):
-        for name in names:
-            assert torch.equal(found[name], found[name].T)

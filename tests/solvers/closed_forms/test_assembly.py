@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import growconv
-from growconv.solvers import solve, tiny
+from growconv.solvers import solve
 from growconv.solvers.energy import choose_signs
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
@@ -65,23 +65,6 @@ def test_expected_decrease_is_the_slope_of_the_true_loss() -> None:
             growconv.grow(model, site, growth, amplitude=1e-5)
             after = squared_error(model(x), y)
         assert float(before - after) == pytest.approx(1e-5 * growth.expected_decrease, rel=1e-3)
-
-
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.SELU, nn.ReLU])
-@pytest.mark.parametrize("method", ["tiny", "exact"])
-def test_filters_behind_a_curved_activation_are_as_large_as_the_old_ones(activation: Any, method: str) -> None:
-    model = pair(between=lambda _: [activation()])
-    _, stats = collected(model, teacher_batches(model, channels=4, noise=0.3), quantities=SAMPLED, keep_samples=48)
-    growth = solve(stats, method, channels=3)
-    old = torch.cat([model[0].weight.flatten(1), model[0].bias[:, None]], 1).norm(dim=1).mean()
-    norms = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1).norm(dim=1)
-    scaled = torch.allclose(norms, old.expand(3), rtol=1e-9)
-    assert scaled == (activation is not nn.ReLU)
-    if method == "tiny":
-        bare = tiny(stats.S, stats.N, channels=3)
-        strength = norms * growth.omega.transpose(0, 1).flatten(1).norm(dim=1)
-        expected = bare.alpha.norm(dim=1) * bare.omega.flatten(1).norm(dim=1)
-        torch.testing.assert_close(strength, expected, rtol=1e-6, atol=0)
 
 
 def test_without_samples_a_curved_activation_leaves_the_decrease_open() -> None:

@@ -1,0 +1,83 @@
+"""Help, versions, mistakes and completion, without torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from growconv.cli import main
+from tests.test_cli import ROOT
+
+
+def in_a_process(script, *arguments):
+    """A Python script in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_help_version_and_mistakes_need_no_torch(here):
+    script = """
+import sys
+from growconv import __version__
+from growconv.cli import main
+for line in ("--help", "train --help", "sites --help", "resume --help", "grow --help", "study --help", "--version"):
+    assert main(line.split()) == 0, line
+for line in ("site", "grwoth=tiny", "trainer.epochs=-1", "-m growth=tiny,randm", "sites model=resnt", "study --x"):
+    assert main(line.split()) == 1, line
+assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
+"""
+    answer = in_a_process(script)
+    assert answer.returncode == 0, answer.stderr
+    for word in ("train ", "resume=", "sites", "compare", "report", "trainer.epochs=20", "growconv 0."):
+        assert word in answer.stdout
+    assert "growth.solver" in answer.stdout
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("site model=resnet20", "did you mean: growconv sites model=resnet20"),
+        ("version", "did you mean: growconv --version"),
+        ("model resnet20 seed=1", "did you mean: growconv model=resnet20 seed=1"),
+        ("nonsense", "growconv --help"),
+        ("resume run1", "did you mean: growconv resume=run1"),
+        ("resume", "growconv resume=RUN"),
+        ("growth=tiny resnet20", "did you mean model=resnet20?"),
+        ("seed=1 run1", "did you mean resume=run1?"),
+        ("--mulitrun seed=1", "did you mean --multirun?"),
+        ("-m growth=tiny,randm", "did you mean growth=random?"),
+        ("sites model=resnt20", "did you mean model=resnet20?"),
+    ],
+)
+def test_did_you_mean(line, fix, here, capsys):
+    (here / "run1").mkdir()
+    assert main(line.split()) == 1
+    assert fix in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["run1"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("growconv gr", {"grow", "growth="}),
+        ("growconv model=res", {"model=resnet18", "model=resnet20"}),
+        ("growconv growth=tiny trainer.ep", {"trainer.epochs="}),
+    ],
+)
+def test_the_shell_completes(typed, offered, capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", typed)
+    assert main(["--shell-completion", "query=bash"]) == 0
+    assert offered <= set(capsys.readouterr().out.split())
+
+
+def test_the_shell_gets_a_script_that_it_can_read(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["growconv"])
+    assert main(["--shell-completion", "install=bash"]) == 0
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+    assert "growconv" in script
+    for wrong in (["--shell-completion"], ["-sc", "bash"], ["-sc", "install=tcsh"]):
+        assert main(wrong) == 1
+        assert "install=bash" in capsys.readouterr().err
