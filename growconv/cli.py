@@ -422,7 +422,6 @@ def train(
     """One run of a config that Hydra composed.
 
     Args:
-        config: the config.
         name: what tells it from the others of its sweep.
         job: what to do with its values and directory; None trains.
 

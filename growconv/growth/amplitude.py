@@ -76,7 +76,6 @@ def choose_amplitude(
     Args:
         model: the model of the site, or one with the same names; not changed. Norm layers stay in the mode that they
             are in.
-        site: where.
         growth: the proposal, which changes no old weights.
         batches: held-out (inputs, targets) pairs.
         loss: loss(output, targets), averaged over the batch.
@@ -151,8 +150,6 @@ def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CA
     theirs.
 
     Args:
-        site: where.
-        growth: the proposal.
         strongest: share of the old channels' mean strength, above 0.
 
     Returns:
@@ -177,10 +174,6 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     homogeneous (ReLU, LeakyReLU, PReLU, pooling, a norm inserted transparently); elsewhere, as behind tanh or GELU, the
     scale of the filters has a meaning and the proposal comes back as it is. So does one that copies or changes old
     channels, or whose filters are all zero.
-
-    Args:
-        site: where.
-        growth: the proposal.
     """
     if site.own_method or growth.channels == 0 or growth.revised or growth.copied_from is not None:
         return growth
@@ -200,7 +193,6 @@ class Trials:
     Args:
         model: the model; not changed.
         site: one of its sites.
-        growth: the proposal.
         batches: held-out (inputs, targets) pairs.
         loss: loss(output, targets), averaged over the batch.
     """
@@ -243,7 +235,6 @@ def losses_of(
     Args:
         model: the model; not changed.
         site: one of its sites.
-        growth: the proposal.
         batches: held-out (inputs, targets) pairs.
         loss: loss(output, targets), averaged over the batch.
     """

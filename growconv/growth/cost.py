@@ -56,7 +56,6 @@ class ModelCost:
     Additions of biases, norms, activations and pooling are left out.
 
     Args:
-        model: the model.
         locations: locations at which each layer (by module path) applies its kernel to one sample.
     """
 

@@ -65,7 +65,6 @@ class PruneBack(Policy):
         """The channels to take away, by site.
 
         Args:
-            model: the model.
             sites: where channels may go.
             scores: importance (width,) of each site's channels.
             cost: the model's cost meter.
@@ -110,7 +109,6 @@ class Sizes:
     """Parameters and FLOPs that a model would have without some channels, several sites at once.
 
     Args:
-        model: the model.
         sites: where channels may go.
         cost: the model's cost meter.
     """

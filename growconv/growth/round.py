@@ -418,8 +418,6 @@ def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> 
 
     Args:
         growth: what was taken of the proposal.
-        solver: the method.
-        proposal: the proposal.
 
     Returns:
         `spectrum`, the gains of all candidates, where there were more than were taken; `captured_energy`, the share of

@@ -40,7 +40,6 @@ def checked_sites(
     Args:
         sites: distinct ones; of the model, or of one with the same names.
         model: the raw model.
-        solver: the method.
 
     Raises:
         ScheduleError: no site is left, one is listed twice, or the method cannot serve one that was made by hand.

@@ -29,7 +29,6 @@ def grow(
 
     Args:
         model: the raw model of the site, or one with the same names.
-        site: where.
         growth: what, as a solver proposes it. A weight that several modules share gets what is proposed for the first.
             Where a neighbouring site grew since it was computed, its weights on the neighbour's new channels are zero.
         amplitude: multiplies the outgoing weights; 0 leaves the function as it is.
@@ -79,7 +78,6 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
 
     Args:
         model: the raw model of the site, or one with the same names.
-        site: where.
         channels: indices of the channels to remove; whole groups where channels come in groups, and never all of them.
         optimizer: the optimizer (or a list) that trains the model; its state for the channels that stay is kept.
 

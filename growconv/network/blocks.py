@@ -139,7 +139,6 @@ def apply_block_edit(model: nn.Module, edit: Mapping, optimizers: Sequence[Optim
     """Do what an edit of the history says; parameters join, follow or leave the optimizers' groups.
 
     Args:
-        model: the model.
         edit: "module" is a path, and one of
             "insert": the arguments of `identity_layer`; the new layer comes in front of the module;
             "copy": the path inside the module of the layer that is silent in the copy behind it, or None;

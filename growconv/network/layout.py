@@ -234,7 +234,6 @@ class Layout:
         """Where new units of a space come along an axis: after its old ones, in every run.
 
         Args:
-            key: the axis.
             space: the space that grows.
             units: how many more units.
             sizes: the length of every axis now.
@@ -269,7 +268,6 @@ class Layout:
         """Per entry of an axis its space, unit and slot (entries, 3); space -1 for entries that never grow.
 
         Args:
-            key: the axis.
             units: per space its number of units.
         """
         return owners_of(self.axes[key], units)

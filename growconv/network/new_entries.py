@@ -164,7 +164,6 @@ def positions_now(
 
     Args:
         site: whose layout tells it.
-        key: the axis.
         length: how many entries it had.
         units: how many units each space had then; where it says nothing, it is read off `length`.
         label: what has that length, for the message.

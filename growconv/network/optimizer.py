@@ -250,7 +250,6 @@ class Journal:
     and the optimizers with groups, state and hooks. No tensor is copied but those named.
 
     Args:
-        model: the model.
         optimizers: all optimizers that train it.
         values: tensors whose values may be overwritten.
     """
@@ -306,7 +305,6 @@ def exchange(
     """Carry out validated changes: all new tensors are built first, then put in place.
 
     Args:
-        model: the model.
         changes: of its tensors.
         attributes: per module path and name the value to set.
         optimizers: their groups and state follow.

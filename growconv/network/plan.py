@@ -165,7 +165,6 @@ def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Pl
     """Plan and validate a growth; nothing is changed.
 
     Args:
-        site: where.
         growth: what.
         amplitude: multiplies the outgoing weights.
 
@@ -183,7 +182,6 @@ def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels would add.
 
     Args:
-        site: where.
         channels: a multiple of the site's granularity.
     """
     return _plan(site, channels, lambda path, side: {}).added_parameters()
@@ -193,7 +191,6 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     """Plan and validate the removal of channels; nothing is changed.
 
     Args:
-        site: where.
         channels: their indices; whole units where channels come in groups.
 
     Raises:
@@ -243,7 +240,6 @@ def tied_weights(site: Site, names: Mapping[int, Sequence[str]] | None = None) -
     layer outside of the site too, cannot keep the function and grow.
 
     Args:
-        site: where.
         names: all names of the parameters of its model, as `parameter_names` gives them, if they are known.
     """
     names = parameter_names(site.model) if names is None else names

@@ -185,7 +185,6 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     """New channels with filters drawn at the size of the old ones and no outgoing weights.
 
     Args:
-        site: where.
         channels: a multiple of its granularity.
     """
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +210,6 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     """Copies of all channels, whose consumers share their weights among the copies (Chen et al. 2016, "Net2Net").
 
     Args:
-        site: where.
         channels: a multiple of its granularity.
     """
     times = channels // site.width

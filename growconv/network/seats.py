@@ -181,7 +181,6 @@ class Region:
         """What new filters of a producer give, with K·ratio entries along the channel axis, channel by channel.
 
         Args:
-            path: the producer.
             x: what it is given.
             weight: (K·ratio, in/groups, *kernel), channel by channel.
             bias: (K·ratio,) or None.
@@ -197,7 +196,6 @@ class Region:
         """What a consumer adds to its output for new channels.
 
         Args:
-            path: the consumer.
             read: what it reads of them, as from `read`.
             weight: (out, K·ratio/groups, *kernel), every group of outputs with the columns of its own inputs.
         """
@@ -509,7 +507,6 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
 
     Args:
         tape: a recorded forward pass of the site's model.
-        site: the site.
         sizes: the lengths of the axes, if they are known.
 
     Returns:

@@ -89,9 +89,6 @@ class Site(ABC):
     def cap(self, growth: ChannelGrowth) -> float | None:
         """The amplitude at which the strongest new channel is as strong as the mean of the old ones.
 
-        Args:
-            growth: the proposal.
-
         Returns:
             None where it takes more than the site itself to tell.
         """

@@ -409,7 +409,6 @@ def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool
     """The values of a recording that depend on some of them.
 
     Args:
-        tape: the recording.
         sources: numbers of values.
         follows: whether the output of a layer depends on its input, by its path; False: the layer cuts.
 

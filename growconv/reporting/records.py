@@ -242,11 +242,7 @@ def csv_cell(value: object) -> object:
 
 
 def unfinished(path: Path) -> Path:
-    """Where a file is written before it gets its name: beside it, where nothing lies that writing would follow.
-
-    Args:
-        path: the file.
-    """
+    """Where a file is written before it gets its name: beside it, where nothing lies that writing would follow."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     temporary.unlink(missing_ok=True)
     return temporary

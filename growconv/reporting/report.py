@@ -86,7 +86,6 @@ def write_figures(run: RunRecord, folder: Path) -> list[Path]:
     """Write every figure of the report as an SVG that follows light and dark pages.
 
     Args:
-        run: the run.
         folder: where to; made where it is missing.
 
     Returns:

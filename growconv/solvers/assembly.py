@@ -25,7 +25,6 @@ def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tenso
     """Statistics of every consumer; refuses those that were not collected, are empty or not finite.
 
     Args:
-        subject: PairStatistics.
         *names: attributes of every consumer that must be there.
 
     Returns:

@@ -280,11 +280,7 @@ def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
 
 
 def linearisation_note(site: GrowthSite) -> str | None:
-    """What the methods that take the activation as linear mean where it is not 0 at 0; None where it is.
-
-    Args:
-        site: where.
-    """
+    """What the methods that take the activation as linear mean where it is not 0 at 0; None where it is."""
     offset = max((route.at_zero for route in site.routes), key=abs, default=0.0)
     if abs(offset) < 1e-12:
         return None

@@ -51,7 +51,6 @@ def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGai
 
     Args:
         subject: statistics with kept samples; the gains are unbiased where the solver has not seen these samples.
-        growth: the proposal.
 
     Raises:
         StatisticsError: fewer than two samples were kept.
@@ -74,9 +73,7 @@ def held_out_gains(
     Args:
         solver: a method on statistics.
         subject: statistics with kept samples.
-        site: the site.
         channels: how many to ask for.
-        model: its model.
         generator: randomness of the solver.
 
     Raises:
@@ -99,8 +96,6 @@ def worthwhile(
     Args:
         solver: a method on statistics.
         subject: statistics with kept samples.
-        site: the site.
-        model: its model.
         generator: randomness of the solver.
 
     Returns:

@@ -40,8 +40,6 @@ def captured_energy(
 
     Args:
         model: the model that the site belongs to; not changed.
-        site: where.
-        growth: the proposal.
         batches: (inputs, targets) pairs.
         loss: loss(output, targets).
         statistics: whose W* defines v⊥ = v − W*·Hp, usually those that the solver read; None takes the best update for
@@ -73,7 +71,6 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
     Args:
         subject: statistics of the site. Kept samples put the real activation into δz; without them δz is taken as
             linear, ⟨N_raw, Θ⟩.
-        growth: the proposal.
 
     Returns:
         The decrease, negative for a proposal that raises the loss; None where the statistics do not tell.
@@ -104,7 +101,6 @@ def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptS
     """The kept samples, or an error that says how to keep them.
 
     Args:
-        subject: the statistics.
         what: who asks, for the message.
         least: how many are needed.
 

@@ -163,8 +163,6 @@ class Candidates:
     """Candidate units of channels with their free parameters; both sides are normalised on use.
 
     Args:
-        kept: the samples.
-        model: the model.
         channels: how many candidates.
         generator: source of randomness.
     """

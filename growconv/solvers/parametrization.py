@@ -163,7 +163,6 @@ class Bounded:
     """Filters no longer than a bound, in the coordinates of another parametrization; longer ones are shortened to it.
 
     Args:
-        inner: the coordinates.
         longest: largest norm of a channel's filters, biases included, over all producers.
     """
 

@@ -194,7 +194,6 @@ def solve_rank(site: RankSite, statistics: LayerMoments, terms: int) -> ChannelG
     """The best new terms of one rank: minimise ⟨Θ, S2 Θ⟩ − 2⟨M⊥, Θ⟩ over kernels that so many terms can make.
 
     Args:
-        site: the rank.
         statistics: M and S2 of the layer.
         terms: number of terms K.
 

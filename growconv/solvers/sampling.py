@@ -129,7 +129,6 @@ def gains_known(
     Args:
         statistics: by name of the site, with kept samples.
         asked: how many channels to propose, by site; "auto" stands for 8.
-        solver: the method.
         relative_error: standard error over sum.
         model: the model that the sites belong to.
         generator: randomness of the solver.

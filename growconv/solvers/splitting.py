@@ -127,7 +127,6 @@ def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) ->
 
     Args:
         kept: samples of the site.
-        model: the model.
         smoothing: of kinks, see `smooth_kinks`.
 
     Returns:
@@ -244,8 +243,6 @@ class Splitting(Solver):
         """The proposal that splits some units, by their `curvatures`.
 
         Args:
-            site: the site.
-            model: its model.
             order: indices of the units that split, (k,).
             values: lowest eigenvalues of all units.
             vectors: their eigenvectors.

@@ -20,7 +20,7 @@ from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Activation, AdaptivePool, Flatten, Norm, Pool, Step
+from growconv.network.routes import Norm, Step
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.weights import (
@@ -28,6 +28,7 @@ from growconv.solvers.weights import (
     columns_of,
     filters_of,
     normal,
+    not_homogeneous,
     not_rewritable,
     picked_rows,
     random_filters,
@@ -115,7 +116,11 @@ class VarianceTransfer(Solver):
             return _rescaled_columns(site, model, heads, ratio) | _rescaled_consumers(
                 site, model, channels, behind
             ), None
-        obstacle = _not_homogeneous(site, model)
+        own = (key for key in site.axes if key[1] != IN)
+        mixed = next((path for path, side in own if len(site.layout.axes[path, side]) > 1), None)
+        obstacle = (
+            not_homogeneous(site, behind_norms=True) if mixed is None else f"{mixed} holds channels of other sites too"
+        )
         if obstacle is not None:
             return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every consumer"
         # what they read is scaled up by the root, for the output layers too
@@ -177,23 +182,3 @@ def _scaled_layers(site: GrowthSite) -> tuple[str, ...]:
 
 def _last_norm(steps: Sequence[Step]) -> str | None:
     return next((step.path for step in reversed(steps) if isinstance(step, Norm)), None)
-
-
-def _not_homogeneous(site: GrowthSite, model: nn.Module) -> str | None:
-    """The first thing in between through which a scale does not pass; None where it passes through all."""
-    for path, side in site.axes:
-        if side != IN and len(site.layout.axes[path, side]) > 1:
-            return f"{path} holds channels of other sites too"
-    for route in site.routes:
-        if route.problem:
-            return route.problem
-        norm = _last_norm(route.steps)
-        if norm is not None and getattr(model.get_submodule(norm), "weight", None) is None:
-            return f"{norm} has no scale of its own"
-        after = len(route.steps) if norm is None else route.steps[::-1].index(Norm(norm))
-        for step in route.steps[len(route.steps) - after :]:
-            if isinstance(step, Activation) and not step.homogeneous:
-                return f"{step.name} lies in between"
-            if not isinstance(step, Activation | Pool | AdaptivePool | Flatten):
-                return f"{getattr(step, 'path', getattr(step, 'name', step))} lies in between"
-    return None if site.routes else "nothing is known of what lies in between"

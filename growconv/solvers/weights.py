@@ -21,7 +21,7 @@ from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Activation, Norm, Other
+from growconv.network.routes import Activation, Depthwise, Norm, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels
 
@@ -69,9 +69,6 @@ def with_scaled_columns(
     """A consumer's whole weight as it stores it, the columns on each old unit times a number.
 
     Args:
-        site: the site.
-        model: its model.
-        path: the consumer.
         factor: per old unit.
         revised: other values of the layer's stored weight, where it is a producer of the site too; None: its own.
     """
@@ -203,21 +200,30 @@ steps suffers."""
 
 
 def homogeneous(site: GrowthSite) -> bool:
-    """Whether what lies between producers and consumers takes a positive factor through: f(sx) = s·f(x)."""
+    """Whether what lies between producers and consumers takes a positive factor through."""
     return not_homogeneous(site) is None
 
 
-def not_homogeneous(site: GrowthSite) -> str | None:
-    """The first thing in between through which a positive factor does not pass; None where it passes through all.
+def not_homogeneous(site: GrowthSite, behind_norms: bool = False) -> str | None:
+    """The first thing in between through which a positive factor does not pass, f(sx) = s·f(x); None: it passes all.
 
-    Norm layers count with their transparent entries: a batch norm passes, one with the statistics of a sample does not.
+    Args:
+        site: norm layers count with their transparent entries: a batch norm passes, one with the statistics of a sample
+            does not.
+        behind_norms: look at old channels, and only behind the last norm of each route, which must have a scale.
     """
     for route in site.routes:
         if route.problem:
             return route.problem
-        for step in route.steps:
+        last = max((at for at, step in enumerate(route.steps) if isinstance(step, Norm)), default=-1)
+        norm = route.steps[last] if behind_norms and last >= 0 else None
+        if isinstance(norm, Norm) and getattr(site.model.get_submodule(norm.path), "weight", None) is None:
+            return f"{norm.path} has no scale of its own"
+        for step in route.steps if norm is None else route.steps[last + 1 :]:
             if isinstance(step, Other) or (isinstance(step, Activation) and not step.homogeneous):
                 return f"{step.name} lies in between"
+            if isinstance(step, Depthwise) and behind_norms:
+                return f"{step.path} lies in between"
             if isinstance(step, Norm) and layers.norm(site.model.get_submodule(step.path)).by_sample:
                 return f"{step.path} normalises every sample by itself"
     return None if site.routes else "nothing is known of what lies in between"
@@ -292,7 +298,6 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     positively homogeneous the function stays.
 
     Args:
-        site: where.
         growth: a proposal whose filters are not zero.
 
     Returns:

@@ -44,7 +44,6 @@ def choose_paths(
     """Choose a path for each statistic.
 
     Args:
-        problem: the pair.
         statistics: what is to be summed.
         path: "auto", or the path that the user forces.
         samples: size of a batch.

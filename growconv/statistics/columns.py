@@ -39,7 +39,6 @@ def designs(module: nn.Module, read: Sequence[Tensor], groups: int) -> list[Floa
     """`columns` of each group of a layer, several calls side by side.
 
     Args:
-        module: the layer.
         read: what each of its calls read.
         groups: number of groups.
     """
@@ -53,7 +52,6 @@ def positions(module: nn.Module, outputs: Tensor) -> Float[Tensor, "c p"]:
     """Outputs of a layer as one column per sample and location.
 
     Args:
-        module: the layer.
         outputs: what it gives.
     """
     return outputs.movedim(layers.channel_axis(module, outputs.dim()), 0).flatten(1)

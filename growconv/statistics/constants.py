@@ -21,7 +21,6 @@ def with_constants(
     The constant entry is the same for every sample, so every product with it is a sum of a map.
 
     Args:
-        problem: the pair.
         sums: sums over samples without constant entries: S, S_full, N_raw, M, S2, P, patch_gram, as far as collected.
         maps: "x", "h" and "v": the maps summed over samples (c, *size), float64.
         samples: how many samples were summed.

@@ -36,7 +36,6 @@ def dense_sums(
     """Sums over the samples of a batch of every statistic asked for (Verbockhaven et al. 2024).
 
     Args:
-        problem: the pair.
         quantities: names among S, S_full, N_raw, M, S2, P, patch_mean and patch_gram.
         x: input of the producer.
         h: input of the consumer.

@@ -26,7 +26,6 @@ def applied_update(
     """W*·Hp: what an update of the consumer's own weights adds to its output.
 
     Args:
-        problem: the pair.
         h: input of the consumer.
         update: W*, the bias in the last row where the consumer has one.
     """

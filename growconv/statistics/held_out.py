@@ -19,7 +19,6 @@ def sample_batches(kept: KeptSamples, consumer: str) -> list[HeldBatch]:
 
     Args:
         kept: samples of a site with one producer; their v is taken, so give `kept.projected()` for v⊥.
-        consumer: the consumer.
     """
     site = kept.site
     route = next(route for route in site.routes if route.consumer == consumer)
@@ -84,7 +83,6 @@ def sample_averages(kept: KeptSamples, consumer: str, names: frozenset[str]) -> 
 
     Args:
         kept: samples of a site with one producer; with those of `kept.projected()`, N_raw is N.
-        consumer: the consumer.
         names: among S, S_full, N_raw, M, S2, P and patch_gram (with patch_mean).
     """
     sums = ConsumerSums(f"{kept.site.name}, consumer {consumer}", names, "auto", SCRATCH_BYTES)

@@ -74,7 +74,6 @@ class Correlation:
     """The correlations of two maps that some statistics need: features per axis, and sums over batches for each.
 
     Args:
-        axes: the axes.
         maps: the two maps, e.g. "xv".
         statistics: the statistics of these maps.
     """

@@ -75,7 +75,6 @@ def axis_features(axis: AxisProblem, maps: str, statistics: tuple[str, ...]) -> 
     """Describe statistics of two maps along one axis.
 
     Args:
-        axis: the axis.
         maps: "xx", "xv", "xh", "hh" or "hv".
         statistics: names of statistics of these two maps.
 

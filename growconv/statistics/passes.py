@@ -80,13 +80,7 @@ class KeptCalls:
 
 
 def copied_calls(each: Pass, site: GrowthSite, model: nn.Module) -> KeptCalls | None:
-    """What the layers of a site were given, copied with the first gradient; None where it is not to be kept.
-
-    Args:
-        each: the pass.
-        site: the site.
-        model: its model.
-    """
+    """What the layers of a site were given, copied with the first gradient; None where it is not to be kept."""
     if site.name not in each.regions:
         return None
     if site.name not in each.kept:
@@ -113,9 +107,7 @@ def kept_batch(loss: Loss, site: GrowthSite, model: nn.Module, separate: bool) -
     """The passes of a loss whose gradients have come; None where there are none to keep.
 
     Args:
-        loss: the loss.
         site: whose samples.
-        model: its model.
         separate: whether every pass has samples of its own.
     """
     passes = []

@@ -119,7 +119,6 @@ def folded(problem: PairProblem, x: Float[Tensor, "n c *size"]) -> tuple[PairPro
     a larger stride. So a pooling without padding, and a depthwise convolution that keeps the grid's origin, disappear.
 
     Args:
-        problem: the pair.
         x: input of the producer.
 
     Returns:

@@ -80,7 +80,6 @@ def add_unfolded_sums(
 
     Args:
         totals: sums so far, by name.
-        problem: the pair.
         quantities: names among S, S_full, N_raw, M, S2, P and patch_gram.
         x: input of the producer.
         h: input of the consumer.

@@ -112,7 +112,6 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
     """Refuse a model whose output does not fit the dataset's targets, before any training.
 
     Args:
-        model: the model.
         dataset: what it learns.
         pixels: side to which the images are scaled; None: as they are.
 

@@ -137,9 +137,6 @@ def _write(path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint file and compare its checksum.
 
-    Args:
-        path: the file.
-
     Raises:
         CheckpointError: missing, truncated, altered or no checkpoint of growconv.
     """
@@ -290,7 +287,6 @@ def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = No
     """Give a fresh small model the shapes of a checkpoint; `restore` fills it.
 
     Args:
-        found: the checkpoint.
         model: the raw model as the run began with it.
         optimizer: its optimizer, which goes through the same; None: it is built afterwards.
 

@@ -204,7 +204,6 @@ def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) ->
 
     Args:
         error: what Hydra raised.
-        overrides: the overrides.
         loader: Hydra's loader, which knows the groups.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -96,7 +96,6 @@ def load_weights(model: nn.Module, file: str | Path, classes: int) -> list[str]:
     """Put the weights of a file into a model; a classifier of other classes stays as it was drawn.
 
     Args:
-        model: the model.
         file: a state_dict, in safetensors or saved by torch.save; read without running anything.
         classes: of the model.
 

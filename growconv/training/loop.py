@@ -137,9 +137,6 @@ class Trainer:
     def resume(self, found: Checkpoint) -> None:
         """Go on where a checkpoint was saved.
 
-        Args:
-            found: the checkpoint.
-
         Raises:
             CheckpointError: it was saved by another number of processes, or belongs to another model.
         """

@@ -65,7 +65,6 @@ def read_picture(path: Path, root: Path, size: int, channels: int) -> np.ndarray
     Of several pictures in one file (.gif, .tif) the first is taken.
 
     Args:
-        path: the file.
         root: the folder out of which no link may lead.
         size: height and width to scale to.
         channels: 1 for grey, 3 for colour.

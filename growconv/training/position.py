@@ -45,9 +45,6 @@ class Position:
 def position_of(found: Checkpoint) -> Position:
     """Where a checkpoint's run stands, each number of the type that it has in a run.
 
-    Args:
-        found: the checkpoint.
-
     Raises:
         CheckpointError: it does not say so.
     """
@@ -71,7 +68,6 @@ def damaged_state(found: Checkpoint, got: object) -> CheckpointError:
     """The error for a checkpoint whose state is no run's.
 
     Args:
-        found: the checkpoint.
         got: what it holds instead.
     """
     return CheckpointError(

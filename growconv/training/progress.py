@@ -93,7 +93,6 @@ def describe(state: Mapping[str, Any], width: int | None = None) -> str:
     """One line of loss, accuracy, width, cost and the next growth.
 
     Args:
-        state: the numbers.
         width: characters of the line; what does not fit after epoch and loss is left out. None leaves nothing out.
     """
     last = "" if state["epochs"] is None else f"/{state['epochs']}"

@@ -46,7 +46,6 @@ class RunDirectory:
     """Where one run writes: config.yaml, metrics.jsonl, growth.jsonl, checkpoint/, summary.json, report.html.
 
     Args:
-        path: the directory.
         active: False on ranks above 0, which write nothing.
     """
 

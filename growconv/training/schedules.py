@@ -138,7 +138,6 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
 
     Args:
         config: the group optimizer.
-        model: the model.
 
     Raises:
         ConfigError: the model has no parameter, torch has no such optimizer, or it does not take these arguments.

@@ -345,7 +345,6 @@ def read_idx(path: Path, content: str | None = None) -> np.ndarray:
     """An array of bytes from a gzipped IDX file (LeCun's format: magic number, sizes, bytes).
 
     Args:
-        path: the file.
         content: SHA-256 of the decompressed bytes; None skips the comparison.
 
     Raises:

@@ -169,7 +169,6 @@ def work(jobs: Sequence[Job], processes: int) -> list[tuple[Job, str]]:
     """Run what is not done yet.
 
     Args:
-        jobs: the runs.
         processes: how many at a time; the cores are shared among them.
 
     Returns:

@@ -172,11 +172,7 @@ class CsvTracker(Tracker):
 
 
 class Trackers(Tracker):
-    """Several at once.
-
-    Args:
-        members: the trackers.
-    """
+    """Several at once."""
 
     def __init__(self, members: Sequence[Tracker]) -> None:
         self.members = members

@@ -138,7 +138,6 @@ def require_trusted_parts(config: Mapping[str, Any], file: Path, *parts: str) ->
     """Refuse to build the model, or what else is asked about, of a stored config where it is foreign code.
 
     Args:
-        config: the config.
         file: the checkpoint that holds it.
         parts: groups of the config that are about to be used.
 

@@ -160,7 +160,6 @@ def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tenso
     """Zeros of the shape that a weighted layer gives for any number of input channels.
 
     Args:
-        module: the layer.
         x: its input.
         outputs: how many it has; None: as many as now, whole groups more where it is given whole groups more.
     """

@@ -42,9 +42,6 @@ class Adapter(ABC):
 
     Nothing here changes the layer; what is to change is returned as data.
 
-    Args:
-        module: the layer.
-
     Attributes:
         kinds: the classes of layers that it is for.
         sides: the axes of this layer that channels can lie along, as in `network.layout`.
