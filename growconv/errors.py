@@ -14,6 +14,13 @@ class GrowthError(Exception):
         got: what was found instead.
         where: module path, file or setting that the problem is about.
         fix: what to do.
+
+    Example:
+        >>> try:
+        ...     growconv.site(model, "0", "nowhere", example_input=images)
+        ... except growconv.GrowthError as error:
+        ...     print(error.where)
+        nowhere
     """
 
     def __init__(
@@ -50,7 +57,11 @@ def _rebuild(
 
 
 class GrowthWarning(UserWarning):
-    """Something that the user asked for is left out or limited, and training goes on."""
+    """Something that the user asked for is left out or limited, and training goes on.
+
+    Example:
+        >>> warnings.simplefilter("ignore", growconv.GrowthWarning)
+    """
 
 
 class GeometryError(GrowthError, ValueError):

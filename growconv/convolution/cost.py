@@ -94,6 +94,10 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1, *, inp
     Raises:
         GeometryError: when the kernel does not fit the input.
         ArgumentTypeError: for another layer.
+
+    Example:
+        >>> growconv.conv_cost(nn.Conv2d(3, 8, 3, padding=1), (16, 16)).flops
+        110592
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ArgumentValueError("impossible batch", expected="1 or more samples", got=batch, where="conv_cost")

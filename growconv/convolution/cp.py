@@ -22,6 +22,10 @@ class CPConv(FactorizedConv):
         out_factor: (C2, R).
         in_factor: (C1, R).
         axis_factor_0, axis_factor_1, ...: (taps of the axis, R).
+
+    Example:
+        >>> growconv.CPConv.from_conv(nn.Conv2d(16, 32, 3), rank=0.5).rank
+        42
     """
 
     implementations: ClassVar[tuple[str, ...]] = ("factorized", "reconstructed", "mobilenet")
@@ -87,18 +91,33 @@ class CPConv(FactorizedConv):
 
 
 class CPConv1d(CPConv):
-    """`nn.Conv1d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv1d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.CPConv1d(4, 8, 3, rank=2)(torch.zeros(1, 4, 9)).shape
+        torch.Size([1, 8, 7])
+    """
 
     axes = 1
 
 
 class CPConv2d(CPConv):
-    """`nn.Conv2d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv2d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.CPConv2d(4, 8, 3, rank=2)(torch.zeros(1, 4, 9, 9)).shape
+        torch.Size([1, 8, 7, 7])
+    """
 
     axes = 2
 
 
 class CPConv3d(CPConv):
-    """`nn.Conv3d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv3d` with a CP kernel; see `CPConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.CPConv3d(4, 8, 3, rank=2)(torch.zeros(1, 4, 9, 9, 9)).shape
+        torch.Size([1, 8, 7, 7, 7])
+    """
 
     axes = 3

@@ -43,6 +43,10 @@ def composite_size(
 
     Returns:
         A number where both sizes are numbers, else a tuple.
+
+    Example:
+        >>> growconv.composite_size((3, 3), (5, 5))
+        (7, 7)
     """
     if isinstance(first_size, int) and isinstance(second_size, int):
         arguments = (first_stride, first_dilation, second_dilation)
@@ -87,6 +91,10 @@ def compose_kernels(
 
     Raises:
         GeometryError: when the hidden channels or the numbers of axes differ.
+
+    Example:
+        >>> growconv.compose_kernels(torch.randn(4, 3, 3, 3), torch.randn(8, 4, 3, 3)).shape
+        torch.Size([8, 3, 5, 5])
     """
     axes = first.dim() - 2
     if axes not in _TRANSPOSED or second.dim() != first.dim():
@@ -130,6 +138,10 @@ def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
         GeometryError: channels that do not match, or padding that one convolution cannot have: other than zeros in the
             second, or of two kinds or uneven sides in the pair.
         ArgumentTypeError: for other layers.
+
+    Example:
+        >>> growconv.compose_convs(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)).kernel_size
+        (5, 5)
     """
     before, after = _checked_pair(first, second, "compose_convs")
     geometry1, geometry2 = Geometry.of(before), Geometry.of(after)
@@ -247,6 +259,11 @@ def conv_pair(
 
     Raises:
         GeometryError: sizes that do not belong together.
+
+    Example:
+        >>> first, second = growconv.conv_pair(torch.randn(2, 28), torch.randn(2, 9, 5), (3, 3, 3), 3)
+        >>> second(first(torch.zeros(1, 3, 8, 8))).shape
+        torch.Size([1, 5, 4, 4])
     """
     where, axes = "conv_pair", len(incoming_shape) - 1
     if axes not in _CONVS:
@@ -285,6 +302,10 @@ def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[in
 
     Returns:
         True per output location where both are equal for every input and every kernel; all True without hidden padding.
+
+    Example:
+        >>> growconv.exact_locations(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), (8, 8)).sum()
+        tensor(36)
     """
     before, after = _checked_pair(first, second, "exact_locations")
     geometry = Geometry.of(after)
@@ -309,6 +330,11 @@ def composite_matrix(
 
     Returns:
         Matrix (C2·M, C0·L0) and offset (C2·M,): `matrix @ x.flatten() + offset` is `second(first(x))` flattened.
+
+    Example:
+        >>> matrix, offset = growconv.composite_matrix(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 3), (6, 6))
+        >>> matrix.shape
+        torch.Size([4, 36])
     """
     before, after = _checked_pair(first, second, "composite_matrix")
     hidden = Geometry.of(before).output_size(input_size)

@@ -27,6 +27,9 @@ def commute_average_pool(first: nn.Module, second: nn.Module) -> tuple[nn.Module
             one's output), a convolution with stride before the pooling (it would need a dilated pooling), rounding up,
             or padding that is left out of the average.
         ArgumentTypeError: for other layers.
+
+    Example:
+        >>> pool, conv = growconv.commute_average_pool(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2))
     """
     if isinstance(first, AveragePool) and isinstance(second, Conv):
         pool, conv, pool_first = first, second, True

@@ -64,6 +64,11 @@ def split_kernel(
     Raises:
         GeometryError: when no second kernel gives the kernel's size.
         ArgumentValueError: for an impossible number of hidden channels, or values that are not finite.
+
+    Example:
+        >>> kernel = growconv.compose_kernels(torch.randn(2, 3, 3, 3), torch.randn(4, 2, 3, 3))
+        >>> growconv.split_kernel(kernel, 2, 3).residual < 1e-5
+        True
     """
     where = "split_kernel"
     axes = kernel.dim() - 2

@@ -44,6 +44,10 @@ def toeplitz_matrix(
 
     Raises:
         GeometryError: when the kernel does not fit the input, or the matrix would not fit into memory (with its bytes).
+
+    Example:
+        >>> growconv.toeplitz_matrix(torch.randn(2, 1, 3, 3), (6, 6)).shape
+        torch.Size([32, 36])
     """
     shape = geometry(tuple(weight.shape[2:]), stride, padding, dilation, padding_mode, where="toeplitz_matrix")
     input_size = per_axis(input_size, shape.axes, "input_size", 1, "toeplitz_matrix")
@@ -94,6 +98,10 @@ def toeplitz_adjoint(
 
     Raises:
         GeometryError: when the kernel does not fit the input, or the matrix is not that of such a convolution.
+
+    Example:
+        >>> growconv.toeplitz_adjoint(torch.ones(32, 36), (2, 1, 3, 3), (6, 6)).flatten()[0]
+        tensor(16.)
     """
     with torch.enable_grad():
         weight = torch.zeros(tuple(weight_shape), dtype=matrix.dtype, device=matrix.device, requires_grad=True)

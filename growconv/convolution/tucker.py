@@ -22,6 +22,10 @@ class TuckerConv(FactorizedConv):
         core: (r2, r1, *kernel_size).
         out_factor: (C2, r2).
         in_factor: (C1, r1).
+
+    Example:
+        >>> growconv.TuckerConv.from_conv(nn.Conv2d(16, 32, 3), rank=(8, 4)).rank
+        (8, 4)
     """
 
     expected_factors: ClassVar[str] = "a core (r2, r1, *kernel_size), (C2, r2) and (C1, r1)"
@@ -80,18 +84,33 @@ class TuckerConv(FactorizedConv):
 
 
 class TuckerConv1d(TuckerConv):
-    """`nn.Conv1d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv1d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.TuckerConv1d(4, 8, 3, rank=(3, 2))(torch.zeros(1, 4, 9)).shape
+        torch.Size([1, 8, 7])
+    """
 
     axes = 1
 
 
 class TuckerConv2d(TuckerConv):
-    """`nn.Conv2d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv2d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.TuckerConv2d(4, 8, 3, rank=(3, 2))(torch.zeros(1, 4, 9, 9)).shape
+        torch.Size([1, 8, 7, 7])
+    """
 
     axes = 2
 
 
 class TuckerConv3d(TuckerConv):
-    """`nn.Conv3d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments."""
+    """`nn.Conv3d` with a Tucker kernel; see `TuckerConv` for the factors and `FactorizedConv` for the arguments.
+
+    Example:
+        >>> growconv.TuckerConv3d(4, 8, 3, rank=(3, 2))(torch.zeros(1, 4, 9, 9, 9)).shape
+        torch.Size([1, 8, 7, 7, 7])
+    """
 
     axes = 3

@@ -108,6 +108,10 @@ def mask_tensor(
 
     Raises:
         GeometryError: when the kernel does not fit the input, or T would not fit into memory (with its bytes).
+
+    Example:
+        >>> growconv.mask_tensor((6, 6), nn.Conv2d(1, 1, 3)).shape  # outputs, taps, inputs
+        torch.Size([16, 9, 36])
     """
     geometry = conv if isinstance(conv, Geometry) else Geometry.of(conv)
     shape = (math.prod(geometry.output_size(input_size)), geometry.taps, math.prod(input_size))

@@ -107,6 +107,13 @@ class GrowthScheduler:
 
     Warns:
         GrowthWarning: sites were left out.
+
+    Example:
+        >>> scheduler = growconv.GrowthScheduler(model, optimizer, sites, method="tiny", every=100, times=2, amount=2)
+        >>> if scheduler.due(step=100):
+        ...     events = scheduler.grow(batches, loss)
+        >>> sites[0].width
+        6
     """
 
     def __init__(

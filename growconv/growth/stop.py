@@ -34,6 +34,9 @@ class Budget(Stop):
         parameters: parameters of the whole model.
         flops: FLOPs (2 × MACs) of one sample's forward pass.
         seconds: wall-clock seconds of the run, counted from the schedule's construction, resumed parts included.
+
+    Example:
+        >>> scheduler = growconv.GrowthScheduler(model, None, sites, every=1, budget=growconv.Budget(parameters=20_000))
     """
 
     parameters: int | None = None

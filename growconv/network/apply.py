@@ -40,6 +40,12 @@ def grow(
     Raises:
         SiteError: when the model has no such site (any more).
         SurgeryError: when the proposal does not fit, or the optimizer does not own the parameters.
+
+    Example:
+        >>> growth = growconv.solve(sites[0], "random", channels=2, model=model)
+        >>> event = growconv.grow(model, sites[0], growth, amplitude=0, optimizer=optimizer)
+        >>> event.width_before, event.width_after
+        (4, 6)
     """
     return _grown(model, site, growth, amplitude, optimizer, trains=True)
 
@@ -87,6 +93,10 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
     Raises:
         SiteError: when the model has no such site (any more).
         SurgeryError: for channels that cannot be removed, or an optimizer that does not own the parameters.
+
+    Example:
+        >>> growconv.shrink(model, sites[0], [0, 1], optimizer=optimizer).width_after
+        2
     """
     model = unwrapped(model)
     site, optimizers = _site_of(site, model, trains=False), as_optimizers(optimizer)

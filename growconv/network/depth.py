@@ -57,6 +57,11 @@ def insert_layer(
         SiteError: when the site has several consumers and none was named.
         ArgumentValueError: for an unknown kind or an even kernel size.
         SurgeryError: the optimizer does not own the consumer's weight.
+
+    Example:
+        >>> event = growconv.insert_layer(model, sites[0], optimizer=optimizer)
+        >>> len(model)
+        7
     """
     model = unwrapped(model)
     site = site.of(model)
@@ -109,6 +114,10 @@ def insert_copy(
         SiteError: there is no such block.
         ArgumentValueError: an identity is asked for without an example.
         SurgeryError: its shapes differ, or no layer makes the copy the identity.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        >>> event = growconv.insert_copy(net, "0", example_input=torch.zeros(1, 4, 8, 8))
     """
     model = unwrapped(model)
     block, silent = blocks.module_at(model, path), None
@@ -188,6 +197,12 @@ def merge_pair(
     Raises:
         SiteError: a site that the model does not have.
         SurgeryError: a pair that is no single convolution; nothing has changed then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3))
+        >>> event = growconv.merge_pair(net, growconv.find_sites(net, images)[0])
+        >>> net(images).shape
+        torch.Size([8, 6, 4, 4])
     """
     model = unwrapped(model)
     if not isinstance(site, GrowthSite):
@@ -240,6 +255,11 @@ def split_conv(
         SurgeryError: for another layer, or one that several modules share.
         ArgumentValueError: for an impossible number of hidden channels.
         GeometryError: for kernel sizes that do not add up.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 6, 5))
+        >>> growconv.split_conv(net, "0", hidden=9, first_size=3).details["exact"]
+        True
     """
     model = unwrapped(model)
     conv = blocks.module_at(model, name)

@@ -362,6 +362,9 @@ def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
     Args:
         optimizers: those to look at; those that are followed already stay so.
         changed: whether parameters or their state may have been replaced since the last step.
+
+    Example:
+        >>> growconv.follow_ages([copy.deepcopy(optimizer)])
     """
     for each in optimizers:
         wrapped = getattr(each, "optimizer", None)  # Accelerate and Lightning wrap the one that steps

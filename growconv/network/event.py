@@ -49,6 +49,12 @@ class GrowthEvent:
         details: further numbers.
         recipe: how to do the same, values included, to another model. It is not written down: neither JSON nor pickles
             nor copies have it.
+
+    Example:
+        >>> twin = copy.deepcopy(model)
+        >>> event = growconv.grow(model, sites[0], growconv.solve(sites[0], "random", channels=2, model=model))
+        >>> event.apply_to(twin).width_after
+        6
     """
 
     site: str
@@ -156,6 +162,13 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
 
     Raises:
         SurgeryError: for an edit that does not fit the model; nothing has changed then.
+
+    Example:
+        >>> fresh = copy.deepcopy(model)
+        >>> event = growconv.shrink(model, sites[0], [0])
+        >>> growconv.apply_edits(fresh, event.edits)
+        >>> fresh[0].out_channels
+        3
     """
     model, optimizers = unwrapped(model), as_optimizers(optimizer)
     journal = Journal(model, optimizers)
@@ -216,6 +229,12 @@ class GrowthHistory:
 
     Attributes:
         events: one per site and round; written down, they hold names and numbers, no tensors and no objects of a model.
+
+    Example:
+        >>> fresh, history = copy.deepcopy(model), growconv.GrowthHistory()
+        >>> history.append(growconv.shrink(model, sites[0], [0]))
+        >>> history.replay(fresh)[0].out_channels
+        3
     """
 
     events: list[GrowthEvent] = field(default_factory=list)

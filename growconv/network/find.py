@@ -111,6 +111,10 @@ def site(
 
     Raises:
         SiteError: for unknown names, or layers that do not belong together, with the reason.
+
+    Example:
+        >>> growconv.site(model, "0", "2", example_input=images).name
+        '0 -> 2'
     """
     model = unwrapped(model)
     written, read = ((each,) if isinstance(each, str) else tuple(each) for each in (producers, consumers))
@@ -197,6 +201,13 @@ def explain_sites(
 
     Returns:
         A tuple of LayerRow that prints itself as a table.
+
+    Example:
+        >>> print(growconv.explain_sites(model, images))
+        layer  outputs  site, or why it cannot grow
+        0            4  0 -> 2
+        2            6  2 -> 6
+        6           10  – it is the model's output
     """
     return SiteTable(rows_of(analyse(model, example_input, modes=modes, rehearse=rehearse)))
 

@@ -50,6 +50,11 @@ class ChannelGrowth:
         units: `GrowthSite.units` when this was solved: the widths that the other axes of the weights belong to. Where
             neighbours have grown since, surgery fills their new channels with zeros. Empty: read off the shapes where
             they leave no doubt.
+
+    Example:
+        >>> growth = growconv.solve(sites[0], "random", channels=3, model=model)
+        >>> growth.alpha.shape, growth.omega.shape
+        (torch.Size([3, 1, 3, 3]), torch.Size([6, 3, 3, 3]))
     """
 
     site: str

@@ -36,6 +36,11 @@ class RankSite(Site):
         own_method: "rank".
         width: the rank now.
         bound: the rank above which no kernel of this shape needs another term.
+
+    Example:
+        >>> net = nn.Sequential(growconv.CPConv2d(1, 4, 3, rank=2))
+        >>> growconv.find_rank_sites(net)[0].width
+        2
     """
 
     own_method = "rank"
@@ -176,6 +181,11 @@ def find_rank_sites(model: nn.Module) -> tuple[RankSite, ...]:
     Returns:
         One site per CP convolution, two per Tucker convolution (output rank, then input rank), in the model's order,
         those at their bound left out.
+
+    Example:
+        >>> net = nn.Sequential(growconv.CPConv2d(1, 4, 3, rank=2))
+        >>> [site.name for site in growconv.find_rank_sites(net)]
+        ['0 rank']
     """
     ranks = [(path, side) for path, module in model.named_modules() for side in layers.ranks(module)]
     sites = [RankSite(model, path, side) for path, side in ranks]

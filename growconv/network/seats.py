@@ -529,9 +529,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         for number in step.outputs
     }
     written = {number for number in (*needed, *made) if tape.values[number].storage in memories}
-    # no axis holds anything else, and all channels lie one after the other
-    in_order = all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
-    narrow = in_order and all(_is_narrow(tape, step, hot, site) for step in steps)
+    narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
     kept = {number for number in needed if number not in made} | (set() if narrow else made)
     samples = _samples(tape, site)
     return Region(
@@ -625,6 +623,11 @@ def _places(site: GrowthSite, sizes: Sizes) -> dict[Key, Tensor]:
         found[path, side] = torch.tensor(site.entries(path, side, sizes), device=device).view(units, -1)
     order = [(path, OUT) for path in site.producers] + [(path, IN) for path in site.consumers]
     return {key: found[key] for key in (*order, *found) if key in found}
+
+
+def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:
+    """Whether no axis holds anything else, and all channels lie one after the other."""
+    return all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
 
 
 def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:

@@ -170,6 +170,12 @@ class GrowthSite(Site):
         copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
             times as one likes, keep the function.
         by_hand: the user named its layers (`growconv.site`), so that a method which cannot serve it is an error.
+
+    Example:
+        >>> sites[0].producers, sites[0].consumers, sites[0].width
+        (('0',), ('2',), 4)
+        >>> sites[0].refusal("tiny") is None
+        True
     """
 
     model: nn.Module

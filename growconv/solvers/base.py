@@ -51,6 +51,10 @@ class Solver(ABC):
         linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
         needs_closed_form: serves sites with closed-form statistics only.
+
+    Example:
+        >>> growconv.solvers.get_solver("tiny").reads >= {"S", "N"}
+        True
     """
 
     name: ClassVar[str] = ""
@@ -214,6 +218,11 @@ def solve(
 
     Warns:
         LinearisationWarning: the method takes the activation as linear, and it is not 0 at 0.
+
+    Example:
+        >>> stats = growconv.collect_statistics(model, sites[0], batches, loss)[sites[0].name]
+        >>> growconv.solve(stats, "tiny", channels=2, model=model, signs=False).channels
+        2
     """
     solver = get_solver(method, **hyperparameters)
     statistics = subject if isinstance(subject, PairStatistics) else None

@@ -48,6 +48,11 @@ def captured_energy(
 
     Returns:
         Between 0 and 1; 0 for a proposal that would raise the loss, or where there is nothing to gain.
+
+    Example:
+        >>> growth = growconv.solve(sites[0], "random", channels=2, model=model)
+        >>> growconv.captured_energy(model, sites[0], growth, batches, loss) >= 0
+        True
     """
     if growth.channels == 0:
         return 0.0

@@ -90,6 +90,10 @@ def collect_rank_statistics(
 
     Raises:
         StatisticsError: for no batches, a layer that the forward pass does not call, or a loss that is not finite.
+
+    Example:
+        >>> net = nn.Sequential(growconv.CPConv2d(1, 10, 8, rank=2), nn.Flatten())
+        >>> found = growconv.collect_rank_statistics(net, growconv.find_rank_sites(net), batches, loss)
     """
     model, sites = unwrapped(model), tuple(sites)
     sums = {site.path: _Sums(site.module) for site in sites}
@@ -143,6 +147,12 @@ def grow_rank(
 
     Raises:
         ArgumentValueError: for an impossible number of terms; nothing has changed then.
+
+    Example:
+        >>> layer = growconv.CPConv2d(1, 4, 3, rank=2)
+        >>> event = growconv.grow_rank(layer, 1)
+        >>> layer.rank
+        3
     """
     if not isinstance(module, FactorizedConv):
         raise ArgumentTypeError(

@@ -47,6 +47,11 @@ def collect_statistics(
         ArgumentTypeError: for batches of another form.
         StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not
             finite, or does not depend on the parameters.
+
+    Example:
+        >>> stats = growconv.collect_statistics(model, sites[0], batches, loss)[sites[0].name]
+        >>> stats.S.shape, stats.N.shape
+        (torch.Size([10, 10]), torch.Size([10, 9, 6]))
     """
     if torch.is_inference_mode_enabled():
         raise StatisticsError(

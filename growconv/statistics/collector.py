@@ -87,6 +87,13 @@ class StatisticsCollector:
         ArgumentTypeError, ArgumentValueError: for impossible options.
         SiteError: for a site of another model.
         StatisticsError: for a site without closed-form statistics, when more than kept samples are asked for.
+
+    Example:
+        >>> with growconv.StatisticsCollector(model, sites[0]) as collector:
+        ...     for x, y in batches:
+        ...         loss(model(x), y).backward()
+        >>> collector.statistics[sites[0].name].samples
+        16
     """
 
     def __init__(

@@ -61,6 +61,12 @@ def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tu
     Raises:
         SiteError: a layer of another kind.
         StatisticsError: no samples, or h and v that are not input and output of the layer.
+
+    Example:
+        >>> layer = nn.Conv2d(1, 4, 3)
+        >>> change, bias_change = growconv.best_update(layer, [(images, torch.randn(8, 4, 6, 6))])
+        >>> change.shape
+        torch.Size([4, 1, 3, 3])
     """
     samples = sum(len(h) for h, _ in pairs)
     if not samples:

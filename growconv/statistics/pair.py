@@ -33,6 +33,11 @@ class PairStatistics:
         skipped_batches: batches left out because something in them was not finite.
         units: `GrowthSite.units` when they were collected: the widths that the axes of the tensors belong to.
         notes: what is still to be done, a line each.
+
+    Example:
+        >>> stats = growconv.collect_statistics(model, sites[0], batches, loss)[sites[0].name]
+        >>> stats.update.shape
+        torch.Size([6, 4, 3, 3])
     """
 
     site: str

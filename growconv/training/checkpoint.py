@@ -79,6 +79,9 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the file could not be written, or a value is not JSON-able.
+
+    Example:
+        >>> path = growconv.save_checkpoint(folder / "model.safetensors", model, optimizer)
     """
     path = Path(path)
     content = {f"model/{name}": tensor for name, tensor in _model_state(model).items()}
@@ -235,6 +238,15 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: damaged, or of another model, optimizer or schedule. Nothing has changed then.
+
+    Example:
+        >>> fresh = copy.deepcopy(model)
+        >>> event = growconv.shrink(model, sites[0], [0])
+        >>> history = growconv.GrowthHistory([event])
+        >>> path = growconv.save_checkpoint(folder / "model.safetensors", model, history=history)
+        >>> checkpoint = growconv.load_checkpoint(path, fresh)
+        >>> fresh[0].out_channels
+        3
     """
     found = find_checkpoint(path)
     restore(found, model, optimizer, scheduler)

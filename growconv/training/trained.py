@@ -33,6 +33,9 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
     Raises:
         CheckpointError: there is no run, or it is damaged.
         ConfigError: its model is not growconv's or torch's own, and `trust` is False.
+
+    Example:
+        >>> model = growconv.load_run("runs/mine")  # doctest: +SKIP
     """
     found = read_run(run, best)
     model = begun_model(found, trust)
