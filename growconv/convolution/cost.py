@@ -29,7 +29,6 @@ class ConvCost:
         padding_multiplications: those of the multiplications that meet zero padding.
         elementwise_multiplications: those of the multiplications that build a kernel from factors by outer products.
         backward_multiplications: of the gradients with respect to input and kernel.
-        backward_additions: the same, gradients of biases included.
         weight_bytes: all parameters.
         activation_bytes: what the forward pass keeps for the backward: the input of every conv it runs, and kernels
             that it built from factors.
@@ -41,7 +40,6 @@ class ConvCost:
     padding_multiplications: int
     elementwise_multiplications: int
     backward_multiplications: int
-    backward_additions: int
     weight_bytes: int
     activation_bytes: int
     output_bytes: int
@@ -122,21 +120,17 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1, *, inp
         counts["additions"] += products - outputs
         counts["padding_multiplications"] += products - real
         counts["backward_multiplications"] += gradients * products
-        counts["backward_additions"] += gradients * products
         counts["activation_bytes"] += item * batch * stage.inputs * math.prod(size)
         counts["output_bytes"] = item * outputs
         size = output
     if conv.bias is not None:
-        outputs = counts["output_bytes"] // item
-        counts["additions"] += outputs
-        counts["backward_additions"] += outputs
+        counts["additions"] += counts["output_bytes"] // item
     if isinstance(conv, FactorizedConv):
         elementwise, products, kept = _building(conv)
         counts["elementwise_multiplications"] = elementwise
         counts["multiplications"] += elementwise + products
         counts["additions"] += products
         counts["backward_multiplications"] += 2 * (elementwise + products)
-        counts["backward_additions"] += 2 * (elementwise + products)
         counts["activation_bytes"] += item * kept
     counts["weight_bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in conv.parameters())
     return ConvCost(**counts)

@@ -1,7 +1,6 @@
 """What a model costs, followed through growth without a new forward pass; and what computing costs, as it is done."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -77,13 +76,20 @@ class ModelCost:
         locations: dict[str, float] = {}
         samples = max(batch_size(inputs), 1)
 
-        def note(path: str, count: float) -> None:
-            locations[path] = locations.get(path, 0.0) + count / samples
+        def note(path: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            x = given[0] if given else output  # given by name, as no convolution's input is
+            locations[path] = locations.get(path, 0.0) + layers.weighted(module).locations(x, output) / samples
 
         arguments, keywords = example_arguments(inputs)
-        with undisturbed(model), torch.no_grad(), _watched(model, note):
-            model.eval()
-            model(*arguments, **keywords)
+        counted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
+        hooks = [module.register_forward_hook(partial(note, path)) for path, module in counted]
+        try:
+            with undisturbed(model), torch.no_grad():
+                model.eval()
+                model(*arguments, **keywords)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return cls(model, locations)
 
     def layer(self, path: str, weight_entries: float | int) -> float:
@@ -117,23 +123,6 @@ class ModelCost:
         for path in self.locations:
             total += self.layer(path, layers.weighted(self.model.get_submodule(path)).multiplications())
         return round(total)
-
-
-@contextmanager
-def _watched(model: nn.Module, note: Callable[[str, float], None]) -> Iterator[None]:
-    """Tell at how many locations each convolution and linear layer is applied, whenever one runs."""
-
-    def watch(path: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        x = arguments[0] if arguments else output  # given by name, as no convolution's input is
-        note(path, layers.weighted(module).locations(x, output))
-
-    counted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
-    hooks = [module.register_forward_hook(partial(watch, path)) for path, module in counted]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def batch_size(inputs: object) -> int:

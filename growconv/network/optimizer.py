@@ -114,10 +114,10 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
         for name, value in state.items():
             axes = _axes_like(value, old) if name != AGES else None
             if isinstance(value, Tensor) and axes and any(axes):
-                moved[name] = change.resize_state(value, axes)
+                moved[name] = change.resized(value, fill=False, axes=axes)
                 begins = _begins_as(each, groups[0] if groups else {}, name, new)
                 if begins is not None:
-                    is_new = change.resize_state(torch.ones_like(value), axes) == 0
+                    is_new = change.resized(torch.ones_like(value), fill=False, axes=axes) == 0
                     moved[name] = torch.where(is_new, begins, moved[name])
             elif name != AGES:
                 moved[name] = value

@@ -41,21 +41,19 @@ class Change:
         """Whether the tensor gets another shape."""
         return bool(self.insertions or self.removed)
 
-    def resized(self, tensor: Tensor, fill: bool = True) -> Tensor:
-        """A tensor of the old shape in the new one; without `fill` new entries are zero."""
-        if self.insertions:
-            tensor = enlarge(tensor, self.insertions, self.values if fill else [None] * len(self.values))
-        for axis, entries in self.removed.items():
-            tensor = without(tensor, axis, entries)
-        return tensor
+    def resized(self, tensor: Tensor, fill: bool = True, axes: Sequence[bool] | None = None) -> Tensor:
+        """A tensor of the old shape in the new one.
 
-    def resize_state(self, tensor: Tensor, axes: tuple[bool, ...]) -> Tensor:
-        """Optimizer state in the new shape; `axes` says which axes it shares with the parameter."""
-        insertions = [each for each in self.insertions if axes[each.axis]]
-        if insertions:
-            tensor = enlarge(tensor, insertions, [None] * len(insertions))
+        Args:
+            fill: put the new values in; else new entries are zero.
+            axes: which axes a tensor of optimizer state shares with this one; None: all.
+        """
+        own = [at for at, each in enumerate(self.insertions) if axes is None or axes[each.axis]]
+        if own:
+            values = [self.values[at] if fill else None for at in own]
+            tensor = enlarge(tensor, [self.insertions[at] for at in own], values)
         for axis, entries in self.removed.items():
-            if axes[axis]:
+            if axes is None or axes[axis]:
                 tensor = without(tensor, axis, entries)
         return tensor
 
