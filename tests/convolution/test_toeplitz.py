@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import growconv
-from growconv.convolution.memory import available_bytes
 from growconv.convolution.toeplitz import masked_conv, toeplitz_matrix, unfolded_conv
 from growconv.errors import GeometryError
 
@@ -93,34 +92,6 @@ def test_the_adjoint_in_a_padding_mode_and_of_another_matrix():
     assert (growconv.toeplitz_adjoint(matrix, (2, 1, 3, 3), 4, **settings) * weight).sum() == pytest.approx(there)
     with pytest.raises(GeometryError, match="not that of such a convolution"):
         growconv.toeplitz_adjoint(matrix.T, (2, 1, 3, 3), 4, **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"input_size": (2, 2)}, "does not fit"),
-        ({"input_size": (5, 5, 5)}, "input_size has 3 entries"),
-        ({"input_size": (5, 5), "stride": 0}, "stride"),
-        ({"input_size": (5, 5), "padding": "full"}, "padding by name"),
-        ({"input_size": (5, 5), "padding": (1, 1, 1)}, "padding"),
-        ({"input_size": (5, 5), "groups": 3}, "groups"),
-    ],
-)
-def test_impossible_geometries_are_named(settings, words):
-    with pytest.raises(GeometryError, match=words):
-        toeplitz_matrix(torch.randn(4, 2, 3, 3), **settings)
-
-
-def test_bytes_are_told_before_allocating():
-    weight = torch.randn(64, 64, 3, 3)
-    needed = (64 * 1022 * 1022) * (64 * 1024 * 1024) * 4
-    with pytest.raises(GeometryError, match=f"{needed} bytes"):
-        toeplitz_matrix(weight, (1024, 1024))
-    with pytest.raises(GeometryError, match="sparse Toeplitz matrix"):
-        toeplitz_matrix(torch.randn(1, 1, 1, 1).expand(4096, 4096, 1, 1), (1024, 1024), sparse=True)
-    with pytest.raises(GeometryError, match=f"{224**4 * 9 * 4} bytes"):
-        growconv.mask_tensor((224, 224), nn.Conv2d(1, 1, 3, padding=1))
-    assert available_bytes() > 0
 
 
 def test_wrong_channels():
