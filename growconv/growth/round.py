@@ -80,82 +80,11 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def propose(
-    model: nn.Module,
-    solver: Solver,
-    asked: Mapping[Site, Channels],
-    batches: Sequence[Batch],
-    loss: Loss,
-    cost: ModelCost,
-    stopwatch: Stopwatch,
-    generator: torch.Generator,
-    collection: Collection,
-) -> list[Proposal]:
-    """Ask the solver for channels at several sites; the model is as before afterwards.
-
-    Args:
-        model: the raw model.
-        solver: the growth method.
-        asked: how many channels to ask for at which sites.
-        batches: (inputs, targets) pairs of this process to collect statistics from.
-        loss: loss(output, targets), a scalar.
-        cost: the model's cost meter.
-        stopwatch: gets the seconds of collecting and solving.
-        generator: randomness of methods that draw.
-        collection: how statistics are collected.
-
-    Returns:
-        One proposal per site, in the order of `asked`; with several processes the same one on each.
-    """
-    sites, device = [site for site in asked if site.room != 0], next(model.parameters()).device
-    ranks = [cast(RankSite, site) for site in sites if site.own_method == "rank"]
-    moments: dict[str, RankStatistics] = {}
-
-    def solved(site: Site, statistics: Found) -> Answer:
-        if site.own_method == "rank":
-            terms = 1 if asked[site] == "auto" else min(int(asked[site]), site.room or 1)
-            seen = moments[site.name]
-            return solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None, None
-        subject = statistics.get(site.name)
-        given = subject if solver.reads else None
-        growth = solve(given or cast(GrowthSite, site), solver, asked[site], model, generator)
-        slopes = _slopes(statistics[site.name], growth.channels) if collection.slopes else None
-        if given is None:
-            return growth, None, None, slopes
-        return growth, given.gradient_energy, given.samples, slopes
-
-    answers: list[Answer] = []
-    with undisturbed(model):
-        if ranks:
-            with stopwatch.phase("collect"):
-                moments = agreed(lambda: collect_rank_statistics(model, ranks, batches, loss))
-        kept = collection.options.get("keep_samples", solver.keep_samples) if "samples" in solver.reads else 0
-        for part in from_first(lambda: parts_of(sites, cost, kept, batches), device):
-            statistics: Found = {}  # those of the part before are gone now
-            own = [sites[index] for index in part]
-            wanted: dict[GrowthSite, Channels] = {
-                cast(GrowthSite, site): asked[site] for site in own if site.own_method is None
-            }
-            if (solver.reads or collection.slopes) and wanted:
-                with stopwatch.phase("collect"):
-                    statistics = _collected(model, solver, wanted, batches, loss, collection, generator)
-            with stopwatch.phase("solve"):
-                answers += from_first(partial(_each, solved, own, statistics), device)
-    return [
-        Proposal(site, growth, energy, *cost.channel(site), samples, slopes)
-        for site, (growth, energy, samples, slopes) in zip(sites, answers, strict=True)
-    ]
-
-
 def _slopes(subject: PairStatistics, channels: int) -> Tensor:
     """See `Proposal.slopes`; zeros for channels beyond the rank of N_raw."""
     (raw,) = require_statistics(subject, "N_raw")
     slopes = gradmax(torch.cat([each.flatten(1) for each in raw], 1)[:, None], max(1, channels)).gains[:channels]
     return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
-
-
-def _each(solved: Callable[[Site, Found], Answer], sites: Sequence[Site], statistics: Found) -> list[Answer]:
-    return [solved(site, statistics) for site in sites]
 
 
 def parts_of(sites: Sequence[Site], cost: ModelCost, kept: int, batches: Sequence[Batch]) -> list[list[int]]:
@@ -180,35 +109,6 @@ def parts_of(sites: Sequence[Site], cost: ModelCost, kept: int, batches: Sequenc
         parts[-1].append(index)
         taken += own
     return parts
-
-
-def _collected(
-    model: nn.Module,
-    solver: Solver,
-    asked: Mapping[GrowthSite, Channels],
-    batches: Sequence[Batch],
-    loss: Loss,
-    collection: Collection,
-    generator: torch.Generator,
-) -> Found:
-    """Statistics over all processes: of all batches, or of as many as make the gains known."""
-    error = collection.relative_error
-    reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
-    keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
-    settings = {"quantities": reads, "hold": world_size() == 1, **keep, **collection.options}
-
-    def collect(part: Sequence[Batch]) -> Found:
-        own = collect_statistics(model, asked, part, loss, run=agreed, average=reduce_statistics, **settings)
-        return reduce_statistics(own)
-
-    if error is None:
-        return collect(batches)
-    device = next(model.parameters()).device
-
-    def known(found: Found) -> bool:
-        return from_first(lambda: gains_known(found, asked, solver, error, model, generator), device)
-
-    return until_known(collect, batches, known)
 
 
 def checked_batches(batches: Iterable[Any]) -> list[Batch]:
@@ -298,18 +198,72 @@ class Round:
     events: list[GrowthEvent] = field(default_factory=list)
 
     def ask(self, sites: Mapping[Site, Channels]) -> list[Proposal]:
-        """Proposals for some sites, each with how many channels are wanted."""
-        return propose(
-            self.model,
-            self.solver,
-            sites,
-            self.fitting,
-            self.loss,
-            self.cost,
-            self.stopwatch,
-            self.generator,
-            self.collection,
-        )
+        """Proposals for some sites, each with how many channels are wanted; with several processes the same on each.
+
+        The model is as before afterwards.
+        """
+        growing, device = [site for site in sites if site.room != 0], next(self.model.parameters()).device
+        ranks = [cast(RankSite, site) for site in growing if site.own_method == "rank"]
+        moments: dict[str, RankStatistics] = {}
+        kept = self.collection.options.get("keep_samples", self.solver.keep_samples)
+        kept = kept if "samples" in self.solver.reads else 0
+        answers: list[Answer] = []
+        with undisturbed(self.model):
+            if ranks:
+                with self.stopwatch.phase("collect"):
+                    moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
+            for part in from_first(lambda: parts_of(growing, self.cost, kept, self.fitting), device):
+                statistics: Found = {}  # those of the part before are gone now
+                own = {growing[index]: sites[growing[index]] for index in part}
+                wanted = {cast(GrowthSite, site): asked for site, asked in own.items() if site.own_method is None}
+                if (self.solver.reads or self.collection.slopes) and wanted:
+                    with self.stopwatch.phase("collect"):
+                        statistics = self._collected(wanted)
+                with self.stopwatch.phase("solve"):
+                    answers += from_first(partial(self._answers, own, statistics, moments), device)
+        return [
+            Proposal(site, growth, energy, *self.cost.channel(site), samples, slopes)
+            for site, (growth, energy, samples, slopes) in zip(growing, answers, strict=True)
+        ]
+
+    def _collected(self, asked: Mapping[GrowthSite, Channels]) -> Found:
+        """Statistics over all processes: of all batches, or of as many as make the gains known."""
+        model, solver, collection = self.model, self.solver, self.collection
+        error = collection.relative_error
+        reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
+        keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
+        settings = {"quantities": reads, "hold": world_size() == 1, **keep, **collection.options}
+
+        def collect(part: Sequence[Batch]) -> Found:
+            own = collect_statistics(model, asked, part, self.loss, run=agreed, average=reduce_statistics, **settings)
+            return reduce_statistics(own)
+
+        if error is None:
+            return collect(self.fitting)
+        device = next(model.parameters()).device
+
+        def known(found: Found) -> bool:
+            return from_first(lambda: gains_known(found, asked, solver, error, model, self.generator), device)
+
+        return until_known(collect, self.fitting, known)
+
+    def _answers(
+        self, asked: Mapping[Site, Channels], statistics: Found, moments: Mapping[str, RankStatistics]
+    ) -> list[Answer]:
+        """What the solver offers each site."""
+        answers: list[Answer] = []
+        for site, channels in asked.items():
+            if site.own_method == "rank":
+                terms = 1 if channels == "auto" else min(int(channels), site.room or 1)
+                seen = moments[site.name]
+                answers.append((solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None, None))
+                continue
+            given = statistics.get(site.name) if self.solver.reads else None
+            growth = solve(given or cast(GrowthSite, site), self.solver, channels, self.model, self.generator)
+            slopes = _slopes(statistics[site.name], growth.channels) if self.collection.slopes else None
+            energy, samples = (None, None) if given is None else (given.gradient_energy, given.samples)
+            answers.append((growth, energy, samples, slopes))
+        return answers
 
     def take(self, proposal: Proposal, reason: str) -> None:
         """Put a proposal into the model, as far as there is room.
