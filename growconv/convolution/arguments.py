@@ -73,7 +73,7 @@ def _sides(
     if isinstance(padding, str):
         if padding != "same" or max(strides) > 1:
             raise GeometryError(
-                "padding by name",
+                "padding by this name is not possible here",
                 expected="'valid', or 'same' with stride 1",
                 got=f"padding={padding!r}, stride={strides}",
                 where=where,

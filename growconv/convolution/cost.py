@@ -98,7 +98,9 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1, *, inp
         110592
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ArgumentValueError("impossible batch", expected="1 or more samples", got=batch, where="conv_cost")
+        raise ArgumentValueError(
+            "a batch of this size is impossible", expected="1 or more samples", got=batch, where="conv_cost"
+        )
     if not isinstance(conv, Conv) and not isinstance(conv, FactorizedConv):
         raise ArgumentTypeError(
             "only convolutions have this cost",
@@ -167,7 +169,7 @@ def _stages(conv: Conv | FactorizedConv) -> list[_Stage]:
             for window in (windows if conv.implementation == "mobilenet" else [geometry])
         ]
     else:
-        raise ArgumentTypeError("unknown factorized convolution", got=type(conv).__name__, where="conv_cost")
+        raise ArgumentTypeError("this factorized convolution is not known", got=type(conv).__name__, where="conv_cost")
     return [_Stage(conv.in_channels, inputs, 1, one), *middle, _Stage(outputs, conv.out_channels, 1, one)]
 
 

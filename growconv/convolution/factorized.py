@@ -130,7 +130,7 @@ class FactorizedConv(nn.Module, ABC):
     def implementation(self, value: str) -> None:
         if value not in self.implementations:
             raise ArgumentValueError(
-                "unknown implementation",
+                "there is no such implementation",
                 expected=" or ".join(self.implementations),
                 got=repr(value),
                 where=type(self).__name__,

@@ -64,7 +64,9 @@ class Geometry:
             if min(entries) < least:
                 raise GeometryError(f"{label} too small", expected=f"entries of at least {least}", got=entries)
         if self.padding_mode not in PADDING_MODES:
-            raise GeometryError("unknown padding mode", expected=" or ".join(PADDING_MODES), got=self.padding_mode)
+            raise GeometryError(
+                "there is no such padding mode", expected=" or ".join(PADDING_MODES), got=self.padding_mode
+            )
 
     @classmethod
     def of(cls, module: nn.Module) -> "Geometry":

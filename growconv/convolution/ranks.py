@@ -94,7 +94,7 @@ def _share(rank: Rank, where: str | None) -> float | None:
         return 1.0
     if isinstance(rank, str):
         raise ArgumentValueError(
-            "unknown rank", expected="an integer, a share of the parameters or 'same'", got=repr(rank), where=where
+            "this is no rank", expected="an integer, a share of the parameters or 'same'", got=repr(rank), where=where
         )
     if not isinstance(rank, float):
         return None

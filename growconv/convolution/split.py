@@ -113,7 +113,7 @@ def _candidates(kernel: Tensor, hidden: int, composition: "_Composition") -> Ite
     sides = (kernel.shape[1] * taps1, outputs * taps2)
     if isinstance(hidden, bool) or not isinstance(hidden, int) or not 1 <= hidden <= min(sides):
         raise ArgumentValueError(
-            "impossible number of hidden channels",
+            "this number of hidden channels is impossible",
             expected=f"1 to {min(sides)}, which splits any such kernel exactly",
             got=hidden,
             where="split_kernel",

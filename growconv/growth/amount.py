@@ -152,7 +152,7 @@ def as_amount(amount: "Amount | int | float | str") -> Amount:
     if isinstance(amount, float):
         return Fraction(amount)
     raise ScheduleError(
-        "unknown amount",
+        "this is no amount",
         expected='channels (int), a fraction of the initial width (float), "auto" or an Amount such as ToWidth',
         got=amount,
         where="amount",

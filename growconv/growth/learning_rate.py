@@ -146,7 +146,7 @@ class WidthRates(LearningRate):
         super().__post_init__()
         self._axes: dict[nn.Parameter, tuple[int | None, int | None]] = {}
         if self.rule not in ("adam", "sgd"):
-            raise ScheduleError("unknown rule", expected="adam or sgd", got=self.rule, where="WidthRates.rule")
+            raise ScheduleError("there is no such rule", expected="adam or sgd", got=self.rule, where="WidthRates.rule")
 
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
         """Look up along which axes of a layer's tensors its inputs and outputs lie, too."""
@@ -191,7 +191,9 @@ class StageRates(LearningRate):
         if self.highest < self.lowest:
             raise ScheduleError("the highest rate lies below the lowest", got=self, where="StageRates")
         if self.size not in ("rms", "frobenius"):
-            raise ScheduleError("unknown size", expected="rms or frobenius", got=self.size, where="StageRates.size")
+            raise ScheduleError(
+                "there is no such size", expected="rms or frobenius", got=self.size, where="StageRates.size"
+            )
 
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
         """The ratio of each entry's stage to stage 0."""

@@ -176,7 +176,7 @@ def as_amplitude(amplitude: float | int | str) -> float | Literal["line_search"]
     if isinstance(amplitude, int | float) and not isinstance(amplitude, bool) and math.isfinite(amplitude):
         return float(amplitude)
     raise ScheduleError(
-        "unknown amplitude", expected='"line_search" or a finite number', got=amplitude, where="amplitude"
+        "this is no amplitude", expected='"line_search" or a finite number', got=amplitude, where="amplitude"
     )
 
 
@@ -214,7 +214,7 @@ def as_optimizer_state(value: str) -> str:
     """
     if value not in ("carried", "fresh"):
         raise ScheduleError(
-            "unknown treatment of the optimizer's state",
+            "the optimizer's state can be treated in two ways only",
             expected='"carried" or "fresh"',
             got=value,
             where="optimizer_state",
@@ -230,7 +230,7 @@ def as_relative_error(samples: str, relative_error: float | int, solver: Solver,
         SolverError: the method or a site has no gains that more samples would make known.
     """
     if samples not in ("all", "auto"):
-        raise ScheduleError("unknown number of samples", expected='"all" or "auto"', got=samples, where="samples")
+        raise ScheduleError("this is no number of samples", expected='"all" or "auto"', got=samples, where="samples")
     if not (isinstance(relative_error, int | float) and relative_error > 0):
         raise ScheduleError("an error must be positive", expected="> 0", got=relative_error, where="relative_error")
     if samples == "all":

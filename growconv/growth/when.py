@@ -39,9 +39,11 @@ class Every(When):
     def __post_init__(self) -> None:
         require_positive(self, "interval", self.interval)
         if self.unit not in ("step", "epoch"):
-            raise ScheduleError("unknown unit", expected="step or epoch", got=self.unit, where="Every.unit")
+            raise ScheduleError("there is no such unit", expected="step or epoch", got=self.unit, where="Every.unit")
         if self.start is not None and self.start < 0:
-            raise ScheduleError("a start lies in the past", expected="0 or more", got=self.start, where="Every.start")
+            raise ScheduleError(
+                "the first growth must not lie in the past", expected="0 or more", got=self.start, where="Every.start"
+            )
 
     def decide(self, situation: Situation) -> Decision:
         """Due once per interval, also when the loop asks less often than every step."""
@@ -174,7 +176,7 @@ class Plateau(When):
     def __post_init__(self) -> None:
         require_positive(self, "patience", self.patience)
         if self.mode not in ("min", "max"):
-            raise ScheduleError("unknown mode", expected="min or max", got=self.mode, where="Plateau.mode")
+            raise ScheduleError("there is no such mode", expected="min or max", got=self.mode, where="Plateau.mode")
         if not 0 <= self.min_delta < 1 or self.cooldown < 0:
             raise ScheduleError(
                 "a plateau needs 0 ≤ min_delta < 1 and cooldown ≥ 0",

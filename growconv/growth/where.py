@@ -105,7 +105,7 @@ class _Comparing(Where):
             if value not in known:
                 expected = ", ".join(map(str, known))
                 raise ScheduleError(
-                    "unknown yardstick", expected=expected, got=value, where=f"{type(self).__name__}.{name}"
+                    "there is no such yardstick", expected=expected, got=value, where=f"{type(self).__name__}.{name}"
                 )
 
     @property
@@ -293,7 +293,7 @@ def as_where(where: "Where | str") -> Where:
     if isinstance(where, str) and where in forms:
         return forms[where]()
     raise ScheduleError(
-        "unknown policy for where to grow",
+        "there is no such policy for where to grow",
         expected=f"{', '.join(forms)} or a Where such as Greedy",
         got=where,
         where="where",

@@ -67,7 +67,7 @@ def insert_layer(
     site = site.of(model)
     site.check()
     if kind not in KINDS:
-        raise ArgumentValueError("unknown kind of layer", expected=" or ".join(KINDS), got=kind)
+        raise ArgumentValueError("there is no such kind of layer", expected=" or ".join(KINDS), got=kind)
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ArgumentValueError("an inserted layer needs a kernel with a centre", expected="odd", got=kernel_size)
     path = consumer if consumer is not None else site.consumers[0]

@@ -310,7 +310,7 @@ class GrowthHistory:
             raise CheckpointError("a growth history has to be JSON", got=str(error)) from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             expected = f'{{"format": {FORMAT}, "events": [...]}}'
-            raise CheckpointError("unknown kind of growth history", expected=expected, got=text[:80])
+            raise CheckpointError("this is no kind of growth history that is known", expected=expected, got=text[:80])
         return cls.from_records(record["events"])
 
     @classmethod

@@ -218,7 +218,7 @@ def analyse(
     """Look at a model: the way behind `find_sites` and `explain_sites`."""
     model = unwrapped(model)
     if not modes or any(mode not in MODES for mode in modes):
-        raise ArgumentValueError("unknown mode of the model", expected="'eval' and 'train'", got=tuple(modes))
+        raise ArgumentValueError("a model has no such mode", expected="'eval' and 'train'", got=tuple(modes))
     inputs = example_input if isinstance(example_input, list) else [example_input]
     if not inputs:
         raise ArgumentTypeError("an example input is needed", got="an empty list", where="example_input")

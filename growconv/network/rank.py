@@ -122,7 +122,9 @@ class RankSite(Site):
         room = self.bound - self.width
         if isinstance(terms, bool) or not 1 <= terms <= room:
             expected = f"1 to {room}: the rank is {self.width} of at most {self.bound}"
-            raise ArgumentValueError("impossible number of new terms", expected=expected, got=terms, where=self.name)
+            raise ArgumentValueError(
+                "this number of new terms is impossible", expected=expected, got=terms, where=self.name
+            )
 
     def kernel(self, growth: ChannelGrowth) -> Tensor:
         """What new terms add to the full kernel at amplitude 1, (C2, C1, *kernel_size)."""

@@ -71,7 +71,7 @@ class Firefly(Solver):
         """Check the hyperparameters."""
         if self.candidates < 1 or self.steps < 0 or not min(self.learning_rate, self.strength, self.step) > 0:
             raise ArgumentValueError(
-                "impossible hyperparameters of firefly",
+                "these hyperparameters of firefly are impossible",
                 expected="candidates ≥ 1, steps ≥ 0, the others > 0",
                 got=self,
                 where="firefly",

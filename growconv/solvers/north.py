@@ -148,7 +148,7 @@ class North(Solver):
         """Check the hyperparameters."""
         if self.variant not in ("pre", "select", "weight"):
             raise ArgumentValueError(
-                "unknown variant of NORTH", expected="pre, select or weight", got=self.variant, where="variant"
+                "there is no such variant of NORTH", expected="pre, select or weight", got=self.variant, where="variant"
             )
         if self.candidates < 1:
             raise ArgumentValueError("candidates", expected="at least 1", got=self.candidates, where="candidates")

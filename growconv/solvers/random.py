@@ -1,4 +1,4 @@
-"""The baseline: new filters drawn as at initialisation, read by nobody or a little."""
+"""The baseline: new filters drawn as at initialisation; their outgoing weights are zero or small."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class Random(Solver):
     def __post_init__(self) -> None:
         if not (self.gain > 0 and self.outgoing >= 0):
             raise SolverError(
-                "impossible scales for random channels",
+                "random channels cannot have these scales",
                 expected="gain > 0 and outgoing ≥ 0",
                 got=f"gain={self.gain}, outgoing={self.outgoing}",
                 where="random",
@@ -45,7 +45,7 @@ class Random(Solver):
 
     @property
     def function_preserving(self) -> bool:
-        """Whether new channels are read by nobody at first."""
+        """Whether the outgoing weights of new channels are zero at first."""
         return self.outgoing == 0
 
     def solve(

@@ -109,7 +109,7 @@ class Senn(Solver):
         """Check the hyperparameters."""
         if self.steps < 0 or not self.damping > 0:
             raise ArgumentValueError(
-                "impossible hyperparameters of senn",
+                "these hyperparameters of senn are impossible",
                 expected="steps ≥ 0, damping > 0",
                 got=(self.steps, self.damping),
                 where="senn",

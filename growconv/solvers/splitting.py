@@ -200,7 +200,7 @@ class Splitting(Solver):
         """Check the hyperparameters."""
         if not self.step > 0 or not self.smoothing > 0 or self.iterations < 1 or self.tolerance < 0:
             raise ArgumentValueError(
-                "impossible hyperparameters of splitting",
+                "these hyperparameters of splitting are impossible",
                 expected="step > 0, smoothing > 0, iterations ≥ 1, tolerance ≥ 0",
                 got=(self.step, self.smoothing, self.iterations, self.tolerance),
                 where="splitting",

@@ -69,7 +69,7 @@ class VarianceTransfer(Solver):
         model: nn.Module,
         generator: torch.Generator | None = None,
     ) -> ChannelGrowth:
-        """See `Solver.solve`; of an odd number of channels (or groups) the last reads but is not read."""
+        """See `Solver.solve`; of an odd number of channels (or groups) the last gets zero outgoing weights."""
         requested, size = require_number(channels, self.name, site), site.granularity
         unknown = [path for path in self.output_layers if path not in dict(model.named_modules())]
         if unknown:

@@ -120,7 +120,7 @@ class StatisticsCollector:
             ("nonfinite", nonfinite, ("error", "skip")),
         ):
             if value not in allowed:
-                raise ArgumentValueError(f"unknown {label}", expected=" or ".join(allowed), got=repr(value))
+                raise ArgumentValueError(f"there is no such {label}", expected=" or ".join(allowed), got=repr(value))
         if scratch_bytes < 1:
             raise ArgumentValueError("scratch_bytes must be positive", got=scratch_bytes)
         self.reduction = reduction
@@ -539,7 +539,9 @@ def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_sampl
     wanted = frozenset({"S", "N"} if quantities is None else quantities) | ({"S_full"} if full else frozenset())
     unknown = wanted - QUANTITIES.keys()
     if unknown:
-        raise ArgumentValueError("unknown quantities", expected=", ".join(QUANTITIES), got=", ".join(sorted(unknown)))
+        raise ArgumentValueError(
+            "there are no such quantities", expected=", ".join(QUANTITIES), got=", ".join(sorted(unknown))
+        )
     if "samples" in wanted and not keep_samples:
         raise ArgumentValueError("samples are to be kept, but keep_samples is 0", fix="pass keep_samples=512 or so")
     return wanted

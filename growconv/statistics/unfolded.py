@@ -52,7 +52,7 @@ def weight_gradient(
         maps: input maps.
         v: maps on the output grid.
         geometry: kernel, stride and dilation; its padding is not looked at.
-        padding: zeros to think around the maps, the same on both sides of an axis.
+        padding: zero padding to assume around the maps, the same on both sides of an axis.
     """
     size = (v.shape[1], maps.shape[1], *geometry.kernel_size)
     gradient = _WEIGHT_GRADIENTS[geometry.axes]
@@ -61,7 +61,7 @@ def weight_gradient(
 
 
 def _consumer_gradient(h: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
-    """`weight_gradient` with a layer's own padding, around the maps only where the gradient cannot think it."""
+    """`weight_gradient` with a layer's own padding, explicit only where the gradient cannot express it."""
     if geometry.padding_mode == "zeros" and all(low == high for low, high in geometry.padding):
         return weight_gradient(h, v, geometry, tuple(low for low, _ in geometry.padding))
     return weight_gradient(pad(h, geometry), v, geometry)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import growconv
-from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SiteError, SurgeryError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
 from growconv.network.find import find_sites
 from tests.network import zoo
 
@@ -134,14 +134,6 @@ def test_groups_grow_as_a_whole() -> None:
     assert growth.channels == 4
     with pytest.raises(SurgeryError, match="multiple of 2"):
         growconv.grow(model, site, growth.subset([0, 1, 2]))
-
-
-def test_every_error_is_one_family(case) -> None:
-    model, site, growth = case
-    with pytest.raises(ValueError, match="cannot be removed"):
-        growconv.shrink(model, site, [])
-    with pytest.raises(GrowthError):
-        growconv.grow(model, site, changed(growth, site="?"))
 
 
 def test_statistics_older_than_a_removal_do_not_fit() -> None:

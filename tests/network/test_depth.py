@@ -156,7 +156,7 @@ def test_refusals_come_before_anything_changes() -> None:
         (lambda: insert_layer(model, stream), SiteError, "name the consumer"),
         (lambda: insert_layer(model, pair_site(model), consumer="head"), SiteError, "name the consumer"),
         (lambda: insert_layer(model, pair_site(model), kernel_size=2), ArgumentValueError, "centre"),
-        (lambda: insert_layer(model, pair_site(model), kind="attention"), ArgumentValueError, "unknown kind"),
+        (lambda: insert_layer(model, pair_site(model), kind="attention"), ArgumentValueError, "no such kind"),
         (lambda: insert_layer(model, pair_site(model), optimizer=other), SurgeryError, "does not own"),
         (lambda: insert_copy(model, "nowhere"), SiteError, "no such module"),
         (lambda: insert_copy(model, ""), SiteError, "model itself"),

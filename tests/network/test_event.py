@@ -127,7 +127,7 @@ def test_edits_that_do_not_fit_change_nothing() -> None:
 def test_histories_that_cannot_be_read_are_refused() -> None:
     for text, message in (
         ("no json", "has to be JSON"),
-        ("{}", "unknown kind"),
+        ("{}", "no kind of growth history"),
         ('{"format": 1, "events": [{}]}', "read"),
     ):
         with pytest.raises(CheckpointError, match=message):

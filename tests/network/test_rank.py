@@ -103,7 +103,7 @@ def test_sites_of_a_layer_alone_and_refusals() -> None:
     assert layer.rank == 3
     assert site.added(growth_of_ones(site), torch.ones(1, 3, 4, 4)).shape == (1, 4, 2, 2)
     for terms in (0, 25, True):
-        with pytest.raises(ArgumentValueError, match="impossible number"):
+        with pytest.raises(ArgumentValueError, match="number of new terms is impossible"):
             site.require_room(terms)
     with pytest.raises(ArgumentValueError, match="two ranks"):
         RankSite(layer, "", "in")

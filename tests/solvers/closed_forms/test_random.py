@@ -37,5 +37,5 @@ def test_random_channels_are_he_scaled_and_change_nothing() -> None:
     ],
 )
 def test_impossible_scales(method: str, options: dict) -> None:
-    with pytest.raises(SolverError, match="impossible scales"):
+    with pytest.raises(SolverError, match="cannot have these scales"):
         get_solver(method, **options)

@@ -70,7 +70,7 @@ def test_bad_arguments() -> None:
         collect_until_known(model, {site: 2}, batches, squared_error, "net2net")
     with pytest.raises(SolverError, match="no gains that more samples"):
         growconv.GrowthScheduler(model, optimizer, [site], method="random", samples="auto")
-    with pytest.raises(ScheduleError, match="unknown number of samples"):
+    with pytest.raises(ScheduleError, match="no number of samples"):
         growconv.GrowthScheduler(model, optimizer, [site], samples="many")
     with pytest.raises(ScheduleError, match="must be positive"):
         growconv.GrowthScheduler(model, optimizer, [site], samples="auto", relative_error=0)
