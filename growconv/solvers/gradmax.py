@@ -86,7 +86,7 @@ class GradMax(Solver):
     def __post_init__(self) -> None:
         if not (self.outgoing > 0 and self.lift >= 0):
             raise SolverError(
-                "impossible scales for gradmax channels",
+                "gradmax channels cannot have these scales",
                 expected="outgoing > 0 and lift ≥ 0",
                 got=f"outgoing={self.outgoing}, lift={self.lift}",
                 where="gradmax",
