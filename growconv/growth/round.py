@@ -214,8 +214,10 @@ class Round:
                     moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
             for part in from_first(lambda: parts_of(growing, self.cost, kept, self.fitting), device):
                 statistics: Found = {}  # those of the part before are gone now
-                own = {growing[index]: sites[growing[index]] for index in part}
-                wanted = {cast(GrowthSite, site): asked for site, asked in own.items() if site.own_method is None}
+                own: dict[Site, Channels] = {growing[index]: sites[growing[index]] for index in part}
+                wanted: dict[GrowthSite, Channels] = {
+                    cast(GrowthSite, site): asked for site, asked in own.items() if site.own_method is None
+                }
                 if (self.solver.reads or self.collection.slopes) and wanted:
                     with self.stopwatch.phase("collect"):
                         statistics = self._collected(wanted)
