@@ -4,6 +4,7 @@ What can be checked is checked before torch is loaded and before a run directory
 """
 
 import argparse
+import glob
 import hashlib
 import io
 import itertools
@@ -156,8 +157,8 @@ def _dispatch(arguments: list[str]) -> None:
         rest = [text for text in rest if text not in ("trust=true", "trust=false")]
         overrides, flags = _split(rest)
         resumed = [text for text in overrides if text.startswith("resume=")]
-        if "--shell-completion" in flags:
-            complete(flags["--shell-completion"])
+        if "--shell-completion" in flags and complete(flags["--shell-completion"]):
+            return
         if "--version" in flags:
             print(f"growconv {__version__}")
         elif "--help" in flags:
@@ -186,11 +187,14 @@ def _dispatch(arguments: list[str]) -> None:
                 _train(rest, overrides, flags)
 
 
-def complete(asked: str) -> None:
-    """Check what is asked of Hydra's completion of groups and options, and add the commands to it.
+def complete(asked: str) -> bool:
+    """Check what is asked of Hydra's completion of groups and options, and see to the commands, which it does not know.
 
     Args:
         asked: install=SHELL, uninstall=SHELL or query=SHELL.
+
+    Returns:
+        Whether Hydra has nothing to add: behind a command that takes files, which bash and zsh complete by themselves.
 
     Raises:
         ConfigError: something else.
@@ -199,8 +203,17 @@ def complete(asked: str) -> None:
         fix = """eval "$(growconv --shell-completion install=bash)", in zsh too; fish: install=fish, piped to source"""
         raise ConfigError("no such completion", where="--shell-completion", got=asked or None, fix=fix)
     words = os.environ.get("COMP_LINE", "").split(" ")
-    if asked.startswith("query") and len(words) == 2:
+    if not asked.startswith("query") or len(words) < 2:
+        return False
+    if len(words) == 2:
         print(" ".join(command for command in usage.COMMANDS if command.startswith(words[1])))
+    elif words[1] in PARSERS or words[1] in ("compare", "report"):
+        if asked == "query=fish":
+            print("\n".join(sorted(glob.glob(f"{glob.escape(words[-1])}*"))))
+        return True
+    elif words[1] in usage.COMMANDS:
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return False
 
 
 def _no_command(word: str, rest: Sequence[str]) -> ConfigError:

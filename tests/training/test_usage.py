@@ -1,8 +1,12 @@
 """Help, versions, mistakes and completion, without torch."""
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,12 +68,39 @@ def test_did_you_mean(line, fix, here, capsys):
         ("growconv gr", {"grow", "growth="}),
         ("growconv model=res", {"model=resnet18", "model=resnet20"}),
         ("growconv growth=tiny trainer.ep", {"trainer.epochs="}),
+        ("growconv sites model=res", {"model=resnet18", "model=resnet20"}),
     ],
 )
 def test_the_shell_completes(typed, offered, capsys, monkeypatch):
     monkeypatch.setenv("COMP_LINE", typed)
     assert main(["--shell-completion", "query=bash"]) == 0
     assert offered <= set(capsys.readouterr().out.split())
+
+
+def test_behind_a_command_that_takes_files_the_shell_completes_files(here, capfd, monkeypatch):
+    (here / "study.yaml").touch()
+    monkeypatch.setenv("COMP_LINE", "growconv study st")
+    for shell, offered in (("bash", ""), ("fish", "study.yaml\n")):
+        assert main(["--shell-completion", f"query={shell}"]) == 0
+        assert capfd.readouterr() == (offered, "")
+
+
+def test_zsh_completes_by_the_line_of_the_page(here):
+    """In a zsh without settings of its own, on a terminal."""
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    page = (ROOT / "docs" / "how-to" / "command-line.md").read_text()
+    line = re.search(r"^\$ (autoload .*)$", page, re.MULTILINE)[1].replace("&& compinit &&", "&& compinit -u &&")
+    script = f"""
+    zmodload zsh/zpty; zpty z zsh -f -i
+    zpty -w z {shlex.quote(line)}
+    zpty -w -n z $'growconv growth=rand\\t'
+    repeat 400; do zpty -r -t z part && shown+=$part; [[ $shown == *growth=random* ]] && exit 0; sleep 0.1; done
+    print -r -- $shown; exit 1
+    """
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(here), "TERM": "dumb"}
+    subprocess.run(["zsh", "-f", "-c", script], cwd=here, env=environment, timeout=60, check=True)
 
 
 def test_the_shell_gets_a_script_that_it_can_read(capsys, monkeypatch):
