@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.cost import ModelCost
+from growconv.network.event import count_parameters
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -66,7 +67,7 @@ class Situation:
     @property
     def parameters(self) -> int:
         """Trainable and frozen parameters of the model now."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_parameters(self.model)
 
     @property
     def flops(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -252,6 +252,7 @@ class GainAbove(When):
 @dataclass
 class _Combined(When):
     policies: Sequence[When]
+    _joined: ClassVar[Callable[[Iterable[Decision]], bool]] = all
 
     def __post_init__(self) -> None:
         self.policies = list(self.policies)
@@ -272,6 +273,11 @@ class _Combined(When):
         """What every member that looks at gains can compare."""
         units = [policy.compares for policy in self.policies if policy.compares]
         return frozenset.intersection(*units) if units else frozenset()
+
+    def decide(self, situation: Situation) -> Decision:
+        """Ask every member, so that each one counts its reports."""
+        answers = [policy.decide(situation) for policy in self.policies]
+        return Decision(type(self)._joined(answers), "; ".join(str(answer) for answer in answers))
 
     def admits(self, proposal: Proposal) -> Decision:
         """Every member has to admit the proposal."""
@@ -299,11 +305,6 @@ class AllOf(_Combined):
         policies: the members.
     """
 
-    def decide(self, situation: Situation) -> Decision:
-        """Ask every member, so that each one counts its reports."""
-        answers = [policy.decide(situation) for policy in self.policies]
-        return Decision(all(answers), "; ".join(str(answer) for answer in answers))
-
 
 @dataclass
 class AnyOf(_Combined):
@@ -313,10 +314,7 @@ class AnyOf(_Combined):
         policies: the members.
     """
 
-    def decide(self, situation: Situation) -> Decision:
-        """Ask every member, so that each one counts its reports."""
-        answers = [policy.decide(situation) for policy in self.policies]
-        return Decision(any(answers), "; ".join(str(answer) for answer in answers))
+    _joined = any
 
 
 def require_positive(policy: object, name: str, value: float | int) -> None:

@@ -225,7 +225,7 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
         shared = layer.filters().detach().clone()
         shared[:, entries] /= times + 1
         outgoing[path] = torch.cat([shared[:, entries]] * times, dim=1)
-        revised[f"{path}.weight"] = layer.stored(shared)
+        revised[f"{path}.weight"] = layer.as_stored(shared)
     return ChannelGrowth(
         site.name,
         "copies",

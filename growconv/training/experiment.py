@@ -17,6 +17,7 @@ from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
 from growconv.growth.recipe import too_late
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.network.event import count_parameters
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import (
     check_output,
@@ -221,7 +222,7 @@ def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float
 
 def _introduction(title: str, model: torch.nn.Module, scheduler: GrowthScheduler | None) -> str:
     """What is trained, for the screen."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     sites = f", {len(scheduler.sites)} sites to grow" if scheduler is not None else ""
     return f"{title}: {parameters:,} parameters{sites}"
 

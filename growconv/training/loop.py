@@ -16,7 +16,7 @@ from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
-from growconv.network.event import GrowthEvent, GrowthHistory
+from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters
 from growconv.network.find import find_sites
 from growconv.training.average import Average
 from growconv.training.build import make_loss, resized
@@ -397,7 +397,7 @@ class Trainer:
             "train_loss": loss_sum / samples,
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
-            "parameters": self._parameters(),
+            "parameters": count_parameters(self.model),
             "width": sum(self.widths.values()),
             "train_flops": self.train_flops,
             "seconds": position.seconds,
@@ -427,7 +427,7 @@ class Trainer:
             "val_accuracy": latest.get("val_accuracy"),
             "score": self.score,
             "width": sum(self.widths.values()) or "fixed",
-            "parameters": self._parameters(),
+            "parameters": count_parameters(self.model),
             "train_flops": self.train_flops,
             "next_growth": self._next_growth(),
         }
@@ -441,9 +441,6 @@ class Trainer:
     def score(self) -> str:
         """What an accuracy is called here."""
         return "R²" if self.dataset.regression else "accuracy"
-
-    def _parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _next_growth(self) -> int | None:
         """Step of the next growth round, where the schedule knows it beforehand."""
@@ -543,7 +540,7 @@ class Trainer:
             "val_accuracy": last["val_accuracy"],
             "train_loss": last["train_loss"],
             "first_train_loss": position.first_loss,
-            "parameters": self._parameters(),
+            "parameters": count_parameters(self.model),
             "widths": self.widths,
             "layers": weight_shapes(self.model),
             "train_flops": self.train_flops,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from growconv.errors import ConfigError
 from growconv.growth.cost import ModelCost
+from growconv.network.event import count_parameters
 from growconv.reporting.records import read_run
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import data_shape, make_model
@@ -68,7 +69,7 @@ def write_found(directory: Path) -> Path:
     channels, size, _ = shape = data_shape(config["data"])
     model = make_model(found, shape)
     flops = ModelCost.measure(model, torch.zeros(2, channels, size, size)).flops()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     text = yaml.safe_dump({"model": found["model"]}, sort_keys=False, allow_unicode=True)
     note = f"# {parameters} parameters, {flops} FLOPs of a sample's forward pass."
     target = directory / FOUND

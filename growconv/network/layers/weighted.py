@@ -130,10 +130,6 @@ class Weighted(Adapter):
             twin.__dict__["groups"] = groups
         return kind.forward(twin, x)
 
-    def stored(self, filters: Tensor) -> Tensor:
-        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
-        return self._turned(filters, self.groups)
-
     def as_stored(self, filters: Tensor) -> Tensor:
         """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
         return self._turned(filters, self.groups)
