@@ -73,7 +73,7 @@ def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     assert main(overrides) == 130
     monkeypatch.undo()
     assert main([f"resume={tmp_path / 'cut'}", "trainer.progress=none"]) == 0
-    timed = {"seconds", "growth_seconds"}
+    timed = {"seconds", "growth_seconds", "peak_memory"}
     resumed = RunDirectory(tmp_path / "cut").summary()
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
 
