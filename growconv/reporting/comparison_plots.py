@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from growconv.reporting.comparison import Comparison, Group
 from growconv.reporting.frontier import fixed_curves, network
@@ -40,6 +41,7 @@ def draw_differences(comparison: Comparison) -> Figure:
                 ends = None if math.isnan(half) else half
             axis.errorbar(middle, row, xerr=ends, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2)
         axis.set(xlabel=f"{title}: difference to {shortened(name, 30)}")
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(groups)), [_row_name(comparison, group) for group in groups])
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
