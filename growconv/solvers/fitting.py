@@ -252,87 +252,79 @@ def _by_group(equations: Mapping[Path, Normal], outgoing: Weights) -> Iterator[T
         yield outgoing[path].flatten(1).chunk(groups[path])[group].mT.double()
 
 
-@dataclass
 class Search:
-    """What a search found.
-
-    Attributes:
-        point: the best place by held-out captured energy.
-        held_out: that energy, as a share of ‖v⊥‖².
-        iterations: steps taken.
-        history: (fitted share, held-out share) of every step.
-    """
-
-    point: Point
-    held_out: float
-    iterations: int
-    history: list[tuple[float, float]]
-
-
-def minimize(
-    objective: Objective,
-    held_out: Fit | None,
-    start: Tensor,
-    iterations: int,
-    patience: int = 5,
-    memory: int = 12,
-) -> Search:
     """L-BFGS with backtracking, stopped when the captured energy on held-out samples has not risen for some steps.
 
     Args:
         objective: the loss of the filters.
         held_out: samples that the objective does not see; None: the captured energy is that of the fit.
         start: parameters to start from, one row a unit.
-        iterations: steps at most.
         patience: steps without a better held-out captured energy before stopping.
         memory: pairs of steps and gradient changes kept.
+
+    Attributes:
+        best: the best place so far by held-out captured energy.
+        held_out: that energy, as a share of ‖v⊥‖².
+        iterations: steps taken.
+        history: (fitted share, held-out share) of every step.
     """
-    point = objective(start)
-    share = _share(objective, held_out, point)
-    best = Search(point, share, 0, [(-point.loss, share)])
-    pairs: list[tuple[Tensor, Tensor]] = []
-    waited = 0
-    for iteration in range(1, iterations + 1):
-        direction = _direction(point, pairs)
+
+    def __init__(
+        self, objective: Objective, held_out: Fit | None, start: Tensor, patience: int = 5, memory: int = 12
+    ) -> None:
+        self.objective, self._judge, self.patience, self.memory = objective, held_out, patience, memory
+        self.point = self.best = objective(start)
+        self.held_out = self._share()
+        self.iterations, self.history = 0, [(-self.point.loss, self.held_out)]
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._waited = 0
+
+    def run(self, iterations: int) -> "Search":
+        """Go on for so many steps at most; the search itself comes back."""
+        for _ in range(iterations):
+            if self._waited >= self.patience or not self._step():
+                break
+            self.iterations += 1
+            share = self._share()
+            self.history.append((-self.point.loss, share))
+            if share > self.held_out:
+                self.best, self.held_out, self._waited = self.point, share, 0
+            else:
+                self._waited += 1
+        return self
+
+    def _step(self) -> bool:
+        """One step along the quasi-Newton direction; whether there was one."""
+        point = self.point
+        direction = _direction(point, self._pairs)
         slope = float((point.gradient * direction).sum())
         if not slope < 0:
-            pairs.clear()
-            direction = _direction(point, pairs)
+            self._pairs.clear()
+            direction = _direction(point, self._pairs)
             slope = float((point.gradient * direction).sum())
             if not slope < 0:
-                break
-        length, following = 1.0, None
+                return False
+        length = 1.0
         for _ in range(8):
-            candidate = objective(point.theta + length * direction)
-            if candidate.loss <= point.loss + 1e-4 * length * slope:
-                following = candidate
+            following = self.objective(point.theta + length * direction)
+            if following.loss <= point.loss + 1e-4 * length * slope:
                 break
             length *= 0.35
-        if following is None:
-            break
+        else:
+            return False
         step, change = following.theta - point.theta, following.gradient - point.gradient
         if float((step * change).sum()) > 1e-10 * float(step.norm() * change.norm()):
-            pairs.append((step, change))
-            del pairs[:-memory]
-        point = following
-        share = _share(objective, held_out, point)
-        best.history.append((-point.loss, share))
-        best.iterations = iteration
-        if share > best.held_out:
-            best.point, best.held_out, waited = point, share, 0
-        else:
-            waited += 1
-            if waited >= patience:
-                break
-    return best
+            self._pairs.append((step, change))
+            del self._pairs[: -self.memory]
+        self.point = following
+        return True
 
-
-def _share(objective: Objective, held_out: Fit | None, point: Point) -> float:
-    if held_out is None:
-        return -point.loss
-    with torch.no_grad():
-        filters = objective.parametrization.filters(point.theta)
-    return captured_share(held_out, filters, point.outgoing)
+    def _share(self) -> float:
+        if self._judge is None:
+            return -self.point.loss
+        with torch.no_grad():
+            filters = self.objective.parametrization.filters(self.point.theta)
+        return captured_share(self._judge, filters, self.point.outgoing)
 
 
 def _direction(point: Point, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

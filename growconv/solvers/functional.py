@@ -35,7 +35,6 @@ from growconv.solvers.fitting import (
     best_outgoing,
     greedy_order,
     is_homogeneous,
-    minimize,
     normal_equations,
 )
 from growconv.solvers.linear_start import exact_filters, tiny_filters
@@ -65,7 +64,8 @@ class Functional(Solver):
         starts: where to start from, out of "tiny" (the closed form), "signs" (its channels, each with the better sign),
             "exact" (the linear optimum, signs likewise) and "random" (the best of three times as many). The linear ones
             need a site with a closed form; others start at random.
-        trial_iterations: steps that every start gets on a part of the samples before the best one goes on.
+        trial_iterations: steps on a part of the samples after which the worse half of the starts is dropped, until one
+            is left.
         held_out: share of the kept samples that judges starts and stops the fit.
         patience: steps without a better held-out captured energy before stopping.
         damping: of the whitened coordinates, as a share of the patches' mean eigenvalue. It keeps directions that the
@@ -75,7 +75,7 @@ class Functional(Solver):
     kernel: Literal["full", "separable"] = "full"
     iterations: int = 28
     starts: Sequence[str] = STARTS
-    trial_iterations: int = 5
+    trial_iterations: int = 2
     held_out: float = 0.2
     patience: int = 8
     damping: float = 0.1
@@ -130,7 +130,7 @@ class Functional(Solver):
             coordinates = Bounded(coordinates, longest)
         search = self._search(fit, held_out, coordinates, most // size, generator)
         with torch.no_grad():
-            filters = coordinates.filters(search.point.theta)
+            filters = coordinates.filters(search.best.theta)
             # where the scale is free, that of the old filters keeps training even
             filters = filters.at_norm(longest) if free and longest > 0 else filters
         filters = filters.picked(greedy_order(normal_equations(fit, filters), most // size)[0])
@@ -154,24 +154,27 @@ class Functional(Solver):
         step = max(1, min(4, len(fit.samples) // 200))
         part = Fit(fit.samples.subset(slice(None, None, step))) if step > 1 else fit
         trial = self._objective(part, coordinates)
-        best: tuple[str, Search] | None = None
-        for name, filters in self._starts(part, coordinates, units, generator):
-            found = minimize(trial, held_out, coordinates.encode(filters), self.trial_iterations, self.patience)
-            logger.debug("%s: from %s, held-out captured energy %.3g", fit.site.name, name, found.held_out)
-            if best is None or found.held_out > best[1].held_out:
-                best = name, found
-        if best is None:
-            raise SolverError("no start for the search", where=fit.site.name)
-        start = best[1].point.theta
-        result = minimize(self._objective(fit, coordinates), held_out, start, self.iterations, self.patience)
+        running = [
+            (name, Search(trial, held_out, coordinates.encode(filters), self.patience))
+            for name, filters in self._starts(part, coordinates, units, generator)
+        ]
+        while len(running) > 1:
+            for _, search in running:
+                search.run(self.trial_iterations)
+            running.sort(key=lambda each: -each[1].held_out)
+            del running[(len(running) + 1) // 2 :]
+        ((name, search),) = running
+        if step > 1:
+            search = Search(self._objective(fit, coordinates), held_out, search.best.theta, self.patience)
+        search.run(self.iterations - search.iterations)
         logger.info(
             "%s: functional from %s, %d steps, held-out captured energy %.3g",
             fit.site.name,
-            best[0],
-            result.iterations,
-            result.held_out,
+            name,
+            search.iterations,
+            search.held_out,
         )
-        return result
+        return search
 
     def _starts(
         self, fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
@@ -180,8 +183,8 @@ class Functional(Solver):
         result: list[tuple[str, Filters]] = []
         plain = fit.site.closed_form and fit.site.ratio(fit.site.producers[0], OUT) == 1
         if plain and set(self.starts) - {"random"}:
-            tiny = tiny_filters(fit, units * fit.site.granularity)
-            tiny = unit(replace(tiny, units=tiny.units // fit.site.granularity), coordinates)
+            tiny = tiny_filters(fit, units * fit.site.granularity, coordinates)
+            tiny = replace(tiny, units=tiny.units // fit.site.granularity)
             missing = units - tiny.units
             if missing:
                 tiny = joined([tiny, random_filters(fit, coordinates, missing, generator)])

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from growconv.linalg import RANK_TOLERANCE, leading_svd
 from growconv.network import layers
 from growconv.network.seats import Calls
 from growconv.solvers.filters import Filters
-from growconv.solvers.fitting import Fit, Objective, minimize
+from growconv.solvers.fitting import Fit, Objective, Search
 from growconv.solvers.parametrization import Parametrization
-from growconv.solvers.tiny import tiny
-from growconv.solvers.weights import filters_of
 from growconv.statistics.held_out import sample_averages
 from growconv.statistics.problem import pair_problem
 from growconv.statistics.samples import KeptPass
@@ -20,23 +19,20 @@ EXACT_ITERATIONS = 6
 """Steps on the linear problem: a start need not be the optimum."""
 
 
-def tiny_filters(fit: Fit, channels: int) -> Filters:
-    """Filters of the closed form.
+def tiny_filters(fit: Fit, channels: int, coordinates: Parametrization) -> Filters:
+    """Filters of the closed form in whitened coordinates, of norm one there.
 
     Args:
         fit: on a site that has one, of whole channels.
         channels: how many; fewer come back where N has a lower rank.
+        coordinates: whose damped second moment of the patches stands for S.
     """
-    site = fit.site
-    names, (path,) = frozenset({"S", "N_raw"}), site.producers
-    averages = [sample_averages(fit.samples, consumer, names) for consumer in site.consumers]
-    gram = torch.stack([each["S"] for each in averages]).mean(0)
-    linear = torch.cat([each["N_raw"].flatten(1) for each in averages], 1)
-    alpha = tiny(gram, linear[:, None], channels).alpha
-    like, shape = fit.samples.like, filters_of(site.model, path).shape[1:]
-    biased = layers.weighted(fit.module(path)).bias() is not None
-    weight = (alpha[:, :-1] if biased else alpha).reshape(alpha.shape[0], *shape)
-    return Filters(len(alpha), {path: (weight.to(like), alpha[:, -1].to(like) if biased else None)})
+    names, (producer,) = frozenset({"N_raw"}), coordinates.producers
+    averages = [sample_averages(fit.samples, consumer, names)["N_raw"] for consumer in fit.site.consumers]
+    linear = torch.cat([each.flatten(1) for each in averages], 1)
+    left, values, _ = leading_svd(producer.root.to(linear) @ linear, channels)
+    rows = left[:, values > RANK_TOLERANCE * values[0]].mT.to(producer.root)
+    return Filters(len(rows), {producer.path: producer.unflatten(rows @ producer.root)})
 
 
 def exact_filters(fit: Fit, start: Tensor, coordinates: Parametrization) -> Filters:
@@ -48,9 +44,9 @@ def exact_filters(fit: Fit, start: Tensor, coordinates: Parametrization) -> Filt
         coordinates: their meaning.
     """
     linear = Fit(fit.samples, _linear)
-    found = minimize(Objective(linear, coordinates), linear, start, EXACT_ITERATIONS, EXACT_ITERATIONS + 1)
+    found = Search(Objective(linear, coordinates), None, start, EXACT_ITERATIONS + 1).run(EXACT_ITERATIONS)
     with torch.no_grad():
-        return coordinates.filters(found.point.theta)
+        return coordinates.filters(found.best.theta)
 
 
 def _linear(piece: KeptPass, filters: Filters) -> Mapping[str, Calls]:

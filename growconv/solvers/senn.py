@@ -28,7 +28,7 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.base import Channels, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import Filters
-from growconv.solvers.fitting import Fit, Objective, is_homogeneous, minimize
+from growconv.solvers.fitting import Fit, Objective, Search, is_homogeneous
 from growconv.solvers.parametrization import Bounded, Parametrization, whitened
 from growconv.solvers.weights import (
     filter_norms,
@@ -140,8 +140,8 @@ class Senn(Solver):
             if not is_homogeneous(fit, filters.picked(range(min(units, 2)))):
                 coordinates = Bounded(coordinates, norm)
             objective = Objective(fit, coordinates, self.damping)
-            point = minimize(objective, None, coordinates.encode(filters), self.steps, self.steps + 1).point
-            filters = coordinates.filters(point.theta).at_norm(norm)
+            search = Search(objective, None, coordinates.encode(filters), self.steps + 1).run(self.steps)
+            filters = coordinates.filters(search.best.theta).at_norm(norm)
         return self._growth(kept, (filters.incoming, filters.biases), consumers, requested, model)
 
     def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:

@@ -14,10 +14,10 @@ from growconv.solvers.filters import Filters
 from growconv.solvers.fitting import (
     Fit,
     Objective,
+    Search,
     best_outgoing,
     captured_share,
     greedy_order,
-    minimize,
     normal_equations,
 )
 from growconv.solvers.parametrization import Whitened, patch_gram
@@ -120,7 +120,7 @@ def test_the_search_never_loses_ground(activation) -> None:
     fit, _ = problem(activation, samples=40)
     whitened = coordinates(fit)
     start = torch.nn.functional.normalize(torch.randn(2, whitened.size, dtype=torch.float64), dim=1)
-    found = minimize(Objective(fit, whitened), fit, start, iterations=12, patience=20)
+    found = Search(Objective(fit, whitened), fit, start, patience=20).run(12)
     fitted = [share for share, _ in found.history]
     assert fitted == sorted(fitted)
     assert fitted[-1] > 1.2 * fitted[0]
@@ -132,7 +132,7 @@ def test_the_search_stops_where_held_out_samples_gain_nothing() -> None:
     other, _ = problem(torch.relu, samples=60, seed=1)  # nothing in common: all that is fitted is noise
     whitened = coordinates(fit)
     start = torch.randn(4, whitened.size, dtype=torch.float64)
-    found = minimize(Objective(fit, whitened), other, start, iterations=100, patience=3)
+    found = Search(Objective(fit, whitened), other, start, patience=3).run(100)
     assert found.iterations < 60
     assert found.held_out >= found.history[-1][1]
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from growconv.solvers.fitting import (
     Objective,
-    minimize,
+    Search,
 )
 from growconv.solvers.parametrization import Separable
 from tests.solvers.functional.test_fitting import coordinates, inputs, of, problem
@@ -34,10 +34,10 @@ def test_separable_filters_and_kernels_are_of_rank_one(bias: bool) -> None:
     separable = Separable(coordinates(fit))
     start = separable.encode(of(torch.randn(2, 2, 3, 3).double(), torch.zeros(2).double() if bias else None))
     objective = Objective(fit, separable, separable=True)
-    found = minimize(objective, fit, start, iterations=10, patience=20)
+    found = Search(objective, fit, start, patience=20).run(10)
     assert found.history[-1][0] > found.history[0][0] > 0
-    weight = separable.filters(found.point.theta)["w"][0]
-    for kernel in (*weight, *found.point.outgoing["r"].transpose(0, 1)):
+    weight = separable.filters(found.best.theta)["w"][0]
+    for kernel in (*weight, *found.best.outgoing["r"].transpose(0, 1)):
         for axis in range(3):
             values = torch.linalg.svdvals(kernel.movedim(axis, 0).flatten(1))
             assert float(values[1:].max()) < 1e-9 * float(values[0])
