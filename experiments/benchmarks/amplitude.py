@@ -1,7 +1,7 @@
 """How strongly new channels should start: the loss at the end of training, by the cap of the amplitude.
 
     OMP_NUM_THREADS=1 nice python -m experiments.benchmarks.amplitude       # about 25 minutes on one core
-    python -m experiments.benchmarks.amplitude --seeds 2 --no-write
+    python -m experiments.benchmarks.amplitude --tasks digits --arms "≤ 1" "≤ 1, one strength" --seeds 3 --no-write
 
 A network of three convolutions is trained with momentum; its rate decays to zero over the second half. Both hidden
 widths are doubled in two rounds, at a fifth and at two fifths of the steps. The arms share the steps before the first
@@ -38,6 +38,7 @@ ARMS: list[Arm] = [
         for name, cap in (("1/8", 1 / 8), ("1/4", 1 / 4), ("1/2", 1 / 2), ("1", 1.0))
     ),
     ("no cap", {"amplitude_cap": None}),
+    ("≤ 1, one strength", {"amplitude_cap": 1.0, "together": True}),
 ]
 CHANCE = math.log(10)
 """Loss of a network that has learned nothing; from there on a run counts as diverged."""
@@ -104,17 +105,13 @@ class Run:
             self.step += 1
 
     def grow(self, method: str, arm: dict[str, Any]) -> list[growconv.GrowthEvent]:
-        """One round at both sites."""
+        """One round at both sites, one after the other or together."""
         x, y = images(self.task)[0]
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:1024]
         sites = [growconv.site(self.model, *pair, example_input=x[:2]) for pair in (("0", "3"), ("3", "7"))]
-        widths = [width // 2 for width in WIDTHS]
-        growing = [
-            growconv.GrowthScheduler(
-                self.model, self.optimizer, [site], method=method, amount=amount, seed=self.step, **arm
-            )
-            for site, amount in zip(sites, widths, strict=True)
-        ]
+        options = {**arm, "amount": WIDTHS[0] // 2 / sites[0].width, "method": method, "seed": self.step}
+        rounds = [sites] if options.pop("together", False) else [[site] for site in sites]
+        growing = [growconv.GrowthScheduler(self.model, self.optimizer, each, **options) for each in rounds]
         batches = [(x[part], y[part]) for part in order.split(128)]
         return [event for each in growing for event in each.grow(batches, F.cross_entropy)]
 
@@ -140,14 +137,14 @@ def outcome(task: str, norm: bool, seed: int, method: str, arm: Arm) -> dict[str
     }
 
 
-def outcomes(path: Path, method: str, seeds: int) -> list[dict[str, Any]]:
+def outcomes(path: Path, method: str, seeds: int, tasks: list[str], arms: list[Arm]) -> list[dict[str, Any]]:
     """Every run of the plan: those of the file, and the others, which it then has too."""
     lines = path.read_text().splitlines() if path.exists() else []
     done = {
         (each["task"], each["norm"], each["seed"], each["method"], each["arm"]): each for each in map(json.loads, lines)
     }
     found = []
-    for seed, task, norm, arm in itertools.product(range(seeds), TASKS, (False, True), ARMS):
+    for seed, task, norm, arm in itertools.product(range(seeds), tasks, (False, True), arms):
         key = (task, norm, seed, method, arm[0])
         if key not in done:
             done[key] = outcome(task, norm, seed, method, arm)
@@ -177,33 +174,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="tiny", help="the growth method")
     parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", default=[name for name, _ in ARMS[1:]], help="beside amplitude 0")
     parser.add_argument("--file", type=Path, default=Path("runs/amplitude.jsonl"), help="of the runs that are finished")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FewSamplesWarning)
-    every = outcomes(arguments.file, arguments.method, arguments.seeds)
+    arms = [arm for arm in ARMS if arm[0] in (ARMS[0][0], *arguments.arms)]
+    every = outcomes(arguments.file, arguments.method, arguments.seeds, arguments.tasks, arms)
     rows: list[list[object]] = []
-    for task, norm in itertools.product(TASKS, (False, True)):
+    for task, norm in itertools.product(arguments.tasks, (False, True)):
         runs = [each for each in every if (each["task"], each["norm"]) == (task, norm)]
         zero = [each for each in runs if each["arm"] == ARMS[0][0]]
         for what in ("test", "train"):
             label = [task, "BatchNorm" if norm else "none", what, f"{statistics.mean(each[what] for each in zero):.4f}"]
-            rows.append([*label, *(ratio(runs, arm, what) for arm, _ in ARMS[1:])])
+            rows.append([*label, *(ratio(runs, arm, what) for arm, _ in arms[1:])])
             print(*rows[-1], sep="\t")
     if not arguments.no_write:
         write_section(
             "amplitude",
             "Amplitude: the loss at the end of training",
             f"python -m experiments.benchmarks.amplitude --method {arguments.method} --seeds {arguments.seeds}",
-            ["task", "norm", "loss", "amplitude 0", *(arm for arm, _ in ARMS[1:])],
+            ["task", "norm", "loss", "amplitude 0", *(arm for arm, _ in arms[1:])],
             rows,
             [
                 f"Loss after {STEPS} steps with the rate decayed to zero, both hidden widths doubled by "
                 f"`{arguments.method}` in two rounds at steps {ROUNDS[0]} and {ROUNDS[1]}: the mean with amplitude 0, "
                 f"and the ratio to it, paired over {arguments.seeds} seeds, as geometric mean and 95 % interval. "
                 '"≤ c" is the line search under the cap c: the strongest new channel has at most c of the mean '
-                "strength of the old ones.",
+                'strength of the old ones. Each site has a round of its own; "one strength": both in one round.',
             ],
         )
 

@@ -1,4 +1,4 @@
-"""What `functional` captures and takes, over tasks, networks and sites; --save and --before set two states side by side.
+"""What `functional` captures and takes, over tasks, networks and sites; two states of the package side by side.
 
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.functional
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.functional --save old.json     # there: an older state

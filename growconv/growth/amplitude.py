@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import cast
 
 import torch
@@ -13,9 +14,8 @@ from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.growth.decision import Batch, Loss
 from growconv.network import layers
 from growconv.network.apply import grow
-from growconv.network.model import attribute, copied, example_arguments, undisturbed
-from growconv.network.optimizer import refresh
-from growconv.network.plan import plan_growth
+from growconv.network.model import example_arguments, undisturbed
+from growconv.network.optimizer import Journal, refresh
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite, Site
 from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, old_sizes
@@ -38,46 +38,55 @@ MOST = 24
 
 @dataclass(frozen=True)
 class AmplitudeChoice:
-    """What `choose_amplitude` found.
+    """What `choose_amplitudes` found.
 
     Attributes:
-        amplitude: γ, between 0 and `cap`.
-        losses: mean held-out loss per amplitude tried, 0 among them.
-        cap: the largest amplitude that was allowed (`amplitude_cap`); inf: none was forbidden.
+        growths: the sites and proposals, as they were given.
+        units: per proposal the amplitude at which its channels have strength 1 (`amplitude_cap`).
+        strength: of the strongest new channel of every site, beside the mean old one.
+        losses: mean held-out loss per strength tried, 0 among them.
+        cap: the largest strength that was allowed; inf: none was forbidden.
         reason: one line.
     """
 
-    amplitude: float
+    growths: tuple[tuple[Site, ChannelGrowth], ...]
+    units: tuple[float, ...]
+    strength: float
     losses: dict[float, float]
     cap: float
     reason: str
 
     @property
-    def decrease(self) -> float:
-        """Held-out loss that the new channels take away at once."""
-        return self.losses[0.0] - self.losses[self.amplitude]
+    def amplitudes(self) -> tuple[float, ...]:
+        """γ of every proposal."""
+        return tuple(self.strength * unit for unit in self.units)
+
+    @property
+    def held_out(self) -> tuple[float, float]:
+        """Held-out loss before and after."""
+        return self.losses[0.0], self.losses[self.strength]
 
 
-def choose_amplitude(
+def choose_amplitudes(
     model: nn.Module,
-    site: Site,
-    growth: ChannelGrowth,
+    growths: Iterable[tuple[Site, ChannelGrowth]],
     batches: Sequence[Batch],
     loss: Loss,
     strongest: float | int | None = CAP,
 ) -> AmplitudeChoice:
-    """The amplitude with the lowest loss on samples that the solver did not see.
+    """The amplitudes with the lowest loss on unseen samples: one strength for all sites of a round.
 
-    γ = 0 is among the candidates. The cap (`amplitude_cap`) lets no new channel come out stronger than the old ones:
-    without one, the amplitude that is best for the immediate loss can be a thousand times too strong for the training
-    that follows. The losses are those of a grown copy of the model, as it will be; a loss that calls the model itself
-    sees it without the new channels.
+    So the search costs as many losses for a hundred sites as for one, and sees what their channels do together. 0 is
+    among the candidates. The cap lets no new channel come out stronger than the old ones: without one, the amplitude
+    that is best for the immediate loss can be a thousand times too strong for the training that follows. The losses are
+    those of the model as it will be: it is grown for the search, and put back.
 
     Args:
-        model: the model of the site, or one with the same names; not changed. Norm layers stay in the mode that they
-            are in.
-        growth: the proposal, which changes no old weights.
-        batches: held-out (inputs, targets) pairs.
+        model: the model of the sites, or one with the same names; afterwards as before. Norm layers stay in the mode
+            that they are in.
+        growths: where and what, proposals that change no old weights. They are read one by one, each when the model has
+            those before it, so that a generator can tell how much room is left.
+        batches: held-out (inputs, targets) pairs, which the solver did not see.
         loss: loss(output, targets), averaged over the batch.
         strongest: of `amplitude_cap`; None: no cap, as in TINY's line search.
 
@@ -88,26 +97,26 @@ def choose_amplitude(
         ArgumentValueError: no batches, or a proposal that changes old weights or has no channels.
         StatisticsError: the loss is not finite without the new channels.
     """
-    _check(site, growth, batches)
-    site = site.of(model)
-    site.check()
-    unit = amplitude_cap(site, growth, 1.0)
-    cap = math.inf if strongest is None else strongest * unit
-    start = min(unit, cap)
+    if not batches:
+        raise ArgumentValueError(
+            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitudes"
+        )
+    cap = math.inf if strongest is None else float(strongest)
     losses: dict[float, float] = {}
-    trials = Trials(model, site, growth, batches, loss)
+    with torch.no_grad(), _Trials(model, growths) as trials:
 
-    def measure(amplitude: float) -> None:
-        if amplitude not in losses:
-            losses[amplitude] = trials.loss(amplitude)
+        def measure(strength: float) -> None:
+            if strength not in losses:
+                trials.grow_to(strength)
+                losses[strength] = mean_loss(model, batches, loss)
 
-    with torch.no_grad():
         measure(0.0)
-        if not torch.isfinite(torch.tensor(losses[0.0])):
-            raise StatisticsError("the loss on the held-out batches is not finite", got=losses[0.0], where=site.name)
-        if start > 0:
+        if not math.isfinite(losses[0.0]):
+            where = ", ".join(site.name for site, _ in trials.growths)
+            raise StatisticsError("the loss on the held-out batches is not finite", got=losses[0.0], where=where)
+        if any(trials.units):
             for share in COARSE:
-                measure(share * start)
+                measure(share * min(cap, 1.0))
             best = _best(losses)
             if best > 0:
                 measure(best / 2)
@@ -120,15 +129,11 @@ def choose_amplitude(
         reason = "no amplitude lowers the held-out loss: the channels start silent"
     else:
         reason = f"{change}, at the cap" if best == cap else change
-    return AmplitudeChoice(best, losses, cap, reason)
+    return AmplitudeChoice(tuple(trials.growths), tuple(trials.units), best, losses, cap, reason)
 
 
-def _check(site: Site, growth: ChannelGrowth, batches: Sequence[Batch]) -> None:
+def _check(site: Site, growth: ChannelGrowth) -> None:
     """Refuse what has no amplitude to choose."""
-    if not batches:
-        raise ArgumentValueError(
-            "no held-out batches", expected="at least one (inputs, targets) pair", where="choose_amplitude"
-        )
     if growth.revised or growth.copied_from is not None:
         raise ArgumentValueError(
             "this proposal changes old weights, so it has no amplitude of its own",
@@ -183,78 +188,79 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
-class Trials:
-    """A grown copy of the model, and the loss of the held-out batches on it at any amplitude.
+class _Trials:
+    """A model that is grown for a while, with new channels of any strength.
 
-    The copy is grown once; another amplitude multiplies the entries that hold the new outgoing weights. Where a layer
-    stores its weight otherwise (as a length and a direction), the copy's entries are planned anew for each amplitude.
-    Dropout is off, norm layers are in the mode that the model is in, every amplitude sees the same random numbers.
-
-    Args:
-        model: the model; not changed.
-        site: one of its sites.
-        batches: held-out (inputs, targets) pairs.
-        loss: loss(output, targets), averaged over the batch.
+    It grows twice, with silent channels and with those of strength 1; another strength multiplies the entries in which
+    the two differ. Where a layer stores its weight otherwise (as a length and a direction), it grows anew each time.
     """
 
-    def __init__(
-        self, model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
+    def __init__(self, model: nn.Module, growths: Iterable[tuple[Site, ChannelGrowth]]) -> None:
+        self.model, self._given = model, growths
+        self._journal = Journal(model, values=[*model.parameters(), *model.buffers()])
+        self.growths: list[tuple[Site, ChannelGrowth]] = []
+        self.units: list[float] = []
+        self._scaled: list[tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def __enter__(self) -> "_Trials":
+        try:
+            for site, growth in self._given:
+                _check(site, growth)
+                own = site.of(self.model)
+                own.check()
+                self.units.append(amplitude_cap(own, growth, 1.0))
+                self.growths.append((site, growth))
+                grow(self.model, own, growth, amplitude=0.0)
+            silent = {name: tensor.clone() for name, tensor in _tensors(self.model).items()}
+            self._grow_anew(1.0)
+            strong = _tensors(self.model)
+            changed = {name: tensor != silent[name] for name, tensor in strong.items()}
+            changed = {name: mask for name, mask in changed.items() if bool(mask.any())}
+            if not any(bool(silent[name][mask].any()) for name, mask in changed.items()):
+                self._scaled = [(strong[name], strong[name].clone(), mask) for name, mask in changed.items()]
+            return self
+        except BaseException:
+            self._journal.restore()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.site, self.growth, self.batches, self.criterion = site, growth, batches, loss
-        self.model = _without_dropout(model)
-        grow(self.model, site, growth)
-        strong, silent = self._entries(1.0), self._entries(0.0)
-        self.scaled = {path: tensor for path, tensor in strong.items() if not torch.equal(tensor, silent[path])}
-        moved = ((tensor != silent[path], silent[path]) for path, tensor in self.scaled.items())
-        self.linear = all(bool((old[mask] == 0).all()) for mask, old in moved)
-        self.masks = {path: silent[path] != tensor for path, tensor in self.scaled.items()}
+        self._journal.restore()
 
-    def _entries(self, amplitude: float) -> dict[str, Tensor]:
-        """The tensors that growth changes, as they are at an amplitude."""
-        plan = plan_growth(self.site, self.growth, amplitude)
-        revised = ((each, each.tensor if each.revised is None else each.revised) for each in plan.changes)
-        return {each.path: each.resized(old.detach().to(each.tensor)) for each, old in revised}
-
-    def loss(self, amplitude: float) -> float:
-        """Mean loss of the batches at an amplitude."""
-        entries = None if self.linear else self._entries(amplitude)
-        for path, strong in self.scaled.items():
-            tensor = attribute(self.model, path)
-            if isinstance(tensor, Tensor):
-                scaled = torch.where(self.masks[path], strong * amplitude, strong)
-                tensor.detach().copy_(scaled if entries is None else entries[path])
+    def grow_to(self, strength: float) -> None:
+        """Give the new channels another strength."""
+        if self._scaled is None:
+            self._grow_anew(strength)
+            return
+        for tensor, strong, mask in self._scaled:
+            tensor.copy_(torch.where(mask, strong * strength, strong))
         refresh(self.model)
-        return _mean_loss(self.model, self.batches, self.criterion)
+
+    def _grow_anew(self, strength: float) -> None:
+        self._journal.restore()
+        for (site, growth), unit in zip(self.growths, self.units, strict=True):
+            grow(self.model, site, growth, amplitude=strength * unit)
 
 
-def losses_of(
-    model: nn.Module, site: Site, growth: ChannelGrowth, batches: Sequence[Batch], loss: Loss
-) -> tuple[float, float]:
-    """Mean loss of held-out batches on copies of the model, as it is and grown; for proposals that change old weights.
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by name."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+    """Mean over some batches, dropout off; the model and all random numbers stay as they are.
 
     Args:
-        model: the model; not changed.
-        site: one of its sites.
-        batches: held-out (inputs, targets) pairs.
+        model: the model, its norm layers in the mode that they are in.
+        batches: (inputs, targets) pairs.
         loss: loss(output, targets), averaged over the batch.
     """
-    with torch.no_grad():
-        return _mean_loss(_without_dropout(model), batches, loss), Trials(model, site, growth, batches, loss).loss(1.0)
-
-
-def _without_dropout(model: nn.Module) -> nn.Module:
-    """A copy of the model that drops nothing."""
-    model = copied(model)
-    for module in model.modules():
-        if layers.is_dropout(module):
-            module.eval()
-    return model
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
-    """Mean over the batches."""
     total = 0.0
-    with undisturbed(model):
+    with torch.no_grad(), undisturbed(model):
+        for module in model.modules():
+            if layers.is_dropout(module):
+                module.eval()
         for inputs, targets in batches:
             arguments, keywords = example_arguments(inputs)
             total += float(loss(model(*arguments, **keywords), targets))

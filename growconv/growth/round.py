@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ScheduleError
-from growconv.growth.amplitude import choose_amplitude, losses_of, rescaled
+from growconv.growth.amplitude import choose_amplitudes, mean_loss, rescaled
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
@@ -157,7 +157,7 @@ def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[
 
 @dataclass
 class Round:
-    """One round: proposals are asked for, taken one by one and put into the model; or channels are pruned.
+    """One round: proposals are asked for, taken and put into the model; or channels are pruned.
 
     Attributes:
         model: the raw model.
@@ -167,7 +167,7 @@ class Round:
         collection: how statistics are collected.
         fitting: growth batches of this process that statistics are collected on.
         held_out: those that the amplitude is chosen on; none: it is not searched.
-        amplitude_cap: how far the search may go, see `choose_amplitude`.
+        amplitude_cap: how far the search may go, see `choose_amplitudes`.
         loss: loss(output, targets).
         cost: the model's cost meter.
         generator: randomness of methods that draw.
@@ -267,18 +267,102 @@ class Round:
             answers.append((growth, energy, samples, slopes))
         return answers
 
-    def take(self, proposal: Proposal, reason: str) -> None:
-        """Put a proposal into the model, as far as there is room.
+    def take(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
+        """Put proposals into the model, as far as there is room.
+
+        The amplitudes of all whose amplitude is searched are chosen together. Others come first: they change old
+        weights, and what others do is measured on the model as it is then.
 
         Args:
-            proposal: of this round; the site's neighbours may have grown since.
-            reason: why it was chosen.
+            chosen: proposals of this round, each with the reason why it was chosen.
         """
-        growth = self._current(proposal)
-        if growth is not None:
-            event = self._applied(proposal.site, growth, reason)
-            shown = what_was_seen(growth, self.solver, proposal)
-            self.events.append(replace(event, details={**event.details, **shown}))
+        first = len(self.events)
+        searched = [each for each in chosen if self._is_searched(each[0])]
+        self._take_as_they_are([each for each in chosen if not self._is_searched(each[0])])
+        if searched:
+            self._take_at_best(searched)
+        for event in self.events[first:]:
+            self.note(str(event))
+
+    def _is_searched(self, proposal: Proposal) -> bool:
+        """Whether an amplitude is chosen: new weights that belong together with changes of old ones have none."""
+        growth = proposal.growth
+        return bool(self.held_out) and not growth.revised and growth.copied_from is None and not self._silent(proposal)
+
+    def _silent(self, proposal: Proposal) -> bool:
+        """Whether the new channels change no output at first."""
+        return self.solver.function_preserving and proposal.site.own_method is None
+
+    def _take_as_they_are(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
+        first = len(self.events)
+        measured = bool(self.held_out) and any(not self._silent(proposal) for proposal, _ in chosen)
+        before = self._held_out_loss() if measured else None
+        for proposal, reason in chosen:
+            growth = self._current(proposal)
+            if growth is not None:
+                growth = rescaled(proposal.site, growth)
+                own = 1.0 if growth.revised else self.amplitude
+                details = {"unchanged": True} if self._silent(proposal) else {}
+                self._put(proposal, growth, own, reason, details)
+        if before is not None and len(self.events) > first:
+            after = self._held_out_loss()
+            self._tell(first, before, after)
+            for index, event in enumerate(self.events[first:], start=first):
+                losses = [[0.0, before], [event.amplitude, after]]
+                self.events[index] = replace(event, details={**event.details, "losses": losses})
+
+    def _take_at_best(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
+        first, taken = len(self.events), []
+
+        def cut() -> Iterator[tuple[Site, ChannelGrowth]]:
+            for proposal, reason in chosen:
+                growth = self._cut(proposal)
+                if growth is not None:
+                    taken.append((proposal, reason))
+                    yield proposal.site, rescaled(proposal.site, growth)
+
+        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
+            choice = choose_amplitudes(self.model, cut(), self.held_out, self._shared_loss(), self.amplitude_cap)
+        if taken:
+            sites = f"{len(taken)} sites" if len(taken) > 1 else taken[0][0].site.name
+            self.note(f"{sites}: strength {choice.strength:.3g}, {choice.reason}")
+        for (proposal, reason), (_, growth), unit in zip(taken, choice.growths, choice.units, strict=True):
+            cap = choice.cap * unit
+            details = {
+                "losses": sorted([strength * unit, loss] for strength, loss in choice.losses.items()),
+                "cap": cap if math.isfinite(cap) else None,
+            }
+            self._put(proposal, growth, choice.strength * unit, reason, details)
+        self._tell(first, *choice.held_out)
+
+    def _put(
+        self, proposal: Proposal, growth: ChannelGrowth, amplitude: float, reason: str, details: dict[str, Any]
+    ) -> None:
+        with self.stopwatch.phase("surgery"):
+            event = grow(self.model, proposal.site, growth, amplitude=amplitude, optimizer=self.optimizer)
+        event = replace(
+            event,
+            step=self.step,
+            details={**event.details, **details, **what_was_seen(growth, self.solver, proposal)},
+            reason="; ".join(part for part in (reason, growth.reason) if part),
+        )
+        self.events.append(event)
+
+    def _held_out_loss(self) -> float:
+        with self.stopwatch.phase("amplitude"):
+            return mean_loss(self.model, self.held_out, self._shared_loss())
+
+    def _tell(self, first: int, before: float, after: float) -> None:
+        """Enter the held-out loss before and after into the events from `first` on.
+
+        What they have achieved together is shared out by what was predicted of each, or evenly.
+        """
+        events = self.events[first:]
+        predicted = [max(event.predicted_decrease or 0.0, 0.0) for event in events]
+        total = sum(predicted)
+        for index, (event, own) in enumerate(zip(events, predicted, strict=True), start=first):
+            share = own / total if total > 0 else 1 / len(events)
+            self.events[index] = replace(event, realised_decrease=(before - after) * share)
 
     def prune(self, pruning: PruneBack, sites: Sequence[Site]) -> None:
         """Shrink to a pruning policy's budget."""
@@ -325,42 +409,6 @@ class Round:
             self.note(f"{proposal.site.name}: {limit} has no room for {size} more channel{'s' if size > 1 else ''}")
             return None
         return growth.subset(range(fitting), f"{limit} has room for {fitting} of {growth.channels} channels")
-
-    def _applied(self, site: Site, growth: ChannelGrowth, reason: str) -> GrowthEvent:
-        growth = rescaled(site, growth)
-        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
-            amplitude, details = self._measured(site, growth)
-        losses = dict(details.get("losses", ()))
-        with self.stopwatch.phase("surgery"):
-            event = grow(self.model, site, growth, amplitude=amplitude, optimizer=self.optimizer)
-        event = replace(
-            event,
-            step=self.step,
-            realised_decrease=losses[0.0] - losses[amplitude] if losses else None,
-            details={**event.details, **details},
-            reason="; ".join(part for part in (reason, growth.reason) if part),
-        )
-        self.note(str(event))
-        return event
-
-    def _measured(self, site: Site, growth: ChannelGrowth) -> tuple[float, dict[str, Any]]:
-        """The amplitude, and what an event tells of it: the held-out loss before and after where it is measured."""
-        # new weights that belong together with changes of old ones have no amplitude of their own
-        amplitude = 1.0 if growth.revised else self.amplitude
-        if self.solver.function_preserving and site.own_method is None:
-            return amplitude, {"unchanged": True}
-        if not self.held_out:
-            return amplitude, {}
-        if growth.revised or growth.copied_from is not None:
-            losses = losses_of(self.model, site, growth, self.held_out, self._shared_loss())
-            return amplitude, {"losses": [[0.0, losses[0]], [amplitude, losses[1]]]}
-        cap = self.amplitude_cap
-        choice = choose_amplitude(self.model, site, growth, self.held_out, self._shared_loss(), cap)
-        self.note(f"{site.name}: amplitude {choice.amplitude:.3g}, {choice.reason}")
-        return choice.amplitude, {
-            "losses": sorted([list(pair) for pair in choice.losses.items()]),
-            "cap": choice.cap if math.isfinite(choice.cap) else None,
-        }
 
     def _shared_loss(self) -> Loss:
         """The loss averaged over the processes, so that all of them choose the same amplitude."""

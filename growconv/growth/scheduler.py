@@ -512,8 +512,7 @@ class GrowthScheduler:
         situation = self._situation()
         asked = self._asked(situation)
         if asked:
-            for proposal, reason in self._chosen(work.ask(asked), situation):
-                work.take(proposal, reason)
+            work.take(self._chosen(work.ask(asked), situation))
         return asked
 
     def _asked(self, situation: Situation) -> dict[Site, Channels]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import growconv
 from growconv.errors import ArgumentValueError, StatisticsError
-from growconv.growth.amplitude import amplitude_cap, choose_amplitude, rescaled
+from growconv.growth.amplitude import amplitude_cap, choose_amplitudes, rescaled
 from growconv.solvers import solve
 from growconv.statistics import collect_statistics
 
@@ -45,17 +45,17 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     model = chain(3, 4, norm=norm, activation=activation).double().eval()
     site, growth = proposed(model)
     held_out = batches_of(2, start=600, dtype=torch.float64)
-    choice = choose_amplitude(model, site, growth, held_out, F.cross_entropy)
+    choice = choose_amplitudes(model, [(site, growth)], held_out, F.cross_entropy)
     assert len(choice.losses) >= 5
-    for amplitude, loss in choice.losses.items():
+    for strength, loss in choice.losses.items():
         grown = copy.deepcopy(model)
-        growconv.grow(grown, sites_of(grown)[0], growth, amplitude=amplitude)
+        growconv.grow(grown, sites_of(grown)[0], growth, amplitude=strength * choice.units[0])
         assert mean_loss(grown, held_out) == pytest.approx(loss, rel=1e-9)
-    assert choice.losses[choice.amplitude] == min(choice.losses.values())
+    assert choice.losses[choice.strength] == min(choice.losses.values())
     assert 0.0 in choice.losses
-    assert max(choice.losses) == pytest.approx(choice.cap)
-    assert choice.cap == pytest.approx(amplitude_cap(site, growth))
-    assert choice.decrease == pytest.approx(choice.losses[0.0] - min(choice.losses.values()))
+    assert max(choice.losses) == choice.cap
+    assert choice.cap * choice.units[0] == pytest.approx(amplitude_cap(site, growth))
+    assert choice.held_out == (choice.losses[0.0], min(choice.losses.values()))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -67,12 +67,37 @@ def test_every_loss_is_that_of_the_grown_model(kind, mode, digits, sites_of, bat
     growth = growconv.solve(site, method="random", channels=2, generator=generator)
     outgoing = {path: torch.randn_like(weight) for path, weight in growth.outgoing.items()}
     growth, batches = replace(growth, outgoing=outgoing), batches_of(2, start=600, dtype=torch.float64)
-    choice = choose_amplitude(model, site, growth, batches, F.cross_entropy)
+    choice = choose_amplitudes(model, [(site, growth)], batches, F.cross_entropy)
     assert len(choice.losses) >= 5
-    for amplitude, loss in choice.losses.items():
+    for strength, loss in choice.losses.items():
         grown = copy.deepcopy(model)
-        growconv.grow(grown, site, growth, amplitude=amplitude)
+        growconv.grow(grown, site, growth, amplitude=strength * choice.units[0])
         assert loss == pytest.approx(mean_loss(grown, batches), rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_neighbouring_sites_are_tried_together(norm, chain, sites_of, batches_of) -> None:
+    model = chain(3, 4, norm=norm).double()
+    sites, batches = sites_of(model), batches_of(2, start=600, dtype=torch.float64)
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    parameters, widths = list(model.parameters()), []
+    drawn = [growconv.solve(site, method="random", channels=2, outgoing=1.0) for site in sites[:2]]
+
+    def one_by_one():
+        for site, growth in zip(sites, drawn, strict=False):
+            widths.append([each.width for each in sites[:2]])
+            yield site, growth
+
+    choice = choose_amplitudes(model, one_by_one(), batches, F.cross_entropy)
+    assert widths == [[3, 4], [5, 4]]
+    for strength, loss in choice.losses.items():
+        grown = copy.deepcopy(model)
+        for site, growth, unit in zip(sites, drawn, choice.units, strict=False):
+            growconv.grow(grown, site, growth, amplitude=strength * unit)
+        assert loss == pytest.approx(mean_loss(grown, batches), rel=1e-12)
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert modules == list(model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Stream(nn.Module):
@@ -128,26 +153,26 @@ def test_the_search_goes_as_far_as_its_cap_allows_and_without_one_as_far_as_the_
         model[-1].weight *= 0.05  # the network has hardly begun: much larger channels help at once
         model[3].weight *= 0.05
     site, growth = proposed(model)
-    choice = choose_amplitude(
-        model, site, growth, batches_of(2, start=600, dtype=torch.float64), F.cross_entropy, strongest
+    choice = choose_amplitudes(
+        model, [(site, growth)], batches_of(2, start=600, dtype=torch.float64), F.cross_entropy, strongest
     )
-    unit = amplitude_cap(site, growth, 1.0)
-    assert choice.losses[choice.amplitude] == min(choice.losses.values()) < choice.losses[0.0]
+    assert choice.units == (amplitude_cap(site, growth, 1.0),)
+    assert choice.losses[choice.strength] == min(choice.losses.values()) < choice.losses[0.0]
     if strongest is None:
         assert choice.cap == float("inf")
-        assert max(choice.losses) == 2 * choice.amplitude > 8 * unit
+        assert max(choice.losses) == 2 * choice.strength > 8
     else:
-        assert choice.cap == pytest.approx(strongest * unit) == choice.amplitude
+        assert choice.cap == strongest == choice.strength
 
 
 def test_channels_that_do_harm_start_silent(chain, batches_of, proposed) -> None:
     model = chain(3, 4).double().eval()
     site, growth = proposed(model)
     harmful = replace(growth, outgoing={path: -weight for path, weight in growth.outgoing.items()})
-    choice = choose_amplitude(model, site, harmful, batches_of(2, start=0, dtype=torch.float64), F.cross_entropy)
-    assert choice.amplitude == 0.0
+    choice = choose_amplitudes(model, [(site, harmful)], batches_of(2, start=0, dtype=torch.float64), F.cross_entropy)
+    assert choice.amplitudes == (0.0,)
     assert "silent" in choice.reason
-    assert choice.decrease == 0.0
+    assert choice.held_out == (choice.losses[0.0],) * 2
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
@@ -194,7 +219,7 @@ def test_nothing_about_the_model_changes(chain, batches_of, proposed) -> None:
     model = chain(3, 4).train()
     site, growth = proposed(model, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    choose_amplitude(model, site, growth, batches_of(2, start=600), F.cross_entropy)
+    choose_amplitudes(model, [(site, growth)], batches_of(2, start=600), F.cross_entropy)
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -205,9 +230,11 @@ def test_bad_input(chain, batches_of, proposed) -> None:
     site, growth = proposed(model)
     batches = batches_of(1, start=600, dtype=torch.float64)
     with pytest.raises(ArgumentValueError, match="no held-out batches"):
-        choose_amplitude(model, site, growth, [], F.cross_entropy)
+        choose_amplitudes(model, [(site, growth)], [], F.cross_entropy)
     with pytest.raises(ArgumentValueError, match="old weights"):
-        choose_amplitude(model, site, replace(growth, revised={"3.bias": torch.zeros(4)}), batches, F.cross_entropy)
+        choose_amplitudes(
+            model, [(site, replace(growth, revised={"3.bias": torch.zeros(4)}))], batches, F.cross_entropy
+        )
     none = replace(
         growth,
         incoming={path: weight[:0] for path, weight in growth.incoming.items()},
@@ -217,9 +244,9 @@ def test_bad_input(chain, batches_of, proposed) -> None:
     )
     assert rescaled(site, none) is none
     with pytest.raises(ArgumentValueError, match="nothing to gain"):
-        choose_amplitude(model, site, none, batches, F.cross_entropy)
+        choose_amplitudes(model, [(site, none)], batches, F.cross_entropy)
     with pytest.raises(StatisticsError, match="not finite"):
-        choose_amplitude(model, site, growth, batches, lambda output, target: output.sum() * float("inf"))
+        choose_amplitudes(model, [(site, growth)], batches, lambda output, target: output.sum() * float("inf"))
 
 
 @pytest.mark.parametrize("method", ["functional", "tiny"])
@@ -249,7 +276,7 @@ def test_training_goes_on_as_well_as_without_growing(chain, sites_of, digits, ba
         options = {"iterations": 5, "trial_iterations": 1} if method == "functional" else {}
         site, growth = proposed(model, growconv.solvers.get_solver(method, **options), site=0, dtype=torch.float32)
         growth = rescaled(site, growth)
-        choice = choose_amplitude(model, site, growth, batches_of(4, start=1500, size=64), F.cross_entropy)
-        growconv.grow(model, site, growth, amplitude=choice.amplitude, optimizer=optimizer)
+        choice = choose_amplitudes(model, [(site, growth)], batches_of(4, start=1500, size=64), F.cross_entropy)
+        growconv.grow(model, site, growth, amplitude=choice.amplitudes[0], optimizer=optimizer)
         ratios.append(train(model, optimizer, steps[80:]) / train(plain, twin, steps[80:]))
     assert max(ratios) < 1.02, ratios
