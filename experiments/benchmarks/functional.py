@@ -28,7 +28,7 @@ from growconv.solvers.energy import captured_energy
 from growconv.statistics import collect_statistics
 
 PAIRS = (("0", "3"), ("3", "7"), ("7", "12"))
-KEPT, CHANNELS, REPEATS = 512, 8, 3
+KEPT, CHANNELS, REPEATS = 512, 8, 2
 COLUMNS = ("task", "norm", "site", "energy before", "now", "steps before", "now")
 
 

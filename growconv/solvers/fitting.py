@@ -279,6 +279,12 @@ class Search:
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._waited = 0
 
+    def onto(self, objective: Objective) -> "Search":
+        """A search from the best place with another objective, and with what is known of the curvature."""
+        other = Search(objective, self._judge, self.best.theta, self.patience, self.memory)
+        other._pairs, other.iterations = self._pairs, self.iterations
+        return other
+
     def run(self, iterations: int) -> "Search":
         """Go on for so many steps at most; the search itself comes back."""
         for _ in range(iterations):

@@ -60,7 +60,7 @@ class Functional(Solver):
     Attributes:
         kernel: "full", or "separable" for new channels whose filters and outgoing kernels are of rank one (one CP term
             a channel): fewer parameters to fit, and a CP convolution carries each of them by one more term.
-        iterations: L-BFGS steps of the winning start, at most; about twenty give most of what there is.
+        iterations: L-BFGS steps of the winning start, at most, its trial included; about twenty give most of it.
         starts: where to start from, out of "tiny" (the closed form), "signs" (its channels, each with the better sign),
             "exact" (the linear optimum, signs likewise) and "random" (the best of three times as many). The linear ones
             need a site with a closed form; others start at random.
@@ -165,7 +165,7 @@ class Functional(Solver):
             del running[(len(running) + 1) // 2 :]
         ((name, search),) = running
         if step > 1:
-            search = Search(self._objective(fit, coordinates), held_out, search.best.theta, self.patience)
+            search = search.onto(self._objective(fit, coordinates))
         search.run(self.iterations - search.iterations)
         logger.info(
             "%s: functional from %s, %d steps, held-out captured energy %.3g",

@@ -15,7 +15,7 @@ from growconv.statistics.held_out import sample_averages
 from growconv.statistics.problem import pair_problem
 from growconv.statistics.samples import KeptPass
 
-EXACT_ITERATIONS = 6
+EXACT_ITERATIONS = 4
 """Steps on the linear problem: a start need not be the optimum."""
 
 
