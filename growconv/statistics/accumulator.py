@@ -94,7 +94,7 @@ def unfold_cost(problem: PairProblem, name: str) -> float:
     }[name]
 
 
-def _obstacle(problem: PairProblem, name: str, most: float = math.inf) -> str | None:
+def _obstacle(problem: PairProblem, name: str, most: float | int = math.inf) -> str | None:
     """Why the offset path cannot compute a statistic, or not with so many combinations of taps at most; else None."""
     roles = {"first": problem.first, "second": problem.second}
     if name in ("S2", "M"):
