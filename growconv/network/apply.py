@@ -18,7 +18,7 @@ from growconv.network.site import Site
 
 
 def grow(
-    model: nn.Module, site: Site, growth: ChannelGrowth, amplitude: float = 1.0, optimizer: Optimizers = None
+    model: nn.Module, site: Site, growth: ChannelGrowth, amplitude: float | int = 1.0, optimizer: Optimizers = None
 ) -> GrowthEvent:
     """Put new channels into a model, in place, as a whole or not at all.
 
