@@ -12,6 +12,13 @@ from growconv.errors import ArgumentValueError
 from growconv.linalg.optimizers import LBFGS
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
+REACH = 10
+"""Rounds at its present pace in which a descent must be able to reach the best one; falling behind further, it stops."""
+NARROWED = 256, 2048
+"""Sizes of a dense metric between which it is looked whether a narrower factor serves."""
+TWINS = 5e-2
+"""Sum of the squared sines between the spans of two descents below which only the better one goes on."""
+
 
 @runtime_checkable
 class BilinearMetric(Protocol):
@@ -52,6 +59,9 @@ class DenseMetric:
         taps = matrix.shape[0] // left_size
         self._form = matrix.reshape(left_size, taps, left_size, taps)
         self._half: Tensor | None = None
+        root = _narrow_root(matrix)
+        self._root = None if root is None else root.view(left_size, -1)  # (a, b·r)
+        self._tall = matrix if self._root is None else self._root.mT.contiguous()  # few columns from the right are fast
 
     def reduced(self) -> Tensor:
         """Sum over equal taps."""
@@ -59,16 +69,42 @@ class DenseMetric:
 
     def gram(self, left: Tensor) -> Tensor:
         """Contract both sides with the left factors."""
+        rows = left.shape[0] * self._form.shape[1]
+        if self._root is not None:
+            self._half = (self._tall @ left.mT).mT.reshape(rows, -1)
+            return self._half @ self._half.mT
         self._half = torch.einsum("ka,abde->kbde", left, self._form)  # shared with `pull`
-        full = torch.einsum("kbde,ld->kble", self._half, left)
-        return full.reshape(left.shape[0] * self._form.shape[1], -1)
+        return torch.einsum("kbde,ld->kble", self._half, left).reshape(rows, -1)
 
     def pull(self, left: Tensor, coupling: Tensor) -> Tensor:
         """Contract the half product of `gram` with the coupling of the right factors."""
         channels, taps = left.shape[0], self._form.shape[1]
         if self._half is None:
             self.gram(left)
+        if self._root is not None:
+            return (coupling @ self._half).view(channels, -1) @ self._root.mT
         return torch.einsum("kbde,kble->ld", self._half, coupling.view(channels, taps, channels, taps))
+
+
+def _narrow_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n r"] | None:
+    """F with F Fᵀ = matrix, where that has little more than half as many columns as rows; None elsewhere.
+
+    A Cholesky factorisation that takes the largest remaining diagonal entry first (Higham 1990), to the rounding error.
+    Second moments of patches are that narrow where several pairs of taps read one entry of the input.
+    """
+    size = len(matrix)
+    if not NARROWED[0] <= size <= NARROWED[1]:
+        return None
+    left = matrix.diagonal().clone()
+    threshold = 1e-13 * float(left.max())
+    rows = matrix.new_empty(size * 5 // 9, size)
+    for rank in range(len(rows)):
+        value, pivot = left.max(0)
+        if float(value) <= threshold:
+            return rows[:rank].mT.contiguous() if rank else None
+        rows[rank] = (matrix[pivot] - rows[:rank, pivot] @ rows[:rank]) / value.sqrt()
+        left -= rows[rank].square()
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +170,8 @@ def shared_left_least_squares(
     Variable projection (Golub & Pereyra 1973): for given left factors the best right factors solve one linear system of
     size K·b, so only the left factors are searched, by L-BFGS in the coordinates that whiten the reduced metric.
     Alternating the two linear solves descends the same function, but crawls where factors are nearly collinear. The
-    problem has local minima: every start runs one round, the better half another, and the best four go on to the end.
+    problem has local minima: every start runs one round and the better half goes on, each until it has fallen too far
+    behind the best for its pace, or has come so close to a better one that both end in the same minimum.
 
     Args:
         terms: per term its metric and linear target (a, b, c); b and c may differ between terms.
@@ -185,14 +222,13 @@ def shared_left_least_squares(
         noise = torch.randn(rank, whitening.rank, generator=random, dtype=torch.float64, device=random.device)
         candidates.append(noise.to(stacked))
     descents = [_Descent(problem, candidate, energy) for candidate in candidates]
-    for survivors in (len(descents), (len(descents) + 1) // 2):
+    survivors = (len(descents) + 1) // 2
+    for count in (len(descents), survivors):
         if len(descents) > 1:
-            for descent in descents[:survivors]:
+            for descent in descents[:count]:
                 descent.advance(1, tolerance)
             descents.sort(key=lambda descent: descent.history[-1])
-    for descent in descents[:4]:
-        descent.advance(rounds, tolerance)
-    best = min(descents, key=lambda descent: descent.history[-1])
+    best = _winner(descents[:survivors], rounds, tolerance)
     left = whitening.unwhiten(torch.linalg.qr(best.best.mT)[0]).mT.contiguous()
     rights = problem.partners(left)[0]
     widths = [right[0].numel() for right in rights]
@@ -200,6 +236,24 @@ def shared_left_least_squares(
     parts = joined.split(widths, 1)
     rights = tuple(part.view_as(right) for part, right in zip(parts, rights, strict=True))
     return BilinearFit(left, rights, best.history[-1], tuple(best.history), best.converged)
+
+
+def _winner(descents: "Sequence[_Descent]", rounds: int, tolerance: float) -> "_Descent":
+    """The best of descents that all go on, but for those that cannot win."""
+    running = list(descents)
+    for _ in range(rounds):
+        for descent in running:
+            descent.advance(1, tolerance)
+        running.sort(key=lambda descent: descent.history[-1])
+        kept: list[_Descent] = []
+        for descent in running:
+            behind, pace = descent.history[-1] - running[0].history[-1], descent.history[-2] - descent.history[-1]
+            if behind <= REACH * pace and not any(descent.joins(better) for better in kept):
+                kept.append(descent)
+        running = kept
+        if all(descent.converged for descent in running):
+            break
+    return running[0]
 
 
 class _LeftProblem:
@@ -214,11 +268,11 @@ class _LeftProblem:
         """Best right factors (k, b, c) of every term for given left factors, and the objective there."""
         rights, objective = [], left.new_zeros(())
         for form, target in zip(self.forms, self.targets, strict=True):
-            linear = torch.einsum("ka,abc->kbc", left, target).reshape(-1, target.shape[2])
+            linear = (left @ target.flatten(1)).view(-1, target.shape[2])
             gram = form.gram(left)
-            gram = (gram + gram.mT) / 2
-            lift = self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            factor, failed = torch.linalg.cholesky_ex(gram + lift)
+            lifted = gram.clone()
+            lifted.diagonal().add_(self.ridge * gram.diagonal().mean())
+            factor, failed = torch.linalg.cholesky_ex(lifted)
             right = solve_psd(gram, linear, 1e-9) if bool(failed) else torch.cholesky_solve(linear, factor)
             objective = objective + ((gram @ right - 2 * linear) * right).sum()
             rights.append(right.view(left.shape[0], *target.shape[1:]))
@@ -231,7 +285,8 @@ class _LeftProblem:
         slope = torch.zeros_like(left)
         for form, target, right in zip(self.forms, self.targets, rights, strict=True):
             flat = right.reshape(-1, right.shape[2])
-            slope += form.pull(left, flat @ flat.mT) - torch.einsum("abc,kbc->ka", target, right)
+            slope += form.pull(left, flat @ flat.mT)
+            slope.addmm_(right.flatten(1), target.flatten(1).mT, alpha=-1)
         return objective, 2 * self.whitening.whiten(slope.mT).mT.contiguous()
 
 
@@ -255,6 +310,11 @@ class _Descent:
         self.history = [value]
         self.converged = False
         self._lowest = value
+
+    def joins(self, other: "_Descent") -> bool:
+        """Whether it has come so close to another one's span that it will end in the same minimum."""
+        mine, its = (torch.linalg.qr(each.best.mT)[0] for each in (self, other))
+        return len(self.best) - float((mine.mT @ its).square().sum()) < TWINS
 
     def _evaluate(self) -> Tensor:
         value, gradient = self._problem.value_and_gradient(self._point.detach())

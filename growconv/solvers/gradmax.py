@@ -14,6 +14,7 @@ from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.energy import expected_decrease
 from growconv.solvers.weights import columns_of, filter_norms, normal, not_plain, require_number
 from growconv.statistics.pair import PairStatistics
 
@@ -132,6 +133,13 @@ class GradMax(Solver):
             subject, model, self.name, alpha, rights, gains, requested, shortfall(found, requested, "N_raw")
         )
         growth.norms.update(moved)
+        if moved and growth.expected_decrease is not None:
+            # A batch norm with the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
+            norms = {path: model.get_submodule(path) for path in moved}
+            own = any(norm.training or getattr(norm, "running_mean", None) is None for norm in norms.values())
+            biases = {subject.producer: next(iter(moved.values()))[0]} if own else growth.incoming_bias
+            decrease = expected_decrease(subject, replace(growth, incoming_bias=biases))
+            growth = replace(growth, expected_decrease=decrease)
         return replace(growth, spectrum=every.gains)
 
     def _lifted(
@@ -139,13 +147,14 @@ class GradMax(Solver):
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         height = self.lift * float(filter_norms(site, model).mean())
         norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
-        liftable = height > 0 and (norms or subject.incoming_bias)
+        biased = [getattr(model.get_submodule(path), "bias", None) is not None for path in norms]
+        liftable = height > 0 and (all(biased) if norms else subject.incoming_bias)
         if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
                 "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
                 got=", ".join(getattr(step, "name", type(step).__name__) for step in site.routes[0].steps),
                 where=site.name,
-                fix="set lift > 0 (the producer needs a bias, or a norm layer behind it), or use another method",
+                fix="set lift > 0 (the producer, or the norm layer behind it, needs a bias), or use another method",
             )
         weight = next(iter(model.get_submodule(subject.producer).parameters()))
         mean = torch.full((alpha.shape[0],), height, dtype=weight.dtype, device=weight.device)
