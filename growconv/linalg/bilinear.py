@@ -13,7 +13,7 @@ from growconv.linalg.optimizers import LBFGS
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
 REACH = 10
-"""Rounds at its present pace in which a descent must be able to reach the best one; falling behind further, it stops."""
+"""Rounds at its present pace in which a descent must be able to reach the best one; else it stops."""
 NARROWED = 256, 2048
 """Sizes of a dense metric between which it is looked whether a narrower factor serves."""
 TWINS = 5e-2

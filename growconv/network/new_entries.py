@@ -259,6 +259,15 @@ def check_proposal(site: Site, growth: ChannelGrowth) -> None:
             got=growth.channels,
             fix=f"ask for {site.growable_channels(max(growth.channels, 1))} channels",
         )
+    then = growth.units.get(site.space)
+    if growth.revised and then not in (None, site.units.get(site.space)):
+        raise SurgeryError(
+            "the site has been grown or shrunk since this proposal gave old weights new values",
+            where=site.name,
+            expected=f"{then} units of {', '.join(site.producers)}",
+            got=site.units.get(site.space),
+            fix="solve again",
+        )
     index = growth.copied_from
     if index is not None and (index.shape != (growth.channels,) or index.min() < -1 or index.max() >= site.width):
         raise SurgeryError("copied_from needs one old channel per new one", where=site.name, got=index.tolist())

@@ -215,6 +215,7 @@ def solve(
     Raises:
         SolverError: an unknown method or hyperparameter, an impossible number of channels, missing statistics, or a
             proposal that is not finite.
+        SiteError: a layer of the site has gone or is another one now.
 
     Warns:
         LinearisationWarning: the method takes the activation as linear, and it is not 0 at 0.
@@ -234,9 +235,10 @@ def solve(
             got=type(subject).__name__,
             where="solve",
         )
+    site = site.of(model)
+    site.check(trains=False)
     _require_served(solver, site, statistics)
     requested = _validated_channels(channels, site)
-    site = site.of(model)
     current = None if statistics is None else as_collected(statistics, site)
     there = site if current is None else current.growth_site
     growth = solver.solve(current, there, requested, there.model, generator)

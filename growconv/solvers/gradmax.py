@@ -134,7 +134,7 @@ class GradMax(Solver):
         )
         growth.norms.update(moved)
         if moved and growth.expected_decrease is not None:
-            # A batch norm with the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
+            # A batch norm on the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
             norms = {path: model.get_submodule(path) for path in moved}
             own = any(norm.training or getattr(norm, "running_mean", None) is None for norm in norms.values())
             biases = {subject.producer: next(iter(moved.values()))[0]} if own else growth.incoming_bias

@@ -183,22 +183,3 @@ def test_automatic_shrinkage_brings_few_samples_nearer_to_the_truth() -> None:
         draws = torch.randn(15, 20, generator=generator, dtype=torch.float64) * truth.diagonal().sqrt()
         sample = draws.mT @ draws / 15
         assert (shrink(sample, "auto", 15)[0] - truth).norm() < 0.8 * (sample - truth).norm()
-
-
-@pytest.mark.parametrize("rank", [1, 90, 149, 200])
-def test_a_narrow_metric_is_the_same_metric(rank: int) -> None:
-    problem = Problem(45, 6, 4, rank)  # 270 rows: up to 150 columns serve instead
-    assert (DenseMetric(problem.metric, 45)._root is None) == (rank > 150)
-    dense = DenseMetric(problem.metric, 45)
-    form = problem.metric.view(45, 6, 45, 6)
-    left, right = gaussian(3, 45, seed=7), gaussian(18, 4, seed=8)
-    gram = torch.einsum("ka,abde,ld->kble", left, form, left).reshape(18, 18)
-    torch.testing.assert_close(dense.gram(left), gram)
-    theta = torch.einsum("ka,kbc->abc", left, right.view(3, 6, 4))
-    pulled = torch.einsum("abc,kbc->ka", (problem.metric @ theta.flatten(0, 1)).view(45, 6, 4), right.view(3, 6, 4))
-    torch.testing.assert_close(dense.pull(left, right @ right.mT), pulled)
-
-
-def test_a_metric_of_zeros_gives_no_terms() -> None:
-    fit = bilinear_least_squares(torch.zeros(270, 270).double(), torch.ones(45, 6, 4).double(), 2)
-    assert fit.left.shape == (0, 45)

@@ -5,6 +5,7 @@ The referee is the loss of two grown copies, in float64, in the mode in which th
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "Softshrink": lambda: nn.Softshrink(0.1),
     "Threshold": lambda: nn.Threshold(0.1, 0.0),
 }
+LIFTED = ("none", "batch", "batch, no running")
 METHODS = ("tiny", "exact", "functional", "gradmax", "firefly")
 
 
@@ -70,7 +72,7 @@ def build(norm: str, activation: str, weight_normed: str, first: bool, seed: int
     for index in weight_normed:
         weight_norm(convolutions[int(index)])
     model = nn.Sequential(
-        convolutions[0], *(between if first else between[::-1]), convolutions[1], nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+        convolutions[0], *between[:: 1 if first else -1], convolutions[1], nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
     )  # fmt: skip
     model(torch.zeros(2, 3, 7, 7))
     with torch.no_grad():
@@ -100,6 +102,12 @@ def first_site(model: nn.Sequential, x: Tensor) -> GrowthSite:
     return next(site for site in growconv.find_sites(model, x) if site.producers == ("0",))
 
 
+def dead(norm: str, activation: str, method: str) -> bool:
+    """Whether channels with α = 0 would stay there and cannot be lifted."""
+    flat = activation in ("Softshrink", "Threshold") or (activation in ("ReLU", "ReLU6") and norm not in LIFTED)
+    return method == "gradmax" and flat
+
+
 @settings(max_examples=30)
 @given(
     norm=st.sampled_from(sorted(NORMS)),
@@ -121,10 +129,7 @@ def test_the_prediction_is_the_slope_of_the_loss(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(12, 3, 7, 7, generator=generator, dtype=torch.float64)
     y = torch.randint(0, 3, (12,), generator=generator)
-    try:
+    refused = pytest.raises(SolverError, match="dead channels") if dead(norm, activation, method) else nullcontext()
+    with refused:
         slope, predicted, rounding = slope_and_prediction(model, method, x, y)
-    except SolverError as error:
-        assert method == "gradmax"  # which refuses what would be dead
-        assert "dead channels" in str(error)
-    else:
         assert predicted == pytest.approx(slope, rel=0.02, abs=rounding)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -72,3 +73,51 @@ def test_channels_that_have_gone_are_named(method: str) -> None:
     growconv.shrink(model, sites[0], [1])
     with pytest.raises(GrowthError, match=r"(?s)taken away.*units of 0"):
         growconv.solve(found[sites[1].name], method, 2)
+
+
+CHANGES: dict[str, Callable[[nn.Sequential, list[GrowthSite]], object]] = {
+    "grown in front": lambda model, sites: growconv.grow(model, sites[0], growconv.solve(sites[0], "random", 2)),
+    "grown behind": lambda model, sites: growconv.grow(model, sites[2], growconv.solve(sites[2], "random", 2)),
+    "grown itself": lambda model, sites: growconv.grow(model, sites[1], growconv.solve(sites[1], "random", 2)),
+    "shrunk in front": lambda model, sites: growconv.shrink(model, sites[0], [1]),
+    "shrunk behind": lambda model, sites: growconv.shrink(model, sites[2], [1]),
+    "shrunk itself": lambda model, sites: growconv.shrink(model, sites[1], [1]),
+    "a layer inserted": lambda model, sites: growconv.insert_layer(model, sites[1]),
+    "a layer inserted in front": lambda model, sites: growconv.insert_layer(model, sites[0]),
+}
+
+
+@pytest.mark.parametrize("method", sorted(SOLVERS))
+def test_what_is_older_than_a_change_grows_rightly_or_is_refused_by_name(method: str) -> None:
+    """Proposals and statistics alike; the same proposal may come twice. Only splitting moves outputs."""
+    solver, amplitude = get_solver(method), 1.0 if method == "net2net" else 0.0  # copies take over from old channels
+    options = {"random_starts": 1} if method == "exact" else {}
+    model, x, y = build()
+    sites = growconv.find_sites(model, x)
+    subjects = {site.name: site for site in sites}
+    if solver.reads:
+        kept = {"keep_samples": 12} if "samples" in solver.reads else {}
+        subjects = growconv.collect_statistics(model, sites, [(x, y)], F.cross_entropy, quantities=solver.reads, **kept)
+    early = growconv.solve(subjects[sites[1].name], method, 2, **options)
+    untouched = model, sites, subjects, early
+    for change in CHANGES.values():
+        for late in (False, True):
+            model, sites, subjects, growth = copy.deepcopy(untouched)
+            change(model, sites)
+            before, shapes = model.eval()(x), [parameter.shape for parameter in model.parameters()]
+            for _ in range(2):
+                refused = None
+                try:
+                    if late:
+                        growth = growconv.solve(subjects[sites[1].name], method, 2, **options)
+                    growconv.grow(model, sites[1], growth, amplitude=amplitude)
+                except GrowthError as error:
+                    refused = str(error)
+                if refused is not None:
+                    assert refused.startswith((sites[1].name, *sites[1].producers, *sites[1].consumers))
+                    assert [parameter.shape for parameter in model.parameters()] == shapes
+                if refused is not None or method != "splitting":
+                    torch.testing.assert_close(model(x), before)
+                before, shapes = model(x), [parameter.shape for parameter in model.parameters()]
+            model.train()(x).sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,5 +1,7 @@
 """Losses that run the model several times, batches as they are, and kept samples that never mix batches."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,17 +85,45 @@ def test_a_predicted_decrease_through_several_passes_is_the_slope() -> None:
         assert growth.expected_decrease == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3)
 
 
-def test_a_gradient_penalty_is_an_error() -> None:
+def penalty(model: nn.Module, output: Tensor, x: Tensor) -> Tensor:
+    inputs = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+    return output.mean() + slope.square().mean()
+
+
+def penalty_on_weights(model: nn.Module, output: Tensor, _: Tensor) -> Tensor:
+    slopes = torch.autograd.grad(output.sum(), list(model.parameters()), create_graph=True)
+    return output.mean() + slopes[0].square().mean()
+
+
+def own_backward(_: nn.Module, output: Tensor, __: Tensor) -> Tensor:
+    loss = output.square().mean()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def accumulating(model: nn.Module, output: Tensor, x: Tensor) -> Tensor:
+    for part in x.split(2):
+        (model(part).square().mean() / 4).backward()
+    return output.mean()
+
+
+@pytest.mark.parametrize("kind", [penalty, penalty_on_weights, own_backward, accumulating])
+def test_losses_that_hold_a_gradient_are_refused_and_leave_no_trace(kind: Callable) -> None:
     model, x = network(), data()
     (site,) = growconv.find_sites(model, x)
 
-    def loss(output: Tensor, _: object) -> Tensor:
-        inputs = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
-        return output.mean() + slope.square().mean()
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return kind(model, output, target)
 
     with pytest.raises(StatisticsError, match="gradient is part"):
-        collect_statistics(model, [site], [(x, None)], loss)
+        collect_statistics(model, [site], [(x, x)], loss)
+    scheduler = growconv.GrowthScheduler(model, None, [site], method="functional", amount=2)
+    with pytest.raises(StatisticsError, match="gradient is part"):
+        scheduler.grow([(x, x)] * 2, loss)
+    assert model[0].out_channels == 4
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
 
 class Stream(nn.Module):
