@@ -1,5 +1,6 @@
 """Growth inside a Hugging Face Trainer run."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +88,15 @@ class GrowthCallback(TrainerCallback):
                 fix="use CUDA_VISIBLE_DEVICES=0, or growconv's own loop or Lightning for several devices",
             )
         model = given["model"]
+        if not isinstance(model, PreTrainedModel):
+            raise ScheduleError(
+                "growth is kept in the model's config, which this model does not have",
+                expected="a PreTrainedModel",
+                got=type(model).__name__,
+                where="Trainer.model",
+                fix="write it as a PreTrainedModel with a PretrainedConfig, or use Lightning or a loop of your own",
+            )
+        model.config = copy.deepcopy(model.config)  # other models may be made from the same one
         with undisturbed(model):
             found = find_sites(model, self._draw(model, given["train_dataloader"], 1)[0][0])
         sites = tuple(found if self.sites is None else self.sites(found))

@@ -152,7 +152,8 @@ class GrowthCallback(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, count: int) -> list[tuple[Any, Any]]:
         loader: Any = trainer.train_dataloader if self.loader is None else self.loader
-        batches = [trainer.strategy.batch_to_device(batch) for batch in draw_batches(loader, count)]
+        placed = (trainer.strategy.batch_to_device(batch) for batch in draw_batches(loader, count))
+        batches = [trainer.precision_plugin.convert_input(batch) for batch in placed]
         return [tuple(batch) if self.prepare is None else self.prepare(batch) for batch in batches]
 
 

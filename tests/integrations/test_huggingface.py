@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
@@ -111,6 +112,42 @@ def test_code_that_a_config_brings_along_is_not_run(tmp_path, digits):
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
     load_grown(ResNetForImageClassification, folder)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_two_models_of_one_config_grow_by_themselves(tmp_path, digits):
+    first = build()
+    models = (first, ResNetForImageClassification(first.config))
+    for amount, model in enumerate(models, 1):
+        growth = GrowthCallback(sites=inner, method="random", every=2, times=1, amount=amount, batches=2)
+        trainer_of(tmp_path / str(amount), model, growth, Digits(digits, count=96), epochs=1).train()
+        assert [site.width for site in growth.scheduler.sites] == [4 + amount, 6 + amount]
+        model.save_pretrained(tmp_path / f"saved{amount}")
+    for amount, model in enumerate(models, 1):
+        loaded = load_grown(ResNetForImageClassification, tmp_path / f"saved{amount}")
+        assert torch.equal(loaded(digits[0][:8]).logits, model.eval()(digits[0][:8]).logits)
+
+
+@pytest.mark.parametrize("method", ["tiny", "senn"])
+def test_a_model_in_bf16_grows_in_bf16(tmp_path, digits, method):
+    model, growth = build().bfloat16(), GrowthCallback(sites=inner, method=method, every=2, times=1, batches=2)
+    data = Digits((digits[0].bfloat16(), digits[1]), count=96)
+    trainer_of(tmp_path, model, growth, data, epochs=1, save_strategy="no").train()
+    assert len(growth.scheduler.history) == 2
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+    def forward(self, pixel_values, labels):
+        return {"loss": nn.functional.cross_entropy(self.net(pixel_values), labels)}
+
+
+def test_a_plain_module_is_refused_at_the_start(tmp_path, digits):
+    with pytest.raises(ScheduleError, match="PreTrainedModel"):
+        trainer_of(tmp_path, Plain(), GrowthCallback(every=2, times=1), Digits(digits, count=96), epochs=1).train()
 
 
 def test_what_cannot_work_is_refused(tmp_path, digits):

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAver
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from growconv.errors import CheckpointError, ScheduleError
+from growconv.errors import CheckpointError, ScheduleError, TraceError
 from growconv.growth import GainAbove, Plateau
 from growconv.integrations.lightning import GrowthCallback, load_grown
 
@@ -123,6 +123,29 @@ def test_accumulation_and_bf16(tmp_path, digits):
     fit(tmp_path, module, growth, loader(digits), epochs=1, accumulate_grad_batches=2, precision="bf16-mixed")
     assert [event.step for event in growth.scheduler.history] == [4, 4, 8, 8]
     assert module.net[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["tiny", "functional", "splitting"])
+def test_a_module_in_bf16_grows_in_bf16(tmp_path, digits, method):
+    growth, module = GrowthCallback(LOSS, method=method, every=2, times=2, amount=1, batches=2), Classifier()
+    fit(tmp_path, module, growth, loader(digits, count=160), epochs=1, precision="bf16-true")
+    assert [event.step for event in growth.scheduler.history] == [2, 2, 4, 4]
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def test_a_module_without_forward_names_the_part_that_grows(tmp_path, digits):
+    class Bare(Classifier):
+        forward = pl.LightningModule.forward
+
+        def training_step(self, batch, index):
+            return LOSS(self.net(batch[0]), batch[1])
+
+    train = loader(digits, count=160)
+    with pytest.raises(TraceError, match="forward"):
+        fit(tmp_path, Bare(), GrowthCallback(LOSS, every=2, times=1, batches=2), train, epochs=1)
+    growth = GrowthCallback(LOSS, every=2, times=1, batches=2, attribute="net")
+    fit(tmp_path, Bare(), growth, train, epochs=1)
+    assert growth.scheduler.history
 
 
 def test_what_cannot_work_is_refused(tmp_path, digits):
