@@ -1,8 +1,9 @@
 """What the solvers capture on data they did not see, and how long they take, beside GroMo's solution.
 
-    python -m experiments.benchmarks.solvers                    # both tables, about a quarter of an hour on 2 cores
+    python -m experiments.benchmarks.solvers                    # all tables, about a quarter of an hour on 2 cores
     python -m experiments.benchmarks.solvers --part energy      # captured energy on Fashion-MNIST
     python -m experiments.benchmarks.solvers --part time        # seconds to solve, C = 64 to 512
+    python -m experiments.benchmarks.solvers --part exact       # seconds of exact on a 1125×1125 S_full
 
 Captured energy: a small network with the pair conv 8 → hidden, activation, conv hidden → 16 (3×3) on 14×14 maps is
 trained on Fashion-MNIST; every solver gets the statistics of the same 3000 fitting samples (functional: 2000 of them,
@@ -28,7 +29,7 @@ import growconv
 from experiments.benchmarks.table import write_section
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers import tiny
+from growconv.solvers import exact, tiny
 from growconv.solvers.assembly import assemble
 from growconv.solvers.energy import captured_energy
 from growconv.statistics import PairStatistics, collect_statistics
@@ -239,19 +240,60 @@ def functional_seconds() -> float:
     return statistics.median(seconds)
 
 
+def exact_rows() -> list[list[object]]:
+    """`exact` on a 1125×1125 S_full: 5, 6 and 7 channels, 3×5 and 5×3 kernels, no padding; what six channels made."""
+    generator = torch.Generator().manual_seed(0)
+    rows: list[list[object]] = []
+    for noise in (0.0, 0.5):
+        x = torch.randn(300, 5, 9, 10, generator=generator, dtype=torch.float64)
+        alpha = torch.randn(6, 5, 3, 5, generator=generator, dtype=torch.float64)
+        omega = torch.randn(7, 6, 5, 3, generator=generator, dtype=torch.float64)
+        wanted = F.conv2d(F.conv2d(x, alpha), omega)
+        wanted = wanted + noise * wanted.std() * torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+        hidden = F.unfold(x, (3, 5)).view(300, 75, 7, 6)
+        patches = F.unfold(hidden, (5, 3)).mT.flatten(0, 1)  # (n·m, a·b)
+        target = wanted.flatten(2).mT.flatten(0, 1)
+        S_full, N = patches.mT @ patches / 300, (patches.mT @ target / 300).view(75, 15, 7)
+        energy = float(target.square().sum()) / 300
+        for channels in (1, 3, 6):
+            before = time.process_time()
+            found = exact(S_full, N, channels)
+            spent = time.process_time() - before
+            rows.append([noise, channels, f"{spent:.2f}", f"{1 + found.history[-1] / energy:.2e}"])
+    return rows
+
+
 def _shaped(S: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
     return S, N.view(len(N), 9, -1)
+
+
+def exact_part(write: bool) -> None:
+    """The section on `exact`."""
+    rows = exact_rows()
+    print(*rows, sep="\n")
+    if write:
+        write_section(
+            "solvers-exact",
+            "Solvers: exact on a large S_full",
+            "python -m experiments.benchmarks.solvers --part exact",
+            ["noise", "channels", "seconds of CPU", "residual energy"],
+            rows,
+            [
+                "S_full 1125×1125 of rank 245, N (75, 15, 7), float64: what six linear channels made, 3×5 and 5×3 "
+                "kernels without padding, noise relative to it."
+            ],
+        )
 
 
 def main() -> None:
     """Run the parts asked for and write their sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("energy", "time", "both"), default="both")
+    parser.add_argument("--part", choices=("energy", "time", "exact", "all"), default="all")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    if arguments.part in ("energy", "both"):
+    if arguments.part in ("energy", "all"):
         rows, summary = energy_rows(arguments.seeds)
         notes = [
             "Captured energy ×10⁴ on 3000 held-out Fashion-MNIST samples, at the best single scale of each proposal; "
@@ -273,7 +315,7 @@ def main() -> None:
                 notes,
                 packages=("gromo",),
             )
-    if arguments.part in ("time", "both"):
+    if arguments.part in ("time", "all"):
         rows = time_rows(tuple(arguments.widths))
         functional = functional_seconds()
         print(f"functional: {functional:.2f} s")
@@ -292,6 +334,8 @@ def main() -> None:
                 ],
                 packages=("gromo",),
             )
+    if arguments.part in ("exact", "all"):
+        exact_part(not arguments.no_write)
 
 
 if __name__ == "__main__":
