@@ -31,6 +31,7 @@ from growconv.growth.settings import (
     as_relative_error,
     as_share,
     as_when,
+    check_amount,
     check_gains,
     check_owner,
     checked_sites,
@@ -150,6 +151,7 @@ class GrowthScheduler:
         self.when = as_when(every, when)
         self.times = times
         self.amount = as_amount(amount)
+        check_amount(self.solver, self.amount)
         self.where = as_where(where)
         self.stops: list[Stop] = [*([stop] if isinstance(stop, Stop) else stop), *([] if budget is None else [budget])]
         self.amplitude: float | Literal["line_search"] = as_amplitude(amplitude)

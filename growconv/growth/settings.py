@@ -9,6 +9,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
+from growconv.growth.amount import Amount, Auto
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
 from growconv.network.event import Optimizers
@@ -117,6 +118,21 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
                     where=path,
                     fix="build the optimizer from model.parameters(), or pass all optimizers as a list",
                 )
+
+
+def check_amount(solver: Solver, amount: Amount) -> None:
+    """Check that the method can choose how many channels it proposes where it has to.
+
+    Raises:
+        ScheduleError: it cannot.
+    """
+    if isinstance(amount, Auto) and not solver.counts:
+        raise ScheduleError(
+            f"the method {solver.name!r} has no measure by which to choose a number of channels",
+            where="amount",
+            expected=f"a number, or one of {', '.join(name for name in sorted(SOLVERS) if SOLVERS[name].counts)}",
+            got="auto",
+        )
 
 
 def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:

@@ -51,6 +51,7 @@ class Solver(ABC):
         linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
         function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
         needs_closed_form: serves sites with closed-form statistics only.
+        counts: can be asked for "auto" channels.
 
     Example:
         >>> growconv.solvers.get_solver("tiny").reads >= {"S", "N"}
@@ -64,6 +65,7 @@ class Solver(ABC):
     linearises: bool = False
     function_preserving: bool = False
     needs_closed_form: bool = False
+    counts: bool = True
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Why the method cannot serve a site; None where it can.

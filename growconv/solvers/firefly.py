@@ -66,6 +66,7 @@ class Firefly(Solver):
     step: float = 0.1
     reads = frozenset({"samples"})
     gain_unit = "loss"
+    counts = False
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""

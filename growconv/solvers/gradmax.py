@@ -80,6 +80,7 @@ class GradMax(Solver):
     rank_tolerance: float = RANK_TOLERANCE
     reads = frozenset({"N_raw"})
     gain_unit = "loss"
+    counts = False
     function_preserving = True
     linearises = True
     needs_closed_form = True

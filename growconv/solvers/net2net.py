@@ -102,6 +102,7 @@ class Net2Net(Solver):
     noise: float = 0.0
     imbalance: float = 0.2
     keeps: str = "function"
+    counts = False
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""

@@ -142,6 +142,7 @@ class North(Solver):
     tolerance: float = 0.01
     relative: bool = True
     gain_unit = "rank"
+    counts = False
     function_preserving = True
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class Random(Solver):
 
     gain: float = 2**0.5
     outgoing: float = 0.0
+    counts = False
 
     def __post_init__(self) -> None:
         if not (self.gain > 0 and self.outgoing >= 0):

@@ -103,6 +103,7 @@ class Senn(Solver):
     damping: float = 1e-4
     reads = frozenset({"samples"})
     gain_unit = "score"
+    counts = False
     function_preserving = True
 
     def __post_init__(self) -> None:

@@ -55,6 +55,7 @@ class VarianceTransfer(Solver):
 
     rescale: bool = True
     output_layers: Sequence[str] = ()
+    counts = False
 
     @property
     def function_preserving(self) -> bool:

@@ -1,10 +1,15 @@
 """Hazard: the wrong number of channels."""
 
 import itertools
+import warnings
 
 import pytest
+from torch.nn.functional import cross_entropy
 
+from growconv.errors import ScheduleError
+from growconv.growth import GrowthScheduler
 from growconv.growth.amount import Exponential, Fraction, ToWidth
+from growconv.solvers import SOLVERS
 from tests.growth.made_up import situation
 
 
@@ -36,3 +41,15 @@ def test_exponential_widths_follow_the_paper(three, chain, sites_of):
         widths.append(width)
     assert widths == [16, 18, 20, 24, 28, 32, 64]
     assert all((after - before) % 2 == 0 for before, after in itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize("method", sorted(SOLVERS))
+def test_the_number_is_left_to_methods_that_can_tell_it(method, chain, sites_of, batches_of):
+    model = chain(3, 4)
+    if not SOLVERS[method].counts:
+        with pytest.raises(ScheduleError, match="no measure by which to choose"):
+            GrowthScheduler(model, None, sites_of(model), method=method, amount="auto")
+        return
+    scheduler = GrowthScheduler(model, None, sites_of(model), method=method, amount="auto")
+    with warnings.catch_warnings(action="ignore"):  # few samples
+        scheduler.grow(batches_of(2), cross_entropy)
