@@ -81,7 +81,7 @@ class DenseMetric:
         channels, taps = left.shape[0], self._form.shape[1]
         if self._half is None:
             self.gram(left)
-        if self._root is not None:
+        if self._root is not None and self._half is not None:
             return (coupling @ self._half).view(channels, -1) @ self._root.mT
         return torch.einsum("kbde,kble->ld", self._half, coupling.view(channels, taps, channels, taps))
 
