@@ -11,6 +11,7 @@ surgery), write:N (the N-th checkpoint is half written), rename:N (before the N-
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -123,6 +124,10 @@ def drive(folder: Path, moments: list[str], overrides: list[str]) -> None:
     for number, moment in enumerate(moments):
         run, log = folder / f"run{number}", folder / f"run{number}.log"
         killed = child([*overrides, f"hydra.run.dir={run}"], log, moment)
+        while moment.startswith("delay:") and not os.WIFSIGNALED(killed):  # it was faster than the one that was timed
+            moment = f"delay:{float(moment.partition(':')[2]) / 2}"
+            shutil.rmtree(run)
+            killed = child([*overrides, f"hydra.run.dir={run}"], log, moment)
         lines = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
         resumed = child([f"resume={run}"], log)
         record = {"moment": moment, "killed": os.WIFSIGNALED(killed), "epochs": lines, "status": resumed, "equal": []}
