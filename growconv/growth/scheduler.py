@@ -284,16 +284,18 @@ class GrowthScheduler:
             )
 
     def follow_model(self, sites: Iterable[Site], events: Iterable[GrowthEvent] = ()) -> None:
-        """Go on with a model that has other layers than before, as after `insert_copy`.
+        """Go on with a model that has other layers than before, as after `insert_copy` or `insert_layer`.
 
         Args:
-            sites: of the model as it is now. What the schedule knows of a site goes over to it and to its copy.
+            sites: of the model as it is now. What the schedule knows of a site goes over to it, to its copies, and to
+                the sites on both sides of a layer that was put into it; those that it did not grow are left out.
             events: what was done to the model, for the history.
         """
-        known = {_without_copies(name): name for name in self._initial_widths}
-        sites = [site for site in sites if _without_copies(site.name) in known]
+        found = [(site, self._name_before(site)) for site in sites]
+        sites = [site for site, before in found if before is not None]
         self.sites, self.left_out = checked_sites(sites, self.model, self.solver)
-        old = {site.name: known[_without_copies(site.name)] for site in self.sites}
+        names = {site.name: before for site, before in found if before is not None}
+        old = {site.name: names[site.name] for site in self.sites}
         self._initial_widths = {name: self._initial_widths[before] for name, before in old.items()}
         self._visits = {name: self._visits[before] for name, before in old.items()}
         self._cost = None
@@ -301,6 +303,15 @@ class GrowthScheduler:
             self.history.append(replace(event, recipe=None))
         if self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
+
+    def _name_before(self, site: Site) -> str | None:
+        """The name of the scheduled site that a site of the deeper model comes from; None where there is none."""
+        known = {_ends(each, self.model): each.name for each in self.sites}
+        producers, consumers = _ends(site, self.model)
+        if (producers, consumers) in known:
+            return known[producers, consumers]
+        around = frozenset(path.removesuffix(_INSERTED) for path in consumers)
+        return next((name for (_, read), name in known.items() if read == around), None)
 
     def cautions(self) -> list[str]:
         """What speaks against the next round, as far as it is known beforehand; one line each."""
@@ -591,9 +602,32 @@ class GrowthScheduler:
         logger.info("%s", text)
 
 
-def _without_copies(name: str) -> str:
-    """The name that a site had before blocks were copied."""
-    return name.replace(".original", "").replace(".inserted", "")
+_INSERTED = ".inserted"
+"""Ends the path of whatever `insert_layer` put in front of a layer, in `_ends`."""
+_FIRST = {frozenset({"inserted", "consumer"}): "consumer", frozenset({"original", "inserted"}): "original"}
+"""What `insert_layer` and `insert_copy` put around a layer that was there first, by the names inside."""
+
+
+def _ends(site: Site, model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Producers and consumers by the paths that they had before blocks were copied and layers inserted."""
+    producers, consumers = (
+        frozenset(_before(path, model) for path in paths) for paths in (site.producers, site.consumers)
+    )
+    return producers, consumers
+
+
+def _before(path: str, model: nn.Module) -> str:
+    module, parts = model, []
+    for part in path.split("."):
+        while part not in module._modules and (first := _FIRST.get(frozenset(module._modules))):
+            module = module.get_submodule(first)  # the path is older than what has been put around the layer
+        first = _FIRST.get(frozenset(module._modules))
+        if first == "consumer" and part == "inserted":
+            return ".".join(parts) + _INSERTED
+        if first is None:
+            parts.append(part)
+        module = module._modules.get(part) or nn.Module()
+    return ".".join(parts)
 
 
 class _Before:

@@ -81,6 +81,10 @@ def make_lr_schedule(
     return lambda done, one: lr_factor(name, done, total, one=one, **shares)
 
 
+MOST_TRIED = 1_000_000
+"""Steps of one of torch's schedules that are gone through before a run, to see that it lasts."""
+
+
 class TorchSchedule:
     """A schedule of torch.optim.lr_scheduler as a factor on the learning rate.
 
@@ -100,7 +104,7 @@ class TorchSchedule:
         self._config, self._lr, self._period = config, lr, period
         self._begin()
         try:
-            self(total - 1, 1)
+            self(min(total - 1, MOST_TRIED), 1)
         except ValueError as error:
             raise ConfigError("the schedule ends before the run", where="lr_schedule.args", got=error) from error
 

@@ -12,7 +12,7 @@ from growconv.cli import main
 from growconv.errors import SiteError
 from growconv.growth import GrowthScheduler, WarmUp
 from growconv.growth.learning_rate import stages_of
-from growconv.network.depth import copy_blocks
+from growconv.network.depth import copy_blocks, insert_layer
 from growconv.network.find import find_sites
 from growconv.training.loop import Trainer
 from growconv.training.models import BasicBlock
@@ -66,6 +66,29 @@ def test_width_goes_on_in_a_deeper_model_and_old_entries_keep_their_ages() -> No
     assert stages.flatten().tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     loss(model(x), y).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["convolution", "residual"])
+def test_width_goes_on_on_both_sides_of_a_layer_that_was_inserted(kind: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+    model.extend([nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3)])
+    x, y = torch.randn(8, 4, 6, 6), torch.randint(3, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sites = [site for site in find_sites(model, x) if site.name in ("0 -> 2", "2 -> 4")]
+    scheduler = GrowthScheduler(model, optimizer, sites, method="random", every=1, amount=1.0)
+    for _ in range(2):  # the second one in front of what the first one put there
+        site = scheduler.sites[0]
+        event = insert_layer(model, site, kind=kind, consumer=site.consumers[0], optimizer=optimizer)
+        scheduler.follow_model(find_sites(model, x), [event])
+    written = {path for site in scheduler.sites for path in (*site.producers, *site.consumers)}
+    deeper = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert deeper <= written
+    assert not any("7" in site.consumers for site in scheduler.sites)  # it was not to be grown
+    before = {site.name: site.width for site in scheduler.sites}
+    scheduler.grow([(x, y)], nn.functional.cross_entropy, step=1)
+    first = {"4": 5}
+    for site in scheduler.sites:
+        assert site.width == before[site.name] + first.get(site.consumers[-1], 3)
 
 
 @pytest.mark.parametrize("growth", ["none", "net2net"])
