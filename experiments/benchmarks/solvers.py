@@ -125,7 +125,7 @@ def own_objective(subject: PairStatistics, growth: ChannelGrowth) -> float:
 
 def fashion_mnist() -> Any:
     """The training split as tensors."""
-    dataset = load_data("fashion_mnist", validation=0.1, augmentation="none", limit=None, root="data")
+    dataset = load_data("fashion_mnist", validation=0.1, augmentation="none", limit=None, root=".")
     return replace(dataset.train, inputs=dataset.inputs(dataset.train, torch.arange(len(dataset.train))))
 
 
