@@ -227,18 +227,19 @@ class Tables:
         return table(titles("random"), rows)
 
     def text(self) -> str:
-        """All tables."""
+        """All tables of what there is."""
         parts = {
-            "Rates: mean validation NLL": self.rates,
-            "(a) The frontier: test NLL": self.frontier,
-            "(b) One doubling": self.doubling,
-            "(c) A finished net, grown": self.finished,
-            "(d) A family from one trunk": self.family,
-            "(e) Allocation": self.allocation,
-            "(f) Image size and depth": self.size_and_depth,
-            "(g) Initial directions": self.directions,
+            "rates": ("Rates: mean validation NLL", self.rates),
+            "frontier": ("(a) The frontier: test NLL", self.frontier),
+            "doubling": ("(b) One doubling", self.doubling),
+            "finished": ("(c) A finished net, grown", self.finished),
+            "family": ("(d) A family from one trunk", self.family),
+            "allocation": ("(e) Allocation", self.allocation),
+            "size_and_depth": ("(f) Image size and depth", self.size_and_depth),
+            "directions": ("(g) Initial directions", self.directions),
         }
-        return "\n\n".join("\n".join([f"### {title}", "", *make()]).rstrip() for title, make in parts.items()) + "\n"
+        there = [title_and_table for question, title_and_table in parts.items() if self.record.variants(question)]
+        return "\n\n".join("\n".join([f"## {title}", "", *make()]).rstrip() for title, make in there) + "\n"
 
     def draw_frontier(self, target: Path) -> None:
         """The frontier, and what the doublings reached."""
@@ -296,7 +297,8 @@ def main() -> int:
     (HERE / "RESULTS.md").write_text(
         f"# Results so far\n\n`python -m experiments.studies.when_growing_pays.tables`\n\n{tables.text()}"
     )
-    tables.draw_frontier(HERE / "frontier.png")
+    if tables.record.variants("frontier"):
+        tables.draw_frontier(HERE / "frontier.png")
     for target in (1.0, 2.0):
         name = HERE / f"doubling_to_{target:g}.png"
         tables.draw_differences(
