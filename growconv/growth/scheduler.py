@@ -40,6 +40,7 @@ from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
 from growconv.growth.when import When, require_positive
 from growconv.growth.where import Where, as_where
+from growconv.network.blocks import IN_FRONT, path_before
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers, follow_ages
@@ -310,7 +311,7 @@ class GrowthScheduler:
         producers, consumers = _ends(site, self.model)
         if (producers, consumers) in known:
             return known[producers, consumers]
-        around = frozenset(path.removesuffix(_INSERTED) for path in consumers)
+        around = frozenset(path.removesuffix(IN_FRONT) for path in consumers)
         return next((name for (_, read), name in known.items() if read == around), None)
 
     def cautions(self) -> list[str]:
@@ -602,32 +603,12 @@ class GrowthScheduler:
         logger.info("%s", text)
 
 
-_INSERTED = ".inserted"
-"""Ends the path of whatever `insert_layer` put in front of a layer, in `_ends`."""
-_FIRST = {frozenset({"inserted", "consumer"}): "consumer", frozenset({"original", "inserted"}): "original"}
-"""What `insert_layer` and `insert_copy` put around a layer that was there first, by the names inside."""
-
-
 def _ends(site: Site, model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     """Producers and consumers by the paths that they had before blocks were copied and layers inserted."""
     producers, consumers = (
-        frozenset(_before(path, model) for path in paths) for paths in (site.producers, site.consumers)
+        frozenset(path_before(path, model) for path in paths) for paths in (site.producers, site.consumers)
     )
     return producers, consumers
-
-
-def _before(path: str, model: nn.Module) -> str:
-    module, parts = model, []
-    for part in path.split("."):
-        while part not in module._modules and (first := _FIRST.get(frozenset(module._modules))):
-            module = module.get_submodule(first)  # the path is older than what has been put around the layer
-        first = _FIRST.get(frozenset(module._modules))
-        if first == "consumer" and part == "inserted":
-            return ".".join(parts) + _INSERTED
-        if first is None:
-            parts.append(part)
-        module = module._modules.get(part) or nn.Module()
-    return ".".join(parts)
 
 
 class _Before:

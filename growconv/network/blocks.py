@@ -14,6 +14,10 @@ from growconv.errors import SiteError, SurgeryError
 from growconv.network.optimizer import add_parameters, check_optimizers, replace_parameters
 
 IDEMPOTENT = {"relu": nn.ReLU, "relu6": nn.ReLU6}  # f(f(x)) = f(x)
+IN_FRONT = ".inserted"
+"""Ends `path_before` of whatever was put in front of a layer."""
+_FIRST = {frozenset({"inserted", "consumer"}): "consumer", frozenset({"original", "inserted"}): "original"}
+"""By the names inside a pair that `edited` makes, the module that was there first."""
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -186,6 +190,29 @@ def _pair(model: nn.Module, path: str, children: dict[str, nn.Module]) -> None:
         pair.add_module(name, child)
     pair.training = child.training
     model.set_submodule(path, pair)
+
+
+def path_before(path: str, model: nn.Module) -> str:
+    """The path that a layer had before anything was put in front of it or behind its block.
+
+    Args:
+        path: module path in the model as it is now, or as it was at some time before.
+        model: the model as it is now.
+
+    Returns:
+        Copies have the path of their original; what was put in front of a layer has that layer's, and IN_FRONT.
+    """
+    module, parts = model, []
+    for part in path.split("."):
+        while part not in module._modules and (first := _FIRST.get(frozenset(module._modules))):
+            module = module.get_submodule(first)  # the path is older than what has been put around the layer
+        first = _FIRST.get(frozenset(module._modules))
+        if first == "consumer" and part == "inserted":
+            return ".".join(parts) + IN_FRONT
+        if first is None:
+            parts.append(part)
+        module = module._modules.get(part) or nn.Module()
+    return ".".join(parts)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module, optimizers: Sequence[Optimizer]) -> None:
