@@ -150,7 +150,7 @@ def _check(site: Site, growth: ChannelGrowth) -> None:
 def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CAP) -> float:
     """The largest γ at which no new channel is too strong beside the old ones.
 
-    The strength of a channel is its size (`solvers.scale`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
+    The strength of a channel is its size (`solvers.weights`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
     the strongest new one gets at most `strongest` of the old ones' mean, and ‖ω‖ alone at most four times that share of
     theirs.
 

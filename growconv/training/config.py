@@ -577,8 +577,7 @@ def _schema(group: str, options: object) -> type | None:
         return {"sgd": SGDConfig, "adamw": AdamWConfig}.get(name, TorchOptimizerConfig)
     if group == "lr_schedule":
         return OwnScheduleConfig if name in OWN_SCHEDULES else TorchScheduleConfig
-    others = {"growth": GrowthConfig}
-    return (others | {"trainer": TrainerConfig, "logger": LoggerConfig}).get(group)
+    return {"growth": GrowthConfig, "trainer": TrainerConfig, "logger": LoggerConfig}.get(group)
 
 
 def _typed(config: Mapping[str, Any], groups: Mapping[str, type | None]) -> dict[str, Any]:
