@@ -145,6 +145,7 @@ def main(rank, world, folder):
     }
     torch.save({"statistics": statistics, "weights": model.state_dict()}, Path(folder) / f"rank{rank}.pt")
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(record))
+    dist.barrier()  # a process that ends while the other still speaks to it can end it, too
     dist.destroy_process_group()
 
 
