@@ -16,6 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Its defaults hold the process group that is there when it is imported. Were that after the group is made (as
+# DistributedDataParallel would do), gloo's threads would outlive the group, and some abort the process as it ends.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before the group is made, which its defaults would keep alive
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -33,10 +33,20 @@ def losses(folder):
     return [json.loads(line)["train_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(arguments, processes=2):
+AND_THREADS = """
+import os, pathlib, sys
+from growconv.cli import main
+
+code = main(sys.argv[1:])
+print(f"rank {os.environ['RANK']}:", *(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+sys.exit(code)
+"""
+
+
+def torchrun(arguments, processes=2, start=("-m", "growconv")):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "growconv", *arguments]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *start, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -44,8 +54,13 @@ def test_two_processes_equal_one(tmp_path):
     """Five growth events, no norm, float64: growing and training agree far below 1e-5."""
     arguments = [*QUICK, "model.norm=none", "trainer.precision=64-true", "growth.times=2", "seed=3"]
     assert main([*arguments, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    answer = torchrun([*arguments, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"])
+    script = tmp_path.with_suffix(".py")
+    script.write_text(AND_THREADS)
+    answer = torchrun([*arguments, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"], start=[script])
     assert answer.returncode == 0, answer.stderr[-3000:]
+    # Threads of the process group end with it: one that outlives it can abort the process as it ends.
+    assert "rank 1:" in answer.stdout
+    assert "gloo" not in answer.stdout
     one, two = final(tmp_path / "one"), final(tmp_path / "two")
     assert len(one.history) == len(two.history) >= 5
     for name, tensor in one.model.items():
