@@ -339,7 +339,8 @@ class TrainerConfig:
         epochs: passes over the training split; not read where `flops` is set.
         flops: training FLOPs (2 × MACs, forward and backward, growth included) that end the run, before the step that
             would exceed them. Learning rate, `growth.begin` and `growth.end` are then shares of them. null: `epochs`.
-        batch_size: samples of one optimizer step, over all processes and accumulated parts together.
+        batch_size: samples of one optimizer step, over all processes and accumulated parts together. null: 128, or less
+            where an epoch would have under 32 steps, but not under 32.
         eval_batch_size: samples of one evaluation batch.
         accumulate: parts that a process cuts its share of a batch into, to save memory.
         accelerator: auto, cpu or cuda.
@@ -362,7 +363,7 @@ class TrainerConfig:
 
     epochs: int = limited(20, least=1)
     flops: float | None = limited(None, above=0)
-    batch_size: int = limited(128, least=1)
+    batch_size: int | None = limited(None, least=1)
     eval_batch_size: int = limited(512, least=1)
     accumulate: int = limited(1, least=1)
     accelerator: str = limited("auto", choices=("auto", "cpu", "cuda"))

@@ -556,11 +556,19 @@ class Trainer:
 def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -> int:
     """Samples of one optimizer step over all processes; the whole training split where that is smaller.
 
+    Where `trainer.batch_size` is null, they follow from the samples: 128, 64 or 32, the largest that leaves an epoch 32
+    steps, and a multiple of the processes.
+
     Raises:
         ConfigError: a batch that cannot be shared evenly.
     """
     options = config["trainer"]
-    size = min(options["batch_size"], len(dataset.train) // world * world)
+    samples = len(dataset.train)
+    size = options["batch_size"]
+    if size is None:
+        size = next((size for size in (128, 64) if samples >= 32 * size), 32)
+        size = -(-size // world) * world
+    size = min(size, samples // world * world)
     if size % world or size == 0:
         raise ConfigError(
             "the batch cannot be shared evenly among the processes",

@@ -71,9 +71,13 @@ def test_added_options_that_nothing_reads_are_refused():
     assert plain(compose(["+model.args.levels=2"]))["model"]["args"] == {"levels": 2}
 
 
-def test_synthetic_brings_its_student_unless_another_is_asked_for():
-    assert compose(["data=synthetic"]).model._target_.endswith("ConvPair")
-    assert compose(["data=synthetic", "model=unet"]).model._target_.endswith("unet")
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "data").glob("*.yaml")))
+def test_a_choice_of_data_changes_nothing_else(name):
+    root = ["data.root=/nowhere"] if name == "images" else []
+    chosen, default = plain(compose([f"data={name}", *root])), plain(compose([]))
+    assert chosen.pop("data")["name"] == name
+    default.pop("data")
+    assert chosen == default
 
 
 @pytest.mark.parametrize(

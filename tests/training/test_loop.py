@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from growconv.cli import main
+from growconv.training.data import Dataset, Split
+from growconv.training.loop import global_batch_size
 from growconv.training.rundir import RunDirectory
 
 QUICK = [
@@ -94,3 +97,15 @@ def test_images_are_small_at_first_and_cost_less(tmp_path: Path) -> None:
     growing = ["trainer.flops=1e9", "data.size=[[0.5,4]]"]
     assert run(tmp_path / "grown", *growing)["train_flops"] <= 1e9
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'wrong'}", "data.size=[[0.5,4],[0.25,2]]"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "processes", "batch"),
+    [(54_000, 1, 128), (4096, 1, 128), (4095, 1, 64), (1222, 1, 32), (20, 1, 20), (1222, 3, 33), (20, 3, 18)],
+)
+def test_few_images_come_in_small_batches(samples: int, processes: int, batch: int) -> None:
+    """An epoch of at least 32 steps, but no batch under 32 images unless there are no more."""
+    split = Split(torch.zeros(samples, 1, 1, 1), torch.zeros(samples, dtype=torch.long))
+    dataset = Dataset("any", split, split, split, 2, torch.zeros(1), torch.ones(1))
+    config: dict[str, Any] = {"trainer": {"batch_size": None, "accumulate": 1}}
+    assert global_batch_size(config, dataset, processes) == batch
