@@ -45,7 +45,8 @@ from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers, follow_ages
 from growconv.network.site import Site
-from growconv.solvers.base import Channels, Solver, get_solver
+from growconv.solvers.base import Solver, get_solver
+from growconv.solvers.request import Channels
 
 logger = logging.getLogger("growconv.growth")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, StatisticsError
 from growconv.linalg import fix_signs
@@ -13,6 +13,7 @@ from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
 from growconv.solvers.energy import choose_signs, expected_decrease
+from growconv.solvers.request import Request
 from growconv.solvers.weights import at_old_scale, filters_of, homogeneous
 from growconv.statistics.pair import PairStatistics
 
@@ -112,34 +113,31 @@ def shortfall(found: int, requested: int, what: str) -> str | None:
 
 
 def assemble(
-    subject: PairStatistics,
-    model: nn.Module,
+    request: Request,
     method: str,
     left: Float[Tensor, "k a"],
     rights: Sequence[Tensor],
     gains: Float[Tensor, " k"],
-    requested: int,
     reason: str | None = None,
     signs: bool = False,
 ) -> ChannelGrowth:
     """A proposal from the factors of Θ = Σ_k left_k ⊗ right_k.
 
     Args:
-        subject: statistics of a site with one producer. Its `patch_mean` and `patch_gram`, where they were collected,
-            give the norm layer behind the producer its moments; its kept samples the signs and the expected decrease.
-        model: the model, for shapes, dtype and device of the weights.
+        request: with statistics of a site with one producer. Their `patch_mean` and `patch_gram`, where they were
+            collected, give the norm layer behind the producer its moments; the kept samples the signs and the expected
+            decrease.
         method: name of the solver.
         left: (k, a), the producer's new filters, the bias last where it has one.
         rights: per consumer (k, b, c2), in the order of `subject.consumers`.
         gains: (k,) captured energy.
-        requested: number of channels asked for.
-        reason: why there are fewer.
+        reason: why there are fewer than asked for.
         signs: choose the sign of each channel on the kept samples, where there are any.
 
     Returns:
         The proposal, its signs fixed or chosen.
     """
-    channels, producer = left.shape[0], subject.producer
+    subject, model, channels, producer = request.subject, request.model, left.shape[0], request.subject.producer
     if channels:
         left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
         parts = joined.split([right[0].numel() for right in rights], 1)
@@ -160,7 +158,7 @@ def assemble(
         incoming_bias={producer: left[:, entries].to(kernel).contiguous()} if subject.incoming_bias else {},
         outgoing=outgoing,
         gains=gains.detach(),
-        requested=requested,
+        requested=request.number,
         reason=reason,
         norms=norm_moments(subject, left),
     )
@@ -173,12 +171,13 @@ def assemble(
     return replace(growth, expected_decrease=_decrease(subject, growth))
 
 
-def empty(subject: PairStatistics, model: nn.Module, method: str, requested: int, reason: str) -> ChannelGrowth:
+def empty(request: Request, method: str, reason: str) -> ChannelGrowth:
     """A proposal of no channels, with the reason."""
-    kernel = filters_of(model, subject.producer)
+    subject = request.subject
+    kernel = filters_of(request.model, subject.producer)
     left = kernel.new_zeros(0, kernel[0].numel() + subject.incoming_bias)
     rights = [kernel.new_zeros(0, 1, consumer.outgoing_shape[0]) for consumer in subject.consumers]
-    return assemble(subject, model, method, left, rights, kernel.new_zeros(0), requested, reason)
+    return assemble(request, method, left, rights, kernel.new_zeros(0), reason)
 
 
 def norm_moments(subject: PairStatistics, left: Float[Tensor, "k a"]) -> dict[str, tuple[Tensor, Tensor]]:

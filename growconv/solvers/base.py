@@ -19,13 +19,11 @@ from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import REFUSALS, GrowthSite
+from growconv.solvers.request import Channels, Request
 from growconv.statistics.pair import PairStatistics
 
 SOLVERS: dict[str, type["Solver"]] = {}
 """Every registered method by name; fill it through `register`."""
-
-Channels = int | Literal["auto"]
-"""A number of new channels, or "auto": as many as the samples can tell from noise."""
 
 
 class LinearisationWarning(UserWarning):
@@ -76,22 +74,11 @@ class Solver(ABC):
         return site.no_closed_form if self.needs_closed_form else None
 
     @abstractmethod
-    def solve(
-        self,
-        subject: PairStatistics | None,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """Weights of new channels for one site.
 
         Args:
-            subject: its PairStatistics; None where there are none, which a method with non-empty `reads` never sees.
-            site: the GrowthSite.
-            channels: how many; validated, a multiple of the site's granularity.
-            model: the model that the site belongs to; not changed.
-            generator: source of randomness; None draws from torch's global one, or nothing for a deterministic method.
+            request: the site, the number of channels, the statistics and the source of randomness.
 
         Returns:
             Exactly as many channels as asked for, or fewer with the reason on the object.
@@ -240,10 +227,10 @@ def solve(
     site = site.of(model)
     site.check(trains=False)
     _require_served(solver, site, statistics)
-    requested = _validated_channels(channels, site)
+    requested = _validated_channels(channels, site, solver)
     current = None if statistics is None else as_collected(statistics, site)
     there = site if current is None else current.growth_site
-    growth = solver.solve(current, there, requested, there.model, generator)
+    growth = solver.solve(Request(there, requested, current, generator))
     _require_finite(growth)
     growth = _stored_as(growth, there)
     note = linearisation_note(site) if solver.linearises and growth.channels else None
@@ -308,9 +295,17 @@ def _serving(site: GrowthSite) -> list[str]:
     return [name for name in sorted(SOLVERS) if site.refusal(name) is None]
 
 
-def _validated_channels(channels: Channels, site: GrowthSite) -> Channels:
+def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) -> Channels:
     if channels == "auto":
-        return channels
+        if solver.counts:
+            return channels
+        raise SolverError(
+            f"the method {solver.name!r} has no measure by which to choose a number of channels",
+            expected="an integer of at least 1",
+            got="'auto'",
+            where=site.name,
+            fix="give a number, or use method='tiny', 'exact' or 'functional'",
+        )
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise SolverError(
             "an impossible number of new channels",

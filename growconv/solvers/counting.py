@@ -1,18 +1,19 @@
 """How well gains are known, and how many channels are worth having."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import empty
-from growconv.solvers.base import Solver
 from growconv.solvers.energy import captured_by_sample, require_samples
+from growconv.solvers.request import Request
 from growconv.statistics.held_out import without
 from growconv.statistics.pair import PairStatistics
+
+Solve = Callable[[Request], ChannelGrowth]
 
 HELD_OUT = 0.5
 CONFIDENCE = 2.0
@@ -60,49 +61,39 @@ def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGai
     return MeasuredGains(captured.mean(0), captured.std(0) / len(kept) ** 0.5, len(kept))
 
 
-def held_out_gains(
-    solver: Solver,
-    subject: PairStatistics,
-    site: GrowthSite,
-    channels: int,
-    model: nn.Module,
-    generator: torch.Generator | None,
-) -> tuple[ChannelGrowth, MeasuredGains]:
+def held_out_gains(solve: Solve, request: Request) -> tuple[ChannelGrowth, MeasuredGains]:
     """What a solver proposes without half of the kept samples, and its gains on those.
 
     Args:
-        solver: a method on statistics.
-        subject: statistics with kept samples.
-        channels: how many to ask for.
-        generator: randomness of the solver.
+        solve: of a method on statistics.
+        request: with statistics that hold samples, and a number of channels.
 
     Raises:
         StatisticsError: fewer than four samples were kept, or none are left to solve on.
     """
+    subject = request.subject
     fitting, held_out = require_samples(subject, "a held-out gain", least=4).split(1 - HELD_OUT)
     rest = without(subject, held_out, fitting)
-    proposal = solver.solve(rest, site, channels, model, generator)
+    proposal = solve(replace(request, statistics=rest))
     return proposal, measure_gains(replace(rest, samples_kept=held_out), proposal)
 
 
-def worthwhile(
-    solver: Solver, subject: PairStatistics, site: GrowthSite, model: nn.Module, generator: torch.Generator | None
-) -> ChannelGrowth:
+def worthwhile(solve: Solve, request: Request) -> ChannelGrowth:
     """As many channels as hold their gain on samples that the solver has not seen.
 
     The solver proposes up to as many channels as there are (at least 8), and those whose held-out gain is above two
     error bars are counted. The solver is then asked for that number on all samples.
 
     Args:
-        solver: a method on statistics.
-        subject: statistics with kept samples.
-        generator: randomness of the solver.
+        solve: of a method on statistics.
+        request: with statistics that hold samples; its number of channels is not read.
 
     Returns:
         The proposal with the reason for its number; no channels where none is above its error bar.
     """
+    site = request.site
     most = site.growable_channels(max(8, site.width))
-    candidates, measured = held_out_gains(solver, subject, site, most, model, generator)
+    candidates, measured = held_out_gains(solve, replace(request, channels=most))
     if candidates.channels == 0:
         return candidates
     count = int((measured.gains > CONFIDENCE * measured.errors).sum()) // site.granularity * site.granularity
@@ -110,6 +101,5 @@ def worthwhile(
         f"{count} of {candidates.channels} gains exceed {CONFIDENCE:g} error bars "
         f"on {measured.samples} held-out samples"
     )
-    if count == 0:
-        return empty(subject, model, candidates.method, 0, why)
-    return replace(solver.solve(subject, site, count, model, generator), reason=why)
+    asked = replace(request, channels=count)
+    return replace(solve(asked), reason=why) if count else empty(asked, candidates.method, why)

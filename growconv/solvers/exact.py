@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold
@@ -21,11 +21,11 @@ from growconv.linalg import (
     shared_left_least_squares,
 )
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import assemble, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.energy import require_samples
+from growconv.solvers.request import Request
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.pair import PairStatistics
@@ -284,17 +284,11 @@ class Exact(Solver):
         samples = self.signs or self.route == "auto"  # S_full may not fit
         return frozenset({"S", "N", "S_full", "patch"} | ({"samples"} if samples else set()))
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share their filters."""
+        subject, channels = request.subject, request.channels
         if channels == "auto":
-            return worthwhile(self, subject, site, model, generator)
+            return worthwhile(self.solve, request)
         terms = [self._term(subject, consumer) for consumer in subject.consumers]
         starts = self.random_starts
         if starts is None:
@@ -310,7 +304,7 @@ class Exact(Solver):
             energy=subject.bottleneck_energy,
         )
         reason = shortfall(found.alpha.shape[0], channels, "the best Θ")
-        return assemble(subject, model, self.name, found.alpha, found.omega, found.gains, channels, reason, self.signs)
+        return assemble(request, self.name, found.alpha, found.omega, found.gains, reason, self.signs)
 
     def _term(self, subject: PairStatistics, consumer: ConsumerStatistics) -> tuple[BilinearMetric, Tensor]:
         full = consumer.S_full

@@ -21,8 +21,9 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted, Moments
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
+from growconv.solvers.request import Request
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import (
     columns_of,
@@ -32,12 +33,10 @@ from growconv.solvers.weights import (
     of_units,
     picked_rows,
     random_filters,
-    require_number,
     scaled_columns,
     silent_outgoing,
     units_of,
 )
-from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 
 SAMPLES = 128
@@ -78,24 +77,18 @@ class Firefly(Solver):
                 where="firefly",
             )
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm.
 
         With splits they are what every channel takes off the loss at its strength.
         """
-        requested, size = require_number(channels, self.name, site), site.granularity
-        candidates = Candidates(require_samples(subject, self.name), model, requested * self.candidates, generator)
+        requested, size, generator = request.number, request.site.granularity, request.generator
+        kept = require_samples(request.subject, self.name)
+        candidates = Candidates(kept, request.model, requested * self.candidates, generator)
         candidates.train(self.steps, self.learning_rate)
         gains = candidates.taylor_gains()
         if self.splits:
-            return self._mixed(candidates, gains, model, requested, generator)
+            return self._mixed(candidates, gains, request)
         best = gains.abs().argsort(descending=True)[: requested // size]
         return candidates.keep([int(index) for index in best if gains[index] != 0], gains, requested)
 
@@ -103,18 +96,12 @@ class Firefly(Solver):
         """With splits also where old weights are computed from others."""
         return Splitting().refusal(site) if self.splits else None
 
-    def _mixed(
-        self,
-        candidates: "Candidates",
-        gains: Tensor,
-        model: nn.Module,
-        requested: int,
-        generator: torch.Generator | None,
-    ) -> ChannelGrowth:
+    def _mixed(self, candidates: "Candidates", gains: Tensor, request: Request) -> ChannelGrowth:
         """The best of new channels and halves of old ones, compared by what they take off the loss."""
+        model, requested = request.model, request.number
         kept, site = candidates.kept, candidates.kept.site
         splitting = Splitting(step=self.step, tolerance=0.01)  # their gains are compared with those of others
-        values, vectors = splitting.curvatures(kept, model, generator)
+        values, vectors = splitting.curvatures(kept, model, request.generator)
         units, size = units_of(site), site.granularity
         old = [columns_of(site, model, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
         strength = self.strength * torch.cat(old, 1).norm(dim=1).mean()

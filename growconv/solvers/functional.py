@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentValueError, SolverError
 from growconv.network import layers
@@ -23,7 +23,7 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import expected_decrease, require_samples
 from growconv.solvers.filters import Filters, joined
 from growconv.solvers.fitting import (
@@ -39,8 +39,8 @@ from growconv.solvers.fitting import (
 )
 from growconv.solvers.linear_start import exact_filters, tiny_filters
 from growconv.solvers.parametrization import Bounded, Parametrization, Separable, whitened
+from growconv.solvers.request import Request
 from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness
-from growconv.statistics import PairStatistics
 from growconv.statistics.samples import KeptSamples, by_sample
 
 logger = logging.getLogger("growconv.solvers")
@@ -102,16 +102,10 @@ class Functional(Solver):
         if not 0 < self.held_out < 1:
             raise ArgumentValueError("a share", expected="between 0 and 1", got=self.held_out, where="held_out")
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; works on sites of every kind, streams included."""
-        kept = require_samples(subject, self.name)
+        site, channels = request.site, request.channels
+        kept = require_samples(request.subject, self.name)
         kept.require_finite()
         samples, size = kept.projected(), site.granularity
         most = site.growable_channels(min(max(site.width, 4), 32)) if channels == "auto" else channels
@@ -125,10 +119,10 @@ class Functional(Solver):
         free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
-        longest = float((filter_norms(site, model) if free else old_steepness(site)).mean())
+        longest = float((filter_norms(site, request.model) if free else old_steepness(site)).mean())
         if not free and longest > 0:
             coordinates = Bounded(coordinates, longest)
-        search = self._search(fit, held_out, coordinates, most // size, generator)
+        search = self._search(fit, held_out, coordinates, most // size, request.generator)
         with torch.no_grad():
             filters = coordinates.filters(search.best.theta)
             # where the scale is free, that of the old filters keeps training even
@@ -141,7 +135,7 @@ class Functional(Solver):
             if units == 0:
                 return self._nothing(samples, most, reason)
             filters = filters.picked(range(units))
-        return self._assembled(subject, samples, model, filters, reason)
+        return self._assembled(request, samples, filters, reason)
 
     def _objective(self, fit: Fit, coordinates: Parametrization) -> Objective:
         return Objective(fit, coordinates, separable=self.kernel == "separable")
@@ -202,9 +196,7 @@ class Functional(Solver):
             result.append(("random", _best_of(fit, pool, units)))
         return result
 
-    def _assembled(
-        self, subject: PairStatistics, samples: KeptSamples, model: nn.Module, filters: Filters, reason: str | None
-    ) -> ChannelGrowth:
+    def _assembled(self, request: Request, samples: KeptSamples, filters: Filters, reason: str | None) -> ChannelGrowth:
         """The proposal: norms measured, and outgoing weights solved for on all samples, the best channel first."""
         site, size, count = samples.site, samples.site.granularity, filters.units
         measured = samples.moments(filters.incoming, filters.biases)
@@ -215,7 +207,7 @@ class Functional(Solver):
         outgoing = best_outgoing(equations, site, filters.like, self.kernel == "separable", RIDGE)
 
         def shaped(path: str, tensor: Tensor) -> Tensor:
-            return tensor.detach().to(filters_of(model, path)).contiguous()
+            return tensor.detach().to(filters_of(request.model, path)).contiguous()
 
         growth = ChannelGrowth(
             site=site.name,
@@ -228,7 +220,7 @@ class Functional(Solver):
             norms=measured,
         )
         growth = replace(growth.subset(of_units(order, size), reason), gains=growth.gains)
-        return replace(growth, expected_decrease=expected_decrease(subject, growth))
+        return replace(growth, expected_decrease=expected_decrease(request.subject, growth))
 
     def _nothing(self, samples: KeptSamples, requested: int, reason: str) -> ChannelGrowth:
         """No channels, and why."""

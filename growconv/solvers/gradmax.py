@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import SolverError
 from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
@@ -13,10 +13,10 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import expected_decrease
-from growconv.solvers.weights import columns_of, filter_norms, normal, not_plain, require_number
-from growconv.statistics.pair import PairStatistics
+from growconv.solvers.request import Request
+from growconv.solvers.weights import columns_of, filter_norms, normal, not_plain
 
 
 class GradMaxChannels(NamedTuple):
@@ -100,20 +100,13 @@ class GradMax(Solver):
         """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
         return super().refusal(site) or not_plain(site, *site.producers)
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
+        subject, site, model, requested = request.subject, request.site, request.model, request.number
         (raw,) = require_statistics(subject, "N_raw")
-        requested = require_number(channels, self.name, site)
         stacked = torch.cat([each.flatten(1) for each in raw], 1)
         if self.directions == "random":
-            drawn = normal((requested, stacked.shape[1]), stacked, generator)
+            drawn = normal((requested, stacked.shape[1]), stacked, request.generator)
             omega = drawn / drawn.norm(dim=1, keepdim=True)
             gains = (stacked @ omega.mT).square().sum(0)
             order = gains.argsort(descending=True)
@@ -129,10 +122,8 @@ class GradMax(Solver):
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
         if found and any(route.dead_at_zero for route in site.routes):
-            alpha, moved = self._lifted(subject, site, model, alpha)
-        growth = assemble(
-            subject, model, self.name, alpha, rights, gains, requested, shortfall(found, requested, "N_raw")
-        )
+            alpha, moved = self._lifted(request, alpha)
+        growth = assemble(request, self.name, alpha, rights, gains, shortfall(found, requested, "N_raw"))
         growth.norms.update(moved)
         if moved and growth.expected_decrease is not None:
             # A batch norm on the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
@@ -143,9 +134,8 @@ class GradMax(Solver):
             growth = replace(growth, expected_decrease=decrease)
         return replace(growth, spectrum=every.gains)
 
-    def _lifted(
-        self, subject: PairStatistics, site: GrowthSite, model: nn.Module, alpha: Tensor
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def _lifted(self, request: Request, alpha: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        subject, site, model = request.subject, request.site, request.model
         height = self.lift * float(filter_norms(site, model).mean())
         norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
         biased = [getattr(model.get_submodule(path), "bias", None) is not None for path in norms]

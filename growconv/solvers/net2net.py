@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentValueError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -28,12 +29,10 @@ from growconv.solvers.weights import (
     not_plain,
     not_rewritable,
     picked_rows,
-    require_number,
     scaled_columns,
     units_of,
     with_scaled_columns,
 )
-from growconv.statistics.pair import PairStatistics
 
 
 def draw_copies(
@@ -124,16 +123,9 @@ class Net2Net(Solver):
         """Where consumers' weights are computed from others, or copied filters would not make copied channels."""
         return not_rewritable(site, *site.consumers) or not_plain(site, *site.producers)
 
-    def solve(
-        self,
-        subject: PairStatistics | None,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; the old outgoing weights are revised to the share that is left to them."""
-        requested = require_number(channels, self.name, site)
+        site, model, requested, generator = request.site, request.model, request.number, request.generator
         source = draw_copies(site.width, requested, site.granularity, generator)
         power = 1 if self.keeps == "function" else 2
         kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator, power)

@@ -13,7 +13,6 @@ NORTH-Random is the method `random`. The effective dimension φ of what the cons
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -26,10 +25,11 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Calls, Inserted, Moments
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import flattened
 from growconv.solvers.parametrization import patch_gram
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     filter_norms,
@@ -38,11 +38,9 @@ from growconv.solvers.weights import (
     normalised,
     picked_rows,
     random_filters,
-    require_number,
     silent_outgoing,
     units_of,
 )
-from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 
@@ -159,25 +157,18 @@ class North(Solver):
         """What the variant needs; "pre" takes the second moments of sites without a closed form from kept samples."""
         return frozenset({"pre": {"patch", "samples"}, "select": {"samples"}, "weight": ()}[self.variant])
 
-    def solve(
-        self,
-        subject: PairStatistics | None,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; every producer's filters are orthogonal to its own old ones."""
-        requested = require_number(channels, self.name, site)
         if self.variant == "select":
-            return self._select(cast(PairStatistics, subject), requested, model, generator)  # it reads samples
-        old = {path: flattened(*_exact(model, path, site)) for path in site.producers}
-        grams = {path: self._gram(subject, site, path, rows) for path, rows in old.items()}
+            return self._select(request)
+        site, requested = request.site, request.number
+        old = {path: flattened(*_exact(request.model, path, site)) for path in site.producers}
+        grams = {path: self._gram(request, path, rows) for path, rows in old.items()}
         found: dict[str, Tensor] = {}
         units = requested // site.granularity
         for path, rows in old.items():
             each = len(rows) // units_of(site)
-            drawn = normal((units * each, rows.shape[1]), grams[path], generator)
+            drawn = normal((units * each, rows.shape[1]), grams[path], request.generator)
             found[path] = orthogonal_filters(drawn, rows, grams[path])
             units = min(units, len(found[path]) // each)
         reason = None
@@ -185,10 +176,11 @@ class North(Solver):
             left = units * site.granularity
             reason = f"asked for {requested}, got {left}: no more directions are free of the old responses"
         rows = {path: found[path][: units * (len(old[path]) // units_of(site))] for path in found}
-        return self._grown(site, model, rows, requested, reason, subject)
+        return self._grown(request, rows, reason)
 
-    def _measured(self, site: GrowthSite, model: nn.Module, subject: PairStatistics | None) -> dict[str, float]:
+    def _measured(self, request: Request) -> dict[str, float]:
         """The share of directions that the consumers read of the old units; in variant "weight", that filters span."""
+        site, model, subject = request.site, request.model, request.statistics
         if self.variant == "weight":
             rows = [flattened(*_exact(model, path, site)).unflatten(0, (units_of(site), -1)) for path in site.producers]
             responses = torch.cat([each.flatten(1) for each in rows], 1)
@@ -199,8 +191,9 @@ class North(Solver):
         gram = responses @ responses.mT / responses.shape[1]
         return {"rank": effective_dimension(gram, self.tolerance, self.relative) / len(gram)}
 
-    def _gram(self, subject: PairStatistics | None, site: GrowthSite, path: str, old: Tensor) -> Tensor:
+    def _gram(self, request: Request, path: str, old: Tensor) -> Tensor:
         """Second moment of a producer's patches; the identity where responses are not looked at."""
+        subject = request.statistics
         if self.variant == "weight":
             return torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
         if subject is not None and subject.patch_gram is not None:
@@ -209,22 +202,15 @@ class North(Solver):
         if subject is None or subject.samples_kept is None:
             raise SolverError(
                 "the second moment of the patches was not collected",
-                where=site.name,
+                where=request.site.name,
                 fix="collect with quantities={'patch', 'samples'}, or solver.reads",
             )
         inputs = [x for each in require_samples(subject, self.name).passes for x in each.x[path]]
-        return patch_gram(site.model.get_submodule(path), inputs)
+        return patch_gram(request.model.get_submodule(path), inputs)
 
-    def _grown(
-        self,
-        site: GrowthSite,
-        model: nn.Module,
-        rows: dict[str, Tensor],
-        requested: int,
-        reason: str | None,
-        subject: PairStatistics | None,
-    ) -> ChannelGrowth:
+    def _grown(self, request: Request, rows: dict[str, Tensor], reason: str | None) -> ChannelGrowth:
         """A proposal from one row a filter, its bias last, brought to the old units' mean norm."""
+        site, model, subject = request.site, request.model, request.statistics
         incoming, biases = {}, {}
         for path, each in rows.items():
             like = filters_of(model, path)
@@ -252,20 +238,18 @@ class North(Solver):
             incoming_bias={path: each.to(filters_of(model, path)) for path, each in biases.items()},
             outgoing=outgoing,
             gains=next(iter(outgoing.values())).new_zeros(units * site.granularity),
-            requested=requested,
+            requested=request.number,
             reason=reason,
             norms=norms,
-            measured=self._measured(site, model, subject),
+            measured=self._measured(request),
         )
 
-    def _select(
-        self, subject: PairStatistics, requested: int, model: nn.Module, generator: torch.Generator | None
-    ) -> ChannelGrowth:
+    def _select(self, request: Request) -> ChannelGrowth:
         """NORTH-Select: responses after everything in between, as the consumers see them."""
-        kept = require_samples(subject, self.name)
-        site, size = kept.site, kept.site.granularity
+        kept = require_samples(request.subject, self.name)
+        site, size, model, requested = kept.site, kept.site.granularity, request.model, request.number
         units, pool = requested // size, requested // size * self.candidates
-        drawn, biases = random_filters(site, model, pool * size, generator)
+        drawn, biases = random_filters(site, model, pool * size, request.generator)
         drawn, biases = normalised(drawn, biases, filter_norms(site, model).mean(), pool)
         measured = kept.moments(drawn, biases)
         parts = []
@@ -283,7 +267,7 @@ class North(Solver):
             outgoing=silent_outgoing(site, model, requested),
             gains=new.new_zeros(requested),
             requested=requested,
-            measured=self._measured(site, model, subject),
+            measured=self._measured(request),
             norms={p: (picked_rows(m, chosen, pool), picked_rows(v, chosen, pool)) for p, (m, v) in measured.items()},
         )
 

@@ -3,21 +3,18 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from growconv.errors import SolverError
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     columns_of,
     normal,
     random_filters,
-    require_number,
     scaled_columns,
     silent_outgoing,
 )
-from growconv.statistics.pair import PairStatistics
 
 
 @register("random")
@@ -49,16 +46,9 @@ class Random(Solver):
         """Whether the outgoing weights of new channels are zero at first."""
         return self.outgoing == 0
 
-    def solve(
-        self,
-        subject: PairStatistics | None,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`."""
-        count = require_number(channels, self.name, site)
+        site, model, count, generator = request.site, request.model, request.number, request.generator
         incoming, biases = random_filters(site, model, count, generator)
         outgoing = silent_outgoing(site, model, count)
         if self.outgoing > 0:

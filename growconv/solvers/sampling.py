@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, get_solver
+from growconv.solvers.base import Solver, get_solver
 from growconv.solvers.counting import held_out_gains
+from growconv.solvers.request import Channels, Request
 from growconv.statistics import PairStatistics, collect_statistics
 
 Found = dict[str, PairStatistics]
@@ -138,7 +139,7 @@ def gains_known(
         count = site.growable_channels(8) if channels == "auto" else site.growable_channels(channels)
         if subject.samples_kept is None or len(subject.samples_kept) < 4:
             return False
-        proposal, measured = held_out_gains(solver, subject, site, count, model, generator)
+        proposal, measured = held_out_gains(solver.solve, Request(site.of(model), count, subject, generator))
         if proposal.channels and measured.relative_error * (measured.samples / subject.samples) ** 0.5 > relative_error:
             return False
     return True

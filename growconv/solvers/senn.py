@@ -24,20 +24,18 @@ from growconv.errors import ArgumentValueError
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
-from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import Filters
 from growconv.solvers.fitting import Fit, Objective, Search, is_homogeneous
 from growconv.solvers.parametrization import Bounded, Parametrization, whitened
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     filter_norms,
     picked_rows,
     random_filters,
-    require_number,
     silent_outgoing,
 )
-from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 WHITENING = 1e-3
@@ -116,23 +114,16 @@ class Senn(Solver):
                 where="senn",
             )
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the channels' own scores, best first, each as if it came alone."""
-        requested = require_number(channels, self.name, site)
-        kept = require_samples(subject, self.name)
+        site, model, requested = request.site, request.model, request.number
+        kept = require_samples(request.subject, self.name)
         consumers = [
             _Consumer(path, group, precision)
             for path in site.consumers
             for group, precision in enumerate(self._precisions(kept, path))
         ]
-        drawn, biases = random_filters(site, model, requested, generator)
+        drawn, biases = random_filters(site, model, requested, request.generator)
         units, norm = requested // site.granularity, float(filter_norms(site, model).mean())
         filters = Filters(units, {path: (weight, biases.get(path)) for path, weight in drawn.items()}).at_norm(norm)
         fit = Fit(_weighed(kept.projected(), consumers))

@@ -26,9 +26,10 @@ from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import flattened
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -42,7 +43,6 @@ from growconv.solvers.weights import (
     units_of,
     with_scaled_columns,
 )
-from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptSamples
 
 Product = Callable[[Tensor], Tensor]
@@ -206,21 +206,15 @@ class Splitting(Solver):
                 where="splitting",
             )
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are −λ_min of the channels that split, in the unit of the loss per filter².
 
         "auto" asks for every channel that is not splitting-stable.
         """
-        requested, size = site.width if channels == "auto" else int(channels), site.granularity
+        site, model, size = request.site, request.model, request.site.granularity
+        requested = site.width if request.channels == "auto" else request.channels
         wanted = min(requested // size, units_of(site))
-        values, vectors = self.curvatures(require_samples(subject, self.name), model, generator, wanted)
+        values, vectors = self.curvatures(require_samples(request.subject, self.name), model, request.generator, wanted)
         order = values.argsort()[:wanted]
         order = order[values[order] < -1e-7 * values.abs().max().clamp_min(0)]
         return self.split(site, model, order, values, vectors, requested)

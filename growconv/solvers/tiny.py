@@ -5,16 +5,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentValueError
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
 from growconv.solvers.counting import worthwhile
-from growconv.statistics.pair import PairStatistics
+from growconv.solvers.request import Request
 
 
 class TinyChannels(NamedTuple):
@@ -97,18 +96,12 @@ class Tiny(Solver):
         """S, N, what norm layers need, and samples for the signs."""
         return frozenset({"S", "N", "patch"} | ({"samples"} if self.signs else set()))
 
-    def solve(
-        self,
-        subject: PairStatistics,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
+        subject, channels = request.subject, request.channels
         grams, correlations = require_statistics(subject, "S", "N")
         if channels == "auto":
-            return worthwhile(self, subject, site, model, generator)
+            return worthwhile(self.solve, request)
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
         S = shrink(torch.stack(grams).mean(0), self.shrinkage, subject.samples)[0]
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
@@ -118,5 +111,5 @@ class Tiny(Solver):
         parts = omega.split([each[0].numel() for each in correlations], 1)
         rights = [part.reshape(found, *each.shape[1:]) for part, each in zip(parts, correlations, strict=True)]
         reason = shortfall(found, channels, "S^(-1/2)·N")
-        growth = assemble(subject, model, self.name, alpha, rights, gains, channels, reason, self.signs)
+        growth = assemble(request, self.name, alpha, rights, gains, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -22,7 +22,8 @@ from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm, Step
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels, Solver, register
+from growconv.solvers.base import Solver, register
+from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -32,11 +33,9 @@ from growconv.solvers.weights import (
     not_rewritable,
     picked_rows,
     random_filters,
-    require_number,
     units_of,
     with_scaled_columns,
 )
-from growconv.statistics.pair import PairStatistics
 
 
 @register("variance_transfer")
@@ -62,16 +61,10 @@ class VarianceTransfer(Solver):
         """Whether no output layer is scaled down."""
         return not self.output_layers
 
-    def solve(
-        self,
-        subject: PairStatistics | None,
-        site: GrowthSite,
-        channels: Channels,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-    ) -> ChannelGrowth:
+    def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; of an odd number of channels (or groups) the last gets zero outgoing weights."""
-        requested, size = require_number(channels, self.name, site), site.granularity
+        site, model, requested, generator = request.site, request.model, request.number, request.generator
+        size = site.granularity
         unknown = [path for path in self.output_layers if path not in dict(model.named_modules())]
         if unknown:
             raise SolverError("the model has no such output layer", got=unknown[0], where="output_layers")

@@ -17,13 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Depthwise, Norm, Other
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Channels
 
 
 def filters_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor:
@@ -164,19 +162,6 @@ def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
     """Standard normal numbers on the device of `like`, drawn where the generator lives: a seed means the same."""
     place = generator.device if generator is not None else torch.device("cpu")
     return torch.randn(shape, generator=generator, device=place, dtype=torch.float64).to(like)
-
-
-def require_number(channels: Channels, method: str, site: GrowthSite) -> int:
-    """The number of channels as int; methods without a measure of noise refuse "auto"."""
-    if channels == "auto":
-        raise SolverError(
-            f"the method {method!r} has no measure by which to choose a number of channels",
-            expected="an integer of at least 1",
-            got="'auto'",
-            where=site.name,
-            fix="give a number, or use method='tiny', 'exact' or 'functional'",
-        )
-    return int(channels)
 
 
 def not_rewritable(site: GrowthSite, *paths: str) -> str | None:

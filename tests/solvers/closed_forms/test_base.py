@@ -3,7 +3,6 @@
 import inspect
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import growconv
 from growconv.errors import ArgumentTypeError, SolverError
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers import SOLVERS, Solver, get_solver, register, solve
+from growconv.solvers import SOLVERS, Request, Solver, get_solver, register, solve
 
 from .pairs import pair
 
@@ -45,8 +44,9 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ones(Solver):
         value: float = 1.0
 
-        def solve(self, subject: Any, site: Any, channels: Any, model: Any, generator: Any = None) -> ChannelGrowth:
+        def solve(self, request: Request) -> ChannelGrowth:
             next(counter)
+            site, channels = request.site, request.number
             alpha = torch.full((channels, 3, 3, 3), self.value, dtype=torch.float64)
             return ChannelGrowth(
                 site.name, self.name, {"0": alpha}, {"1": torch.zeros(4, channels, 3, 3)}, torch.zeros(channels)

@@ -8,6 +8,7 @@ import growconv
 from growconv.errors import ArgumentValueError, ScheduleError, SolverError, StatisticsError
 from growconv.solvers import collect_until_known, get_solver
 from growconv.solvers.counting import held_out_gains
+from growconv.solvers.request import Request
 
 from .pairs import pair, squared_error, teacher_batches
 
@@ -28,7 +29,7 @@ def test_collection_stops_when_the_gains_are_known() -> None:
         used.append(stats.samples)
         assert stats.samples + 8 * len(list(source)) == 384  # nothing was read that was not used
         if error > 1e-6:
-            _, measured = held_out_gains(get_solver("tiny"), stats, site, 2, model, None)
+            _, measured = held_out_gains(get_solver("tiny").solve, Request(site, 2, stats))
             assert measured.relative_error * (measured.samples / stats.samples) ** 0.5 <= error
     assert used[0] < used[1] < used[2] == 384
 

@@ -11,6 +11,7 @@ from growconv.network.apply import grow
 from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
 from growconv.solvers.firefly import Candidates
+from growconv.solvers.request import Request
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import filter_norms
 
@@ -26,7 +27,9 @@ def test_halves_of_old_channels_compete_with_new_ones(make, collect, name):
     )
     every = solve(statistics, "firefly", 8, generator=torch.Generator().manual_seed(0), **options)
     assert (every.gains.diff() <= 0).all()
-    alone = Splitting(step=0.05, tolerance=0.0).solve(statistics, site, "auto", model, torch.Generator().manual_seed(0))
+    alone = Splitting(step=0.05, tolerance=0.0).solve(
+        Request(site, "auto", statistics, torch.Generator().manual_seed(0))
+    )
     norms = filter_norms(site, model)
     for index, channel in enumerate(every.copied_from.tolist()):
         if channel >= 0:  # what a split takes off the loss: ε²/2·|λ|
