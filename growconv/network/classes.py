@@ -26,6 +26,7 @@ class Space:
         first: why it cannot grow as it was taken to at first.
         tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
+        lies: of a space made of several, per axis the blocks whose classes lie on it; elsewhere all do.
     """
 
     roots: list[int]
@@ -36,6 +37,7 @@ class Space:
     first: str | None = None
     tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
+    lies: dict[Key, list[int]] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
@@ -49,8 +51,12 @@ class Space:
 
     @property
     def channels(self) -> int:
-        """Channels of a class: what its narrowest producer or consumer has of it, so that groups count in full."""
-        return min(count for (_, side), count in self.counts.items() if side in (OUT, IN))
+        """Channels of a unit: what its narrowest producer or consumer has of it, so that groups count in full."""
+        return min(count * len(self.on(key)) for key, count in self.counts.items() if key[1] in (OUT, IN))
+
+    def on(self, key: Key) -> NDArray[np.int64]:
+        """The blocks whose classes lie on an axis."""
+        return np.asarray(self.lies.get(key, range(self.blocks)), dtype=np.int64)
 
     def paths(self, *sides: str) -> tuple[str, ...]:
         """The layers whose axes of these sides the classes lie on, in forward order."""
@@ -81,13 +87,43 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
                 if key[1] in (OUT, GROUP_OUT):
                     why.setdefault(key, reason)
             continue
-        ordered = sorted(axes, key=lambda axis: (axis[0][1] != OUT, order.get(axis[0][0], len(order)), axis[0]))
+        ordered = sorted(axes, key=lambda axis: _place(axis[0], order))
         signature = tuple((key, count) for key, count, _ in ordered)
         grouped.setdefault(signature, []).append((ordered[0][2], root))
     found = [Space([root for _, root in sorted(classes)], dict(signature)) for signature, classes in grouped.items()]
     first = {space.roots[0]: min(grouped[tuple(space.counts.items())])[0] for space in found}
     found.sort(key=lambda space: (order.get(space.keys[0][0], 0), first[space.roots[0]]))
     return found, why
+
+
+def _place(key: Key, order: Mapping[str, int]) -> tuple[bool, int, Key]:
+    """Producers come first, then all in forward order."""
+    return key[1] != OUT, order.get(key[0], len(order)), key
+
+
+def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Sequence[str]) -> Space | None:
+    """One space of several that only grow together; None where their entries differ in number along an axis.
+
+    Args:
+        members: spaces whose classes are blocks of none yet.
+        rates: how many neighbouring classes of each member a unit takes.
+        last: whether the classes that are too many for whole units, and never grow, are the last; else the first.
+        order: paths of the layers in forward order.
+    """
+    units = min(len(member.roots) // rate for member, rate in zip(members, rates, strict=True) if rate)
+    counts: dict[Key, int] = {}
+    lies: dict[Key, list[int]] = {}
+    columns: list[list[int]] = []
+    for member, rate in zip(members, rates, strict=True):
+        start = 0 if last else len(member.roots) - units * rate
+        for key, count in member.counts.items() if rate else ():
+            if counts.setdefault(key, count) != count:
+                return None
+            lies.setdefault(key, []).extend(range(len(columns), len(columns) + rate))
+        columns += [member.roots[start + block : start + units * rate : rate] for block in range(rate)]
+    keys = sorted(counts, key=lambda key: _place(key, {path: place for place, path in enumerate(order)}))
+    roots = [root for unit in zip(*columns, strict=True) for root in unit]
+    return Space(roots, {key: counts[key] for key in keys}, len(columns), neighbours=True, lies=lies)
 
 
 def collapsed(numbers: Numbers) -> bool:

@@ -1,10 +1,8 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from torch import nn
 
@@ -245,52 +243,14 @@ def analyse(
 def _analysed(
     model: nn.Module, twin: nn.Module, ways: Sequence[Example], strict: Numbers, numbers: Numbers, rehearse: bool
 ) -> tuple[Analysis, Widening]:
-    """The spaces that take other widths; halves that a split needs equal grow together where they must."""
-
-    def widened(numbers: Numbers) -> tuple[Analysis, Widening]:
-        spaces, outputs = spaces_of(numbers)
-        if numbers.repeated:
-            mark_copied(strict, numbers, spaces)
-        _refuse_layers(twin, numbers, spaces)
-        widening = Widening(twin, ways, numbers, spaces, whole_groups)
-        return Analysis(model, numbers, spaces, Layout({}, (), {}), outputs), widening
-
-    def live(each: tuple[Analysis, Widening]) -> int:
-        return len({path for s in each[0].spaces if s.reason is None for path in s.paths(OUT, GROUP_OUT)})
-
-    found = widened(numbers)
-    if not rehearse:
-        found[0].layout = found[1].presume()
-        return found
-    tied, joint = _tied_parts(numbers, found[0].spaces), None
-    if tied is not None:
-        if found[1].takes_all():
-            found[0].layout = found[1].relay()
-            return found
-        found, joint = widened(numbers), widened(tied)
-        possible = live(joint)
-        joint[0].layout = joint[1].prove()
-        if live(joint) == possible:
-            return joint
-    found[0].layout = found[1].prove()
-    return found if joint is None else max(found, joint, key=live)
-
-
-def _tied_parts(numbers: Numbers, spaces: Sequence[Space]) -> Numbers | None:
-    """The numbers with the equal parts of splits tied that belong to different spaces; None where there are none."""
-    owner = {root: space for space in spaces for root in space.roots if space.reason is None}
-    pairs = []
-    for parts in numbers.alike:
-        for first, second in pairwise(parts):
-            for a, b in zip(first, second, strict=True):
-                both = [owner.get(numbers.root(number)) if number >= 0 else None for number in (a, b)]
-                if None not in both and both[0] is not both[1]:
-                    pairs.append((a, b))
-    if not pairs:
-        return None
-    tied = copy.deepcopy(numbers)
-    tied.tie(pairs)
-    return tied
+    """The spaces that take other widths."""
+    spaces, outputs = spaces_of(numbers)
+    if numbers.repeated:
+        mark_copied(strict, numbers, spaces)
+    _refuse_layers(twin, numbers, spaces)
+    widening = Widening(twin, ways, numbers, spaces, whole_groups)
+    layout = widening.prove() if rehearse else widening.presume()
+    return Analysis(model, numbers, spaces, layout, outputs), widening
 
 
 def whole_groups(path: str, module: nn.Module) -> bool:

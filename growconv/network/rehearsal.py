@@ -5,6 +5,8 @@ numbers are sent again. Where the new ones arrive says where every consumer, nor
 must arrive where they did.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.network.classes import Space, Torn, runs_of
+from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
@@ -29,6 +31,9 @@ PATIENCE = 60
 """Rehearsals after which spaces that fail are given no further chance: what the search may cost has an end."""
 Codes = NDArray[np.int64]
 """Per entry of an axis its space, unit and block in one number; -1 for entries that never grow."""
+INTERLEAVED = "its channels are interleaved in a way that is not followed"
+Signature = frozenset[tuple[Key, int]]
+"""The axes that a class lies on, with its entries on each."""
 _UNIT, _SPACE = 1 << 12, 1 << 36
 
 
@@ -38,6 +43,35 @@ class Example:
 
     arguments: Arguments
     training: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Spaces that may grow together.
+
+    Attributes:
+        spaces: all of them.
+        shares: per producer, in what proportion it has outputs of theirs.
+        unit: how often each has as many.
+    """
+
+    spaces: list[Space]
+    shares: dict[Key, int]
+    unit: int
+
+    @classmethod
+    def of(cls, spaces: list[Space]) -> "Group":
+        """The group of some spaces."""
+        outputs = cls(spaces, {}, 0).outputs([len(space.roots) for space in spaces])
+        unit = math.gcd(*outputs.values())
+        return cls(spaces, {key: count // unit for key, count in outputs.items()}, unit)
+
+    def outputs(self, classes: Sequence[int]) -> Counter[Key]:
+        """Per producer the outputs that so many classes of each space are."""
+        found = Counter[Key]()
+        for space, count in zip(self.spaces, classes, strict=True):
+            found.update({key: count * n for key, n in space.counts.items() if key[1] == OUT})
+        return found
 
 
 class Widening:
@@ -56,7 +90,7 @@ class Widening:
         model: nn.Module,
         examples: Sequence[Example],
         numbers: Numbers,
-        spaces: Sequence[Space],
+        spaces: list[Space],
         whole_groups: Callable[[str, nn.Module], bool],
     ) -> None:
         self.examples = examples
@@ -70,6 +104,7 @@ class Widening:
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
         self._bound_once, self._bound_alone = False, set[int]()
+        self._joined_once = False
         self._reached = self._rehearsals = 0
         self._classes = self._classes_of()
         self._groups = {
@@ -82,15 +117,13 @@ class Widening:
 
     def prove(self) -> Layout:
         """Give every space that cannot be widened its reason; the layout of the others."""
-        self._bare_axes()
-        for number, space in enumerate(self.spaces):
-            if space.reason is None and not self._fits(number):
-                self._next_guess(number, "its channels are interleaved in a way that is not followed")
+        self._guess_all()
+        self._join([number for number, space in enumerate(self.spaces) if space.reason == INTERLEAVED])
         while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
             culprits = self._attempt(live)
             if not culprits:
                 break
-            if self._bind_all(live, culprits):
+            if self._bind_all(live, culprits) or self._join_all(culprits):
                 continue
             if len(culprits) > 1 and self._rehearsals < PATIENCE:
                 culprits = self._alone(culprits)
@@ -101,20 +134,17 @@ class Widening:
                     self._next_guess(number, reason)
         return self.relay()
 
-    def takes_all(self) -> bool:
-        """Whether all spaces take other widths as they are taken to at first, if need be with sizes in attributes."""
-        self._bare_axes()
-        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
-        culprits = self._attempt(live)
-        return not culprits or (self._bind_all(live, culprits) and not self._attempt(live))
-
     def presume(self) -> Layout:
         """The layout at the present widths, taken to hold at others."""
+        self._guess_all()
+        return self.relay()
+
+    def _guess_all(self) -> None:
+        """Into how many blocks the classes of each space fall at the present widths."""
         self._bare_axes()
         for number, space in enumerate(self.spaces):
             if space.reason is None and not self._fits(number):
-                self._next_guess(number, "its channels are interleaved in a way that is not followed")
-        return self.relay()
+                self._next_guess(number, INTERLEAVED)
 
     def relay(self) -> Layout:
         """The layout of all spaces that have no reason against them now."""
@@ -151,7 +181,7 @@ class Widening:
 
     def layout(self) -> Layout:
         """Where the channels of all spaces without a reason lie."""
-        channels = tuple(space.blocks * space.channels for space in self.spaces)
+        channels = tuple(space.channels for space in self.spaces)
         return Layout(dict(self.axes), channels, dict(self.dims), tuple(self._attributes()))
 
     def _attempt(self, live: Sequence[int]) -> dict[int, str]:
@@ -176,10 +206,7 @@ class Widening:
         found = Numbers(self.numbers.repeated)
         try:
             with self.pretender.widened(layout, [space.units for space in self.spaces], units):
-                for example in self.examples:
-                    self.pretender.model.train(example.training)
-                    same_chance()
-                    look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
+                self._look(found)
         except LookFailed as failure:
             self._reached = len(found.order)
             line = (str(failure.error).splitlines() or [""])[0][:160]
@@ -187,6 +214,13 @@ class Widening:
             return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
         self._reached = len(self.numbers.order) + 1
         return self._compare(found, layout, units, live)
+
+    def _look(self, found: Numbers) -> None:
+        """Send numbers through the pretending model, in every way."""
+        for example in self.examples:
+            self.pretender.model.train(example.training)
+            same_chance()
+            look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
 
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
@@ -286,6 +320,9 @@ class Widening:
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int] | Mapping[int, int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
+        for number in _spaces(codes):
+            own = axis[:, 0] == number
+            axis[own, 2] = np.searchsorted(self.spaces[number].on(key), axis[own, 2])
         entries = {number: self.spaces[number].counts.get(key, 0) for number in _spaces(codes)}
         return runs_of(np.where(codes[:, None] < 0, -1, axis), units, entries)
 
@@ -329,6 +366,103 @@ class Widening:
                 return
             space.tried.add((blocks, neighbours))
         space.reason = space.first
+
+    # ------------------------------------------------------------------------------------------ what grows together
+
+    def _join_all(self, culprits: Iterable[int]) -> bool:
+        """Join those of the spaces that failed of which splits take parts; tried once."""
+        cut = self._cut() & set(culprits)
+        if self._joined_once or not cut:
+            return False
+        self._joined_once = True
+        return self._join(sorted(cut))
+
+    def _join(self, seeds: Iterable[int]) -> bool:
+        """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.
+
+        All their producers get more outputs, twice as many each time. What becomes of the classes of each space tells
+        how many of them a unit takes, once twice the outputs give twice as many new classes.
+
+        Args:
+            seeds: the spaces to begin with.
+
+        Returns:
+            Whether some were joined.
+        """
+        groups, found, joint, more = self._together([self.spaces[number] for number in seeds]), {}, False, 1
+
+        def rates(group: Group, more: int) -> list[int]:
+            if more not in found:
+                found[more] = self._counted({key: more * n for each in groups for key, n in each.shares.items()})
+            return [found[more][self._signature(space)] - len(space.roots) for space in group.spaces]
+
+        while groups:
+            for group in list(groups):
+                now = rates(group, more)
+                if min(now) < 0 or group.outputs(now) != {key: more * n for key, n in group.shares.items()}:
+                    continue
+                if rates(group, 2 * more) != [2 * rate for rate in now]:
+                    continue
+                if any(rate > len(space.roots) for space, rate in zip(group.spaces, now, strict=True)):
+                    for space in group.spaces:
+                        space.reason = f"its channels only grow together, {more} at a time, more than there are"
+                elif any(self._replaced(group.spaces, now, last) for last in (False, True)):
+                    joint = True
+                else:
+                    continue
+                groups.remove(group)
+            more *= 2
+            groups = [group for group in groups if more < 2 * group.unit]
+        return joint
+
+    def _together(self, seeds: Sequence[Space]) -> list[Group]:
+        """Spaces to begin with, each with those of the same producers, and with others to begin with that it meets."""
+        groups: list[Group] = []
+        known: set[int] = set()
+        for seed in seeds:
+            if id(seed) in known:
+                continue
+            spaces = [seed]
+            for member in spaces:
+                known.add(id(member))
+                near = [each for each in self.spaces if _outputs(each) & _outputs(member)]
+                near += [each for each in seeds if each.counts.keys() & member.counts.keys()]
+                spaces += [each for each in {id(each): each for each in near}.values() if id(each) not in known]
+                known.update(id(each) for each in near)
+            groups += [Group.of(spaces)] if len(spaces) > 1 else []
+        return groups
+
+    def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
+        """The classes of every signature once layers have so many more outputs; none where the code takes no such."""
+        space, found = len(self.spaces), Numbers(self.numbers.repeated)
+        axes = {key: (Run(None, self.sizes[key]), Run(space, 1, n, tuple(range(n)))) for key, n in more.items()}
+        try:
+            with self.pretender.widened(Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
+                self._look(found)
+        except LookFailed:
+            return Counter()
+        return Counter(
+            frozenset((key, count) for key, count, _ in axes if key[0] not in self.dims)
+            for axes in found.signatures().values()
+        )
+
+    def _signature(self, space: Space) -> Signature:
+        return frozenset(each for each in space.counts.items() if each[0][0] not in self.dims)
+
+    def _replaced(self, members: Sequence[Space], rates: Sequence[int], last: bool) -> bool:
+        """Put one space in the place of several, as `joined` makes it, where its classes form runs."""
+        joint, before = joined(members, rates, last, self.numbers.order), list(self.spaces)
+        if joint is None:
+            return False
+        place = next(number for number, space in enumerate(before) if any(space is member for member in members))
+        self.spaces[:] = [space for space in before if all(space is not member for member in members)]
+        self.spaces.insert(place, joint)
+        self._classes = self._classes_of()
+        if self._fits(place):
+            return True
+        self.spaces[:] = before
+        self._classes = self._classes_of()
+        return False
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
 
@@ -447,9 +581,13 @@ class Widening:
     def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
         """Space, unit and block of every entry of an axis as the layout has it."""
         owners = layout.owners(key, units)
-        entries = np.array([max(1, space.counts.get(key, 1)) for space in self.spaces] + [1])
-        codes = owners[:, 0] * _SPACE + owners[:, 1] * _UNIT + owners[:, 2] // entries[owners[:, 0]]
-        return np.where(owners[:, 0] < 0, -1, codes)
+        codes = np.full(len(owners), -1, dtype=np.int64)
+        for number in np.unique(owners[owners[:, 0] >= 0, 0]).tolist():
+            own, space = owners[:, 0] == number, self.spaces[number]
+            place = owners[own, 2] // max(1, space.counts.get(key, 1))
+            blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
+            codes[own] = number * _SPACE + owners[own, 1] * _UNIT + blocks[np.minimum(place, len(blocks) - 1)]
+        return codes
 
     def _arrivals(self, key: Key, actual: Codes, expected: Codes, units: Sequence[int]) -> dict[int, str]:
         """Read off where channels arrive, for spaces of one unit, which do not tell it before; else who is to blame."""
@@ -468,6 +606,10 @@ class Widening:
         return dict.fromkeys(
             involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more"
         )
+
+
+def _outputs(space: Space) -> set[Key]:
+    return {key for key in space.counts if key[1] == OUT}
 
 
 def _spaces(codes: Codes) -> set[int]:

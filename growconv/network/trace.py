@@ -47,7 +47,6 @@ class Numbers:
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
             path, attribute, index in a list): the numbers of the entries that it counts.
         cuts: what slices and splits of several channels took, one after the other.
-        alike: the parts of each split into equal ones.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
         order: paths of the layers in the order of their first call.
@@ -65,7 +64,6 @@ class Numbers:
         self.shapes: dict[str, torch.Size] = {}
         self.literals: dict[tuple[str, str, int | None], list[int]] = {}
         self.cuts: list[list[int]] = []
-        self.alike: list[list[list[int]]] = []
         self._parents: list[int] = []
         self._first: dict[Key, tuple[int, int]] = {}
 
@@ -461,8 +459,6 @@ class _Mode(TorchDispatchMode):
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
             if any(_numbered(part) for part in parts):
                 self.numbers.cuts += parts
-                if len({len(part) for part in parts}) == 1:
-                    self.numbers.alike.append(parts)
                 self._note(given, parts)
         elif name == "slice":
             dim = args[1] if args[1:] else 0

@@ -54,6 +54,22 @@ def shuffle(y: Tensor, groups: int) -> Tensor:
     return y.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
 
 
+def shuffled_units(units: int = 2, channels: int = 10) -> Net:
+    """Half of the channels goes by each unit, the other half through a layer, and both are shuffled (ShuffleNet V2)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = shuffle(torch.cat([m.a(x), m.b(F.relu(x))], 1), 2)
+        for unit in range(units):
+            by, through = y.chunk(2, 1)
+            y = shuffle(torch.cat([by, F.relu(getattr(m, f"unit{unit}")(through))], 1), 2)
+        return m.c(y)
+
+    layers = {f"unit{unit}": nn.Conv2d(channels, channels, 3, padding=1) for unit in range(units)}
+    return Net(
+        forward, a=nn.Conv2d(3, channels, 1), b=nn.Conv2d(3, channels, 1), c=nn.Conv2d(2 * channels, 2, 1), **layers
+    )
+
+
 def temporal_shift(_: Net, y: Tensor) -> Tensor:
     """A quarter of the channels moves up, a quarter down, by assignment to slices."""
     part, out = y.size(1) // 4, torch.zeros_like(y)
@@ -238,6 +254,7 @@ CASES: dict[str, Case] = {
         ),
         {"stem -> a": 3, "a -> b": 9},
     ),
+    "shuffled units": Case(shuffled_units, {"a + 3 more -> unit0, unit1, c": 4}),
     "pixel shuffle": Case(module(lambda: nn.PixelShuffle(2), inputs=2), ONE),
     "pixel shuffle, padded and pooled": Case(
         between(lambda _, y: F.avg_pool2d(F.pad(F.pixel_shuffle(y, 2), (1, 0, 1, 0)), 2, 1), inputs=2), ONE

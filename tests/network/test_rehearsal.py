@@ -11,7 +11,7 @@ from growconv.network.find import analyse, explain_sites, find_sites, whole_grou
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.rehearsal import Pretender, resize_attribute
 from growconv.network.trace import Numbers, look
-from tests.network import referee
+from tests.network import between_layers, referee
 from tests.network.hand import Net
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -111,6 +111,25 @@ def test_halves_that_a_split_needs_equal_grow_together() -> None:
     assert (site.name, site.width, site.granularity) == ("a + b -> b, c", 4, 1)
     assert site.ratio("a", OUT) == site.ratio("c") == 2
     referee.check(model, X, [site])
+
+
+def test_units_of_a_joint_space_and_the_channels_that_are_too_many_for_them() -> None:
+    """Of 10 channels 2 are too many for units of 4; each of their layers gets as many new ones as the others."""
+    model = between_layers.shuffled_units().double()
+    (site,) = find_sites(model, X)
+    assert (site.width, site.granularity) == (8, 4)
+    assert {path: site.ratio(path, OUT) for path in site.producers} == dict.fromkeys(site.producers, 1)
+    assert {path: site.ratio(path) for path in site.consumers} == {"unit0": 1, "unit1": 1, "c": 2}
+    grown = referee.check(model, X, [site], units=[3]).model
+    assert [(each.width, each.granularity) for each in find_sites(grown, X)] == [(20, 4)]
+
+
+def test_a_unit_of_more_channels_than_there_are_is_no_site() -> None:
+    table = explain_sites(between_layers.shuffled_units(units=4, channels=14).double(), X)
+    reasons = {row.path: row.reason for row in table}
+    assert not any(row.growable for row in table)
+    assert reasons.pop("c") == "it is the model's output"
+    assert set(reasons.values()) == {"its channels only grow together, 16 at a time, more than there are"}
 
 
 def test_parts_whose_sizes_follow_stay_sites_of_their_own() -> None:

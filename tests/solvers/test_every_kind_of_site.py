@@ -14,6 +14,7 @@ from growconv.errors import GrowthError
 from growconv.network.site import GrowthSite
 from growconv.solvers import SOLVERS, get_solver
 from tests.network import hand
+from tests.network.between_layers import shuffled_units
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fewer kept samples"),
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[[], tuple[hand.Net, Tensor]]] = {
         ),
         torch.randn(6, 3, 8, 8),
     ),
+    "shuffled units": lambda: (shuffled_units(), torch.randn(6, 3, 5, 5)),
 }  # fmt: skip
 
 
