@@ -32,7 +32,7 @@ OUTPUT, DEPENDENT, LITERAL, JOINT, INTERLEAVED, OTHER = (
     "the model's output",
     "channels that depend on each other",
     "literal sizes in the code",
-    "only grows together with others",
+    "only grow together",
     "interleaved with others",
     "other",
 )
@@ -218,7 +218,7 @@ def _class_of(row: LayerRow) -> str:
     reason = str(row.reason)
     if "model's output" in reason:
         return OUTPUT
-    if "only grows together" in reason:
+    if "together" in reason:
         return JOINT
     if "interleaved" in reason:
         return INTERLEAVED

@@ -26,7 +26,8 @@ class Space:
         first: why it cannot grow as it was taken to at first.
         tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
-        lies: of a space made of several, per axis the blocks whose classes lie on it; elsewhere all do.
+        alone: it was tried whether it grows together with others.
+        lies: of a space made of several, per axis the block of every entry of a unit, ascending; `counts` is 1 there.
     """
 
     roots: list[int]
@@ -37,6 +38,7 @@ class Space:
     first: str | None = None
     tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
+    alone: bool = False
     lies: dict[Key, list[int]] = field(default_factory=dict)
 
     @property
@@ -55,7 +57,7 @@ class Space:
         return min(count * len(self.on(key)) for key, count in self.counts.items() if key[1] in (OUT, IN))
 
     def on(self, key: Key) -> NDArray[np.int64]:
-        """The blocks whose classes lie on an axis."""
+        """The blocks whose classes lie on an axis, one for each `counts` entries of a unit."""
         return np.asarray(self.lies.get(key, range(self.blocks)), dtype=np.int64)
 
     def paths(self, *sides: str) -> tuple[str, ...]:
@@ -101,8 +103,8 @@ def _place(key: Key, order: Mapping[str, int]) -> tuple[bool, int, Key]:
     return key[1] != OUT, order.get(key[0], len(order)), key
 
 
-def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Sequence[str]) -> Space | None:
-    """One space of several that only grow together; None where their entries differ in number along an axis.
+def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Sequence[str]) -> Space:
+    """One space of several that only grow together.
 
     Args:
         members: spaces whose classes are blocks of none yet.
@@ -111,19 +113,17 @@ def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Se
         order: paths of the layers in forward order.
     """
     units = min(len(member.roots) // rate for member, rate in zip(members, rates, strict=True) if rate)
-    counts: dict[Key, int] = {}
     lies: dict[Key, list[int]] = {}
     columns: list[list[int]] = []
     for member, rate in zip(members, rates, strict=True):
         start = 0 if last else len(member.roots) - units * rate
         for key, count in member.counts.items() if rate else ():
-            if counts.setdefault(key, count) != count:
-                return None
-            lies.setdefault(key, []).extend(range(len(columns), len(columns) + rate))
+            blocks = range(len(columns), len(columns) + rate)
+            lies.setdefault(key, []).extend(block for block in blocks for _ in range(count))
         columns += [member.roots[start + block : start + units * rate : rate] for block in range(rate)]
-    keys = sorted(counts, key=lambda key: _place(key, {path: place for place, path in enumerate(order)}))
+    keys = sorted(lies, key=lambda key: _place(key, {path: place for place, path in enumerate(order)}))
     roots = [root for unit in zip(*columns, strict=True) for root in unit]
-    return Space(roots, {key: counts[key] for key in keys}, len(columns), neighbours=True, lies=lies)
+    return Space(roots, dict.fromkeys(keys, 1), len(columns), neighbours=True, lies=lies)
 
 
 def collapsed(numbers: Numbers) -> bool:
@@ -169,7 +169,7 @@ class Torn(Exception):
 
 
 def runs_of(
-    axis: NDArray[np.int64], units: Sequence[int] | Mapping[int, int], entries: Mapping[int, int]
+    axis: NDArray[np.int64], units: Sequence[int] | Mapping[int, int], entries: Sequence[int] | Mapping[int, int]
 ) -> tuple[Run, ...]:
     """The runs that an axis is made of.
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -51,20 +52,20 @@ class Group:
 
     Attributes:
         spaces: all of them.
-        shares: per producer, in what proportion it has outputs of theirs.
-        unit: how often each has as many.
     """
 
     spaces: list[Space]
-    shares: dict[Key, int]
-    unit: int
 
-    @classmethod
-    def of(cls, spaces: list[Space]) -> "Group":
-        """The group of some spaces."""
-        outputs = cls(spaces, {}, 0).outputs([len(space.roots) for space in spaces])
-        unit = math.gcd(*outputs.values())
-        return cls(spaces, {key: count // unit for key, count in outputs.items()}, unit)
+    @cached_property
+    def unit(self) -> int:
+        """How often the producers have as many outputs of theirs as `shares` says."""
+        return math.gcd(*self.outputs([len(space.roots) for space in self.spaces]).values())
+
+    @cached_property
+    def shares(self) -> dict[Key, int]:
+        """Per producer in what proportion it has outputs of theirs."""
+        outputs = self.outputs([len(space.roots) for space in self.spaces])
+        return {key: count // self.unit for key, count in outputs.items()}
 
     def outputs(self, classes: Sequence[int]) -> Counter[Key]:
         """Per producer the outputs that so many classes of each space are."""
@@ -104,7 +105,6 @@ class Widening:
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
         self._bound_once, self._bound_alone = False, set[int]()
-        self._joined_once = False
         self._reached = self._rehearsals = 0
         self._classes = self._classes_of()
         self._groups = {
@@ -370,12 +370,8 @@ class Widening:
     # ------------------------------------------------------------------------------------------ what grows together
 
     def _join_all(self, culprits: Iterable[int]) -> bool:
-        """Join those of the spaces that failed of which splits take parts; tried once."""
-        cut = self._cut() & set(culprits)
-        if self._joined_once or not cut:
-            return False
-        self._joined_once = True
-        return self._join(sorted(cut))
+        """Join those of the spaces that failed of which splits take parts; each is tried once."""
+        return self._join(number for number in sorted(self._cut() & set(culprits)) if not self.spaces[number].alone)
 
     def _join(self, seeds: Iterable[int]) -> bool:
         """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.
@@ -389,30 +385,32 @@ class Widening:
         Returns:
             Whether some were joined.
         """
-        groups, found, joint, more = self._together([self.spaces[number] for number in seeds]), {}, False, 1
+        waiting = self._together([self.spaces[number] for number in seeds])
+        found, joint, more = {}, False, 1
 
         def rates(group: Group, more: int) -> list[int]:
             if more not in found:
-                found[more] = self._counted({key: more * n for each in groups for key, n in each.shares.items()})
+                found[more] = self._counted({key: more * n for each in waiting for key, n in each.shares.items()})
             return [found[more][self._signature(space)] - len(space.roots) for space in group.spaces]
 
-        while groups:
-            for group in list(groups):
+        while waiting:
+            for group in waiting:
                 now = rates(group, more)
                 if min(now) < 0 or group.outputs(now) != {key: more * n for key, n in group.shares.items()}:
                     continue
                 if rates(group, 2 * more) != [2 * rate for rate in now]:
                     continue
                 if any(rate > len(space.roots) for space, rate in zip(group.spaces, now, strict=True)):
+                    least = more * min(group.shares.values())
                     for space in group.spaces:
-                        space.reason = f"its channels only grow together, {more} at a time, more than there are"
+                        space.reason = f"its channels only grow together, {least} or more at a time, and are too few"
                 elif any(self._replaced(group.spaces, now, last) for last in (False, True)):
                     joint = True
                 else:
                     continue
-                groups.remove(group)
+                waiting = [each for each in waiting if each is not group]
             more *= 2
-            groups = [group for group in groups if more < 2 * group.unit]
+            waiting = [group for group in waiting if more < 2 * group.unit]
         return joint
 
     def _together(self, seeds: Sequence[Space]) -> list[Group]:
@@ -429,7 +427,9 @@ class Widening:
                 near += [each for each in seeds if each.counts.keys() & member.counts.keys()]
                 spaces += [each for each in {id(each): each for each in near}.values() if id(each) not in known]
                 known.update(id(each) for each in near)
-            groups += [Group.of(spaces)] if len(spaces) > 1 else []
+            for space in spaces:
+                space.alone = True
+            groups += [Group(spaces)] if len(spaces) > 1 else []
         return groups
 
     def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
@@ -452,8 +452,6 @@ class Widening:
     def _replaced(self, members: Sequence[Space], rates: Sequence[int], last: bool) -> bool:
         """Put one space in the place of several, as `joined` makes it, where its classes form runs."""
         joint, before = joined(members, rates, last, self.numbers.order), list(self.spaces)
-        if joint is None:
-            return False
         place = next(number for number, space in enumerate(before) if any(space is member for member in members))
         self.spaces[:] = [space for space in before if all(space is not member for member in members)]
         self.spaces.insert(place, joint)

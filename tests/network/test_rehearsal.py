@@ -129,7 +129,7 @@ def test_a_unit_of_more_channels_than_there_are_is_no_site() -> None:
     reasons = {row.path: row.reason for row in table}
     assert not any(row.growable for row in table)
     assert reasons.pop("c") == "it is the model's output"
-    assert set(reasons.values()) == {"its channels only grow together, 16 at a time, more than there are"}
+    assert set(reasons.values()) == {"its channels only grow together, 16 or more at a time, and are too few"}
 
 
 def test_parts_whose_sizes_follow_stay_sites_of_their_own() -> None:
