@@ -1,5 +1,6 @@
 """What a model costs, followed through growth without a new forward pass; and what computing costs, as it is done."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -117,12 +118,22 @@ class ModelCost:
         """FLOPs that so many weight entries cost in one layer, per sample."""
         return 2.0 * weight_entries * self.locations.get(path, 0.0)
 
-    def entries(self, path: str) -> float:
-        """About how many entries a layer reads and writes, per sample."""
-        if path not in self.locations:
-            return 0.0
+    def activations(self) -> float:
+        """About how many bytes a training step keeps of one sample: what each layer and norm gives on."""
+        norms = sum(map(layers.is_norm, self.model.modules()))
+        entries = sum(self._entries(path, OUT) for path in self.locations)
+        return 4 * entries * (1 + norms / max(1, len(self.locations)))
+
+    def held(self, site: Site) -> float:
+        """About how many bytes a site's x, h and v take, per sample."""
+        entries = sum(self._entries(path, IN) for path in (*site.producers, *site.consumers))
+        return 4 * (entries + sum(self._entries(path, OUT) for path in site.consumers))
+
+    def _entries(self, path: str, side: str) -> float:
+        """Entries that a layer reads or gives, per sample."""
         layer = layers.weighted(self.model.get_submodule(path))
-        return self.locations[path] * (layer.size(IN) + layer.size(OUT))
+        stride = getattr(layer.module, "stride", ()) if side == IN and not layers.is_transposed(layer.module) else ()
+        return self.locations.get(path, 0.0) * math.prod(stride) * layer.size(side)
 
     def channel(self, site: Site) -> tuple[float, float]:
         """What one more channel costs at the site's present shapes.

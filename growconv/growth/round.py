@@ -3,7 +3,7 @@
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
 from growconv.growth.pruning import PruneBack, norm_scores
+from growconv.network import layers
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
@@ -34,9 +35,9 @@ from growconv.solvers.sampling import Found, gains_known, until_known
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
-ROOM_BYTES = 2**28
-"""What the kept samples of all sites may take in any case; beyond half of what a training step holds, and beyond this,
-sites are collected and solved in several parts, each from its own passes over the batches."""
+ROOM_BYTES = 2**25
+"""What statistics and samples may take in any case. Beyond this, and beyond half of what a training step holds, sites
+are collected and solved in several parts, each from its own passes over the batches."""
 
 Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
 """What a site is offered, ‖v‖²/n there, the samples behind it, and `Proposal.slopes`."""
@@ -88,28 +89,55 @@ def _slopes(subject: PairStatistics, channels: int) -> Tensor:
     return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
 
 
-def parts_of(sites: Sequence[Site], cost: ModelCost, kept: int, batches: Sequence[Batch]) -> list[list[int]]:
-    """The indices of sites, in parts whose kept samples leave a round's memory near that of a training step.
+def parts_of(
+    sites: Sequence[Site], cost: ModelCost, reads: Set[str], kept: int, batches: Sequence[Batch]
+) -> list[tuple[list[int], int]]:
+    """Sites in parts whose statistics leave a round's memory near that of a training step.
 
     Args:
         sites: in order.
         cost: knows the sizes of their maps.
-        kept: samples that are kept for a site; 0: none.
+        reads: the statistics that are collected.
+        kept: samples that are kept for a site, where `reads` has them.
         batches: one of them stands for a training batch.
+
+    Returns:
+        For each part the indices of its sites, and how many bytes of further batches it has room for.
     """
-    held = 3 * batch_size(batches[0][0]) * sum(cost.entries(path) for path in cost.locations) / 2  # of maps and norms
-    room = max(held / 2, ROOM_BYTES / 4)
-    samples = min(kept, sum(batch_size(inputs) for inputs, _ in batches))
-    parts: list[list[int]] = []
+    samples = sum(batch_size(inputs) for inputs, _ in batches)
+    kept = min(kept, samples) if "samples" in reads else 0
+    room = max(cost.activations() * batch_size(batches[0][0]) / 2, ROOM_BYTES)
+    parts: list[tuple[list[int], int]] = []
     taken = math.inf
     for index, site in enumerate(sites):
-        own = samples * sum(cost.entries(path) for path in (*site.producers, *site.consumers))
+        own = 0.0 if site.own_method else kept * cost.held(site) + moment_bytes(cast(GrowthSite, site), reads)
         if taken + own > room:
-            parts.append([])
+            parts.append(([], 0))
             taken = 0.0
-        parts[-1].append(index)
         taken += own
+        parts[-1] = ([*parts[-1][0], index], max(0, int(room - taken)))
     return parts
+
+
+def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
+    """What the averages of a site take, in float64.
+
+    Args:
+        site: a site; one without closed form has none.
+        reads: the statistics that are collected.
+    """
+    if not site.closed_form:
+        return 0
+    first = layers.weighted(site.model.get_submodule(site.producers[0])).filters()
+    patch = first[0].numel() + 1
+    entries = patch**2 if "patch" in reads else 0
+    for path in site.consumers:
+        second = layers.weighted(site.model.get_submodule(path)).filters()
+        own, taps = second[0].numel() + 1, second[0, 0].numel()
+        sizes = {"S": patch**2, "S_full": (patch * taps) ** 2, "N_raw": patch * taps * len(second)}
+        sizes["N"] = own * (own + len(second)) + sizes["N_raw"]
+        entries += sum(size for name, size in sizes.items() if name in reads)
+    return 8 * entries
 
 
 def checked_batches(batches: Iterable[Any]) -> list[Batch]:
@@ -207,21 +235,22 @@ class Round:
         ranks = [cast(RankSite, site) for site in growing if site.own_method == "rank"]
         moments: dict[str, RankStatistics] = {}
         kept = self.collection.options.get("keep_samples", self.solver.keep_samples)
-        kept = kept if "samples" in self.solver.reads else 0
+        reads = self.solver.reads | (set() if self.collection.relative_error is None else {"samples"})
+        reads |= {"N_raw"} if self.collection.slopes else set()
         answers: list[Answer] = []
         with undisturbed(self.model):
             if ranks:
                 with self.stopwatch.phase("collect"):
                     moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
-            for part in from_first(lambda: parts_of(growing, self.cost, kept, self.fitting), device):
+            for part, room in from_first(lambda: parts_of(growing, self.cost, reads, kept, self.fitting), device):
                 statistics: Found = {}  # those of the part before are gone now
                 own: dict[Site, Channels] = {growing[index]: sites[growing[index]] for index in part}
                 wanted: dict[GrowthSite, Channels] = {
                     cast(GrowthSite, site): asked for site, asked in own.items() if site.own_method is None
                 }
-                if (self.solver.reads or self.collection.slopes) and wanted:
+                if reads and wanted:
                     with self.stopwatch.phase("collect"):
-                        statistics = self._collected(wanted)
+                        statistics = self._collected(wanted, reads, room)
                 with self.stopwatch.phase("solve"):
                     answers += from_first(partial(self._answers, own, statistics, moments), device)
         return [
@@ -229,13 +258,13 @@ class Round:
             for site, (growth, energy, samples, slopes) in zip(growing, answers, strict=True)
         ]
 
-    def _collected(self, asked: Mapping[GrowthSite, Channels]) -> Found:
+    def _collected(self, asked: Mapping[GrowthSite, Channels], reads: Set[str], room: int) -> Found:
         """Statistics over all processes: of all batches, or of as many as make the gains known."""
         model, solver, collection = self.model, self.solver, self.collection
         error = collection.relative_error
-        reads = solver.reads | (set() if error is None else {"samples"}) | ({"N_raw"} if collection.slopes else set())
         keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
-        settings = {"quantities": reads, "hold": world_size() == 1, **keep, **collection.options}
+        hold = room if world_size() == 1 else 0
+        settings = {"quantities": reads, "hold_bytes": hold, **keep, **collection.options}
 
         def collect(part: Sequence[Batch]) -> Found:
             own = collect_statistics(model, asked, part, self.loss, run=agreed, average=reduce_statistics, **settings)

@@ -86,6 +86,7 @@ def _run(collector: StatisticsCollector, batches: Iterable[object], loss: Callab
         collector.loss_computed()
         if collector.outputs:
             torch.autograd.grad(value, collector.outputs, allow_unused=True)
+        del value  # with all that its graph holds before the first of these outputs
     if not count:
         raise StatisticsError("statistics of zero samples", got="no batches", fix="pass at least one batch")
 

@@ -75,11 +75,12 @@ class StatisticsCollector:
             together with samples, and then it is left out) and samples; None for S and N. A solver's
             `reads` fits.
         path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
-        scratch_bytes: bound on temporary memory, on P and S_full of a consumer, and on what all consumers together hold
-            beyond kept samples (256 MiB). P and S_full that would be larger are left out (None).
-        hold: hold the batches' x, h and v for N as long as they fit. Where they do not, or with False, N takes P,
-            which costs about as much as all else together, and where P does not fit either, a second pass over the
-            same batches, see `second_pass`. Several processes must not hold, since they share W*.
+        scratch_bytes: bound on temporary memory, and on P and S_full of a consumer (256 MiB). P and S_full that would
+            be larger are left out (None).
+        hold_bytes: what all consumers together may hold of the batches' x, h and v for N, beyond kept samples. What is
+            more takes a second pass over the same batches, see `second_pass`. None: `scratch_bytes`, and beyond them N
+            takes P, which costs about as much as all else together, and only where P does not fit either the second
+            pass. 0 holds nothing, as several processes must, since they share W*.
         loss_scale: factor that the loss was multiplied by before backward(): a number, or a GradScaler.
         nonfinite: "error" raises when an activation or gradient is infinite or NaN, "skip" leaves the batch out.
 
@@ -107,7 +108,7 @@ class StatisticsCollector:
         quantities: Iterable[str] | None = None,
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
-        hold: bool = True,
+        hold_bytes: int | None = None,
         loss_scale: float | Scaler = 1.0,
         nonfinite: str = "error",
     ) -> None:
@@ -123,11 +124,13 @@ class StatisticsCollector:
                 raise ArgumentValueError(f"there is no such {label}", expected=" or ".join(allowed), got=repr(value))
         if scratch_bytes < 1:
             raise ArgumentValueError("scratch_bytes must be positive", got=scratch_bytes)
+        if hold_bytes is not None and hold_bytes < 0:
+            raise ArgumentValueError("hold_bytes must not be negative", got=hold_bytes)
         self.reduction = reduction
         self.keep_samples = keep_samples
         self.path = path
         self.scratch_bytes = scratch_bytes
-        self.hold = hold
+        self.hold_bytes = hold_bytes
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
         self._collected = [self._prepare(site) for site in given]
@@ -142,11 +145,12 @@ class StatisticsCollector:
         self._updates: dict[tuple[str, str], Tensor] = {}
         self._measurements: list[Measurement] = []
         self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
-        self._waiting: dict[str, int] = {}  # per producer how many consumers wait for its input
+        self._waiting: dict[str, int] = {}  # per layer how often a call's input is asked for
         for collected in self._collected:
             self._measurements += collected.consumers.values()
             for path, consumer in collected.consumers.items():
                 self._consumed.setdefault(path, []).append((collected, consumer))
+                self._waiting[path] = self._waiting.get(path, 0) + 1
             for path in collected.site.producers:
                 self._waiting[path] = self._waiting.get(path, 0) + len(collected.consumers)
 
@@ -159,7 +163,7 @@ class StatisticsCollector:
         self._handles.append(self.model.register_forward_pre_hook(self._begin))
         self._handles.append(self.model.register_forward_hook(self._stop_tape, always_call=True))
         self._handles.append(self.model.register_forward_hook(self._end))
-        for path in dict.fromkeys([*self._waiting, *self._consumed]):
+        for path in self._waiting:
             layer = self.model.get_submodule(path)
             self._handles.append(layer.register_forward_hook(partial(self._called, path), with_kwargs=True))
         return self
@@ -327,6 +331,7 @@ class StatisticsCollector:
             if batch is not None:
                 divided = batch.samples > missing and batch.divisible
                 collected.kept.append(batch.part(slice(0, missing)) if divided else batch)
+        loss.passes.clear()  # each knows its loss, and such a circle would keep its tensors for long
 
     def loss_computed(self) -> None:
         """Say that the loss is computed: gradients that come before, after `next_loss`, would be part of it."""
@@ -337,8 +342,7 @@ class StatisticsCollector:
             return
         if self._loss.differentiated:
             self.next_loss(told=False)
-        self._pass = Pass(self._loss)
-        self._loss.passes.append(self._pass)
+        self._pass = self._loss.new_pass()
         if not self._second and any(self._wants_samples(collected) for collected in self._collected):
             self._tape = Tape(self.model)
             self._tape.__enter__()
@@ -392,12 +396,11 @@ class StatisticsCollector:
             )
         each = self._pass
         if each is None:  # a layer that is called outside of the model's own forward
-            each = self._pass = Pass(self._loss)
-            self._loss.passes.append(each)
+            each = self._pass = self._loss.new_pass()
         calls = each.inputs.setdefault(path, [])
         index = len(calls)
         calls.append(tensor)
-        each.waiting.setdefault(path, []).append(self._waiting.get(path, 0))
+        each.waiting.setdefault(path, []).append(self._waiting[path])
         if path not in self._consumed:
             return None
         each.shapes.setdefault(path, []).append(output.shape)
@@ -421,25 +424,11 @@ class StatisticsCollector:
             done = each.loss.differentiated = True
             with full_precision(gradient.device):
                 for collected, consumer in self._consumed[path]:
-                    self._measure(collected, consumer, module, each, tensor, gradient.detach(), index)
+                    self._measure(collected, consumer, module, each, gradient.detach(), index)
 
         output.register_hook(backward)
         self._outputs.append(get_gradient_edge(output))  # stays right when the output is overwritten in place
         return replaced
-
-    def _inputs_of(self, site: GrowthSite, consumer: str, index: int, each: Pass) -> dict[str, Tensor]:
-        inputs = {}
-        for producer in site.producers:
-            tensor = each.take(producer, index)
-            if tensor is None:
-                raise StatisticsError(
-                    "the consumer was called more often than the producer, or before it",
-                    where=site.name,
-                    got=f"call {index + 1} of {consumer}, {len(each.inputs.get(producer, ()))} calls of {producer}",
-                    fix="leave this site out: its calls cannot be paired",
-                )
-            inputs[producer] = tensor
-        return inputs
 
     # ---------------------------------------------------------------------------------------------- one call
 
@@ -449,7 +438,6 @@ class StatisticsCollector:
         consumer: Measurement,
         module: nn.Module,
         each: Pass,
-        h: Tensor,
         gradient: Tensor,
         index: int,
     ) -> None:
@@ -457,24 +445,27 @@ class StatisticsCollector:
         if not self._second:
             self._finished = None
         sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
-        if sums is None:
+        kept = copied_calls(each, site, self.model)
+        h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
+        if sums is None or h is None:
             return
-        kept = copied_calls(each, collected.site, self.model)
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
         copy = own is None and not self._second and bool(sums.quantities)  # what waits must stay as it is
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
         v = batched(gradient, module).to(exact)
         v = v * (-(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale())
-        x = {}
-        if sums.quantities:
-            found = self._inputs_of(site, consumer.path, index, each)
-            x = {
-                path: (batched(t, self.model.get_submodule(path)) if own is None else own.x[path][index]).to(
-                    exact, copy=copy
+        x: dict[str, Tensor] = {}
+        for path, found in zip(site.producers, inputs, strict=True) if sums.quantities else ():
+            if found is None:
+                raise StatisticsError(
+                    "the consumer was called more often than the producer, or before it",
+                    where=site.name,
+                    got=f"call {index + 1} of {consumer.path}, {len(each.inputs.get(path, ()))} calls of {path}",
+                    fix="leave this site out: its calls cannot be paired",
                 )
-                for path, t in found.items()
-            }
+            found = batched(found, self.model.get_submodule(path)) if own is None else own.x[path][index]
+            x[path] = found.to(exact, copy=copy)
         if not self._finite(collected, consumer, each, x, h, v):
             return
         if kept is not None:
@@ -492,7 +483,8 @@ class StatisticsCollector:
             return
         size = batch.size if own is None else 0  # kept samples are there anyway
         held = sum(each.held_bytes for each in self._measurements)
-        consumer.add(batch, size if self.hold and held + size <= self.scratch_bytes else None)
+        room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
+        consumer.add(batch, size if room and held + size <= room else None, self.hold_bytes is None)
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.
@@ -500,7 +492,7 @@ class StatisticsCollector:
         Those of the loss, once; those of every pass where nobody said what is one loss and it is a sum.
         """
         separate = self.reduction == "sum" and not each.loss.told
-        key = (site, path, each.loss.passes.index(each) if separate else 0)
+        key = (site, path, each.number if separate else 0)
         if key in each.loss.counted:
             return 0
         each.loss.counted.add(key)

@@ -130,7 +130,7 @@ class ConsumerStatistics:
             raise StatisticsError(
                 "P, which other processes need, is larger than scratch_bytes",
                 where=self.consumer,
-                fix="collect with hold=False and a second pass, or with a larger scratch_bytes",
+                fix="collect with hold_bytes=0 and a second pass, or with a larger scratch_bytes",
             )
         found = {name: value for name, value in (("N_raw", self.N_raw), ("P", self.P)) if value is not None}
         return replace(self, moments=self.moments | found, held=None)

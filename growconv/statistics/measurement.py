@@ -17,8 +17,8 @@ from growconv.statistics.sums import entries_text, full_precision
 class Measurement:
     """One consumer of one site.
 
-    N takes W*, which is known at the end. Batches are held for it while there is room; beyond that P is summed; where P
-    does not fit either, N comes from a second pass over the same batches.
+    N takes W*, which is known at the end. Batches are held for it while there is room; beyond that P is summed, or N
+    comes from a second pass over the same batches.
 
     Attributes:
         path: module path of the consumer.
@@ -53,21 +53,24 @@ class Measurement:
             self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
             self.sums.quantities -= self.waiting
 
-    def add(self, batch: HeldBatch, size: int | None) -> None:
+    def add(self, batch: HeldBatch, size: int | None, projects: bool) -> None:
         """Add a batch.
 
         Args:
             batch: its tensors; they stay as they are.
             size: bytes that holding it takes; None where it must not be held.
+            projects: whether P may be summed in the place of held batches.
         """
         if self.waiting and size is not None:
             self.held.append(batch)
             self.held_bytes += size
         elif self.waiting:
-            self._settle(batch.problem.projection_entries)
+            self._settle(batch.problem.projection_entries, projects)
         if sum(each.size for each in (*self.small, batch)) > GROUP_BYTES:
             self.sum_up()
         self.small.append(batch)
+        if self.second_pass:
+            self.sum_up()  # for want of room
 
     def sum_up(self) -> None:
         """Sum what has waited for more."""
@@ -76,17 +79,17 @@ class Measurement:
             with full_precision(each.v.device):
                 self.sums.add(each.problem, each.x, each.h, each.v, samples=each.samples)
 
-    def _settle(self, entries: int) -> None:
-        """Hold no longer: sum P, or leave N to a second pass where P does not fit."""
+    def _settle(self, entries: int, projects: bool) -> None:
+        """Hold no longer: sum P, or leave N to a second pass."""
         self.sum_up()
         names, self.waiting = self.waiting, frozenset()
-        if 8 * entries > self.sums.scratch_bytes:
-            names -= {"P"}
-            self.second_pass = (
-                f"P would have {entries_text(entries)}, more than scratch_bytes: "
-                "N comes from a second pass over the same batches"
-            )
         held, self.held, self.held_bytes = self.held, [], 0
+        if not projects or 8 * entries > self.sums.scratch_bytes:
+            reason = (
+                f"P would have {entries_text(entries)}, more than scratch_bytes" if projects else "hold_bytes are full"
+            )
+            self.second_pass = f"{reason}: N comes from a second pass over the same batches"
+            return
         for each in grouped(held):
             self.sums.add_only(names, each.problem, each.x, each.h, each.v)
         self.sums.quantities |= names

@@ -19,8 +19,9 @@ class Pass:
 
     Attributes:
         loss: what it belongs to.
+        number: its place among the passes of the loss.
         inputs: per layer what each of its calls was given; None once nobody waits for it any more.
-        waiting: per layer and call how many consumers still wait for that.
+        waiting: per layer and call how often that is still to be asked for.
         shapes: per consumer the shapes of its outputs.
         samples: per consumer how many samples its first call had.
         regions: per site what lies between its layers.
@@ -29,6 +30,7 @@ class Pass:
     """
 
     loss: "Loss"
+    number: int
     inputs: dict[str, list[Tensor | None]] = field(default_factory=dict)
     waiting: dict[str, list[int]] = field(default_factory=dict)
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class Pass:
             return None
         found = calls[index]
         self.waiting[path][index] -= 1
-        if self.waiting[path][index] <= 0 and not self.regions:
+        if self.waiting[path][index] <= 0:
             calls[index] = None
         return found
 
@@ -68,6 +70,11 @@ class Loss:
     differentiated: bool = False
     told: bool = False
     ready: bool = False
+
+    def new_pass(self) -> Pass:
+        """Begin a further forward pass."""
+        self.passes.append(Pass(self, len(self.passes)))
+        return self.passes[-1]
 
 
 @dataclass(eq=False)

@@ -87,7 +87,7 @@ def test_sites_in_parts_grow_as_all_at_once(chain, sites_of, batches_of, monkeyp
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
     scheduler = GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount=2)
     cost = ModelCost.measure(parts, batches[0][0])
-    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.keep_samples, batches)) > 1
+    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, 512, batches)) > 1
     scheduler.grow(batches, cross_entropy)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
@@ -98,9 +98,30 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
 ) -> None:
     model, batches = chain(3, 4), batches_of(4)
     sites, cost = sites_of(model), ModelCost.measure(model, batches[0][0])
-    assert rounds.parts_of(sites, cost, 0, batches) == [list(range(len(sites)))]
+    ((everything, room),) = rounds.parts_of(sites, cost, frozenset(), 0, batches)
+    assert everything == list(range(len(sites)))
+    assert room == rounds.ROOM_BYTES
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
-    assert rounds.parts_of(sites, cost, 512, batches) == [[index] for index in range(len(sites))]
+    parts = rounds.parts_of(sites, cost, frozenset({"samples"}), 512, batches)
+    assert [index for part, _ in parts for index in part] == everything
+    assert len(parts) > 1
+
+
+def test_what_a_step_and_the_maps_of_a_site_take(chain, sites_of, batches_of):
+    model, ((x, _), *_rest) = chain(3, 4, norm=True), batches_of(1)
+    cost, (site, *_) = ModelCost.measure(model, x), sites_of(model)
+    shapes = {}
+    for path in (*site.producers, *site.consumers):
+        model.get_submodule(path).register_forward_hook(
+            lambda _, args, output, path=path: shapes.update({path: (args[0][0].numel(), output[0].numel())})
+        )
+    model(x)
+    ((producer, _), (read, given)) = shapes[site.producers[0]], shapes[site.consumers[0]]
+    assert cost.held(site) == 4 * (producer + read + given)
+    assert (
+        rounds.moment_bytes(site, {"S"})
+        == 8 * growconv.collect_statistics(model, site, batches_of(1), LOSS, quantities={"S"})[site.name].S.numel()
+    )
 
 
 @pytest.mark.parametrize("method", ["net2net", "variance_transfer", "splitting"])
