@@ -7,7 +7,7 @@ from typing import Literal
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy, Situation
-from growconv.growth.when import require_positive
+from growconv.limits import limited
 from growconv.network.site import Site
 
 
@@ -33,10 +33,7 @@ class Fixed(Amount):
         count: channels.
     """
 
-    count: int
-
-    def __post_init__(self) -> None:
-        require_positive(self, "count", self.count)
+    count: int = limited(above=0)
 
     def channels(self, site: Site, situation: Situation) -> int:
         """The fixed number."""
@@ -51,10 +48,7 @@ class Fraction(Amount):
         fraction: 0.25 adds a quarter of the initial width in each round (GradMax); at least one channel.
     """
 
-    fraction: float | int = 0.25
-
-    def __post_init__(self) -> None:
-        require_positive(self, "fraction", self.fraction)
+    fraction: float | int = limited(0.25, above=0)
 
     def channels(self, site: Site, situation: Situation) -> int:
         """The fraction, rounded to the nearest whole channel."""
@@ -70,12 +64,8 @@ class ToWidth(Amount):
         rounds: in how many visits of the site.
     """
 
-    target: int | float
-    rounds: int
-
-    def __post_init__(self) -> None:
-        require_positive(self, "target", self.target)
-        require_positive(self, "rounds", self.rounds)
+    target: int | float = limited(above=0)
+    rounds: int = limited(above=0)
 
     def channels(self, site: Site, situation: Situation) -> int:
         """What is missing, spread evenly over the visits that are left."""
@@ -94,18 +84,14 @@ class Exponential(Amount):
         rounds: visits after which the target has to be reached; None: whenever the sequence arrives there.
     """
 
-    rate: float | int = 0.2
-    target: int | float | None = None
-    rounds: int | None = None
+    rate: float | int = limited(0.2, above=0)
+    target: int | float | None = limited(None, above=0)
+    rounds: int | None = limited(None, above=0)
 
     def __post_init__(self) -> None:
-        require_positive(self, "rate", self.rate)
-        if self.target is not None:
-            require_positive(self, "target", self.target)
-        if self.rounds is not None:
-            require_positive(self, "rounds", self.rounds)
-            if self.target is None:
-                raise ScheduleError("rounds without a target", where="Exponential", fix="give the target width too")
+        super().__post_init__()
+        if self.rounds is not None and self.target is None:
+            raise ScheduleError("rounds without a target", where="Exponential", fix="give the target width too")
 
     def channels(self, site: Site, situation: Situation) -> int:
         """The next term of the sequence, cut at the target."""
@@ -126,11 +112,7 @@ class Auto(Amount):
         maximum: never more than this in one round; None: no limit of its own.
     """
 
-    maximum: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.maximum is not None:
-            require_positive(self, "maximum", self.maximum)
+    maximum: int | None = limited(None, above=0)
 
     def channels(self, site: Site, situation: Situation) -> Literal["auto"]:
         """Leave it to the solver."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.cost import ModelCost
+from growconv.limits import require_limits
 from growconv.network.event import count_parameters
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -128,6 +129,10 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
 
     personal: ClassVar[bool] = False
     compares: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters that have limits."""
+        require_limits(self, ScheduleError)
 
     def state_dict(self) -> dict[str, object]:
         """The policy's state as JSON-able values."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy
-from growconv.growth.when import require_positive
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.event import GrowthHistory
 from growconv.network.layout import IN, OUT
@@ -29,6 +29,7 @@ class LearningRate(Policy):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._stages: dict[nn.Parameter, Tensor] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
 
@@ -87,18 +88,16 @@ class WarmUp(LearningRate):
         everything: old entries and parameters that do not grow rise with the youngest ones, after every growth.
     """
 
-    steps: int
-    start: float | int = 0.0
-    peak: float | int = 1.0
+    steps: int = limited(above=0)
+    start: float | int = limited(0.0, least=0)
+    peak: float | int = limited(1.0, above=0)
     everything: bool = False
     taken: int = field(default=0, init=False)
     born: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "steps", self.steps)
-        require_positive(self, "peak", self.peak)
-        if not 0 <= self.start <= self.peak:
+        if self.start > self.peak:
             raise ScheduleError(
                 "a warm-up rises to its peak", expected=f"0 to {self.peak:g}", got=self.start, where="WarmUp.start"
             )
@@ -140,13 +139,11 @@ class WidthRates(LearningRate):
         rule: "adam" (for adaptive optimizers) or "sgd".
     """
 
-    rule: str = "adam"
+    rule: str = limited("adam", choices=("adam", "sgd"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._axes: dict[nn.Parameter, tuple[int | None, int | None]] = {}
-        if self.rule not in ("adam", "sgd"):
-            raise ScheduleError("there is no such rule", expected="adam or sgd", got=self.rule, where="WidthRates.rule")
 
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
         """Look up along which axes of a layer's tensors its inputs and outputs lie, too."""
@@ -181,19 +178,14 @@ class StageRates(LearningRate):
         size: f, "rms" or, as in the paper, "frobenius".
     """
 
-    lowest: float | int = 0.1
-    highest: float | int = 10.0
-    size: str = "rms"
+    lowest: float | int = limited(0.1, above=0)
+    highest: float | int = limited(10.0, above=0)
+    size: str = limited("rms", choices=("rms", "frobenius"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "lowest", self.lowest)
         if self.highest < self.lowest:
             raise ScheduleError("the highest rate lies below the lowest", got=self, where="StageRates")
-        if self.size not in ("rms", "frobenius"):
-            raise ScheduleError(
-                "there is no such size", expected="rms or frobenius", got=self.size, where="StageRates.size"
-            )
 
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
         """The ratio of each entry's stage to stage 0."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Policy
-from growconv.growth.when import When, require_positive
+from growconv.growth.when import When
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from growconv.network.model import attribute
@@ -31,17 +32,14 @@ class PruneBack(Policy):
     """
 
     when: When
-    parameters: int | None = None
-    flops: int | None = None
-    keep: int = 1
+    parameters: int | None = limited(None, above=0)
+    flops: int | None = limited(None, above=0)
+    keep: int = limited(1, above=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.parameters is None and self.flops is None:
             raise ScheduleError("pruning back to nothing", where="PruneBack", fix="give parameters or flops")
-        for name in ("parameters", "flops"):
-            if getattr(self, name) is not None:
-                require_positive(self, name, getattr(self, name))
-        require_positive(self, "keep", self.keep)
 
     def state_dict(self) -> dict[str, object]:
         """The state of `when`."""

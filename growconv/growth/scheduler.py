@@ -38,8 +38,9 @@ from growconv.growth.settings import (
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
-from growconv.growth.when import When, require_positive
+from growconv.growth.when import When
 from growconv.growth.where import Where, as_where
+from growconv.limits import Limits
 from growconv.network.blocks import IN_FRONT, path_before
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
@@ -170,7 +171,8 @@ class GrowthScheduler:
         compared = [each for each in self._policies().values() if each is not self.where or not slopes]
         check_gains(self.solver, compared, self.sites)
         if times is not None:
-            require_positive(self, "times", times)
+            if not Limits(least=1).allow(times):
+                raise ScheduleError("there is no such number of rounds", expected="1 or more", got=times, where="times")
             self.require_schedule("times limits a schedule", growth=True)
         if learning_rate is not None:
             learning_rate.attach(as_optimizers(optimizer))

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Decision, Policy, Proposal, Situation
-from growconv.growth.when import require_positive
+from growconv.limits import limited
 
 
 class Stop(Policy):
@@ -39,17 +39,14 @@ class Budget(Stop):
         >>> scheduler = growconv.GrowthScheduler(model, None, sites, every=1, budget=growconv.Budget(parameters=20_000))
     """
 
-    parameters: int | None = None
-    flops: int | None = None
-    seconds: float | int | None = None
+    parameters: int | None = limited(None, above=0)
+    flops: int | None = limited(None, above=0)
+    seconds: float | int | None = limited(None, above=0)
 
     def __post_init__(self) -> None:
-        limits = {"parameters": self.parameters, "flops": self.flops, "seconds": self.seconds}
-        if all(limit is None for limit in limits.values()):
+        super().__post_init__()
+        if self.parameters is None and self.flops is None and self.seconds is None:
             raise ScheduleError("a budget without a limit", where="Budget", fix="give parameters, flops or seconds")
-        for name, limit in limits.items():
-            if limit is not None:
-                require_positive(self, name, limit)
 
     @property
     def personal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -111,14 +108,10 @@ class NoGain(Stop):
         patience: such rounds in a row.
     """
 
-    threshold: float | int = 1e-3
-    patience: int = 2
+    threshold: float | int = limited(1e-3, above=0)
+    patience: int = limited(2, above=0)
     compares: ClassVar[frozenset[str]] = frozenset({"energy", "score"})
     poor_rounds: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        require_positive(self, "threshold", self.threshold)
-        require_positive(self, "patience", self.patience)
 
     def observe(self, proposals: Sequence[Proposal]) -> None:
         """Count the round if no proposal reaches the threshold."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Decision, Policy, Proposal, Situation
+from growconv.limits import limited
 
 
 class When(Policy):
@@ -32,18 +33,9 @@ class Every(When):
         start: when the first round is due; None: after one interval.
     """
 
-    interval: int
-    unit: Literal["step", "epoch"] = "step"
-    start: int | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(self, "interval", self.interval)
-        if self.unit not in ("step", "epoch"):
-            raise ScheduleError("there is no such unit", expected="step or epoch", got=self.unit, where="Every.unit")
-        if self.start is not None and self.start < 0:
-            raise ScheduleError(
-                "the first growth must not lie in the past", expected="0 or more", got=self.start, where="Every.start"
-            )
+    interval: int = limited(above=0)
+    unit: Literal["step", "epoch"] = limited("step", choices=("step", "epoch"))
+    start: int | None = limited(None, least=0)
 
     def decide(self, situation: Situation) -> Decision:
         """Due once per interval, also when the loop asks less often than every step."""
@@ -130,15 +122,8 @@ class LengtheningStages(When):
         rate: growth of the length from stage to stage; 0.2 is 20 %.
     """
 
-    first: int
-    rate: float | int = 0.2
-
-    def __post_init__(self) -> None:
-        require_positive(self, "first", self.first)
-        if not (math.isfinite(self.rate) and self.rate >= 0):
-            raise ScheduleError(
-                "stages cannot shrink", expected="0 or more", got=self.rate, where="LengtheningStages.rate"
-            )
+    first: int = limited(above=0)
+    rate: float | int = limited(0.2, least=0)
 
     def decide(self, situation: Situation) -> Decision:
         """Due when the stage that began with the last round is over."""
@@ -163,27 +148,15 @@ class Plateau(When):
     """
 
     metric: str = "val_loss"
-    patience: int = 3
-    min_delta: float | int = 1e-3
-    mode: Literal["min", "max"] = "min"
-    cooldown: int = 0
+    patience: int = limited(3, above=0)
+    min_delta: float | int = limited(1e-3, least=0, below=1)
+    mode: Literal["min", "max"] = limited("min", choices=("min", "max"))
+    cooldown: int = limited(0, least=0)
     personal: ClassVar[bool] = True
     best: float | int | None = field(default=None, init=False)
     waited: int = field(default=0, init=False)
     seen_step: int = field(default=-1, init=False)
     seen_round: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        require_positive(self, "patience", self.patience)
-        if self.mode not in ("min", "max"):
-            raise ScheduleError("there is no such mode", expected="min or max", got=self.mode, where="Plateau.mode")
-        if not 0 <= self.min_delta < 1 or self.cooldown < 0:
-            raise ScheduleError(
-                "a plateau needs 0 ≤ min_delta < 1 and cooldown ≥ 0",
-                got=self,
-                where="Plateau",
-                fix="correct the two numbers",
-            )
 
     def decide(self, situation: Situation) -> Decision:
         """Count the report, once a step, and say whether patience has run out."""
@@ -225,16 +198,10 @@ class GainAbove(When):
         every: steps between two measurements.
     """
 
-    threshold: float | int
-    every: int
-    least: float | int = 0.0
+    threshold: float | int = limited(above=0)
+    every: int = limited(above=0)
+    least: float | int = limited(0.0, least=0)
     compares: ClassVar[frozenset[str]] = frozenset({"energy", "score"})
-
-    def __post_init__(self) -> None:
-        require_positive(self, "every", self.every)
-        require_positive(self, "threshold", self.threshold)
-        if not self.least >= 0:
-            raise ScheduleError("a gain is not negative", expected="0 or more", got=self.least, where="GainAbove.least")
 
     def decide(self, situation: Situation) -> Decision:
         """Due whenever a measurement is."""
@@ -315,14 +282,6 @@ class AnyOf(_Combined):
     """
 
     _joined = any
-
-
-def require_positive(policy: object, name: str, value: float | int) -> None:
-    """Refuse a number that has to be above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-        raise ScheduleError(
-            f"{name} has to be above zero", expected="a number > 0", got=value, where=f"{type(policy).__name__}.{name}"
-        )
 
 
 def _clock(situation: Situation, unit: str) -> tuple[int | None, int | None]:

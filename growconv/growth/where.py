@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy, Proposal, Situation
-from growconv.growth.when import require_positive
+from growconv.limits import limited
 from growconv.network.site import Site
 
 Per = Literal["channel", "parameter", "flop"]
@@ -67,10 +67,7 @@ class RoundRobin(Where):
         count: sites in one round.
     """
 
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "count", self.count)
+    count: int = limited(1, above=0)
 
     def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
         """The sites that were visited least, in forward order; only they are measured."""
@@ -93,20 +90,9 @@ class _Comparing(Where):
             gradient where every site has it, else the energy.
     """
 
-    per: Per | str = "flop"
-    by: By | str | None = None
+    per: Per | str = limited("flop", choices=("channel", "parameter", "flop"))
+    by: By | str | None = limited(None, choices=("gradient", "energy"))
     compares: ClassVar[frozenset[str]] = COMPARABLE
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("per", self.per, ("channel", "parameter", "flop")),
-            ("by", self.by, ("gradient", "energy", None)),
-        ):
-            if value not in known:
-                expected = ", ".join(map(str, known))
-                raise ScheduleError(
-                    "there is no such yardstick", expected=expected, got=value, where=f"{type(self).__name__}.{name}"
-                )
 
     @property
     def compares_slopes(self) -> bool:
@@ -148,11 +134,7 @@ class Best(_Comparing):
         count: sites in one round.
     """
 
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "count", self.count)
+    count: int = limited(1, above=0)
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """The best ones; equal values go to the earlier site."""
@@ -184,17 +166,14 @@ class Greedy(_Comparing):
         rounds: spread what the schedule's budget leaves evenly over so many rounds; None: the first takes all it can.
     """
 
-    channels: int | None = None
-    share: float | int | None = None
-    parameters: int | None = None
-    flops: int | None = None
-    rounds: int | None = None
+    channels: int | None = limited(None, above=0)
+    share: float | int | None = limited(None, above=0)
+    parameters: int | None = limited(None, above=0)
+    flops: int | None = limited(None, above=0)
+    rounds: int | None = limited(None, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "share", "parameters", "flops", "rounds"):
-            if getattr(self, name) is not None:
-                require_positive(self, name, getattr(self, name))
         self._share = 1.0
 
     def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
@@ -252,16 +231,10 @@ class RankTrigger(Where):
         gamma: γ, between 0 and 1.
     """
 
-    gamma: float | int = 0.9
+    gamma: float | int = limited(0.9, above=0, most=1)
     compares: ClassVar[frozenset[str]] = frozenset({"rank"})
     names: list[str] = field(default_factory=list, init=False)
     largest: list[float] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ScheduleError(
-                "γ is a share", expected="above 0, at most 1", got=self.gamma, where="RankTrigger.gamma"
-            )
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """As many channels of each site as its rank calls for, in whole groups."""

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentTypeError, SolverError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError
+from growconv.limits import require_limits
 from growconv.network import layers
 from growconv.network.apply import shrink
 from growconv.network.layout import ENTRY, IN, OUT
@@ -64,6 +65,10 @@ class Solver(ABC):
     function_preserving: bool = False
     needs_closed_form: bool = False
     counts: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters that have limits."""
+        require_limits(self, ArgumentValueError)
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Why the method cannot serve a site; None where it can.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
+from growconv.errors import ArgumentValueError, StatisticsError
+from growconv.limits import limited
 from growconv.linalg import (
     BilinearMetric,
     DenseMetric,
@@ -262,19 +263,15 @@ class Exact(Solver):
         signs: choose the sign of each channel on kept samples, through the real activation.
     """
 
-    route: str = "auto"
+    route: str = limited("auto", choices=ROUTES)
     rank_tolerance: float = 1e-4
-    random_starts: int | None = None
+    random_starts: int | None = limited(None, least=0)
     tolerance: float = 1e-4
-    rounds: int = 60
+    rounds: int = limited(60, least=1)
     signs: bool = True
     gain_unit = "energy"
     linearises = True
     needs_closed_form = True
-
-    def __post_init__(self) -> None:
-        if self.route not in ROUTES:
-            raise SolverError("no such route", expected=" or ".join(ROUTES), got=repr(self.route), where="exact")
 
     @property
     def reads(self) -> frozenset[str]:

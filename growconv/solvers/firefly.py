@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from growconv.errors import ArgumentValueError
+from growconv.limits import limited
 from growconv.linalg.optimizers import Adam
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted, Moments
@@ -57,25 +57,15 @@ class Firefly(Solver):
         step: by how much the halves of a channel move, as a share of its filter's norm (the code: entries of 0.1).
     """
 
-    candidates: int = 4
-    steps: int = 20
-    learning_rate: float = 0.02
+    candidates: int = limited(4, least=1)
+    steps: int = limited(20, least=0)
+    learning_rate: float = limited(0.02, above=0)
     splits: bool = False
-    strength: float = 0.01
-    step: float = 0.1
+    strength: float = limited(0.01, above=0)
+    step: float = limited(0.1, above=0)
     reads = frozenset({"samples"})
     gain_unit = "loss"
     counts = False
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        if self.candidates < 1 or self.steps < 0 or not min(self.learning_rate, self.strength, self.step) > 0:
-            raise ArgumentValueError(
-                "these hyperparameters of firefly are impossible",
-                expected="candidates ≥ 1, steps ≥ 0, the others > 0",
-                got=self,
-                where="firefly",
-            )
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError, SolverError
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.layout import IN, OUT
 from growconv.network.proposal import ChannelGrowth
@@ -72,35 +73,20 @@ class Functional(Solver):
             data hardly uses short: with less, the fit is slower and carries over worse.
     """
 
-    kernel: Literal["full", "separable"] = "full"
-    iterations: int = 28
-    starts: Sequence[str] = STARTS
-    trial_iterations: int = 2
-    held_out: float = 0.2
-    patience: int = 8
-    damping: float = 0.1
+    kernel: Literal["full", "separable"] = limited("full", choices=("full", "separable"))
+    iterations: int = limited(28, least=0)
+    starts: Sequence[str] = limited(STARTS, choices=STARTS)
+    trial_iterations: int = limited(2, least=0)
+    held_out: float = limited(0.2, above=0, below=1)
+    patience: int = limited(8, least=1)
+    damping: float = limited(0.1, above=0)
     reads = frozenset({"samples"})
     gain_unit = "energy"
 
     def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        wrong = [start for start in self.starts if start not in STARTS]
-        if self.kernel not in ("full", "separable") or wrong or not self.starts:
-            raise ArgumentValueError(
-                "impossible hyperparameters of functional",
-                expected=f"kernel 'full' or 'separable', starts out of {', '.join(STARTS)}",
-                got=f"kernel={self.kernel!r}, starts={tuple(self.starts)}",
-                where="functional",
-            )
-        if self.iterations < 0 or self.trial_iterations < 0 or self.patience < 1 or not self.damping > 0:
-            raise ArgumentValueError(
-                "impossible hyperparameters of functional",
-                expected="iterations ≥ 0, trial_iterations ≥ 0, patience ≥ 1, damping > 0",
-                got=(self.iterations, self.trial_iterations, self.patience, self.damping),
-                where="functional",
-            )
-        if not 0 < self.held_out < 1:
-            raise ArgumentValueError("a share", expected="between 0 and 1", got=self.held_out, where="held_out")
+        super().__post_init__()
+        if not self.starts:
+            raise ArgumentValueError("no start is left", expected=" or ".join(STARTS), where="Functional.starts")
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; works on sites of every kind, streams included."""

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import SolverError
+from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
@@ -74,9 +75,9 @@ class GradMax(Solver):
         rank_tolerance: relative threshold on singular values.
     """
 
-    outgoing: float = 0.5
-    directions: str = "gradient"
-    lift: float = 1e-3
+    outgoing: float = limited(0.5, above=0)
+    directions: str = limited("gradient", choices=("gradient", "random"))
+    lift: float = limited(1e-3, least=0)
     rank_tolerance: float = RANK_TOLERANCE
     reads = frozenset({"N_raw"})
     gain_unit = "loss"
@@ -84,17 +85,6 @@ class GradMax(Solver):
     function_preserving = True
     linearises = True
     needs_closed_form = True
-
-    def __post_init__(self) -> None:
-        if not (self.outgoing > 0 and self.lift >= 0):
-            raise SolverError(
-                "gradmax channels cannot have these scales",
-                expected="outgoing > 0 and lift ≥ 0",
-                got=f"outgoing={self.outgoing}, lift={self.lift}",
-                where="gradmax",
-            )
-        if self.directions not in ("gradient", "random"):
-            raise SolverError("unknown directions", expected="gradient or random", got=self.directions, where="gradmax")
 
     def refusal(self, site: GrowthSite) -> str | None:
         """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from growconv.errors import ArgumentValueError
+from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Solver, register
@@ -98,21 +98,10 @@ class Net2Net(Solver):
             that the root mean square of the consumer's weights keeps its proportion to 1/√fan-in; the function changes.
     """
 
-    noise: float = 0.0
-    imbalance: float = 0.2
-    keeps: str = "function"
+    noise: float = limited(0.0, least=0)
+    imbalance: float = limited(0.2, least=0, below=1)
+    keeps: str = limited("function", choices=("function", "rms"))
     counts = False
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        if self.noise < 0:
-            raise ArgumentValueError("noise is a standard deviation", expected="≥ 0", got=self.noise, where="noise")
-        if not 0 <= self.imbalance < 1:
-            raise ArgumentValueError(
-                "shares stay positive", expected="0 ≤ imbalance < 1", got=self.imbalance, where="imbalance"
-            )
-        if self.keeps not in ("function", "rms"):
-            raise ArgumentValueError("copies keep one thing", expected="function or rms", got=self.keeps, where="keeps")
 
     @property
     def function_preserving(self) -> bool:

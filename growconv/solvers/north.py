@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import SolverError
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.layout import IN, OUT
 from growconv.network.proposal import ChannelGrowth
@@ -135,22 +136,13 @@ class North(Solver):
         relative: `tolerance` is a share of the largest singular value; False: a number, as in the paper.
     """
 
-    variant: str = "pre"
-    candidates: int = 16
+    variant: str = limited("pre", choices=("pre", "select", "weight"))
+    candidates: int = limited(16, least=1)
     tolerance: float = 0.01
     relative: bool = True
     gain_unit = "rank"
     counts = False
     function_preserving = True
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        if self.variant not in ("pre", "select", "weight"):
-            raise ArgumentValueError(
-                "there is no such variant of NORTH", expected="pre, select or weight", got=self.variant, where="variant"
-            )
-        if self.candidates < 1:
-            raise ArgumentValueError("candidates", expected="at least 1", got=self.candidates, where="candidates")
 
     @property
     def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from growconv.errors import SolverError
+from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.base import Solver, register
 from growconv.solvers.request import Request
@@ -28,18 +28,9 @@ class Random(Solver):
             output, and the first gradient step already differs from channel to channel.
     """
 
-    gain: float = 2**0.5
-    outgoing: float = 0.0
+    gain: float = limited(2**0.5, above=0)
+    outgoing: float = limited(0.0, least=0)
     counts = False
-
-    def __post_init__(self) -> None:
-        if not (self.gain > 0 and self.outgoing >= 0):
-            raise SolverError(
-                "random channels cannot have these scales",
-                expected="gain > 0 and outgoing ≥ 0",
-                got=f"gain={self.gain}, outgoing={self.outgoing}",
-                where="random",
-            )
 
     @property
     def function_preserving(self) -> bool:

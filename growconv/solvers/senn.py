@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentValueError
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
@@ -97,22 +97,12 @@ class Senn(Solver):
         damping: of A and Γ, relative to their mean diagonal entries.
     """
 
-    steps: int = 20
-    damping: float = 1e-4
+    steps: int = limited(20, least=0)
+    damping: float = limited(1e-4, above=0)
     reads = frozenset({"samples"})
     gain_unit = "score"
     counts = False
     function_preserving = True
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        if self.steps < 0 or not self.damping > 0:
-            raise ArgumentValueError(
-                "these hyperparameters of senn are impossible",
-                expected="steps ≥ 0, damping > 0",
-                got=(self.steps, self.damping),
-                where="senn",
-            )
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the channels' own scores, best first, each as if it came alone."""

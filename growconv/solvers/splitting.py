@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from growconv.errors import ArgumentValueError
+from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
@@ -188,23 +188,13 @@ class Splitting(Solver):
         tolerance: residual of the eigenvectors beside their eigenvalues at which the search ends earlier.
     """
 
-    step: float = 0.1
+    step: float = limited(0.1, above=0)
     relative: bool = True
-    smoothing: float = 0.25
-    iterations: int = 24
-    tolerance: float = 0.1
+    smoothing: float = limited(0.25, above=0)
+    iterations: int = limited(24, least=1)
+    tolerance: float = limited(0.1, least=0)
     reads = frozenset({"samples"})
     gain_unit = "loss"
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        if not self.step > 0 or not self.smoothing > 0 or self.iterations < 1 or self.tolerance < 0:
-            raise ArgumentValueError(
-                "these hyperparameters of splitting are impossible",
-                expected="step > 0, smoothing > 0, iterations ≥ 1, tolerance ≥ 0",
-                got=(self.step, self.smoothing, self.iterations, self.tolerance),
-                where="splitting",
-            )
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are −λ_min of the channels that split, in the unit of the loss per filter².

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
+from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
@@ -84,7 +85,7 @@ class Tiny(Solver):
     """
 
     rank_tolerance: float = RANK_TOLERANCE
-    shrinkage: float | Literal["auto"] = 0.0
+    shrinkage: float | Literal["auto"] = limited(0.0, least=0, most=1, choices=("auto",))
     signs: bool = True
     keep_samples = 128  # enough for a sign
     gain_unit = "energy"

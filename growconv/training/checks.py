@@ -1,13 +1,12 @@
-"""Limits of options, stated beside their defaults, and what is said of a command line that does not fit them.
+"""What is said of a command line that does not fit the options and their limits.
 
 Nothing here needs torch: a mistake is answered before anything heavy is loaded.
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
 from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -29,67 +28,6 @@ _TYPES = {
 
 OWN_SCHEDULES = ("cosine", "trapezoid", "constant")
 """Learning rates of growconv's own, in shares of the run."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an option may be.
-
-    Attributes:
-        least: smallest value.
-        above: what it has to exceed.
-        most: largest value.
-        below: what it has to stay under.
-        choices: the words that it may be.
-    """
-
-    least: int | float | None = None
-    above: int | float | None = None
-    most: int | float | None = None
-    below: int | float | None = None
-    choices: tuple[str, ...] = ()
-
-    def allow(self, value: object) -> bool:
-        """Whether a value is within; each entry of a list is looked at, null and mappings pass."""
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return all(self.allow(entry) for entry in value)
-        if isinstance(value, str):
-            return value in self.choices
-        if value is None or isinstance(value, bool | Mapping):
-            return True
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        return (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        """The limits in words."""
-        if self.least is not None and self.most is not None:
-            numbers = [f"{self.least:g} to {self.most:g}"]
-        else:
-            numbers = [f"{self.least:g} or more"] if self.least is not None else []
-            numbers += [f"above {self.above:g}"] if self.above is not None else []
-            numbers += [f"up to {self.most:g}"] if self.most is not None else []
-            numbers += [f"below {self.below:g}"] if self.below is not None else []
-        words = [
-            *self.choices,
-            *([f"a number {', '.join(numbers)}" if self.choices else ", ".join(numbers)] if numbers else []),
-        ]
-        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-def limited(default: Any, **limits: Any) -> Any:
-    """A field of a schema with limits.
-
-    Args:
-        default: its default.
-        limits: fields of Limits.
-    """
-    return field(default=default, metadata={"limits": Limits(**limits)})
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

@@ -19,8 +19,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError
+from growconv.limits import limited
 from growconv.reporting.records import flatten
-from growconv.training.checks import OWN_SCHEDULES, check_options, check_together, explain, limited
+from growconv.training.checks import OWN_SCHEDULES, check_options, check_together, explain
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # What may change when a run is resumed: nothing of it touches a number that the run computes.

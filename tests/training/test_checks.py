@@ -7,25 +7,8 @@ import pytest
 from growconv.errors import ConfigError
 from growconv.training import config as settings
 from growconv.training import usage
-from growconv.training.checks import Limits, variants
+from growconv.training.checks import variants
 from growconv.training.config import compose, plain
-
-
-@pytest.mark.parametrize(
-    ("limits", "allowed", "refused", "words"),
-    [
-        (Limits(least=1), [1, 7, None], [0, -3], "1 or more"),
-        (Limits(above=0, most=1), [0.1, 1], [0, 1.1, float("nan")], "above 0, up to 1"),
-        (Limits(least=0, below=1), [0, 0.9], [1, -0.1], "0 or more, below 1"),
-        (Limits(least=0, most=1), [0, 1.0], [2, float("inf")], "0 to 1"),
-        (Limits(choices=("a", "b", "c")), ["a", ["a", "c"], [], None], ["d", ["a", "d"]], "a, b or c"),
-        (Limits(above=0, choices=("auto",)), ["auto", 0.5, {"policy": "Fixed"}], ["no", 0], "auto or a number above 0"),
-    ],
-)
-def test_limits(limits, allowed, refused, words):
-    assert all(limits.allow(value) for value in allowed)
-    assert not any(limits.allow(value) for value in refused)
-    assert str(limits) == words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
+from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.linalg import DenseMetric, bilinear_least_squares
 from growconv.network.find import find_sites
 from growconv.solvers import exact, solve
@@ -142,7 +142,7 @@ def test_the_route_auto_takes_what_was_collected() -> None:
     for route, message in (("auto", "needs kept samples"), ("dense", "S_full was not collected")):
         with pytest.raises(StatisticsError, match=message):
             solve(neither, "exact", channels=2, route=route)
-    with pytest.raises(SolverError, match="no such route"):
+    with pytest.raises(ArgumentValueError, match=r"Exact\.route"):
         solve(full, "exact", channels=2, route="sideways")
 
 

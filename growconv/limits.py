@@ -1,0 +1,91 @@
+"""Limits of options and of the hyperparameters of methods and policies, stated beside their defaults."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from growconv.errors import GrowthError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an option may be.
+
+    Attributes:
+        least: smallest value.
+        above: what it has to exceed.
+        most: largest value.
+        below: what it has to stay under.
+        choices: the words that it may be.
+    """
+
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def numeric(self) -> bool:
+        """Whether numbers are limited."""
+        return any(each is not None for each in (self.least, self.above, self.most, self.below))
+
+    def allow(self, value: object) -> bool:
+        """Whether a value is within; each entry of a list is looked at, null and mappings pass."""
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return all(self.allow(entry) for entry in value)
+        if isinstance(value, str):
+            return value in self.choices
+        if isinstance(value, bool):
+            return not self.numeric
+        if value is None or isinstance(value, Mapping):
+            return True
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The limits in words."""
+        if self.least is not None and self.most is not None:
+            numbers = [f"{self.least:g} to {self.most:g}"]
+        else:
+            numbers = [f"{self.least:g} or more"] if self.least is not None else []
+            numbers += [f"above {self.above:g}"] if self.above is not None else []
+            numbers += [f"up to {self.most:g}"] if self.most is not None else []
+            numbers += [f"below {self.below:g}"] if self.below is not None else []
+        words = [
+            *self.choices,
+            *([f"a number {', '.join(numbers)}" if self.choices else ", ".join(numbers)] if numbers else []),
+        ]
+        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def limited(default: Any = MISSING, **limits: Any) -> Any:
+    """A dataclass field with limits.
+
+    Args:
+        default: its default; without one the field has to be given.
+        limits: fields of Limits.
+    """
+    return field(default=default, metadata={"limits": Limits(**limits)})
+
+
+def require_limits(owner: object, error: type[GrowthError]) -> None:
+    """Refuse a dataclass one of whose fields is outside its limits; None only where the field's type has it.
+
+    Args:
+        owner: the dataclass.
+        error: raised with the class and the field's name as the place.
+    """
+    for each in fields(owner) if is_dataclass(owner) else ():
+        value, allowed = getattr(owner, each.name), each.metadata.get("limits")
+        if allowed is None or (allowed.allow(value) and (value is not None or "None" in str(each.type))):
+            continue
+        place = f"{type(owner).__name__}.{each.name}"
+        raise error("this value cannot be used", expected=allowed, got=repr(value), where=place)
