@@ -1,13 +1,14 @@
 """Limits beside the defaults hold for options, methods and policies."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from growconv.errors import ArgumentValueError, GrowthError, ScheduleError
-from growconv.growth import Budget, Every, Plateau, WarmUp
+from growconv.growth import Budget, Every, Plateau, WarmUp, WidthRates
 from growconv.growth.where import Greedy, RankTrigger
-from growconv.limits import Limits
+from growconv.limits import Limits, limited, require_limits
 from growconv.solvers import Firefly, Functional, Net2Net, Tiny
 
 
@@ -37,8 +38,7 @@ def test_limits(limits: Limits, allowed: list[Any], refused: list[Any], words: s
     ("owner", "given", "expected", "error"),
     [
         (Every, {"interval": 0}, "above 0", ScheduleError),
-        (Every, {"interval": 5, "unit": "hour"}, "step or epoch", ScheduleError),
-        (Every, {"interval": None}, "above 0", ScheduleError),
+        (WidthRates, {"rule": "lion"}, "adam or sgd", ScheduleError),
         (Plateau, {"min_delta": 1}, "0 or more, below 1", ScheduleError),
         (WarmUp, {"steps": 4, "peak": float("inf")}, "above 0", ScheduleError),
         (Budget, {"flops": -1}, "above 0", ScheduleError),
@@ -59,3 +59,16 @@ def test_what_is_outside_is_named_with_its_class_and_field(
     assert caught.value.where == f"{owner.__name__}.{wrong}"
     assert str(caught.value.expected) == expected
     assert caught.value.got == repr(given[wrong])
+
+
+@dataclass
+class Owner:
+    count: int = limited(above=0)
+    most: int | None = limited(None, above=0)
+
+
+def test_none_is_only_allowed_where_the_type_says_so() -> None:
+    require_limits(Owner(1, None), ScheduleError)
+    nothing: Any = None
+    with pytest.raises(ScheduleError, match=r"Owner\.count"):
+        require_limits(Owner(nothing, 2), ScheduleError)
