@@ -225,6 +225,11 @@ class Trainer:
             grew = self._deepen_if_due() | self._grow_if_due(fresh)
             if self._at_end and not over:  # growing has spent the rest
                 over, fresh = True, self._close_epoch()
+                self.progress.say(
+                    f"caution: growing has taken {position.growth_flops:.3g} of {self.total:.3g} training FLOPs, and "
+                    f"the run ends with {self.train_flops:.3g}: the last channels were not trained. A cheaper method, "
+                    "fewer growth.samples or a longer run leaves some for them"
+                )
             every = self.options["checkpoint_every"]
             best = over and (position.best is None or fresh["val_accuracy"] > position.best)
             if best:

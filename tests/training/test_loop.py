@@ -81,6 +81,15 @@ def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
 
 
+def test_a_run_whose_last_flops_went_into_growing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costly = ["growth=functional", "growth.times=1", "growth.solver.kernel=separable", "growth.samples=640"]
+    summary = run(tmp_path / "run", "trainer.flops=3e8", "trainer.progress=lines", "data.limit=640", *costly)
+    grown = lines(tmp_path / "run", "growth.jsonl")
+    assert summary["train_flops"] > 3e8
+    assert grown[-1]["step"] == summary["steps"]
+    assert "the last channels were not trained" in "".join(capsys.readouterr())
+
+
 def test_flops_that_pay_for_no_step_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'run'}", "trainer.flops=10"]) == 1
     assert "trainer.flops" in capsys.readouterr().err
