@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from growconv import __version__
-from growconv.training import config as settings
+from growconv.training import options
+from growconv.training.config import conf_dir
 
 WIDTH = 79
 
@@ -60,15 +61,15 @@ COMMON = (
 )
 # What some files of a group have besides the options that all of it have.
 SPECIAL = {
-    "data=synthetic": settings.SyntheticConfig,
-    "data=fashion_mnist, cifar10 or cifar100": settings.StoredConfig,
-    "data=images": settings.ImagesConfig,
-    "model=timm, torchvision, transformers or pytorchcv": settings.LibraryModelConfig,
-    "optimizer=sgd": settings.SGDConfig,
-    "optimizer=adamw": settings.AdamWConfig,
-    "optimizer=torch": settings.TorchOptimizerConfig,
-    "lr_schedule=cosine, trapezoid or constant": settings.OwnScheduleConfig,
-    "lr_schedule=torch": settings.TorchScheduleConfig,
+    "data=synthetic": options.SyntheticConfig,
+    "data=fashion_mnist, cifar10 or cifar100": options.StoredConfig,
+    "data=images": options.ImagesConfig,
+    "model=timm, torchvision, transformers or pytorchcv": options.LibraryModelConfig,
+    "optimizer=sgd": options.SGDConfig,
+    "optimizer=adamw": options.AdamWConfig,
+    "optimizer=torch": options.TorchOptimizerConfig,
+    "lr_schedule=cosine, trapezoid or constant": options.OwnScheduleConfig,
+    "lr_schedule=torch": options.TorchScheduleConfig,
 }
 FLAGS = {
     "-m, --multirun": "a sweep: one run for every combination of the listed values",
@@ -85,7 +86,7 @@ def first_page() -> str:
     """What `growconv --help` prints."""
     commands = [f"  {name:<9}{meaning}\n{'':11}{example}" for name, (meaning, example) in COMMANDS.items()]
     groups = [_row(group, ", ".join(group_names(group))) for group in GROUPS]
-    described = _described(settings.RunConfig)
+    described = _described(options.RunConfig)
     common = [_row(f"{name}={default}", meaning) for name, default, meaning, _ in described if name in COMMON]
     common.append(_row("hydra.run.dir=DIR", "where the run writes; default: runs/DATE/TIME"))
     return "\n".join(
@@ -120,7 +121,7 @@ def train_page() -> str:
     for group, meaning in GROUPS.items():
         lines += [f"{group}=NAME: {meaning}", *(_row(name, _comment(group, name)) for name in group_names(group)), ""]
     lines += ["options with their defaults; files of a group may set others", ""]
-    lines += _options(settings.RunConfig)
+    lines += _options(options.RunConfig)
     for choice, schema in SPECIAL.items():
         group = choice.partition("=")[0]
         lines += ["", f"with {choice}", *_options(schema, f"{group}.", own=True)]
@@ -139,7 +140,7 @@ def options_page() -> str:
 
 def _option_table(group: str) -> Iterator[str]:
     """Options of a group that all its files have, then those of some files, as a Markdown table."""
-    every = list(_described(settings.RunConfig))
+    every = list(_described(options.RunConfig))
     rows = [row for row in every if row[0].startswith(f"{group}.") or (not group and "." not in row[0])]
     special = {choice: schema for choice, schema in SPECIAL.items() if choice.startswith(f"{group}=") and group}
     tables = [("", rows)] + [
@@ -166,7 +167,7 @@ def command_page(command: str) -> str:
 
 def group_names(group: str) -> list[str]:
     """The files of a group."""
-    return sorted(path.stem for path in (settings.conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def _options(schema: type, prefix: str = "", own: bool = False) -> Iterator[str]:
@@ -180,7 +181,7 @@ def _options(schema: type, prefix: str = "", own: bool = False) -> Iterator[str]
 def _comment(group: str, name: str) -> str:
     """The sentence that a file of a group begins with."""
     sentence = ""
-    for line in (settings.conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+    for line in (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#") or sentence.endswith("."):
             break
         if "@package" not in line:

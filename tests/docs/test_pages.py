@@ -11,7 +11,7 @@ import pytest
 
 from growconv.cli import main
 from growconv.training import usage
-from growconv.training.config import RunConfig
+from growconv.training.options import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

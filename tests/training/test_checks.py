@@ -1,12 +1,8 @@
 """What is said of options before anything runs: limits beside the defaults, and what was probably meant."""
 
-from dataclasses import fields
-
 import pytest
 
 from growconv.errors import ConfigError
-from growconv.training import config as settings
-from growconv.training import usage
 from growconv.training.checks import variants
 from growconv.training.config import compose, plain
 
@@ -65,27 +61,3 @@ def test_a_sweep_is_checked_value_by_value():
     ]
     assert list(variants(["optimizer.lr=interval(0,1)", "seed=range(2)"])) == [["seed=0"], ["seed=1"]]
     assert list(variants(["x=["])) == [["x=["]]
-
-
-def schemas():
-    return [*settings.SCHEMAS.values(), settings.BudgetConfig]
-
-
-def test_defaults_are_within_their_limits():
-    for schema in schemas():
-        for entry in fields(schema):
-            limits = entry.metadata.get("limits")
-            assert limits is None or entry.default == "???" or limits.allow(entry.default), (schema, entry.name)
-
-
-def test_the_pages_name_every_group_file_and_option_with_a_meaning():
-    page = usage.train_page()
-    assert max(map(len, f"{usage.first_page()}\n{page}".splitlines())) <= 80
-    for group in usage.GROUPS:
-        for name in usage.group_names(group):
-            assert f"\n  {name}" in page
-            assert usage._comment(group, name).endswith("."), (group, name)
-    for schema in schemas():
-        for name, default, meaning, _ in usage._described(schema):
-            assert default, name
-            assert meaning, name

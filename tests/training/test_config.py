@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from growconv.cli import run_name
 from growconv.errors import ConfigError
 from growconv.solvers.base import SOLVERS
-from growconv.training import config as settings
+from growconv.training import options
 from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain
 
 LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
@@ -128,6 +128,6 @@ def test_folders_of_a_sweep_have_possible_names():
 
 def test_conf_lies_where_it_is_looked_for():
     assert (conf_dir() / "config.yaml").is_file()
-    assert set(settings.SCHEMAS) >= {(None, "run_schema"), ("growth", "growth_schema")}
+    assert set(options.SCHEMAS) >= {(None, "run_schema"), ("growth", "growth_schema")}
     assert OmegaConf.has_resolver("run_name")
     assert len(list(product(GROUPS))) == len({group for group, _ in CHOICES})
