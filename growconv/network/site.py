@@ -220,10 +220,7 @@ class GrowthSite(Site):
     @property
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
-        producer, *others = self.producers
-        if others:
-            return f"{len(self.producers)} layers produce the channels"
-        for path, side in ((producer, OUT), *((path, IN) for path in self.consumers)):
+        for path, side in (*((path, OUT) for path in self.producers), *((path, IN) for path in self.consumers)):
             module = self.model.get_submodule(path)
             if layers.is_transposed(module):
                 return f"{path} is a transposed convolution"
@@ -234,9 +231,11 @@ class GrowthSite(Site):
                 return f"the channels do not lie one after the other in {path}"
             if side == OUT and (self.ratio(path, OUT) != 1 or len(self.layout.axes[path, side]) > 1):
                 return f"{path} produces several entries for a channel, or other channels too"
+        if len(self.producers) > 1 and any(self.calls.get(p) != 1 for p in (*self.producers, *self.consumers)):
+            return "several layers produce the channels, and some are called several times"
         missing = set(self.consumers) - {route.consumer for route in self.routes}
         if missing:
-            return f"nobody saw what lies between the producer and {min(missing)}"
+            return f"nobody saw what lies between the producers and {min(missing)}"
         for route in self.routes:
             if route.problem:
                 return route.problem

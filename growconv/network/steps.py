@@ -50,7 +50,7 @@ def routes_of(
             site = each.of(model)
             routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
             if replace(site, routes=routes).closed_form:
-                kinds = _kinds(routes)
+                kinds = _kinds(routes) if len(site.producers) == 1 else None
                 probed = known.get(kinds) if kinds is not None else None
                 if probed is None:
                     probed = _at_zero(region_of(tape, site, sizes))
@@ -128,56 +128,85 @@ def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
     found: dict[tuple[str, str], Route] = {}
     for consumer in site.consumers:
         for call in tape.calls(consumer):
-            steps, producer, problem = walker.back(call.input)
-            for path in site.producers if producer is None else (producer,):
-                route = Route(path, consumer, steps, problem)
-                known = found.setdefault((path, consumer), route)
-                if producer is not None and known != route:
-                    route = Route(path, consumer, (), "several ways lead from one to the other")
-                    found[path, consumer] = route
+            for steps, producer, problem in walker.back(call.input):
+                for path in site.producers if producer is None else (producer,):
+                    route = Route(path, consumer, steps, problem)
+                    known = found.setdefault((path, consumer), route)
+                    if producer is not None and known != route:
+                        route = Route(path, consumer, (), "several ways lead from one to the other")
+                        found[path, consumer] = route
     return tuple(found.values())
 
 
+Branch = tuple[tuple[Step, ...], str | None, str | None]
+"""Steps in front of a value, the producer that they start from, and what keeps them from being a chain."""
+
+
 class _Walker:
-    """Goes back from a consumer's input to the producer that it comes from."""
+    """Goes back from a consumer's input to the producers that it comes from."""
 
     def __init__(self, tape: Tape, site: GrowthSite) -> None:
         self.tape = tape
         self.site = site
         self.hot, self.made = hot_values_of(tape, site)
         self.maker = tape.makers
+        self.known: dict[int, list[Branch]] = {}
 
-    def back(self, value: int) -> tuple[tuple[Step, ...], str | None, str | None]:
-        """Steps before a value, the producer that they start from, and what keeps them from being a chain."""
-        steps: list[Step] = []
-        while value not in self.made:
-            maker = self.maker.get(value)
-            if maker is None:
-                return tuple(reversed(steps)), None, f"{self.tape.values[value].source} makes channels of its own"
-            if isinstance(maker, Rewritten):
-                steps.append(Other("a write in place"))
-                sources = [number for number in (maker.by, maker.old) if number in self.hot]
-            elif isinstance(maker, LayerCall):
-                steps += self._layer(maker)
-                sources = [maker.input]
+    def back(self, value: int) -> list[Branch]:
+        """What leads to a value: one branch, or those of all that sums on the way add up."""
+        start = value
+        if start not in self.known:
+            steps: list[Step] = []
+            while value not in self.made:
+                before = self._step(value, steps)
+                if isinstance(before, str):
+                    self.known[start] = [(tuple(reversed(steps)), None, before)]
+                    break
+                if isinstance(before, list):
+                    own = tuple(reversed(steps))
+                    self.known[start] = _told_apart(
+                        [((*first, *own), *rest) for each in before for first, *rest in self.back(each)]
+                    )
+                    break
+                value = before
             else:
-                sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
-            if not sources:
-                return tuple(reversed(steps)), None, "a tensor that is written to makes channels of its own"
-            if len(sources) > 1:
-                start = self._composite(value)
-                if start is None:
-                    name = maker.name if isinstance(maker, Operation) else "a write in place"
-                    return tuple(reversed(steps)), None, f"{name} joins several producers"
-                steps.append(Activation(f"composite {maker.name.rstrip('_')}" if isinstance(maker, Operation) else ""))
-                value = start
-                continue
-            if isinstance(maker, Operation):
-                found, value = self._operation(maker, sources[0], value)
-                steps += found
-            else:
-                value = sources[0]
-        return tuple(reversed(steps)), self.maker[value].path, None  # pyright: ignore[reportAttributeAccessIssue]
+                producer: str = self.maker[value].path  # pyright: ignore[reportAttributeAccessIssue]
+                self.known[start] = [(tuple(reversed(steps)), producer, None)]
+        return self.known[start]
+
+    def _step(self, value: int, steps: list[Step]) -> int | list[int] | str:
+        """The value before one, or those that it is the sum of, or what keeps it from having one; adds the steps."""
+        maker = self.maker.get(value)
+        if maker is None:
+            return f"{self.tape.values[value].source} makes channels of its own"
+        if isinstance(maker, Rewritten):
+            steps.append(Other("a write in place"))
+            sources = [number for number in (maker.by, maker.old) if number in self.hot]
+        elif isinstance(maker, LayerCall):
+            steps += self._layer(maker)
+            sources = [maker.input]
+        else:
+            sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
+        if not sources:
+            return "a tensor that is written to makes channels of its own"
+        if len(sources) == 1:
+            if not isinstance(maker, Operation):
+                return sources[0]
+            found, before = self._operation(maker, sources[0], value)
+            steps += found
+            return before
+        start = self._composite(value)
+        if start is not None:
+            steps.append(Activation(f"composite {maker.name.rstrip('_')}" if isinstance(maker, Operation) else ""))
+            return start
+        if isinstance(maker, Operation) and self._sums(maker, value, sources):
+            return sources
+        return f"{maker.name if isinstance(maker, Operation) else 'a write in place'} joins several producers"
+
+    def _sums(self, maker: Operation, value: int, sources: Sequence[int]) -> bool:
+        """Whether an operation adds values of one shape up as they are."""
+        shapes = {self.tape.values[number].tensor.shape for number in (*sources, value)}
+        return maker.name.rstrip("_") == "add" and maker.kwargs.get("alpha", 1) == 1 and len(shapes) == 1
 
     def _composite(self, value: int) -> int | None:
         """The single value from which an elementwise expression such as x·sigmoid(x) is computed, or None."""
@@ -245,6 +274,12 @@ class _Walker:
         if found is None or len(found) != 1 or before.dim() != 4:
             return None
         return [_one_axis(found[0])], start.inputs[0]
+
+
+def _told_apart(branches: Sequence[Branch]) -> list[Branch]:
+    """The branches, where all come from different producers; else one that says so."""
+    several = len({producer for _, producer, _ in branches}) < len(branches)
+    return [((), None, "several ways lead from one producer to one consumer")] if several else list(branches)
 
 
 def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None:

@@ -1,6 +1,6 @@
 """From factors to weights: the last step that every method on statistics shares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,9 +12,10 @@ from growconv.linalg import fix_signs
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Norm, Other
-from growconv.solvers.energy import choose_signs, expected_decrease
+from growconv.network.site import GrowthSite
+from growconv.solvers.energy import choose_signs, expected_decrease, require_samples
 from growconv.solvers.request import Request
-from growconv.solvers.weights import at_old_scale, filters_of, homogeneous
+from growconv.solvers.weights import at_old_scale, bias_of, filters_of, homogeneous
 from growconv.statistics.pair import PairStatistics
 
 NOT_TAKEN = 8
@@ -124,11 +125,10 @@ def assemble(
     """A proposal from the factors of Θ = Σ_k left_k ⊗ right_k.
 
     Args:
-        request: with statistics of a site with one producer. Their `patch_mean` and `patch_gram`, where they were
-            collected, give the norm layer behind the producer its moments; the kept samples the signs and the expected
-            decrease.
+        request: with statistics of the site. Their `patch_mean` and `patch_gram`, where they were collected, give the
+            norm layer behind the producer its moments; the kept samples the signs and the expected decrease.
         method: name of the solver.
-        left: (k, a), the producer's new filters, the bias last where it has one.
+        left: (k, a), the new filters of all producers, each with its bias last where it has one.
         rights: per consumer (k, b, c2), in the order of `subject.consumers`.
         gains: (k,) captured energy.
         reason: why there are fewer than asked for.
@@ -137,13 +137,12 @@ def assemble(
     Returns:
         The proposal, its signs fixed or chosen.
     """
-    subject, model, channels, producer = request.subject, request.model, left.shape[0], request.subject.producer
+    subject, model, channels = request.subject, request.model, left.shape[0]
     if channels:
         left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
         parts = joined.split([right[0].numel() for right in rights], 1)
         rights = [part.reshape(right.shape) for part, right in zip(parts, rights, strict=True)]
-    kernel = filters_of(model, producer)
-    entries = kernel[0].numel()
+    incoming, biases = filters_in(subject.growth_site, model, left)
     outgoing = {}
     for consumer, right in zip(subject.consumers, rights, strict=True):
         weight = filters_of(model, consumer.consumer)
@@ -154,13 +153,13 @@ def assemble(
     growth = ChannelGrowth(
         site=subject.growth_site.name,
         method=method,
-        incoming={producer: left[:, :entries].reshape(channels, *kernel.shape[1:]).to(kernel).contiguous()},
-        incoming_bias={producer: left[:, entries].to(kernel).contiguous()} if subject.incoming_bias else {},
+        incoming=incoming,
+        incoming_bias=biases,
         outgoing=outgoing,
         gains=gains.detach(),
         requested=request.number,
         reason=reason,
-        norms=norm_moments(subject, left),
+        norms=norm_moments(subject, left, incoming, biases),
     )
     if channels and not homogeneous(subject.growth_site) and bool((left != 0).any(1).all()):
         # The linear theory leaves the channels' scale open, a curved activation does not: that of the old channels is
@@ -171,32 +170,76 @@ def assemble(
     return replace(growth, expected_decrease=_decrease(subject, growth))
 
 
+def filters_in(
+    site: GrowthSite, model: nn.Module, left: Float[Tensor, "k a"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Filters and biases of every producer, from rows that have one producer after the other, its bias last."""
+    incoming, biases, start = {}, {}, 0
+    for path in site.producers:
+        kernel, end = filters_of(model, path), start + entries_of(model, path)
+        own = left[:, start:end].to(kernel)
+        incoming[path] = own[:, : kernel[0].numel()].reshape(len(left), *kernel.shape[1:]).contiguous()
+        if own.shape[1] > kernel[0].numel():
+            biases[path] = own[:, -1].contiguous()
+        start = end
+    return incoming, biases
+
+
+def entries_of(model: nn.Module, path: str) -> int:
+    """Entries of a producer's patches, the constant one of a bias included."""
+    return filters_of(model, path)[0].numel() + (bias_of(model, path) is not None)
+
+
+def mean_gram(request: Request, grams: Sequence[Tensor]) -> Float[Tensor, "a a"]:
+    """One S for all consumers: that of each producer averaged over the consumers that read it, c of them.
+
+    The consumers' forms add up; entry (a, a') of the sum is divided by √(c_a·c_a'), which keeps it positive.
+    """
+    counts, routes = [], request.site.routes
+    for path in request.site.producers:
+        counts += [sum(route.producer == path for route in routes)] * entries_of(request.model, path)
+    root = torch.tensor(counts).to(grams[0]).sqrt()
+    return torch.stack(list(grams)).sum(0) / (root[:, None] * root)
+
+
 def empty(request: Request, method: str, reason: str) -> ChannelGrowth:
     """A proposal of no channels, with the reason."""
-    subject = request.subject
-    kernel = filters_of(request.model, subject.producer)
-    left = kernel.new_zeros(0, kernel[0].numel() + subject.incoming_bias)
+    subject, model = request.subject, request.model
+    kernel = filters_of(model, request.site.producers[0])
+    left = kernel.new_zeros(0, sum(entries_of(model, path) for path in request.site.producers))
     rights = [kernel.new_zeros(0, 1, consumer.outgoing_shape[0]) for consumer in subject.consumers]
     return assemble(request, method, left, rights, kernel.new_zeros(0), reason)
 
 
-def norm_moments(subject: PairStatistics, left: Float[Tensor, "k a"]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of the new channels' own values before the norm layer that directly follows the producer.
+def norm_moments(
+    subject: PairStatistics,
+    left: Float[Tensor, "k a"],
+    incoming: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of the new channels' own values before the norm layers that directly follow the producers.
 
-    The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean².
+    The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean². Those behind several
+    producers are measured on the kept samples.
     """
+    site = subject.growth_site
+    firsts = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
+    if len(site.producers) > 1 and firsts and bool((left != 0).any()):
+        like, found = next(iter(incoming.values())), require_samples(subject, "a norm layer").moments(incoming, biases)
+        by_sample = {path for path in firsts if layers.norm(site.model.get_submodule(path)).by_sample}
+        return {path: (found[path][0].to(like), found[path][1].to(like)) for path in firsts - by_sample}
     if subject.patch_mean is None or subject.patch_gram is None or left.shape[0] == 0:
         return {}
     mean = left @ subject.patch_mean
     variance = (torch.einsum("ka,ad,kd->k", left, subject.patch_gram, left) - mean.square()).clamp_min(0)
     norms = {}
-    for route in subject.growth_site.routes:
+    for route in site.routes:
         first = next(iter(route.steps), None)
         if isinstance(first, Norm):
-            norm = layers.norm(subject.growth_site.model.get_submodule(first.path))
+            norm = layers.norm(site.model.get_submodule(first.path))
             if norm.by_sample and subject.samples_kept is not None:
                 continue  # depends on the signs of the whole group: measured once they are chosen
-            weight = filters_of(subject.growth_site.model, route.producer)
+            weight = filters_of(site.model, route.producer)
             pooled = norm.pooled(mean, variance)
             norms[first.path] = (pooled[0].to(weight), pooled[1].to(weight))
     return norms

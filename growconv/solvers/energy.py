@@ -92,8 +92,11 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
         return total / len(kept)
     if not subject.growth_site.closed_form or any(each.N_raw is None for each in subject.consumers):
         return None
-    weight, bias = growth.incoming[subject.producer], growth.incoming_bias.get(subject.producer)
-    left = weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
+    rows = []
+    for path in subject.growth_site.producers:
+        bias = growth.incoming_bias.get(path)
+        rows += [growth.incoming[path].flatten(1), *([] if bias is None else [bias[:, None]])]
+    left = torch.cat(rows, 1)
     total = 0.0
     for each in subject.consumers:
         raw = torch.as_tensor(each.N_raw)
@@ -233,7 +236,7 @@ def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowt
     scores = _scores(kept.projected(), both)
     flip = scores[1] > scores[0] * (1 + 1e-6)  # an exact tie, as behind a linear activation, keeps the fixed sign
     chosen = _scaled(growth, torch.where(flip, -1.0, 1.0))
-    like = growth.incoming[subject.producer]
+    like = next(iter(growth.incoming.values()))
     measured = kept.moments(chosen.incoming, chosen.incoming_bias)
     norms = {path: (mean.to(like), variance.to(like)) for path, (mean, variance) in measured.items()}
     chosen = replace(chosen, norms={**norms, **chosen.norms})

@@ -161,7 +161,7 @@ class Functional(Solver):
     ) -> list[tuple[str, Filters]]:
         """Filters to start from by name, of unit size where the patches are whitened."""
         result: list[tuple[str, Filters]] = []
-        plain = fit.site.closed_form and fit.site.ratio(fit.site.producers[0], OUT) == 1
+        plain = fit.site.closed_form and len(fit.site.producers) == 1
         if plain and set(self.starts) - {"random"}:
             tiny = tiny_filters(fit, units * fit.site.granularity, coordinates)
             tiny = replace(tiny, units=tiny.units // fit.site.granularity)

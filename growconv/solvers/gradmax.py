@@ -13,11 +13,11 @@ from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, entries_of, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import expected_decrease
 from growconv.solvers.request import Request
-from growconv.solvers.weights import columns_of, filter_norms, normal, not_plain
+from growconv.solvers.weights import bias_of, columns_of, filter_norms, filters_of, normal, not_plain
 
 
 class GradMaxChannels(NamedTuple):
@@ -119,17 +119,19 @@ class GradMax(Solver):
             # A batch norm on the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
             norms = {path: model.get_submodule(path) for path in moved}
             own = any(norm.training or getattr(norm, "running_mean", None) is None for norm in norms.values())
-            biases = {subject.producer: next(iter(moved.values()))[0]} if own else growth.incoming_bias
+            heights = {r.producer: moved[s.path][0] for r in site.routes for s in r.steps[:1] if isinstance(s, Norm)}
+            biases = heights if own else growth.incoming_bias
             decrease = expected_decrease(subject, replace(growth, incoming_bias=biases))
             growth = replace(growth, expected_decrease=decrease)
         return replace(growth, spectrum=every.gains)
 
     def _lifted(self, request: Request, alpha: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        subject, site, model = request.subject, request.site, request.model
+        site, model = request.site, request.model
         height = self.lift * float(filter_norms(site, model).mean())
         norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
         biased = [getattr(model.get_submodule(path), "bias", None) is not None for path in norms]
-        liftable = height > 0 and (all(biased) if norms else subject.incoming_bias)
+        with_bias = [path for path in site.producers if bias_of(model, path) is not None]
+        liftable = height > 0 and (all(biased) if norms else bool(with_bias))
         if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
                 "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
@@ -137,10 +139,12 @@ class GradMax(Solver):
                 where=site.name,
                 fix="set lift > 0 (the producer, or the norm layer behind it, needs a bias), or use another method",
             )
-        weight = next(iter(model.get_submodule(subject.producer).parameters()))
-        mean = torch.full((alpha.shape[0],), height, dtype=weight.dtype, device=weight.device)
+        mean = filters_of(model, site.producers[0]).new_full((alpha.shape[0],), height)
         if norms:
             return alpha, {path: (mean, torch.zeros_like(mean)) for path in norms}
-        alpha = alpha.clone()
-        alpha[:, -1] = height
+        alpha, end = alpha.clone(), 0
+        for path in site.producers:
+            end += entries_of(model, path)
+            if path == with_bias[0]:
+                alpha[:, end - 1] = height
         return alpha, {}

@@ -11,7 +11,7 @@ from growconv.errors import ArgumentValueError
 from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
+from growconv.solvers.assembly import NOT_TAKEN, assemble, mean_gram, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Solver, register
 from growconv.solvers.counting import worthwhile
 from growconv.solvers.request import Request
@@ -104,7 +104,7 @@ class Tiny(Solver):
         if channels == "auto":
             return worthwhile(self.solve, request)
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
-        S = shrink(torch.stack(grams).mean(0), self.shrinkage, subject.samples)[0]
+        S = shrink(mean_gram(request, grams), self.shrinkage, subject.samples)[0]
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
         every = tiny(S, columns, channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)

@@ -25,7 +25,7 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem
+from growconv.statistics.problem import batched, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision
 
@@ -258,18 +258,18 @@ class StatisticsCollector:
                 statistics, found = consumer.statistics(self.model.get_submodule(consumer.path))
                 patches = patches or found
                 consumers.append(statistics)
-            producer = layers.weighted(self.model.get_submodule(site.producers[0]))
             kept = None
             if self.keep_samples:
                 kept = KeptSamples(site, tuple(collected.kept), {each.consumer: each for each in consumers})
             result[site.name] = PairStatistics(
                 site=site.name,
                 growth_site=site,
-                producer=site.producers[0],
                 samples=max(consumer.samples for consumer in consumers),
                 consumers=tuple(consumers),
-                incoming_shape=tuple(producer.filters().shape[1:]),
-                incoming_bias=producer.bias() is not None,
+                incoming_shapes={
+                    path: tuple(layers.weighted(self.model.get_submodule(path)).filters().shape[1:])
+                    for path in site.producers
+                },
                 patch_mean=patches.get("patch_mean"),
                 patch_gram=patches.get("patch_gram"),
                 samples_kept=kept,
@@ -301,12 +301,13 @@ class StatisticsCollector:
                 where=site.name,
                 fix="collect quantities=('samples',) only, for methods such as functional",
             )
-        routes = {route.consumer: route for route in site.routes}
+        if len(site.producers) > 1:
+            wanted -= {"patch_gram"}  # the moments of norm layers behind several producers come from samples
         consumers = {}
         for path in site.consumers:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
             sums = ConsumerSums(where, wanted, self.path, self.scratch_bytes)
-            consumers[path] = Measurement(path, routes.get(path), sums)
+            consumers[path] = Measurement(path, sums)
             if wanted:
                 consumers[path].wait_for(self.quantities)
         return _Site(site, consumers)
@@ -474,10 +475,7 @@ class StatisticsCollector:
         if not sums.quantities:
             sums.count(v, count)
             return
-        producer = self.model.get_submodule(site.producers[0])
-        if consumer.route is None:
-            raise StatisticsError("no way leads from the producer to this consumer", where=consumer.path)
-        batch = HeldBatch(*pair_problem(consumer.route, producer, module, x[site.producers[0]], h, v), samples=count)
+        batch = HeldBatch(*site_problem(site, consumer.path, x, h, v), samples=count)
         if self._second:
             consumer.add_projected(batch, self._updates[site.name, consumer.path])
             return

@@ -10,24 +10,21 @@ from growconv.statistics.accumulator import SCRATCH_BYTES, TENSOR_STATISTICS, Co
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.problem import pair_problem
+from growconv.statistics.problem import site_problem
 from growconv.statistics.samples import KeptSamples
 
 
 def sample_batches(kept: KeptSamples, consumer: str) -> list[HeldBatch]:
-    """One pair of a site and its samples as maps, in float64, one entry for each call and batch.
+    """One consumer of a site and its samples as maps, in float64, one entry for each call and batch.
 
     Args:
-        kept: samples of a site with one producer; their v is taken, so give `kept.projected()` for v⊥.
+        kept: samples of a site with a closed form; their v is taken, so give `kept.projected()` for v⊥.
     """
-    site = kept.site
-    route = next(route for route in site.routes if route.consumer == consumer)
-    producer, layer = site.model.get_submodule(route.producer), site.model.get_submodule(consumer)
     found: list[HeldBatch] = []
     for each in kept.passes:
-        calls = zip(each.x[route.producer], each.h[consumer], each.v[consumer], strict=True)
-        for x, h, v in calls:
-            maps = pair_problem(route, producer, layer, x.double(), h.double(), v.double())
+        for index, (h, v) in enumerate(zip(each.h[consumer], each.v[consumer], strict=True)):
+            x = {path: each.x[path][index].double() for path in kept.site.producers}
+            maps = site_problem(kept.site, consumer, x, h.double(), v.double())
             found.append(HeldBatch(*maps, samples=0 if found else len(kept)))
     return found
 
@@ -38,7 +35,7 @@ def without(subject: PairStatistics, left_out: KeptSamples, remaining: KeptSampl
     W* still knows the samples that are left out; a gain measured on those is therefore very slightly optimistic.
 
     Args:
-        subject: statistics of a site with one producer.
+        subject: statistics of a site with a closed form.
         left_out: kept samples, fewer than were averaged over.
         remaining: the other kept samples.
     """
@@ -82,7 +79,7 @@ def sample_averages(kept: KeptSamples, consumer: str, names: frozenset[str]) -> 
     """Averages over the kept samples.
 
     Args:
-        kept: samples of a site with one producer; with those of `kept.projected()`, N_raw is N.
+        kept: samples of a site with a closed form; with those of `kept.projected()`, N_raw is N.
         names: among S, S_full, N_raw, M, S2, P and patch_gram (with patch_mean).
     """
     sums = ConsumerSums(f"{kept.site.name}, consumer {consumer}", names, "auto", SCRATCH_BYTES)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.network.routes import Route
 from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
@@ -22,7 +21,6 @@ class Measurement:
 
     Attributes:
         path: module path of the consumer.
-        route: the way from the producer; None where there is none.
         sums: the sums over samples.
         waiting: what is not summed as long as batches are held.
         held: these batches.
@@ -33,7 +31,6 @@ class Measurement:
     """
 
     path: str
-    route: Route | None
     sums: ConsumerSums
     waiting: frozenset[str] = frozenset()
     held: list[HeldBatch] = field(default_factory=list)

@@ -15,19 +15,19 @@ from growconv.statistics.samples import KeptSamples
 
 @dataclass(eq=False)
 class PairStatistics:
-    """What the data says about one site with one producer, or several with kept samples only.
+    """What the data says about one site.
 
     A statistic that was not collected is None. For a site with one consumer its statistics are at hand directly.
 
     Attributes:
         site: name of the site.
         growth_site: the site itself.
-        producer: module path of the first producer.
         samples: number of samples n.
         consumers: one entry per consumer, in the order of site.consumers.
-        incoming_shape: (C0, *k1) of the producer's filters; (features,) for a linear layer.
-        incoming_bias: whether the producer has a bias: axis a then ends with the constant entry.
-        patch_mean: mean of the producer's patches over samples and locations (a,), the constant entry included.
+        incoming_shapes: per producer (C0, *k1) of its filters, (features,) for a linear layer. Axis a has the patches
+            of all producers one after the other, each with a constant entry at its end where the producer has a bias.
+        patch_mean: mean of the producer's patches over samples and locations (a,), the constant entry included; None
+            for several producers.
         patch_gram: second moment of the same (a, a).
         samples_kept: tensors of the samples kept; None where none were asked for.
         skipped_batches: batches left out because something in them was not finite.
@@ -42,11 +42,9 @@ class PairStatistics:
 
     site: str
     growth_site: GrowthSite
-    producer: str
     samples: int
     consumers: tuple[ConsumerStatistics, ...]
-    incoming_shape: tuple[int, ...]
-    incoming_bias: bool
+    incoming_shapes: Mapping[str, tuple[int, ...]]
     patch_mean: Float[Tensor, " a"] | None = None
     patch_gram: Float[Tensor, "a a"] | None = None
     samples_kept: KeptSamples | None = None
@@ -150,16 +148,16 @@ class PairStatistics:
         Raises:
             StatisticsError: where they do not belong together.
         """
-        same = (self.site, self.incoming_shape, self.outgoing_shapes) == (
+        same = (self.site, self.incoming_shapes, self.outgoing_shapes) == (
             other.site,
-            other.incoming_shape,
+            other.incoming_shapes,
             other.outgoing_shapes,
         )
         if not same or (self.patch_gram is None) != (other.patch_gram is None):
             raise StatisticsError(
                 "these statistics do not belong together",
-                expected=f"{self.site}, {self.incoming_shape} to {self.outgoing_shapes}",
-                got=f"{other.site}, {other.incoming_shape} to {other.outgoing_shapes}",
+                expected=f"{self.site}, {self.incoming_shapes} to {self.outgoing_shapes}",
+                got=f"{other.site}, {other.incoming_shapes} to {other.outgoing_shapes}",
                 fix="merge statistics of one site, collected at the same width with the same quantities",
             )
         consumers = tuple(mine.merged(theirs) for mine, theirs in zip(self.consumers, other.consumers, strict=True))

@@ -1,7 +1,7 @@
 """One producer and one consumer: all that the statistics need to know of them, and their tensors in one layout."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from growconv.convolution.unfold import pad, unfold, windows
 from growconv.errors import StatisticsError
 from growconv.network import layers
 from growconv.network.routes import AdaptivePool, Depthwise, Flatten, Pool, Route
+from growconv.network.site import GrowthSite
 
 GridStep = Pool | AdaptivePool | Depthwise
 """Steps of a route that change the grid; norms and activations count as the identity, a flattening only renames."""
@@ -247,6 +248,51 @@ def pair_problem(
             fix="check the site's steps: print(site), site.routes",
         )
     return problem, x, h, v
+
+
+def site_problem(
+    site: GrowthSite, consumer: str, x: Mapping[str, Tensor], h: Tensor, v: Tensor
+) -> tuple[PairProblem, Tensor, Tensor, Tensor]:
+    """The problem of a site and one of its consumers, as `pair_problem` gives it.
+
+    Several producers are one: a linear layer on the grid of the consumer's input, which reads the patches of all of
+    them, each with its constant entry where it has a bias. Patches that do not reach the consumer are zero.
+
+    Args:
+        site: which.
+        consumer: path of the consumer.
+        x: per producer its input.
+        h: input of the consumer.
+        v: desired change of its output.
+    """
+    layer = site.model.get_submodule(consumer)
+    producers = {path: site.model.get_submodule(path) for path in site.producers}
+    routes = {route.producer: route for route in site.routes if route.consumer == consumer}
+    problems = {path: pair_problem(routes[path], producers[path], layer, x[path], h, v) for path in routes}
+    if len(producers) == 1:
+        return next(iter(problems.values()))
+    _, _, h, v = next(iter(problems.values()))
+    features = []
+    for path, producer in producers.items():
+        weighted = layers.weighted(producer)
+        if path not in problems:
+            entries = weighted.filters()[0].numel() + (weighted.bias() is not None)
+            features.append(h.new_zeros(h.shape[0], entries, *h.shape[2:]))
+            continue
+        problem, maps, *_ = problems[path]
+        features.append(problem.features(maps))
+        if problem.first_bias:
+            features.append(problem.constant(h.dtype, h.device).expand(h.shape[0], 1, *h.shape[2:]))
+    stacked, grid = torch.cat(features, 1), tuple(h.shape[2:])
+    problem = replace(
+        next(iter(problems.values()))[0],
+        first=linear_geometry(len(grid)),
+        steps=(),
+        input_size=grid,
+        channels=(stacked.shape[1], h.shape[1], v.shape[1]),
+        first_bias=False,
+    )
+    return problem, stacked, h, v
 
 
 def _grid_steps(route: Route, size: tuple[int, ...]) -> tuple[GridStep, ...]:
