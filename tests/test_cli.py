@@ -116,10 +116,12 @@ def test_sites_of_a_config(capsys, monkeypatch):
     assert "blocks.0.conv1 -> blocks.0.conv2" in out
     assert "classifier" in out
     assert "serves" not in out
-    assert main(["sites", "model=resnet20", "growth=gradmax"]) == 0
+    assert main(["sites", "model=resnet20", "growth=tiny"]) == 0
+    assert "growth=tiny serves 12 of 12 sites" in capsys.readouterr().out
+    assert main(["sites", "model=unet", "growth=gradmax"]) == 0
     out = capsys.readouterr().out
-    assert "growth=gradmax serves 9 of 12 sites" in out
-    assert "layers produce the channels" in out
+    assert "growth=gradmax serves 8 of 10 sites" in out
+    assert "is a transposed convolution" in out
     assert main(["sites", "model=resnet20", "trainer.epoch=3"]) == 1
     assert "trainer.epoch" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, StatisticsError
 from growconv.linalg import fix_signs

@@ -19,6 +19,7 @@ from growconv.network.apply import shrink
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
 from growconv.network.proposal import ChannelGrowth
+from growconv.network.routes import Norm
 from growconv.network.site import REFUSALS, GrowthSite
 from growconv.solvers.request import Channels, Request
 from growconv.statistics.pair import PairStatistics
@@ -76,7 +77,12 @@ class Solver(ABC):
         Args:
             site: where; nothing is computed on it.
         """
-        return site.no_closed_form if self.needs_closed_form else None
+        if not self.needs_closed_form or not site.closed_form:
+            return site.no_closed_form if self.needs_closed_form else None
+        normed = any(isinstance(step, Norm) for route in site.routes for step in route.steps[:1])
+        if len(site.producers) > 1 and normed and "patch" in self.reads and "samples" not in self.reads:
+            return "norm layers behind several producers take their moments from kept samples: signs=True"
+        return None
 
     @abstractmethod
     def solve(self, request: Request) -> ChannelGrowth:

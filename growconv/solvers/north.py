@@ -219,7 +219,7 @@ class North(Solver):
         if subject is not None and units:
             kept = subject.samples_kept
             if subject.patch_gram is not None:
-                norms = norm_moments(subject, flattened(incoming[first], biases.get(first)))
+                norms = norm_moments(subject, flattened(incoming[first], biases.get(first)), incoming, biases)
             elif kept is not None:
                 norms = kept.moments(incoming, biases)
         outgoing = silent_outgoing(site, model, units * site.granularity)

@@ -112,9 +112,11 @@ class VarianceTransfer(Solver):
             ), None
         own = (key for key in site.axes if key[1] != IN)
         mixed = next((path for path, side in own if len(site.layout.axes[path, side]) > 1), None)
-        obstacle = (
-            not_homogeneous(site, behind_norms=True) if mixed is None else f"{mixed} holds channels of other sites too"
-        )
+        obstacle = not_homogeneous(site, behind_norms=True)
+        if mixed is not None:
+            obstacle = f"{mixed} holds channels of other sites too"
+        elif len(site.producers) > 1:
+            obstacle = f"{len(site.producers)} layers produce the channels"
         if obstacle is not None:
             return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every consumer"
         # what they read is scaled up by the root, for the output layers too

@@ -291,7 +291,8 @@ class StatisticsCollector:
                 fix="find the sites of the model that is collected on: growconv.find_sites(model, example_input)",
             )
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
-        if not site.closed_form and wanted == {"patch_gram"} and self.keep_samples:
+        several = len(site.producers) > 1
+        if wanted == {"patch_gram"} and self.keep_samples and (several or not site.closed_form):
             wanted = frozenset()  # who reads it takes it from the samples there
         reason = site.no_closed_form if wanted else None
         if reason:
@@ -301,8 +302,14 @@ class StatisticsCollector:
                 where=site.name,
                 fix="collect quantities=('samples',) only, for methods such as functional",
             )
-        if len(site.producers) > 1:
-            wanted -= {"patch_gram"}  # the moments of norm layers behind several producers come from samples
+        if several and wanted == {"patch_gram"}:
+            raise StatisticsError(
+                "the patches of several producers have no moments of their own",
+                where=site.name,
+                fix="collect quantities=('patch', 'samples') with keep_samples=512, say",
+            )
+        if several:
+            wanted -= {"patch_gram"}
         consumers = {}
         for path in site.consumers:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"

@@ -77,7 +77,8 @@ def moments(rank, world):
             answer |= {f"{name} {consumer.consumer} {key}": value for key, value in values.items()}
             kept = statistics.samples_kept
             answer[f"{name} kept"] = (
-                kept.x[statistics.growth_site.producers[0]].square().sum() + kept.v_perp(consumer.consumer).square().sum()
+                kept.x[statistics.growth_site.producers[0]].square().sum()
+                + kept.v_perp(consumer.consumer).square().sum()
             )
         answer |= {f"{name} mean": statistics.patch_mean, f"{name} gram": statistics.patch_gram}
         answer[f"{name} samples"] = torch.tensor(float(statistics.samples))

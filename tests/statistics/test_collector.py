@@ -271,16 +271,16 @@ def test_two_backward_passes_through_one_forward_are_refused():
 
 
 def test_sites_without_closed_form_keep_samples_only():
-    class Residual(nn.Module):
+    class Gated(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 4, 1)
 
         def forward(self, x):
             x = self.a(x)
-            return self.c(x + self.b(torch.relu(x))).mean(dim=(2, 3))
+            return self.c(x * self.b(torch.relu(x))).mean(dim=(2, 3))
 
-    model = Residual()
+    model = Gated()
     stream = next(site for site in growconv.find_sites(model, X) if len(site.producers) > 1)
     with pytest.raises(StatisticsError, match="closed-form"):
         StatisticsCollector(model, stream)
