@@ -121,7 +121,7 @@ def test_sites_of_a_config(capsys, monkeypatch):
     assert main(["sites", "model=unet", "growth=gradmax"]) == 0
     out = capsys.readouterr().out
     assert "growth=gradmax serves 8 of 10 sites" in out
-    assert "is a transposed convolution" in out
+    assert "upsample_nearest2d between" in out
     assert main(["sites", "model=resnet20", "trainer.epoch=3"]) == 1
     assert "trainer.epoch" in capsys.readouterr().err
 

@@ -164,9 +164,8 @@ class _Walker:
                     break
                 if isinstance(before, list):
                     own = tuple(reversed(steps))
-                    self.known[start] = _told_apart(
-                        [((*first, *own), *rest) for each in before for first, *rest in self.back(each)]
-                    )
+                    branches = [branch for each in before for branch in self.back(each)]
+                    self.known[start] = _told_apart([((*first, *own), path, why) for first, path, why in branches])
                     break
                 value = before
             else:
