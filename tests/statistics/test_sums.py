@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from growconv.statistics.sums import full_precision
-from tests.statistics.test_precision import X, collected, difference, network
+from tests.hazards.test_precision import X, collected, difference, network
 
 
 @pytest.mark.parametrize("path", ["dense", "unfold", "offset"])

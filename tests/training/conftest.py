@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from growconv.cli import main
+from tests.growth.conftest import chain, sites_of  # noqa: F401 (fixtures)
 from tests.training.finished import QUICK
 
 

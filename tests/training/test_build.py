@@ -1,4 +1,4 @@
-"""Hazard: a policy that cannot be written in a config file."""
+"""Every policy can be written in a config file."""
 
 import pytest
 from hydra.utils import instantiate
