@@ -461,8 +461,8 @@ def test_a_site_serves_every_model_of_the_same_names(chain, sites_of, batches_of
     assert (model[0].out_channels, other[0].out_channels) == (3, 4)
 
 
-class Stream(nn.Module):
-    """A pair of convolutions inside a block, and a residual stream that no closed form serves."""
+class Gated(nn.Module):
+    """A pair of convolutions inside a block, and a gated stream that no closed form serves."""
 
     def __init__(self):
         super().__init__()
@@ -471,11 +471,11 @@ class Stream(nn.Module):
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
-        return self.head((x + torch.relu(self.second(torch.relu(self.first(x))))).mean((2, 3)))
+        return self.head((x * torch.sigmoid(self.second(torch.relu(self.first(x))))).mean((2, 3)))
 
 
 def test_sites_that_a_method_cannot_serve_are_left_out_with_one_warning(sites_of, batches_of):
-    model = Stream()
+    model = Gated()
     sites = sites_of(model)
     assert [site.name for site in sites if site.refusal("gradmax") is not None] == ["stem + second -> first, head"]
     with pytest.warns(GrowthWarning, match="1 of 2 sites.*scheduler.left_out.*random") as caught:
@@ -492,7 +492,7 @@ def test_sites_that_a_method_cannot_serve_are_left_out_with_one_warning(sites_of
 
 
 def test_a_site_made_by_hand_is_never_left_out(batches_of):
-    model, x = Stream(), batches_of(1)[0][0][:2]
+    model, x = Gated(), batches_of(1)[0][0][:2]
     site = growconv.site(model, ["stem", "second"], ["first", "head"], example_input=x)
     other = growconv.site(model, "first", "second", example_input=x)
     with pytest.raises(ScheduleError, match="this site"):
