@@ -25,7 +25,7 @@ from experiments.benchmarks.table import write_section
 QUICK = (
     "32x16x32", "64x16x32", "128x16x32", "32x32x32", "64x32x32",
     "16x8x32", "16x16x32", "16x32x32", "64x8x32", "128x8x32",
-    "64x16x32k1", "16x16x32k5", "64x8x32k5", "16x32x32s2", "64x16x32s2",
+    "64x16x32k1", "16x16x32k5", "64x8x32k5", "16x32x32s2", "64x16x32s2", "256x8x32", "256x16x32", "16x56x128",
 )  # fmt: skip
 LARGEST = 2**28
 """Entries of a batch's three maps, above which a shape of the whole grid is left out."""

@@ -18,25 +18,21 @@ from growconv.statistics.sums import Totals
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 SYMMETRIC_BLOCK = 96
-"""Rows below which a Gram matrix is one product; above, its two halves share the off-diagonal block."""
+"""Rows of a Gram matrix that are multiplied at a time, with all that come after."""
 
 
 def gram(rows: Float[Tensor, "a n"]) -> Float[Tensor, "a a"]:
-    """rows·rowsᵀ, leaving out the products that symmetry gives.
+    """rows·rowsᵀ, leaving out most of the products that symmetry gives.
 
     Args:
         rows: matrix of a rows.
     """
     size = rows.shape[0]
-    if size < 2 * SYMMETRIC_BLOCK:
-        return rows @ rows.T
-    half = size // 2
     result = rows.new_empty(size, size)
-    result[:half, :half] = gram(rows[:half])
-    result[half:, half:] = gram(rows[half:])
-    torch.mm(rows[:half], rows[half:].T, out=(corner := rows.new_empty(half, size - half)))
-    result[:half, half:] = corner
-    result[half:, :half] = corner.T
+    for start in range(0, size, SYMMETRIC_BLOCK):
+        part = rows[start : start + SYMMETRIC_BLOCK] @ rows[start:].T
+        result[start : start + SYMMETRIC_BLOCK, start:] = part
+        result[start:, start : start + SYMMETRIC_BLOCK] = part.T
     return result
 
 
