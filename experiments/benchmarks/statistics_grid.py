@@ -79,14 +79,15 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL("libc.so.6").mallopt(option, 2**30)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD, whose largest value this is
+        ctypes.CDLL("libc.so.6").mallopt(option, 2**25)
     found: dict[str, tuple[float, float]] = {}
     rows, notes = [], [
         "S, S2, M and N of a pair of convolutions with biases and ReLU in between, the stride being the first one's; "
         "float32, one thread, CPU time. A batch: a collection of three batches less one of one, halved, in units of "
         "the pair's forward and backward pass. The rest: what a collection takes whatever its batches, but for solving "
-        "for W*. Freed memory stays with the process. Before (--before): the same at a state of the package that summed P in place of holding batches."
+        "for W*. Freed memory stays with the process. Before (--before): the same at a state of the package that "
+        "summed P in place of holding batches."
     ]  # fmt: skip
     for shape in options.shapes or (shapes() if options.all else QUICK):
         bench = Bench(shape, "cpu", time.process_time)

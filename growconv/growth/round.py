@@ -32,6 +32,7 @@ from growconv.solvers.gradmax import gradmax
 from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
 from growconv.solvers.request import Channels
 from growconv.solvers.sampling import Found, gains_known, until_known
+from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
@@ -134,7 +135,8 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
     for path in site.consumers:
         second = layers.weighted(site.model.get_submodule(path)).filters()
         own, taps = second[0].numel() + 1, second[0, 0].numel()
-        sizes = {"S": patch**2, "S_full": (patch * taps) ** 2, "N_raw": patch * taps * len(second)}
+        full = (patch * taps) ** 2
+        sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}
         sizes["N"] = own * (own + len(second)) + sizes["N_raw"]
         entries += sum(size for name, size in sizes.items() if name in reads)
     return 8 * entries
