@@ -482,14 +482,23 @@ class StatisticsCollector:
         if not sums.quantities:
             sums.count(v, count)
             return
-        batch = HeldBatch(*site_problem(site, consumer.path, x, h, v), samples=count)
-        if self._second:
-            consumer.add_projected(batch, self._updates[site.name, consumer.path])
-            return
-        size = batch.size if own is None else 0  # kept samples are there anyway
-        held = sum(each.held_bytes for each in self._measurements)
-        room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
-        consumer.add(batch, size if room and held + size <= room else None, self.hold_bytes is None)
+        several = len(site.producers) > 1
+        for part in self._parts(site, consumer.path, x, h, v) if several else [slice(None)]:
+            maps = site_problem(site, consumer.path, {path: each[part] for path, each in x.items()}, h[part], v[part])
+            batch, count = HeldBatch(*maps, samples=count), 0
+            if self._second:
+                consumer.add_projected(batch, self._updates[site.name, consumer.path])
+                continue
+            size = batch.size if several or own is None else 0  # kept samples are there anyway
+            held = sum(each.held_bytes for each in self._measurements)
+            room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
+            consumer.add(batch, size if room and held + size <= room else None, self.hold_bytes is None)
+
+    def _parts(self, site: GrowthSite, path: str, x: dict[str, Tensor], h: Tensor, v: Tensor) -> Iterator[slice]:
+        """The samples in parts whose stacked patches take a quarter of the scratch memory at most."""
+        one = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])[1]
+        step = max(1, self.scratch_bytes // (4 * one.numel() * one.element_size()))
+        return (slice(start, start + step) for start in range(0, len(h), step))
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.

@@ -70,10 +70,14 @@ def by_hand(model: Net, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor], d
     return columns, {path: -len(x) * each.flatten(2) for path, each in zip(READERS, gradients, strict=True)}
 
 
-def test_statistics_stack_the_patches_of_all_producers() -> None:
+@pytest.mark.parametrize("scratch_bytes", [2**28, 2**19])  # the second takes a few samples at a time
+def test_statistics_stack_the_patches_of_all_producers(scratch_bytes: int) -> None:
     model, (x, target) = build(3), data()
     site = stream_of(model, x)
-    found = growconv.collect_statistics(model, [site], [(x, target)], loss, quantities={"S", "N_raw", "M", "S2"})
+    found = growconv.collect_statistics(
+        model, [site], [(x, target)], loss, quantities={"S", "N_raw"}, scratch_bytes=scratch_bytes
+    )
+    assert found[site.name].samples == SAMPLES
     columns, v = by_hand(copy.deepcopy(model), x, target)
     for each in found[site.name].consumers:
         X = columns[each.consumer]
