@@ -248,15 +248,9 @@ def _analysed(
     if numbers.repeated:
         mark_copied(strict, numbers, spaces)
     _refuse_layers(twin, numbers, spaces)
-    widening = Widening(twin, ways, numbers, spaces, whole_groups)
+    widening = Widening(twin, ways, numbers, spaces)
     layout = widening.prove() if rehearse else widening.presume()
     return Analysis(model, numbers, spaces, layout, outputs), widening
-
-
-def whole_groups(path: str, module: nn.Module) -> bool:
-    """Whether a grouped convolution grows by whole groups: where it has more groups than channels in one."""
-    groups = layers.groups_of(module)
-    return groups >= layers.size(module, IN) // groups
 
 
 def _numbered(
@@ -269,7 +263,7 @@ def _numbered(
         same_chance()
         before = len(numbers.cuts)
         try:
-            trail = look(model, example.arguments, numbers, whole_groups, gradients=True)
+            trail = look(model, example.arguments, numbers, gradients=True)
             if ways.setdefault((id(example.arguments), trail), example) is not example:
                 del numbers.cuts[before:]
         except LookFailed as failure:

@@ -83,7 +83,6 @@ class Widening:
         examples: how it is run.
         numbers: what sending numbers through it found at its present widths.
         spaces: the spaces; those that fail are given a reason.
-        whole_groups: whether the groups of a grouped convolution come and go as a whole.
     """
 
     def __init__(
@@ -92,13 +91,11 @@ class Widening:
         examples: Sequence[Example],
         numbers: Numbers,
         spaces: list[Space],
-        whole_groups: Callable[[str, nn.Module], bool],
     ) -> None:
         self.examples = examples
         self.numbers = numbers
         self.spaces = spaces
-        self.whole_groups = whole_groups
-        self.pretender = Pretender(model, whole_groups)
+        self.pretender = Pretender(model)
         self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
         self.sizes |= {key: len(numbers.range_of(key)) for key in {key for key, _ in numbers.owners}}
         self.dims: dict[str, int] = {}
@@ -110,7 +107,7 @@ class Widening:
         self._groups = {
             path: layers.groups_of(module)
             for path, module in model.named_modules()
-            if layers.is_weighted(module) and layers.groups_of(module) > 1 and not whole_groups(path, module)
+            if layers.is_weighted(module) and layers.groups_of(module) > 1 and not layers.in_whole_groups(module)
         }
 
     # ------------------------------------------------------------------------------------------ the whole
@@ -220,7 +217,7 @@ class Widening:
         for example in self.examples:
             self.pretender.model.train(example.training)
             same_chance()
-            look(self.pretender.model, example.arguments, found, self.whole_groups, outputs_block=False)
+            look(self.pretender.model, example.arguments, found, outputs_block=False)
 
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
@@ -619,12 +616,10 @@ class Pretender:
 
     Args:
         model: a copy that may be changed.
-        whole_groups: whether the groups of a grouped convolution come and go as a whole.
     """
 
-    def __init__(self, model: nn.Module, whole_groups: Callable[[str, nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.whole_groups = whole_groups
         self._widths: dict[str, int] = {}
         for path, module in model.named_modules():
             if layers.is_norm(module):
@@ -635,7 +630,7 @@ class Pretender:
     def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
             outputs = self._widths.get(path)
-            if outputs is None and not self.whole_groups(path, module):
+            if outputs is None and not layers.in_whole_groups(module):
                 outputs = layers.size(module, OUT)
             return layers.pretended(module, x, outputs)
 

@@ -170,7 +170,6 @@ def look(
     model: nn.Module,
     arguments: Arguments,
     numbers: Numbers,
-    whole_groups: Callable[[str, nn.Module], bool],
     outputs_block: bool = True,
     gradients: bool = False,
 ) -> tuple[str, ...]:
@@ -180,7 +179,6 @@ def look(
         model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
         arguments: of its forward.
         numbers: what is found goes here; those of earlier passes stay.
-        whole_groups: whether the groups of a grouped convolution are channels that come and go as a whole.
         outputs_block: the numbers in the model's output cannot grow.
         gradients: note which layers run without gradients although their weights train.
 
@@ -190,7 +188,7 @@ def look(
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers, whole_groups)
+    mode = _Mode(model, numbers)
     mode.gradients = gradients
     handles = mode.hook(model)
     try:
@@ -216,10 +214,9 @@ class _Mode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # True imports torch._dynamo, for seconds
 
-    def __init__(self, model: nn.Module, numbers: Numbers, whole_groups: Callable[[str, nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, numbers: Numbers) -> None:
         super().__init__()
         self.numbers = numbers
-        self.whole_groups = whole_groups
         self.met: set[int] = set()
         self.trail: list[str] = []
         self.calls: dict[str, int] = {}
@@ -297,7 +294,7 @@ class _Mode(TorchDispatchMode):
             self._normalize(path, module, columns)
             self._put(output, companion)
             return
-        grouped = layers.groups_of(module) > 1 and self.whole_groups(path, module)
+        grouped = layers.in_whole_groups(module)
         numbers.consume((path, GROUP_IN if grouped else IN), columns)
         out_axis = layers.channel_axis(module, output.dim())
         count = output.shape[out_axis]

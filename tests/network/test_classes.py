@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from growconv.network.classes import Torn, collapsed, mark_copied, runs_of, spaces_of
-from growconv.network.find import whole_groups
 from growconv.network.layout import ENTRY, IN, OUT, Run, owners_of
 from growconv.network.trace import Numbers, look
 from tests.network.hand import Net
@@ -17,7 +16,7 @@ from tests.network.hand import Net
 
 def numbers_of(model: nn.Module, repeated: bool = False) -> Numbers:
     numbers = Numbers(repeated)
-    look(model, ((torch.randn(2, 3, 4, 4),), {}), numbers, whole_groups)
+    look(model, ((torch.randn(2, 3, 4, 4),), {}), numbers)
     return numbers
 
 

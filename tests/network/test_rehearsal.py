@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growconv.network.find import analyse, explain_sites, find_sites, whole_groups
+from growconv.network import layers
+from growconv.network.find import analyse, explain_sites, find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.rehearsal import Pretender, resize_attribute
 from growconv.network.trace import Numbers, look
@@ -150,8 +151,8 @@ def test_groups_of_convolutions_get_equal_shares() -> None:
         lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))),
         a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 1, groups=2), c=nn.Conv2d(6, 2, 1),
     ).double()  # fmt: skip
-    assert not whole_groups("b", model.b)
-    assert whole_groups("b", nn.Conv2d(8, 8, 1, groups=8))
+    assert not layers.in_whole_groups(model.b)
+    assert layers.in_whole_groups(nn.Conv2d(8, 8, 1, groups=8))
     sites = find_sites(model, X)
     assert [(site.name, site.granularity) for site in sites] == [("a -> b", 2), ("b -> c", 2)]
     assert sites[0].layout.axes["b", IN] == (Run(0, 2, 1, (0, 1)),)
@@ -176,12 +177,12 @@ def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
     layout = Layout(
         {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
     )
-    pretender = Pretender(copy.deepcopy(model), whole_groups)
+    pretender = Pretender(copy.deepcopy(model))
     numbers = Numbers()
     with pretender.widened(layout, [4], [6]):
         assert pretender.model.scale.shape == (6, 1, 1)
         assert pretender.model.a.out_channels == 6
-        look(pretender.model, ((torch.randn(1, 3, 5, 5),), {}), numbers, whole_groups)
+        look(pretender.model, ((torch.randn(1, 3, 5, 5),), {}), numbers)
         assert len(numbers.columns["b", IN]) == len(numbers.columns["n", ENTRY]) == 6
     assert pretender.model.scale.shape == (4, 1, 1)
     assert pretender.model.a.out_channels == 4

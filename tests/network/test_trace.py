@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growconv.network.find import whole_groups
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
 from growconv.network.trace import LookFailed, Numbers, look
 from tests.network.hand import Net
@@ -15,7 +14,7 @@ from tests.network.hand import Net
 
 def looked(model: nn.Module, *inputs: Tensor, repeated: bool = False) -> Numbers:
     numbers = Numbers(repeated)
-    look(model, (inputs, {}), numbers, whole_groups, gradients=True)
+    look(model, (inputs, {}), numbers, gradients=True)
     return numbers
 
 

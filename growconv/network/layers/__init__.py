@@ -156,6 +156,12 @@ def set_outputs(module: nn.Module, count: int) -> None:
     setattr(module, weighted(module).names[0], count)
 
 
+def in_whole_groups(module: nn.Module) -> bool:
+    """Whether a grouped convolution grows by whole groups: where it has at least as many as channels in one."""
+    groups = groups_of(module)
+    return groups > 1 and groups >= size(module, IN) // groups
+
+
 def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tensor:
     """Zeros of the shape that a weighted layer gives for any number of input channels.
 
