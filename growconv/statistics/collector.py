@@ -25,7 +25,7 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, site_problem
+from growconv.statistics.problem import batched, pair_problem, site_problem, stacked_patches
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision
 
@@ -483,9 +483,7 @@ class StatisticsCollector:
             sums.count(v, count)
             return
         several = len(site.producers) > 1
-        for part in self._parts(site, consumer.path, x, h, v) if several else [slice(None)]:
-            maps = site_problem(site, consumer.path, {path: each[part] for path, each in x.items()}, h[part], v[part])
-            batch, count = HeldBatch(*maps, samples=count), 0
+        for batch in self._batches(site, consumer.path, x, h, v, count):
             if self._second:
                 consumer.add_projected(batch, self._updates[site.name, consumer.path])
                 continue
@@ -494,11 +492,26 @@ class StatisticsCollector:
             room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
             consumer.add(batch, size if room and held + size <= room else None, self.hold_bytes is None)
 
-    def _parts(self, site: GrowthSite, path: str, x: dict[str, Tensor], h: Tensor, v: Tensor) -> Iterator[slice]:
-        """The samples in parts whose stacked patches take a quarter of the scratch memory at most."""
-        one = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])[1]
+    def _batches(
+        self, site: GrowthSite, path: str, x: dict[str, Tensor], h: Tensor, v: Tensor, count: int
+    ) -> Iterator[HeldBatch]:
+        """One call of a consumer; of several producers in parts whose stacked patches take a quarter of the scratch.
+
+        These patches are made when they are needed: they are many times as large as what they are made from.
+        """
+        if len(site.producers) == 1:
+            yield HeldBatch(*site_problem(site, path, x, h, v), samples=count)
+            return
+        problem, one, *_ = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])
         step = max(1, self.scratch_bytes // (4 * one.numel() * one.element_size()))
-        return (slice(start, start + step) for start in range(0, len(h), step))
+        for start in range(0, len(h), step):
+            part = slice(start, start + step)
+            raw = {producer: each[part] for producer, each in x.items()}
+            route = next(route for route in site.routes if route.consumer == path)
+            producer, layer = (self.model.get_submodule(each) for each in (route.producer, path))
+            _, _, own, wanted = pair_problem(route, producer, layer, raw[route.producer], h[part], v[part])
+            stack = partial(stacked_patches, site, path, raw, h[part], v[part])
+            yield HeldBatch(problem, stack, own, wanted, count if start == 0 else 0, tuple(raw.values()))
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.

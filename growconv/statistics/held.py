@@ -1,7 +1,7 @@
 """Batches held until W* is known: N, N_raw and P from x, h and v themselves."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,22 +44,30 @@ class HeldBatch:
 
     Attributes:
         problem: shapes and geometry.
-        x: input of the producer (n, C0, *size).
+        inputs: of the producer (n, C0, *size); a function that makes it anew where it would be large.
         h: input of the consumer (n, C1, *grid).
         v: desired change of the consumer's output (n, C2, *out).
         samples: how many new samples these are; 0 for a further call on the same ones.
+        made_from: what the function makes the inputs from.
     """
 
     problem: PairProblem
-    x: Tensor
+    inputs: Tensor | Callable[[], Tensor]
     h: Tensor
     v: Tensor
     samples: int
+    made_from: tuple[Tensor, ...] = ()
+
+    @property
+    def x(self) -> Tensor:
+        """Input of the producer."""
+        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs()
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(each.numel() * each.element_size() for each in (self.x, self.h, self.v))
+        own = self.made_from or (self.x,)
+        return sum(each.numel() * each.element_size() for each in (*own, self.h, self.v))
 
 
 def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:
@@ -70,12 +78,13 @@ def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:
     """
 
     def shapes(batch: HeldBatch) -> tuple[object, ...]:
-        return batch.problem, *((each.dtype, each.device) for each in (batch.x, batch.h, batch.v))
+        return batch.problem, *((each.dtype, each.device) for each in (batch.h, batch.v))
 
     for _, alike in itertools.groupby(batches, key=shapes):
         waiting: list[HeldBatch] = []
         for batch in alike:
-            if waiting and sum(each.size for each in (*waiting, batch)) > GROUP_BYTES:
+            full = sum(each.size for each in (*waiting, batch)) > GROUP_BYTES
+            if waiting and (full or batch.made_from):
                 yield _joined(waiting)
                 waiting = []
             waiting.append(batch)

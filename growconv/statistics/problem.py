@@ -295,6 +295,11 @@ def site_problem(
     return problem, stacked, h, v
 
 
+def stacked_patches(site: GrowthSite, consumer: str, x: Mapping[str, Tensor], h: Tensor, v: Tensor) -> Tensor:
+    """The second of what `site_problem` gives."""
+    return site_problem(site, consumer, x, h, v)[1]
+
+
 def _grid_steps(route: Route, size: tuple[int, ...]) -> tuple[GridStep, ...]:
     """Steps that change the grid; an adaptive pooling that divides it evenly becomes a plain one."""
     steps: list[GridStep] = []
