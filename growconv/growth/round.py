@@ -129,8 +129,7 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
     """
     if not site.closed_form:
         return 0
-    first = layers.weighted(site.model.get_submodule(site.producers[0])).filters()
-    patch = first[0].numel() + 1
+    patch = sum(layers.weighted(site.model.get_submodule(path)).filters()[0].numel() + 1 for path in site.producers)
     entries = patch**2 if "patch" in reads else 0
     for path in site.consumers:
         second = layers.weighted(site.model.get_submodule(path)).filters()
