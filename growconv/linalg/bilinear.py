@@ -16,9 +16,9 @@ REACH = 10
 """Rounds at its present pace in which a descent must be able to reach the best one; else it stops."""
 NARROWED = 256, 2048
 """Sizes of a dense metric between which it is looked whether a narrower factor serves."""
-STREAMED = 16
-"""Rows of a dense metric that meet the left factors at a time: for a few left factors a product with a matrix larger
-than the cache takes two thirds of the time of the whole one."""
+STREAMED, CACHE_BYTES = 16, 2**23
+"""Rows that meet the left factors at a time where a dense metric is larger than the cache: for a few left factors that
+takes two thirds of the time of the whole product."""
 TWINS = 5e-2
 """Sum of the squared sines between the spans of two descents below which only the better one goes on."""
 
@@ -77,9 +77,10 @@ class DenseMetric:
             self._half = (self._tall @ left.mT).mT.reshape(rows, -1)
             return self._half @ self._half.mT
         matrix = self._form.flatten(1)
-        half = left.new_zeros(len(left), matrix.shape[1])
-        for start in range(0, len(matrix), STREAMED):
-            half.addmm_(left[:, start : start + STREAMED], matrix[start : start + STREAMED])
+        at_a_time = STREAMED if matrix.numel() * matrix.element_size() > CACHE_BYTES else len(matrix)
+        half = left[:, :at_a_time] @ matrix[:at_a_time]
+        for start in range(at_a_time, len(matrix), at_a_time):
+            half.addmm_(left[:, start : start + at_a_time], matrix[start : start + at_a_time])
         self._half = half.view(-1, *self._form.shape[1:])  # shared with `pull`
         return torch.einsum("kbde,ld->kble", self._half, left).reshape(rows, -1)
 
