@@ -16,7 +16,7 @@ from growconv.network.event import Optimizers
 from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
-from growconv.solvers.base import SOLVERS, Solver
+from growconv.solvers.base import SOLVERS, Solver, refusal_of
 from growconv.solvers.sampling import require_known_gains
 
 
@@ -57,7 +57,7 @@ def checked_sites(
     if not found:
         fix = "see growconv.explain_sites(model, example_input)"
         raise ScheduleError("no sites to grow", expected="at least one", where="sites", fix=fix)
-    refused = {name: _refusal(site, solver) for name, site in found.items()}
+    refused = {name: refusal_of(solver, site) for name, site in found.items()}
     left_out = tuple(LeftOut(found[name], reason) for name, reason in refused.items() if reason is not None)
     strict = next((each for each in left_out if each.site.by_hand), None)
     if strict is not None or len(left_out) == len(found):
@@ -70,12 +70,6 @@ def checked_sites(
     if left_out:
         warnings.warn(_left_out(left_out, len(found), solver), GrowthWarning, stacklevel=3)
     return tuple(site for name, site in found.items() if refused[name] is None), left_out
-
-
-def _refusal(site: Site, solver: Solver) -> str | None:
-    if site.own_method is not None or solver.name in REFUSALS:
-        return site.refusal(solver.name)
-    return solver.refusal(cast(GrowthSite, site))  # a method of the user's that is not registered
 
 
 def _left_out(left_out: Sequence[LeftOut], count: int, solver: Solver) -> str:

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
-from growconv.network.site import REFUSALS, GrowthSite
+from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.request import Channels, Request
 from growconv.statistics.pair import PairStatistics
 
@@ -253,6 +253,13 @@ def solve(
     return growth
 
 
+def refusal_of(solver: Solver, site: Site) -> str | None:
+    """Why a method, with the hyperparameters that it has, cannot serve a site; None where it can."""
+    if site.own_method is not None or cast(GrowthSite, site).copied:
+        return site.refusal(solver.name)  # what the site is decides, whatever the hyperparameters
+    return solver.refusal(cast(GrowthSite, site))
+
+
 def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics | None) -> None:
     """Refuse a site that the method cannot serve, or for which it would need statistics."""
     if solver.reads and statistics is None:
@@ -263,7 +270,7 @@ def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics
             where=site.name,
             fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
         )
-    refused = site.refusal(solver.name) if site.copied else solver.refusal(site)
+    refused = refusal_of(solver, site)
     if refused is not None:
         raise SolverError(
             f"the method {solver.name!r} cannot serve this site",
@@ -278,14 +285,14 @@ def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
     paths = (*site.producers, *site.consumers)
     weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in paths}
 
-    def cast(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def stored(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {path: each.to(weights[path]) for path, each in given.items()}
 
     return replace(
         growth,
-        incoming=cast(growth.incoming),
-        incoming_bias=cast(growth.incoming_bias),
-        outgoing=cast(growth.outgoing),
+        incoming=stored(growth.incoming),
+        incoming_bias=stored(growth.incoming_bias),
+        outgoing=stored(growth.outgoing),
         units=growth.units or site.units,
     )
 

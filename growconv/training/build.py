@@ -18,7 +18,7 @@ from growconv.growth.decision import Policy
 from growconv.growth.widths import set_widths
 from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Solver, get_solver
+from growconv.solvers.base import Solver, get_solver, refusal_of
 from growconv.training.config import call_target, locate
 from growconv.training.data import Dataset, load_data
 from growconv.training.sources import CIFAR
@@ -156,7 +156,8 @@ def choose_sites(config: Config, sites: Sequence[GrowthSite]) -> tuple[GrowthSit
     if patterns is None:
         patterns = ["*"] if growth["start_width"] < 1 else config["model"]["hidden_sites"]
     named = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
-    refusals = {site.name: site.refusal(_solver(growth).name) for site in named}
+    solver = _solver(growth)
+    refusals = {site.name: refusal_of(solver, site) for site in named}
     chosen = tuple(site for site in named if refusals[site.name] is None)
     if not chosen:
         raise ConfigError(

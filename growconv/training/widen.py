@@ -24,7 +24,7 @@ from growconv.network.event import GrowthEvent
 from growconv.network.find import find_sites
 from growconv.network.site import Site
 from growconv.reporting.terminal import printable, shown
-from growconv.solvers.base import get_solver
+from growconv.solvers.base import get_solver, refusal_of
 from growconv.training.build import grows, make_dataset, make_loss
 from growconv.training.checkpoint import Checkpoint
 from growconv.training.config import length
@@ -216,7 +216,7 @@ def _widened(trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> list[Gr
     sites = find_sites(trainer.model, _example(trainer))
     widths = _targets(sites, wish)
     for site in sites:
-        reason = site.refusal(solver.name) if site.name in wish.widths else None
+        reason = refusal_of(solver, site) if site.name in wish.widths else None
         if reason is not None:
             raise ConfigError(f"method {method!r} cannot serve this site: {reason}", where=site.name)
     limits = {"parameters": wish.parameters, "flops": wish.flops}

@@ -152,6 +152,15 @@ def test_moments_of_norm_layers_behind_a_stream_need_samples() -> None:
     assert "kept samples" in str(growconv.solvers.get_solver("tiny", signs=False).refusal(site.of(model)))
 
 
+def test_what_a_hyperparameter_rules_out_is_said_when_the_schedule_is_made() -> None:
+    model, example = zoo.build("residual")
+    stream = next(each for each in growconv.find_sites(model, example) if len(each.producers) > 1)
+    solver = growconv.solvers.get_solver("tiny", signs=False)
+    with pytest.raises(growconv.errors.ScheduleError, match="kept samples"):
+        growconv.GrowthScheduler(model, None, [stream], method=solver, every=1)
+    assert growconv.GrowthScheduler(model, None, [stream], method="tiny", every=1).sites == (stream,)
+
+
 def test_exact_captures_more_than_tiny_and_tiny_more_than_chance() -> None:
     model, (x, target) = build(3), data()
     site, shares = stream_of(model, x), {}
