@@ -1,6 +1,7 @@
 """`growconv search`: what a short growing run says about the widths of a model, as a config and a table."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import yaml
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from growconv.errors import ConfigError
 from growconv.growth.cost import ModelCost
+from growconv.growth.widths import set_widths
 from growconv.network.event import count_parameters
+from growconv.network.find import find_sites
+from growconv.network.site import GrowthSite
 from growconv.reporting.records import read_run
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import data_shape, make_model
@@ -20,6 +25,8 @@ from growconv.training.progress import si
 from growconv.training.rundir import RunDirectory, write_atomically
 
 FOUND = Path("experiment") / "found.yaml"
+MOST = 64
+"""By what factor a budget that hardly depends on the widths is filled, at most."""
 
 
 def require_budget(config: Mapping[str, Any]) -> None:
@@ -64,20 +71,23 @@ def write_found(directory: Path) -> Path:
         CheckpointError: no finished run lies there.
     """
     files = RunDirectory(directory)
-    config, widths = files.config(), files.summary()["widths"]
-    found = found_config(config, widths)
+    config, reached = files.config(), files.summary()["widths"]
+    budget = config["growth"]["budget"]
+    found = found_config(config, reached)
     channels, size, _ = shape = data_shape(config["data"])
     model = make_model(found, shape)
-    flops = ModelCost.measure(model, torch.zeros(2, channels, size, size)).flops()
-    parameters = count_parameters(model)
+    sites = find_sites(model, torch.zeros(2, channels, size, size))
+    cost = ModelCost.measure(model, torch.zeros(2, channels, size, size))
+    widths = filled(model, [site for site in sites if site.name in reached], cost, budget)
+    found["model"]["widths"] = widths
+    flops, parameters = cost.flops(), count_parameters(model)
     text = yaml.safe_dump({"model": found["model"]}, sort_keys=False, allow_unicode=True)
     note = f"# {parameters} parameters, {flops} FLOPs of a sample's forward pass."
     target = directory / FOUND
     target.parent.mkdir(exist_ok=True)
     write_atomically(target, f"# @package _global_\n# Widths that `growconv search` found.\n{note}\n{text}")
     console = make_console()
-    console.print(found_table(read_run(directory).events, widths))
-    budget = config["growth"]["budget"]
+    console.print(found_table(read_run(directory).events, reached, widths))
     limits = [f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None]
     print(
         f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {', '.join(limits)}"
@@ -87,22 +97,63 @@ def write_found(directory: Path) -> Path:
     return target
 
 
-def found_table(events: Iterable[Mapping[str, Any]], widths: Mapping[str, int]) -> Table:
+def filled(
+    model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost, budget: Mapping[str, int | None]
+) -> dict[str, int]:
+    """Widen a model in its proportions as far as a budget allows: a short run may end before its budget is spent.
+
+    Args:
+        model: untrained; its weights are drawn anew for the last widths.
+        sites: those that are widened, of the model.
+        cost: of the model.
+        budget: `flops` of one sample's forward pass and `parameters`, at most; None: no limit.
+
+    Returns:
+        Channels by the name of the site.
+    """
+    begun = {site: site.width for site in sites}
+
+    def widen(factor: float) -> dict[str, int]:
+        widths = {
+            site.name: width + site.granularity * math.floor((factor - 1) * width / site.granularity + 0.5)
+            for site, width in begun.items()
+        }
+        set_widths(model, sites, widths)
+        return widths
+
+    def fits() -> bool:
+        sizes = {"flops": cost.flops(), "parameters": count_parameters(model)}
+        return all(limit is None or sizes[name] <= limit for name, limit in budget.items())
+
+    low, high = 1.0, 2.0
+    while sites and high < MOST and widen(high) and fits():
+        low, high = high, 2 * high
+    for _ in range(10):
+        middle = (low + high) / 2
+        widen(middle)
+        low, high = (middle, high) if fits() else (low, middle)
+    return widen(low)
+
+
+def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int], widths: Mapping[str, int]) -> Table:
     """Per site where it began and ended, and what its channels gained and cost.
 
     Args:
         events: the lines of growth.jsonl.
-        widths: channels at the end, by the name of the site.
+        reached: channels at the end of the run, by the name of the site.
+        widths: channels that the budget allows in these proportions.
     """
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("site", overflow="fold")
-    for title in ("start", "found", "rounds", "gain", "parameters added"):
+    for title in ("start", "reached", "found", "rounds", "gain", "parameters added"):
         table.add_column(title, justify="right")
     listed = list(events)
     for site, width in widths.items():
         own = [event for event in listed if event["site"] == site]
-        start = own[0]["width_before"] if own else width
+        start = own[0]["width_before"] if own else reached[site]
         gain = sum(sum(event["gains"]) for event in own)
         added = sum(event["parameters_after"] - event["parameters_before"] for event in own)
-        table.add_row(escape(site), str(start), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}")
+        table.add_row(
+            escape(site), str(start), str(reached[site]), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}"
+        )
     return table

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 
-from experiments.studies.when_growing_pays import pieces, run
+from experiments.studies.when_growing_pays import allocation, pieces, questions, rates, run
 from experiments.studies.when_growing_pays.record import Record, Result
 from experiments.studies.when_growing_pays.tables import Tables, interval
-from growconv.training.build import make_policy
+from growconv.growth.cost import ModelCost
+from growconv.network.find import find_sites
+from growconv.training.build import make_model, make_policy
 from growconv.training.config import compose, plain
 
 
@@ -22,12 +26,11 @@ def result(question: str, variant: str, seed: int, loss: float) -> Result:
 def tuned(tmp_path) -> Record:
     """A record in which 0.1 is the best rate of every net."""
     record = Record(tmp_path / "results.jsonl")
-    names = [*(f"width_{width}" for width in pieces.WIDTHS), *(net for net in pieces.NETS if net != "plain")]
     record.add(
         result("rates", f"{name}/lr_{rate}", seed, 1 + abs(rate - 0.1))
-        for name in names
-        for rate in pieces.RATES
-        for seed in pieces.TUNING
+        for name in questions.SETTINGS
+        for rate in rates.RATES
+        for seed in rates.TUNING
     )
     return record
 
@@ -42,9 +45,9 @@ def commands(piece: pieces.Piece, folder: Path) -> Iterator[tuple[str, ...]]:
             (Path(directory) / "metrics.jsonl").write_text(json.dumps({"val_loss": 1.0}) + "\n")
 
 
-@pytest.mark.parametrize("question", pieces.QUESTIONS)
+@pytest.mark.parametrize("question", questions.QUESTIONS)
 def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(question, tuned, tmp_path):
-    found = list(pieces.QUESTIONS[question](tuned, 3))
+    found = list(questions.QUESTIONS[question](tuned, 3))
     assert len({piece.variant for piece in found}) == len(found)
     for piece in found:
         for arguments in commands(piece, tmp_path / piece.question / piece.variant):
@@ -56,38 +59,47 @@ def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(questio
             config = plain(compose(overrides))
             assert config["seed"] == 3
             assert config["optimizer"]["lr"] == 0.1
-            assert 0 < config["trainer"]["flops"] <= max(pieces.BUDGETS) * pieces.E
+            assert 0 < config["trainer"]["flops"] <= max(questions.BUDGETS) * questions.E
             make_policy(config["growth"]["scheduler"].get("learning_rate"), "growth.scheduler.learning_rate")
 
 
 def test_rates_are_tuned_on_seeds_that_are_never_reported():
-    assert not set(pieces.TUNING) & set(pieces.SEEDS)
+    assert not set(rates.TUNING) & {*questions.SEEDS, *allocation.SEEDS}
 
 
-def test_a_list_of_rates_grows_until_the_best_lies_within(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "WIDTHS", (1.0,))
-    monkeypatch.setattr(pieces, "NETS", {"plain": pieces.NETS["plain"]})
+def test_a_list_of_rates_grows_until_the_best_lies_within(tmp_path):
     record, tried = Record(tmp_path / "results.jsonl"), []
-    for piece in pieces.rates(record):
+    for piece in rates.rates(record, {"net": ("growth=none",)}):
         rate = float(piece.variant.rpartition("_")[2])
         tried.append(rate)
         record.add([result("rates", piece.variant, piece.seed, abs(rate - 1.0))])
-    assert sorted(set(tried)) == [*pieces.RATES, 0.8, 1.6]
-    assert pieces.rate(record, "plain", 1.0) == "optimizer.lr=0.8"
+    assert sorted(set(tried)) == [*rates.RATES, 0.8, 1.6]
+    assert rates.rate(record, "net") == "optimizer.lr=0.8"
 
 
 def test_no_rate_is_taken_before_all_were_tried(tmp_path):
     with pytest.raises(SystemExit, match="run `rates` first"):
-        pieces.rate(Record(tmp_path / "results.jsonl"), "plain", 1.0)
+        rates.rate(Record(tmp_path / "results.jsonl"), "width_1.0")
 
 
-def test_widths_by_hand_cost_what_uniform_ones_cost():
-    budget = pieces.inference_flops(pieces.PLAN)
-    for shape in pieces.HAND_MADE.values():
-        widths = iter(pieces.scaled_to(shape, budget))
-        plan = [next(widths) if isinstance(entry, int) else entry for entry in pieces.PLAN]
-        assert 0.9 * budget < pieces.inference_flops(plan) <= budget
-    assert pieces.scaled_to(pieces.widths_of(pieces.PLAN), budget) == pieces.widths_of(pieces.PLAN)
+@pytest.mark.parametrize("cell", allocation.CELLS, ids=lambda cell: cell.name)
+def test_widths_by_hand_cost_what_uniform_ones_cost(cell):
+    net, pixels = allocation.NETS[cell.net], allocation.IMAGES[cell.images].pixels
+    for shape in ([1.0] * len(net.uniform), [float(width**2) for width in net.uniform]):
+        assert 0.9 * cell.budget < net.flops(cell.scaled(shape), pixels) <= cell.budget
+    assert cell.scaled(net.uniform) == list(net.uniform)
+
+
+@pytest.mark.parametrize("cell", allocation.CELLS, ids=lambda cell: cell.name)
+def test_the_config_of_a_cell_builds_its_network_with_the_free_sites_alone(cell):
+    net, pixels = allocation.NETS[cell.net], allocation.IMAGES[cell.images].pixels
+    config = plain(compose([*cell.fixed([5] * len(net.uniform))]))
+    model = make_model(config, (1, pixels, 10))
+    inputs = torch.zeros(2, 1, pixels, pixels)
+    assert ModelCost.measure(model, inputs).flops() == net.flops([5] * len(net.uniform), pixels)
+    free = [site for site in find_sites(model, inputs) if fnmatch(site.name, net.sites)]
+    assert [site.width for site in free] == [5] * len(net.uniform)
+    assert config["model"]["hidden_sites"] == [net.sites]
 
 
 def test_a_piece_is_run_once_recorded_and_left_out_then(tuned, tmp_path, monkeypatch, capsys):
@@ -108,7 +120,6 @@ def test_a_piece_is_run_once_recorded_and_left_out_then(tuned, tmp_path, monkeyp
             )
         ],
     )
-    monkeypatch.setattr(pieces, "BASE", pieces.BASE[2:])
     arguments = ["frontier", "--seeds", "0", "--runs", str(tmp_path / "runs")]
     assert run.main(arguments) == 0
     kept = Record(tuned.path).of("frontier", "short")[0]
@@ -149,8 +160,8 @@ def test_the_head_start_kept_is_the_protocols(tmp_path):
 def test_tables_are_written_of_what_there_is(tuned):
     tuned.add(
         result("frontier", f"budget_{budget}/width_{width}", seed, width)
-        for budget in pieces.BUDGETS
-        for width in pieces.WIDTHS
+        for budget in questions.BUDGETS
+        for width in questions.WIDTHS
         for seed in (0, 1)
     )
     tuned.add([result("doubling", "to_1.0/random", 0, 0.25), result("doubling", "to_1.0/random", 1, 0.75)])

@@ -6,14 +6,15 @@ python -m experiments.studies.when_growing_pays.tables
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 from scipy import stats
 
-from experiments.studies.when_growing_pays.pieces import BUDGETS, HALF, LENGTH, WIDTHS, E
+from experiments.studies.when_growing_pays.allocation import CELLS
+from experiments.studies.when_growing_pays.questions import BUDGETS, HALF, LENGTH, WIDTHS, E
 from experiments.studies.when_growing_pays.record import Record, Result
 from growconv.reporting.frontier import head_start_kept
 
@@ -191,11 +192,24 @@ class Tables:
         return f"Mean NLL of the three, trunk less alone: {interval(differences)}."
 
     def allocation(self) -> list[str]:
-        """(e)."""
-        uniform = self.fixed(1.0)
-        rows = [row("uniform", uniform, [uniform])] if uniform else []
-        rows += [row(name, found, [uniform]) for name, found in self.group("allocation", "").items()]
-        return table(titles("uniform"), rows)
+        """(e): a table for each cell, and all cells together."""
+        lines: list[str] = []
+        summary: dict[str, dict[str, list[float]]] = {}
+        for cell in CELLS:
+            found = self.group("allocation", f"{cell.name}/")
+            uniform = found.get("uniform", {})
+            for name, results in found.items():
+                if name != "uniform":
+                    summary.setdefault(name, {})[cell.name] = paired(results, uniform)
+            rows = [row(name, results, [uniform]) for name, results in found.items()]
+            if rows:
+                lines += [f"{cell.net} on {cell.images}:", "", *table(titles("uniform"), rows), ""]
+        names = [cell.name for cell in CELLS]
+        rows = [
+            [name, *(interval(cells[each]) if cells.get(each) else "" for each in names)]
+            for name, cells in summary.items()
+        ]
+        return [*lines, "NLL less uniform, paired:", "", *table(["variant", *names], rows)]
 
     def size_and_depth(self) -> list[str]:
         """(f)."""
@@ -290,6 +304,22 @@ class Tables:
         plt.close(figure)
 
 
+def figures(tables: Tables) -> Iterator[tuple[str, str, Mapping[int, Result], str]]:
+    """Question, the variants' path, what they are compared with, and its name in words."""
+    for target in (1.0, 2.0):
+        yield "doubling", f"to_{target}/", tables.fixed(target), f"width {target:g} at the same FLOPs"
+        yield "size_and_depth", f"plain/to_{target}/", tables.fixed(target), f"width {target:g} at the same FLOPs"
+    for small in (0.5, 1.0):
+        alone = tables.record.of("finished", f"from_{small}/small")
+        yield "finished", f"from_{small}/", alone, "the same net trained on"
+    shallow = tables.record.of("size_and_depth", "residual/residual_2_2_2")
+    yield "size_and_depth", "residual/", shallow, "2, 2, 2 blocks at the same FLOPs"
+    yield "directions", "", tables.record.of("directions", "random_0.0"), "random, amplitude 0"
+    for cell in CELLS:
+        uniform = tables.record.of("allocation", f"{cell.name}/uniform")
+        yield "allocation", f"{cell.name}/", uniform, f"uniform widths, {cell.net} on {cell.images}"
+
+
 def main() -> int:
     """Write RESULTS.md and the figures."""
     matplotlib.use("Agg")
@@ -299,12 +329,9 @@ def main() -> int:
     )
     if tables.record.variants("frontier"):
         tables.draw_frontier(HERE / "frontier.png")
-    for target in (1.0, 2.0):
-        name = HERE / f"doubling_to_{target:g}.png"
-        tables.draw_differences(
-            "doubling", f"to_{target}/", tables.fixed(target), name, f"width {target:g} at the same FLOPs"
-        )
-    tables.draw_differences("allocation", "", tables.fixed(1.0), HERE / "allocation.png", "uniform widths")
+    for question, prefix, reference, against in figures(tables):
+        name = "_".join([question, *prefix.rstrip("/").split("/")]).rstrip("_").replace(".", "_")
+        tables.draw_differences(question, prefix, reference, HERE / f"{name}.png", against)
     return 0
 
 
