@@ -134,12 +134,16 @@ class Cell:
         """
         model = NETS[self.net].overrides(widths)
         ends = (*FIXED, *FALLING, f"trainer.flops={share * self.length}")
-        return (*BASE, *IMAGES[self.images].overrides, *model, *ends)
+        return (*self._base, *model, *ends)
 
     def uniform(self) -> tuple[str, ...]:
         """The uniform network and the data."""
         net = NETS[self.net]
-        return (*BASE, *IMAGES[self.images].overrides, *net.overrides(net.uniform))
+        return (*self._base, *net.overrides(net.uniform))
+
+    @property
+    def _base(self) -> Arguments:
+        return (*BASE, *IMAGES[self.images].overrides, "trainer.channels_last=true")  # a third less time
 
     def scaled(self, shape: Sequence[float]) -> list[int]:
         """The largest widths in these proportions that cost no more than the uniform ones."""
