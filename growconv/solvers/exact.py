@@ -232,7 +232,7 @@ class SampleMetric:
                 yield problem, chunk
 
     def _hidden(self, problem: PairProblem, left: Tensor, padded: Tensor) -> Tensor:
-        entries = problem.patch_entries
+        entries, left = problem.patch_entries, problem.here(left)
         kernels = left[:, :entries].reshape(len(left), problem.channels[0], *problem.first.kernel_size)
         hidden = problem.between(_convolve(padded, kernels, problem.first))
         if problem.first_bias:

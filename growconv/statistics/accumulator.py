@@ -288,6 +288,5 @@ class _SizedSums:
                 sums |= self.offset.expand(self.correlations)
             sums = with_constants(self.problem, sums, self.maps, self.rows)
         locations = math.prod(self.problem.first_output_size)
-        return Totals(
-            {k: value / locations if k in ("patch_mean", "patch_gram") else value for k, value in sums.items()}
-        )
+        averaged = {k: value / locations if k in ("patch_mean", "patch_gram") else value for k, value in sums.items()}
+        return Totals(self.problem.on_site(averaged))

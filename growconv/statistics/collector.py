@@ -25,7 +25,7 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem, site_problem, stacked_patches
+from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision
 
@@ -495,9 +495,9 @@ class StatisticsCollector:
     def _batches(
         self, site: GrowthSite, path: str, x: dict[str, Tensor], h: Tensor, v: Tensor, count: int
     ) -> Iterator[HeldBatch]:
-        """One call of a consumer; of several producers in parts whose stacked patches take a quarter of the scratch.
+        """One call of a consumer; of several producers in parts whose common input takes a quarter of the scratch.
 
-        These patches are made when they are needed: they are many times as large as what they are made from.
+        That input is made when it is needed: where it is their patches, it is many times as large as their inputs.
         """
         if len(site.producers) == 1:
             yield HeldBatch(*site_problem(site, path, x, h, v), samples=count)
@@ -510,8 +510,8 @@ class StatisticsCollector:
             route = next(route for route in site.routes if route.consumer == path)
             producer, layer = (self.model.get_submodule(each) for each in (route.producer, path))
             _, _, own, wanted = pair_problem(route, producer, layer, raw[route.producer], h[part], v[part])
-            stack = partial(stacked_patches, site, path, raw, h[part], v[part])
-            yield HeldBatch(problem, stack, own, wanted, count if start == 0 else 0, tuple(raw.values()))
+            joint = partial(site_input, site, path, raw, h[part], v[part])
+            yield HeldBatch(problem, joint, own, wanted, count if start == 0 else 0, tuple(raw.values()))
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.

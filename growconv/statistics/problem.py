@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -33,6 +34,8 @@ class PairProblem:
         channels: C0, C1, C2, of x, h and v.
         first_bias: whether patches of the producer carry a constant entry, last in A.
         second_bias: whether patches of the consumer carry one, last in D.
+        entries: of several producers taken as one: for each entry of the site's axis a, its entry among the patches
+            here, −1 where it does not reach the consumer. None: the axes are the same.
     """
 
     first: Geometry
@@ -43,6 +46,7 @@ class PairProblem:
     channels: tuple[int, int, int]
     first_bias: bool
     second_bias: bool
+    entries: tuple[int, ...] | None = None
 
     @property
     def patch_entries(self) -> int:
@@ -72,14 +76,49 @@ class PairProblem:
     @property
     def projection_entries(self) -> int:
         """Entries A·B·D of P, the largest statistic."""
-        a = self.patch_entries + self.first_bias
         d = self.consumer_entries + self.second_bias
-        return a * self.second.taps * d
+        return self._site_entries * self.second.taps * d
 
     @property
     def full_entries(self) -> int:
         """Entries (A·B)² of S_full."""
-        return ((self.patch_entries + self.first_bias) * self.second.taps) ** 2
+        return (self._site_entries * self.second.taps) ** 2
+
+    @property
+    def _site_entries(self) -> int:
+        return self.patch_entries + self.first_bias if self.entries is None else len(self.entries)
+
+    def on_site(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the patches here as sums over the site's axis a.
+
+        Args:
+            sums: by the name of the statistic.
+        """
+        if self.entries is None:
+            return dict(sums)
+        index, taps = torch.tensor(self.entries), self.second.taps
+        present, index = index >= 0, index.clamp_min(0)
+
+        def placed(name: str, value: Tensor) -> Tensor:
+            if name in ("S2", "M"):
+                return value
+            if name == "S_full":
+                value = value.unflatten(1, (-1, taps)).unflatten(0, (-1, taps))
+                return placed("N_raw", placed("N_raw", value).transpose(0, 2)).transpose(0, 2).flatten(2).flatten(0, 1)
+            if name == "S":
+                return placed("N_raw", placed("N_raw", value).T).T
+            device = value.device
+            return value[index.to(device)] * present.to(device).view(-1, *[1] * (value.dim() - 1))
+
+        return {name: placed(name, value) for name, value in sums.items()}
+
+    def here(self, filters: Float[Tensor, "k a"]) -> Float[Tensor, "k e"]:
+        """Filters over the site's axis a as filters over the patches here."""
+        if self.entries is None:
+            return filters
+        index = torch.tensor(self.entries, device=filters.device)
+        found = filters.new_zeros(len(filters), self.patch_entries + self.first_bias)
+        return found.index_add(1, index[index >= 0], filters[:, index >= 0])
 
     def between(self, maps: Float[Tensor, "n k *grid"]) -> Float[Tensor, "n k *hidden"]:
         """The linear part of what lies between producer and consumer.
@@ -152,11 +191,13 @@ def _as_window(step: GridStep) -> Pool | Depthwise | None:
     geometry = step.geometry
     if isinstance(step, Pool):
         return None if any(map(any, geometry.padding)) or geometry.ceil_mode else step
-    centred = all(
-        low == step_ * tap
-        for (low, _), step_, tap in zip(geometry.padding, geometry.dilation, geometry.identity_tap, strict=True)
-    )
-    return step if centred else None
+    return step if _centred(geometry) else None
+
+
+def _centred(geometry: Geometry) -> bool:
+    """Whether the identity tap at output location m reads the input at stride·m."""
+    taps = zip(geometry.padding, geometry.dilation, geometry.identity_tap, strict=True)
+    return all(low == step * tap for (low, _), step, tap in taps)
 
 
 def _apply(step: GridStep, maps: Tensor) -> Tensor:
@@ -255,8 +296,8 @@ def site_problem(
 ) -> tuple[PairProblem, Tensor, Tensor, Tensor]:
     """The problem of a site and one of its consumers, as `pair_problem` gives it.
 
-    Several producers are one: a linear layer on the grid of the consumer's input, which reads the patches of all of
-    them, each with its constant entry where it has a bias. Patches that do not reach the consumer are zero.
+    Several producers are one: a convolution that reads the inputs of all, where they have one geometry (1×1 kernels are
+    one tap of it), else a linear layer on the grid of the consumer's input that reads their patches.
 
     Args:
         site: which.
@@ -267,35 +308,107 @@ def site_problem(
     """
     layer = site.model.get_submodule(consumer)
     producers = {path: site.model.get_submodule(path) for path in site.producers}
-    routes = {route.producer: route for route in site.routes if route.consumer == consumer}
-    problems = {path: pair_problem(routes[path], producers[path], layer, x[path], h, v) for path in routes}
+    found = {
+        route.producer: pair_problem(route, producers[route.producer], layer, x[route.producer], h, v)
+        for route in site.routes
+        if route.consumer == consumer
+    }
     if len(producers) == 1:
-        return next(iter(problems.values()))
-    _, _, h, v = next(iter(problems.values()))
-    features = []
+        return next(iter(found.values()))
+    parts = {path: (problem, maps) for path, (problem, maps, *_) in found.items()}
+    one = _as_convolution(parts) or _as_linear(parts)
+    entries: list[int] = []
     for path, producer in producers.items():
         weighted = layers.weighted(producer)
-        if path not in problems:
-            entries = weighted.filters()[0].numel() + (weighted.bias() is not None)
-            features.append(h.new_zeros(h.shape[0], entries, *h.shape[2:]))
-            continue
-        problem, maps, *_ = problems[path]
-        features.append(problem.features(maps))
-        if problem.first_bias:
-            features.append(problem.constant(h.dtype, h.device).expand(h.shape[0], 1, *h.shape[2:]))
-    stacked, grid = torch.cat(features, 1), tuple(h.shape[2:])
+        count = weighted.filters()[0].numel() + (weighted.bias() is not None)
+        entries += one.entries.get(path, [-1] * count)
+    given, _, h, v = next(iter(found.values()))
     problem = replace(
-        next(iter(problems.values()))[0],
-        first=linear_geometry(len(grid)),
-        steps=(),
-        input_size=grid,
-        channels=(stacked.shape[1], h.shape[1], v.shape[1]),
-        first_bias=False,
+        given,
+        first=one.geometry,
+        steps=given.steps if one.before_steps else (),
+        input_size=tuple(one.maps.shape[2:]),
+        channels=(one.maps.shape[1], *given.channels[1:]),
+        first_bias=one.bias,
+        entries=tuple(entries),
     )
-    return problem, stacked, h, v
+    return problem, one.maps, h, v
 
 
-def stacked_patches(site: GrowthSite, consumer: str, x: Mapping[str, Tensor], h: Tensor, v: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Joined:
+    """Several producers as one.
+
+    Attributes:
+        geometry: of the one.
+        maps: its input.
+        bias: whether its patches carry a constant entry.
+        entries: by producer, where its patches lie among those of the one.
+        before_steps: whether what lies between producers and consumer is still to come.
+    """
+
+    geometry: Geometry
+    maps: Tensor
+    bias: bool
+    entries: dict[str, list[int]]
+    before_steps: bool
+
+
+def _as_convolution(parts: Mapping[str, tuple[PairProblem, Tensor]]) -> _Joined | None:
+    """One convolution that reads the inputs of all, each at its own channels; None where the geometries differ."""
+    problems = [problem for problem, _ in parts.values()]
+    wide = {problem.first for problem in problems if problem.first.taps > 1}
+    if len(wide) > 1 or len({problem.steps for problem in problems}) > 1:
+        return None
+    geometry = wide.pop() if wide else linear_geometry(problems[0].first.axes)
+    maps = {path: _on_grid_of(geometry, problem.first, x) for path, (problem, x) in parts.items()}
+    sizes = {None if each is None else each.shape[2:] for each in maps.values()}
+    if len(sizes) > 1 or (grid := sizes.pop()) is None:
+        return None
+    if geometry.output_size(tuple(grid)) != problems[0].first_output_size:
+        return None
+    joined = torch.cat([each for each in maps.values() if each is not None], 1)
+    centre = int(np.ravel_multi_index(geometry.identity_tap, geometry.kernel_size))
+    entries: dict[str, list[int]] = {}
+    channels = 0
+    for path, (problem, x) in parts.items():
+        taps = range(geometry.taps) if problem.first.taps > 1 else [centre]
+        entries[path] = [
+            channel * geometry.taps + tap for channel in range(channels, channels + x.shape[1]) for tap in taps
+        ]
+        entries[path] += [joined.shape[1] * geometry.taps] * problem.first_bias
+        channels += x.shape[1]
+    return _Joined(geometry, joined, any(problem.first_bias for problem in problems), entries, before_steps=True)
+
+
+def _on_grid_of(geometry: Geometry, own: Geometry, x: Tensor) -> Tensor | None:
+    """What a convolution of some geometry reads, with one tap alone, where a layer with its own geometry reads x."""
+    if own.taps > 1:
+        return x
+    steps = [a // b for a, b in zip(own.stride, geometry.stride, strict=True)]
+    fits = all(a == b * step for a, b, step in zip(own.stride, geometry.stride, steps, strict=True))
+    if not fits or any(map(any, own.padding)) or not _centred(geometry):
+        return None
+    return x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))]
+
+
+def _as_linear(parts: Mapping[str, tuple[PairProblem, Tensor]]) -> _Joined:
+    """A linear layer on the grid of the consumer's input that reads the patches of all, constant entries included."""
+    features: list[Tensor] = []
+    entries: dict[str, list[int]] = {}
+    for path, (problem, x) in parts.items():
+        own = [problem.features(x)]
+        if problem.first_bias:
+            constant = problem.constant(x.dtype, x.device)
+            own.append(constant.expand(x.shape[0], 1, *problem.hidden_size))
+        begin = sum(each.shape[1] for each in features)
+        features += own
+        entries[path] = list(range(begin, begin + sum(each.shape[1] for each in own)))
+    maps = torch.cat(features, 1)
+    return _Joined(linear_geometry(maps.dim() - 2), maps, False, entries, before_steps=False)
+
+
+def site_input(site: GrowthSite, consumer: str, x: Mapping[str, Tensor], h: Tensor, v: Tensor) -> Tensor:
     """The second of what `site_problem` gives."""
     return site_problem(site, consumer, x, h, v)[1]
 
