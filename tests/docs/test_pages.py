@@ -200,6 +200,7 @@ def test_the_commands_of_a_page_run(name, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "growth.jsonl").read_text()
 
 
+@pytest.mark.long  # make docs builds it too
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")],

@@ -149,6 +149,7 @@ def requeue(folder, process, command, before):
 
 
 @needs_slurm
+@pytest.mark.long
 def test_a_job_sent_back_to_the_queue_goes_on_bit_for_bit(tmp_path):
     """First as at a time limit (submitit's signal: growconv saves, and asks for the queue), then by hand."""
     folder = tmp_path / "back"
@@ -165,6 +166,7 @@ def test_a_job_sent_back_to_the_queue_goes_on_bit_for_bit(tmp_path):
 
 
 @needs_slurm
+@pytest.mark.long
 def test_a_cancelled_job_is_told_and_the_sweep_ends(tmp_path):
     process = start_sweep(tmp_path / "cancelled")
     wait_for(lambda: list(tmp_path.glob("cancelled/*/metrics.jsonl")), process)
@@ -192,7 +194,8 @@ def documented_script(folder, arguments):
 
 
 @needs_slurm
-@pytest.mark.parametrize("sent_back", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("sent_back", [False, True])
 def test_two_tasks_of_srun_equal_two_processes_of_torchrun(sent_back, tmp_path):
     """The documentation's script; sent back to the queue on its way, it goes on bit for bit."""
     arguments = [*QUICK, f"trainer.epochs={60 if sent_back else 3}", "trainer.devices=2"]
