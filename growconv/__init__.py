@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from growconv.growth import Budget, GrowthScheduler
     from growconv.network.apply import grow, shrink
     from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
+    from growconv.network.entry_ages import follow_ages
     from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits
     from growconv.network.find import explain_sites, find_sites, site
-    from growconv.network.optimizer import follow_ages
     from growconv.network.proposal import ChannelGrowth
     from growconv.network.rank import RankSite, find_rank_sites
     from growconv.network.site import GrowthSite

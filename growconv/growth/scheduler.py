@@ -42,9 +42,10 @@ from growconv.growth.when import When
 from growconv.growth.where import Where, as_where
 from growconv.limits import Limits
 from growconv.network.blocks import IN_FRONT, path_before
+from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
-from growconv.network.optimizer import Journal, as_optimizers, follow_ages
+from growconv.network.optimizer import Journal, as_optimizers
 from growconv.network.site import Site
 from growconv.solvers.base import Solver, get_solver
 from growconv.solvers.request import Channels

@@ -192,7 +192,7 @@ def runs_of(
                 break
             run = _run(axis[start:end], units[space], entries[space], met)
             runs.append(run)
-            start += run.length(units[space])
+            start += run.length(units)
     return tuple(runs)
 
 

@@ -1,7 +1,7 @@
 """Finding where a model can grow: find_sites, explain_sites and site."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -41,7 +41,7 @@ class Analysis:
         spaces: the channel spaces that were found; those that cannot grow have a reason.
         layout: where the channels of the others lie.
         outputs: per output axis that belongs to no space why not.
-        sites: one per space that can grow, in forward order.
+        of_space: by number of its space, the site of each that can grow.
     """
 
     model: nn.Module
@@ -49,8 +49,12 @@ class Analysis:
     spaces: list[Space]
     layout: Layout
     outputs: dict[Key, str]
-    sites: tuple[GrowthSite, ...] = ()
     of_space: dict[int, GrowthSite] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[GrowthSite, ...]:
+        """All sites, in forward order."""
+        return tuple(self.of_space.values())
 
 
 def find_sites(
@@ -226,31 +230,23 @@ def analyse(
     with undisturbed(twin):
         strict, ways = _numbered(twin, examples)
         numbers = _numbered(twin, examples, repeated=True)[0] if collapsed(strict) else strict
-        found, widening = _analysed(model, twin, ways, strict, numbers, rehearse)
+        spaces, outputs = spaces_of(numbers)
+        if numbers is not strict:
+            mark_copied(strict, numbers, spaces)
+        _refuse_layers(twin, numbers, spaces)
+        widening = Widening(twin, ways, numbers, spaces)
+        found = Analysis(model, numbers, spaces, widening.prove() if rehearse else widening.presume(), outputs)
         sites, untouched = _sites(found), copied(model)
-        for _ in range(len(found.spaces) if rehearse else 0):
+        for _ in range(len(spaces) if rehearse else 0):
             failed = Proof(untouched, examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
-                found.spaces[number].reason = reason
+                spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        _enter_sites(found, sites, untouched, examples)
+        found.of_space = _routed(sites, untouched, examples)
     return found
-
-
-def _analysed(
-    model: nn.Module, twin: nn.Module, ways: Sequence[Example], strict: Numbers, numbers: Numbers, rehearse: bool
-) -> tuple[Analysis, Widening]:
-    """The spaces that take other widths."""
-    spaces, outputs = spaces_of(numbers)
-    if numbers.repeated:
-        mark_copied(strict, numbers, spaces)
-    _refuse_layers(twin, numbers, spaces)
-    widening = Widening(twin, ways, numbers, spaces)
-    layout = widening.prove() if rehearse else widening.presume()
-    return Analysis(model, numbers, spaces, layout, outputs), widening
 
 
 def _numbered(
@@ -323,15 +319,15 @@ def _sites(found: Analysis) -> dict[int, GrowthSite]:
     for number, space in enumerate(found.spaces):
         if space.reason is None:
             each = _site(found, number, space)
-            names[each.name] += 1
-            if names[each.name] > 1:  # the same layers have other channels of theirs apart
-                each = replace(each, name=f"{each.name} ({names[each.name]})")
             try:
                 each.check(sizes=sizes)
                 space.reason = tied_weights(each, parameters)
             except SiteError as error:
                 space.reason = error.problem
             if space.reason is None:
+                names[each.name] += 1
+                if names[each.name] > 1:  # the same layers have other channels of theirs apart
+                    each = replace(each, name=f"{each.name} ({names[each.name]})")
                 sites[number] = each
     return sites
 
@@ -373,17 +369,15 @@ def _kind(found: Analysis, number: int, space: Space) -> str:
     return "linear" if any(not layers.weighted(module).kernel_size for module in modules) else "pair"
 
 
-def _enter_sites(found: Analysis, sites: dict[int, GrowthSite], twin: nn.Module, examples: Sequence[Example]) -> None:
-    """Make the sites, with what lies between: of each consumer from the first example that calls it."""
-    sites = _sites(found)
+def _routed(sites: Mapping[int, GrowthSite], twin: nn.Module, examples: Sequence[Example]) -> dict[int, GrowthSite]:
+    """The sites with what lies between: of each consumer from the first example that calls it."""
     routes: dict[int, tuple[Route, ...]] = dict.fromkeys(sites, ())
     for example in examples:
         open_ = {n: each for n, each in sites.items() if set(each.consumers) - {r.consumer for r in routes[n]}}
         if not open_:
             break
         try:
-            twins = [replace(each, model=twin) for each in open_.values()]
-            seen = routes_of(twin, example.arguments, twins, example.training)
+            seen = routes_of(twin, example.arguments, list(open_.values()), example.training)
         except Exception:
             if not example.training:
                 raise
@@ -391,8 +385,7 @@ def _enter_sites(found: Analysis, sites: dict[int, GrowthSite], twin: nn.Module,
         for number, each in open_.items():
             known = {route.consumer for route in routes[number]}
             routes[number] += tuple(route for route in seen[each.name] if route.consumer not in known)
-    found.of_space = {number: replace(each, routes=routes[number]) for number, each in sites.items()}
-    found.sites = tuple(found.of_space.values())
+    return {number: replace(each, routes=routes[number]) for number, each in sites.items()}
 
 
 def rows_of(found: Analysis) -> Iterator[LayerRow]:

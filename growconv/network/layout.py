@@ -74,9 +74,9 @@ class Run:
     inner: int = 1
     slots: tuple[int, ...] = (0,)
 
-    def length(self, units: int) -> int:
-        """Entries at a number of units."""
-        return self.outer if self.space is None else self.outer * units * self.inner
+    def length(self, units: Sequence[int] | Mapping[int, int]) -> int:
+        """Entries at a number of units of each space."""
+        return self.outer if self.space is None else self.outer * units[self.space] * self.inner
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,19 @@ class Layout:
     def _index(self) -> dict[int, list[Key]]:
         """Per space the axes that its channels lie on."""
         found: dict[int, list[Key]] = {}
-        for key, runs in self.axes.items():
-            for space in {run.space for run in runs if run.space is not None}:
+        for key in self.axes:
+            for space in self._spaces(key):
                 found.setdefault(space, []).append(key)
         return found
+
+    def _spaces(self, key: Key) -> set[int]:
+        """The spaces that have entries along an axis."""
+        return {run.space for run in self.axes.get(key, ()) if run.space is not None}
 
     @cached_property
     def _telling(self) -> dict[int, Key]:
         """Per space the axis that tells its units once those of its other spaces are known; most have none."""
-        waiting = {key: {run.space for run in runs if run.space is not None} for key, runs in self.axes.items()}
+        waiting = {key: self._spaces(key) for key in self.axes}
         told: dict[int, Key] = {}
         changed = True
         while changed:
@@ -176,13 +180,15 @@ class Layout:
             sizes.units[space] = self._alone(space, sizes) if space in self._telling else self._together(space, sizes)
         return sizes.units[space]
 
+    def units_along(self, key: Key, sizes: Sizes) -> dict[int, int]:
+        """How many units every space on an axis has now; none for an axis that no channels lie on."""
+        return {space: self.units(space, sizes) for space in self._spaces(key)}
+
     def _alone(self, space: int, sizes: Sizes) -> int:
         """The units of a space that one axis tells."""
         key = self._telling[space]
-        rest = 0
-        for run in self.axes[key]:
-            if run.space != space:
-                rest += run.length(0 if run.space is None else self.units(run.space, sizes))
+        others = {each: self.units(each, sizes) for each in self._spaces(key) - {space}}
+        rest = sum(run.length(others) for run in self.axes[key] if run.space != space)
         units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
         if left or units < 0:
             raise SiteError(
@@ -215,7 +221,7 @@ class Layout:
         for each in spaces:
             for key in self._index.get(each, ()):
                 keys[key] = None
-                spaces += {run.space for run in self.axes[key] if run.space is not None} - set(spaces)
+                spaces += self._spaces(key) - set(spaces)
         rates = np.array([[self.per_unit(key, each) for each in spaces] for key in keys], dtype=np.float64)
         wanted = np.zeros(len(spaces))
         wanted[0] = 1.0
@@ -238,43 +244,29 @@ class Layout:
             units: how many more units.
             sizes: the length of every axis now.
         """
-        per_unit, found, start = self.per_unit(key, space), [], 0
+        per_unit, now, found, start = self.per_unit(key, space), self.units_along(key, sizes), [], 0
         for run in self.axes[key]:
-            have = 0 if run.space is None else self.units(run.space, sizes)
             if run.space == space:
                 for outer in range(run.outer):
                     slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
                     entries = tuple(unit * per_unit + slot for unit in range(units) for slot in slots)
-                    found.append(Place(start + (outer + 1) * have * run.inner, entries))
-            start += run.length(have)
+                    found.append(Place(start + (outer + 1) * now[space] * run.inner, entries))
+            start += run.length(now)
         return found
 
     def entries(self, key: Key, space: int, sizes: Sizes) -> list[int]:
         """The positions of a space's entries along an axis now, channel by channel."""
-        per_unit, start = self.per_unit(key, space), 0
-        positions = [0] * (per_unit * self.units(space, sizes))
-        for run in self.axes[key]:
-            have = 0 if run.space is None else self.units(run.space, sizes)
-            if run.space == space:
-                for outer in range(run.outer):
-                    for unit in range(have):
-                        for inner in range(run.inner):
-                            slot = run.slots[outer * run.inner + inner]
-                            positions[unit * per_unit + slot] = start + (outer * have + unit) * run.inner + inner
-            start += run.length(have)
-        return positions
-
-    def owners(self, key: Key, units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
-        """Per entry of an axis its space, unit and slot (entries, 3); space -1 for entries that never grow.
-
-        Args:
-            units: per space its number of units.
-        """
-        return owners_of(self.axes[key], units)
+        owners = owners_of(self.axes[key], self.units_along(key, sizes))
+        own = np.flatnonzero(owners[:, 0] == space)
+        return own[np.lexsort((owners[own, 2], owners[own, 1]))].tolist()
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:
-    """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for what never grows."""
+    """Per entry of an axis with these runs its space, unit and slot (entries, 3); space -1 for what never grows.
+
+    Args:
+        units: per space its number of units.
+    """
     parts = [np.empty((0, 3), dtype=np.int64)]
     for run in runs:
         if run.space is None:

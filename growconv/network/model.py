@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 
 import numpy as np
 import torch
@@ -83,12 +84,9 @@ def tensors_in(value: object) -> list[Tensor]:
         return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_in(item)]
-    return [tensor for item in vars(value).values() for tensor in tensors_in(item)] if _is_record(value) else []
-
-
-def _is_record(value: object) -> bool:
-    """Whether a value is a dataclass or plain object that may hold tensors, as model outputs of libraries do."""
-    return hasattr(value, "__dataclass_fields__")
+    if is_dataclass(value):  # as the outputs of some libraries' models
+        return [tensor for item in vars(value).values() for tensor in tensors_in(item)]
+    return []
 
 
 def same_chance() -> None:

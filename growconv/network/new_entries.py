@@ -182,7 +182,7 @@ def positions_now(
         if length != size:
             raise _misshapen(label, site, expected, length)
         return list(range(length))
-    now = {run.space: layout.units(run.space, sizes) for run in runs if run.space is not None}
+    now = layout.units_along(key, sizes)
     then = {space: units.get(space, now[space]) for space in now}
     if len(now) == 1 and not set(now) & set(units):
         (space,) = now

@@ -1,13 +1,20 @@
 """The kinds of aten operations that numbers are sent through (`network.trace`); what is in none of them blocks."""
 
+from functools import cache
+
 import torch
+from torch._ops import OpOverload
+
+ALIASES = frozenset(["detach", "alias", "lift_fresh"])
+"""The result is the argument itself, on the same memory."""
+
+VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"])
+"""The same entries in another shape; that is the second argument."""
 
 STRUCTURAL = frozenset(
     [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
+        *ALIASES,
+        *VIEWS,
         "permute",
         "transpose",
         "t",
@@ -27,9 +34,6 @@ STRUCTURAL = frozenset(
         "roll",
         "index_select",
         "clone",
-        "detach",
-        "alias",
-        "lift_fresh",
         "_to_copy",
         "contiguous",
         "unfold",
@@ -51,7 +55,6 @@ STRUCTURAL = frozenset(
         "unsafe_split",
         "unsafe_chunk",
         "split_copy",
-        "view_copy",
         "permute_copy",
         "narrow_copy",
         "constant_pad_nd",
@@ -59,50 +62,32 @@ STRUCTURAL = frozenset(
 )
 """Entries move and nothing is computed: these are run on the numbers themselves."""
 
-RESIZING = frozenset(
-    [
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "mkldnn_max_pool2d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "fractional_max_pool2d",
-        "fractional_max_pool3d",
-        "max_unpool2d",
-        "max_unpool3d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "_upsample_nearest_exact1d",
-        "_upsample_nearest_exact2d",
-        "upsample_linear1d",
-        "upsample_bilinear2d",
-        "upsample_bicubic2d",
-        "upsample_trilinear3d",
-        "_upsample_bilinear2d_aa",
-        "_upsample_bicubic2d_aa",
-        "grid_sampler_2d",
-        "grid_sampler_3d",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "reflection_pad3d",
-        "replication_pad1d",
-        "replication_pad2d",
-        "replication_pad3d",
-    ]
+_GRID_KINDS = (
+    "max_pool",
+    "mkldnn_max_pool",
+    "fractional_max_pool",
+    "max_unpool",
+    "avg_pool",
+    "adaptive_avg_pool",
+    "_adaptive_avg_pool",
+    "adaptive_max_pool",
+    "upsample_nearest",
+    "_upsample_nearest_exact",
+    "reflection_pad",
+    "replication_pad",
 )
+RESIZING = frozenset(f"{kind}{axes}d" for kind in _GRID_KINDS for axes in (1, 2, 3)) | {
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
+}
 """Every location of the result reads many locations of the same entry of the leading axes."""
 
 REDUCING = dict.fromkeys(
@@ -132,14 +117,16 @@ REDUCING = dict.fromkeys(
         "median",
         "mode",
         "sort",
-        "topk",
         "count_nonzero",
         "nanmean",
         "nansum",
     ],
     1,
-) | {"linalg_vector_norm": 2, "norm": 2}
+) | {"linalg_vector_norm": 2, "norm": 2, "topk": 2}
 """Entries along some axes are computed together; the number is the position of the argument that names the axes."""
+
+ALONG_LAST = frozenset(["sort", "topk", "mode"])
+"""Of those, the ones that go along the last axis where none is named; the others along all."""
 
 REPEATABLE = frozenset(
     ["mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "median", "native_layer_norm"]
@@ -249,8 +236,15 @@ PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm"])
 """Matrix products outside of layers."""
 
 
-def pointwise(name: str) -> bool:
-    """Whether an operation, by its name without the underscore of one in place, computes entry by entry."""
+def name_of(func: OpOverload) -> str:
+    """Name of an operation without namespace and overload: "relu_"."""
+    return func.overloadpacket._qualified_op_name.split("::")[1]
+
+
+@cache
+def is_pointwise(func: OpOverload) -> bool:
+    """Whether an operation, or the one that it does in place, computes entry by entry."""
+    name = name_of(func).removesuffix("_")
     packet = getattr(torch.ops.aten, name, None)
-    overloads = packet.overloads() if packet is not None else []
-    return name in POINTWISE or any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads)
+    others = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    return name in POINTWISE or any(torch.Tag.pointwise in each.tags for each in (func, *others))

@@ -19,16 +19,6 @@ from growconv.network import layers
 from growconv.network.entry_ages import AGES, ages_after, follow_ages
 from growconv.network.plan import Change
 
-__all__ = [
-    "add_parameters",
-    "as_optimizers",
-    "check_optimizers",
-    "follow_ages",
-    "keep_identity",
-    "migrate",
-    "replace_parameters",
-]
-
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     """The optimizers given: none, one or several.

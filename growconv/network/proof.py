@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from growconv.errors import GrowthError
 from growconv.network import layers
@@ -172,7 +173,7 @@ class Proof:
 
     def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""
-        exact = Example(_double(example.arguments), example.training)
+        exact = Example(tree_map(_exact, example.arguments), example.training)
         try:
             old = self._outputs(copied(self.model).double(), exact)
             new = self._outputs(copied(twin).double(), exact)
@@ -343,14 +344,5 @@ def _close(first: Sequence[Tensor], second: Sequence[Tensor], share: float) -> b
     return len(first) == len(second) and all(near(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _double(arguments: tuple[tuple, dict[str, object]]) -> tuple[tuple, dict[str, object]]:
-    def exact(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value.double() if value.is_floating_point() else value
-        if isinstance(value, list | tuple):
-            return type(value)(exact(each) for each in value)
-        if isinstance(value, dict):
-            return {name: exact(each) for name, each in value.items()}
-        return value
-
-    return tuple(exact(each) for each in arguments[0]), {name: exact(each) for name, each in arguments[1].items()}
+def _exact(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -230,7 +230,7 @@ class Widening:
         for number in failure.numbers:
             key, position = found.owners[number]
             if key in layout.axes and key[0] not in self.dims:
-                axis = layout.owners(key, units)
+                axis = owners_of(layout.axes[key], units)
                 if position < len(axis) and axis[position, 0] >= 0:
                     met.add(int(axis[position, 0]))
         return met
@@ -575,7 +575,7 @@ class Widening:
 
     def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
         """Space, unit and block of every entry of an axis as the layout has it."""
-        owners = layout.owners(key, units)
+        owners = owners_of(layout.axes[key], units)
         codes = np.full(len(owners), -1, dtype=np.int64)
         for number in np.unique(owners[owners[:, 0] >= 0, 0]).tolist():
             own, space = owners[:, 0] == number, self.spaces[number]

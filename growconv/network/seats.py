@@ -18,7 +18,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
 from growconv.network.site import GrowthSite
-from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of, is_pointwise
+from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each entry in front of a norm layer."""
@@ -27,8 +27,7 @@ Calls = Sequence[Tensor]
 
 _BATCH_NORMS = operations.NORMALIZING
 _REDUCTIONS = frozenset(["mean", "sum", "amax", "amin"])
-_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias"])
-_SIZED = _VIEWS | {
+_SIZED = operations.VIEWS | {
     "expand",
     "repeat",
     "new_zeros",
@@ -401,7 +400,7 @@ class _Go:
             and getattr(kwargs.get("dtype"), "is_floating_point", True)
         ):
             return args[0].clone()  # the precision of the model is not that of the statistics
-        if region.narrow and name in _VIEWS:
+        if region.narrow and name in operations.VIEWS:
             return args[0] if args[0].dim() == len(args[1]) else args[0].flatten(1)
         if name in _BATCH_NORMS:
             args = tuple(
@@ -414,7 +413,7 @@ class _Go:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(step.outputs[0])
                 return step.func(*args, **kwargs)
-        if name in _VIEWS:
+        if name in operations.VIEWS:
             try:
                 return step.func(*args, **kwargs)
             except RuntimeError:
@@ -644,7 +643,7 @@ def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
         return False
     if any(tape.values[number].tensor.shape != before.shape for number in channels):
         return False
-    if is_pointwise(step) or step.name in ("clone", "_to_copy"):
+    if operations.is_pointwise(step.func) or step.name in ("clone", "_to_copy"):
         return after.shape == before.shape
     last = any(not layers.weighted(site.model.get_submodule(path)).kernel_size for path in site.producers)
     if (last and before.dim() > 2) or len(channels) != 1:
@@ -659,7 +658,7 @@ def _keeps_channels(step: Operation, before: Tensor, after: Tensor) -> bool:
         return before.dim() > 2 and after.shape[:2] == before.shape[:2]
     if name == "constant_pad_nd":
         return len(args[1]) <= 2 * (before.dim() - 2)
-    if name in _VIEWS:
+    if name in operations.VIEWS:
         return after.shape == before.shape or (after.dim() == 2 < before.dim() and after.shape[0] == before.shape[0])
     if name in _REDUCTIONS or name in ("squeeze", "unsqueeze"):
         given = args[1] if len(args) > 1 else None

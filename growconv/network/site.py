@@ -113,9 +113,10 @@ class Site(ABC):
     def units(self) -> dict[int, int]:
         """Units now of every channel space on an axis of a producer or consumer: what weights are made for."""
         sides = [(path, side) for path in (*self.producers, *self.consumers) for side in (OUT, IN, ENTRY)]
-        runs = [run for key in sides for run in self.layout.axes.get(key, ())]
-        sizes = self.sizes
-        return {run.space: self.layout.units(run.space, sizes) for run in runs if run.space is not None}
+        sizes, found = self.sizes, {}
+        for key in sides:
+            found |= self.layout.units_along(key, sizes)
+        return found
 
     @property
     def axes(self) -> list[Key]:
@@ -293,8 +294,8 @@ class GrowthSite(Site):
                 )
         sizes = sizes or site.sizes
         for key in site.axes:
-            runs = site.layout.axes[key]
-            expected = sum(run.length(0 if run.space is None else site.layout.units(run.space, sizes)) for run in runs)
+            units = site.layout.units_along(key, sizes)
+            expected = sum(run.length(units) for run in site.layout.axes[key])
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",

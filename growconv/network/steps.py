@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
-from growconv.network import layers
+from growconv.network import layers, operations
 from growconv.network.layout import OUT
 from growconv.network.model import Arguments, tensors_in
 from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
 from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite, sizes_of
-from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values_of, is_pointwise
+from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values_of
 
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
-_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten"])
+_VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
 _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
 _WINDOWED = ("max_pool", "avg_pool")
 
@@ -27,7 +27,7 @@ def routes_of(
     """The routes of sites, from one recorded run.
 
     Args:
-        model: the model, or a copy of it; it is run once, its mode is put back and its buffers stay.
+        model: a copy of the model, which is run once; its mode and buffers may change.
         arguments: of its forward.
         sites: of that model, or of one with the same names.
         training: in which mode it is run.
@@ -36,32 +36,24 @@ def routes_of(
         By name of the site, one route per producer and consumer that a chain of steps joins; pairs that are joined
         otherwise have a route with its problem.
     """
-    modes = {module: module.training for module in model.modules()}
-    tape = Tape(model)
-    try:
-        model.train(training)
-        with torch.no_grad(), tape:
-            output = model(*arguments[0], **arguments[1])
-        returned = {tape.number(tensor) for tensor in tensors_in(output)}
-        behind = _norms_behind(tape, returned)
-        found, sizes = {}, sizes_of(model, sites[0].layout) if sites else None
-        known: dict[frozenset[str], dict[str, float | bool]] = {}
-        for each in sites:
-            site = each.of(model)
-            routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
-            if replace(site, routes=routes).closed_form:
-                kinds = _kinds(routes) if len(site.producers) == 1 else None
-                probed = known.get(kinds) if kinds is not None else None
-                if probed is None:
-                    probed = _at_zero(region_of(tape, site, sizes))
-                if kinds is not None:
-                    known[kinds] = probed
-                routes = tuple(replace(route, **probed) for route in routes)  # pyright: ignore[reportArgumentType]
-            found[each.name] = routes
-        return found
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    tape = Tape(model.train(training))
+    with torch.no_grad(), tape:
+        output = model(*arguments[0], **arguments[1])
+    returned = {tape.number(tensor) for tensor in tensors_in(output)}
+    behind = _norms_behind(tape, returned)
+    found, sizes = {}, sizes_of(model, sites[0].layout) if sites else None
+    known: dict[frozenset[str] | None, dict[str, float | bool]] = {}
+    for each in sites:
+        site = each.of(model)
+        routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
+        if replace(site, routes=routes).closed_form:
+            kinds = _kinds(routes) if len(site.producers) == 1 else None
+            probed = known.get(kinds) or _at_zero(region_of(tape, site, sizes))
+            if kinds is not None:
+                known[kinds] = probed
+            routes = tuple(replace(route, **probed) for route in routes)  # pyright: ignore[reportArgumentType]
+        found[each.name] = routes
+    return found
 
 
 def _norms_behind(tape: Tape, returned: Iterable[int]) -> dict[str, str]:
@@ -213,7 +205,7 @@ class _Walker:
         while True:
             latest = max(frontier)
             maker = self.maker.get(latest)
-            if latest in self.made or not isinstance(maker, Operation) or not is_pointwise(maker):
+            if latest in self.made or not isinstance(maker, Operation) or not operations.is_pointwise(maker.func):
                 return None
             frontier.remove(latest)
             frontier |= {number for number in maker.inputs if number in self.hot}
@@ -240,7 +232,7 @@ class _Walker:
             return [], source
         if name == "as_strided" and torch.equal(before, after):  # pooling to one location, in another memory format
             return [], source
-        if is_pointwise(step) and before.shape == after.shape:
+        if operations.is_pointwise(step.func) and before.shape == after.shape:
             others = [self.tape.values[number].tensor for number in step.inputs if number != source]
             if any(tensor.numel() > 1 for tensor in others):
                 return [Other(name)], source

@@ -6,24 +6,20 @@ makes a new value of the tensor that it overwrites, and of every other tensor on
 read like a program without side effects, and run again with true writes in place.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN
-from growconv.network.model import tensors_in
 from growconv.network.site import GrowthSite
+from growconv.network.watch import Watch
 
 Memory = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
 """Which entries of which storage a tensor shows, and as what: tensors that agree in it hold the same."""
@@ -62,7 +58,7 @@ class Operation:
     @property
     def name(self) -> str:
         """Name without namespace and overload: "relu_"."""
-        return self.func.overloadpacket._qualified_op_name.split("::")[1]
+        return operations.name_of(self.func)
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -146,8 +142,8 @@ class _Known:
     values: dict[Memory, int] = field(default_factory=dict)
 
 
-class Tape(TorchDispatchMode):
-    """Records what runs inside a `with` block: only this thread, and only hooks on this model.
+class Tape(Watch):
+    """Records what runs inside a `with` block.
 
     Dropout is recorded as what it is without training: the identity. Every tensor stays alive as long as the tape does;
     what is needed later is taken out of it (`network.seats.Region`), and the tape is let go.
@@ -160,13 +156,8 @@ class Tape(TorchDispatchMode):
         values: all values, by their numbers.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch._dynamo, for seconds
-
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.steps: list[Step] = []
         self.values: list[Value] = []
         self._known: dict[int, _Known] = {}
@@ -174,11 +165,6 @@ class Tape(TorchDispatchMode):
             _memory(tensor): path for path, tensor in [*model.named_parameters(), *model.named_buffers()]
             if _has_memory(tensor)
         }  # fmt: skip
-        self._handles: list[RemovableHandle] = []
-        self._inside = 0
-        self._given: list[int | None] = []
-        self._stack = [""]
-        self._thread = threading.get_ident()
 
     # ------------------------------------------------------------------------------------------ what was recorded
 
@@ -217,69 +203,19 @@ class Tape(TorchDispatchMode):
             found.setdefault(value.storage, []).append(number)
         return found
 
-    # ------------------------------------------------------------------------------------------ context
+    # ------------------------------------------------------------------------------------------ layers
 
-    def __enter__(self) -> "Tape":
-        """Put hooks on every module and start to record."""
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # those take no hooks, and hide what is inside
-            opaque = layers.is_weighted(module) or layers.is_norm(module)
-            if opaque or layers.is_dropout(module):
-                enter, leave = self._entered, self._left(path, identity=not opaque)
-            else:
-                enter, leave = self._pushed(path), self._popped
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
-        super().__enter__()
-        return self
+    def _is_one_call(self, module: nn.Module) -> bool:
+        return layers.is_dropout(module) or super()._is_one_call(module)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop recording, and take the hooks off."""
-        super().__exit__(kind, error, trace)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    # ------------------------------------------------------------------------------------------ modules
-
-    def _foreign(self) -> bool:
-        return threading.get_ident() != self._thread
-
-    def _pushed(self, path: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            if not self._foreign():
-                self._stack.append(path)
-
-        return hook
-
-    def _popped(self, *_: object) -> None:
-        if not self._foreign() and len(self._stack) > 1:
-            self._stack.pop()
-
-    def _entered(self, _module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-        if self._foreign():
+    def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
+        if not isinstance(output, Tensor):
             return
-        self._inside += 1
-        found = tensors_in([args, kwargs])
-        self._given.append(self.number(found[0]) if found and self._inside == 1 else None)
-
-    def _left(self, path: str, identity: bool) -> Callable[[nn.Module, tuple, object], None]:
-        def hook(_module: nn.Module, _args: tuple, output: object) -> None:
-            if self._foreign() or not self._given:
-                return
-            self._inside -= 1
-            given = self._given.pop()
-            if given is None or not isinstance(output, Tensor):
-                return
-            if not identity:
-                self.steps.append(LayerCall(path, given, self._add(output)))
-            elif _memory(output) != _memory(self.values[given].tensor):
-                self._copied(given, output, path)
-
-        return hook
+        number = self.number(given)
+        if not layers.is_dropout(module):
+            self.steps.append(LayerCall(path, number, self._add(output)))
+        elif _memory(output) != _memory(given):
+            self._copied(number, output, path)
 
     def _copied(self, given: int, output: Tensor, path: str) -> None:
         """A dropout: what comes out is what goes in."""
@@ -325,14 +261,9 @@ class Tape(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------ operations
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
+    def _operated(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         """Run an operation and write it down."""
-        kwargs = dict(kwargs or {})
-        if self._inside or not all(
-            _has_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        ):
+        if not all(_has_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
             return func(*args, **kwargs)
         refs = tree_map(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         written = written_arguments(func, args, kwargs)
@@ -350,10 +281,10 @@ class Tape(TorchDispatchMode):
     def _write_down(
         self, func: OpOverload, refs: tuple, written: list[Tensor], outputs: list[Tensor], shown: Mapping[int, Tensor]
     ) -> None:
-        operation = Operation(func, refs[0], refs[1], (), bool(written), self._stack[-1])
+        operation = Operation(func, refs[0], refs[1], (), bool(written), self.running[-1][0])
         name = operation.name
         inputs = [self.values[number] for number in operation.inputs]
-        if name in ("detach", "alias", "lift_fresh") and not written:
+        if name in operations.ALIASES and not written:
             return  # the same memory: the same value
         noisy = name in _RANDOM or (name in _NOISE_STAYS and bool(inputs) and all(each.noise for each in inputs))
         dropped = name in ("mul", "mul_", "native_dropout") and not noisy
@@ -366,7 +297,7 @@ class Tape(TorchDispatchMode):
             inplace = any(tensor is each or _memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
-        done = Operation(func, refs[0], refs[1], tuple(numbers), bool(written), self._stack[-1])
+        done = replace(operation, outputs=tuple(numbers))
         self.steps.insert(position, done)  # in front of what it has rewritten
 
     def _drop_out(self, operation: Operation, outputs: list[Tensor], written: list[Tensor]) -> None:
@@ -437,8 +368,3 @@ def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
     bare = {path for path, side in own if side == ENTRY and path in site.layout.dims}
     sources = made | {number for number, value in enumerate(tape.values) if bare and value.source in bare}
     return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
-
-
-def is_pointwise(step: Operation) -> bool:
-    """Whether an operation computes entry by entry."""
-    return torch.Tag.pointwise in step.func.tags or operations.pointwise(step.name.rstrip("_"))

@@ -9,9 +9,8 @@ name is the reason.
 Companions are constant along most axes; there they have stride 0, which keeps them small.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -19,15 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
 from growconv.network.model import Arguments, tensors_in
+from growconv.network.watch import Watch
 
 NONE = -1
-SIZED = frozenset(["split_with_sizes", "split", "slice", "view", "_unsafe_view", "reshape", "expand"])
+SIZED = operations.VIEWS | {"split_with_sizes", "split", "slice", "expand"}
 """Structural operations that are told sizes."""
 
 
@@ -98,6 +98,12 @@ class Numbers:
             keys = torch.unique(first[both] * count + second[both]).tolist()
             self.tie((key // count, key % count) for key in keys)
 
+    def unify_rows(self, companion: Tensor) -> Tensor:
+        """Tie all numbers along the last axis of a companion; gives one for each row."""
+        first = companion.amax(-1)
+        self.unify(first[..., None].expand_as(companion), companion)
+        return first
+
     def block(self, companion: Tensor, reason: str) -> None:
         """Let the numbers of a companion not grow."""
         for number in torch.unique(compact(companion)).tolist():
@@ -106,9 +112,7 @@ class Numbers:
 
     def consume(self, key: Key, columns: Tensor) -> None:
         """Note what an axis was given: columns (positions, uses)."""
-        first = columns.amax(dim=1)
-        self.unify(first[:, None].expand_as(columns), columns)
-        numbers = first.tolist()
+        numbers = self.unify_rows(columns).tolist()
         known = self.columns.setdefault(key, numbers)
         if known is not numbers:
             self.tie((a, b) for a, b in zip(known, numbers, strict=False) if a >= 0 and b >= 0)
@@ -188,17 +192,12 @@ def look(
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers)
-    mode.gradients = gradients
-    handles = mode.hook(model)
+    mode = _Mode(model, numbers, gradients)
     try:
         with torch.set_grad_enabled(gradients), mode:
             output = model(*arguments[0], **arguments[1])
     except Exception as error:
         raise LookFailed(error, mode.met) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if outputs_block:
         for tensor in tensors_in(output):
             numbers.block(mode.companion(tensor), "it is the model's output")
@@ -207,25 +206,18 @@ def look(
     return tuple(mode.trail)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(Watch):
     """Runs every operation on the tensors and on their companions."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch._dynamo, for seconds
-
-    def __init__(self, model: nn.Module, numbers: Numbers) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, numbers: Numbers, gradients: bool) -> None:
+        super().__init__(model)
         self.numbers = numbers
+        self.gradients = gradients
         self.met: set[int] = set()
         self.trail: list[str] = []
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        self.gradients = False
-        self._inside = 0
         self._bare, self._owned, self._alias = _parameters(model)
-        self._inputs: list[Tensor] = []
-        self._stack: list[tuple[str, nn.Module]] = [("", model)]
         self._fills: dict[str, int] = defaultdict(int)
 
     # ------------------------------------------------------------------------------------------ companions
@@ -250,36 +242,11 @@ class _Mode(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------ layers
 
-    def hook(self, model: nn.Module) -> list:
-        """Put hooks on every weighted and norm layer."""
-        handles = []
-        for path, module in model.named_modules():
-            if layers.is_weighted(module) or layers.is_norm(module):
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
-            elif path and not isinstance(
-                module, torch.jit.ScriptModule
-            ):  # those take no hooks, and hide what is inside
-                step = (path, module)
-                handles.append(module.register_forward_pre_hook(lambda *_, step=step: self._stack.append(step)))
-                handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
-        return handles
-
-    def _enter(self, _module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-        self._inside += 1
-        self._inputs.append(next(tensor for tensor in tensors_in([args, kwargs])))
-
-    def _leave(self, path: str) -> Callable[[nn.Module, tuple, dict, Tensor], None]:
-        def hook(module: nn.Module, _args: tuple, _kwargs: dict, output: Tensor) -> None:
-            source = self._inputs.pop()
-            if self._inside == 1:
-                self._called(path, module, source, output)
-            self._inside -= 1
-
-        return hook
-
-    def _called(self, path: str, module: nn.Module, source: Tensor, output: Tensor) -> None:
+    def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
         numbers = self.numbers
+        if not isinstance(output, Tensor):
+            numbers.block(self.companion(given), f"{path} gives no single tensor")
+            return
         self.calls[path] = self.calls.get(path, 0) + 1
         self.trail.append(path)
         if path not in numbers.order:
@@ -287,41 +254,39 @@ class _Mode(TorchDispatchMode):
         trains = any(parameter.requires_grad for parameter in module.parameters())
         if trains and self.gradients and not output.requires_grad:
             numbers.silent.add(path)
-        companion = self.companion(source)
-        axis = layers.channel_axis(module, source.dim())
+        companion = self.companion(given)
+        axis = layers.channel_axis(module, given.dim())
         columns = compact(companion.movedim(axis, 0), keep=(0,)).flatten(1)
         if layers.is_norm(module):
             self._normalize(path, module, columns)
             self._put(output, companion)
             return
-        grouped = layers.in_whole_groups(module)
-        numbers.consume((path, GROUP_IN if grouped else IN), columns)
+        into, out = (GROUP_IN, GROUP_OUT) if layers.in_whole_groups(module) else (IN, OUT)
+        numbers.consume((path, into), columns)
         out_axis = layers.channel_axis(module, output.dim())
         count = output.shape[out_axis]
-        first = numbers.fresh((path, GROUP_OUT if grouped else OUT), count)
+        first = numbers.fresh((path, out), count)
         if path in self._alias:
-            self._share(path, grouped, count)
-        if grouped:
-            groups = (
-                columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)
-            )  # a copy may pretend to have more
+            self._share(path, into, out)
+        if out == GROUP_OUT:
+            # a copy may pretend to have more of them
+            groups = columns.shape[0] * layers.groups_of(module) // layers.size(module, IN)
             self._carry(groups, numbers.columns[path, GROUP_IN], first, count, path)
         shape = [1] * output.dim()
         shape[out_axis] = count
         self._put(output, torch.arange(first, first + count).view(shape))
 
-    def _share(self, path: str, grouped: bool, count: int) -> None:
+    def _share(self, path: str, into: str, out: str) -> None:
         """Tie the channels of a layer to those of an earlier one that has the same weight."""
         numbers, earlier = self.numbers, self._alias[path]
-        out, given = (GROUP_OUT, GROUP_IN) if grouped else (OUT, IN)
-        first = numbers.fresh((earlier, out), count)
-        numbers.tie(zip(range(first, first + count), numbers.range_of((path, out)), strict=True))
-        own = torch.tensor(numbers.columns[path, given])
-        numbers.consume((earlier, given), own[:, None])
+        own = numbers.range_of((path, out))
+        first = numbers.fresh((earlier, out), len(own))
+        numbers.tie(zip(range(first, first + len(own)), own, strict=True))
+        numbers.consume((earlier, into), torch.tensor(numbers.columns[path, into])[:, None])
 
     def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
         self.numbers.consume((path, ENTRY), columns)
-        for group in layers.norm_groups(module, columns.shape[0]):
+        for group in layers.norm(module).groups(columns.shape[0]):
             known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
             self.numbers.tie(pairwise(known))
 
@@ -329,29 +294,23 @@ class _Mode(TorchDispatchMode):
         """Tie what every group reads to what it writes."""
         size, out = len(given) // groups, count // groups
         for group in range(groups):
-            read = given[group * size : (group + 1) * size]
-            written = list(range(first + group * out, first + (group + 1) * out))
-            if min(read) < 0:
-                for number in (*[n for n in read if n >= 0], *written):
+            read = [number for number in given[group * size : (group + 1) * size] if number >= 0]
+            together = [*read, *range(first + group * out, first + (group + 1) * out)]
+            if len(read) < size:
+                for number in together:
                     self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
-            together = [*[number for number in read if number >= 0], *written]
             self.numbers.tie(pairwise(together))
 
     # ------------------------------------------------------------------------------------------ operations
 
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
+    def _operated(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         """Run an operation, then on the companions of its tensors."""
-        kwargs = dict(kwargs or {})
-        if self._inside:
-            return func(*args, **kwargs)
-        name = func.overloadpacket._qualified_op_name.split("::")[1]  # pyright: ignore[reportFunctionMemberAccess]
+        name = operations.name_of(func)
         self.trail.append(name)
-        sources = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
+        sources = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         for tensor in sources:
             owner = self._owned.get(id(tensor))
-            if owner is not None and name not in ("detach", "alias", "lift_fresh"):
+            if owner is not None and name not in operations.ALIASES:
                 self.numbers.used_outside.setdefault(owner, name)
         try:
             output = func(*args, **kwargs)
@@ -360,23 +319,22 @@ class _Mode(TorchDispatchMode):
                 n for tensor in sources for n in torch.unique(compact(self.companion(tensor))).tolist() if n >= 0
             }
             raise
-        results = [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]
-        if not results or (name in operations.CREATING and not (name == "zero_" or name == "fill_")):
+        results = [item for item in tree_leaves(output) if isinstance(item, Tensor)]
+        if not results or (name in operations.CREATING and name not in ("zero_", "fill_")):
             return output
         self._follow(func, name, args, kwargs, sources, results)
         return output
 
     def _follow(
-        self, func: Callable, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
+        self, func: OpOverload, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
     ) -> None:
         companions = {id(tensor): self.companion(tensor) for tensor in sources}
         if torch.Tag.inplace_view in func.tags:  # unsqueeze_, transpose_, ...
             self._put(args[0], getattr(companions[id(args[0])], name.removesuffix("_"))(*args[1:], **kwargs))
             return
         structural = name in operations.STRUCTURAL
-        if not structural and not any(bool((compact(each) >= 0).any()) for each in companions.values()):
+        if not structural and not any(map(_has_numbers, companions.values())):
             return
-        plain = name.removesuffix("_")
         try:
             if structural:
                 self._structural(func, name, args, kwargs, companions, results)
@@ -398,7 +356,7 @@ class _Mode(TorchDispatchMode):
                 first, second = companions[id(args[0])].chunk(2, args[1] if len(args) > 1 else -1)
                 self.numbers.unify(first, second)
                 self._put(results[0], first)
-            elif torch.Tag.pointwise in func.tags or plain in operations.POINTWISE or _pointwise(plain):  # pyright: ignore
+            elif operations.is_pointwise(func):
                 self._pointwise(args, sources, companions, results)
             else:
                 self._block(companions.values(), f"{name} is not followed")
@@ -414,20 +372,18 @@ class _Mode(TorchDispatchMode):
     ) -> None:
         if name in ("index", "gather", "index_select", "take_along_dim"):
             whole = companions[id(args[0])]
-            others = [each for key, each in companions.items() if key != id(args[0])]
-            if any(bool((compact(each) >= 0).any()) for each in others):
+            if any(_has_numbers(each) for key, each in companions.items() if key != id(args[0])):
                 self._block(companions.values(), f"{name} chooses entries by their values")
             found: object = func(whole, *args[1:], **kwargs)
-        elif name in ("clone", "_to_copy", "contiguous", "lift_fresh", "detach", "alias"):
+        elif name in operations.ALIASES or name in ("clone", "_to_copy", "contiguous"):
             own = companions[id(args[0])]
-            shared = name in ("detach", "alias", "lift_fresh") or 0 in own.stride()
-            found = own if shared else own.clone()
+            found = own if name in operations.ALIASES or 0 in own.stride() else own.clone()
         elif name == "constant_pad_nd":
             found = self._padded(companions[id(args[0])], args[1])
         elif name in ("cat", "stack"):
             dim = args[1] if args[1:] else kwargs.get("dim", 0)
             found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)
-        elif name in ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy"):
+        elif name in operations.VIEWS:
             own = companions[id(args[0])]
             found = own.view(args[0].dtype) if isinstance(args[1], torch.dtype) else None
             if found is None:
@@ -441,7 +397,7 @@ class _Mode(TorchDispatchMode):
                 return companions[id(item)] if isinstance(item, Tensor) else item
 
             found = func(*tree_map(swap, args), **tree_map(swap, kwargs))
-        for result, each in zip(results, tree_flatten(found)[0], strict=True):
+        for result, each in zip(results, tree_leaves(found), strict=True):
             self._put(result, each)
         if name in SIZED:
             self._sizes(name, args, companions[id(args[0])], results)
@@ -454,7 +410,7 @@ class _Mode(TorchDispatchMode):
             given = list(args[1]) if isinstance(args[1], list | tuple) else [int(args[1])]
             dim = args[2] if args[2:] else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
-            if any(_numbered(part) for part in parts):
+            if any(map(_numbered, parts)):
                 self.numbers.cuts += parts
                 self._note(given, parts)
         elif name == "slice":
@@ -474,7 +430,7 @@ class _Mode(TorchDispatchMode):
 
     def _note(self, sizes: list[int], parts: list[list[int]]) -> None:
         """Sizes of parts, where an attribute of the innermost module that has such numbers tells them."""
-        for path, module in reversed(self._stack):
+        for path, module in reversed(self.running):
             for name, value in vars(module).items():
                 if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
                     for index, part in enumerate(parts):
@@ -495,7 +451,7 @@ class _Mode(TorchDispatchMode):
 
     def _filled(self, count: int) -> Tensor:
         """Fresh numbers for entries that come from no channel: zeros that fill an axis up."""
-        path = self._stack[-1][0]
+        path = self.running[-1][0]
         key = (f"{path} #{self._fills[path]}", FILL)
         self._fills[path] += 1
         first = self.numbers.fresh(key, count)
@@ -533,11 +489,11 @@ class _Mode(TorchDispatchMode):
         parts = [part for part in parts if part.dim() == parts[-1].dim()]  # cat takes empty tensors of shape (0,)
         count = parts[0].dim()
         dim = dim % (count + (name == "stack"))
-        if name == "cat" and any(bool((compact(part) >= 0).any()) for part in parts):
+        if name == "cat" and any(map(_has_numbers, parts)):
             view = [-1 if d == dim else 1 for d in range(count)]
             parts = [
                 self._filled(part.shape[dim]).view(view).expand(part.shape)
-                if part.shape[dim] and not bool((compact(part) >= 0).any())
+                if part.shape[dim] and not _has_numbers(part)
                 else part
                 for part in parts
             ]
@@ -567,52 +523,32 @@ class _Mode(TorchDispatchMode):
     def _resize(self, companion: Tensor, results: list[Tensor]) -> None:
         leading = _same_leading(companion.shape, results[0].shape)
         narrow = compact(companion, keep=range(leading))
-        flat = narrow.flatten(leading)
-        first = flat.amax(-1, keepdim=True)
-        self.numbers.unify(first.expand_as(flat), flat)
+        first = self.numbers.unify_rows(narrow.flatten(leading))
         for result in results:
             if result.dim() == results[0].dim():
-                self._put(result, first[..., 0].view(*first.shape[:-1], *[1] * (result.dim() - leading)))
+                self._put(result, first.view(*first.shape, *[1] * (result.dim() - leading)))
 
     def _reduce(self, name: str, args: tuple, kwargs: dict, companion: Tensor, results: list[Tensor]) -> None:
         position = operations.REDUCING[name]
         dims = args[position] if len(args) > position else kwargs.get("dim")
         if isinstance(dims, bool) or dims is None or dims == []:
-            dims = list(range(companion.dim()))
-        dims = [dims] if isinstance(dims, int) else list(dims)
-        if name in ("sort", "topk", "median", "mode"):
-            dims = [
-                args[position]
-                if len(args) > position and isinstance(args[position], int) and name != "topk"
-                else args[2]
-                if name == "topk" and len(args) > 2
-                else kwargs.get("dim", -1)
-            ]
-        dims = [dim % max(companion.dim(), 1) for dim in dims]
+            dims = -1 if name in operations.ALONG_LAST else range(companion.dim())
+        dims = [dim % max(companion.dim(), 1) for dim in ([dims] if isinstance(dims, int) else dims)]
         narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
         value = narrow.amax(dims, keepdim=True) if dims else narrow
         together = self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
         if together and not any(_varies(value, axis) for axis in range(value.dim())):
             return  # of all channels; where some of each remain, they are taken pair by pair
         self.numbers.unify(value.expand_as(narrow), narrow)
+        kept = [1 if dim in dims else size for dim, size in enumerate(companion.shape)]
         for result in results:
-            if result.dim() == companion.dim():
-                self._put(result, value)
-            else:
-                self._put(
-                    result,
-                    value.expand(*[1 if d in dims else s for d, s in enumerate(companion.shape)]).reshape(result.shape)
-                    if math.prod(result.shape)
-                    == math.prod([1 if d in dims else s for d, s in enumerate(companion.shape)])
-                    else torch.tensor(NONE),
-                )
+            self._put(result, value if result.dim() == companion.dim() else value.expand(kept).reshape(result.shape))
 
     def _scale(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A functional batch norm: one entry of every further tensor for each entry of axis 1."""
         own = companions[id(args[0])]
         columns = compact(own.movedim(1, 0), keep=(0,)).flatten(1)
-        first = columns.amax(1)
-        self.numbers.unify(first[:, None].expand_as(columns), columns)
+        first = self.numbers.unify_rows(columns)
         for other in args[1:5]:
             if isinstance(other, Tensor):
                 self.numbers.unify(companions[id(other)], first)
@@ -629,8 +565,7 @@ class _Mode(TorchDispatchMode):
             if isinstance(other, Tensor):
                 self.numbers.unify(own, companions[id(other)].expand(own.shape))
         if not (self.numbers.repeated and name in operations.REPEATABLE):
-            flat = compact(own, keep=range(own.dim() - count, own.dim())).flatten(own.dim() - count)
-            self.numbers.unify(flat.amax(-1, keepdim=True).expand_as(flat), flat)
+            self.numbers.unify_rows(compact(own, keep=range(own.dim() - count, own.dim())).flatten(own.dim() - count))
         for axis, size in enumerate(args[1]):
             along = _along(own, own.dim() - count + axis)
             if _numbered(along) and len(along) > 1:
@@ -661,7 +596,7 @@ class _Mode(TorchDispatchMode):
             if base is None:
                 base = spread
                 continue
-            if not bool((compact(own) >= 0).any()):
+            if not _has_numbers(own):
                 continue
             lead = len(shape) - own.dim()
             repeated = [d for d in range(len(shape)) if shape[d] > 1 and (d < lead or own.shape[d - lead] == 1)]
@@ -701,6 +636,10 @@ def _narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def _has_numbers(companion: Tensor) -> bool:
+    return bool((compact(companion) >= 0).any())
+
+
 def _writable(companion: Tensor) -> bool:
     return not any(size > 1 and stride == 0 for size, stride in zip(companion.shape, companion.stride(), strict=True))
 
@@ -719,12 +658,8 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 def _same_leading(first: torch.Size, second: torch.Size) -> int:
     """How many leading axes (samples, channels) a pooling or an interpolation leaves alone."""
-    grid = min(len(first), len(second))
-    return (
-        next((axis for axis in range(grid) if first[axis] != second[axis]), min(2, grid))
-        if grid > 2 and first[:2] != second[:2]
-        else min(2, grid)
-    )
+    count = min(2, len(first), len(second))
+    return next((axis for axis in range(count) if first[axis] != second[axis]), count)
 
 
 def _along(companion: Tensor, axis: int) -> list[int]:
@@ -741,13 +676,6 @@ def _numbered(numbers: Sequence[int]) -> bool:
 
 def _differs(numbers: Sequence[int]) -> bool:
     return len(set(numbers)) > 1
-
-
-def _pointwise(name: str) -> bool:
-    """Whether the operation that an in-place one stands for is elementwise."""
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = packet.overloads() if packet is not None else []
-    return any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads)
 
 
 def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:

@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 from growconv.errors import ArgumentTypeError, CheckpointError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthHistory
-from growconv.network.optimizer import Journal, as_optimizers, follow_ages
+from growconv.network.optimizer import Journal, as_optimizers
 from growconv.reporting.records import read_json, unfinished
 from growconv.training import optimizer_record
 

@@ -36,14 +36,12 @@ def test_new_units_come_where_the_layout_of_the_new_width_has_them(
     layout = Layout({KEY: runs, ("a", OUT): (Run(0, 1),), ("e", OUT): (Run(1, 1),)}, (1, 1), {})
     sizes = {key: len(owners_of(runs, units)) for key, runs in layout.axes.items()}
     assert [layout.units(space, Sizes(sizes.__getitem__)) for space in (0, 1)] == units
-    old = [tuple(owner) for owner in layout.owners(KEY, units).tolist()]
+    old = [tuple(owner) for owner in owners_of(runs, units).tolist()]
     for space in (0, 1):
         if not layout.per_unit(KEY, space):
             continue
         per_unit = layout.per_unit(KEY, space)
-        expected = [
-            tuple(o) for o in layout.owners(KEY, [u + more * (s == space) for s, u in enumerate(units)]).tolist()
-        ]
+        expected = [tuple(o) for o in owners_of(runs, [u + more * (s == space) for s, u in enumerate(units)]).tolist()]
         grown = list(old)
         for place in sorted(
             layout.places(KEY, space, more, Sizes(sizes.__getitem__)), key=lambda place: -place.position

@@ -102,8 +102,7 @@ def test_positions_now_are_those_of_the_same_entries(data: st.DataObject) -> Non
     then = {0: data.draw(st.integers(1, 3)), 1: data.draw(st.integers(1, 3))}
     now = {space: units + data.draw(st.integers(0, 2)) for space, units in then.items()}
     lengths = {
-        key: [sum(run.length(units.get(run.space, 0)) for run in found) for units in (then, now)]
-        for key, found in layout.axes.items()
+        key: [sum(run.length(units) for run in found) for units in (then, now)] for key, found in layout.axes.items()
     }
     model = nn.Module()
     model.a, model.e = nn.Linear(1, now[0]), nn.Linear(1, now[1])

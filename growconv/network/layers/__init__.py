@@ -20,7 +20,7 @@ from growconv.network.layout import IN, OUT
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
-    "norm", "norm_groups", "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
+    "norm", "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -114,11 +114,6 @@ def groups_of(module: object) -> int:
     """Groups of a convolution; 1 for every other layer."""
     found = _find(module)
     return found.groups if isinstance(found, Weighted) else 1
-
-
-def norm_groups(module: nn.Module, entries: int) -> list[slice]:
-    """Entries that a norm layer normalises together, of so many; none where each stands alone."""
-    return norm(module).groups(entries)
 
 
 def has_side(module: object, side: str) -> bool:

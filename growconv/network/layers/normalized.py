@@ -65,14 +65,6 @@ class NormalizedWeight:
         scale = torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
         return [Part(self.direction, part.insertion, values * scale)]
 
-    def removals(self, removals: Sequence[Removal]) -> list[Removal]:
-        """Entries of the stored tensors that go instead of those of the weight."""
-        return [
-            Removal(name, each.axis, each.entries)
-            for each in removals
-            for name in ([slot.name for slot in self.slots(each.axis)] if each.name == "weight" else [each.name])
-        ]
-
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
         """Lengths of the old slices that leave the old entries of the weight alone; no direction where it was zero."""
         g, v = self._g().detach(), self._v().detach()

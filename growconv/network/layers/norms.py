@@ -82,10 +82,9 @@ class Norm(Adapter):
             variance: as for `transparent`.
             scale: as for `transparent`.
         """
-        eps, (weight, bias) = float(getattr(self.module, "eps", 1e-5)), self._affine(x, mean, variance, scale)
-        if isinstance(self.module, _InstanceNorm) and (self.module.training or not self.module.track_running_stats):
-            return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
-        return F.batch_norm(x, mean.to(x), variance.to(x), weight, bias, False, 0.0, eps)
+        values = self.transparent(mean, variance, scale)
+        weight, bias = (None if stored(self.module, name) is None else values[name].to(x) for name in TENSORS[:2])
+        return self._applied(x, weight, bias, mean.to(x), variance.to(x))
 
     @property
     def by_sample(self) -> bool:
@@ -99,8 +98,13 @@ class Norm(Adapter):
             x: as for `inserted`.
             index: (entries,) the old entries.
         """
-        own = {name: stored(self.module, name) for name in TENSORS}
-        weight, bias, mean, variance = (None if each is None else each.detach()[index].to(x) for each in own.values())
+        own = (stored(self.module, name) for name in TENSORS)
+        return self._applied(x, *(None if each is None else each.detach()[index].to(x) for each in own))
+
+    def _applied(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
+    ) -> Tensor:
+        """The layer with other tensors; without a mean, the batch's own."""
         eps = float(getattr(self.module, "eps", 1e-5))
         if self.by_sample:
             return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -109,14 +113,6 @@ class Norm(Adapter):
     def pooled(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """The moments that make the layer the identity, from the entries' own."""
         return mean, variance
-
-    def _affine(
-        self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of new entries, as far as the layer has them."""
-        values = self.transparent(mean, variance, scale)
-        given = (values[name].to(x) if stored(self.module, name) is not None else None for name in ("weight", "bias"))
-        return next(given), next(given)
 
 
 class GroupNorm(Norm):
@@ -151,12 +147,6 @@ class GroupNorm(Norm):
         """It always does."""
         return True
 
-    def copied(self, x: Tensor, index: Tensor) -> Tensor:
-        """Groups that copy old ones, normalised by the statistics of each sample."""
-        own = (stored(self.module, name) for name in TENSORS[:2])
-        weight, bias = (None if each is None else each.detach()[index].to(x) for each in own)
-        return F.group_norm(x, x.shape[1] // self._per_group(), weight, bias, float(self.module.eps))  # pyright: ignore
-
     def pooled(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Those of each entry's group, the channels of a group one after the other."""
         size = self._per_group()
@@ -164,9 +154,9 @@ class GroupNorm(Norm):
         spread = (variance + mean.square()).unflatten(0, (-1, size)).mean(1, keepdim=True) - grouped.square()
         return tuple(each.expand(-1, size).flatten() for each in (grouped, spread.clamp_min(0)))  # pyright: ignore
 
-    def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
-        """New groups, normalised by the statistics of each sample."""
-        weight, bias = self._affine(x, mean, variance, scale)
+    def _applied(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
+    ) -> Tensor:
         return F.group_norm(x, x.shape[1] // self._per_group(), weight, bias, float(self.module.eps))  # pyright: ignore
 
 
@@ -187,14 +177,10 @@ class PReLU(Norm):
         weight = stored(self.module, "weight")
         return {} if weight is None else {"weight": weight.detach().mean().expand(len(mean))}
 
-    def copied(self, x: Tensor, index: Tensor) -> Tensor:
-        """New channels with the slopes of old ones."""
-        weight = stored(self.module, "weight")
-        return x if weight is None else F.prelu(x, weight.detach()[index].to(x))
-
-    def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
-        """New channels with the mean slope."""
-        return F.prelu(x, self.transparent(mean, variance)["weight"].to(x))
+    def _applied(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
+    ) -> Tensor:
+        return x if weight is None else F.prelu(x, weight)
 
 
 def _picked(values: Tensor | None, place: Place) -> Tensor | None:

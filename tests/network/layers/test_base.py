@@ -38,8 +38,8 @@ def test_sizes_and_sides() -> None:
     assert [layers.size(conv, side) for side in (OUT, IN, GROUP_OUT, GROUP_IN)] == [6, 4, 6, 4]
     assert [layers.size(linear, side) for side in (OUT, IN)] == [5, 3]
     assert layers.size(norm, ENTRY) == 4
-    assert layers.norm_groups(norm, 6) == [slice(0, 2), slice(2, 4), slice(4, 6)]
-    assert layers.norm_groups(nn.BatchNorm2d(4), 4) == []
+    assert layers.norm(norm).groups(6) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert layers.norm(nn.BatchNorm2d(4)).groups(4) == []
     assert (layers.has_side(linear, GROUP_IN), layers.has_side(nn.PReLU(), ENTRY), layers.has_side(3, OUT)) == (
         False,
     ) * 3
