@@ -46,7 +46,8 @@ def commands(piece: pieces.Piece, folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("question", questions.QUESTIONS)
-def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(question, tuned, tmp_path):
+def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(question, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(allocation, "CELLS", allocation.CELLS[::5])  # each alike: one of each data set
     found = list(questions.QUESTIONS[question](tuned, 3))
     assert len({piece.variant for piece in found}) == len(found)
     for piece in found:
