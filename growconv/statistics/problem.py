@@ -96,21 +96,19 @@ class PairProblem:
         """
         if self.entries is None:
             return dict(sums)
-        index, taps = torch.tensor(self.entries), self.second.taps
-        present, index = index >= 0, index.clamp_min(0)
+        taps, found = self.second.taps, {}
+        for name, value in sums.items():
+            placed = value.unflatten(1, (-1, taps)).unflatten(0, (-1, taps)) if name == "S_full" else value
+            for axis in {"S": (0, 1), "S_full": (0, 2), "N_raw": (0,), "P": (0,)}.get(name, ()):
+                placed = self._along(axis, placed)
+            found[name] = placed.flatten(2).flatten(0, 1) if name == "S_full" else placed
+        return found
 
-        def placed(name: str, value: Tensor) -> Tensor:
-            if name in ("S2", "M"):
-                return value
-            if name == "S_full":
-                value = value.unflatten(1, (-1, taps)).unflatten(0, (-1, taps))
-                return placed("N_raw", placed("N_raw", value).transpose(0, 2)).transpose(0, 2).flatten(2).flatten(0, 1)
-            if name == "S":
-                return placed("N_raw", placed("N_raw", value).T).T
-            device = value.device
-            return value[index.to(device)] * present.to(device).view(-1, *[1] * (value.dim() - 1))
-
-        return {name: placed(name, value) for name, value in sums.items()}
+    def _along(self, axis: int, value: Tensor) -> Tensor:
+        """The entries of the site along an axis of entries here."""
+        entries = torch.tensor(self.entries, device=value.device)
+        shape = [-1 if each == axis else 1 for each in range(value.dim())]
+        return value.index_select(axis, entries.clamp_min(0)) * (entries >= 0).view(shape)
 
     def here(self, filters: Float[Tensor, "k a"]) -> Float[Tensor, "k e"]:
         """Filters over the site's axis a as filters over the patches here."""
