@@ -318,9 +318,8 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     length = settings.length(stored)
     changed = [
         line
-        for line in settings.differences(stored, wanted)
+        for line in settings.changes(stored, wanted)
         if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
-        and not (settings.is_longer(stored, wanted) and line.startswith(f"{length}:"))
     ]
     if changed:
         raise CheckpointError(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -241,11 +242,23 @@ def csv_cell(value: object) -> object:
     return f"'{text}" if text[:1] in tuple("=+-@") else text
 
 
-def unfinished(path: Path) -> Path:
-    """Where a file is written before it gets its name: beside it, where nothing lies that writing would follow."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Inside, a file to write, which then gets its name: readers see the old content or the new, also after a crash.
+
+    Args:
+        path: its name; its folder exists.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    temporary.unlink(missing_ok=True)
-    return temporary
+    temporary.unlink(missing_ok=True)  # nothing lies there that writing would follow
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_text(path: Path, kind: str = "json") -> str | None:

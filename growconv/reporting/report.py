@@ -5,7 +5,6 @@ import base64
 import hashlib
 import html
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 
 from growconv.errors import CheckpointError
 from growconv.reporting import run_plots
-from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, unfinished
+from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, replacing
 from growconv.reporting.style import magnitude, save_figure, style_sheet, svg_text
 from growconv.reporting.terminal import shown
 
@@ -72,9 +71,8 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     path = Path(output) if output is not None else record.path / REPORT
     text = render(record)
     try:
-        temporary = unfinished(path)
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of letters in names and texts
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of letters in names and texts
     except OSError as error:
         raise CheckpointError(
             "the report cannot be written", where=str(path), got=error, fix="name a file in a folder that is there"

@@ -25,7 +25,7 @@ from growconv.growth.validation import history_from, most_entries, rehearse
 from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthHistory
 from growconv.network.optimizer import Journal, as_optimizers
-from growconv.reporting.records import read_json, unfinished
+from growconv.reporting.records import read_json, replacing
 from growconv.training import optimizer_record
 
 FORMAT = "growconv checkpoint 1"
@@ -112,23 +112,10 @@ def save_checkpoint(
             fix="pass tensors in `tensors`, names for objects",
         ) from error
     metadata = {"format": FORMAT, "record": text, "sha256": _digest(text, content)}
-    _write(path, content, metadata)
-    return path
-
-
-def _write(path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file under another name, then give it its own."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = unfinished(path)
-        try:
+        with replacing(path) as temporary:
             save_file(content, temporary, metadata)
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             "the checkpoint could not be written; what was there before still is",
@@ -136,6 +123,7 @@ def _write(path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> 
             got=error,
             fix="free some space or write elsewhere, then resume",
         ) from error
+    return path
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -344,13 +332,8 @@ class CheckpointFolder:
 
 def _replace_by_copy(source: Path, target: Path) -> None:
     try:
-        temporary = unfinished(target)
-        try:
+        with replacing(target) as temporary:
             shutil.copyfile(source, temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise CheckpointError(
             "the checkpoint could not be copied", where=str(target), got=error, fix="free some space, then resume"

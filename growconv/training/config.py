@@ -101,6 +101,12 @@ def is_longer(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return length(wanted) == length(stored) and numbers and after > before
 
 
+def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The `differences` that a resumed run may not have: all but a greater length."""
+    allowed = f"{length(stored)}:" if is_longer(stored, wanted) else None
+    return [line for line in differences(stored, wanted) if allowed is None or not line.startswith(allowed)]
+
+
 def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A config that was read from a run: complete, and every option of the type and within the limits of its schema.
 

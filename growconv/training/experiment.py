@@ -19,26 +19,18 @@ from growconv.growth.recipe import too_late
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.event import count_parameters
 from growconv.reporting.terminal import make_console, shown
-from growconv.training.build import (
-    check_output,
-    grows,
-    make_dataset,
-    make_loss,
-    make_model,
-    make_scheduler,
-)
-from growconv.training.checkpoint import Checkpoint, find_checkpoint, replay
-from growconv.training.config import differences, is_longer, length
-from growconv.training.data import Dataset, seed_for, steps_per_epoch
+from growconv.training.build import check_output, grows, make_dataset, make_model
+from growconv.training.checkpoint import Checkpoint, find_checkpoint
+from growconv.training.config import changes, differences, is_longer
+from growconv.training.data import Dataset, seed_for
 from growconv.training.devices import Devices, make_devices, on_first
 from growconv.training.libraries import load_weights
-from growconv.training.loop import Trainer, global_batch_size, weight_shapes
+from growconv.training.loop import Trainer, weight_shapes
 from growconv.training.mixing import require_kornia
-from growconv.training.position import position_of
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
-from growconv.training.schedules import decay_begins, make_lr_schedule, make_optimizer
-from growconv.training.tracking import Tracker, make_tracker, require_installed
+from growconv.training.schedules import decay_begins
+from growconv.training.tracking import make_trackers, require_installed
 
 
 def run(
@@ -153,36 +145,28 @@ def run_one(
     model = _placed_model(config, dataset, devices)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
-    optimizer = make_optimizer(config["optimizer"], model)
-    if found is not None and grows(config):  # the scheduler needs its sites; a fixed model's history follows later
-        replay(found, model, optimizer)
-    batch_size = global_batch_size(config, dataset, devices.world_size)
-    epoch = steps_per_epoch(len(dataset.train), batch_size)
-    total = epoch * config["trainer"]["epochs"]
-    example = dataset.inputs(dataset.train, torch.arange(2)).to(next(model.parameters()).dtype)
-    scheduler = make_scheduler(config, model, optimizer, example, total)
-    loss = make_loss(dataset, config["trainer"]["label_smoothing"])
-    length = config["trainer"]["flops"] or total
-    lr_schedule = make_lr_schedule(config["lr_schedule"], length, config["optimizer"]["lr"], epoch)
+    trainer = Trainer(config, dataset, model, devices, files, title)
+    trainer.plan_growth(found)
     if begins:
         about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
         on_first(devices, lambda: _start(files, config, about, resume))
     else:
         on_first(devices, lambda: files.prolong(config))
-    tracker = _tracker_of(config, directory, None if begins else found) if devices.is_first else Tracker()
-    trainer = Trainer(config, dataset, model, optimizer, scheduler, loss, lr_schedule, devices, files, tracker, title)
+    if devices.is_first:
+        trainer.trackers = make_trackers(config, directory, None if begins else found)
     # From here on every process draws random numbers of its own (dropout).
     torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
-    trainer.progress.say(_introduction(title, model, scheduler))
+    trainer.progress.say(_introduction(title, model, trainer.scheduler))
     if drawn:
         trainer.progress.say(f"as drawn, since the weights are of other classes: {', '.join(drawn)}")
-    for caution in [] if scheduler is None else cautions(config, scheduler, trainer.total):
+    for caution in [] if trainer.scheduler is None else cautions(config, trainer.scheduler, trainer.total):
         trainer.progress.say(f"caution: {caution}")
     summary = trainer.fit()
     files.finish(summary)
-    tracker.finish(summary)
+    for tracker in trainer.trackers:
+        tracker.finish(summary)
     return summary
 
 
@@ -198,13 +182,6 @@ def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices)
     for pixels in (None, *(int(side) for _, side in config["data"]["size"])):
         check_output(model, dataset, pixels)
     return model
-
-
-def _tracker_of(config: Mapping[str, Any], directory: Path, goes_on: Checkpoint | None) -> Tracker:
-    """The loggers of a run, of the one that it goes on with where there is one."""
-    if goes_on is None:
-        return make_tracker(config, directory, directory.name)
-    return make_tracker(config, directory, directory.name, goes_on.state.get("tracker"), position_of(goes_on).step)
 
 
 def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float | int) -> list[str]:
@@ -315,11 +292,7 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
         raise CheckpointError(
             "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
         )
-    changed = [
-        line
-        for line in differences(stored, config)
-        if not (line.startswith(f"{length(stored)}:") and is_longer(stored, config))
-    ]
+    changed = changes(stored, config)
     if changed:
         raise CheckpointError(
             "the run was made with another config",

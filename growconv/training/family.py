@@ -13,7 +13,7 @@ from typing import Any
 from growconv.errors import ConfigError
 from growconv.reporting.terminal import make_console
 from growconv.training.build import grows, growth_flops, make_dataset
-from growconv.training.devices import Devices, make_devices
+from growconv.training.devices import make_devices
 from growconv.training.experiment import alone_in, run_one
 from growconv.training.progress import closing_table, si
 
@@ -91,25 +91,19 @@ def run_family(config: Mapping[str, Any], directory: Path) -> list[tuple[str, di
         The members' names and summaries.
     """
     plan, devices = stages(config), make_devices(config["trainer"])
-    with alone_in(directory, devices):
-        return _trained(plan, config, directory, devices)
-
-
-def _trained(
-    plan: list[Stage], config: Mapping[str, Any], directory: Path, devices: Devices
-) -> list[tuple[str, dict[str, Any]]]:
-    dataset = make_dataset(config["data"]).to(devices.device)
     members: list[tuple[str, dict[str, Any]]] = []
     origin: Path | None = None
     spent, before = 0.0, 0.0
-    for number, stage in enumerate(plan):
-        trunk = directory / f"trunk_{number}"
-        reached = run_one(stage.trunk, trunk, devices, dataset, f"trunk {number}", True, origin)["train_flops"]
-        name = f"member {number}"
-        member = run_one(stage.member, directory / f"member_{number}", devices, dataset, name, True, trunk)
-        members.append((name, member))
-        spent += (reached - before) + (member["train_flops"] - reached)
-        origin, before = trunk, reached
+    with alone_in(directory, devices):
+        dataset = make_dataset(config["data"]).to(devices.device)
+        for number, stage in enumerate(plan):
+            trunk = directory / f"trunk_{number}"
+            reached = run_one(stage.trunk, trunk, devices, dataset, f"trunk {number}", True, origin)["train_flops"]
+            name = f"member {number}"
+            member = run_one(stage.member, directory / f"member_{number}", devices, dataset, name, True, trunk)
+            members.append((name, member))
+            spent += (reached - before) + (member["train_flops"] - reached)
+            origin, before = trunk, reached
     if devices.is_first:
         make_console().print(closing_table(members, "R²" if dataset.regression else "accuracy"))
         alone = sum(summary["train_flops"] for _, summary in members)

@@ -3,14 +3,13 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.scheduler import GrowthScheduler
@@ -19,8 +18,8 @@ from growconv.network.depth import copy_blocks
 from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters
 from growconv.network.find import find_sites
 from growconv.training.average import Average
-from growconv.training.build import make_loss, resized
-from growconv.training.checkpoint import Checkpoint, CheckpointFolder, restore
+from growconv.training.build import grows, make_loss, make_scheduler, resized
+from growconv.training.checkpoint import Checkpoint, CheckpointFolder, replay, restore
 from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
 from growconv.training.devices import (
     Devices,
@@ -37,6 +36,7 @@ from growconv.training.mixing import mix
 from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
+from growconv.training.schedules import make_lr_schedule, make_optimizer
 from growconv.training.tracking import Tracker
 
 
@@ -53,21 +53,19 @@ AGREE_EVERY = 10
 
 
 class Trainer:
-    """Trains one model.
+    """Trains one model by the optimizer, loss and learning rate of its config.
 
     Args:
         config: the whole config of the run.
         dataset: on the run's device.
         model: the raw model, on the run's device.
-        optimizer: its optimizer.
-        scheduler: its growth scheduler; None for a fixed model.
-        loss: loss(output, targets), averaged over the samples.
-        lr_schedule: factor on the learning rate as a function of what is done and of the next step, in the run's unit:
-            optimizer steps, or training FLOPs.
         devices: device, precision and processes.
         directory: where the run writes.
-        tracker: where else its numbers go.
         title: what the progress line calls it.
+
+    Attributes:
+        scheduler: the growth scheduler, see `plan_growth`; None for a fixed model.
+        trackers: where else the run's numbers go; of rank 0.
     """
 
     def __init__(
@@ -75,29 +73,28 @@ class Trainer:
         config: Mapping[str, Any],
         dataset: Dataset,
         model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: GrowthScheduler | None,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        lr_schedule: Callable[[float | int, float | int], float],
         devices: Devices,
         directory: RunDirectory,
-        tracker: Tracker,
         title: str,
     ) -> None:
         self.config, self.options = config, config["trainer"]
-        self.dataset, self.model, self.optimizer, self.scheduler = dataset, model, optimizer, scheduler
-        self.loss, self.lr_schedule, self.devices = loss, lr_schedule, devices
+        self.dataset, self.model, self.devices, self.directory = dataset, model, devices, directory
+        self.optimizer = make_optimizer(config["optimizer"], model)
+        self.scheduler: GrowthScheduler | None = None
+        self.trackers: Sequence[Tracker] = ()
+        self.loss = make_loss(dataset, self.options["label_smoothing"])
         self.plain_loss = make_loss(dataset, 0.0)  # comparable between runs, whatever they smooth
-        self.directory, self.tracker = directory, tracker
         self.position = Position()
         self.batch_size = global_batch_size(config, dataset, devices.world_size)
         self.epoch_steps = steps_per_epoch(len(dataset.train), self.batch_size)
         self.flops: float | None = self.options["flops"]
         self.total = self.flops or self.epoch_steps * self.options["epochs"]
+        rate = config["optimizer"]["lr"]
+        self.lr_schedule = make_lr_schedule(config["lr_schedule"], self.total, rate, self.epoch_steps)
         shown = 100 if self.flops else int(self.total)  # FLOPs in per cent
         self.progress = TrainingProgress(self.options["progress"] if devices.is_first else "none", title, shown)
         self.checkpoints = CheckpointFolder(directory.checkpoints)
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
         self._side: int | None = None  # pixels to which training images are scaled now
@@ -107,6 +104,20 @@ class Trainer:
         decay = self.options["ema"]
         self.average = None if decay is None else Average(model, decay)
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
+
+    def plan_growth(self, found: Checkpoint | None) -> None:
+        """Make the growth scheduler of a run that grows.
+
+        Args:
+            found: the checkpoint that the run begins or goes on with, whose shapes the model gets; None: there is none.
+        """
+        if not grows(self.config):
+            return  # a fixed model gets its shapes with its weights
+        if found is not None:
+            replay(found, self.model, self.optimizer)
+        example = self.dataset.inputs(self.dataset.train, torch.arange(2)).to(self._float)
+        steps = self.epoch_steps * self.options["epochs"]
+        self.scheduler = make_scheduler(self.config, self.model, self.optimizer, example, steps)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the run, from wherever it stands.
@@ -337,9 +348,7 @@ class Trainer:
             self.follow(events)
             self.progress.events(position.step, events)
             self._prepare()
-            self.directory.append_events([event.to_dict() for event in events])
-            if self.devices.is_first:
-                self.tracker.events(list(self.scheduler.history), events, self.widths)
+            self._tell(events)
         else:
             self.progress.say(f"step {position.step}: nothing grew. {'; '.join(self.scheduler.decisions)}")
         position.growth_seconds += time.monotonic() - began
@@ -363,10 +372,14 @@ class Trainer:
             self.scheduler.follow_model(find_sites(self.model, inputs), events)
         self.progress.events(position.step, events)
         self._prepare()
-        self.directory.append_events([event.to_dict() for event in events])
-        if self.devices.is_first:
-            self.tracker.events(list(self.history), events, self.widths)
+        self._tell(events)
         return True
+
+    def _tell(self, events: Sequence[GrowthEvent]) -> None:
+        """Write down the events of a round."""
+        self.directory.append_events([event.to_dict() for event in events])
+        for tracker in self.trackers:
+            tracker.events(list(self.history), events, self.widths)
 
     def follow(self, events: Sequence[GrowthEvent]) -> None:
         """Let the average of the weights grow as the model did."""
@@ -413,8 +426,8 @@ class Trainer:
             record["train_accuracy"] = hits / samples
         position.metrics.append(record)
         self.directory.append_metrics(record)
-        if self.devices.is_first:
-            self.tracker.metrics(record, position.step)
+        for tracker in self.trackers:
+            tracker.metrics(record, position.step)
         self.progress.step(self._shown, self._state(record))
         self.progress.epoch(self._state(record))
         return record
@@ -516,7 +529,7 @@ class Trainer:
             "config": dict(self.config),
             "shape": [self.dataset.channels, self.dataset.image_size, self.dataset.classes],
             "world_size": self.devices.world_size,
-            "tracker": self.tracker.identity,
+            "tracker": next((each.identity for each in self.trackers if each.identity is not None), None),
         }
         on_first(
             self.devices,

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml, unfinished
+from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml, replacing
 from growconv.training.config import is_longer
 
 CHECKPOINTS = "checkpoint"
@@ -24,22 +23,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old content or the new, also after a crash or on a full disk.
-
-    Args:
-        path: the file; its folder exists.
-        text: the new content.
-    """
-    temporary = unfinished(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Replace a text file in one step, see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class RunDirectory:

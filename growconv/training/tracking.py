@@ -12,6 +12,8 @@ from typing import Any
 from growconv.errors import ConfigError
 from growconv.network.event import GrowthEvent
 from growconv.reporting.records import METRICS, csv_cell
+from growconv.training.checkpoint import Checkpoint
+from growconv.training.position import position_of
 from growconv.training.rundir import write_atomically
 
 COLUMNS = (
@@ -34,7 +36,7 @@ PATIENCE = 4
 
 
 class Tracker:
-    """Keeps nothing; what a run without a tracker uses.
+    """Keeps nothing.
 
     Attributes:
         identity: what a resumed run passes to go on in the same place; None where there is no such thing.
@@ -62,18 +64,14 @@ class WandbTracker(Tracker):
     """Weights & Biases: config, metrics, growth events as a table, widths over the run, spectra of the gains.
 
     Args:
-        options: the group logger.
         config: the run's config.
         directory: the run directory; wandb's own files lie in it.
-        name: name of the run.
         identity: id of the run to go on in; None starts a new one.
     """
 
-    def __init__(
-        self, options: Mapping[str, Any], config: Mapping[str, Any], directory: Path, name: str, identity: str | None
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], directory: Path, identity: str | None) -> None:
         self.directory = directory
-        self.run = _start_wandb(options, config, directory, name, identity)
+        self.run = _start_wandb(config, directory, identity)
         self.identity = self.run.id
 
     def metrics(self, record: Mapping[str, Any], step: int) -> None:
@@ -171,29 +169,6 @@ class CsvTracker(Tracker):
         write_atomically(self.directory / name, text.getvalue())
 
 
-class Trackers(Tracker):
-    """Several at once."""
-
-    def __init__(self, members: Sequence[Tracker]) -> None:
-        self.members = members
-        self.identity = next((each.identity for each in members if each.identity is not None), None)
-
-    def metrics(self, record: Mapping[str, Any], step: int) -> None:
-        """Hand on."""
-        for each in self.members:
-            each.metrics(record, step)
-
-    def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
-        """Hand on."""
-        for each in self.members:
-            each.events(history, fresh, widths)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Hand on."""
-        for each in self.members:
-            each.finish(summary)
-
-
 def require_installed(options: Mapping[str, Any]) -> None:
     """Refuse loggers whose package is not installed.
 
@@ -212,32 +187,27 @@ def require_installed(options: Mapping[str, Any]) -> None:
             )
 
 
-def make_tracker(
-    config: Mapping[str, Any], directory: Path, name: str, identity: str | None = None, step: int | None = None
-) -> Tracker:
-    """The tracker of the group logger.
+def make_trackers(config: Mapping[str, Any], directory: Path, found: Checkpoint | None = None) -> list[Tracker]:
+    """The trackers of the group logger.
 
     Args:
         config: the run's config.
-        directory: the run directory.
-        name: name of the run.
-        identity: identity of the tracker that the run had before it was interrupted.
-        step: step of the checkpoint that the run goes on from; None: it begins.
+        directory: the run directory; its name is the run's.
+        found: the checkpoint that the run goes on from; None: it begins.
     """
     options = config["logger"]
     members: list[Tracker] = [CsvTracker(directory)] if options["csv"] else []
     if options["tensorboard"]:
-        members.append(TensorBoardTracker(directory, step))
+        members.append(TensorBoardTracker(directory, None if found is None else position_of(found).step))
     if options["wandb"]:
-        members.append(WandbTracker(options, config, directory, name, identity))
-    return Trackers(members)
+        members.append(WandbTracker(config, directory, None if found is None else found.state.get("tracker")))
+    return members
 
 
-def _start_wandb(
-    options: Mapping[str, Any], config: Mapping[str, Any], directory: Path, name: str, identity: str | None
-) -> Any:
+def _start_wandb(config: Mapping[str, Any], directory: Path, identity: str | None) -> Any:
     import wandb
 
+    options = config["logger"]
     server = {} if options["server"] is None else {"base_url": options["server"]}
     limits = {"init_timeout": PATIENCE, "login_timeout": PATIENCE, "finish_timeout": 2 * PATIENCE}
     settings = wandb.Settings(silent=True, console="off", finish_timeout_raises=True, **limits, **server)
@@ -248,7 +218,7 @@ def _start_wandb(
             entity=options["entity"],
             group=options["group"],
             tags=list(options["tags"]),
-            name=name,
+            name=directory.name,
             id=identity,
             resume="allow" if identity else None,
             config=dict(config),

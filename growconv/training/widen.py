@@ -25,15 +25,13 @@ from growconv.network.find import find_sites
 from growconv.network.site import Site
 from growconv.reporting.terminal import printable, shown
 from growconv.solvers.base import get_solver, refusal_of
-from growconv.training.build import grows, make_dataset, make_loss
+from growconv.training.build import grows, make_dataset
 from growconv.training.checkpoint import Checkpoint
 from growconv.training.config import length
 from growconv.training.devices import make_devices
 from growconv.training.experiment import baseline_config, environment
 from growconv.training.loop import Trainer
 from growconv.training.rundir import LOCK, RunDirectory
-from growconv.training.schedules import make_lr_schedule, make_optimizer
-from growconv.training.tracking import Tracker
 from growconv.training.trained import begun_model, distance, load_run, read_run
 from growconv.training.trust import require_trusted_parts
 
@@ -185,10 +183,7 @@ def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
     model = begun_model(found, trust).to(devices.device)
     if config["trainer"]["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    loss = make_loss(dataset, config["trainer"]["label_smoothing"])
-    files, tracker = RunDirectory(output, active=False), Tracker()
-    optimizer, schedule = make_optimizer(config["optimizer"], model), make_lr_schedule(config["lr_schedule"], 1)
-    trainer = Trainer(config, dataset, model, optimizer, None, loss, schedule, devices, files, tracker, "grown once")
+    trainer = Trainer(config, dataset, model, devices, RunDirectory(output, active=False), "grown once")
     trainer.resume(replace(found, state={**found.state, "world_size": 1}))
     return trainer
 

@@ -1,7 +1,4 @@
-"""Sixty forged and damaged files: each ends in a typed error with nothing changed, or loads rightly.
-
-A forged file has a right checksum: whoever can write a file can compute one.
-"""
+"""Sixty forged and damaged files: each ends in a typed error with nothing changed, or loads rightly."""
 
 import copy
 import json
@@ -9,15 +6,13 @@ import resource
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 import growconv
 from growconv.errors import GrowthError
 from growconv.growth import Plateau, StageRates
-from growconv.training import checkpoint
+from tests.forged import opened, write
 
 X, Y = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 
@@ -65,9 +60,7 @@ def good(tmp_path_factory):
     train(model, optimizer, scheduler)
     train(model, optimizer)
     growconv.save_checkpoint(path, model, optimizer, scheduler)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return path.read_bytes(), file.metadata()["record"], tensors
+    return path.read_bytes(), *opened(path)
 
 
 def everything(model, optimizer, scheduler):
@@ -275,9 +268,8 @@ def test_a_forged_file(name, good, tmp_path):
     _, record, tensors = good
     record, tensors = json.loads(record), dict(tensors)
     FORGED[name](record, tensors)
-    text = json.dumps(record)
     path = tmp_path / "forged.safetensors"
-    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
+    write(path, json.dumps(record), tensors)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, limits[1]))
     try:
@@ -313,7 +305,7 @@ def test_a_damaged_file(name, good, tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"state": {}}', "5", '{"history": 1e999}', "null"])
 def test_a_record_that_is_none(text, good, tmp_path):
     path = tmp_path / "odd.safetensors"
-    save_file({}, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, {})})
+    write(path, text, {})
     assert "odd.safetensors" in (refused_or_right(path) or "")
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from growconv.cli import main
 from growconv.errors import CheckpointError
+from tests.forged import forge
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
 QUICK = [
@@ -142,20 +143,9 @@ def test_another_config_is_named(overrides, word, interrupted, tmp_path, capsys)
     ],
 )
 def test_a_forged_state_is_one_message(change, interrupted, tmp_path, capsys):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from growconv.training import checkpoint
-
     run = copied(interrupted, tmp_path)
     (run / "summary.json").unlink()
-    path = run / "checkpoint" / "last.safetensors"
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(file.metadata()["record"])
-    change(record["state"])
-    text = json.dumps(record)
-    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
+    forge(run / "checkpoint" / "last.safetensors", change)
     assert main([f"resume={run}"]) == 1
     said = capsys.readouterr().err
     assert "last.safetensors: The checkpoint" in said

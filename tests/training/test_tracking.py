@@ -137,7 +137,8 @@ def test_a_server_that_cannot_be_reached_is_warned_about(tmp_path, monkeypatch, 
 def online_tracker(address, folder):
     options = {"project": "p", "entity": None, "group": None, "tags": [], "mode": "online", "wandb": True}
     options |= {"csv": False, "tensorboard": False, "server": address}
-    return tracking.make_tracker({"logger": options}, folder, "run")
+    (tracker,) = tracking.make_trackers({"logger": options}, folder)
+    return tracker
 
 
 @pytest.mark.long

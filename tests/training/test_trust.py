@@ -13,15 +13,13 @@ import threading
 
 import pytest
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import growconv
 from growconv.cli import main
 from growconv.errors import CheckpointError
-from growconv.training import checkpoint
 from growconv.training.config import compose, plain
 from growconv.training.trust import is_known, place, strange_names
+from tests.forged import forge
 
 QUICK = ["data=digits", "data.limit=64", "growth=none", "trainer.epochs=1", "trainer.progress=none", "report=false"]
 
@@ -42,16 +40,6 @@ def store(run, *path, **values):
     part |= values
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return config
-
-
-def forge(path, change):
-    """A checkpoint that somebody else wrote: its state changed, its checksum right."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(file.metadata()["record"])
-    change(record["state"])
-    text = json.dumps(record)
-    save_file(tensors, path, {"format": checkpoint.FORMAT, "record": text, "sha256": checkpoint._digest(text, tensors)})
 
 
 @pytest.fixture(scope="module")
