@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from scipy import stats
 
 from experiments.studies.when_growing_pays.allocation import CELLS
@@ -283,41 +284,83 @@ class Tables:
         figure.savefig(target, dpi=150)
         plt.close(figure)
 
-    def draw_differences(
-        self, question: str, prefix: str, reference: Mapping[int, Result], target: Path, against: str
-    ) -> None:
-        """Paired differences of a question's variants with their intervals."""
-        groups = {name: paired(found, reference) for name, found in self.group(question, prefix).items()}
-        groups = {name: found for name, found in groups.items() if found}
-        if not groups:
-            return
-        figure, axes = plt.subplots(figsize=(7, 0.9 + 0.32 * len(groups)), layout="constrained")
-        for place, values in enumerate(groups.values()):
-            half = _half(values) if len(values) > 1 else 0.0
-            axes.errorbar(statistics.mean(values), place, xerr=half, fmt="o", color="#1f5f99", capsize=3)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
-        axes.set(xlabel=f"test NLL less that of {against}; 95 % intervals over seeds")
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
+    def differences(self, question: str, prefix: str, reference: Mapping[int, Result]) -> dict[str, list[float]]:
+        """Paired differences of a question's variants, by their names."""
+        found = {name: paired(results, reference) for name, results in self.group(question, prefix).items()}
+        return {name: values for name, values in found.items() if values}
+
+    def family_differences(self) -> dict[str, list[float]]:
+        """Those of (d): each member of the trunk less the same width alone."""
+        found = {}
+        for number, width in enumerate(("½", "¾", "1")):
+            trunk, alone = (self.record.of("family", f"{name}/{number}") for name in ("trunk", "alone"))
+            if values := paired(trunk, alone):
+                found[f"width {width}"] = values
+        return found
+
+    def draw_allocation(self, target: Path) -> None:
+        """Paired differences of all cells: a panel for each data set, a colour for each net."""
+        names = list(dict.fromkeys(cell.images for cell in CELLS))
+        figure, panels = plt.subplots(1, len(names), figsize=(10, 4.5), layout="constrained", sharey=True)
+        for axes, images in zip(panels, names, strict=True):
+            cells = [cell for cell in CELLS if cell.images == images]
+            for number, cell in enumerate(cells):
+                uniform = self.record.of("allocation", f"{cell.name}/uniform")
+                found = self.differences("allocation", f"{cell.name}/", uniform)
+                found.pop("uniform", None)
+                places = [place + 0.22 * (number - 1) for place in range(len(found))]
+                _draw_intervals(axes, places, list(found.values()), f"C{number}", cell.net)
+                axes.set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set(xlabel="test NLL less that of uniform widths", title=images)
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].invert_yaxis()
+        panels[-1].legend(fontsize=8)
         figure.savefig(target, dpi=150)
         plt.close(figure)
 
 
-def figures(tables: Tables) -> Iterator[tuple[str, str, Mapping[int, Result], str]]:
-    """Question, the variants' path, what they are compared with, and its name in words."""
+def _draw_intervals(
+    axes: Axes, places: Sequence[float], groups: Sequence[Sequence[float]], colour: str, label: str | None = None
+) -> None:
+    """Means with their 95 % intervals, one below the other."""
+    halves = [_half(values) if len(values) > 1 else 0.0 for values in groups]
+    means = [statistics.mean(values) for values in groups]
+    axes.errorbar(means, places, xerr=halves, fmt="o", color=colour, capsize=3, markersize=4, label=label)
+
+
+def draw_differences(groups: Mapping[str, Sequence[float]], target: Path, against: str) -> None:
+    """Paired differences with their intervals."""
+    if not groups:
+        return
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.32 * len(groups)), layout="constrained")
+    _draw_intervals(axes, range(len(groups)), list(groups.values()), "#1f5f99")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
+    axes.set(xlabel=f"test NLL less that of {against}; 95 % intervals over seeds")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+
+
+def figures(tables: Tables) -> Iterator[tuple[str, Mapping[str, Sequence[float]], str]]:
+    """The figures of differences: name, differences by variant, and what they are taken from, in words."""
     for target in (1.0, 2.0):
-        yield "doubling", f"to_{target}/", tables.fixed(target), f"width {target:g} at the same FLOPs"
-        yield "size_and_depth", f"plain/to_{target}/", tables.fixed(target), f"width {target:g} at the same FLOPs"
-    for small in (0.5, 1.0):
+        fixed, against = tables.fixed(target), f"width {target:g} at the same FLOPs"
+        yield f"doubling_to_{target:g}", tables.differences("doubling", f"to_{target}/", fixed), against
+        size = tables.differences("size_and_depth", f"plain/to_{target}/", fixed)
+        yield f"size_to_{target:g}", size, against
+    for small, name in ((0.5, "half"), (1.0, "1")):
         alone = tables.record.of("finished", f"from_{small}/small")
-        yield "finished", f"from_{small}/", alone, "the same net trained on"
+        found = tables.differences("finished", f"from_{small}/", alone)
+        yield f"finished_from_{name}", found, "the same net trained on"
+    yield "family", tables.family_differences(), "the same width alone"
     shallow = tables.record.of("size_and_depth", "residual/residual_2_2_2")
-    yield "size_and_depth", "residual/", shallow, "2, 2, 2 blocks at the same FLOPs"
-    yield "directions", "", tables.record.of("directions", "random_0.0"), "random, amplitude 0"
-    for cell in CELLS:
-        uniform = tables.record.of("allocation", f"{cell.name}/uniform")
-        yield "allocation", f"{cell.name}/", uniform, f"uniform widths, {cell.net} on {cell.images}"
+    depth = tables.differences("size_and_depth", "residual/", shallow)
+    yield "depth", depth, "2, 2, 2 blocks at the same FLOPs"
+    random = tables.record.of("directions", "random_0.0")
+    yield "directions", tables.differences("directions", "", random), "random, amplitude 0"
 
 
 def main() -> int:
@@ -329,9 +372,10 @@ def main() -> int:
     )
     if tables.record.variants("frontier"):
         tables.draw_frontier(HERE / "frontier.png")
-    for question, prefix, reference, against in figures(tables):
-        name = "_".join([question, *prefix.rstrip("/").split("/")]).rstrip("_").replace(".", "_")
-        tables.draw_differences(question, prefix, reference, HERE / f"{name}.png", against)
+    if tables.record.variants("allocation"):
+        tables.draw_allocation(HERE / "allocation.png")
+    for name, groups, against in figures(tables):
+        draw_differences(groups, HERE / f"{name}.png", against)
     return 0
 
 
