@@ -47,11 +47,6 @@ class Space:
         return len(self.roots) // self.blocks
 
     @property
-    def keys(self) -> list[Key]:
-        """The axes that its classes lie on."""
-        return list(self.counts)
-
-    @property
     def channels(self) -> int:
         """Channels of a unit: what its narrowest producer or consumer has of it, so that groups count in full."""
         return min(count * len(self.on(key)) for key, count in self.counts.items() if key[1] in (OUT, IN))
@@ -94,7 +89,7 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
         grouped.setdefault(signature, []).append((ordered[0][2], root))
     found = [Space([root for _, root in sorted(classes)], dict(signature)) for signature, classes in grouped.items()]
     first = {space.roots[0]: min(grouped[tuple(space.counts.items())])[0] for space in found}
-    found.sort(key=lambda space: (order.get(space.keys[0][0], 0), first[space.roots[0]]))
+    found.sort(key=lambda space: (order.get(next(iter(space.counts))[0], 0), first[space.roots[0]]))
     return found, why
 
 

@@ -392,7 +392,7 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
     """One row per convolution and linear layer of an analysed model."""
     by_key: dict[Key, list[int]] = {}
     for number, space in enumerate(found.spaces):
-        for key in space.keys:
+        for key in space.counts:
             by_key.setdefault(key, []).append(number)
     for path, module in found.model.named_modules():
         if not layers.is_weighted(module):

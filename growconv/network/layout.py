@@ -109,6 +109,13 @@ class SizeAttribute:
     index: int | None
     rates: Mapping[int, int]
 
+    def enlarged(self, value: int | Sequence[int], more: int) -> int | Sequence[int]:
+        """What the attribute holds, with so much more at its place."""
+        if isinstance(value, int):
+            return value + more
+        changed = [size + more * (place == self.index) for place, size in enumerate(value)]
+        return type(value)(changed)  # pyright: ignore[reportCallIssue]
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -175,21 +175,6 @@ def replace_parameters(
             each.state.pop(parameter, None)
 
 
-def keep_identity(old: nn.Parameter, data: Tensor, grad: Tensor | None) -> nn.Parameter:
-    """A Parameter with new data that keeps the old one's requires_grad, hooks and attributes."""
-    new = nn.Parameter(data, requires_grad=old.requires_grad)
-    for name, value in vars(old).items():
-        setattr(new, name, value)
-    if old._backward_hooks:
-        new._backward_hooks = old._backward_hooks
-    accumulated = getattr(old, "_post_accumulate_grad_hooks", None)
-    if accumulated:
-        new._post_accumulate_grad_hooks = accumulated  # pyright: ignore[reportAttributeAccessIssue]
-    with torch.no_grad():
-        new.grad = grad
-    return new
-
-
 def _groups(optimizer: Optimizer, parameter: nn.Parameter) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups if any(member is parameter for member in group["params"])]
 
@@ -326,11 +311,22 @@ def refresh(model: nn.Module) -> None:
 
 
 def _successor(change: Change) -> Tensor:
-    """The tensor of the new shape that takes a tensor's place."""
+    """The tensor of the new shape that takes a tensor's place; a Parameter keeps its hooks and attributes."""
     old = change.tensor
     data = change.resized(old.detach() if change.revised is None else change.revised.to(old.detach()))
-    grad = None if old.grad is None else change.resized(old.grad.detach(), fill=False)
-    return keep_identity(old, data, grad) if isinstance(old, nn.Parameter) else data
+    if not isinstance(old, nn.Parameter):
+        return data
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    for name, value in vars(old).items():
+        setattr(new, name, value)
+    if old._backward_hooks:
+        new._backward_hooks = old._backward_hooks
+    accumulated = getattr(old, "_post_accumulate_grad_hooks", None)
+    if accumulated:
+        new._post_accumulate_grad_hooks = accumulated  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+        new.grad = None if old.grad is None else change.resized(old.grad.detach(), fill=False)
+    return new
 
 
 def overwritten(changes: Sequence[Change]) -> list[Tensor]:

@@ -113,16 +113,10 @@ class Plan:
     def follow(self, site: Site, units: int) -> None:
         """Let the sizes follow that the code of modules keeps beside their tensors."""
         for each in site.layout.attributes:
-            more, module = each.rates.get(site.space, 0) * units, self.model.get_submodule(each.path)
-            value: int | Sequence[int] = getattr(module, each.name)
-            value = self.attributes.get((each.path, each.name), value)
-            if isinstance(value, int):
-                value += more
-            elif each.index is not None:
-                changed = [size + more * (index == each.index) for index, size in enumerate(value)]
-                value = changed if isinstance(value, list) else tuple(changed)
+            place, more = (each.path, each.name), each.rates.get(site.space, 0) * units
             if more:
-                self.attributes[each.path, each.name] = value
+                value = self.attributes.get(place, getattr(self.model.get_submodule(each.path), each.name))
+                self.attributes[place] = each.enlarged(value, more)
 
     def edits(self) -> list[dict[str, object]]:
         """The plan as plain values, to be replayed in this order."""

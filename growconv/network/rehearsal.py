@@ -267,7 +267,7 @@ class Widening:
     def _codes(self, classes: NDArray[np.int64]) -> Codes:
         """Classes as space, unit and block."""
         result = np.full(len(classes), -1, dtype=np.int64)
-        for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
+        for number in _spaces(classes):
             own = classes // _SPACE == number
             space, index = self.spaces[number], classes[own] % _SPACE
             block, unit = np.divmod(index, space.units)
@@ -281,21 +281,19 @@ class Widening:
         for path, shape in self.numbers.shapes.items():
             numbers = self.numbers.range_of((path, ENTRY))
             grid = self._classes[numbers.start : numbers.stop].reshape(shape)
-            involved = np.unique(grid[grid >= 0] // _SPACE).tolist()
+            involved = [self.spaces[number] for number in _spaces(grid)]
             if not involved:
                 continue
             varying = [d for d in range(grid.ndim) if bool((grid != grid.take([0], axis=d)).any())]
             if len(varying) > 1:
-                for number in involved:
-                    self.spaces[
-                        number
-                    ].reason = f"entries of {path} belong to different channels along several of its axes"
+                for space in involved:
+                    space.reason = f"entries of {path} belong to different channels along several of its axes"
                 continue
             dim = varying[0] if varying else int(np.argmax(shape))
             self.dims[path] = dim
-            for number in involved:
-                share = self.spaces[number].counts[path, ENTRY] * shape[dim] // grid.size
-                self.spaces[number].counts[path, ENTRY] = max(share, 1)
+            for space in involved:
+                share = space.counts[path, ENTRY] * shape[dim] // grid.size
+                space.counts[path, ENTRY] = max(share, 1)
 
     def _fits(self, number: int) -> bool:
         """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
@@ -303,7 +301,7 @@ class Widening:
         units = [each.units for each in self.spaces]
         more = [*units[:number], units[number] + 1, *units[number + 1 :]]
         try:
-            for key in space.keys:
+            for key in space.counts:
                 runs = self._runs(key, [number])
                 if key[0] in self._groups and not self._equal_groups(key, runs, units, more):
                     return False
@@ -326,7 +324,7 @@ class Widening:
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""
         self.axes, culprits = {}, {}
-        for key in dict.fromkeys(key for number in live for key in self.spaces[number].keys):
+        for key in dict.fromkeys(key for number in live for key in self.spaces[number].counts):
             try:
                 self.axes[key] = self._runs(key, live)
             except Torn as torn:
@@ -351,7 +349,7 @@ class Widening:
         if space.copied:
             space.reason = f"its channels depend on each other, and do not come twice either: {reason}"
             return
-        groups = [self._groups[path] for path, _ in space.keys if path in self._groups]
+        groups = [self._groups[path] for path, _ in space.counts if path in self._groups]
         shuffled = [first * second for first in groups for second in groups]  # one of each group in each group
         guesses = dict.fromkeys((*groups, *BLOCKS, *shuffled))
         for blocks, neighbours in ((blocks, neighbours) for blocks in guesses for neighbours in (False, True)):
@@ -466,7 +464,7 @@ class Widening:
             counted = self.numbers.literals[path, name, index]
             classes = self._classes[np.asarray(counted, dtype=np.int64)]
             rates: dict[int, int] = {}
-            for number in np.unique(classes[classes >= 0] // _SPACE).tolist():
+            for number in _spaces(classes):
                 rate, left = divmod(int((classes // _SPACE == number).sum()), self.spaces[number].units)
                 if not left and self.spaces[number].reason is None:
                     rates[number] = rate
@@ -608,6 +606,7 @@ def _outputs(space: Space) -> set[Key]:
 
 
 def _spaces(codes: Codes) -> set[int]:
+    """The spaces of some codes or classes."""
     return set(np.unique(codes[codes >= 0] // _SPACE).tolist())
 
 
@@ -672,12 +671,7 @@ def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> C
     """Add to a size that a module keeps; gives back what undoes it."""
     module = model.get_submodule(attribute.path)
     before = getattr(module, attribute.name)
-    if attribute.index is None:
-        setattr(module, attribute.name, before + more)
-    else:
-        changed = list(before)
-        changed[attribute.index] += more
-        setattr(module, attribute.name, type(before)(changed))
+    setattr(module, attribute.name, attribute.enlarged(before, more))
     return lambda: setattr(module, attribute.name, before)
 
 

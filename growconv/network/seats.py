@@ -8,6 +8,7 @@ take several goes. Where every operation treats channels one by one, they are ru
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
 from growconv.network.site import GrowthSite
-from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values_of
+from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each entry in front of a norm layer."""
@@ -85,8 +86,9 @@ class Region:
         places: per axis (path, side) the positions of the channels, (units, entries of a unit).
         sizes: the length of these axes.
         narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
-        samples: how many samples the pass had; None where the first axes of the outputs differ.
-        parts: whether the region can be run on some of the samples; None: not tried yet.
+        samples: how many samples it is run on; None where the first axes of the outputs differ.
+        recorded: how many the pass had.
+        cut: whether it is a part of a region that can be run on some of its samples.
     """
 
     site: GrowthSite
@@ -101,7 +103,7 @@ class Region:
     narrow: bool
     samples: int | None
     recorded: int | None
-    parts: list[bool] = field(default_factory=list)
+    cut: bool = False
 
     @property
     def calls(self) -> dict[str, int]:
@@ -225,12 +227,11 @@ class Region:
 
     # ------------------------------------------------------------------------------------------ some of the samples
 
-    @property
+    @cached_property
     def divisible(self) -> bool:
         """Whether the region can be run on some of its samples: tried once, on the first half of them."""
-        if not self.parts:
-            self.parts.append(self.samples is not None and self.samples > 1 and (self.narrow or self._half_agrees()))
-        return self.parts[0]
+        several = self.samples is not None and self.samples > 1
+        return self.cut or (several and (self.narrow or self._half_agrees()))
 
     def part(self, index: slice | Tensor) -> "Region":
         """The region for some of the samples.
@@ -253,7 +254,7 @@ class Region:
         count = self.samples or 0
         samples = len(torch.empty(count)[index])
         kept = {number: some_of(tensor, index, count) for number, tensor in self.constants.items()}
-        return replace(self, constants=kept, samples=samples, parts=[True])
+        return replace(self, constants=kept, samples=samples, cut=True)
 
     def _half_agrees(self) -> bool:
         """Whether half of the samples alone read what they read among all of them."""
@@ -378,15 +379,13 @@ class _Go:
         slots = bare.places[: len(self.units)].flatten()
         if copied is None:
             return value.index_copy(bare.axis, slots, bare.mean.to(value).repeat_interleave(len(slots), bare.axis))
-        old = bare.places[copied[self.units.start : self.units.stop]].flatten()
+        old = bare.places[self._of_go(copied)].flatten()
         return value.index_copy(bare.axis, slots, value.index_select(bare.axis, old))
 
-    def _old(self, path: str, side: str) -> Tensor:
+    def _old(self, copied: Tensor, path: str, side: str) -> Tensor:
         """The positions of the old entries that the new ones of this go copy, in the order that units have them in."""
-        copied = self.inserted.copied
-        own = torch.arange(0) if copied is None else copied[self.units.start : self.units.stop]
         places = self.region.places[path, side]
-        return places[own.to(places.device)][:, places[0].argsort()].flatten()
+        return self._sorted(places[self._of_go(copied).to(places.device)].flatten(), 0, path, side)
 
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
@@ -432,12 +431,12 @@ class _Go:
         module, value = self.region.site.model.get_submodule(step.path), self._value(step.input)
         carries = layers.is_weighted(module)
         sides = (GROUP_IN, GROUP_OUT) if carries else (ENTRY, ENTRY)
-        own = self._sorted(self._take(step.path, value, sides[0]), step.path, sides[0])
+        axis = self.region._axis(step.path, value)
+        own = self._sorted(self._take(step.path, value, sides[0]), axis, step.path, sides[0])
         result = self._carried(step.path, own) if carries else self._normalised(step.path, own)
-        result = self._sorted(result, step.path, sides[1], back=True)
+        result = self._sorted(result, axis, step.path, sides[1], back=True)
         if self.region.narrow:
             return result
-        axis = self.region._axis(step.path, result)
         whole = value
         if carries:
             shape = list(result.shape)
@@ -445,57 +444,51 @@ class _Go:
             whole = result.new_zeros(shape)
         return whole.index_copy(axis, self._slots(step.path, sides[1]), result.to(whole))
 
-    def _sorted(self, value: Tensor, path: str, side: str, back: bool = False) -> Tensor:
-        """Entries channel by channel brought into the order in which a unit has them along the axis, or back."""
+    def _sorted(self, value: Tensor, axis: int, path: str, side: str, back: bool = False) -> Tensor:
+        """Entries channel by channel brought into the order in which a unit has them along a layer's axis, or back."""
         order = self.region.places[path, side][0].argsort()
         if bool((order == torch.arange(len(order), device=order.device)).all()):
             return value
         order = order.argsort() if back else order
-        axis = self.region._axis(path, value)
         return value.unflatten(axis, (-1, len(order))).index_select(axis + 1, order).flatten(axis, axis + 1)
 
     def _carried(self, path: str, value: Tensor) -> Tensor:
         layer = layers.weighted(self.region.site.model.get_submodule(path))
         entries = len(self.units) * self.region.places[path, GROUP_OUT].shape[1]
-        bias = None
-        if self.inserted.copied is not None:
-            index, bias = self._old(path, GROUP_OUT), layer.bias()
+        bias, copied = None, self.inserted.copied
+        if copied is not None:
+            index, bias = self._old(copied, path, GROUP_OUT), layer.bias()
             filters, bias = layer.filters().detach()[index], None if bias is None else bias.detach()[index].to(value)
-        elif path in self.inserted.carried:
-            filters = self._sorted_rows(self._of_go(self.inserted.carried[path]), path)
         else:
-            filters = self._sorted_rows(layer.identity(entries), path)
+            given = self.inserted.carried.get(path)
+            filters = layer.identity(entries) if given is None else self._of_go(given)
+            filters = self._sorted(filters, 0, path, GROUP_OUT)
         inputs = layer.size(IN) // layer.groups  # of one group, which growth leaves alone
         return layer.apply(value, filters.to(value), bias, value.shape[self.region._axis(path, value)] // inputs)
-
-    def _sorted_rows(self, filters: Tensor, path: str) -> Tensor:
-        order = self.region.places[path, GROUP_OUT][0].argsort()
-        return filters.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
     def _normalised(self, path: str, value: Tensor) -> Tensor:
         norm = layers.norm(self.region.site.model.get_submodule(path))
         entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
         if self.inserted.copied is not None:
-            return norm.copied(value, self._old(path, ENTRY))
+            return norm.copied(value, self._old(self.inserted.copied, path, ENTRY))
         if not norm.normalises:
             return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
         if self.measure:
             moments = norm.moments(value)
-            self.measured[path] = tuple(self._sorted(each[None], path, ENTRY, back=True)[0] for each in moments)  # pyright: ignore
+            self.measured[path] = tuple(self._sorted(each, 0, path, ENTRY, back=True) for each in moments)  # pyright: ignore
         elif given is None:
             moments = value.new_zeros(entries), value.new_ones(entries)
         else:
-            moments = tuple(self._sorted(self._entries(each, entries)[None], path, ENTRY)[0] for each in given)
+            moments = tuple(self._entries(each, entries, path) for each in given)
         scale = self.inserted.norm_scale
-        if scale is not None:
-            scale = self._sorted(self._entries(scale, entries)[None], path, ENTRY)[0]
+        scale = None if scale is None else self._entries(scale, entries, path)
         mean, variance = (each.to(value) for each in moments)
         return norm.inserted(value, mean, variance, scale)
 
-    def _entries(self, value: Tensor, entries: int) -> Tensor:
-        """One value an entry of this go, from one a channel or one an entry of all new channels."""
+    def _entries(self, value: Tensor, entries: int, path: str) -> Tensor:
+        """One value an entry of this go along a norm, from one a channel or one an entry of all new channels."""
         own = self._of_go(value)
-        return own.repeat_interleave(entries // len(own))
+        return self._sorted(own.repeat_interleave(entries // len(own)), 0, path, ENTRY)
 
 
 # ------------------------------------------------------------------------------------------ from a tape
@@ -514,7 +507,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
     Raises:
         SiteError: a consumer was called that reads nothing from the producers.
     """
-    hot, made = hot_values_of(tape, site)
+    hot, made = hot_values(tape, site)
     outputs = {
         path: tuple(call.output for call in tape.calls(path)) for path in site.producers if path not in site.layout.dims
     }
@@ -564,25 +557,13 @@ def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tupl
     needed: set[int] = set()
     inside: set[int] = set()
     for step in reversed(tape.steps):
-        if isinstance(step, LayerCall):
-            if step.path in site.consumers:
-                if step.input not in hot:
-                    raise SiteError("a call of this layer reads nothing of what the producers give", where=step.path)
-                steps.append(step)
-                needed.add(step.input)
-            elif step.output in needed and step.output in hot and step.output not in made:
-                steps.append(step)
-                inside.add(step.output)
-                needed.add(step.input)
-        elif isinstance(step, Rewritten):
-            if step.new in needed and step.new in hot:
-                steps.append(step)
-                inside.add(step.new)
-                needed |= {step.old, step.by}
-        elif any(number in needed and number in hot for number in step.outputs):
+        reads = isinstance(step, LayerCall) and step.path in site.consumers
+        if reads and not hot.issuperset(step.inputs):
+            raise SiteError("a call of this layer reads nothing of what the producers give", where=step.path)
+        if reads or any(number in needed and number in hot and number not in made for number in step.outputs):
             steps.append(step)
-            inside |= set(step.outputs)
-            needed |= set(step.inputs)
+            inside.update(() if reads else step.outputs)
+            needed.update(step.inputs)
     return steps[::-1], needed - inside
 
 

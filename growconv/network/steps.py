@@ -13,7 +13,7 @@ from growconv.network.model import Arguments, tensors_in
 from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
 from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite, sizes_of
-from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values_of
+from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
 
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
@@ -140,7 +140,7 @@ class _Walker:
     def __init__(self, tape: Tape, site: GrowthSite) -> None:
         self.tape = tape
         self.site = site
-        self.hot, self.made = hot_values_of(tape, site)
+        self.hot, self.made = hot_values(tape, site)
         self.maker = tape.makers
         self.known: dict[int, list[Branch]] = {}
 
@@ -172,12 +172,9 @@ class _Walker:
             return f"{self.tape.values[value].source} makes channels of its own"
         if isinstance(maker, Rewritten):
             steps.append(Other("a write in place"))
-            sources = [number for number in (maker.by, maker.old) if number in self.hot]
         elif isinstance(maker, LayerCall):
             steps += self._layer(maker)
-            sources = [maker.input]
-        else:
-            sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
+        sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
         if not sources:
             return "a tensor that is written to makes channels of its own"
         if len(sources) == 1:

@@ -6,7 +6,7 @@ makes a new value of the tensor that it overwrites, and of every other tensor on
 read like a program without side effects, and run again with true writes in place.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -336,35 +336,23 @@ def _memory(tensor: Tensor) -> Memory:
     )
 
 
-def hot_values(tape: Tape, sources: Iterable[int], follows: Callable[[str], bool]) -> set[int]:
-    """The values of a recording that depend on some of them.
+def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
+    """The values of a recording that have channels of a site, and among them those that its producers made.
 
-    Args:
-        sources: numbers of values.
-        follows: whether the output of a layer depends on its input, by its path; False: the layer cuts.
-
-    Returns:
-        Their numbers. Everything on a memory that a dependent operation writes to is among them, from its creation on.
+    Everything on a memory that an operation on such values writes to is among them, from its creation on.
     """
-    hot = set(sources)
+    own, bare = set(site.axes), site.layout.dims
+    made = {call.output for path in site.producers if path not in bare for call in tape.calls(path)}
+    hot = made | {n for n, value in enumerate(tape.values) if value.source in bare and (value.source, ENTRY) in own}
     waiting, seen = list(hot), set(hot)
     while waiting:
         for step in tape.users.get(waiting.pop(), ()):
-            if isinstance(step, LayerCall) and not follows(step.path):
-                continue
+            if isinstance(step, LayerCall) and not {(step.path, ENTRY), (step.path, GROUP_IN)} & own:
+                continue  # layers with weights cut
             hot.update(step.outputs)
             touched = list(step.outputs)
             if isinstance(step, Operation) and step.writes:
                 touched += [each for number in step.outputs for each in tape.on_memory[tape.values[number].storage]]
             waiting += [number for number in touched if number not in seen]
             seen.update(touched)
-    return hot
-
-
-def hot_values_of(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
-    """The values of a recording that have channels of a site, and among them those that its producers made."""
-    made = {call.output for path in site.producers if path not in site.layout.dims for call in tape.calls(path)}
-    own = set(site.axes)
-    bare = {path for path, side in own if side == ENTRY and path in site.layout.dims}
-    sources = made | {number for number, value in enumerate(tape.values) if bare and value.source in bare}
-    return hot_values(tape, sources, lambda path: (path, ENTRY) in own or (path, GROUP_IN) in own), made
+    return hot, made

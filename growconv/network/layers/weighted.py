@@ -188,20 +188,23 @@ class Weighted(Adapter):
 
     def _extras(self) -> Iterable[tuple[str, Tensor]]:
         """Further tensors of a subclass with one entry for each output, as the gain of a standardised convolution."""
-        for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
-            if tensor is None or name in ("weight", "bias") or self._normalized is not None:
-                continue
-            if tensor.is_floating_point() and tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
+        for name, tensor in self._beside():
+            if tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
                 yield name, tensor
 
     def _alike(self) -> Iterable[tuple[str, Tensor]]:
         """Further tensors of a subclass with one entry for each weight, as the mask of a pruned convolution."""
         weight = stored(self.module, "weight")
-        for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
-            if tensor is None or tensor is weight or weight is None or self._normalized is not None:
-                continue
-            if tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape == weight.shape:
+        for name, tensor in self._beside():
+            if weight is not None and tensor is not weight and tensor.dim() > 1 and tensor.shape == weight.shape:
                 yield name, tensor
+
+    def _beside(self) -> Iterable[tuple[str, Tensor]]:
+        """What a subclass stores beside weight and bias."""
+        if self._normalized is None:
+            for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
+                if tensor is not None and name not in ("weight", "bias") and tensor.is_floating_point():
+                    yield name, tensor
 
     def problem(self) -> str | None:
         """Also: parameters that are not known to belong to the outputs."""
