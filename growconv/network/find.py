@@ -259,7 +259,7 @@ def _numbered(
         same_chance()
         before = len(numbers.cuts)
         try:
-            trail = look(model, example.arguments, numbers, gradients=True)
+            trail = look(model, example.arguments, numbers)
             if ways.setdefault((id(example.arguments), trail), example) is not example:
                 del numbers.cuts[before:]
         except LookFailed as failure:
@@ -275,13 +275,13 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
     uncalled = {
         path: {layers.size(module, IN)}
         for path, module in model.named_modules()
-        if layers.is_weighted(module) and path not in numbers.calls and layers.problem(module) is None
+        if layers.is_weighted(module) and path not in numbers.calls and layers.adapter(module).problem() is None
     } | _unused_parameters(model, numbers)
     for space in spaces:
         for path in space.paths(OUT, IN, GROUP_IN, GROUP_OUT, ENTRY):
             if path in numbers.shapes or path.endswith("#"):
                 continue
-            problem = layers.problem(model.get_submodule(path))
+            problem = layers.adapter(model.get_submodule(path)).problem()
             if path in numbers.silent and path in space.paths(OUT, IN):
                 problem = problem or "it runs under torch.no_grad, so that new channels would never train"
             if problem is not None:

@@ -174,11 +174,7 @@ class Layout:
         return Fraction(self.per_unit(key, space), self.channels[space])
 
     def units(self, space: int, sizes: Sizes) -> int:
-        """How many units a space has now.
-
-        Args:
-            space: which.
-            sizes: the length of every axis now.
+        """How many units a space has, at these lengths of the axes.
 
         Raises:
             SiteError: no axis tells it, or axes contradict each other.
@@ -235,9 +231,8 @@ class Layout:
         shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
         if np.abs(shares @ rates - wanted).max() > 1e-6:
             return None
-        for _ in range(
-            30
-        ):  # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
+        # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
+        for _ in range(30):
             weights = np.abs(shares)
             shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
         fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]

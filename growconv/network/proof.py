@@ -81,22 +81,15 @@ class Proof:
         With `still` nothing is disturbed, but all else is as if it were: the same kernels run on the same layouts.
         """
         chosen = [self.sites[number] for number in disturbed]
+        before = {path: _hand(path, entries, recorded) for path, entries in _gathered(chosen, IN).items()}
+        if not chosen:
+            before = {path: _record(path, recorded) for site in self.sites.values() for path in site.consumers}
         handles = []
-        if chosen:
-            for path, entries in _gathered(chosen, OUT).items():
-                hook = _disturb(entries, 1.0 if still else 1.37, 0.0 if still else 0.31)
-                handles.append(self.model.get_submodule(path).register_forward_hook(hook))
-            for path, entries in _gathered(chosen, IN).items():
-                handles.append(
-                    self.model.get_submodule(path).register_forward_pre_hook(
-                        _hand(path, entries, recorded), with_kwargs=True
-                    )
-                )
-        else:
-            for path in {path for site in self.sites.values() for path in (*site.producers, *site.consumers)}:
-                handles.append(
-                    self.model.get_submodule(path).register_forward_pre_hook(_record(path, recorded), with_kwargs=True)
-                )
+        for path, hook in before.items():
+            handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        for path, entries in _gathered(chosen, OUT).items():
+            hook = _disturb(entries, 1.0 if still else 1.37, 0.0 if still else 0.31)
+            handles.append(self.model.get_submodule(path).register_forward_hook(hook))
         try:
             return self._outputs(self.model, example)
         finally:

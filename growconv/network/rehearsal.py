@@ -48,11 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Group:
-    """Spaces that may grow together.
-
-    Attributes:
-        spaces: all of them.
-    """
+    """Spaces that may grow together."""
 
     spaces: list[Space]
 
@@ -85,13 +81,7 @@ class Widening:
         spaces: the spaces; those that fail are given a reason.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        numbers: Numbers,
-        spaces: list[Space],
-    ) -> None:
+    def __init__(self, model: nn.Module, examples: Sequence[Example], numbers: Numbers, spaces: list[Space]) -> None:
         self.examples = examples
         self.numbers = numbers
         self.spaces = spaces
@@ -217,7 +207,7 @@ class Widening:
         for example in self.examples:
             self.pretender.model.train(example.training)
             same_chance()
-            look(self.pretender.model, example.arguments, found, outputs_block=False)
+            look(self.pretender.model, example.arguments, found, pretending=True)
 
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
@@ -534,6 +524,7 @@ class Widening:
                 if unit >= self.spaces[number].units:
                     culprits.setdefault(number, reason)
         high[-1] = -1
+        now = [space.units for space in self.spaces]
         culprits |= self._cut_otherwise(found, np.maximum(high[np.append(roots, -1)], -1), live)
         for key, expected in known.items():
             if key[1] in (OUT, FILL) or (key[1] == ENTRY and key[0] in self.dims):
@@ -547,12 +538,9 @@ class Widening:
             actual = np.maximum(actual, -1)
             if not np.array_equal(actual, expected):
                 culprits |= self._arrivals(key, actual, expected, units)
-            elif key[0] in self._groups and not self._equal_groups(
-                key, layout.axes[key], [s.units for s in self.spaces], units
-            ):
-                culprits |= dict.fromkeys(
-                    _spaces(actual), f"the groups of {key[0]} do not get equal shares of new channels"
-                )
+            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], now, units):
+                text = f"the groups of {key[0]} do not get equal shares of new channels"
+                culprits |= dict.fromkeys(_spaces(actual), text)
         return {number: reason for number, reason in culprits.items() if number in live}
 
     def _cut_otherwise(self, found: Numbers, codes: Codes, live: Sequence[int]) -> dict[int, str]:

@@ -209,11 +209,6 @@ class Region:
     def by_group(self, path: str, side: str, entries: int) -> Tensor:
         """The entries of new channels, channel by channel, in the order in which the groups of a layer have them.
 
-        Args:
-            path: a producer or consumer.
-            side: OUT or IN.
-            entries: how many there are.
-
         Raises:
             SiteError: the groups have unlike shares of the channels.
         """

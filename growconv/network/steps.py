@@ -233,10 +233,8 @@ class _Walker:
             others = [self.tape.values[number].tensor for number in step.inputs if number != source]
             if any(tensor.numel() > 1 for tensor in others):
                 return [Other(name)], source
-            path = (
-                step.module if step.module and not list(self.site.model.get_submodule(step.module).children()) else None
-            )
-            return [Activation(name, path, name in _HOMOGENEOUS)], source
+            alone = step.module and not list(self.site.model.get_submodule(step.module).children())
+            return [Activation(name, step.module if alone else None, name in _HOMOGENEOUS)], source
         if name == "squeeze":
             inner = self._one_axis_pool(source)
             if inner is not None:
@@ -244,9 +242,8 @@ class _Walker:
         if name in _VIEWS:
             return _view(name, before, after), source
         if name == "cat" and after.dim() > 1:
-            return (
-                [] if (step.args[1] if len(step.args) > 1 else 0) in (1, 1 - after.dim()) else [Other(name)]
-            ), source
+            axis = step.args[1] if len(step.args) > 1 else 0
+            return [] if axis in (1, 1 - after.dim()) else [Other(name)], source
         return pooling(step, before, after) or [Other(name)], source
 
     def _one_axis_pool(self, value: int) -> tuple[list[Step], int] | None:

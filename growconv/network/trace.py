@@ -174,8 +174,7 @@ def look(
     model: nn.Module,
     arguments: Arguments,
     numbers: Numbers,
-    outputs_block: bool = True,
-    gradients: bool = False,
+    pretending: bool = False,
 ) -> tuple[str, ...]:
     """Send numbers through one forward pass.
 
@@ -183,8 +182,8 @@ def look(
         model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
         arguments: of its forward.
         numbers: what is found goes here; those of earlier passes stay.
-        outputs_block: the numbers in the model's output cannot grow.
-        gradients: note which layers run without gradients although their weights train.
+        pretending: its layers compute nothing. Else the numbers in its output cannot grow, and layers that run without
+            gradients although their weights train are noted.
 
     Returns:
         The layers and the operations between them that ran, by name.
@@ -192,15 +191,14 @@ def look(
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers, gradients)
+    mode = _Mode(model, numbers, gradients=not pretending)
     try:
-        with torch.set_grad_enabled(gradients), mode:
+        with torch.set_grad_enabled(not pretending), mode:
             output = model(*arguments[0], **arguments[1])
     except Exception as error:
         raise LookFailed(error, mode.met) from error
-    if outputs_block:
-        for tensor in tensors_in(output):
-            numbers.block(mode.companion(tensor), "it is the model's output")
+    for tensor in [] if pretending else tensors_in(output):
+        numbers.block(mode.companion(tensor), "it is the model's output")
     for path, count in mode.calls.items():
         numbers.calls[path] = max(numbers.calls.get(path, 0), count)
     return tuple(mode.trail)

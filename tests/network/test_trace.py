@@ -14,7 +14,7 @@ from tests.network.hand import Net
 
 def looked(model: nn.Module, *inputs: Tensor, repeated: bool = False) -> Numbers:
     numbers = Numbers(repeated)
-    look(model, (inputs, {}), numbers, gradients=True)
+    look(model, (inputs, {}), numbers)
     return numbers
 
 

@@ -20,7 +20,7 @@ from growconv.network.layout import IN, OUT
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
-    "norm", "pretended", "problem", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
+    "norm", "pretended", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -170,11 +170,6 @@ def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tenso
     count = outputs or layer.size(OUT) * inputs // layer.size(IN)
     one = layer.apply(x.narrow(axis, 0, 1), x.new_zeros(1, 1, *layer.kernel_size), None, groups=1)
     return x.new_zeros(*one.shape[:axis], count, *one.shape[axis + 1 :])
-
-
-def problem(module: nn.Module) -> str | None:
-    """Why a layer's tensors cannot be enlarged, in one line; None where they can."""
-    return adapter(module).problem()
 
 
 def described(value: nn.Module | Tensor) -> str:

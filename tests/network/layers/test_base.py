@@ -24,13 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
     ],
 )
 def test_what_cannot_be_enlarged_says_why(module: nn.Module, reason: str) -> None:
-    assert reason in str(layers.problem(module))
+    assert reason in str(layers.adapter(module).problem())
 
 
 def test_a_tensor_that_nobody_knows_is_a_problem() -> None:
     module = nn.Conv2d(3, 4, 3)
     module.table = nn.Parameter(torch.zeros(3, 7))
-    assert "table" in str(layers.problem(module))
+    assert "table" in str(layers.adapter(module).problem())
 
 
 def test_sizes_and_sides() -> None:

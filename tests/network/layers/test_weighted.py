@@ -135,7 +135,7 @@ def test_a_layer_with_its_own_weights_is_itself(module: nn.Module) -> None:
     x = example(module, layer.size(IN))
     torch.testing.assert_close(layer.apply(x, layer.filters(), layer.bias()), module(x), rtol=1e-9, atol=1e-9)
     assert layer.channel_axis(x.dim()) == 1
-    assert layers.problem(module) is None
+    assert layers.adapter(module).problem() is None
 
 
 def test_apply_is_differentiable_and_uses_the_layers_own_forward() -> None:
