@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from growconv.errors import ArgumentTypeError, ArgumentValueError
 from growconv.network.event import GrowthEvent, Optimizers, count_parameters, not_in_step
 from growconv.network.model import unwrapped
-from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, overwritten, refresh
+from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, refresh
 from growconv.network.plan import Plan, plan_growth, plan_removal
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -121,7 +121,8 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
 
 
 def _carried_out(model: nn.Module, plan: Plan, optimizers: Sequence[Optimizer], event: GrowthEvent) -> GrowthEvent:
-    journal = Journal(model, optimizers, overwritten(plan.changes))
+    overwritten = [change.tensor for change in plan.changes if not change.resizes]
+    journal = Journal(model, optimizers, overwritten)
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
         refresh(model)

@@ -12,9 +12,9 @@ from growconv.network.classes import Space, collapsed, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
 from growconv.network.model import (
     Arguments,
-    attribute,
     copied,
     example_arguments,
+    found_at,
     same_chance,
     tensors_in,
     undisturbed,
@@ -121,10 +121,7 @@ def site(
     model = unwrapped(model)
     written, read = ((each,) if isinstance(each, str) else tuple(each) for each in (producers, consumers))
     for path in (*written, *read):
-        try:
-            module: object = attribute(model, path)
-        except AttributeError:
-            module = None
+        module = found_at(model, path)
         if not layers.is_weighted(module):
             raise SiteError(
                 "this is no convolution or linear layer of the model",

@@ -39,18 +39,24 @@ def unwrapped(model: object) -> nn.Module:
     return model
 
 
+def found_at(model: nn.Module, path: str) -> Tensor | nn.Module | None:
+    """The module, parameter or buffer at a dotted path, the model itself for ""; None where there is none."""
+    value: object = model
+    for part in path.split(".") if path else ():
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor | nn.Module) else None
+
+
 def attribute(model: nn.Module, path: str) -> Tensor | nn.Module:
     """The module, parameter or buffer at a dotted path; the model itself for "".
 
     Raises:
         AttributeError: there is none.
     """
-    value: object = model
-    for part in path.split(".") if path else ():
-        value = getattr(value, part)
-    if not isinstance(value, Tensor | nn.Module):
-        raise AttributeError(f"{path} is neither a module nor a tensor")
-    return value
+    found = found_at(model, path)
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no module, parameter or buffer {path}")
+    return found
 
 
 def example_arguments(example_input: object) -> Arguments:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
-from growconv.network.model import attribute
+from growconv.network.model import found_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -311,10 +311,7 @@ def tensor_at(model: nn.Module, path: str) -> Tensor:
     Raises:
         SurgeryError: there is none.
     """
-    try:
-        found = attribute(model, path)
-    except AttributeError:
-        found = None
+    found = found_at(model, path)
     if not isinstance(found, Tensor):
         raise SurgeryError("this parameter does not exist", where=path, fix="name parameters or buffers of the model")
     return found

@@ -327,8 +327,3 @@ def _successor(change: Change) -> Tensor:
     with torch.no_grad():
         new.grad = None if old.grad is None else change.resized(old.grad.detach(), fill=False)
     return new
-
-
-def overwritten(changes: Sequence[Change]) -> list[Tensor]:
-    """The tensors whose values `exchange` overwrites in place."""
-    return [change.tensor for change in changes if not change.resizes]

@@ -140,10 +140,9 @@ class Widening:
         self._lay_out(live)
         single = {number for number in live if self.spaces[number].units == 1}
         for key, runs in read_off.items():  # what a space of one unit does not tell by itself
-            if key in self.axes and single & {run.space for run in runs}:
-                alive = {run.space for run in self.axes[key]}
-                if {run.space for run in runs} == alive:
-                    self.axes[key] = runs
+            own = {run.space for run in runs}
+            if single & own and own == {run.space for run in self.axes.get(key, ())}:
+                self.axes[key] = runs
         layout = self.layout()
         axes = {key: runs for key, runs in layout.axes.items() if key[1] != FILL}
         return Layout(axes, layout.channels, layout.dims, layout.attributes)
@@ -171,6 +170,11 @@ class Widening:
         channels = tuple(space.channels for space in self.spaces)
         return Layout(dict(self.axes), channels, dict(self.dims), tuple(self._attributes()))
 
+    @property
+    def _units(self) -> list[int]:
+        """The units of every space now."""
+        return [space.units for space in self.spaces]
+
     def _attempt(self, live: Sequence[int]) -> dict[int, str]:
         """One rehearsal of some spaces: those that failed, and why."""
         culprits = self._lay_out(live)
@@ -188,11 +192,11 @@ class Widening:
     def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> dict[int, str]:
         """Send the numbers through the pretending model at more units of some spaces; those that failed, and why."""
         self._rehearsals += 1
-        units = [space.units + more.get(number, 0) for number, space in enumerate(self.spaces)]
+        units = [now + more.get(number, 0) for number, now in enumerate(self._units)]
         layout = self.layout()
         found = Numbers(self.numbers.repeated)
         try:
-            with self.pretender.widened(layout, [space.units for space in self.spaces], units):
+            with self.pretender.widened(layout, self._units, units):
                 self._look(found)
         except LookFailed as failure:
             self._reached = len(found.order)
@@ -287,8 +291,7 @@ class Widening:
 
     def _fits(self, number: int) -> bool:
         """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
-        space = self.spaces[number]
-        units = [each.units for each in self.spaces]
+        space, units = self.spaces[number], self._units
         more = [*units[:number], units[number] + 1, *units[number + 1 :]]
         try:
             for key in space.counts:
@@ -524,7 +527,6 @@ class Widening:
                 if unit >= self.spaces[number].units:
                     culprits.setdefault(number, reason)
         high[-1] = -1
-        now = [space.units for space in self.spaces]
         culprits |= self._cut_otherwise(found, np.maximum(high[np.append(roots, -1)], -1), live)
         for key, expected in known.items():
             if key[1] in (OUT, FILL) or (key[1] == ENTRY and key[0] in self.dims):
@@ -538,7 +540,7 @@ class Widening:
             actual = np.maximum(actual, -1)
             if not np.array_equal(actual, expected):
                 culprits |= self._arrivals(key, actual, expected, units)
-            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], now, units):
+            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], self._units, units):
                 text = f"the groups of {key[0]} do not get equal shares of new channels"
                 culprits |= dict.fromkeys(_spaces(actual), text)
         return {number: reason for number, reason in culprits.items() if number in live}
@@ -548,7 +550,7 @@ class Widening:
         culprits: dict[int, str] = {}
         if len(found.cuts) != len(self.numbers.cuts):
             return culprits
-        old_units = np.array([space.units for space in self.spaces])
+        old_units = np.array(self._units)
         for old, new in zip(self.numbers.cuts, found.cuts, strict=True):
             before = self._codes(self._alive(self._classes[np.asarray(old, dtype=np.int64)], live))
             after = codes[np.asarray(new, dtype=np.int64)]
@@ -578,7 +580,7 @@ class Widening:
                 runs = self._parse(actual, key, units)
             except Torn:
                 runs = None
-            now = [space.units for space in self.spaces]
+            now = self._units
             if runs is not None and np.array_equal(owners_of(runs, now)[:, 0], owners_of(self.axes[key], now)[:, 0]):
                 self.axes[key] = runs
                 return {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from growconv.errors import SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
-from growconv.network.model import attribute, unwrapped
+from growconv.network.model import attribute, found_at, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
@@ -280,10 +280,7 @@ class GrowthSite(Site):
         """
         site = self.of(model)
         for path, side in site.axes:
-            try:
-                found = attribute(site.model, path)
-            except AttributeError:
-                found = None
+            found = found_at(site.model, path)
             if found is None or (path not in site.layout.dims and not layers.has_side(found, side)):
                 raise SiteError(
                     "the model has no such layer any more",

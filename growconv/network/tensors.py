@@ -28,85 +28,32 @@ def enlarged_shape(shape: Sequence[int], insertions: Sequence[Insertion]) -> tup
     return tuple(size + more for size, more in zip(shape, added, strict=True))
 
 
-def _indices(length: int, insertions: Sequence[Insertion]) -> tuple[list[int], list[list[int]]]:
-    """Where the old entries of an axis go, and where those of each insertion do."""
-    order = sorted(range(len(insertions)), key=lambda index: insertions[index].position)
-    old: list[int] = []
-    new: list[list[int]] = [[] for _ in insertions]
-    target = 0
-    for entry in range(length + 1):
-        while order and insertions[order[0]].position == entry:
-            index = order.pop(0)
-            new[index] = list(range(target, target + insertions[index].count))
-            target += insertions[index].count
-        if entry < length:
-            old.append(target)
-            target += 1
-    return old, new
-
-
 def enlarge(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Tensor | None]) -> Tensor:
     """A longer tensor with the old entries in place.
 
     Args:
         tensor: the old tensor; its dtype, device and memory format are kept.
-        insertions: what is put in where; positions count old entries.
+        insertions: what is put in where, at least one; positions count old entries.
         values: per insertion its entries, shaped like `tensor` but with `count` entries along the insertion's axis;
-            None for zeros. Where new entries of two axes meet, the result is zero, unless the values have the new
-            length along the other axis.
+            None for zeros. Where new entries of two axes meet, the result is zero.
 
     Returns:
         A new tensor.
     """
-    if len({each.axis for each in insertions}) == 1:
-        return keep_format(_along_one_axis(tensor, insertions, values), tensor)
-    shape = enlarged_shape(tensor.shape, insertions)
-    maps = {}
+    longer, done = tensor, list[Insertion]()
     for axis in range(tensor.dim()):
-        own = [index for index, each in enumerate(insertions) if each.axis == axis]
-        old, new = _indices(tensor.shape[axis], [insertions[index] for index in own])
-        maps[axis] = (old, dict(zip(own, new, strict=True)))
-    result = tensor.new_zeros(shape)
-    grown = [axis for axis in range(tensor.dim()) if shape[axis] != tensor.shape[axis]]
-
-    def place(block: Tensor, at: int | None, index: int | None) -> None:
-        where: list[Tensor | slice] = [slice(None)] * tensor.dim()
-        for axis in grown:
-            old, new = maps[axis]
-            entries = new[index] if axis == at and index is not None else old
-            if axis != at and block.shape[axis] == shape[axis]:
-                entries = list(range(shape[axis]))
-            view = [1] * len(grown)
-            view[grown.index(axis)] = len(entries)
-            where[axis] = torch.tensor(entries, device=tensor.device, dtype=torch.long).view(view)
-        _write(result, where, grown, block.to(result))
-
-    place(tensor, None, None)
-    for index, (each, value) in enumerate(zip(insertions, values, strict=True)):
-        if value is not None:
-            place(value, each.axis, index)
-    return keep_format(result, tensor)
-
-
-def _along_one_axis(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Tensor | None]) -> Tensor:
-    """The pieces of the tensor with what comes between them."""
-    axis, shape, start = insertions[0].axis, list(tensor.shape), 0
-    pieces = []
-    for each, value in sorted(zip(insertions, values, strict=True), key=lambda pair: pair[0].position):
-        pieces.append(tensor.narrow(axis, start, each.position - start))
-        shape[axis], start = each.count, each.position
-        pieces.append(tensor.new_zeros(shape) if value is None else value.to(tensor).expand(shape))
-    return torch.cat([*pieces, tensor.narrow(axis, start, tensor.shape[axis] - start)], axis)
-
-
-def _write(result: Tensor, where: list[Tensor | slice], grown: list[int], block: Tensor) -> None:
-    """result[where] = block with one index tensor per grown axis."""
-    if not grown:
-        result.copy_(block)
-        return
-    order = [*grown, *[axis for axis in range(result.dim()) if axis not in grown]]
-    moved = result.permute(order)
-    moved[tuple(where[axis] for axis in grown)] = block.permute(order)
+        own = [pair for pair in zip(insertions, values, strict=True) if pair[0].axis == axis]
+        pieces, start = [], 0
+        for each, value in sorted(own, key=lambda pair: pair[0].position):
+            shape = (*tensor.shape[:axis], each.count, *tensor.shape[axis + 1 :])
+            new = tensor.new_zeros(shape) if value is None else value.to(tensor).expand(shape)
+            new = enlarge(new, done, [None] * len(done)) if done else new
+            pieces += [longer.narrow(axis, start, each.position - start), new]
+            start = each.position
+        if own:
+            longer = torch.cat([*pieces, longer.narrow(axis, start, tensor.shape[axis] - start)], axis)
+        done += [each for each, _ in own]
+    return keep_format(longer, tensor)
 
 
 def keep_format(tensor: Tensor, like: Tensor) -> Tensor:

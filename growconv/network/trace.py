@@ -476,7 +476,7 @@ class _Mode(Watch):
                 sides = [make(count).view(view) if count else None for count in (low, high)]
                 around = list(companion.shape)
                 parts = [
-                    companion if side is None else side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
+                    side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
                     for side in (sides[0], companion, sides[1])
                     if side is not None
                 ]
