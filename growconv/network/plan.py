@@ -115,8 +115,8 @@ class Plan:
         for each in site.layout.attributes:
             place, more = (each.path, each.name), each.rates.get(site.space, 0) * units
             if more:
-                value = self.attributes.get(place, getattr(self.model.get_submodule(each.path), each.name))
-                self.attributes[place] = each.enlarged(value, more)
+                value: int | Sequence[int] = getattr(self.model.get_submodule(each.path), each.name)
+                self.attributes[place] = each.enlarged(self.attributes.get(place, value), more)
 
     def edits(self) -> list[dict[str, object]]:
         """The plan as plain values, to be replayed in this order."""

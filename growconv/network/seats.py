@@ -551,13 +551,15 @@ def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tupl
     steps: list[Step] = []
     needed: set[int] = set()
     inside: set[int] = set()
+    between = hot - made
     for step in reversed(tape.steps):
-        reads = isinstance(step, LayerCall) and step.path in site.consumers
-        if reads and not hot.issuperset(step.inputs):
-            raise SiteError("a call of this layer reads nothing of what the producers give", where=step.path)
-        if reads or any(number in needed and number in hot and number not in made for number in step.outputs):
+        consumer = step.path if isinstance(step, LayerCall) and step.path in site.consumers else None
+        if consumer is not None and not hot.issuperset(step.inputs):
+            raise SiteError("a call of this layer reads nothing of what the producers give", where=consumer)
+        leads = any(number in needed and number in between for number in step.outputs)
+        if consumer is not None or leads:
             steps.append(step)
-            inside.update(() if reads else step.outputs)
+            inside.update(step.outputs if consumer is None else ())
             needed.update(step.inputs)
     return steps[::-1], needed - inside
 
