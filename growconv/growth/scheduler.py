@@ -46,7 +46,7 @@ from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers
-from growconv.network.site import Site
+from growconv.network.site import GrowthSite, Site
 from growconv.solvers.base import Solver, get_solver
 from growconv.solvers.request import Channels
 
@@ -323,7 +323,15 @@ class GrowthScheduler:
         situation = self._situation()
         asked = {site: self.amount.channels(site, situation) for site in self.sites}
         wider = {site: site.width + channels for site, channels in asked.items() if isinstance(channels, int)}
-        return [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
+        found = [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
+        against: dict[str, list[str]] = {}
+        for site in self.sites:
+            if isinstance(site, GrowthSite) and (text := self.solver.caution(site)):
+                against.setdefault(text, []).append(site.name)
+        for text, names in against.items():
+            where = names[0] if len(names) == 1 else f"{len(names)} sites"
+            found.append(f"{self.solver.name} on {where}: {text}")
+        return found
 
     def explain(self) -> str:
         """What the recipe is, what speaks against it, and what was decided last; one line each."""

@@ -84,6 +84,10 @@ class Solver(ABC):
             return "norm layers behind several producers take their moments from kept samples: signs=True"
         return None
 
+    def caution(self, site: GrowthSite) -> str | None:
+        """What speaks against the method on a site that it can serve; None where nothing does."""
+        return None
+
     @abstractmethod
     def solve(self, request: Request) -> ChannelGrowth:
         """Weights of new channels for one site.

@@ -90,6 +90,11 @@ class GradMax(Solver):
         """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
         return super().refusal(site) or not_plain(site, *site.producers)
 
+    def caution(self, site: GrowthSite) -> str | None:
+        """Behind a norm layer, which the paper's networks do not have there."""
+        normed = any(isinstance(step, Norm) for route in site.routes for step in route.steps)
+        return "a norm layer brings filters that were zero to full size at their first step" if normed else None
+
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         subject, site, model, requested = request.subject, request.site, request.model, request.number

@@ -8,6 +8,7 @@ from torch import nn
 
 from growconv.growth import GrowthScheduler
 from growconv.growth.recipe import fallen, too_late, too_wide
+from growconv.network.find import find_sites
 from growconv.training.config import compose, plain
 from growconv.training.experiment import cautions
 from growconv.training.schedules import decay_begins, lr_factor
@@ -27,6 +28,18 @@ def test_a_step_above_twice_the_width_is_told_before_and_when_it_happens(chain, 
         scheduler.grow(batches_of(1), LOSS)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["0 -> 4"]
     assert too_wide("a", 8, 16) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "norm", "told"), [("gradmax", True, True), ("gradmax", False, False), ("random", True, False)]
+)
+def test_zero_filters_behind_norm_layers_are_told(method, norm, told):
+    between = [nn.BatchNorm2d(3)] if norm else []
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), *between, nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    sites = find_sites(model, torch.zeros(2, 1, 8, 8))
+    found = GrowthScheduler(model, None, sites, method=method, every=1, times=1, amount=1).cautions()
+    assert any("norm layer" in text for text in found) == told
+    assert all(text.startswith(f"gradmax on {sites[0].name}: ") for text in found)
 
 
 @pytest.mark.parametrize(("share", "told"), [(1.0, False), (0.3, True)])
