@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
 
     @abstractmethod
     def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
-        """A layer was called; it gave None where it raised an error."""
+        """A layer was called."""
 
     @abstractmethod
     def _operated(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
             if self._foreign() or not self._given:
                 return
             given = self._given.pop()
-            if not self._given and given is not None:
+            if not self._given and given is not None and output is not None:  # None: it raised an error
                 self._called(path, module, given, output)
 
         return hook

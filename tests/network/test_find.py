@@ -192,3 +192,8 @@ def test_finding_does_not_disturb_other_threads() -> None:
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_a_batch_of_one_that_a_norm_refuses_in_training_keeps_no_site_back() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)]
+    assert [each.name for each in find_sites(nn.Sequential(*layers), torch.randn(1, 3, 8, 8))] == ["0 -> 2", "2 -> 4"]
