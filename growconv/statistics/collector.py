@@ -25,7 +25,8 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
+from growconv.statistics.problem import batched, pair_problem
+from growconv.statistics.producers import site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision
 

@@ -10,7 +10,7 @@ from growconv.statistics.accumulator import SCRATCH_BYTES, TENSOR_STATISTICS, Co
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch
 from growconv.statistics.pair import PairStatistics
-from growconv.statistics.problem import site_problem
+from growconv.statistics.producers import site_problem
 from growconv.statistics.samples import KeptSamples
 
 
