@@ -137,15 +137,7 @@ def _dispatch(arguments: list[str]) -> None:
         command, rest = arguments[0], arguments[1:]
     if command not in usage.COMMANDS:
         raise _no_command(command, rest)
-    if command == "compare":
-        from growconv.reporting.compare import main as compare
-
-        compare(rest)
-    elif command == "report":
-        from growconv.reporting.report import main as report
-
-        report(rest)
-    elif command in PARSERS:
+    if command in PARSERS:
         parser, module = PARSERS[command]
         arguments_read = parser().parse_args(rest)
         import_module(module).main(arguments_read)
@@ -207,7 +199,7 @@ def complete(asked: str) -> bool:
         return False
     if len(words) == 2:
         print(" ".join(command for command in usage.COMMANDS if command.startswith(words[1])))
-    elif words[1] in PARSERS or words[1] in ("compare", "report"):
+    elif words[1] in PARSERS:
         if asked == "query=fish":
             print("\n".join(sorted(glob.glob(f"{glob.escape(words[-1])}*"))))
         return True

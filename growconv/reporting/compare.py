@@ -3,11 +3,11 @@
 Runs that differ only in their seed are one line. What cannot be compared is left out and named.
 """
 
-import argparse
 import csv
 import html
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,42 +23,28 @@ from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_d
 from growconv.reporting.frontier import Standing, standings
 from growconv.reporting.records import csv_cell, is_number, plain_text
 from growconv.reporting.style import save_figure
-from growconv.reporting.terminal import make_console, shown
+from growconv.reporting.terminal import make_console, metric, shown
 
 FIGURE_FILES = {"comparison": draw_differences, "costs": draw_costs, "courses": draw_courses}
 FILES = ("comparison.md", "comparison.csv", "comparison.tex", "runs.csv")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``growconv compare``.
+def main(arguments: Namespace) -> None:
+    """Compare runs, and write and print what comes of it.
 
     Args:
-        argv: arguments after the command's name; None reads the process's.
+        arguments: what `compare_parser` read.
 
-    Returns:
-        0, the exit status.
+    Raises:
+        ArgumentValueError: a comparison lies in the folder already.
     """
-    parser = argparse.ArgumentParser(
-        prog="growconv compare", description="Table and plots over runs: mean ± std over seeds, paired differences."
-    )
-    parser.add_argument("runs", nargs="+", help="run directories, or folders of them (a sweep)")
-    parser.add_argument(
-        "--baseline",
-        help="group to measure against (label, or its beginning); default: the largest fixed network, else random",
-    )
-    parser.add_argument("--by", help="comma-separated settings that tell groups apart, e.g. growth.method,model.width")
-    parser.add_argument("--output", default="comparison", help="folder for table, CSV and plots (default: comparison)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a comparison that lies in the folder")
-    arguments = parser.parse_args(argv)
-    by = arguments.by.split(",") if arguments.by else None
-    output = Path(arguments.output)
+    output = arguments.output
     if any((output / name).exists() for name in FILES) and not arguments.overwrite:
         fix = "--overwrite replaces it, --output FOLDER writes elsewhere"
         raise ArgumentValueError("a comparison lies there already", where="--output", got=str(output), fix=fix)
-    comparison = compare(arguments.runs, arguments.baseline, by)
+    comparison = compare(arguments.runs, arguments.baseline, arguments.by)
     write_comparison(comparison, output)
     _print(comparison, output)
-    return 0
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
@@ -185,21 +171,13 @@ def _spread(mean: float, std: float, figure: str) -> str:
         return f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
     if figure == "test_loss":
         return f"{mean:.3f}" + ("" if math.isnan(std) else f" ± {std:.3f}")
-    scale, unit = _unit(abs(mean))
+    scale, prefix = metric(abs(mean))
     scaled = mean / scale
     if 0 < abs(scaled) < 1e-3:
         return f"{mean:.2e}" + ("" if math.isnan(std) or std == 0 else f" ± {std:.2e}")
     digits = max(0, 2 - math.floor(math.log10(abs(scaled)))) if scaled else 0
     spread = "" if math.isnan(std) or std == 0 else f" ± {std / scale:.{digits}f}"
-    return f"{scaled:.{digits}f}{spread}{unit}"
-
-
-def _unit(size: float) -> tuple[float, str]:
-    """Scale and suffix that leave one to three digits before the point: 12 345 is 12.3 k."""
-    for power, suffix in ((15, " P"), (12, " T"), (9, " G"), (6, " M"), (3, " k")):
-        if size >= 10**power:
-            return 10.0**power, suffix
-    return 1.0, ""
+    return f"{scaled:.{digits}f}{spread}{f' {prefix}' if prefix else ''}"
 
 
 def _difference_text(difference: Difference | None, digits: int) -> str:

@@ -84,6 +84,12 @@ class Group:
         values = values[~np.isnan(values)]
         return float(values.std(ddof=1)) if values.size > 1 else math.nan
 
+    def less(self, other: "Group", figure: str) -> "Difference | None":
+        """Paired difference of a figure to that of another group; None without a common seed."""
+        theirs = dict(zip(other.seeds, other.values(figure), strict=True))
+        own = zip(self.seeds, self.values(figure), strict=True)
+        return paired_difference([value - theirs[seed] for seed, value in own if seed in theirs])
+
     @property
     def growth_share(self) -> float:
         """Mean share of the run's seconds that went into growing."""
@@ -144,9 +150,7 @@ class Comparison:
         """Paired difference of a group to the baseline; None for the baseline itself or without a common seed."""
         if group is self.baseline:
             return None
-        ours = dict(zip(group.seeds, group.values(figure), strict=True))
-        theirs = dict(zip(self.baseline.seeds, self.baseline.values(figure), strict=True))
-        return paired_difference([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        return group.less(self.baseline, figure)
 
 
 def paired_difference(differences: Sequence[float]) -> Difference | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -58,19 +59,8 @@ def draw_costs(comparison: Comparison) -> Figure:
         axes, ("parameters", "train_flops", "seconds"), ("final parameters", "training FLOPs", "seconds"), strict=True
     ):
         for group in comparison.groups:
-            colour, marker = styles[group.label]
-            spreads = [0.0 if math.isnan(value := group.std(key)) else value for key in (cost, "test_accuracy")]
-            axis.errorbar(
-                group.mean(cost),
-                group.mean("test_accuracy"),
-                xerr=spreads[0],
-                yerr=spreads[1],
-                color=colour,
-                marker=marker,
-                linestyle="",
-                linewidth=0.9,
-                label=f"{group.label} (n={len(group.runs)})",
-            )
+            label = f"{group.label} (n={len(group.runs)})"
+            _draw_group(axis, group, (cost, "test_accuracy"), styles[group.label], label)
         axis.set(xlabel=name)
         log_ticks(axis, "x")
     axes[0].set(ylabel="test accuracy %")
@@ -123,18 +113,19 @@ def draw_frontier(comparison: Comparison) -> Figure:
         axes.plot(flops, losses, color=SOFT, linestyle=DASHES[number % len(DASHES)], marker=".", label=label)
     styles = group_styles(comparison)
     for group in (group for group in comparison.groups if group not in fixed):
-        colour, marker = styles[group.label]
-        spread = [0.0 if math.isnan(value := group.std(key)) else value for key in ("train_flops", "test_loss")]
-        place = (group.mean("train_flops"), group.mean("test_loss"))
-        axes.errorbar(
-            *place, xerr=spread[0], yerr=spread[1], color=colour, marker=marker, linestyle="", linewidth=0.9,
-            label=shortened(group.label, 40),
-        )  # fmt: skip
+        _draw_group(axes, group, ("train_flops", "test_loss"), styles[group.label], shortened(group.label, 40))
     axes.set(xlabel="training FLOPs", ylabel=comparison.loss_name)
     log_ticks(axes, "x")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
     return figure
+
+
+def _draw_group(axis: Axes, group: Group, keys: tuple[str, str], style: tuple[str, str], label: str) -> None:
+    """The means of two figures of a group as a point, with their standard deviations."""
+    right, up = (0.0 if math.isnan(value := group.std(key)) else value for key in keys)
+    (x, y), (colour, marker) = map(group.mean, keys), style
+    axis.errorbar(x, y, xerr=right, yerr=up, color=colour, marker=marker, linestyle="", linewidth=0.9, label=label)
 
 
 def group_styles(comparison: Comparison) -> Styles:

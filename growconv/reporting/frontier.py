@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from growconv.reporting.comparison import Comparison, Difference, Group, paired_difference
+from growconv.reporting.comparison import Comparison, Difference, Group
 from growconv.reporting.records import RunRecord, number
 
 SAME_COST = 0.02
@@ -49,7 +49,7 @@ def standings(comparison: Comparison) -> list[Standing]:
         if group in fixed or len(equal) < 2:
             continue
         best = min(equal, key=lambda each: each.mean("test_loss"))
-        found.append(Standing(group, best, _difference(group, best), _head_start(group, fixed)))
+        found.append(Standing(group, best, group.less(best, "test_loss"), _head_start(group, fixed)))
     return found
 
 
@@ -102,12 +102,6 @@ def fixed_curves(groups: Sequence[Group]) -> dict[str, dict[float, float]]:
 def network(shapes: Mapping[str, object]) -> str:
     """What tells one network from another: the shapes of its layers, as summary.json and environment.json have them."""
     return repr(shapes.get("layers"))
-
-
-def _difference(group: Group, best: Group) -> Difference | None:
-    losses = dict(zip(best.seeds, best.values("test_loss"), strict=True))
-    own = zip(group.seeds, group.values("test_loss"), strict=True)
-    return paired_difference([loss - losses[seed] for seed, loss in own if seed in losses])
 
 
 def _head_start(group: Group, fixed: Sequence[Group]) -> float:

@@ -124,10 +124,10 @@ def read_run(path: str | Path) -> RunRecord:
         )
     return RunRecord(
         path=directory,
-        config=_read_config(directory / CONFIG),
+        config=_read_mapping(directory / CONFIG, "yaml", "settings"),
         metrics=tuple(_read_lines(directory / METRICS, needed="epoch")),
         events=tuple(map(_usual, _read_lines(directory / GROWTH, needed="site"))),
-        summary=_read_summary(directory / SUMMARY),
+        summary=_read_mapping(directory / SUMMARY, "json", "figures"),
         environment=_read_environment(directory / ENVIRONMENT),
     )
 
@@ -276,30 +276,18 @@ def _read_text(path: Path, kind: str = "json") -> str | None:
         raise _damaged(path, "cannot be read", error) from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    text = _read_text(path, "yaml")
+def _read_mapping(path: Path, kind: str, what: str) -> dict[str, Any]:
+    """The mapping that a file of YAML or JSON holds; empty where there is no file."""
+    text = _read_text(path, kind)
     if text is None:
         return {}
     try:
-        config = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise _damaged(path, "not YAML", str(error).splitlines()[0]) from None
-    if not isinstance(config, dict):
-        raise _damaged(path, "holds no settings", type(config).__name__)
-    return config
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    if text is None:
-        return {}
-    try:
-        summary = read_json(text)
-    except ValueError as error:
-        raise _damaged(path, "not JSON", error) from None
-    if not isinstance(summary, dict) or not summary:
-        raise _damaged(path, "holds no figures")
-    return summary
+        found = read_yaml(text) if kind == "yaml" else read_json(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise _damaged(path, f"not {kind.upper()}", str(error).partition("\n")[0]) from None
+    if not isinstance(found, dict) or (kind == "json" and not found):
+        raise _damaged(path, f"holds no {what}", type(found).__name__)
+    return found
 
 
 def _read_environment(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The command ``growconv report``: one run, and the fixed networks beside it, as one HTML file without a network."""
 
-import argparse
 import base64
 import hashlib
 import html
 import math
 import shlex
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,25 +31,16 @@ Drawing = tuple[str, str, Callable[[bool], Figure]]
 """Title, what a reader should know, and the figure for a wide or a narrow screen."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``growconv report``.
+def main(arguments: Namespace) -> None:
+    """Write the report of a run, and print where it lies.
 
     Args:
-        argv: arguments after the command's name; None reads the process's.
-
-    Returns:
-        0, the exit status.
+        arguments: what `report_parser` read.
     """
-    parser = argparse.ArgumentParser(prog="growconv report", description="One run as one self-contained HTML file.")
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--output", help=f"file to write (default: RUN/{REPORT})")
-    parser.add_argument("--figures", help="also write every figure as an SVG into this folder")
-    arguments = parser.parse_args(argv)
     print(shown(write_report(arguments.run, arguments.output)))
-    if arguments.figures:
-        for path in write_figures(read_run(arguments.run), Path(arguments.figures)):
+    if arguments.figures is not None:
+        for path in write_figures(read_run(arguments.run), arguments.figures):
             print(shown(path))
-    return 0
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:

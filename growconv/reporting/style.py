@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from growconv.reporting.terminal import metric
+
 INK, SOFT, GRID, PAPER = "#1f2933", "#616e7c", "#e3e6e9", "#fefefe"
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, PURPLE = (
     "#0072b2",
@@ -176,9 +178,9 @@ def magnitude_ticks(axis: Axes, which: str) -> None:
 
 def magnitude(value: float | int) -> str:
     """A number with a suffix for its thousands: 12 345 is 12.3 k; small ones as 2e-4."""
-    for power, suffix in ((15, " P"), (12, " T"), (9, " G"), (6, " M"), (3, " k")):
-        if abs(value) >= 10**power:
-            return f"{value / 10**power:.3g}{suffix}"
+    scale, prefix = metric(abs(value))
+    if prefix:
+        return f"{value / scale:.3g} {prefix}"
     return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 

@@ -16,6 +16,14 @@ class _Screen(Console):
         raise BrokenPipeError(errno.EPIPE, "standard output is closed")
 
 
+def metric(size: float | int) -> tuple[float, str]:
+    """Scale and prefix that leave one to three digits before the point: 12 345 is 12.3 k."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if size >= 10**power:
+            return 10.0**power, prefix
+    return 1.0, ""
+
+
 def make_console() -> Console:
     """Standard output: lines wrapped at words on a terminal and whole elsewhere, tables as wide as COLUMNS says."""
     console = _Screen()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             scheduler is not None and scheduler["history"] != history["events"]
         ):
             raise ValueError("its parts do not belong together")
+        history_from(history["events"])  # compares each field with its type
         return Checkpoint(
             path=path,
             model=part("model/"),
             optimizer=None if optimizer is None else optimizer_record.join(optimizer, part("optimizer/")),
             scheduler=scheduler,
-            history=_history(history),
+            history=GrowthHistory.from_json(json.dumps(history)),
             state=record["state"],
             tensors=part("tensors/"),
         )
@@ -298,12 +299,6 @@ def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = No
     found.history.replay(model, optimizer)
 
 
-def _history(record: Mapping[str, Any]) -> GrowthHistory:
-    """The history of a checkpoint, its fields compared with the types that they have."""
-    history_from(record["events"])
-    return GrowthHistory.from_json(json.dumps(record))
-
-
 class CheckpointFolder:
     """The last, the previous and the best checkpoint of a run.
 
@@ -373,13 +368,7 @@ def _check_members(optimizer: Optimizer, model: nn.Module, path: Path) -> None:
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
-    for chunk in _chunks(tensors):
-        digest.update(chunk)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
-
-
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

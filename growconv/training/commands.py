@@ -1,4 +1,4 @@
-"""The arguments of the commands export, grow and study; nothing here needs torch."""
+"""The arguments of the commands that read finished runs; nothing here needs torch."""
 
 import argparse
 from collections.abc import Callable
@@ -31,6 +31,40 @@ class CommandParser(argparse.ArgumentParser):
         meant = near(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
         fix = f"did you mean {meant}?" if meant else f"{self.prog} --help lists them"
         raise ConfigError(message, where=self.prog.split()[-1], fix=fix)
+
+
+def compare_parser() -> CommandParser:
+    """Of growconv compare."""
+    parser = CommandParser("compare", "table and plots over runs: mean ± std over seeds, paired differences")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories, or folders of them (a sweep)")
+    parser.add_argument(
+        "--baseline",
+        metavar="GROUP",
+        help="group to measure against (label, or its beginning); default: the largest fixed network, else random",
+    )
+    parser.add_argument(
+        "--by", type=_words, metavar="A,B", help="settings that tell groups apart, e.g. growth.method,model.width"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("comparison"),
+        metavar="DIR",
+        help="folder for table, CSV and plots (default: comparison)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a comparison that lies in the folder")
+    return parser
+
+
+def report_parser() -> CommandParser:
+    """Of growconv report."""
+    parser = CommandParser("report", "one run as one self-contained HTML file")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also write every figure as an SVG into this folder"
+    )
+    return parser
 
 
 def export_parser() -> CommandParser:
@@ -80,6 +114,8 @@ def study_parser() -> CommandParser:
 
 
 PARSERS: dict[str, tuple[Callable[[], CommandParser], str]] = {
+    "compare": (compare_parser, "growconv.reporting.compare"),
+    "report": (report_parser, "growconv.reporting.report"),
     "export": (export_parser, "growconv.training.export"),
     "grow": (grow_parser, "growconv.training.widen"),
     "study": (study_parser, "growconv.training.study"),

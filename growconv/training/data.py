@@ -16,8 +16,6 @@ from growconv.errors import DataError
 from growconv.training.mixing import rand_augment
 from growconv.training.sources import SOURCES, RawData
 
-AUGMENTATIONS = ("none", "crop", "flip_crop", "randaugment")
-
 
 def seed_for(seed: int, *labels: object) -> int:
     """A 63-bit seed for one purpose of a run: a hash of the run's seed and the labels."""
@@ -57,7 +55,7 @@ class Dataset:
         classes: number of classes, or of output channels for a regression.
         mean: per channel, of the training inputs, in the unit of the inputs (0 to 1 for images).
         std: per channel, likewise.
-        augmentation: one of AUGMENTATIONS.
+        augmentation: see `DataConfig`.
     """
 
     name: str
@@ -163,27 +161,16 @@ def load_data(name: str, *, validation: float, augmentation: str, limit: int | N
 
     Args:
         name: a key of SOURCES.
-        validation: share of the training data held out; the same samples in every run.
-        augmentation: one of AUGMENTATIONS.
+        validation: share of the training data held out, between 0 and 1; the same samples in every run.
+        augmentation: see `DataConfig`.
         limit: keep only this many training samples, chosen evenly at random, the same in every run; None keeps all.
         **options: the source's own.
 
     Raises:
-        DataError: an unknown source, missing or damaged files, or a share or limit that leaves no sample.
+        DataError: an unknown source, missing or damaged files, or a limit that leaves no sample.
     """
     if name not in SOURCES:
         raise DataError("there is no such dataset", where="data.name", expected=", ".join(SOURCES), got=name)
-    if augmentation not in AUGMENTATIONS:
-        raise DataError(
-            "there is no such augmentation",
-            where="data.augmentation",
-            expected=", ".join(AUGMENTATIONS),
-            got=augmentation,
-        )
-    if not 0 < validation < 1:
-        raise DataError(
-            "the validation share is a fraction", where="data.validation", expected="between 0 and 1", got=validation
-        )
     raw: RawData = SOURCES[name](**options)
     order = torch.randperm(len(raw.train_inputs), generator=generator_for(0, "validation"))
     held_out = max(1, round(len(order) * validation))

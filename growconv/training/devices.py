@@ -147,16 +147,6 @@ def peak_memory(device: torch.device) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def process_count() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_rank() -> int:
-    """Number of this process among them, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def make_devices(trainer: Mapping[str, Any]) -> Devices:
     """Device, precision and processes that the group trainer asks for; joins the processes of torchrun.
 
@@ -170,7 +160,7 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
     gpus = torch.cuda.device_count()
     if accelerator == "auto":
         accelerator = "cuda" if gpus else "cpu"
-    world, here = process_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if trainer["devices"] is not None and trainer["devices"] != world:
         raise ConfigError(
             "the number of processes is not the one asked for",
@@ -195,7 +185,7 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", timeout=PATIENCE)
-    return Devices(device, trainer["precision"], process_rank(), world)
+    return Devices(device, trainer["precision"], int(os.environ.get("RANK", "0")), world)
 
 
 def sum_over_ranks(devices: Devices, value: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ def run(
         resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
         dataset = make_dataset(config["data"]).to(devices.device)
         if devices.is_first and config["trainer"]["progress"] != "none":
-            print(f"data: {_sizes(dataset)}", flush=True)
+            sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test"
+            print(f"data: {sizes} samples", flush=True)
         named = baselines(config, sweep)
         title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
         if sweep:
@@ -81,10 +82,6 @@ def run(
 
                 print(f"report: {shown(write_report(directory))}")
     return results[0][1]
-
-
-def _sizes(dataset: Dataset) -> str:
-    return f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test samples"
 
 
 @contextmanager
@@ -158,7 +155,8 @@ def run_one(
     torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
-    trainer.progress.say(_introduction(title, model, trainer.scheduler))
+    sites = "" if trainer.scheduler is None else f", {len(trainer.scheduler.sites)} sites to grow"
+    trainer.progress.say(f"{title}: {count_parameters(model):,} parameters{sites}")
     if drawn:
         trainer.progress.say(f"as drawn, since the weights are of other classes: {', '.join(drawn)}")
     for caution in [] if trainer.scheduler is None else cautions(config, trainer.scheduler, trainer.total):
@@ -195,13 +193,6 @@ def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float
     marks = getattr(scheduler.when, "steps", None) or getattr(scheduler.when, "flops", None)
     late = too_late(marks[-1] / total, decay_begins(config["lr_schedule"])) if marks else None
     return [*([] if late is None else [late]), *scheduler.cautions()]
-
-
-def _introduction(title: str, model: torch.nn.Module, scheduler: GrowthScheduler | None) -> str:
-    """What is trained, for the screen."""
-    parameters = count_parameters(model)
-    sites = f", {len(scheduler.sites)} sites to grow" if scheduler is not None else ""
-    return f"{title}: {parameters:,} parameters{sites}"
 
 
 def baselines(config: Mapping[str, Any], sweep: bool) -> list[str]:

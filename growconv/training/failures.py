@@ -121,35 +121,28 @@ def explain(error: Exception) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else "no more is known"
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-        return str(
-            TrainingError(
-                "There is not enough memory.",
-                got=first,
-                fix="lower trainer.batch_size, growth.batch_size or model.width, or raise trainer.accumulate",
-            )
+        told = TrainingError(
+            "There is not enough memory.",
+            got=first,
+            fix="lower trainer.batch_size, growth.batch_size or model.width, or raise trainer.accumulate",
         )
-    if isinstance(error, OSError) and error.errno is not None:
+    elif isinstance(error, OSError) and error.errno is not None:
         names = [str(name)[:200] for name in (error.filename, error.filename2) if name is not None]
-        return str(
-            TrainingError(
-                f"The operating system refuses: {error.strerror}.",
-                where=" -> ".join(names) or None,
-                fix=ADVICE.get(error.errno, f"mend it, {RESUME}"),
-            )
+        told = TrainingError(
+            f"The operating system refuses: {error.strerror}.",
+            where=" -> ".join(names) or None,
+            fix=ADVICE.get(error.errno, f"mend it, {RESUME}"),
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in LOST_PROCESS):
-        return str(
-            TrainingError(
-                "Another process of this run was lost, or hangs.", got=first, fix=f"look at its output, {RESUME}"
-            )
-        )
-    return str(
-        TrainingError(
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in LOST_PROCESS):
+        fix = f"look at its output, {RESUME}"
+        told = TrainingError("Another process of this run was lost, or hangs.", got=first, fix=fix)
+    else:
+        told = TrainingError(
             "An error that growconv does not know ended this.",
             got=f"{type(error).__name__}: {first}",
             fix="HYDRA_FULL_ERROR=1 in front of the command shows where; if it is growconv's, please report it",
         )
-    )
+    return str(told)
 
 
 def leave_closed_pipe() -> None:

@@ -4,7 +4,8 @@ Every builder takes the same arguments. `width` scales every channel count; `hid
 skip connection ties to others (inside a residual block, or everywhere in a plain chain): what most methods grow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,24 @@ def conv(incoming: int, outgoing: int, size: int, stride: int = 1, groups: int =
     )
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What a model puts behind its convolutions.
+
+    Attributes:
+        norm: one of NORMS.
+        activation: a key of ACTIVATIONS.
+    """
+
+    norm: str = "batch"
+    activation: str = "relu"
+
+    def unit(self, incoming: int, outgoing: int, size: int, stride: int = 1) -> list[nn.Module]:
+        """A convolution with what follows it."""
+        convolution = conv(incoming, outgoing, size, stride, norm=self.norm)
+        return [convolution, make_norm(self.norm, outgoing), make_activation(self.activation)]
+
+
 class ConvPair(nn.Module):
     """conv → activation → conv, a label map out: the student of the synthetic teacher."""
 
@@ -86,31 +105,31 @@ class PlainNet(nn.Module):
 
     Args:
         plan: channels of each convolution at factor 1, and "pool" for a 2×2 max-pooling (left out on a one-pixel grid).
+        layers: what follows each convolution.
     """
 
     def __init__(
         self,
-        plan: tuple[int | str, ...],
+        plan: Sequence[int | str],
         in_channels: int,
         classes: int,
         image_size: int,
         width: float = 1.0,
         hidden: float = 1.0,
-        norm: str = "batch",
-        activation: str = "relu",
+        layers: Layers = Layers(),
     ):
         super().__init__()
-        layers: list[nn.Module] = []
+        features: list[nn.Module] = []
         channels, size = in_channels, image_size
         for entry in plan:
             if isinstance(entry, int):
                 wide = scaled(entry, width * hidden)
-                layers += [conv(channels, wide, 3, norm=norm), make_norm(norm, wide), make_activation(activation)]
+                features += layers.unit(channels, wide, 3)
                 channels = wide
             elif size >= 2:
-                layers.append(nn.MaxPool2d(2))
+                features.append(nn.MaxPool2d(2))
                 size //= 2
-        self.features = nn.Sequential(*[layer for layer in layers if not isinstance(layer, nn.Identity)])
+        self.features = nn.Sequential(*[layer for layer in features if not isinstance(layer, nn.Identity)])
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, classes)
 
@@ -254,11 +273,8 @@ class MobileNetV2(nn.Module):
         table = ((1, 16, 1, 1), (6, 24, 2, 2 if large else 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
         table += ((6, 160, 3, 2), (6, 320, 1, 1))
         channels = scaled(32, width)
-        self.stem = nn.Sequential(
-            conv(in_channels, channels, 3, 2 if large else 1, norm=norm),
-            make_norm(norm, channels),
-            make_activation(activation),
-        )
+        layers = Layers(norm, activation)
+        self.stem = nn.Sequential(*layers.unit(in_channels, channels, 3, 2 if large else 1))
         blocks = []
         for expansion, planned, count, stride in table:
             outgoing = scaled(planned, width)
@@ -269,9 +285,7 @@ class MobileNetV2(nn.Module):
                 channels = outgoing
         self.blocks = nn.Sequential(*blocks)
         last = scaled(1280, width * hidden)
-        self.head = nn.Sequential(
-            conv(channels, last, 1, norm=norm), make_norm(norm, last), make_activation(activation)
-        )
+        self.head = nn.Sequential(*layers.unit(channels, last, 1))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(last, classes)
 
@@ -297,13 +311,16 @@ class DoubleConv(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) with padded convolutions and nearest-neighbour upsampling; a label map out."""
+    """U-Net (Ronneberger et al. 2015) with padded convolutions and nearest-neighbour upsampling; a label map out.
+
+    Args:
+        levels: image sizes, each half the one before.
+    """
 
     def __init__(
         self,
         in_channels: int,
         classes: int,
-        image_size: int,
         width: float = 1.0,
         hidden: float = 1.0,
         norm: str = "batch",
@@ -311,14 +328,6 @@ class UNet(nn.Module):
         levels: int = 3,
     ):
         super().__init__()
-        if image_size % 2 ** (levels - 1):
-            raise ConfigError(
-                "the image cannot be halved at every level",
-                expected=f"a multiple of {2 ** (levels - 1)} pixels",
-                got=image_size,
-                where="model=unet",
-                fix="set model.args.levels to fewer",
-            )
         planned = [32 * 2**level for level in range(levels)]
         self.down = nn.ModuleList()
         channels = in_channels
@@ -346,14 +355,15 @@ class UNet(nn.Module):
         return self.classifier(x)
 
 
-def small_cnn(**arguments) -> PlainNet:
+def small_cnn(norm: str = "batch", activation: str = "relu", **arguments) -> PlainNet:
     """Three 3×3 convolutions of 32, 64 and 64 channels: the model of the default run."""
-    return PlainNet((32, "pool", 64, "pool", 64), **arguments)
+    return PlainNet((32, "pool", 64, "pool", 64), layers=Layers(norm, activation), **arguments)
 
 
-def vgg11(**arguments) -> PlainNet:
+def vgg11(norm: str = "batch", activation: str = "relu", **arguments) -> PlainNet:
     """The eight convolutions of VGG-11 (Simonyan and Zisserman 2015) with one linear layer."""
-    return PlainNet((64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"), **arguments)
+    plan = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+    return PlainNet(plan, layers=Layers(norm, activation), **arguments)
 
 
 def resnet20(**arguments) -> ResidualNet:
@@ -377,6 +387,14 @@ def mobilenet_v2(**arguments) -> MobileNetV2:
     return MobileNetV2(**arguments)
 
 
-def unet(**arguments) -> UNet:
+def unet(image_size: int, levels: int = 3, **arguments) -> UNet:
     """U-Net of three levels, 32 channels at the first."""
-    return UNet(**arguments)
+    if image_size % 2 ** (levels - 1):
+        raise ConfigError(
+            "the image cannot be halved at every level",
+            expected=f"a multiple of {2 ** (levels - 1)} pixels",
+            got=image_size,
+            where="model=unet",
+            fix="set model.args.levels to fewer",
+        )
+    return UNet(levels=levels, **arguments)

@@ -11,15 +11,13 @@ from rich.table import Table
 
 from growconv.network.event import GrowthEvent
 from growconv.network.find import LayerRow
-from growconv.reporting.terminal import make_console, printable
+from growconv.reporting.terminal import make_console, metric, printable
 
 
 def si(number: float | int) -> str:
     """A number with a metric prefix and three digits: 12345 -> 12.3k."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.3g}{prefix}"
-    return f"{number:.3g}"
+    scale, prefix = metric(abs(number))
+    return f"{number / scale:.3g}{prefix}"
 
 
 class TrainingProgress:

@@ -1,4 +1,4 @@
-"""The arguments of export, grow and study."""
+"""The arguments of the commands that read finished runs."""
 
 import argparse
 from pathlib import Path

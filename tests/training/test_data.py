@@ -39,19 +39,10 @@ def test_limit_keeps_the_validation_split():
     assert torch.equal(part.train.inputs, whole.train.inputs[:100])
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"validation": 0.0}, "validation"),
-        ({"validation": 1.0}, "validation"),
-        ({"augmentation": "rotate"}, "augmentation"),
-        ({"limit": 5000}, "limit"),
-        ({"limit": 0}, "limit"),
-    ],
-)
-def test_impossible_settings_are_named(options, word):
-    with pytest.raises(DataError, match=f"data.{word}"):
-        load_data("digits", **COMMON | options)
+@pytest.mark.parametrize("limit", [0, 5000])
+def test_impossible_settings_are_named(limit):
+    with pytest.raises(DataError, match=r"data\.limit"):
+        load_data("digits", **COMMON | {"limit": limit})
     with pytest.raises(DataError, match="no such dataset"):
         load_data("mnist3d", **COMMON)
 
