@@ -95,8 +95,12 @@ def agreed(compute: Callable[[], T]) -> T:
     return answer  # pyright: ignore[reportReturnType]
 
 
-def require_same(value: object, what: str) -> None:
+def require_same(value: object, what: str, fix: str | None = None) -> None:
     """Check that a value is the same on every rank.
+
+    Args:
+        what: names it, for the message.
+        fix: what to do where it is not.
 
     Raises:
         ScheduleError: on every rank, where it is not.
@@ -105,9 +109,15 @@ def require_same(value: object, what: str) -> None:
         return
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
-    if any(other != values[0] for other in values):
+    different = [rank for rank, other in enumerate(values) if other != values[0]]
+    if different:
+        ranks = ", ".join(map(str, different))
         raise ScheduleError(
-            f"the ranks have different {what}", expected="the same on every rank", got=values, where=what
+            f"the ranks have different {what}",
+            expected=f"the same on every rank: {values[0]}",
+            got=f"rank {ranks} differs from rank 0: {values[different[0]]}",
+            where=what,
+            fix=fix,
         )
 
 
@@ -222,19 +232,9 @@ def require_equal_parameters(model: nn.Module) -> None:
     Raises:
         ScheduleError: on every rank, when one of them differs.
     """
-    if world_size() == 1:
-        return
-    hashes: list[Any] = [None] * world_size()
-    dist.all_gather_object(hashes, parameter_hash(model))
-    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-    if different:
-        raise ScheduleError(
-            "the ranks hold different parameters",
-            expected="the same bits on every rank, as data-parallel training needs",
-            got=f"rank {', '.join(map(str, different))} differs from rank 0",
-            where=type(model).__name__,
-            fix="build the model from the same seed on every rank, and grow it through the scheduler on all of them",
-        )
+    if world_size() > 1:
+        fix = "build the model from the same seed on every rank, and grow it through the scheduler on all of them"
+        require_same(parameter_hash(model), "parameters", fix)
 
 
 def rewrap(wrapper: DistributedDataParallel) -> DistributedDataParallel:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from growconv.errors import CheckpointError, ScheduleError
-from growconv.growth.amount import Amount, as_amount
+from growconv.growth.amount import Amount, Auto, as_amount
 from growconv.growth.amplitude import CAP
 from growconv.growth.cost import FlopMeter, ModelCost
 from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
@@ -26,13 +26,10 @@ from growconv.growth.round import PHASES, Collection, Round, Stopwatch, checked_
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
-    as_amplitude_cap,
-    as_optimizer_state,
     as_relative_error,
-    as_share,
     as_when,
-    check_amount,
     check_gains,
+    check_limits,
     check_owner,
     checked_sites,
 )
@@ -40,14 +37,13 @@ from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
 from growconv.growth.when import When
 from growconv.growth.where import Where, as_where
-from growconv.limits import Limits
 from growconv.network.blocks import IN_FRONT, path_before
 from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.base import Solver, get_solver
+from growconv.solvers.base import Solver, get_solver, require_count
 from growconv.solvers.request import Channels
 
 logger = logging.getLogger("growconv.growth")
@@ -155,15 +151,18 @@ class GrowthScheduler:
         self.when = as_when(every, when)
         self.times = times
         self.amount = as_amount(amount)
-        check_amount(self.solver, self.amount)
+        if isinstance(self.amount, Auto):
+            require_count(self.solver, "amount", ScheduleError)
         self.where = as_where(where)
         self.stops: list[Stop] = [*([stop] if isinstance(stop, Stop) else stop), *([] if budget is None else [budget])]
         self.amplitude: float | Literal["line_search"] = as_amplitude(amplitude)
-        self.amplitude_cap = as_amplitude_cap(amplitude_cap)
+        check_limits(amplitude_cap=amplitude_cap, optimizer_state=optimizer_state, held_out=held_out)
+        check_limits(samples=samples, relative_error=relative_error, times=times)
+        self.amplitude_cap = None if amplitude_cap is None else float(amplitude_cap)
         self.learning_rate = learning_rate
-        self.optimizer_state = as_optimizer_state(optimizer_state)
+        self.optimizer_state = optimizer_state
         self.pruning = pruning
-        self.held_out = as_share(held_out, "held_out")
+        self.held_out = float(held_out)
         error = as_relative_error(samples, relative_error, self.solver, self.sites)
         slopes = self.where.compares_slopes and all(site.closed_form for site in self.sites)
         self.collection = Collection(dict(statistics or {}), error, slopes)
@@ -172,8 +171,6 @@ class GrowthScheduler:
         compared = [each for each in self._policies().values() if each is not self.where or not slopes]
         check_gains(self.solver, compared, self.sites)
         if times is not None:
-            if not Limits(least=1).allow(times):
-                raise ScheduleError("there is no such number of rounds", expected="1 or more", got=times, where="times")
             self.require_schedule("times limits a schedule", growth=True)
         if learning_rate is not None:
             learning_rate.attach(as_optimizers(optimizer))

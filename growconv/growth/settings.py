@@ -9,15 +9,28 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
-from growconv.growth.amount import Amount, Auto
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
+from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.base import SOLVERS, Solver, refusal_of
 from growconv.solvers.sampling import require_known_gains
+
+LIMITS = {
+    "amplitude_cap": (Limits(above=0), "this is no cap of the amplitude"),
+    "held_out": (Limits(above=0, below=1), "this is no share of the growth batches"),
+    "optimizer_state": (
+        Limits(choices=("carried", "fresh")),
+        "the optimizer's state can be treated in two ways only",
+    ),
+    "relative_error": (Limits(above=0), "an error must be positive"),
+    "samples": (Limits(choices=("all", "auto")), "this is no number of samples"),
+    "times": (Limits(least=1), "there is no such number of rounds"),
+}
+"""What settings of a schedule may be, and what is said of others."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +127,6 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
                 )
 
 
-def check_amount(solver: Solver, amount: Amount) -> None:
-    """Check that the method can choose how many channels it proposes where it has to.
-
-    Raises:
-        ScheduleError: it cannot.
-    """
-    if isinstance(amount, Auto) and not solver.counts:
-        raise ScheduleError(
-            f"the method {solver.name!r} has no measure by which to choose a number of channels",
-            where="amount",
-            expected=f"a number, or one of {', '.join(name for name in sorted(SOLVERS) if SOLVERS[name].counts)}",
-            got="auto",
-        )
-
-
 def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:
     """Check that policies which compare gains have some that they can compare.
 
@@ -190,59 +188,24 @@ def as_amplitude(amplitude: float | int | str) -> float | Literal["line_search"]
     )
 
 
-def as_amplitude_cap(cap: float | int | None) -> float | None:
-    """A cap above zero, or None where there is none.
+def check_limits(**settings: object) -> None:
+    """Refuse settings outside of LIMITS; None stands for no cap and no limit of the rounds.
 
     Raises:
-        ScheduleError: anything else.
+        ScheduleError: naming the setting.
     """
-    if cap is None or (isinstance(cap, int | float) and not isinstance(cap, bool) and 0 < cap < math.inf):
-        return None if cap is None else float(cap)
-    raise ScheduleError(
-        "this is no cap of the amplitude", expected="a number above 0, or None", got=cap, where="amplitude_cap"
-    )
-
-
-def as_share(value: float | int, where: str) -> float:
-    """A share strictly between 0 and 1.
-
-    Raises:
-        ScheduleError: anything else.
-    """
-    if not 0 < value < 1:
-        raise ScheduleError(
-            "this is no share of the growth batches", expected="above 0, below 1", got=value, where=where
-        )
-    return float(value)
-
-
-def as_optimizer_state(value: str) -> str:
-    """What becomes of the optimizer's state: "carried" or "fresh".
-
-    Raises:
-        ScheduleError: anything else.
-    """
-    if value not in ("carried", "fresh"):
-        raise ScheduleError(
-            "the optimizer's state can be treated in two ways only",
-            expected='"carried" or "fresh"',
-            got=value,
-            where="optimizer_state",
-        )
-    return value
+    for where, value in settings.items():
+        limits, problem = LIMITS[where]
+        if not limits.allow(value) or (value is None and where not in ("amplitude_cap", "times")):
+            raise ScheduleError(problem, expected=limits, got=value, where=where)
 
 
 def as_relative_error(samples: str, relative_error: float | int, solver: Solver, sites: Sequence[Site]) -> float | None:
     """How well gains must be known before collecting ends; None where all batches are read.
 
     Raises:
-        ScheduleError: an unknown word or an error that is not positive.
         SolverError: the method or a site has no gains that more samples would make known.
     """
-    if samples not in ("all", "auto"):
-        raise ScheduleError("this is no number of samples", expected='"all" or "auto"', got=samples, where="samples")
-    if not (isinstance(relative_error, int | float) and relative_error > 0):
-        raise ScheduleError("an error must be positive", expected="> 0", got=relative_error, where="relative_error")
     if samples == "all":
         return None
     require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])

@@ -84,10 +84,8 @@ class _Comparing(Where):
     """Compares proposals of several sites.
 
     Attributes:
-        per: what the value of a channel is divided by: "flop" and "parameter" what it costs, "channel" 1.
-        by: "gradient": the first gradient on new weights; sites without closed-form statistics have none. "energy": the
-            method's own gains, captured energies of tiny, exact and functional, first-order gains of others. None: the
-            gradient where every site has it, else the energy.
+        per: see `Greedy`.
+        by: see `Greedy`.
     """
 
     per: Per | str = limited("flop", choices=("channel", "parameter", "flop"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SolverError
 from growconv.limits import require_limits
 from growconv.network import layers
 from growconv.network.apply import shrink
@@ -276,11 +276,29 @@ def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics
         )
     refused = refusal_of(solver, site)
     if refused is not None:
+        serving = [name for name in sorted(SOLVERS) if site.refusal(name) is None]
         raise SolverError(
             f"the method {solver.name!r} cannot serve this site",
             got=refused,
             where=site.name,
-            fix=f"use a method for which site.refusal(method) is None: {', '.join(_serving(site)) or 'none does'}",
+            fix=f"use a method for which site.refusal(method) is None: {', '.join(serving) or 'none does'}",
+        )
+
+
+def require_count(solver: Solver, where: str, error: type[GrowthError]) -> None:
+    """Refuse "auto" channels of a method that cannot tell how many are worth having.
+
+    Args:
+        where: what they are asked for.
+        error: what is raised.
+    """
+    if not solver.counts:
+        raise error(
+            f"the method {solver.name!r} has no measure by which to choose a number of channels",
+            expected="an integer of at least 1",
+            got="'auto'",
+            where=where,
+            fix=f"give a number, or use one of {', '.join(name for name in sorted(SOLVERS) if SOLVERS[name].counts)}",
         )
 
 
@@ -313,21 +331,10 @@ def linearisation_note(site: GrowthSite) -> str | None:
     )
 
 
-def _serving(site: GrowthSite) -> list[str]:
-    return [name for name in sorted(SOLVERS) if site.refusal(name) is None]
-
-
 def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) -> Channels:
     if channels == "auto":
-        if solver.counts:
-            return channels
-        raise SolverError(
-            f"the method {solver.name!r} has no measure by which to choose a number of channels",
-            expected="an integer of at least 1",
-            got="'auto'",
-            where=site.name,
-            fix="give a number, or use method='tiny', 'exact' or 'functional'",
-        )
+        require_count(solver, site.name, SolverError)
+        return channels
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise SolverError(
             "an impossible number of new channels",
