@@ -1,6 +1,5 @@
 """Convolutions with a CP kernel: a sum of R rank-one terms, W[o,i,*t] = Σ_r out[o,r]·in[i,r]·∏ axis[t,r]."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -55,24 +54,14 @@ class CPConv(FactorizedConv):
         """Full kernel (C2, C1, *kernel_size), differentiable in every factor."""
         return cp_kernel([self.out_factor, self.in_factor, *self.axis_factors])
 
-    def reset_parameters(self) -> None:
-        """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
-        fan_in = self.in_channels * math.prod(self.kernel_size)
-        deviation = (1 / (3 * fan_in * self.rank)) ** (0.5 / (2 + self.axes))
-        for factor in self.factors():
-            nn.init.normal_(factor, std=deviation)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
-
     @classmethod
     def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
         if any(each.dim() != 2 or each.shape[1] != factors[0].shape[1] for each in factors):
             return None
         return tuple(each.shape[0] for each in factors), factors[0].shape[1]
 
-    def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
-        options = {} if iterations is None else {"iterations": iterations}
-        factors, fit = decompose_cp(kernel, self.rank, where=where, **options)
+    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
+        factors, fit = decompose_cp(kernel, self.rank, **options)
         for parameter, factor in zip((self.out_factor, self.in_factor, *self.axis_factors), factors, strict=True):
             parameter.copy_(factor)
         return fit

@@ -154,32 +154,6 @@ def decompose_tucker(
     return core.to(kernel.dtype), outputs.to(kernel.dtype), inputs.to(kernel.dtype), fit
 
 
-def best_rank_one(tensors: Float[Tensor, "n *sizes"], sweeps: int = 30) -> list[Float[Tensor, "n size"]]:
-    """Rank-one approximation of every tensor of a stack, by alternating contractions from the leading singular vectors.
-
-    Args:
-        tensors: (n, *sizes), each of one axis or more.
-        sweeps: passes over all axes.
-
-    Returns:
-        One (n, size) per axis; their outer product approximates the tensor. Exact for tensors of rank one.
-    """
-    axes = tensors.dim() - 1
-    vectors = []
-    for axis in range(axes):
-        unfolded = tensors.movedim(1 + axis, 1).flatten(2) if axes > 1 else tensors.unsqueeze(2)
-        vectors.append(torch.linalg.eigh(unfolded @ unfolded.mT)[1][:, :, -1])
-    for _ in range(sweeps if axes > 1 else 1):
-        for axis in range(axes):
-            contracted = tensors
-            for other in reversed([each for each in range(axes) if each != axis]):
-                moved = contracted.movedim(1 + other, -1)
-                weights = vectors[other].view(len(tensors), *[1] * (moved.dim() - 2), -1)
-                contracted = (moved * weights).sum(-1)
-            vectors[axis] = contracted / _outer_square(vectors, axis).unsqueeze(1)
-    return vectors
-
-
 def cp_kernel(factors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     """Full kernel (C2, C1, *kernel_size) of CP factors (size, R).
 
@@ -231,13 +205,6 @@ def _balance(factors: list[Tensor]) -> list[Tensor]:
     common = norms.clamp_min(least).log().mean(0).exp()
     scale = torch.where((norms == 0).any(0), torch.ones_like(norms), common / norms.clamp_min(least))
     return [factor * row for factor, row in zip(factors, scale, strict=True)]
-
-
-def _outer_square(vectors: list[Tensor], without: int) -> Tensor:
-    """Squared norm of the outer product of all vectors but one."""
-    squares = [each.square().sum(1) for axis, each in enumerate(vectors) if axis != without]
-    total = torch.stack(squares).prod(0) if squares else vectors[0].new_ones(len(vectors[0]))
-    return total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def _relative_error(kernel: Tensor, approximation: Tensor) -> float:

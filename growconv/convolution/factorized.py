@@ -1,5 +1,6 @@
 """What CP and Tucker convolutions have in common: a conv whose kernel is stored as factors."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -94,22 +95,28 @@ class FactorizedConv(nn.Module, ABC):
     def _make_factors(self, rank: Rank, factory: dict[str, Any]) -> None:
         """Register empty factors of the right shapes."""
 
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
-
     @classmethod
     @abstractmethod
     def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
         """Shape (C2, C1, *kernel_size) and rank of these factors' kernel; None where they do not fit together."""
 
     @abstractmethod
-    def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
+    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
         """Set the factors to a decomposition of a kernel."""
 
     @abstractmethod
     def _chain(self, x: Tensor) -> Tensor:
         """The output by the chosen chain of small convs."""
+
+    def reset_parameters(self) -> None:
+        """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
+        factors, fan_in = self.factors(), self.in_channels * math.prod(self.kernel_size)
+        terms = self.rank if isinstance(self.rank, int) else math.prod(self.rank)
+        deviation = (1 / (3 * fan_in * terms)) ** (0.5 / len(factors))
+        for factor in factors:
+            nn.init.normal_(factor, std=deviation)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
     @property
     @abstractmethod
@@ -199,7 +206,8 @@ class FactorizedConv(nn.Module, ABC):
         )
         with torch.no_grad():
             if decompose_weights:
-                module.fit = module._load_kernel(conv.weight, iterations, f"{cls.__name__}.from_conv")
+                options = {} if iterations is None else {"iterations": iterations}
+                module.fit = module._load_kernel(conv.weight, where=f"{cls.__name__}.from_conv", **options)
             if module.bias is not None and conv.bias is not None:
                 module.bias.copy_(conv.bias)
         for parameter in module.factors():

@@ -193,6 +193,17 @@ class Geometry:
             output.append(count)
         return tuple(output)
 
+    def along(self, axis: int) -> "Geometry":
+        """The same on one axis alone."""
+        return Geometry(
+            (self.kernel_size[axis],),
+            (self.stride[axis],),
+            (self.dilation[axis],),
+            (self.padding[axis],),
+            self.padding_mode,
+            self.ceil_mode,
+        )
+
     def reads(self, axis: int, size: int) -> list[list[int]]:
         """Input location that each output location of one axis reads with each tap.
 
@@ -204,15 +215,7 @@ class Geometry:
             One list per output location, with the input location of each tap, −1 where it falls into zero padding.
         """
         low = self.padding[axis][0]
-        one_axis = Geometry(
-            (self.kernel_size[axis],),
-            (self.stride[axis],),
-            (self.dilation[axis],),
-            (self.padding[axis],),
-            self.padding_mode,
-            self.ceil_mode,
-        )
-        (count,) = one_axis.output_size((size,))
+        (count,) = self.along(axis).output_size((size,))
         return [
             [
                 self._location(self.stride[axis] * m + self.dilation[axis] * b - low, size)

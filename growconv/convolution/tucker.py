@@ -1,6 +1,5 @@
 """Convolutions with a Tucker kernel: W[o,i,*t] = Σ_pq out[o,p]·in[i,q]·core[p,q,*t]."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -50,16 +49,6 @@ class TuckerConv(FactorizedConv):
         """Full kernel (C2, C1, *kernel_size), differentiable in every factor."""
         return tucker_kernel(self.core, self.out_factor, self.in_factor)
 
-    def reset_parameters(self) -> None:
-        """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
-        outputs, inputs = self.rank
-        fan_in = self.in_channels * math.prod(self.kernel_size)
-        deviation = (1 / (3 * fan_in * outputs * inputs)) ** (1 / 6)
-        for factor in self.factors():
-            nn.init.normal_(factor, std=deviation)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
-
     @classmethod
     def _meant_by(cls, factors: Sequence[Tensor]) -> tuple[tuple[int, ...], Rank] | None:
         if [each.dim() for each in factors[1:]] != [2, 2] or factors[0].dim() < 3:
@@ -69,9 +58,8 @@ class TuckerConv(FactorizedConv):
         fits = ranks == (outputs.shape[1], inputs.shape[1])
         return ((outputs.shape[0], inputs.shape[0], *core.shape[2:]), ranks) if fits else None
 
-    def _load_kernel(self, kernel: Tensor, iterations: int | None, where: str) -> Fit:
-        options = {} if iterations is None else {"iterations": iterations}
-        core, outputs, inputs, fit = decompose_tucker(kernel, self.rank, where=where, **options)
+    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
+        core, outputs, inputs, fit = decompose_tucker(kernel, self.rank, **options)
         self.core.copy_(core)
         self.out_factor.copy_(outputs)
         self.in_factor.copy_(inputs)

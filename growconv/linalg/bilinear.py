@@ -19,6 +19,9 @@ NARROWED = 256, 2048
 STREAMED, CACHE_BYTES = 16, 2**23
 """Rows that meet the left factors at a time where a dense metric is larger than the cache: for a few left factors that
 takes two thirds of the time of the whole product."""
+RIDGE = 1e-10
+"""Added to the right factors' system, relative to its mean diagonal: keeps the search smooth where terms become
+dependent."""
 TWINS = 5e-2
 """Sum of the squared sines between the spans of two descents below which only the better one goes on."""
 
@@ -170,8 +173,6 @@ def shared_left_least_squares(
     tolerance: float = 1e-9,
     rounds: int = 60,
     energy: float | None = None,
-    ridge: float = 1e-10,
-    generator: torch.Generator | None = None,
 ) -> BilinearFit:
     """Bilinear least squares with several (metric, target) terms whose Θs share their left factors.
 
@@ -185,15 +186,13 @@ def shared_left_least_squares(
         terms: per term its metric and linear target (a, b, c); b and c may differ between terms.
         rank: number of terms K; cut to the number of directions that the reduced metrics support.
         starts: left factors (k, a) to start from, besides the closed form of the reduced metric.
-        random_starts: 16 came within 1 % of the best of 20 full descents in 36 of 36 problems; fewer cost less.
+        random_starts: 16 came within 1 % of the best of 20 full descents in 36 of 36 problems; fewer cost less. Their
+            seed is fixed, so that the same statistics give the same channels.
         tolerance: stop when a round of ten iterations lowers the objective by less than this share of what it has
             captured so far and, with `energy`, of what is left.
         rounds: most rounds of ten iterations.
         energy: ‖Y‖² of what is approached, so that energy + objective is the residual; lets noiseless problems go on
             to the end. None where it is not known.
-        ridge: added to the right factors' system, relative to its mean diagonal: keeps the search smooth where terms
-            become dependent.
-        generator: of the random starts; None is a fixed seed, so that the same statistics give the same channels.
 
     Returns:
         The best fit found; never worse than the closed form of the reduced metric with its best right factors.
@@ -222,12 +221,12 @@ def shared_left_least_squares(
     if rank == 0 or not bool((stacked != 0).any()):
         rights = tuple(target.new_zeros(0, *target.shape[1:]) for target in targets)
         return BilinearFit(stacked.new_zeros(0, size), rights, 0.0, (0.0,), converged=True)
-    problem = _LeftProblem(forms, targets, whitening, ridge)
+    problem = _LeftProblem(forms, targets, whitening)
     candidates = [leading_svd(whitening.whiten(stacked), rank)[0].mT]
     candidates += [whitening.embed(start[:rank].mT).mT for start in starts]
-    random = generator or torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     for _ in range(random_starts):
-        noise = torch.randn(rank, whitening.rank, generator=random, dtype=torch.float64, device=random.device)
+        noise = torch.randn(rank, whitening.rank, generator=random, dtype=torch.float64)
         candidates.append(noise.to(stacked))
     descents = [_Descent(problem, candidate, energy) for candidate in candidates]
     survivors = (len(descents) + 1) // 2
@@ -267,10 +266,8 @@ def _winner(descents: "Sequence[_Descent]", rounds: int, tolerance: float) -> "_
 class _LeftProblem:
     """The objective as a function of the whitened left factors alone, and its gradient."""
 
-    def __init__(
-        self, forms: Sequence[BilinearMetric], targets: Sequence[Tensor], whitening: Whitening, ridge: float
-    ) -> None:
-        self.forms, self.targets, self.whitening, self.ridge = forms, targets, whitening, ridge
+    def __init__(self, forms: Sequence[BilinearMetric], targets: Sequence[Tensor], whitening: Whitening) -> None:
+        self.forms, self.targets, self.whitening = forms, targets, whitening
 
     def partners(self, left: Tensor) -> tuple[list[Tensor], Tensor]:
         """Best right factors (k, b, c) of every term for given left factors, and the objective there."""
@@ -279,7 +276,7 @@ class _LeftProblem:
             linear = (left @ target.flatten(1)).view(-1, target.shape[2])
             gram = form.gram(left)
             lifted = gram.clone()
-            lifted.diagonal().add_(self.ridge * gram.diagonal().mean())
+            lifted.diagonal().add_(RIDGE * gram.diagonal().mean())
             factor, failed = torch.linalg.cholesky_ex(lifted)
             right = solve_psd(gram, linear, 1e-9) if bool(failed) else torch.cholesky_solve(linear, factor)
             objective = objective + ((gram @ right - 2 * linear) * right).sum()

@@ -62,11 +62,10 @@ def captured_energy(
         kept = replace(kept, consumers={each.consumer: each for each in statistics.consumers})
     agreement, size, energy = 0.0, 0.0, 0.0
     for piece in _pieces(kept.projected()):
-        for path, calls in added_outputs(growth, piece).items():
-            for delta, target in zip(calls, piece.v[path], strict=True):
-                agreement += float((target.double() * delta).sum())
-                size += float(delta.double().square().sum())
-                energy += float(target.double().square().sum())
+        for delta, target in piece.beside_v(added_outputs(growth, piece)):
+            agreement += float((target.double() * delta).sum())
+            size += float(delta.double().square().sum())
+            energy += float(target.double().square().sum())
     return agreement**2 / (size * energy) if agreement > 0 and size > 0 and energy > 0 else 0.0
 
 
@@ -86,9 +85,8 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
     if kept is not None and len(kept):
         total = 0.0
         for piece in _pieces(kept):
-            for path, calls in added_outputs(growth, piece).items():
-                for delta, wanted in zip(calls, piece.v[path], strict=True):
-                    total += float((wanted * delta).sum(dtype=torch.float64))
+            for delta, wanted in piece.beside_v(added_outputs(growth, piece)):
+                total += float((wanted * delta).sum(dtype=torch.float64))
         return total / len(kept)
     if not subject.growth_site.closed_form or any(each.N_raw is None for each in subject.consumers):
         return None
@@ -182,8 +180,7 @@ def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> 
     """∂⟨v, δz⟩/∂(what the consumers read of the new channels), which does not depend on what they read."""
     with torch.enable_grad():
         leaves = {path: tuple(each.detach().requires_grad_() for each in calls) for path, calls in read.items()}
-        added = piece.added(leaves, outgoing)
-        pairs = [pair for path in added for pair in zip(added[path], piece.v[path], strict=True)]
+        pairs = piece.beside_v(piece.added(leaves, outgoing))
         total = torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
     found = iter(torch.autograd.grad(total, [each for calls in leaves.values() for each in calls]))
     return {path: tuple(next(found) for _ in calls) for path, calls in leaves.items()}

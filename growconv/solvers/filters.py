@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from growconv.solvers.weights import norms_of, of_units, scaled_rows
+from growconv.network import layers
+from growconv.network.layout import OUT
+from growconv.network.site import GrowthSite
+from growconv.solvers.weights import filters_of, normal, norms_of, of_units, scaled_rows
 
 Weights = tuple[Tensor, Tensor | None]
 """Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""
@@ -81,6 +84,17 @@ class Filters:
 def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
     """Filters as rows, the bias last."""
     return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
+
+
+def random_filters(site: GrowthSite, model: nn.Module, channels: int, generator: torch.Generator | None) -> Filters:
+    """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
+    found: dict[str, Weights] = {}
+    for path in site.producers:
+        layer, like = layers.weighted(model.get_submodule(path)), filters_of(model, path)
+        shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
+        weight = normal(shape, like, generator) / like[0].numel() ** 0.5
+        found[path] = (weight, None if layer.bias() is None else like.new_zeros(shape[0]))
+    return Filters(channels // site.granularity, found)
 
 
 def joined(parts: Sequence[Filters]) -> Filters:

@@ -23,16 +23,14 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
 from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
+from growconv.solvers.filters import Filters, random_filters
 from growconv.solvers.request import Request
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import (
     columns_of,
     filter_norms,
     normal,
-    normalised,
     of_units,
-    picked_rows,
-    random_filters,
     scaled_columns,
     silent_outgoing,
     units_of,
@@ -149,30 +147,27 @@ class Candidates:
         site = kept.site
         self.kept = kept
         self.count = channels // site.granularity
-        self.norm = filter_norms(site, model).mean()
-        incoming, biases = random_filters(site, model, channels, generator)
-        self.incoming = {path: weight.requires_grad_() for path, weight in incoming.items()}
-        self.biases = {path: bias.requires_grad_() for path, bias in biases.items()}
+        self.norm = float(filter_norms(site, model).mean())
+        self.filters = random_filters(site, model, channels, generator).each(torch.Tensor.requires_grad_)
         self.outgoing: dict[str, Tensor] = {}
         for path, zeros in silent_outgoing(site, model, channels).items():
             drawn = normal(tuple(zeros.shape), zeros, generator) / math.sqrt(columns_of(site, model, path).numel())
             self.outgoing[path] = drawn.requires_grad_()
 
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """α at the old filters' mean norm, its biases, ω at norm 1 as (out, entries, *kernel)."""
-        incoming, biases = normalised(self.incoming, self.biases, self.norm, self.count)
+    def weights(self) -> tuple[Filters, dict[str, Tensor]]:
+        """α at the old filters' mean norm, ω at norm 1 as (out, entries, *kernel)."""
         squares = [
             weight.unflatten(1, (self.count, -1)).transpose(0, 1).flatten(1).square().sum(1)
             for weight in self.outgoing.values()
         ]
         total = torch.stack(squares).sum(0)
         factor = 1 / total.sqrt().clamp_min(torch.finfo(total.dtype).tiny)
-        return incoming, biases, {path: scaled_columns(weight, factor) for path, weight in self.outgoing.items()}
+        outgoing = {path: scaled_columns(weight, factor) for path, weight in self.outgoing.items()}
+        return self.filters.at_norm(self.norm), outgoing
 
     def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> tuple[Tensor, Tensor]:
         """⟨v, δz⟩ on a piece of the samples, and ‖δz‖²."""
-        change = piece.added(read, outgoing)
-        pairs = [(d, v) for path in change for d, v in zip(change[path], piece.v[path], strict=True)]
+        pairs = list(piece.beside_v(piece.added(read, outgoing)))
         return (
             torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum(),
             torch.stack([delta.square().sum() for delta, _ in pairs]).sum(),
@@ -180,26 +175,26 @@ class Candidates:
 
     def train(self, steps: int, learning_rate: float) -> None:
         """Step one: gradient ascent on the candidates' summed Taylor gains; they do not see each other."""
-        free = [*self.incoming.values(), *self.biases.values(), *self.outgoing.values()]
+        free = [*self.filters.tensors, *self.outgoing.values()]
         optimizer, parts = Adam(free, lr=learning_rate), self.kept.parts(SAMPLES)
         with torch.enable_grad():
             for step in range(steps):
                 optimizer.zero_grad()
                 part = parts[step % len(parts)]
                 for piece in part.passes:
-                    incoming, biases, outgoing = self.weights()
-                    decrease, _ = self.decrease(piece, outgoing, piece.read(incoming, biases))
+                    filters, outgoing = self.weights()
+                    decrease, _ = self.decrease(piece, outgoing, piece.read(filters.incoming, filters.biases))
                     (-decrease / len(part)).backward(inputs=free)
                 optimizer.step()
 
     def taylor_gains(self) -> Tensor:
         """−s_l = ∂⟨v, δz⟩/∂ε_l of every candidate, on all samples (equation 7 at ε = 0)."""
-        strength = torch.ones(self.count, dtype=self.norm.dtype, device=self.norm.device, requires_grad=True)
+        strength = self.filters.like.new_ones(self.count).requires_grad_()
         total = torch.zeros_like(strength)
         for piece in self.kept.passes:
             with torch.no_grad():
-                incoming, biases, outgoing = self.weights()
-                read = piece.read(incoming, biases)
+                filters, outgoing = self.weights()
+                read = piece.read(filters.incoming, filters.biases)
             with torch.enable_grad():
                 scaled = {path: scaled_columns(weight, strength) for path, weight in outgoing.items()}
                 total += torch.autograd.grad(self.decrease(piece, scaled, read)[0], strength)[0]
@@ -209,19 +204,19 @@ class Candidates:
     def keep(self, order: list[int], gains: Tensor, requested: int, strength: Tensor | None = None) -> ChannelGrowth:
         """The chosen candidates, ω with the sign that lowers the loss and of one norm; None: that which fits v best."""
         site, size = self.kept.site, self.kept.site.granularity
-        incoming, biases, outgoing = self.weights()
-        incoming = {path: picked_rows(weight, order, self.count) for path, weight in incoming.items()}
-        biases = {path: picked_rows(bias, order, self.count) for path, bias in biases.items()}
+        filters, outgoing = self.weights()
+        filters = filters.picked(order)
         columns = {path: of_units(order, weight.shape[1] // self.count) for path, weight in outgoing.items()}
         signs = gains[order].sign()
         outgoing = {path: scaled_columns(outgoing[path][:, index], signs) for path, index in columns.items()}
         measured: dict[str, Moments] = {}
         expected, reason = 0.0, NOTHING_TO_GAIN
         if order:
-            measured = self.kept.moments(incoming, biases)
+            measured = self.kept.moments(filters.incoming, filters.biases)
             inserted, decrease, energy = Inserted(norms=measured), torch.zeros(()), torch.zeros(())
             for piece in self.kept.passes:
-                one, other = self.decrease(piece, outgoing, piece.read(incoming, biases, inserted))
+                read = piece.read(filters.incoming, filters.biases, inserted)
+                one, other = self.decrease(piece, outgoing, read)
                 decrease, energy = decrease.to(one) + one, energy.to(other) + other
             scale = decrease / energy if strength is None else strength
             outgoing = {path: weight * scale.to(weight) for path, weight in outgoing.items()}
@@ -231,8 +226,8 @@ class Candidates:
         return ChannelGrowth(
             site=site.name,
             method="firefly",
-            incoming=incoming,
-            incoming_bias=biases,
+            incoming=filters.incoming,
+            incoming_bias=filters.biases,
             outgoing={path: weight.contiguous() for path, weight in outgoing.items()},
             gains=gains[order].abs().repeat_interleave(size) / size,
             requested=requested,

@@ -171,10 +171,9 @@ def captured_share(fit: Fit, filters: Filters, outgoing: Weights) -> float:
     agreement, size = 0.0, 0.0
     with torch.no_grad():
         for piece in fit.pieces(filters):
-            for path, calls in piece.added(fit.reads(piece, filters), outgoing).items():
-                for delta, target in zip(calls, piece.v[path], strict=True):
-                    agreement += float((target * delta).sum(dtype=torch.float64))
-                    size += float(delta.square().sum(dtype=torch.float64))
+            for delta, target in piece.beside_v(piece.added(fit.reads(piece, filters), outgoing)):
+                agreement += float((target * delta).sum(dtype=torch.float64))
+                size += float(delta.square().sum(dtype=torch.float64))
     energy = fit.samples.energy
     return 0.0 if size <= 0 or energy <= 0 or agreement <= 0 else agreement**2 / (size * energy)
 
@@ -230,8 +229,7 @@ class Objective:
             loss += float((weights * (normal.gram @ weights - 2 * normal.cross)).sum()) / energy
         totals = [torch.zeros_like(tensor) for tensor in leaves.tensors]
         for piece, read in reads:
-            added = piece.added(read, outgoing)
-            pairs = [pair for path in added for pair in zip(added[path], piece.v[path], strict=True)]
+            pairs = piece.beside_v(piece.added(read, outgoing))
             left_over = torch.stack([(delta - target).square().sum() for delta, target in pairs]).sum() / energy
             parts = torch.autograd.grad(left_over, leaves.tensors, allow_unused=True)
             for total, part in zip(totals, parts, strict=True):

@@ -285,10 +285,9 @@ def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> 
         for batch in fit.samples.batches:
             gain = fit.samples.like.new_zeros(batch.samples, dtype=torch.float64)
             for piece in batch.passes:
-                for path, calls in piece.added(fit.reads(piece, filters), outgoing).items():
-                    for delta, target in zip(calls, piece.v[path], strict=True):
-                        gains = (2 * target * delta - delta.square()).flatten(1).sum(1, dtype=torch.float64)
-                        gain += by_sample(gains, batch.samples)
+                for delta, target in piece.beside_v(piece.added(fit.reads(piece, filters), outgoing)):
+                    gains = (2 * target * delta - delta.square()).flatten(1).sum(1, dtype=torch.float64)
+                    gain += by_sample(gains, batch.samples)
             found.append(gain)
     return torch.cat(found)
 

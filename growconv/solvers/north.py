@@ -28,7 +28,7 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
 from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import flattened
+from growconv.solvers.filters import Filters, Weights, flattened, random_filters
 from growconv.solvers.parametrization import patch_gram
 from growconv.solvers.request import Request
 from growconv.solvers.weights import (
@@ -36,9 +36,7 @@ from growconv.solvers.weights import (
     filter_norms,
     filters_of,
     normal,
-    normalised,
-    picked_rows,
-    random_filters,
+    of_units,
     silent_outgoing,
     units_of,
 )
@@ -203,31 +201,31 @@ class North(Solver):
     def _grown(self, request: Request, rows: dict[str, Tensor], reason: str | None) -> ChannelGrowth:
         """A proposal from one row a filter, its bias last, brought to the old units' mean norm."""
         site, model, subject = request.site, request.model, request.statistics
-        incoming, biases = {}, {}
+        found: dict[str, Weights] = {}
         for path, each in rows.items():
             like = filters_of(model, path)
             entries = like[0].numel()
-            incoming[path] = each[:, :entries].reshape(-1, *like.shape[1:]).contiguous()
-            if bias_of(model, path) is not None:
-                biases[path] = each[:, entries].contiguous()
+            bias = None if bias_of(model, path) is None else each[:, entries].contiguous()
+            found[path] = (each[:, :entries].reshape(-1, *like.shape[1:]).contiguous(), bias)
         first = next(iter(rows))
         ratio = int(site.granularity * site.ratio(first, OUT))
         units = len(rows[first]) // ratio
+        filters = Filters(units, found)
         if units:
-            incoming, biases = normalised(incoming, biases, filter_norms(site, model).mean().double(), units)
+            filters = filters.at_norm(float(filter_norms(site, model).mean()))
         norms: dict[str, Moments] = {}
         if subject is not None and units:
             kept = subject.samples_kept
             if subject.patch_gram is not None:
-                norms = norm_moments(subject, flattened(incoming[first], biases.get(first)), incoming, biases)
+                norms = norm_moments(subject, flattened(*filters[first]), filters.incoming, filters.biases)
             elif kept is not None:
-                norms = kept.moments(incoming, biases)
+                norms = kept.moments(filters.incoming, filters.biases)
         outgoing = silent_outgoing(site, model, units * site.granularity)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: each.to(filters_of(model, path)) for path, each in incoming.items()},
-            incoming_bias={path: each.to(filters_of(model, path)) for path, each in biases.items()},
+            incoming={path: each.to(filters_of(model, path)) for path, each in filters.incoming.items()},
+            incoming_bias={path: each.to(filters_of(model, path)) for path, each in filters.biases.items()},
             outgoing=outgoing,
             gains=next(iter(outgoing.values())).new_zeros(units * site.granularity),
             requested=request.number,
@@ -241,27 +239,28 @@ class North(Solver):
         kept = require_samples(request.subject, self.name)
         site, size, model, requested = kept.site, kept.site.granularity, request.model, request.number
         units, pool = requested // size, requested // size * self.candidates
-        drawn, biases = random_filters(site, model, pool * size, request.generator)
-        drawn, biases = normalised(drawn, biases, filter_norms(site, model).mean(), pool)
-        measured = kept.moments(drawn, biases)
+        drawn = random_filters(site, model, pool * size, request.generator)
+        drawn = drawn.at_norm(float(filter_norms(site, model).mean()))
+        measured = kept.moments(drawn.incoming, drawn.biases)
         parts = []
         with torch.no_grad():
             for each in kept.passes:
-                read = each.read(drawn, biases, Inserted(norms=measured))
+                read = each.read(drawn.incoming, drawn.biases, Inserted(norms=measured))
                 parts += [_responses(each, path, read[path], pool) for path in site.consumers]
         new = torch.cat(parts, 1)
         chosen, _ = most_orthogonal(new, _old_responses(kept), units)
-        return ChannelGrowth(
+        growth = ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: picked_rows(weight, chosen, pool) for path, weight in drawn.items()},
-            incoming_bias={path: picked_rows(bias, chosen, pool) for path, bias in biases.items()},
-            outgoing=silent_outgoing(site, model, requested),
-            gains=new.new_zeros(requested),
+            incoming=drawn.incoming,
+            incoming_bias=drawn.biases,
+            outgoing=silent_outgoing(site, model, pool * size),
+            gains=new.new_zeros(pool * size),
             requested=requested,
             measured=self._measured(request),
-            norms={p: (picked_rows(m, chosen, pool), picked_rows(v, chosen, pool)) for p, (m, v) in measured.items()},
+            norms=measured,
         )
+        return growth.subset(of_units(chosen, size))
 
 
 def _old_responses(kept: KeptSamples) -> Float[Tensor, "u s"]:

@@ -7,14 +7,9 @@ import torch
 from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.base import Solver, register
+from growconv.solvers.filters import random_filters
 from growconv.solvers.request import Request
-from growconv.solvers.weights import (
-    columns_of,
-    normal,
-    random_filters,
-    scaled_columns,
-    silent_outgoing,
-)
+from growconv.solvers.weights import columns_of, normal, scaled_columns, silent_outgoing
 
 
 @register("random")
@@ -40,7 +35,7 @@ class Random(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`."""
         site, model, count, generator = request.site, request.model, request.number, request.generator
-        incoming, biases = random_filters(site, model, count, generator)
+        filters = random_filters(site, model, count, generator)
         outgoing = silent_outgoing(site, model, count)
         if self.outgoing > 0:
             for path, zeros in outgoing.items():
@@ -49,13 +44,12 @@ class Random(Solver):
                 drawn = normal(tuple(zeros.shape), zeros, generator)
                 units = drawn.unflatten(1, (count // site.granularity, -1)).transpose(0, 1).flatten(1)
                 outgoing[path] = scaled_columns(drawn, norm / units.norm(dim=1))
-        first = next(iter(incoming.values()))
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: self.gain * weight for path, weight in incoming.items()},
-            incoming_bias=biases,
+            incoming={path: self.gain * weight for path, weight in filters.incoming.items()},
+            incoming_bias=filters.biases,
             outgoing=outgoing,
-            gains=first.new_zeros(count, dtype=torch.float64),
+            gains=filters.like.new_zeros(count, dtype=torch.float64),
             requested=count,
         )

@@ -20,10 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.convolution.cp import CPConv
-from growconv.convolution.decomposition import best_rank_one, cp_kernel, tucker_kernel
+from growconv.convolution.decomposition import cp_kernel, tucker_kernel
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
-from growconv.convolution.unfold import unfold
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
 from growconv.linalg.optimizers import LBFGS
@@ -32,9 +31,8 @@ from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import attribute, example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
-
-CHUNK_BYTES = 64 * 2**20
-"""Patches unfolded at a time."""
+from growconv.solvers.rank_one import rank_one_factors
+from growconv.statistics.own_update import Equations, own_equations
 
 
 @runtime_checkable
@@ -368,7 +366,7 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
     target = residual.reshape(module.in_channels, -1, module.out_channels)
     fit = bilinear_least_squares(gram, target, terms, random_starts=0, rounds=3)
     windows = _filled(fit.right, terms, live=True).reshape(terms, *module.kernel_size, module.out_channels)
-    bilinear = [_filled(fit.left, terms, live=True), *best_rank_one(windows)[:-1]]
+    bilinear = [_filled(fit.left, terms, live=True), *rank_one_factors(windows)[:-1]]
     generator = torch.Generator().manual_seed(0)
     starts = [bilinear] + [
         [torch.randn(terms, size, generator=generator, dtype=torch.float64).to(residual) for size in sizes]
@@ -430,46 +428,35 @@ class _Sums:
     def __init__(self, module: FactorizedConv) -> None:
         self.module = module
         self.calls: list[tuple[Tensor, Tensor]] = []
-        size = module.in_channels * math.prod(module.kernel_size) + (module.bias is not None)
-        like = module.weight.detach()
-        self.moment = torch.zeros(size, module.out_channels, dtype=torch.float64, device=like.device)
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=like.device)
+        self.equations: Equations | None = None
         self.energy, self.samples = 0.0, 0
 
     def note(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         """Remember a call."""
         self.calls.append((arguments[0].detach(), output))
 
+    @torch.no_grad()
     def add(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Take in the gradients of this layer's calls; returns those of the layers after it."""
         for index, (x, output) in enumerate(self.calls):
             gradient = gradients[index]
             batch = x.shape[0]
             self.samples += batch if index == 0 else 0
-            v = torch.zeros_like(output) if gradient is None else -batch * gradient  # per sample, of a mean loss
-            self._moments(x, v.detach().flatten(2))
+            # per sample, of a mean loss
+            v = torch.zeros_like(output.double()) if gradient is None else -batch * gradient.double()
+            self.energy += float(v.square().sum())
+            own = own_equations(self.module, x.double(), v)
+            self.equations = own if self.equations is None else self.equations + own
         count = len(self.calls)
         self.calls = []
         return gradients[count:]
 
-    def _moments(self, x: Tensor, v: Tensor) -> None:
-        self.energy += float(v.double().square().sum())
-        per_sample = len(self.gram) * v.shape[2] * 8
-        step = max(1, CHUNK_BYTES // per_sample)
-        for start in range(0, len(x), step):
-            patches = unfold(x[start : start + step].double(), self.module.geometry)
-            if self.module.bias is not None:
-                patches = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
-            flat = patches.transpose(0, 1).flatten(1)
-            self.gram += flat @ flat.T
-            self.moment += flat @ v[start : start + step].double().transpose(0, 1).flatten(1).T
-
     def statistics(self, site: RankSite) -> RankStatistics:
         """The averages."""
-        if not self.samples:
+        if self.equations is None:
             raise StatisticsError("the forward pass does not call this layer", where=site.path)
-        n = self.samples
-        return RankStatistics(site, self.moment / n, self.gram / n, self.energy / n, n)
+        n, (gram,), (moment,) = self.samples, self.equations.gram, self.equations.cross
+        return RankStatistics(site, moment / n, gram / n, self.energy / n, n)
 
 
 def _unit(part: Tensor) -> Tensor:

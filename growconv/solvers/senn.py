@@ -26,16 +26,11 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters
+from growconv.solvers.filters import Filters, random_filters
 from growconv.solvers.fitting import Fit, Objective, Search, is_homogeneous
 from growconv.solvers.parametrization import Bounded, Parametrization, whitened
 from growconv.solvers.request import Request
-from growconv.solvers.weights import (
-    filter_norms,
-    picked_rows,
-    random_filters,
-    silent_outgoing,
-)
+from growconv.solvers.weights import filter_norms, of_units, silent_outgoing
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 WHITENING = 1e-3
@@ -113,31 +108,28 @@ class Senn(Solver):
             for path in site.consumers
             for group, precision in enumerate(self._precisions(kept, path))
         ]
-        drawn, biases = random_filters(site, model, requested, request.generator)
-        units, norm = requested // site.granularity, float(filter_norms(site, model).mean())
-        filters = Filters(units, {path: (weight, biases.get(path)) for path, weight in drawn.items()}).at_norm(norm)
+        norm = float(filter_norms(site, model).mean())
+        filters = random_filters(site, model, requested, request.generator).at_norm(norm)
         fit = Fit(_weighed(kept.projected(), consumers))
         if self.steps and fit.samples.energy > 0 and norm > 0:
             coordinates: Parametrization = whitened(fit.samples, WHITENING)
-            if not is_homogeneous(fit, filters.picked(range(min(units, 2)))):
+            if not is_homogeneous(fit, filters.picked(range(min(filters.units, 2)))):
                 coordinates = Bounded(coordinates, norm)
             objective = Objective(fit, coordinates, self.damping)
             search = Search(objective, None, coordinates.encode(filters), self.steps + 1).run(self.steps)
             filters = coordinates.filters(search.best.theta).at_norm(norm)
-        return self._growth(kept, (filters.incoming, filters.biases), consumers, requested, model)
+        return self._growth(kept, filters, consumers, requested, model)
 
     def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:
         """Γ⁻¹ of a consumer, one for each of its groups."""
         parts = zip(*(each.targets(path) for each in kept.passes), strict=True)
         return [output_precision(torch.cat(part, 1)[None], self.damping) for part in parts]
 
-    def _designs(
-        self, kept: KeptSamples, incoming: dict[str, Tensor], biases: dict[str, Tensor], inserted: Inserted | None
-    ) -> dict[tuple[str, int], Tensor]:
+    def _designs(self, kept: KeptSamples, filters: Filters, inserted: Inserted) -> dict[tuple[str, int], Tensor]:
         """What the consumers multiply new columns with, (d, p), per consumer and group."""
         found: dict[tuple[str, int], list[Tensor]] = {}
         for each in kept.passes:
-            for path, read in each.read(incoming, biases, inserted).items():
+            for path, read in each.read(filters.incoming, filters.biases, inserted).items():
                 for group, design in enumerate(each.design(path, read)):
                     found.setdefault((path, group), []).append(design)
         return {key: torch.cat(parts, 1) for key, parts in found.items()}
@@ -171,31 +163,28 @@ class Senn(Solver):
     def _growth(
         self,
         kept: KeptSamples,
-        weights: tuple[dict[str, Tensor], dict[str, Tensor]],
+        filters: Filters,
         consumers: Sequence["_Consumer"],
         requested: int,
         model: nn.Module,
     ) -> ChannelGrowth:
-        (incoming, biases), site, size = weights, kept.site, kept.site.granularity
-        units = requested // size
-        measured = kept.moments(incoming, biases)
-        designs = self._designs(kept, incoming, biases, Inserted(norms=measured))
+        site, size, units = kept.site, kept.site.granularity, filters.units
+        measured = kept.moments(filters.incoming, filters.biases)
+        designs = self._designs(kept, filters, Inserted(norms=measured))
         alone = torch.stack([self._score(designs, kept, consumers, units, [index]) for index in range(units)])
         order = alone.argsort(descending=True).tolist()
-        return ChannelGrowth(
+        growth = ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: picked_rows(weight, order, units) for path, weight in incoming.items()},
-            incoming_bias={path: picked_rows(bias, order, units) for path, bias in biases.items()},
+            incoming=filters.incoming,
+            incoming_bias=filters.biases,
             outgoing=silent_outgoing(site, model, requested),
-            gains=alone[order].repeat_interleave(size) / size,
+            gains=alone.repeat_interleave(size) / size,
             requested=requested,
             measured={"score": float(self._old_score(kept, consumers))},
-            norms={
-                path: (picked_rows(mean, order, units), picked_rows(variance, order, units))
-                for path, (mean, variance) in measured.items()
-            },
+            norms=measured,
         )
+        return growth.subset(of_units(order, size))
 
 
 def _weighed(kept: KeptSamples, consumers: Sequence["_Consumer"]) -> KeptSamples:
@@ -212,8 +201,7 @@ def _weighed(kept: KeptSamples, consumers: Sequence["_Consumer"]) -> KeptSamples
     def of_pass(each: KeptPass) -> KeptPass:
         return replace(each, v={path: tuple(weighed(path, v) for v in calls) for path, calls in each.v.items()})
 
-    batches = [replace(batch, passes=tuple(of_pass(each) for each in batch.passes)) for batch in kept.batches]
-    return replace(kept, batches=tuple(batches))
+    return kept.changed(of_pass)
 
 
 def _root(precision: Tensor) -> Tensor:

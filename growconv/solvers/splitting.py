@@ -142,8 +142,8 @@ def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) ->
         incoming, biases = unflattened(theta, old)
         total = []
         for each in kept.passes:
-            change = each.added(each.read(incoming, biases, inserted), columns)
-            total += [(d * v).sum() for path in change for d, v in zip(change[path], each.v[path], strict=True)]
+            changes = each.added(each.read(incoming, biases, inserted), columns)
+            total += [(change * v).sum() for change, v in each.beside_v(changes)]
         return -torch.stack(total).sum() / len(kept)
 
     with torch.enable_grad():

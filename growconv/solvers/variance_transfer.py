@@ -23,6 +23,7 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm, Step
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Solver, register
+from growconv.solvers.filters import random_filters
 from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
@@ -31,8 +32,6 @@ from growconv.solvers.weights import (
     normal,
     not_homogeneous,
     not_rewritable,
-    picked_rows,
-    random_filters,
     units_of,
     with_scaled_columns,
 )
@@ -71,10 +70,8 @@ class VarianceTransfer(Solver):
         units = requested // size
         pairs = units // 2
         single = units - 2 * pairs
-        drawn, zeros = random_filters(site, model, (pairs + single) * size, generator)
-        order = [*range(pairs), *range(pairs + single)]
-        incoming = {path: picked_rows(weight, order, pairs + single) for path, weight in drawn.items()}
-        biases = {path: picked_rows(bias, order, pairs + single) for path, bias in zeros.items()}
+        drawn = random_filters(site, model, (pairs + single) * size, generator)
+        filters = drawn.picked([*range(pairs), *range(pairs + single)])
         outgoing = {}
         for path in site.consumers:
             old = columns_of(site, model, path)
@@ -85,14 +82,13 @@ class VarianceTransfer(Solver):
             rest = old.new_zeros(old.shape[0], single, *old.shape[2:])
             outgoing[path] = torch.cat([half, -half, rest], 1).flatten(1, 2)
         revised, reason = self._rescaled(site, model, requested) if self.rescale else ({}, None)
-        like = next(iter(incoming.values()))
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming=incoming,
-            incoming_bias=biases,
+            incoming=filters.incoming,
+            incoming_bias=filters.biases,
             outgoing=outgoing,
-            gains=like.new_zeros(requested),
+            gains=filters.like.new_zeros(requested),
             requested=requested,
             reason=reason,
             revised=revised,

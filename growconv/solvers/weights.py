@@ -103,16 +103,6 @@ def norms_of(incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], units
     return torch.stack(squares).sum(0).sqrt()
 
 
-def normalised(
-    incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], norm: Tensor | float, units: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same filters, each unit's norm over all producers set to one value; a unit of zeros stays as it is."""
-    total = norms_of(incoming, biases, units)
-    factor = norm / torch.where(total > 0, total, 1.0)
-    scaled = {path: scaled_rows(weight, factor) for path, weight in incoming.items()}
-    return scaled, {path: scaled_rows(bias, factor) for path, bias in biases.items()}
-
-
 def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
     """Filters with each unit's rows times a number."""
     rows = factor.to(weight).repeat_interleave(len(weight) // max(len(factor), 1))
@@ -133,20 +123,6 @@ def of_units(order: Sequence[int], size: int) -> list[int]:
 def picked_rows(weight: Tensor, order: Sequence[int], units: int) -> Tensor:
     """The rows of some units."""
     return weight[of_units(order, len(weight) // units)].contiguous()
-
-
-def random_filters(
-    site: GrowthSite, model: nn.Module, channels: int, generator: torch.Generator | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
-    incoming, biases = {}, {}
-    for path in site.producers:
-        layer, like = layers.weighted(model.get_submodule(path)), filters_of(model, path)
-        shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
-        incoming[path] = normal(shape, like, generator) / like[0].numel() ** 0.5
-        if layer.bias() is not None:
-            biases[path] = like.new_zeros(shape[0])
-    return incoming, biases
 
 
 def silent_outgoing(site: GrowthSite, model: nn.Module, channels: int) -> dict[str, Tensor]:

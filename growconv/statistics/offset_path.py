@@ -55,17 +55,8 @@ LAYOUTS: dict[str, tuple[tuple[str | int, ...], ...]] = {
 
 def axis_problems(problem: PairProblem) -> tuple[AxisProblem, ...]:
     """The axes of a pair of layers, each on its own."""
-
-    def on_axis(geometry: Geometry, axis: int) -> Geometry:
-        return Geometry(
-            (geometry.kernel_size[axis],),
-            (geometry.stride[axis],),
-            (geometry.dilation[axis],),
-            (geometry.padding[axis],),
-        )
-
     return tuple(
-        AxisProblem(on_axis(problem.first, axis), on_axis(problem.second, axis), sizes)
+        AxisProblem(problem.first.along(axis), problem.second.along(axis), sizes)
         for axis, sizes in enumerate(zip(problem.input_size, problem.hidden_size, problem.output_size, strict=True))
     )
 

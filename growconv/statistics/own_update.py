@@ -78,7 +78,7 @@ def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tu
         seen += len(h)
         for half, part in zip(halves, (slice(0, cut), slice(cut, None)), strict=True):
             if len(h[part]):
-                half.append(_own_equations(module, h[part], v[part]))
+                half.append(own_equations(module, h[part], v[part]))
     first, second = (sum(half[1:], half[0]) if half else None for half in halves)
     both = [each for each in (first, second) if each is not None]
     total = sum(both[1:], both[0])
@@ -110,8 +110,17 @@ def _carried_over(first: Equations, second: Equations) -> Tensor:
     return total.ridged(min(RIDGES, key=left_over) * unit * total.rows)
 
 
-def _own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
-    """Normal equations of every group of a layer: gram (g, d, d) and cross (g, d, c)."""
+def own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
+    """Normal equations of every group of a layer on some samples: gram (g, d, d) and cross (g, d, c), float64.
+
+    Args:
+        module: convolution or linear layer; d runs over the entries of a filter, its bias last.
+        h: what it read.
+        v: desired change of its output.
+
+    Raises:
+        StatisticsError: h and v are not input and output of the layer.
+    """
     layer = layers.weighted(module)
     one = designs(module, [h[:1]], layer.groups)[0]
     targets = positions(module, v[:1]).shape

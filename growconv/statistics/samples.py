@@ -5,7 +5,7 @@ consumers' outputs (v), call by call, and the region between them, so that nothi
 meets another. Several passes are kept together where one loss has run the model several times.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -82,6 +82,11 @@ class KeptPass:
             path: tuple(self.region.consumed(path, each, _as(weight, each)) for each in read[path])
             for path, weight in outgoing.items()
         }
+
+    def beside_v(self, changes: Mapping[str, Calls]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Changes of the consumers' outputs, call by call, each with its v."""
+        for path, calls in changes.items():
+            yield from zip(calls, self.v[path], strict=True)
 
     def design(self, path: str, read: Calls) -> list[Tensor]:
         """What a consumer multiplies its new columns with, (d, p) for each of its groups, all calls side by side.
@@ -177,6 +182,11 @@ class KeptSamples:
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the samples."""
         return next(iter(self.passes[0].v.values()))[0]
+
+    def changed(self, change: Callable[[KeptPass], KeptPass]) -> "KeptSamples":
+        """The same samples with something done to every pass."""
+        batches = (replace(batch, passes=tuple(map(change, batch.passes))) for batch in self.batches)
+        return replace(self, batches=tuple(batches))
 
     # ------------------------------------------------------------------------------------------ some of them
 
@@ -281,17 +291,15 @@ class KeptSamples:
     @cached_property
     def _projected(self) -> "KeptSamples":
         updates = {path: self._update(path) for path in self.consumers}
-        batches = []
-        for batch in self.batches:
-            passes = []
-            for each in batch.passes:
-                v = {
-                    path: tuple(v - updates[path](h) for h, v in zip(each.h[path], each.v[path], strict=True))
-                    for path in each.v
-                }
-                passes.append(replace(each, v=v))
-            batches.append(replace(batch, passes=tuple(passes)))
-        return replace(self, batches=tuple(batches))
+
+        def projected(each: KeptPass) -> KeptPass:
+            v = {
+                path: tuple(v - updates[path](h) for h, v in zip(each.h[path], each.v[path], strict=True))
+                for path in each.v
+            }
+            return replace(each, v=v)
+
+        return self.changed(projected)
 
     def _update(self, path: str) -> "_Update":
         statistics, layer = self.consumers[path], layers.weighted(self.site.model.get_submodule(path))
@@ -354,11 +362,7 @@ class KeptSamples:
 
     def of(self, site: GrowthSite) -> "KeptSamples":
         """The same samples with the site of another model of the same names and widths."""
-        batches = []
-        for batch in self.batches:
-            passes = tuple(replace(each, region=replace(each.region, site=site)) for each in batch.passes)
-            batches.append(replace(batch, passes=passes))
-        return KeptSamples(site, tuple(batches), self.consumers)
+        return replace(self.changed(lambda each: replace(each, region=replace(each.region, site=site))), site=site)
 
     def joined(self, other: "KeptSamples", consumers: Iterable[ConsumerStatistics]) -> "KeptSamples":
         """The samples of both, with the statistics that belong to all of them."""

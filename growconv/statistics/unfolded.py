@@ -92,7 +92,7 @@ def add_unfolded_sums(
     for start in range(0, x.shape[0], samples):
         chunk = slice(start, start + samples)
         for slab in _slabs(problem, rows):
-            _add_slab(totals, problem, quantities, x[chunk], h[chunk], v[chunk], q, slab)
+            _add_slab(totals, problem, quantities, (x[chunk], h[chunk], v[chunk]), q, slab)
         if "S_full" in quantities:
             entries = problem.patch_entries * problem.second.taps
             totals.setdefault("S_full", torch.zeros(entries, entries, dtype=torch.float64, device=x.device))
@@ -161,12 +161,11 @@ def _add_slab(
     totals: Totals,
     problem: PairProblem,
     quantities: frozenset[str],
-    x: Tensor,
-    h: Tensor,
-    v: Tensor,
+    maps: tuple[Tensor, Tensor, Tensor],
     q: Tensor,
     slab: _Slab,
 ) -> None:
+    x, h, v = maps
     outputs = slice(slab.first_output, slab.end_output)
     reads_outputs = slab.end_output > slab.first_output
     if quantities & {"S2", "P"} and reads_outputs:
@@ -200,7 +199,7 @@ def _add_slab(
 def _weighted_rows(problem: PairProblem, x: Tensor, q: Tensor, slab: _Slab) -> Float[Tensor, "a p"]:
     """√q·U of a slab as rows, written once."""
     first = problem.first
-    view = windows(pad(x, first), first)[(slice(None),) * (2 + first.axes) + (slice(slab.low, slab.high),)]
+    view = _window_rows(x, first, slice(slab.low, slab.high))
     rows = view.permute(*range(1, 2 + first.axes), 0, *range(2 + first.axes, 2 + 2 * first.axes))
     weighted = torch.mul(rows, q[slab.low : slab.high].sqrt(), out=x.new_empty(rows.shape))
     return weighted.view(problem.patch_entries, -1)
@@ -220,21 +219,20 @@ def _without_padding(geometry: Geometry) -> Geometry:
 
 
 def _consumer_patches(problem: PairProblem, h: Tensor, outputs: slice) -> Float[Tensor, "n d *out"]:
-    second = problem.second
-    view = windows(pad(h, second), second)
-    index = (slice(None),) * (2 + second.axes) + (outputs,)
-    view = view[index]
-    return view.reshape(h.shape[0], problem.consumer_entries, *view.shape[2 + second.axes :])
+    view = _window_rows(h, problem.second, outputs)
+    return view.reshape(h.shape[0], problem.consumer_entries, *view.shape[2 + problem.second.axes :])
 
 
 def _patches(problem: PairProblem, x: Tensor, slab: _Slab) -> Float[Tensor, "n a *rows"]:
     if not problem.local or slab.high - slab.low == problem.hidden_size[0]:
         return problem.features(x)
-    first = problem.first
-    view = windows(pad(x, first), first)
-    index = (slice(None),) * (2 + first.axes) + (slice(slab.low, slab.high),)
-    view = view[index]
-    return view.reshape(x.shape[0], problem.patch_entries, *view.shape[2 + first.axes :])
+    view = _window_rows(x, problem.first, slice(slab.low, slab.high))
+    return view.reshape(x.shape[0], problem.patch_entries, *view.shape[2 + problem.first.axes :])
+
+
+def _window_rows(maps: Tensor, geometry: Geometry, rows: slice) -> Tensor:
+    """Windows (n, c, *kernel, *output) of some rows of the output grid."""
+    return windows(pad(maps, geometry), geometry)[(slice(None),) * (2 + geometry.axes) + (rows,)]
 
 
 def _pad_slab(problem: PairProblem, u: Tensor, slab: _Slab) -> Tensor:

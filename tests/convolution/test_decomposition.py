@@ -9,7 +9,7 @@ from tensorly.decomposition import parafac
 
 import growconv
 from growconv.convolution import decomposition
-from growconv.convolution.decomposition import ConvergenceWarning, best_rank_one, decompose_cp, decompose_tucker
+from growconv.convolution.decomposition import ConvergenceWarning, decompose_cp, decompose_tucker
 
 
 @pytest.mark.parametrize(("kind", "rank"), [(growconv.CPConv2d, 5), (growconv.TuckerConv2d, (4, 3))])
@@ -76,11 +76,3 @@ def test_zero_kernels(decompose):
     *_, fit = decompose(torch.zeros(4, 5, 3, 3))
     assert fit.error == 0
     assert fit.converged
-
-
-def test_best_rank_one_of_separable_tensors():
-    vectors = [torch.randn(4, size, dtype=torch.float64) for size in (5, 3, 2)]
-    tensors = torch.einsum("na,nb,nc->nabc", *vectors)
-    torch.testing.assert_close(torch.einsum("na,nb,nc->nabc", *best_rank_one(tensors)), tensors)
-    flat = torch.randn(4, 5, dtype=torch.float64)
-    torch.testing.assert_close(best_rank_one(flat)[0], flat)
