@@ -105,8 +105,9 @@ class Watch(TorchDispatchMode):
         def hook(module: nn.Module, _args: tuple, output: object) -> None:
             if self._foreign() or not self._given:
                 return
-            given = self._given.pop()
-            if not self._given and given is not None and output is not None:  # None: it raised an error
+            given = self._given[-1]
+            if len(self._given) == 1 and given is not None and output is not None:  # None: it raised an error
                 self._called(path, module, given, output)
+            self._given.pop()  # only now, so that what `_called` computes is not watched
 
         return hook
