@@ -7,6 +7,7 @@ and that averages and teachers can follow. Find the sites again afterwards.
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -228,7 +229,7 @@ def merge_pair(
         blocks.check_replaceable(model, path, as_optimizers(optimizer))
     edit, reason = {"module": producer, "merge": consumer}, "exact" if exact else "exact but for the borders"
     details = {"residual": 0.0, "exact": exact}
-    return _edited(model, edit, optimizer, site.name, "merge", (site.width, 0), reason, details)
+    return replace(_edited(model, edit, optimizer, site.name, "merge", (site.width, 0), reason), details=details)
 
 
 def split_conv(
@@ -287,7 +288,7 @@ def split_conv(
     reason = "exact" if exact else f"relative residual of the kernel {residual:.3g}"
     edit = {"module": name, "split": {"hidden": hidden, "first_size": list(sizes)}}
     details = {"residual": residual, "exact": exact}
-    return _edited(model, edit, optimizer, name, "split", (0, hidden), reason, details)
+    return replace(_edited(model, edit, optimizer, name, "split", (0, hidden), reason), details=details)
 
 
 def _edited(
@@ -298,15 +299,13 @@ def _edited(
     method: str,
     widths: tuple[int, int],
     reason: str,
-    details: dict[str, object] | None = None,
 ) -> GrowthEvent:
     """Carry out an edit and tell about it."""
     optimizers, before = as_optimizers(optimizer), count_parameters(model)
     journal = Journal(model, optimizers)
     try:
         blocks.apply_block_edit(model, edit, optimizers)
-        after, details = count_parameters(model), details or {}
-        return GrowthEvent(site, method, 0, *widths, 0.0, (), reason, (edit,), before, after, details=details)
+        return GrowthEvent(site, method, 0, *widths, 0.0, (), reason, (edit,), before, count_parameters(model))
     except BaseException:
         journal.restore()
         raise

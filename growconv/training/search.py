@@ -145,7 +145,7 @@ def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int],
     """
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("site", overflow="fold")
-    for title in ("start", "reached", "found", "rounds", "gain", "parameters added"):
+    for title in ("start", "reached", "found", "rounds", "gain", "parameters"):
         table.add_column(title, justify="right")
     listed = list(events)
     for site, width in widths.items():
