@@ -4,7 +4,7 @@ Sites are compared by how steeply new weights there would lower the loss: the sq
 incoming weights behind outgoing ones of norm 1, σ_k² of N_raw (GradMax, Evci et al. 2022, equation 9), per FLOP that
 the channels cost. Any method can grow the channels. The methods' own gains, captured energies, are shares of ‖v‖² at
 one layer and say nothing about another: in experiments/studies/when_growing_pays the widths that they led to were worse
-than uniform ones on three of six networks, those by gradient on three, and neither were better.
+than uniform ones in three of six pairs of network and data, those by gradient in three too, and neither were better.
 """
 
 import math

@@ -87,7 +87,7 @@ def _as_convolution(parts: Mapping[str, tuple[PairProblem, Tensor]]) -> _Joined 
     sizes = {None if each is None else each.shape[2:] for each in maps.values()}
     if len(sizes) > 1 or (grid := sizes.pop()) is None:
         return None
-    if geometry.output_size(tuple(grid)) != problems[0].first_output_size:
+    if {problem.first_output_size for problem in problems} != {geometry.output_size(tuple(grid))}:
         return None
     joined = torch.cat([each for each in maps.values() if each is not None], 1)
     centre = int(np.ravel_multi_index(geometry.identity_tap, geometry.kernel_size))
