@@ -40,10 +40,11 @@ def summary(folder):
 def test_policies_are_composed_in_yaml(here, capsys):
     command = [
         *QUICK,
-        "growth.when={policy: AnyOf, policies: [{policy: AtSteps, steps: [2]}, {policy: Every, interval: 4}]}",
-        "growth.amount={policy: ToWidth, target: 2.0, rounds: 2}",
-        "growth.where={policy: Greedy, per: parameter}",
-        "growth.stop=[{policy: NoGain, threshold: 1e-9}]",
+        "growth.when={_target_: growconv.growth.AnyOf, policies: [{_target_: growconv.growth.AtSteps, steps: [2]}, "
+        "{_target_: growconv.growth.Every, interval: 4}]}",
+        "growth.amount={_target_: growconv.growth.ToWidth, target: 2.0, rounds: 2}",
+        "growth.where={_target_: growconv.growth.Greedy, per: parameter}",
+        "growth.stop=[{_target_: growconv.growth.NoGain, threshold: 1e-9}]",
         "growth.budget.parameters=20000",
         "baselines=[]",
         "hydra.run.dir=run",
@@ -68,11 +69,14 @@ def test_policies_are_composed_in_yaml(here, capsys):
         (["growth.begin=0.9", "growth.end=0.1"], ["growth.begin"]),
         (["growth.start=0"], ["growth.start"]),
         (["growth.amplitude=strong"], ["amplitude", "strong"]),
-        (["growth.where={policy: Sideways}"], ["growth.where", "Sideways"]),
-        (["growth.when={policy: Plateau, patient: 3}"], ["growth.when", "patient", "did you mean 'patience'"]),
+        (["growth.where={_target_: growconv.growth.Sideways}"], ["growth.where", "Sideways", "package.module.Name"]),
+        (
+            ["growth.when={_target_: growconv.growth.Plateau, patient: 3}"],
+            ["growth.when", "patient", "did you mean 'patience'"],
+        ),
         (["growth.sites=[head*]"], ["growth.sites", "features.0 -> features.4"]),
         (["growth.budget.parameters=-1"], ["growth.budget.parameters"]),
-        (["growth.amount={policy: Fixed, count: -1}"], ["growth.amount", "count"]),
+        (["growth.amount={_target_: growconv.growth.Fixed, count: -1}"], ["growth.amount", "count"]),
         (["+growth.scheduler.method=tiny"], ["growth.scheduler", "growth.method"]),
         (["optimizer.lr=0"], ["optimizer.lr"]),
         (["optimizer.name=adam"], ["optimizer.name"]),

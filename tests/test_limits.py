@@ -22,7 +22,7 @@ from growconv.solvers import Firefly, Functional, Net2Net, Tiny
         (Limits(choices=("a", "b", "c")), ["a", ["a", "c"], [], None], ["d", ["a", "d"]], "a, b or c"),
         (
             Limits(above=0, choices=("auto",)),
-            ["auto", 0.5, {"policy": "Fixed"}],
+            ["auto", 0.5, {"_target_": "growconv.growth.Fixed"}],
             ["no", 0, True],
             "auto or a number above 0",
         ),

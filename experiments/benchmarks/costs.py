@@ -11,7 +11,7 @@ import growconv
 from experiments.benchmarks.table import markdown_table
 
 SIZE = (32, 32)
-COLUMNS = ("change", "M multiplications", "on padding", "M additions", "backward", "weights KiB", "kept KiB")
+COLUMNS = ("change", "M multiplications", "on padding", "M additions", "weights")
 
 
 def layers() -> list[tuple[str, nn.Module]]:
@@ -53,9 +53,7 @@ def table() -> str:
                 f"{cost.multiplications / 1e6:.2f}",
                 f"{cost.padding_multiplications / cost.multiplications:.1%}",
                 f"{cost.additions / 1e6:.2f}",
-                f"{cost.backward_multiplications / cost.multiplications:.2f}×",
-                f"{cost.weight_bytes / 1024:.0f}",
-                f"{cost.activation_bytes / 1024:.0f}",
+                str(sum(parameter.numel() for parameter in layer.parameters())),
             ]
         )
     return markdown_table(COLUMNS, rows)

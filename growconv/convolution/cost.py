@@ -1,8 +1,7 @@
-"""What a convolution costs: multiplications, additions and memory, forward and backward.
+"""What a convolution costs in its forward pass.
 
 FLOPs are 2 × multiply-adds, as `torch.utils.flop_counter` counts them: padding is multiplied like any other value, and
-biases and elementwise products are free. (That counter takes the kernel gradient of a grouped convolution for a dense
-one; this file does not.)
+biases and elementwise products are free. The backward pass takes as much for the kernel and as much for the input.
 """
 
 import math
@@ -21,49 +20,28 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError
 
 @dataclass(frozen=True)
 class ConvCost:
-    """Operations and bytes of one convolution layer on one batch.
+    """Operations of one convolution layer's forward pass on one batch.
 
     Attributes:
-        multiplications: of the forward pass, those with padding included.
-        additions: of the forward pass, biases included.
+        multiplications: those with padding included.
+        additions: biases included.
         padding_multiplications: those of the multiplications that meet zero padding.
         elementwise_multiplications: those of the multiplications that build a kernel from factors by outer products.
-        backward_multiplications: of the gradients with respect to input and kernel.
-        weight_bytes: all parameters.
-        activation_bytes: what the forward pass keeps for the backward: the input of every conv it runs, and kernels
-            that it built from factors.
-        output_bytes: the output.
     """
 
     multiplications: int
     additions: int
     padding_multiplications: int
     elementwise_multiplications: int
-    backward_multiplications: int
-    weight_bytes: int
-    activation_bytes: int
-    output_bytes: int
 
     @property
     def flops(self) -> int:
         """2 × multiply-adds of the forward pass."""
         return 2 * (self.multiplications - self.elementwise_multiplications)
 
-    @property
-    def backward_flops(self) -> int:
-        """2 × multiply-adds of the backward pass."""
-        return 2 * (self.backward_multiplications - 2 * self.elementwise_multiplications)
-
     def __add__(self, other: "ConvCost") -> "ConvCost":
         """Cost of two layers."""
         return ConvCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __str__(self) -> str:
-        """One line."""
-        return (
-            f"{self.flops:.4g} FLOPs forward, {self.backward_flops:.4g} backward (2 × multiply-adds); "
-            f"{self.weight_bytes} bytes of weights, {self.activation_bytes} of activations"
-        )
 
 
 @dataclass(frozen=True)
@@ -76,18 +54,16 @@ class _Stage:
     geometry: Geometry
 
 
-def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1, *, input_gradient: bool = True) -> ConvCost:
+def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> ConvCost:
     """Cost of a convolution on inputs of a size, counted and not measured.
 
     Args:
         conv: nn.Conv1d/2d/3d, or a CP or Tucker convolution, whose implementation decides.
         input_size: size of the input grid, one entry per axis.
         batch: number of samples n.
-        input_gradient: whether the backward pass computes the gradient of the input; False for a first layer.
 
     Returns:
-        The cost. The gradient with respect to the kernel takes as many multiply-adds as the forward pass, the one with
-        respect to the input as many again.
+        The cost.
 
     Raises:
         GeometryError: when the kernel does not fit the input.
@@ -108,33 +84,24 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1, *, inp
             got=type(conv).__name__,
             where="conv_cost",
         )
-    item = conv.weight.element_size()
     counts = dict.fromkeys((field.name for field in fields(ConvCost)), 0)
-    size = tuple(input_size)
-    for number, stage in enumerate(_stages(conv)):
+    size, outputs = tuple(input_size), 0
+    for stage in _stages(conv):
         output = stage.geometry.output_size(size)
         outputs = batch * stage.outputs * math.prod(output)
-        window = stage.inputs // stage.groups * stage.geometry.taps
-        products = outputs * window
+        products = outputs * (stage.inputs // stage.groups) * stage.geometry.taps
         real = batch * stage.outputs * (stage.inputs // stage.groups) * _reads(stage.geometry, size)
-        gradients = 2 if input_gradient or number else 1
         counts["multiplications"] += products
         counts["additions"] += products - outputs
         counts["padding_multiplications"] += products - real
-        counts["backward_multiplications"] += gradients * products
-        counts["activation_bytes"] += item * batch * stage.inputs * math.prod(size)
-        counts["output_bytes"] = item * outputs
         size = output
     if conv.bias is not None:
-        counts["additions"] += counts["output_bytes"] // item
+        counts["additions"] += outputs
     if isinstance(conv, FactorizedConv):
-        elementwise, products, kept = _building(conv)
+        elementwise, products = _building(conv)
         counts["elementwise_multiplications"] = elementwise
         counts["multiplications"] += elementwise + products
         counts["additions"] += products
-        counts["backward_multiplications"] += 2 * (elementwise + products)
-        counts["activation_bytes"] += item * kept
-    counts["weight_bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in conv.parameters())
     return ConvCost(**counts)
 
 
@@ -173,22 +140,20 @@ def _stages(conv: Conv | FactorizedConv) -> list[_Stage]:
     return [_Stage(conv.in_channels, inputs, 1, one), *middle, _Stage(outputs, conv.out_channels, 1, one)]
 
 
-def _building(conv: FactorizedConv) -> tuple[int, int, int]:
-    """What builds kernels out of factors on every call: elementwise products, multiply-adds, and the entries built."""
+def _building(conv: FactorizedConv) -> tuple[int, int]:
+    """What builds kernels out of factors on every call: elementwise products and multiply-adds."""
     taps = math.prod(conv.kernel_size)
     if conv.implementation == "reconstructed" and isinstance(conv, TuckerConv):
         outputs, inputs = conv.rank
-        half = outputs * conv.in_channels * taps
-        full = conv.out_channels * conv.in_channels * taps
-        return 0, half * inputs + full * outputs, half + full
+        return 0, outputs * conv.in_channels * taps * (inputs + conv.out_channels)
     if not isinstance(conv, CPConv) or conv.implementation == "mobilenet":
-        return 0, 0, 0
+        return 0, 0
     # Outer products, axis by axis: of the window alone, or of input channel and window.
     reconstructed = conv.implementation == "reconstructed"
     sizes = [conv.in_channels, *conv.kernel_size] if reconstructed else list(conv.kernel_size)
-    partial = [math.prod(sizes[: count + 1]) * conv.rank for count in range(1, len(sizes))]
+    partial = sum(math.prod(sizes[: count + 1]) for count in range(1, len(sizes)))
     full = conv.out_channels * math.prod(sizes) if reconstructed else 0
-    return sum(partial), full * conv.rank, sum(partial) + full
+    return partial * conv.rank, full * conv.rank
 
 
 def _along(geometry: Geometry, axis: int) -> Geometry:

@@ -1,7 +1,5 @@
 """From a resolved config to the objects of a run: dataset, model, sites, optimizer, growth scheduler."""
 
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,7 +12,6 @@ from torch.optim import Optimizer
 
 import growconv.growth.scheduler as growing
 from growconv.errors import ConfigError, GrowthError
-from growconv.growth.decision import Policy
 from growconv.growth.widths import set_widths
 from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
@@ -24,8 +21,6 @@ from growconv.training.data import Dataset, load_data
 from growconv.training.sources import CIFAR
 
 Config = Mapping[str, Any]
-
-POLICY_MODULES = ("when", "where", "amount", "stop", "learning_rate", "pruning")
 
 
 def make_dataset(config: Config) -> Dataset:
@@ -178,10 +173,10 @@ def _solver(growth: Config) -> Solver:
 
 
 def make_policy(node: Any, where: str) -> Any:
-    """A policy of growconv.growth from {policy: NAME, option: value, ...}; anything else is passed on as it is.
+    """A policy of growconv.growth from {_target_: its dotted path, option: value, ...}; anything else is passed on.
 
     Args:
-        node: a mapping, possibly with further policies inside; NAME is a class of growconv.growth or a dotted path.
+        node: a mapping, possibly with further policies inside, or a list of them.
         where: the setting, for the message.
 
     Raises:
@@ -191,16 +186,14 @@ def make_policy(node: Any, where: str) -> Any:
         return [make_policy(entry, where) for entry in node]
     if not isinstance(node, Mapping):
         return node
-    options = {key: make_policy(value, where) for key, value in node.items() if key != "policy"}
-    known = _policies()
-    name = node.get("policy")
-    if not isinstance(name, str) or (name not in known and "." not in name):
+    if not isinstance(node.get("_target_"), str):
         raise ConfigError(
-            "there is no such policy", where=f"{where}.policy", expected=", ".join(sorted(known)), got=name
+            "This is no policy.", where=where, expected="{_target_: growconv.growth.NAME, option: value}", got=node
         )
-    target = known[name] if name in known else locate(name, f"{where}.policy")
+    options = {key: make_policy(value, where) for key, value in node.items() if key != "_target_"}
+    target = locate(node["_target_"], f"{where}._target_")
     with _named(where):
-        return call_target(target, options, {}, f"{where} ({name})")
+        return call_target(target, options, {}, f"{where} ({node['_target_']})")
 
 
 @contextmanager
@@ -213,16 +206,6 @@ def _named(option: str) -> Iterator[None]:
     except GrowthError as error:
         where = f"{option} ({error.where})" if error.where else option
         raise ConfigError(error.problem, where=where, expected=error.expected, got=error.got, fix=error.fix) from error
-
-
-def _policies() -> dict[str, type[Policy]]:
-    found: dict[str, type[Policy]] = {}
-    for name in POLICY_MODULES:
-        module = importlib.import_module(f"growconv.growth.{name}")
-        for key, value in vars(module).items():
-            if inspect.isclass(value) and issubclass(value, Policy) and value.__module__ == module.__name__:
-                found[key] = value
-    return {key: value for key, value in found.items() if not key.startswith("_") and value.__subclasses__() == []}
 
 
 def growth_flops(config: Config, total: float | int) -> list[float]:
@@ -296,7 +279,7 @@ def make_scheduler(
     }
     further = dict(growth["scheduler"])
     for key, value in further.items():
-        if isinstance(value, Mapping) and "policy" in value:
+        if isinstance(value, Mapping) and "_target_" in value:
             further[key] = make_policy(value, f"growth.scheduler.{key}")
     taken = [key for key in further if key in fixed]
     if taken:

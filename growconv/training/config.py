@@ -168,11 +168,16 @@ def locate(target: str, where: str) -> Any:
         ConfigError: there is none.
     """
     module, _, name = target.rpartition(".")
+    names: list[str] = []
     try:
-        found = getattr(importlib.import_module(module), name)
+        home = importlib.import_module(module)
+        names = dir(home)
+        found = getattr(home, name)
     except (ImportError, AttributeError, ValueError) as error:
+        near = difflib.get_close_matches(name, names, n=1)
+        fix = f"did you mean {module}.{near[0]}?" if near else str(error)
         raise ConfigError(
-            "this names no class or function", where=where, got=target, expected="package.module.Name", fix=str(error)
+            "this names no class or function", where=where, got=target, expected="package.module.Name", fix=fix
         ) from error
     if not callable(found):
         raise ConfigError("this cannot be called", where=where, got=target, expected="a class or function")

@@ -63,7 +63,7 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
         )
 
     def part(length: float, rate: str, rounds: list[float]) -> dict[str, Any]:
-        when = {"policy": "AtFlops", "flops": rounds or [2 * flops]}  # the smallest never grows
+        when = {"_target_": "growconv.growth.AtFlops", "flops": rounds or [2 * flops]}  # the smallest never grows
         return {
             **config,
             "baselines": [],

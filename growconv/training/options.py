@@ -184,10 +184,10 @@ class GrowthConfig:
         begin: first round, as a share of the run, in epochs or in `trainer.flops`.
         end: last round, as a share of the run; what grows late has no time to learn.
         amount: channels a round: a float is a share of the initial width, an int a number, "auto" what the data
-            supports, {policy: NAME, ...} an Amount of growconv.growth.
-        where: all, best, round_robin or {policy: NAME, ...}.
-        when: {policy: NAME, ...} instead of `every`; null uses `every`.
-        stop: list of {policy: NAME, ...} that end growing early.
+            supports, {_target_: growconv.growth.NAME, ...} an Amount.
+        where: all, best, round_robin or {_target_: growconv.growth.NAME, ...}.
+        when: {_target_: growconv.growth.NAME, ...} instead of `every`; null uses `every`.
+        stop: list of {_target_: growconv.growth.NAME, ...} that end growing early.
         amplitude: line_search, or a number.
         scheduler: further arguments of growconv.GrowthScheduler.
         samples: training samples for the statistics and the line search of one round.

@@ -81,7 +81,7 @@ def strange_names(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
                         yield key, str(value)
         for key, value in tree.items():
             inner = f"{path}.{key}" if path else str(key)
-            if (key == "_target_" or (key in ("policy", "method") and "." in str(value))) and not is_known(str(value)):
+            if (key == "_target_" or (key == "method" and "." in str(value))) and not is_known(str(value)):
                 yield inner, str(value)
             yield from strange_names(value, inner)
     elif isinstance(tree, list | tuple):

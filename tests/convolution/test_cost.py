@@ -1,4 +1,4 @@
-"""Costs against torch's FLOP counter, counted padding, and stored tensors."""
+"""Costs against torch's FLOP counter and counted padding."""
 
 import pytest
 import torch
@@ -24,38 +24,20 @@ CASES += [
 ]
 
 
-def counted(layer, size, batch, needs_input=True):
-    x = torch.randn(batch, layer.in_channels, *size, requires_grad=needs_input)
-    with FlopCounterMode(display=False) as forward:
-        output = layer(x)
-    with FlopCounterMode(display=False) as backward:
-        output.sum().backward()
-    return forward.get_total_flops(), backward.get_total_flops()
-
-
-def torch_counts_depthwise_kernel_gradients_as_dense(layer):
-    return isinstance(layer, growconv.CPConv2d) and layer.implementation != "reconstructed"
+def counted(layer, size, batch):
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(batch, layer.in_channels, *size))
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("layer", "size"), CASES, ids=str)
 def test_flops_are_those_of_torch(layer, size):
-    cost = growconv.conv_cost(layer, size, batch=3)
-    forward, backward = counted(layer, size, 3)
-    assert cost.flops == forward
-    if not torch_counts_depthwise_kernel_gradients_as_dense(layer):
-        assert cost.backward_flops == backward
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        first = growconv.conv_cost(layer, size, batch=3, input_gradient=False)
-        assert first.backward_flops == counted(layer, size, 3, needs_input=False)[1]
-    assert cost.weight_bytes == sum(p.numel() * 4 for p in layer.parameters())
-    assert cost.output_bytes == layer(torch.zeros(3, layer.in_channels, *size)).numel() * 4
+    assert growconv.conv_cost(layer, size, batch=3).flops == counted(layer, size, 3)
 
 
 def test_depthwise_and_grouped():
     layer = nn.Conv2d(4, 8, 3, groups=4, padding=1)
-    cost = growconv.conv_cost(layer, (5, 6))
-    assert cost.flops == counted(layer, (5, 6), 1)[0]
-    assert cost.backward_flops == 2 * cost.flops
+    assert growconv.conv_cost(layer, (5, 6)).flops == counted(layer, (5, 6), 1)
 
 
 def test_padding_is_counted_against_the_mask_tensor():
@@ -73,22 +55,6 @@ def test_additions():
     assert with_bias.additions == with_bias.multiplications  # one bias makes up for the first product
     assert without.additions == without.multiplications - outputs
     assert (with_bias + without).additions == with_bias.additions + without.additions
-    assert "multiply-adds" in str(with_bias)
-
-
-def test_activation_memory_is_what_autograd_keeps():
-    layer = growconv.TuckerConv2d(6, 5, 3, padding=1, rank=(3, 4))
-    x = torch.randn(2, 6, 8, 9, requires_grad=True)
-    kept = {}
-
-    def pack(tensor):
-        if tensor.dim() == 4 and tensor.shape[0] == 2:
-            kept[tensor.data_ptr()] = tensor.numel() * 4
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    assert growconv.conv_cost(layer, (8, 9), batch=2).activation_bytes == sum(kept.values())
 
 
 def test_cost_scales_as_the_docs_say():

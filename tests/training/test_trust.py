@@ -51,16 +51,25 @@ def finished(tmp_path_factory):
 
 PLACES = {
     "model._target_": (("model",), lambda call: {"_target_": "os.system", "args": call}),
-    "growth.when.policy": (("growth",), lambda call: {"method": "tiny", "when": {"policy": "os.system", **call}}),
-    "growth.stop.0.policy": (("growth",), lambda call: {"method": "tiny", "stop": [{"policy": "os.system", **call}]}),
-    "growth.amount.policy": (("growth",), lambda call: {"method": "tiny", "amount": {"policy": "os.system", **call}}),
-    "growth.scheduler.pruning.policy": (
+    "growth.when._target_": (("growth",), lambda call: {"method": "tiny", "when": {"_target_": "os.system", **call}}),
+    "growth.stop.0._target_": (
         ("growth",),
-        lambda call: {"method": "tiny", "scheduler": {"pruning": {"policy": "os.system", **call}}},
+        lambda call: {"method": "tiny", "stop": [{"_target_": "os.system", **call}]},
     ),
-    "growth.when.policies.0.policy": (
+    "growth.amount._target_": (
         ("growth",),
-        lambda call: {"when": {"policy": "AnyOf", "policies": [{"policy": "os.system", **call}]}, "method": "tiny"},
+        lambda call: {"method": "tiny", "amount": {"_target_": "os.system", **call}},
+    ),
+    "growth.scheduler.pruning._target_": (
+        ("growth",),
+        lambda call: {"method": "tiny", "scheduler": {"pruning": {"_target_": "os.system", **call}}},
+    ),
+    "growth.when.policies.0._target_": (
+        ("growth",),
+        lambda call: {
+            "when": {"_target_": "growconv.growth.AnyOf", "policies": [{"_target_": "os.system", **call}]},
+            "method": "tiny",
+        },
     ),
 }
 
@@ -82,7 +91,7 @@ def test_no_module_of_a_stranger_is_imported(run, tmp_path, monkeypatch, capsys)
     """A solver outside growconv is named by its path; its module may lie in the working directory."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for values in ({"method": "evil.Method"}, {"method": "tiny", "where": {"policy": "evil.Where"}}):
+    for values in ({"method": "evil.Method"}, {"method": "tiny", "where": {"_target_": "evil.Where"}}):
         store(run, "growth", **values)
         assert main([f"resume={run}"]) == 1
         assert "line" in capsys.readouterr().err

@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "random": ("growth=random",),
     "variance_transfer": ("growth=variance_transfer",),
 }
-FASTER = "+growth.scheduler.learning_rate={policy: WarmUp, steps: 4, start: 1.0, peak: 1.3}"
+FASTER = "+growth.scheduler.learning_rate={_target_: growconv.growth.WarmUp, steps: 4, start: 1.0, peak: 1.3}"
 SETTINGS: dict[str, tuple[str, ...]] = {
     **{f"width_{width}": (*NETS["plain"], *FIXED, f"model.width={width}", f"trainer.flops={HALF}") for width in WIDTHS},
     **{net: (*NETS[net], *FIXED, f"trainer.flops={HALF}") for net in NETS if net != "plain"},
