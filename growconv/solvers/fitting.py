@@ -19,7 +19,6 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.exact import descending
 from growconv.solvers.filters import Filters
 from growconv.solvers.parametrization import Parametrization
-from growconv.solvers.rank_one import rank_one_least_squares
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 COLUMN_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
@@ -135,16 +134,13 @@ def _summed(reads: Iterable[tuple[KeptPass, Mapping[str, Calls]]]) -> dict[Path,
     return result
 
 
-def best_outgoing(
-    equations: Mapping[Path, Normal], site: GrowthSite, like: Tensor, separable: bool, ridge: float
-) -> Weights:
+def best_outgoing(equations: Mapping[Path, Normal], site: GrowthSite, like: Tensor, ridge: float = RIDGE) -> Weights:
     """The weights (out, K·ratio/groups, *kernel) per consumer that take the most off v⊥.
 
     Args:
         equations: normal equations per consumer and group.
         site: the site, for the kernels of its consumers.
         like: a tensor of the dtype and on the device that the weights should have.
-        separable: restrict every channel's kernel to rank one.
         ridge: see `Normal.solve`.
     """
     rows: dict[str, list[Tensor]] = {}
@@ -152,9 +148,6 @@ def best_outgoing(
         kernel = layers.weighted(site.model.get_submodule(path)).kernel_size
         weights = normal.solve(ridge)
         weights = weights.mT.reshape(weights.shape[1], -1, *kernel)
-        if separable:
-            start = weights.movedim(1, 0)
-            weights = rank_one_least_squares(normal.gram, normal.cross, start).movedim(0, 1)
         rows.setdefault(path, []).append(weights.to(like))
     # in torch's own layout: a convolution picks its algorithm by the strides of its weights
     return {path: torch.cat(parts).contiguous() for path, parts in rows.items()}
@@ -205,13 +198,11 @@ class Objective:
         fit: what to fit.
         parametrization: from parameters to filters.
         ridge: added to the diagonal of the scaled Gram matrix; small, it keeps the solve finite.
-        separable: restrict every channel's outgoing kernel to rank one.
     """
 
     fit: Fit
     parametrization: Parametrization
     ridge: float = RIDGE
-    separable: bool = False
 
     def __call__(self, theta: Tensor) -> Point:
         """Loss and gradient at one place."""
@@ -223,7 +214,7 @@ class Objective:
         reads = [(piece, fit.reads(piece, leaves)) for piece in fit.pieces(leaves)]
         with torch.no_grad():
             equations = _summed(reads)
-        outgoing = best_outgoing(equations, fit.site, theta, self.separable, self.ridge)
+        outgoing = best_outgoing(equations, fit.site, theta, self.ridge)
         loss = 0.0
         for normal, weights in zip(equations.values(), _by_group(equations, outgoing), strict=True):
             loss += float((weights * (normal.gram @ weights - 2 * normal.cross)).sum()) / energy

@@ -2,22 +2,21 @@
 
 The closed forms take what lies between the two convolutions as linear. Here it is the model's own: norms inserted as
 the identity, any activation, pooling, dropout off. The filters are searched for by L-BFGS with the consumers' weights
-solved for at every step (see `fitting`), on kept samples, from several starts, and stopped where the captured energy on
+solved for at every step (see `fitting`), on kept samples, from two starts, and stopped where the captured energy on
 samples held out from the fit no longer rises.
 """
 
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from growconv.errors import ArgumentValueError, SolverError
+from growconv.errors import SolverError
 from growconv.limits import limited
+from growconv.linalg import RANK_TOLERANCE, leading_svd
 from growconv.network import layers
 from growconv.network.layout import IN, OUT
 from growconv.network.proposal import ChannelGrowth
@@ -28,7 +27,6 @@ from growconv.solvers.base import Solver, register
 from growconv.solvers.energy import expected_decrease, require_samples
 from growconv.solvers.filters import Filters, joined
 from growconv.solvers.fitting import (
-    RIDGE,
     Fit,
     Normal,
     Objective,
@@ -38,15 +36,13 @@ from growconv.solvers.fitting import (
     is_homogeneous,
     normal_equations,
 )
-from growconv.solvers.linear_start import exact_filters, tiny_filters
-from growconv.solvers.parametrization import Bounded, Parametrization, Separable, whitened
+from growconv.solvers.parametrization import Bounded, Parametrization, whitened
 from growconv.solvers.request import Request
 from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness
+from growconv.statistics.held_out import sample_averages
 from growconv.statistics.samples import KeptSamples, by_sample
 
 logger = logging.getLogger("growconv.solvers")
-
-STARTS = ("tiny", "signs", "exact", "random")
 
 
 class FewSamplesWarning(UserWarning):
@@ -59,34 +55,21 @@ class Functional(Solver):
     """Channels fitted on kept samples, through the model's own operations.
 
     Attributes:
-        kernel: "full", or "separable" for new channels whose filters and outgoing kernels are of rank one (one CP term
-            a channel): fewer parameters to fit, and a CP convolution carries each of them by one more term.
         iterations: L-BFGS steps of the winning start, at most, its trial included; about twenty give most of it.
-        starts: where to start from, out of "tiny" (the closed form), "signs" (its channels, each with the better sign),
-            "exact" (the linear optimum, signs likewise) and "random" (the best of three times as many). The linear ones
-            need a site with a closed form; others start at random.
-        trial_iterations: steps on a part of the samples after which the worse half of the starts is dropped, until one
-            is left.
+        trial_iterations: steps on a part of the samples after which the better start goes on alone.
         held_out: share of the kept samples that judges starts and stops the fit.
         patience: steps without a better held-out captured energy before stopping.
         damping: of the whitened coordinates, as a share of the patches' mean eigenvalue. It keeps directions that the
             data hardly uses short: with less, the fit is slower and carries over worse.
     """
 
-    kernel: Literal["full", "separable"] = limited("full", choices=("full", "separable"))
     iterations: int = limited(28, least=0)
-    starts: Sequence[str] = limited(STARTS, choices=STARTS)
     trial_iterations: int = limited(2, least=0)
     held_out: float = limited(0.2, above=0, below=1)
     patience: int = limited(8, least=1)
     damping: float = limited(0.1, above=0)
     reads = frozenset({"samples"})
     gain_unit = "energy"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.starts:
-            raise ArgumentValueError("no start is left", expected=" or ".join(STARTS), where="Functional.starts")
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; works on sites of every kind, streams included."""
@@ -100,8 +83,7 @@ class Functional(Solver):
         self._warn(samples, site, most)
         rest, judge = split(samples, self.held_out)
         fit, held_out = Fit(rest), Fit(judge)
-        every = whitened(rest, self.damping)
-        coordinates: Parametrization = Separable(every) if self.kernel == "separable" else every
+        coordinates: Parametrization = whitened(rest, self.damping)
         free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
@@ -123,9 +105,6 @@ class Functional(Solver):
             filters = filters.picked(range(units))
         return self._assembled(request, samples, filters, reason)
 
-    def _objective(self, fit: Fit, coordinates: Parametrization) -> Objective:
-        return Objective(fit, coordinates, separable=self.kernel == "separable")
-
     def _search(
         self, fit: Fit, held_out: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
     ) -> Search:
@@ -133,19 +112,17 @@ class Functional(Solver):
         # a quarter tells the starts apart; below a few hundred samples their ranking would be noise
         step = max(1, min(4, len(fit.samples) // 200))
         part = Fit(fit.samples.subset(slice(None, None, step))) if step > 1 else fit
-        trial = self._objective(part, coordinates)
+        trial = Objective(part, coordinates)
         running = [
             (name, Search(trial, held_out, coordinates.encode(filters), self.patience))
-            for name, filters in self._starts(part, coordinates, units, generator)
+            for name, filters in _starts(part, coordinates, units, generator)
         ]
-        while len(running) > 1:
+        if len(running) > 1:
             for _, search in running:
                 search.run(self.trial_iterations)
-            running.sort(key=lambda each: -each[1].held_out)
-            del running[(len(running) + 1) // 2 :]
-        ((name, search),) = running
+        name, search = max(running, key=lambda each: each[1].held_out)
         if step > 1:
-            search = search.onto(self._objective(fit, coordinates))
+            search = search.onto(Objective(fit, coordinates))
         search.run(self.iterations - search.iterations)
         logger.info(
             "%s: functional from %s, %d steps, held-out captured energy %.3g",
@@ -156,32 +133,6 @@ class Functional(Solver):
         )
         return search
 
-    def _starts(
-        self, fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
-    ) -> list[tuple[str, Filters]]:
-        """Filters to start from by name, of unit size where the patches are whitened."""
-        result: list[tuple[str, Filters]] = []
-        plain = fit.site.closed_form and len(fit.site.producers) == 1
-        if plain and set(self.starts) - {"random"}:
-            tiny = tiny_filters(fit, units * fit.site.granularity, coordinates)
-            tiny = replace(tiny, units=tiny.units // fit.site.granularity)
-            missing = units - tiny.units
-            if missing:
-                tiny = joined([tiny, random_filters(fit, coordinates, missing, generator)])
-            if "tiny" in self.starts:
-                result.append(("tiny", tiny))
-            if "signs" in self.starts:
-                both = joined([tiny, tiny.each(torch.neg)])
-                result.append(("signs", _best_of(fit, both, units)))
-            if "exact" in self.starts:
-                exact = unit(exact_filters(fit, coordinates.encode(tiny), coordinates), coordinates)
-                both = joined([exact, exact.each(torch.neg)])
-                result.append(("exact", _best_of(fit, both, units)))
-        if "random" in self.starts or not result:
-            pool = random_filters(fit, coordinates, 3 * units, generator)
-            result.append(("random", _best_of(fit, pool, units)))
-        return result
-
     def _assembled(self, request: Request, samples: KeptSamples, filters: Filters, reason: str | None) -> ChannelGrowth:
         """The proposal: norms measured, and outgoing weights solved for on all samples, the best channel first."""
         site, size, count = samples.site, samples.site.granularity, filters.units
@@ -190,7 +141,7 @@ class Functional(Solver):
         fit = Fit(samples, lambda piece, new: piece.read(new.incoming, new.biases, inserted))
         equations = normal_equations(fit, filters)
         order, gains = greedy_order(equations, count)
-        outgoing = best_outgoing(equations, site, filters.like, self.kernel == "separable", RIDGE)
+        outgoing = best_outgoing(equations, site, filters.like)
 
         def shaped(path: str, tensor: Tensor) -> Tensor:
             return tensor.detach().to(filters_of(request.model, path)).contiguous()
@@ -232,19 +183,19 @@ class Functional(Solver):
 
     def _warn(self, samples: KeptSamples, site: GrowthSite, channels: int) -> None:
         """Say how many samples the fit would need: one a parameter."""
-        separable, needed = self.kernel == "separable", 0
+        needed = 0
         for path in site.producers:
             layer = layers.weighted(site.model.get_submodule(path))
             shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
-            needed += shape[0] * ((sum(shape[1:]) if separable else math.prod(shape[1:])) + (layer.bias() is not None))
+            needed += shape[0] * (math.prod(shape[1:]) + (layer.bias() is not None))
         for path in site.consumers:
             shape = layers.weighted(site.model.get_submodule(path)).shape(IN, int(channels * site.ratio(path, IN)))
-            needed += channels * (shape[0] + sum(shape[2:])) if separable else math.prod(shape)
+            needed += math.prod(shape)
         if len(samples) < needed:
             warnings.warn(
                 f"{site.name}: fewer kept samples than parameters of the fit, {len(samples)} for {needed}: what it "
-                f"captures may not carry over to other samples; collect with keep_samples={needed}, ask for fewer "
-                "channels, or take kernel='separable'",
+                f"captures may not carry over to other samples; collect with keep_samples={needed}, or ask for fewer "
+                "channels",
                 FewSamplesWarning,
                 stacklevel=4,
             )
@@ -268,7 +219,7 @@ def telling_units(fit: Fit, held_out: Fit, filters: Filters) -> int:
         for path, normal_equation in equations.items():
             rows = units * (normal_equation.gram.shape[0] // filters.units)
             leading[path] = Normal(normal_equation.gram[:rows, :rows], normal_equation.cross[:rows])
-        outgoing = best_outgoing(leading, fit.site, filters.like, False, RIDGE)
+        outgoing = best_outgoing(leading, fit.site, filters.like)
         gain = _gain_by_sample(held_out, filters.picked(range(units)), outgoing)
         more = gain if before is None else gain - before
         error = float(more.std()) / count**0.5 if count > 1 else math.inf
@@ -292,11 +243,36 @@ def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> 
     return torch.cat(found)
 
 
-def unit(filters: Filters, coordinates: Parametrization) -> Filters:
-    """Filters whose output has about unit size: of norm one where the patches are whitened."""
-    rows = [producer.embed(*filters[producer.path]).reshape(filters.units, -1) for producer in coordinates.producers]
-    size = torch.cat(rows, 1).norm(dim=1)
-    return filters.scaled(torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0))
+def _starts(
+    fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
+) -> list[tuple[str, Filters]]:
+    """The closed form with the better signs, where there is one, and the best of three times as many random filters."""
+    result: list[tuple[str, Filters]] = []
+    if fit.site.closed_form and len(fit.site.producers) == 1:
+        tiny = tiny_filters(fit, units * fit.site.granularity, coordinates)
+        tiny = replace(tiny, units=tiny.units // fit.site.granularity)
+        missing = units - tiny.units
+        if missing:
+            tiny = joined([tiny, random_filters(fit, coordinates, missing, generator)])
+        result.append(("tiny", _best_of(fit, joined([tiny, tiny.each(torch.neg)]), units)))
+    pool = random_filters(fit, coordinates, 3 * units, generator)
+    return [*result, ("random", _best_of(fit, pool, units))]
+
+
+def tiny_filters(fit: Fit, channels: int, coordinates: Parametrization) -> Filters:
+    """Filters of the closed form in whitened coordinates, of norm one there.
+
+    Args:
+        fit: on a site that has one, of whole channels.
+        channels: how many; fewer come back where N has a lower rank.
+        coordinates: whose damped second moment of the patches stands for S.
+    """
+    names, (producer,) = frozenset({"N_raw"}), coordinates.producers
+    averages = [sample_averages(fit.samples, consumer, names)["N_raw"] for consumer in fit.site.consumers]
+    linear = torch.cat([each.flatten(1) for each in averages], 1)
+    left, values, _ = leading_svd(producer.root.to(linear) @ linear, channels)
+    rows = left[:, values > RANK_TOLERANCE * values[0]].mT.to(producer.root)
+    return Filters(len(rows), {producer.path: producer.unflatten(rows @ producer.root)})
 
 
 def random_filters(fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None) -> Filters:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.layout import OUT
 from growconv.solvers.filters import Filters, Weights, flattened
-from growconv.solvers.rank_one import outer_product, rank_one_factors
 from growconv.statistics.columns import columns
 from growconv.statistics.samples import KeptSamples
 
@@ -120,43 +119,6 @@ class Whitened:
     def encode(self, filters: Filters) -> Tensor:
         """See `Parametrization.encode`; exact."""
         return torch.cat([w.embed(*filters[w.path]).reshape(filters.units, -1) for w in self.producers], 1)
-
-
-class Separable:
-    """Filters of rank one: an outer product of one vector over the input channels and one for every axis of the kernel.
-
-    One CP term a filter; the bias is free.
-
-    Args:
-        whitened: the unrestricted parametrization of the same producers.
-    """
-
-    def __init__(self, whitened: Whitened) -> None:
-        self.producers = whitened.producers
-
-    def filters(self, theta: Tensor) -> Filters:
-        """See `Parametrization.filters`."""
-        found, start = {}, 0
-        for producer in self.producers:
-            width = sum(producer.shape) + producer.bias
-            rows = theta[:, start : start + producer.filters * width].reshape(-1, width)
-            start += producer.filters * width
-            *factors, bias = rows.split([*producer.shape, producer.bias], 1)
-            found[producer.path] = (outer_product(factors), bias[:, 0] if producer.bias else None)
-        return Filters(len(theta), found)
-
-    def encode(self, filters: Filters) -> Tensor:
-        """See `Parametrization.encode`; the nearest rank-one filters, factors of equal norm."""
-        parts = []
-        for producer in self.producers:
-            weight, bias = filters[producer.path]
-            factors = rank_one_factors(weight)
-            size = factors[0].norm(dim=1, keepdim=True)
-            root = size ** (1 / len(factors))
-            first = torch.where(size > 0, factors[0] / size, factors[0]) * root
-            rows = [first, *(factor * root for factor in factors[1:]), *([] if bias is None else [bias[:, None]])]
-            parts.append(torch.cat(rows, 1).reshape(filters.units, -1))
-        return torch.cat(parts, 1)
 
 
 class Bounded:

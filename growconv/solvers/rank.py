@@ -31,7 +31,6 @@ from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import attribute, example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
-from growconv.solvers.rank_one import rank_one_factors
 from growconv.statistics.own_update import Equations, own_equations
 
 
@@ -366,7 +365,8 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
     target = residual.reshape(module.in_channels, -1, module.out_channels)
     fit = bilinear_least_squares(gram, target, terms, random_starts=0, rounds=3)
     windows = _filled(fit.right, terms, live=True).reshape(terms, *module.kernel_size, module.out_channels)
-    bilinear = [_filled(fit.left, terms, live=True), *rank_one_factors(windows)[:-1]]
+    along = [windows.movedim(axis + 1, 1).flatten(2) for axis in range(module.axes)]
+    bilinear = [_filled(fit.left, terms, live=True), *(torch.linalg.svd(each)[0][:, :, 0] for each in along)]
     generator = torch.Generator().manual_seed(0)
     starts = [bilinear] + [
         [torch.randn(terms, size, generator=generator, dtype=torch.float64).to(residual) for size in sizes]

@@ -82,7 +82,7 @@ def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_whose_last_flops_went_into_growing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    costly = ["growth=functional", "growth.times=1", "growth.solver.kernel=separable", "growth.samples=640"]
+    costly = ["growth=functional", "growth.times=1", "growth.amount=2", "growth.samples=640"]
     summary = run(tmp_path / "run", "trainer.flops=3e8", "trainer.progress=lines", "data.limit=640", *costly)
     grown = lines(tmp_path / "run", "growth.jsonl")
     assert summary["train_flops"] > 3e8

@@ -83,7 +83,7 @@ def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
     fit, consumer = problem(torch.relu)
     filters = of(torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
     equations = normal_equations(fit, filters)
-    outgoing = best_outgoing(equations, fit.site, targets(fit), False, 1e-14)
+    outgoing = best_outgoing(equations, fit.site, targets(fit), 1e-14)
     variable = outgoing["r"].clone().requires_grad_()
     h = fit.reads(fit.samples.passes[0], filters)["r"][0]
     loss = (targets(fit) - F.conv2d(h, variable, stride=consumer.stride, padding=consumer.padding)).square().sum()
@@ -94,7 +94,7 @@ def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
 def test_a_channel_that_is_never_read_gets_no_weight() -> None:
     fit, _ = problem(torch.relu)
     filters = of(torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))
-    outgoing = best_outgoing(normal_equations(fit, filters), fit.site, targets(fit), False, 1e-6)
+    outgoing = best_outgoing(normal_equations(fit, filters), fit.site, targets(fit), 1e-6)
     assert bool(torch.isfinite(outgoing["r"]).all())
     assert float(outgoing["r"][:, 1].abs().max()) == 0.0
     assert float(outgoing["r"][:, 0].abs().max()) > 0.0
