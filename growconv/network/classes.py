@@ -137,7 +137,7 @@ def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> 
     strictly, freely = strict.roots(), repeated.roots()
     owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
     classes: dict[int, set[int]] = {}
-    for key in {key for key, _ in repeated.owners}:  # not number by number: what fills an axis up may differ
+    for key in repeated.axes:  # not number by number: what fills an axis up may differ
         for first, second in zip(strict.range_of(key), repeated.range_of(key), strict=False):
             if freely[second] in owner:
                 classes.setdefault(int(strictly[first]), set()).add(int(freely[second]))

@@ -49,6 +49,7 @@ class Sizes:
         self._length = length
         self._lengths: dict[Key, int] = {}
         self.units: dict[int, int] = {}
+        self.along: dict[Key, dict[int, int]] = {}
 
     def __call__(self, key: Key) -> int:
         """The length of an axis."""
@@ -185,7 +186,9 @@ class Layout:
 
     def units_along(self, key: Key, sizes: Sizes) -> dict[int, int]:
         """How many units every space on an axis has now; none for an axis that no channels lie on."""
-        return {space: self.units(space, sizes) for space in self._spaces(key)}
+        if key not in sizes.along:
+            sizes.along[key] = {space: self.units(space, sizes) for space in self._spaces(key)}
+        return sizes.along[key]
 
     def _alone(self, space: int, sizes: Sizes) -> int:
         """The units of a space that one axis tells."""
@@ -258,9 +261,15 @@ class Layout:
 
     def entries(self, key: Key, space: int, sizes: Sizes) -> list[int]:
         """The positions of a space's entries along an axis now, channel by channel."""
-        owners = owners_of(self.axes[key], self.units_along(key, sizes))
-        own = np.flatnonzero(owners[:, 0] == space)
-        return own[np.lexsort((owners[own, 2], owners[own, 1]))].tolist()
+        now, start, slots, rows = self.units_along(key, sizes), 0, list[int](), []
+        for run in self.axes[key]:
+            length = run.length(now)
+            if run.space == space:
+                at = np.arange(start, start + length).reshape(run.outer, now[space], run.inner)
+                rows.append(at.swapaxes(0, 1).reshape(now[space], -1))
+                slots += run.slots
+            start += length
+        return np.concatenate(rows, 1)[:, np.argsort(slots)].ravel().tolist() if rows else []
 
 
 def owners_of(runs: Sequence[Run], units: Sequence[int] | Mapping[int, int]) -> NDArray[np.int64]:

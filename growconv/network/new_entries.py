@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, owners_of
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes, owners_of
 from growconv.network.model import found_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -24,7 +24,7 @@ class NewEntries:
     """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
 
     def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
-        self.site, self.growth, self.amplitude = site, growth, amplitude
+        self.site, self.growth, self.amplitude, self.sizes = site, growth, amplitude, site.sizes
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
         """By tensor name, for a path and side."""
@@ -135,7 +135,7 @@ class NewEntries:
         require_finite(tensor, label, self.site)
         tensor = tensor.detach()
         if key is not None and tensor.dim() == len(shape):
-            at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups)
+            at = positions_now(self.site, key, tensor.shape[axis], self.growth.units, label, groups, self.sizes)
             if at != list(range(shape[axis])):
                 size = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
                 tensor = tensor.new_zeros(size).index_copy(axis, torch.tensor(at, device=tensor.device), tensor)
@@ -158,7 +158,13 @@ def _misshapen(label: str, site: Site, expected: object, got: object) -> Surgery
 
 
 def positions_now(
-    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1
+    site: Site,
+    key: Key,
+    length: int,
+    units: Mapping[int, int],
+    label: str,
+    groups: int = 1,
+    sizes: Sizes | None = None,
 ) -> list[int]:
     """Where the entries that an axis had once lie now.
 
@@ -168,6 +174,7 @@ def positions_now(
         units: how many units each space had then; where it says nothing, it is read off `length`.
         label: what has that length, for the message.
         groups: positions within a group, where the length is that of one.
+        sizes: the lengths of the axes, if they are known.
 
     Returns:
         `length` positions along the axis as it is now.
@@ -175,7 +182,7 @@ def positions_now(
     Raises:
         SurgeryError: channels have gone since, or the length leaves in doubt which ones have come.
     """
-    sizes, layout = site.sizes, site.layout
+    sizes, layout = sizes or site.sizes, site.layout
     size, runs = sizes(key) // groups, layout.axes.get(key, ())
     expected = f"{size} entries for {key[0]} ({key[1]})"
     if not runs:

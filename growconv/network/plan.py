@@ -1,5 +1,6 @@
 """What a growth or removal will change: every tensor with its new entries, every attribute. Nothing is changed here."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ class Change:
 
 
 class Plan:
-    """All changes of one growth or removal.
+    """All changes of one growth or removal, or of growths of several sites at once.
 
     Args:
         model: the model that they are for.
@@ -73,15 +74,17 @@ class Plan:
         self.model = model
         self.changes: list[Change] = []
         self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
+        self._by_tensor: dict[int, Change] = {}
+        self._parts: dict[str, list[layers.Part]] = {}
+        self._added: dict[str, Counter[str]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
         tensor = tensor_at(self.model, path)
-        found = next((change for change in self.changes if change.tensor is tensor), None)
-        if found is None:
-            found = Change(path, tensor)
-            self.changes.append(found)
-        return found
+        if id(tensor) not in self._by_tensor:
+            self.changes.append(Change(path, tensor))
+            self._by_tensor[id(tensor)] = self.changes[-1]
+        return self._by_tensor[id(tensor)]
 
     def insert(self, path: str, insertion: Insertion, values: Tensor | None) -> None:
         """Add an insertion, unless a shared tensor has it already."""
@@ -106,9 +109,13 @@ class Plan:
             self.insert(f"{path}.{part.name}", part.insertion, part.values)
         for removal in removals:
             self.change(f"{path}.{removal.name}").removed[removal.axis] = removal.entries
-        for name, values in adapter.revised(parts, removals).items():
+        all_parts = self._parts.setdefault(path, [])
+        all_parts += parts
+        for name, values in adapter.revised(all_parts, removals).items():
             self.change(f"{path}.{name}").revised = values
-        self.attributes |= {(path, name): value for name, value in adapter.counts(added).items()}
+        all_added = self._added.setdefault(path, Counter())
+        all_added.update(added)
+        self.attributes |= {(path, name): value for name, value in adapter.counts(all_added).items()}
 
     def follow(self, site: Site, units: int) -> None:
         """Let the sizes follow that the code of modules keeps beside their tensors."""
@@ -153,18 +160,21 @@ Values = Callable[[str, str], Mapping[str, Tensor]]
 """Per path and side the new entries by tensor name, channel by channel; a bare tensor's own are under ""."""
 
 
-def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
+def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan: Plan | None = None) -> Plan:
     """Plan and validate a growth; nothing is changed.
 
     Args:
-        growth: what.
+        growth: what; for the model as it is now.
         amplitude: multiplies the outgoing weights.
+        plan: a plan for other sites of the model, which this growth is added to; where new channels of two sites meet,
+            weights are zero.
 
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
     check_proposal(site, growth)
-    plan = _plan(site, growth.channels, NewEntries(site, growth, amplitude))
+    plan = plan or Plan(site.model)
+    _add(plan, site, growth.channels, NewEntries(site, growth, amplitude))
     for path, replacement in growth.revised.items():
         plan.change(path).revised = revision(site, growth, path, replacement)
     return plan
@@ -176,7 +186,9 @@ def plan_size(site: Site, channels: int) -> int:
     Args:
         channels: a multiple of the site's granularity.
     """
-    return _plan(site, channels, lambda path, side: {}).added_parameters()
+    plan = Plan(site.model)
+    _add(plan, site, channels, lambda path, side: {})
+    return plan.added_parameters()
 
 
 def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
@@ -266,9 +278,9 @@ def _sides(site: Site) -> dict[str, list[str]]:
     return found
 
 
-def _plan(site: Site, channels: int, values: Values) -> Plan:
+def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
     """New channels for every layer and bare tensor of a site."""
-    plan, sizes = Plan(site.model), site.sizes
+    sizes = site.sizes
     for path, sides in _sides(site).items():
         places = {side: site.places(path, side, channels, sizes) for side in sides}
         if path in site.layout.dims:
@@ -286,4 +298,3 @@ def _plan(site: Site, channels: int, values: Values) -> Plan:
             parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
         plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
     plan.follow(site, channels // site.granularity)
-    return plan

@@ -17,7 +17,7 @@ from growconv.network import layers
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, same_chance, tensors_in
 from growconv.network.optimizer import exchange, refresh
-from growconv.network.plan import plan_growth
+from growconv.network.plan import Plan, plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
@@ -135,11 +135,17 @@ class Proof:
         """Why some sites cannot grow together; None where they can."""
         twin = copied(self.model)
         try:
+            together, copies = Plan(twin), []
             for number in part:
                 site = self.sites[number].of(twin)
                 channels = more[number] * site.granularity
-                growth = copied_growth(site, channels) if site.copied else silent_growth(site, channels)
-                plan = plan_growth(site, growth)
+                if site.copied:
+                    copies.append((site, channels))
+                else:
+                    plan_growth(site, silent_growth(site, channels), plan=together)
+            exchange(twin, together.changes, together.attributes, ())
+            for site, channels in copies:  # these give old weights new values
+                plan = plan_growth(site, copied_growth(site, channels))
                 exchange(twin, plan.changes, plan.attributes, ())
             refresh(twin)
         except GrowthError as error:

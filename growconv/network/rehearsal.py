@@ -87,7 +87,7 @@ class Widening:
         self.spaces = spaces
         self.pretender = Pretender(model)
         self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
-        self.sizes |= {key: len(numbers.range_of(key)) for key in {key for key, _ in numbers.owners}}
+        self.sizes |= {key: len(numbers.range_of(key)) for key in numbers.axes}
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[tuple[str, str, int | None]] = set()
@@ -220,20 +220,19 @@ class Widening:
 
     def _met(self, failure: LookFailed, found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
         """The spaces of the numbers that the failing operation met."""
-        met = set()
-        for number in failure.numbers:
-            key, position = found.owners[number]
+        met = set[int]()
+        for key, positions in found.positions(failure.numbers):
             if key in layout.axes and key[0] not in self.dims:
-                axis = owners_of(layout.axes[key], units)
-                if position < len(axis) and axis[position, 0] >= 0:
-                    met.add(int(axis[position, 0]))
+                axis = owners_of(layout.axes[key], units)[:, 0]
+                owners = axis[positions[positions < len(axis)]]
+                met.update(owners[owners >= 0].tolist())
         return met
 
     # ------------------------------------------------------------------------------------------ runs
 
     def _classes_of(self) -> NDArray[np.int64]:
         """Per number its class: space · 2³⁶ + index; -1 for numbers of no space."""
-        by_root = np.full(len(self.numbers.owners) + 1, -1, dtype=np.int64)
+        by_root = np.full(self.numbers.count + 1, -1, dtype=np.int64)
         for number, space in enumerate(self.spaces):
             for index, root in enumerate(space.roots):
                 by_root[root] = number * _SPACE + index

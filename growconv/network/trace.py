@@ -10,13 +10,12 @@ Companions are constant along most axes; there they have stride 0, which keeps t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
@@ -39,7 +38,7 @@ class Numbers:
             them then, since it stays as it is.
 
     Attributes:
-        owners: per number the axis and the position that it stands for.
+        count: how many there are.
         blocked: per number why it cannot grow.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
@@ -54,7 +53,7 @@ class Numbers:
 
     def __init__(self, repeated: bool = False) -> None:
         self.repeated = repeated
-        self.owners: list[tuple[Key, int]] = []
+        self.count = 0
         self.blocked: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
         self.silent: set[str] = set()
@@ -64,39 +63,57 @@ class Numbers:
         self.shapes: dict[str, torch.Size] = {}
         self.literals: dict[tuple[str, str, int | None], list[int]] = {}
         self.cuts: list[list[int]] = []
-        self._parents: list[int] = []
         self._first: dict[Key, tuple[int, int]] = {}
+        self._ties: list[NDArray[np.int64]] = []
+        self._roots = np.empty(0, dtype=np.int64)
 
     def fresh(self, key: Key, count: int) -> int:
         """The first of the numbers of an axis; those of the first time for one that was seen before."""
-        first, known = self._first.get(key, (len(self._parents), 0))
-        if not known:
-            self._first[key] = first, count
-            self._parents += range(first, first + count)
-            self.owners += [(key, position) for position in range(count)]
-        return first
+        if key not in self._first:
+            self._first[key] = self.count, count
+            self.count += count
+        return self._first[key][0]
 
-    def root(self, number: int) -> int:
-        """The number that stands for all those tied to one."""
-        parents = self._parents
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
+    @property
+    def axes(self) -> Iterable[Key]:
+        """The axes that have numbers."""
+        return self._first.keys()
 
-    def tie(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Let numbers live and die together."""
-        for first, second in pairs:
-            self._parents[self.root(first)] = self.root(second)
+    def range_of(self, key: Key) -> range:
+        """The numbers of an axis; empty for one that was not met."""
+        first, count = self._first.get(key, (0, 0))
+        return range(first, first + count)
+
+    def positions(self, numbers: Iterable[int]) -> Iterator[tuple[Key, NDArray[np.int64]]]:
+        """The axes that some numbers stand for, with the positions along them."""
+        ordered = np.sort(np.fromiter(numbers, np.int64))
+        for key, (first, count) in self._first.items():
+            start, stop = np.searchsorted(ordered, (first, first + count))
+            if start < stop:
+                yield key, ordered[start:stop] - first
+
+    def tie(self, first: ArrayLike, second: ArrayLike) -> None:
+        """Let numbers live and die together, pair by pair."""
+        pairs = np.asarray([first, second], dtype=np.int64)
+        if pairs.size:
+            self._ties.append(pairs)
+
+    def roots(self) -> NDArray[np.int64]:
+        """Per number the lowest of all that are tied to it."""
+        if self._ties or len(self._roots) < self.count:
+            known = np.arange(self.count)
+            known[: len(self._roots)] = self._roots
+            pairs = np.concatenate([np.empty((2, 0), dtype=np.int64), *self._ties], 1)
+            self._roots, self._ties = _lowest(known, pairs), []
+        return self._roots
 
     def unify(self, first: Tensor, second: Tensor) -> None:
         """Tie the numbers of two companions of one shape, entry by entry."""
         first, second = _narrowed(first, second)
         both = (first != second) & (first >= 0) & (second >= 0)
         if bool(both.any()):
-            count = len(self._parents)
-            keys = torch.unique(first[both] * count + second[both]).tolist()
-            self.tie((key // count, key % count) for key in keys)
+            keys = torch.unique(first[both] * self.count + second[both]).numpy()
+            self.tie(keys // self.count, keys % self.count)
 
     def unify_rows(self, companion: Tensor) -> Tensor:
         """Tie all numbers along the last axis of a companion; gives one for each row."""
@@ -112,31 +129,21 @@ class Numbers:
 
     def consume(self, key: Key, columns: Tensor) -> None:
         """Note what an axis was given: columns (positions, uses)."""
-        numbers = self.unify_rows(columns).tolist()
-        known = self.columns.setdefault(key, numbers)
-        if known is not numbers:
-            self.tie((a, b) for a, b in zip(known, numbers, strict=False) if a >= 0 and b >= 0)
-            self.columns[key] = [a if a >= 0 else b for a, b in zip(known, numbers, strict=False)]
-
-    def roots(self) -> NDArray[np.int64]:
-        """Per number the one that stands for all those tied to it."""
-        parents = np.asarray(self._parents, dtype=np.int64)
-        while True:
-            further = parents[parents]
-            if np.array_equal(further, parents):
-                return parents
-            parents = further
-
-    def range_of(self, key: Key) -> range:
-        """The numbers of an axis; empty for one that was not met."""
-        first, count = self._first.get(key, (0, 0))
-        return range(first, first + count)
+        new = self.unify_rows(columns).numpy()
+        if key in self.columns:
+            length = min(len(new), len(self.columns[key]))
+            old, new = np.asarray(self.columns[key][:length], dtype=np.int64), new[:length]
+            both = (old >= 0) & (new >= 0)
+            self.tie(old[both], new[both])
+            new = np.where(old >= 0, old, new)
+        self.columns[key] = new.tolist()
 
     def reasons(self) -> dict[int, str]:
         """Why classes are blocked, by root."""
         found: dict[int, str] = {}
+        roots = self.roots()
         for number, reason in self.blocked.items():
-            found.setdefault(self.root(number), reason)
+            found.setdefault(int(roots[number]), reason)
         return found
 
     def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
@@ -279,25 +286,27 @@ class _Mode(Watch):
         numbers, earlier = self.numbers, self._alias[path]
         own = numbers.range_of((path, out))
         first = numbers.fresh((earlier, out), len(own))
-        numbers.tie(zip(range(first, first + len(own)), own, strict=True))
+        numbers.tie(range(first, first + len(own)), own)
         numbers.consume((earlier, into), torch.tensor(numbers.columns[path, into])[:, None])
 
     def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
         self.numbers.consume((path, ENTRY), columns)
         for group in layers.norm(module).groups(columns.shape[0]):
             known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
-            self.numbers.tie(pairwise(known))
+            self.numbers.tie(known[:-1], known[1:])
 
     def _carry(self, groups: int, given: list[int], first: int, count: int, path: str) -> None:
         """Tie what every group reads to what it writes."""
-        size, out = len(given) // groups, count // groups
-        for group in range(groups):
-            read = [number for number in given[group * size : (group + 1) * size] if number >= 0]
-            together = [*read, *range(first + group * out, first + (group + 1) * out)]
-            if len(read) < size:
-                for number in together:
-                    self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
-            self.numbers.tie(pairwise(together))
+        read = np.asarray(given, dtype=np.int64)[: len(given) // groups * groups].reshape(groups, -1)
+        written = np.arange(first, first + count // groups * groups).reshape(groups, -1)
+        together, ahead = (
+            np.concatenate([read, written], 1),
+            np.repeat(written[:, :1], read.shape[1] + written.shape[1], 1),
+        )
+        known = together >= 0
+        self.numbers.tie(together[known], ahead[known])
+        for number in together[(~known).any(1)][known[(~known).any(1)]].tolist():
+            self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -532,7 +541,7 @@ class _Mode(Watch):
         if isinstance(dims, bool) or dims is None or dims == []:
             dims = -1 if name in operations.ALONG_LAST else range(companion.dim())
         dims = [dim % max(companion.dim(), 1) for dim in ([dims] if isinstance(dims, int) else dims)]
-        narrow = compact(companion, keep=[d for d in range(companion.dim()) if d not in dims])
+        narrow = compact(companion)
         value = narrow.amax(dims, keepdim=True) if dims else narrow
         together = self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
         if together and not any(_varies(value, axis) for axis in range(value.dim())):
@@ -615,6 +624,19 @@ class _Mode(Watch):
         for result in results:
             if result.shape == shape:
                 self._put(result, base)
+
+
+def _lowest(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Per label the lowest that pairs (2, n) lead to: the components of a graph, by hooking and jumping."""
+    while True:
+        first, second = labels[pairs]
+        apart = first != second
+        if not apart.any():
+            return labels
+        pairs, first, second = pairs[:, apart], first[apart], second[apart]
+        np.minimum.at(labels, np.maximum(first, second), np.minimum(first, second))
+        while (further := labels[labels]).tobytes() != labels.tobytes():
+            labels = further
 
 
 def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:

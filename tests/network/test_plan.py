@@ -7,11 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthHistory
+from growconv.network.find import find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
-from growconv.network.plan import plan_growth, plan_removal, plan_size, tied_weights
+from growconv.network.optimizer import exchange
+from growconv.network.plan import Plan, plan_growth, plan_removal, plan_size, tied_weights
+from growconv.network.proof import silent_growth
 from growconv.network.proposal import ChannelGrowth
 from tests.network import hand
 
@@ -76,6 +80,25 @@ def test_plans_change_nothing_and_predict_sizes(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     event = shrink(model, site, range(site.granularity))
     assert event.parameters_after - event.parameters_before == gone < 0
+
+
+def test_two_sites_in_one_plan_are_what_two_plans_give() -> None:
+    """A chain with weight norm: the middle layer gets new outputs from one site and new inputs from the other."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), weight_norm(nn.Conv2d(4, 5, 3)), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)]
+    model, example = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    expected, one_by_one = model(example), copy.deepcopy(model)
+    sites = find_sites(model, example)
+    assert len(sites) == 2
+    together = Plan(model)
+    for site in sites:
+        plan_growth(site, silent_growth(site, 2), plan=together)
+        grow(one_by_one, site.of(one_by_one), silent_growth(site.of(one_by_one), 2))
+    exchange(model, together.changes, together.attributes, ())
+    shapes = {name: value.shape for name, value in one_by_one.state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert (layers[2].in_channels, layers[2].out_channels, layers[3].num_features) == (6, 7, 7)
+    torch.testing.assert_close(model(example), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_weight_that_encodes_and_decodes_is_tied() -> None:

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
@@ -36,8 +40,22 @@ def classes(numbers: Numbers, key: tuple[str, str] = ("a", OUT)) -> list[list[in
     """The outputs of a layer that live and die together."""
     found: dict[int, list[int]] = {}
     for position, number in enumerate(numbers.range_of(key)):
-        found.setdefault(numbers.root(number), []).append(position)
+        found.setdefault(int(numbers.roots()[number]), []).append(position)
     return list(found.values())
+
+
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+def test_ties_are_the_components_of_a_graph(drawn: tuple[int, list[tuple[int, int]]]) -> None:
+    count, pairs = drawn
+    numbers, graph = Numbers(), np.zeros((count, count))
+    numbers.fresh(("a", OUT), count)
+    for at, (first, second) in enumerate(pairs):
+        numbers.tie([first], [second])
+        graph[first, second] = 1
+        if at % 3 == 0:
+            numbers.roots()  # what is known already is built upon
+    labels = connected_components(graph, directed=False)[1]
+    assert numbers.roots().tolist() == [labels.tolist().index(label) for label in labels]
 
 
 APART = [[0], [1], [2], [3]]
@@ -65,7 +83,7 @@ def test_channels_arrive_where_they_are_moved(operation: Callable[[Tensor], Tens
     numbers = through(operation)
     assert arrivals(numbers) == arrive
     assert classes(numbers) == APART
-    assert not any(numbers.root(number) in numbers.reasons() for number in numbers.range_of(("a", OUT)))
+    assert not any(int(numbers.roots()[number]) in numbers.reasons() for number in numbers.range_of(("a", OUT)))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +118,7 @@ def test_channels_that_are_computed_together_are_tied(
 )
 def test_what_is_not_followed_blocks(operation: Callable[[Tensor], Tensor], reason: str) -> None:
     numbers = through(operation)
-    said = [numbers.reasons().get(numbers.root(number)) for number in numbers.range_of(("a", OUT))]
+    said = [numbers.reasons().get(int(numbers.roots()[number])) for number in numbers.range_of(("a", OUT))]
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(said)
 
@@ -127,8 +145,8 @@ def test_parameters_and_buffers_have_numbers_of_their_own() -> None:
     numbers = looked(model, torch.randn(1, 3, 2, 2))
     assert numbers.shapes == {"scale": (4, 1, 1), "shift": (4,)}
     for position, number in enumerate(numbers.range_of(("a", OUT))):
-        together = {numbers.root(numbers.range_of((path, ENTRY))[position]) for path in ("scale", "shift")}
-        assert together == {numbers.root(number)}
+        together = {int(numbers.roots()[numbers.range_of((path, ENTRY))[position]]) for path in ("scale", "shift")}
+        assert together == {int(numbers.roots()[number])}
 
 
 def test_norms_and_grouped_convolutions_carry_channels() -> None:
