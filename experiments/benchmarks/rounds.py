@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.rounds --depths 20 --batch 128 --batches 20 --repeats 1
 
 CIFAR ResNets (He et al. 2016) on random 3×32×32 images; a round asks all pairs of a block for a quarter of their width,
-as by default. Every round grows a copy of the same network. CPU time of one thread, a round and its steps in turn,
+as by default, with --streams the residual streams alone. Every round grows a copy of the same network. CPU time of one thread, a round and its steps in turn,
 medians; memory is what the process holds at its peak beyond what it held before.
 """
 
@@ -58,9 +58,9 @@ def trained(depth: int, batch: Batch) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, optimizer
 
 
-def pairs(model: nn.Module, batch: Batch) -> list[GrowthSite]:
-    """The sites between the two convolutions of a block."""
-    return [site for site in growconv.find_sites(model, batch[0][:2]) if len(site.producers) == 1]
+def sites_of(model: nn.Module, batch: Batch, streams: bool) -> list[GrowthSite]:
+    """The sites between the two convolutions of a block, or the streams that several blocks add to."""
+    return [site for site in growconv.find_sites(model, batch[0][:2]) if (len(site.producers) > 1) == streams]
 
 
 def peak(work: Callable[[], object]) -> float:
@@ -78,11 +78,11 @@ def _status(name: str) -> float:
     return 1024 * float(line.split()[1])
 
 
-def measured(depth: int, method: str, batches: list[Batch], repeats: int) -> list[object]:
+def measured(depth: int, method: str, batches: list[Batch], repeats: int, streams: bool) -> list[object]:
     """A row of the table."""
     model, optimizer = trained(depth, batches[0])
     held = peak(lambda: step(model, optimizer, batches[0]))
-    sites = pairs(model, batches[0])
+    sites = sites_of(model, batches[0], streams)
     rounds, shares, peaks = [], [], []
     for _ in range(repeats):
         grown, own = copy.deepcopy((model, optimizer))
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=2, help="growth batches, a part of which is held out")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--streams", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FewSamplesWarning)
@@ -119,7 +120,7 @@ def main() -> None:
     rows = []
     for method in arguments.methods:
         for depth in arguments.depths:
-            rows.append(measured(depth, method, batches, arguments.repeats))
+            rows.append(measured(depth, method, batches, arguments.repeats, arguments.streams))
             print(*rows[-1], sep="\t", flush=True)
     print(f"\n{machine()}; {versions()}\n\n{markdown_table(COLUMNS, rows)}")
 
