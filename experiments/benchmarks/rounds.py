@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.rounds --depths 20 --batch 128 --batches 20 --repeats 1
 
 CIFAR ResNets (He et al. 2016) on random 3×32×32 images; a round asks all pairs of a block for a quarter of their width,
-as by default, with --streams the residual streams alone. Every round grows a copy of the same network. CPU time of one thread, a round and its steps in turn,
-medians; memory is what the process holds at its peak beyond what it held before.
+as by default, or with --streams the residual streams alone. Every round grows a copy of the same network. CPU time of
+one thread, a round and its steps in turn, medians; memory is what the process holds at its peak beyond what it held
+before.
 """
 
 import argparse
