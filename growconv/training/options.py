@@ -266,10 +266,10 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class TorchOptimizerConfig(OptimizerConfig):
-    """Any optimizer of torch.optim that needs nothing but gradients.
+    """Any optimizer, of torch.optim or your own, that needs nothing but gradients.
 
     Attributes:
-        name: its class: RMSprop, NAdam, ...
+        name: its class: RMSprop, NAdam, ..., or the dotted path of one of your own.
         args: its further arguments.
     """
 
@@ -289,10 +289,10 @@ class LRScheduleConfig:
 
 @dataclass
 class TorchScheduleConfig(LRScheduleConfig):
-    """Any schedule of torch.optim.lr_scheduler that depends on nothing but the step, in a run of `trainer.epochs`.
+    """Any schedule, torch's or your own, that depends on nothing but the step, in a run of `trainer.epochs`.
 
     Attributes:
-        name: its class: StepLR, OneCycleLR, ...
+        name: its class: StepLR, OneCycleLR, ..., or the dotted path of one of your own.
         every: when it steps: once an epoch, or once a step.
         args: its arguments.
     """

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from growconv.errors import ConfigError
 from growconv.linalg.optimizers import SGD, AdamW
 from growconv.training.checks import OWN_SCHEDULES, near
+from growconv.training.config import locate
 
 _OTHER_OPTIMIZERS = {
     "LBFGS": "an optimizer that needs nothing but gradients; LBFGS runs the model itself",
@@ -120,7 +121,7 @@ class TorchSchedule:
         return float(self._optimizer.param_groups[0]["lr"]) / self._lr
 
     def _begin(self) -> None:
-        found = class_of_torch(lr_scheduler, self._config["name"], LRScheduler, "lr_schedule.name", _OTHER_SCHEDULES)
+        found = class_of(lr_scheduler, self._config["name"], LRScheduler, "lr_schedule.name", _OTHER_SCHEDULES)
         self._optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=self._lr, momentum=0.9)
         self._schedule = _built(found, "lr_schedule.args", self._optimizer, **self._config["args"])
         self._reached = 0
@@ -156,7 +157,7 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
     elif config["name"] == "adamw":
         kind = AdamW
     else:
-        kind = class_of_torch(torch.optim, config["name"], Optimizer, "optimizer.name", _OTHER_OPTIMIZERS)
+        kind = class_of(torch.optim, config["name"], Optimizer, "optimizer.name", _OTHER_OPTIMIZERS)
         arguments |= config["args"]
     decays = "weight_decay" in inspect.signature(kind).parameters
     if config["weight_decay"] and not decays:
@@ -174,12 +175,12 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
     return _built(kind, "optimizer.args", groups, **arguments)
 
 
-def class_of_torch(module: ModuleType, name: str, kind: type, where: str, others: Mapping[str, str]) -> type[Any]:
-    """A class that a module of torch offers.
+def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapping[str, str]) -> type[Any]:
+    """A class that a module of torch offers, or one of the user's own.
 
     Args:
         module: torch.optim or torch.optim.lr_scheduler.
-        name: of the class.
+        name: of the class; the dotted path of one's own.
         kind: what it has to be a subclass of.
         where: the option, for the message.
         others: classes that do not serve, with the reason.
@@ -189,6 +190,13 @@ def class_of_torch(module: ModuleType, name: str, kind: type, where: str, others
     """
     found = {key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, kind)}
     found = {key: value for key, value in found.items() if value is not kind and not key.startswith("_")}
+    if "." in str(name):
+        own = locate(name, where)
+        if not inspect.isclass(own) or not issubclass(own, kind):
+            raise ConfigError(
+                "this class does not serve here", where=where, got=name, expected=f"a subclass of {kind.__name__}"
+            )
+        return own
     if name in others:
         raise ConfigError("this one does not serve here", where=where, got=name, expected=others[name])
     if name not in found:

@@ -28,6 +28,7 @@ _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
 """Modules of torch whose classes a stored config may name, and what these have to be."""
 
 
+_NAMING_CLASSES = ("optimizer.name", "lr_schedule.name")
 _LIBRARIES = "growconv.training.libraries"
 _OF_LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
 """Builders of models among its functions."""
@@ -81,7 +82,8 @@ def strange_names(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
                         yield key, str(value)
         for key, value in tree.items():
             inner = f"{path}.{key}" if path else str(key)
-            if (key == "_target_" or (key == "method" and "." in str(value))) and not is_known(str(value)):
+            named = key == "_target_" or ("." in str(value) and (key == "method" or inner in _NAMING_CLASSES))
+            if named and not is_known(str(value)):
                 yield inner, str(value)
             yield from strange_names(value, inner)
     elif isinstance(tree, list | tuple):

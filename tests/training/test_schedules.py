@@ -129,6 +129,8 @@ def test_a_schedule_of_torch_gives_torchs_rates_from_any_step_on(name: str, ever
             "no weight decay",
         ),
         (["optimizer=torch", "optimizer.name=NAdam", "optimizer.lr=0.1", "+optimizer.args.alpha=1"], "alpha"),
+        (["optimizer=torch", "optimizer.name=torch.optim.NAdamm", "optimizer.lr=0.1"], "torch.optim.NAdam?"),
+        (["optimizer=torch", "optimizer.name=torch.nn.ReLU", "optimizer.lr=0.1"], "a subclass of Optimizer"),
     ],
 )
 def test_what_torch_does_not_have_or_take_is_said(overrides: list[str], words: str) -> None:
@@ -141,6 +143,24 @@ def test_what_torch_does_not_have_or_take_is_said(overrides: list[str], words: s
     with pytest.raises(ConfigError) as caught:
         make()
     assert words in str(caught.value)
+
+
+def test_classes_of_ones_own_are_named_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import torch
+class Lion(torch.optim.SGD):
+    pass
+class Halving(torch.optim.lr_scheduler.ExponentialLR):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, 0.5)
+"""
+    (tmp_path / "mine_for_schedules.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = ["optimizer=torch", "optimizer.name=mine_for_schedules.Lion", "optimizer.lr=0.1"]
+    config = plain(compose([*chosen, "lr_schedule=torch", "lr_schedule.name=mine_for_schedules.Halving"]))
+    assert type(make_optimizer(config["optimizer"], torch.nn.Linear(3, 2))).__name__ == "Lion"
+    factor = make_lr_schedule(config["lr_schedule"], 8, 0.1, 4)
+    assert [factor(step, 1) for step in (0, 4, 7)] == pytest.approx([1, 0.5, 0.5])
 
 
 def test_torchs_schedules_need_a_number_of_steps() -> None:

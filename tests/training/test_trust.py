@@ -87,6 +87,15 @@ def test_no_command_of_a_stored_config_is_run(key, run, tmp_path, capsys):
     assert "trust=true" in said
 
 
+def test_classes_of_optimizers_and_schedules_are_names_of_code_too():
+    config = {"optimizer": {"name": "evil.Optimizer"}, "lr_schedule": {"name": "evil.Schedule"}}
+    known = {"optimizer": {"name": "torch.optim.NAdam"}, "model": {"name": "resnet50.a1_in1k"}, "data": {"name": "a.b"}}
+    assert list(strange_names(config)) == [
+        ("optimizer.name", "evil.Optimizer"), ("lr_schedule.name", "evil.Schedule")
+    ]  # fmt: skip
+    assert list(strange_names(known)) == []
+
+
 def test_no_module_of_a_stranger_is_imported(run, tmp_path, monkeypatch, capsys):
     """A solver outside growconv is named by its path; its module may lie in the working directory."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
