@@ -112,7 +112,7 @@ class Numbers:
         first, second = _narrowed(first, second)
         both = (first != second) & (first >= 0) & (second >= 0)
         if bool(both.any()):
-            keys = torch.unique(first[both] * self.count + second[both]).numpy()
+            keys = torch.unique(first[both] * self.count + second[both]).cpu().numpy()
             self.tie(keys // self.count, keys % self.count)
 
     def unify_rows(self, companion: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Numbers:
 
     def consume(self, key: Key, columns: Tensor) -> None:
         """Note what an axis was given: columns (positions, uses)."""
-        new = self.unify_rows(columns).numpy()
+        new = self.unify_rows(columns).cpu().numpy()
         if key in self.columns:
             length = min(len(new), len(self.columns[key]))
             old, new = np.asarray(self.columns[key][:length], dtype=np.int64), new[:length]
