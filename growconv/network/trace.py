@@ -337,7 +337,9 @@ class _Mode(Watch):
     ) -> None:
         companions = {id(tensor): self.companion(tensor) for tensor in sources}
         if torch.Tag.inplace_view in func.tags:  # unsqueeze_, transpose_, ...
-            self._put(args[0], getattr(companions[id(args[0])], name.removesuffix("_"))(*args[1:], **kwargs))
+            own = companions[id(args[0])]
+            own = own.contiguous() if name == "as_strided_" else own  # this one reads memory
+            self._put(args[0], getattr(own, name.removesuffix("_"))(*args[1:], **kwargs))
             return
         structural = name in operations.STRUCTURAL
         if not structural and not any(map(_has_numbers, companions.values())):
@@ -387,6 +389,9 @@ class _Mode(Watch):
             found = own if name in operations.ALIASES or 0 in own.stride() else own.clone()
         elif name == "constant_pad_nd":
             found = self._padded(companions[id(args[0])], args[1])
+        elif name == "as_strided":  # reads memory, laid out as that of the tensor
+            own = torch.empty_strided(args[0].shape, args[0].stride(), dtype=torch.long)
+            found = func(own.copy_(companions[id(args[0])]), *args[1:], **kwargs)
         elif name in ("cat", "stack"):
             dim = args[1] if args[1:] else kwargs.get("dim", 0)
             found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)

@@ -77,6 +77,12 @@ APART = [[0], [1], [2], [3]]
         (lambda y: F.interpolate(F.pad(y, (1, 1, 1, 1), mode="circular"), size=(4, 4)), [0, 1, 2, 3]),
         (lambda y: y.flatten(2).softmax(-1).view_as(y) * y, [0, 1, 2, 3]),
         (lambda y: y * y.mean((2, 3)).view(y.size(0), y.size(1), 1, 1), [0, 1, 2, 3]),
+        (lambda y: F.adaptive_avg_pool2d(y.contiguous(memory_format=torch.channels_last), 1) * y, [0, 1, 2, 3]),
+        (lambda y: y.mean((2, 3), keepdim=True).as_strided((2, 4, 1, 1), (4, 1, 4, 4)).flip(1), [3, 2, 1, 0]),
+        (
+            lambda y: y.contiguous(memory_format=torch.channels_last).as_strided((2, 4), (64, 1))[..., None, None] * y,
+            [0, 1, 2, 3],
+        ),
     ],
 )
 def test_channels_arrive_where_they_are_moved(operation: Callable[[Tensor], Tensor], arrive: list[int]) -> None:
