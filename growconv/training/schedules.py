@@ -196,7 +196,9 @@ def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapp
             raise ConfigError(
                 "this class does not serve here", where=where, got=name, expected=f"a subclass of {kind.__name__}"
             )
-        return own
+        if own is not getattr(module, own.__name__, None):
+            return own
+        name = own.__name__
     if name in others:
         raise ConfigError("this one does not serve here", where=where, got=name, expected=others[name])
     if name not in found:

@@ -130,6 +130,8 @@ def test_a_schedule_of_torch_gives_torchs_rates_from_any_step_on(name: str, ever
         ),
         (["optimizer=torch", "optimizer.name=NAdam", "optimizer.lr=0.1", "+optimizer.args.alpha=1"], "alpha"),
         (["optimizer=torch", "optimizer.name=torch.optim.NAdamm", "optimizer.lr=0.1"], "torch.optim.NAdam?"),
+        (["optimizer=torch", "optimizer.name=torch.optim.LBFGS", "optimizer.lr=0.1"], "runs the model itself"),
+        (["optimizer=torch", "optimizer.name=torch.optim.lbfgs.LBFGS", "optimizer.lr=0.1"], "runs the model itself"),
         (["optimizer=torch", "optimizer.name=torch.nn.ReLU", "optimizer.lr=0.1"], "a subclass of Optimizer"),
     ],
 )
