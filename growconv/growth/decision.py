@@ -89,6 +89,7 @@ class Proposal:
         samples: how many the statistics were collected on; None for methods without statistics.
         slopes: (K,) descending, what compares across layers: squared norms of the first gradient that new incoming
             weights would get behind outgoing weights of norm 1; None where a policy did not ask for them.
+        decrease: what the channels alone take off the held-out loss; None where a policy did not ask for it.
     """
 
     site: Site
@@ -98,6 +99,7 @@ class Proposal:
     flops_per_channel: float | int
     samples: int | None = None
     slopes: Tensor | None = None
+    decrease: float | int | None = None
 
     @property
     def gain(self) -> float:

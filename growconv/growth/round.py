@@ -22,6 +22,7 @@ from growconv.network import layers
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
+from growconv.network.optimizer import Journal
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
@@ -297,6 +298,26 @@ class Round:
             energy, samples = (None, None) if given is None else (given.gradient_energy, given.samples)
             answers.append((growth, energy, samples, slopes))
         return answers
+
+    def measured(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The same proposals with their `decrease`; the model is as before afterwards."""
+        return [replace(proposal, decrease=self._decrease(proposal)) for proposal in proposals]
+
+    def _decrease(self, proposal: Proposal) -> float:
+        site, growth = proposal.site, rescaled(proposal.site, proposal.growth)
+        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
+            if self._is_searched(proposal):
+                one = [(site, growth)]
+                choice = choose_amplitudes(self.model, one, self.held_out, self._shared_loss(), self.amplitude_cap)
+                before, after = choice.held_out
+                return before - after
+            before = mean_loss(self.model, self.held_out, self._shared_loss())
+            journal = Journal(self.model, values=[*self.model.parameters(), *self.model.buffers()])
+            try:
+                grow(self.model, site, growth)
+                return before - mean_loss(self.model, self.held_out, self._shared_loss())
+            finally:
+                journal.restore()
 
     def take(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
         """Put proposals into the model, as far as there is room.

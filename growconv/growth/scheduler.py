@@ -32,6 +32,7 @@ from growconv.growth.settings import (
     check_limits,
     check_owner,
     checked_sites,
+    require_searched,
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
@@ -164,11 +165,14 @@ class GrowthScheduler:
         self.pruning = pruning
         self.held_out = float(held_out)
         error = as_relative_error(samples, relative_error, self.solver, self.sites)
-        slopes = self.where.compares_slopes and all(site.closed_form for site in self.sites)
+        slopes = self.where.measures == "slopes" and all(site.closed_form for site in self.sites)
         self.collection = Collection(dict(statistics or {}), error, slopes)
         self.seed = seed
         check_owner(optimizer, self.sites)
-        compared = [each for each in self._policies().values() if each is not self.where or not slopes]
+        if self.where.measures == "decrease":
+            require_searched(self.solver, self.amplitude)
+        measured = slopes or self.where.measures == "decrease"
+        compared = [each for each in self._policies().values() if each is not self.where or not measured]
         check_gains(self.solver, compared, self.sites)
         if times is not None:
             self.require_schedule("times limits a schedule", growth=True)
@@ -535,7 +539,10 @@ class GrowthScheduler:
         situation = self._situation()
         asked = self._asked(situation)
         if asked:
-            work.take(self._chosen(work.ask(asked), situation))
+            admitted = self._admitted(work.ask(asked), situation)
+            if self.where.measures == "decrease":
+                admitted = work.measured(admitted)
+            work.take(self.where.choose(admitted, *self._room(situation)))
         return asked
 
     def _asked(self, situation: Situation) -> dict[Site, Channels]:
@@ -549,8 +556,8 @@ class GrowthScheduler:
                 asked[site] = channels
         return asked
 
-    def _chosen(self, proposals: Sequence[Proposal], situation: Situation) -> list[tuple[Proposal, str]]:
-        """The proposals that every policy agrees to."""
+    def _admitted(self, proposals: Sequence[Proposal], situation: Situation) -> list[Proposal]:
+        """The proposals that no policy but `where`, which chooses among them, has anything against."""
         for policy in self.stops:
             policy.observe(proposals)
         over = next((answer for policy in self.stops if (answer := policy.decide(situation))), None)
@@ -567,7 +574,7 @@ class GrowthScheduler:
                 self._note(f"{proposal.site.name}: {answer.reason}")
             else:
                 admitted.append(proposal)
-        return self.where.choose(admitted, *self._room(situation))
+        return admitted
 
     def _room(self, situation: Situation) -> tuple[float | int, float | int]:
         rooms = [policy.room(situation) for policy in self.stops] or [(math.inf, math.inf)]

@@ -154,6 +154,23 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
             )
 
 
+def require_searched(solver: Solver, amplitude: float | int | str) -> None:
+    """Check that new channels change a held-out loss.
+
+    Raises:
+        ScheduleError: no batches are held out, or the method's channels change nothing.
+    """
+    if amplitude != "line_search" or solver.function_preserving:
+        silent = f"the channels of {solver.name!r} change nothing at first"
+        raise ScheduleError(
+            "by=decrease compares what new channels take off the held-out loss",
+            expected='amplitude="line_search", which holds batches out, and a method such as tiny',
+            got=silent if solver.function_preserving else f"amplitude={amplitude}",
+            where="where",
+            fix="choose another method or amplitude, or by=gradient",
+        )
+
+
 def as_when(every: int | None, when: When | None) -> When | None:
     """One policy from the two ways to say when.
 

@@ -19,7 +19,8 @@ from growconv.limits import limited
 from growconv.network.site import Site
 
 Per = Literal["channel", "parameter", "flop"]
-By = Literal["gradient", "energy"]
+By = Literal["gradient", "energy", "decrease"]
+Measure = Literal["slopes", "decrease"]
 COMPARABLE = frozenset({"energy", "score", "loss"})
 Chosen = list[tuple[Proposal, str]]
 
@@ -32,9 +33,9 @@ class Where(Policy):
         return list(sites)
 
     @property
-    def compares_slopes(self) -> bool:
-        """Whether it reads the slopes of proposals where every site has them."""
-        return False
+    def measures(self) -> Measure | None:
+        """What of proposals is measured for it: `slopes`, where every site has them, or `decrease`."""
+        return None
 
     @abstractmethod
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
@@ -89,13 +90,13 @@ class _Comparing(Where):
     """
 
     per: Per | str = limited("flop", choices=("channel", "parameter", "flop"))
-    by: By | str | None = limited(None, choices=("gradient", "energy"))
+    by: By | str | None = limited(None, choices=("gradient", "energy", "decrease"))
     compares: ClassVar[frozenset[str]] = COMPARABLE
 
     @property
-    def compares_slopes(self) -> bool:
-        """All but an energy is."""
-        return self.by != "energy"
+    def measures(self) -> Measure | None:
+        """Nothing for energies, which solvers give."""
+        return None if self.by == "energy" else "decrease" if self.by == "decrease" else "slopes"
 
     def values(self, proposals: Sequence[Proposal]) -> tuple[list[list[float]], str]:
         """What each channel of each proposal is worth, the cost not yet counted, and the name of that.
@@ -103,6 +104,8 @@ class _Comparing(Where):
         Raises:
             ScheduleError: it was not measured for some proposal.
         """
+        if self.by == "decrease":
+            return [_shared(proposal) for proposal in proposals], "decrease"
         slopes = [proposal.slopes for proposal in proposals]
         if self.by != "energy" and not any(each is None for each in slopes):
             return [each.tolist() for each in slopes if each is not None], "gradient"
@@ -155,8 +158,10 @@ class Greedy(_Comparing):
     Attributes:
         per: what the value of a channel is divided by: "flop" and "parameter" what it costs, "channel" 1.
         by: "gradient": the first gradient on new weights; sites without closed-form statistics have none. "energy": the
-            method's own gains, captured energies of tiny, exact and functional, first-order gains of others. None: the
-            gradient where every site has it, else the energy.
+            method's own gains, captured energies of tiny, exact and functional, first-order gains of others.
+            "decrease": what the site's channels alone take off the held-out loss at the amplitude that is best for
+            them, shared out by their gains; it takes several losses for each site. None: the gradient where every site
+            has it, else the energy.
         channels: channels to add in one round; None: no limit.
         share: the same as a share of the channels that all sites together have now; None: no limit.
         parameters: parameters to add in one round; None: what the schedule's budget leaves.
@@ -250,6 +255,13 @@ class RankTrigger(Where):
                 answer.append((replace(proposal, growth=cut), reason))
         self.names, self.largest = list(known), list(known.values())
         return answer
+
+
+def _shared(proposal: Proposal) -> list[float]:
+    """A proposal's measured decrease, shared out among its channels by their gains, evenly where there are none."""
+    gains = proposal.growth.gains.clamp_min(0)
+    total, whole = float(gains.sum()), proposal.decrease or 0.0
+    return (gains * (whole / total)).tolist() if total > 0 else [whole / len(gains)] * len(gains)
 
 
 def as_where(where: "Where | str") -> Where:

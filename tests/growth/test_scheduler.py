@@ -18,6 +18,7 @@ from growconv.growth import (
     Every,
     Fixed,
     GainAbove,
+    Greedy,
     GrowthHistory,
     GrowthScheduler,
     NoGain,
@@ -293,6 +294,42 @@ def test_the_best_site_is_where_new_weights_would_get_the_steepest_gradient_per_
     assert len(seen) == 3
     for name in list(seen)[1:]:  # at the first a max pooling of equals gives autograd one entry, and N their mean
         assert seen[name] == pytest.approx(steep[name], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["tiny", "splitting"])
+def test_by_decrease_the_best_site_is_where_growing_alone_lowers_the_held_out_loss_most(
+    chain, sites_of, batches_of, method
+):
+    """The referee: schedulers of one site each, which grow twins."""
+    model, batches, alone = chain(3, 4, 5, norm=False), batches_of(4), {}
+    for index, site in enumerate(sites_of(model)):
+        twin = chain(3, 4, 5, norm=False)
+        only = GrowthScheduler(twin, None, [sites_of(twin)[index]], method=method, amount=2)
+        alone[site.name] = sum(event.realised_decrease for event in only.grow(batches, LOSS, step=1))
+
+    class Noting(Best):
+        def choose(self, proposals, parameters, flops):
+            seen.update({proposal.site.name: proposal.decrease for proposal in proposals})
+            return super().choose(proposals, parameters, flops)
+
+    seen = {}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    where = Noting("channel", by="decrease")
+    scheduler = GrowthScheduler(model, None, sites_of(model), method=method, where=where, amount=2)
+    (event,) = scheduler.grow(batches, LOSS, step=1)
+    assert event.site == max(seen, key=seen.get)
+    assert seen == pytest.approx({name: alone[name] for name in seen}, rel=1e-4, abs=2e-6)
+    others = [name for name in before if event.site.split(" -> ")[0] not in name and name in model.state_dict()]
+    unchanged = [name for name in others if model.state_dict()[name].shape == before[name].shape]
+    assert unchanged
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in unchanged)
+
+
+@pytest.mark.parametrize("settings", [{"method": "random"}, {"amplitude": 1.0}])
+def test_a_decrease_is_compared_only_where_it_is_measured(chain, sites_of, settings):
+    model = chain(3, 4)
+    with pytest.raises(ScheduleError, match="take off the held-out loss"):
+        GrowthScheduler(model, None, sites_of(model), where=Greedy(by="decrease"), **settings)
 
 
 def test_the_history_replays_on_a_fresh_model(chain, sites_of, digits, batches_of):

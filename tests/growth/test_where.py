@@ -43,6 +43,19 @@ def test_best_compares_by_the_yardstick_it_was_given(three):
     assert [chosen for chosen, _ in Best("channel", count=2).choose(offers, math.inf, math.inf)] == offers
 
 
+def test_a_measured_decrease_is_shared_out_by_gains(three):
+    offers = [proposal(three.sites[0], [3.0, 1.0]), proposal(three.sites[1], [0.0, 0.0])]
+    offers = [replace(offer, decrease=worth) for offer, worth in zip(offers, (0.4, 0.5), strict=True)]
+    values, name = Greedy(by="decrease").values(offers)
+    assert name == "decrease"
+    assert values == [pytest.approx([0.3, 0.1]), pytest.approx([0.25, 0.25])]
+    chosen = Greedy("channel", by="decrease", channels=3).choose(offers, math.inf, math.inf)
+    assert {taken.site.name: taken.growth.channels for taken, _ in chosen} == {
+        three.sites[0].name: 1,
+        three.sites[1].name: 2,
+    }
+
+
 def test_greedy_is_the_best_filling_of_a_small_knapsack_of_equal_prices(three):
     gains = [[5.0, 2.0, 0.5], [4.0, 3.0, 0.1], [1.0, 0.9, 0.8]]
     offers = [proposal(site, values) for site, values in zip(three.sites, gains, strict=True)]

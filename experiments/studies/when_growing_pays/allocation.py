@@ -22,8 +22,11 @@ SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 CRITERIA: dict[str, tuple[str, ...]] = {
     "gradient_per_flop": (),
     "energy_per_flop": ("growth=tiny", "growth.where.by=energy"),
+    "decrease_per_flop": ("growth=tiny", "growth.where.by=decrease"),
+    "fisher_per_flop": ("growth=senn", "growth.where.by=energy"),
+    "curvature_per_flop": ("growth=splitting", "growth.where.by=energy"),
 }
-SEARCHES = (("gradient_per_flop", 0.05), ("gradient_per_flop", 0.15), ("energy_per_flop", 0.15))
+SEARCHES = (("gradient_per_flop", 0.05), *((name, 0.15) for name in CRITERIA))
 """Criteria, and the share of the final training that the search may cost."""
 TRIALS = 5
 """Widths that are drawn; each is tried for a fifth of the longest search."""
