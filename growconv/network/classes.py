@@ -123,7 +123,9 @@ def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Se
 
 def collapsed(numbers: Numbers) -> bool:
     """Whether several channels of one layer are one class: they depend on each other, or form a group."""
-    return any(key[1] == OUT and count > 1 for axes in numbers.signatures().values() for key, count, _ in axes)
+    roots = numbers.roots()
+    outputs = [numbers.range_of(key) for key in numbers.axes if key[1] == OUT]
+    return any(len(np.unique(roots[each.start : each.stop])) < len(each) for each in outputs)
 
 
 def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> None:

@@ -107,10 +107,10 @@ class Widening:
         self._guess_all()
         self._join([number for number, space in enumerate(self.spaces) if space.reason == INTERLEAVED])
         while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
-            culprits = self._attempt(live)
+            culprits = self._bind_all(live, self._attempt(live))
             if not culprits:
                 break
-            if self._bind_all(live, culprits) or self._join_all(culprits):
+            if self._join_all(culprits):
                 continue
             if len(culprits) > 1 and self._rehearsals < PATIENCE:
                 culprits = self._alone(culprits)
@@ -472,16 +472,21 @@ class Widening:
             if place not in self.bound and wanted & _spaces(self._classes[np.asarray(counted, dtype=np.int64)])
         ]
 
-    def _bind_all(self, live: Sequence[int], culprits: Mapping[int, str]) -> bool:
-        """Let all attributes that count spaces which fail follow the widths, if that gets further; tried once."""
+    def _bind_all(self, live: Sequence[int], culprits: dict[int, str]) -> dict[int, str]:
+        """Let all attributes that count spaces which fail follow the widths, if that gets further; tried once.
+
+        Returns:
+            The spaces that fail now.
+        """
         before, more, reached = self.bound, set(self.numbers.literals), self._reached
         if self._bound_once or not self._counting(culprits):
-            return False
+            return culprits
         self._bound_once, self.bound = True, before | more
-        if self._attempt(live).keys() < culprits.keys() or self._reached > reached:
-            return True
+        still = self._attempt(live)
+        if still.keys() < culprits.keys() or self._reached > reached:
+            return still
         self.bound = before  # some have the number of the channels by chance
-        return False
+        return culprits
 
     def _bind(self, number: int) -> bool:
         """Let one attribute follow the width of a space that fails, where it does not fail then; tried once."""
