@@ -169,8 +169,7 @@ class GrowthScheduler:
         self.collection = Collection(dict(statistics or {}), error, slopes)
         self.seed = seed
         check_owner(optimizer, self.sites)
-        if self.where.measures == "decrease":
-            require_searched(self.solver, self.amplitude)
+        require_searched(self.solver, self.amplitude, self.where)
         measured = slopes or self.where.measures == "decrease"
         compared = [each for each in self._policies().values() if each is not self.where or not measured]
         check_gains(self.solver, compared, self.sites)

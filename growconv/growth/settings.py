@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
+from growconv.growth.where import Where
 from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
@@ -154,13 +155,13 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
             )
 
 
-def require_searched(solver: Solver, amplitude: float | int | str) -> None:
-    """Check that new channels change a held-out loss.
+def require_searched(solver: Solver, amplitude: float | int | str, where: Where) -> None:
+    """Check that new channels change a held-out loss, where a policy compares by how much.
 
     Raises:
         ScheduleError: no batches are held out, or the method's channels change nothing.
     """
-    if amplitude != "line_search" or solver.function_preserving:
+    if where.measures == "decrease" and (amplitude != "line_search" or solver.function_preserving):
         silent = f"the channels of {solver.name!r} change nothing at first"
         raise ScheduleError(
             "by=decrease compares what new channels take off the held-out loss",
