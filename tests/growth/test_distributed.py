@@ -63,7 +63,7 @@ def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
 
 
 def test_five_growth_rounds_leave_the_ranks_bitwise_equal(ranks):
-    for key in ("hashes", "searched_hashes", "final", "events"):
+    for key in ("hashes", "searched_hashes", "compared_hashes", "final", "events"):
         assert ranks[0][key] == ranks[1][key], key
     assert len(ranks[0]["hashes"]) == 5
     assert len(set(ranks[0]["hashes"])) == 5

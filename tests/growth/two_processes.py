@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from growconv.errors import GrowthError, ScheduleError
-from growconv.growth import Budget, GrowthScheduler, Plateau, parameter_hash, require_equal_parameters, rewrap
+from growconv.growth import Best, Budget, GrowthScheduler, Plateau, parameter_hash, require_equal_parameters, rewrap
 from growconv.growth.distributed import agreed, reduce_statistics
 from growconv.network.find import find_sites
 from growconv.statistics.collect import collect_statistics
@@ -85,14 +85,14 @@ def moments(rank, world):
     return answer
 
 
-def train(rank, world, dtype=torch.float64, method="tiny", amplitude=0.3):
+def train(rank, world, dtype=torch.float64, method="tiny", amplitude=0.3, where="all"):
     """Train with growth in between; the model is wrapped again after each growth."""
     images, labels = data(dtype)
     model = build(dtype)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     scheduler = GrowthScheduler(
-        model, optimizer, sites_of(model), method=method, amount=1, amplitude=amplitude,
+        model, optimizer, sites_of(model), method=method, amount=1, amplitude=amplitude, where=where,
         when=Plateau("loss", patience=3, min_delta=0.5), times=5, budget=Budget(seconds=1e6),
     )  # fmt: skip
     hashes = []
@@ -138,9 +138,12 @@ def main(rank, world, folder):
     statistics = moments(rank, world)
     model, scheduler, hashes = train(rank, world)
     searched, _, searched_hashes = train(rank, world, torch.float32, amplitude="line_search")
+    where = Best(by="decrease")
+    compared, _, compared_hashes = train(rank, world, torch.float32, amplitude="line_search", where=where)
     record = {
         "hashes": hashes,
         "searched_hashes": [*searched_hashes, parameter_hash(searched)],
+        "compared_hashes": [*compared_hashes, parameter_hash(compared)],
         "final": parameter_hash(model),
         "events": [[e.site, e.step, e.channels, list(e.gains), e.amplitude] for e in scheduler.history],
         "failures": failures(rank, world),
