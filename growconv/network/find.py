@@ -21,7 +21,7 @@ from growconv.network.model import (
     unwrapped,
 )
 from growconv.network.plan import parameter_names, tied_weights
-from growconv.network.proof import Proof
+from growconv.network.proof import Proof, awake
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.routes import Route
 from growconv.network.site import GrowthSite, sizes_of
@@ -222,27 +222,40 @@ def analyse(
     if not inputs:
         raise ArgumentTypeError("an example input is needed", got="an empty list", where="example_input")
     arguments = [example_arguments(each) for each in inputs]
+    if rehearse and any(each.device.type == "meta" for each in (*model.parameters(), *tensors_in(arguments))):
+        raise TraceError(
+            "on the meta device nothing is computed, so that no site can be proved",
+            fix="find the sites on a device with values: model.to_empty(device='cpu')",
+        )
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = copied(model)
     with undisturbed(twin):
         strict, ways = _numbered(twin, examples)
+        if not strict.outputs:
+            raise TraceError(
+                "the model gives no tensor, so that nothing can tell whether growing changes what it does",
+                where=type(model).__name__,
+                fix="give an example or a mode in which it returns tensors, also inside of mappings or objects",
+            )
         numbers = _numbered(twin, examples, repeated=True)[0] if collapsed(strict) else strict
+        numbers.trained = strict.trained
         spaces, outputs = spaces_of(numbers)
         if numbers is not strict:
             mark_copied(strict, numbers, spaces)
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, ways, numbers, spaces)
         found = Analysis(model, numbers, spaces, widening.prove() if rehearse else widening.presume(), outputs)
-        sites, untouched = _sites(found), copied(model)
+        sites, woken = _sites(found), awake(model)
         for _ in range(len(spaces) if rehearse else 0):
-            failed = Proof(untouched, examples, sites).failures()
+            failed = Proof(woken, examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
                 spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        found.of_space = _routed(sites, untouched, examples)
+        del woken
+        found.of_space = _routed(sites, copied(model), examples)
     return found
 
 
@@ -279,8 +292,11 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
             if path in numbers.shapes or path.endswith("#"):
                 continue
             problem = layers.adapter(model.get_submodule(path)).problem()
-            if path in numbers.silent and path in space.paths(OUT, IN):
-                problem = problem or "it runs under torch.no_grad, so that new channels would never train"
+            if path in space.paths(OUT, IN) and not numbers.trained.get(path, True):
+                problem = problem or (
+                    "no gradient reaches it, as under torch.no_grad or in front of detach(), so that new channels "
+                    "would never train"
+                )
             if problem is not None:
                 space.reason = space.reason or f"{path}: {problem}"
         widths = {len(numbers.columns[path, IN]) for path in space.paths(IN)}
@@ -406,7 +422,12 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
         if grown is None:
             reasons = [found.spaces[number].reason for number in own]
             reasons += [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
-            uncalled = None if path in found.numbers.calls else "none of the examples calls it"
+            uncalled = None
+            if path not in found.numbers.calls:
+                outside = found.numbers.used_outside.get(path)
+                uncalled = (
+                    f"its weights are used outside of it ({outside})" if outside else "none of the examples calls it"
+                )
             reason = uncalled or next((text for text in reasons if text), "its outputs are not followed")
         yield LayerRow(
             path, _described(module), layers.size(module, OUT), grown and grown.name, grown and grown.kind, reason,
@@ -427,7 +448,10 @@ def _joined(paths: Sequence[str], by: str) -> str:
 
 def _no_run(model: nn.Module, arguments: Arguments, error: Exception) -> TraceError:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    tensors = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in([arguments[0], arguments[1]])]
+    given = tensors_in(arguments)
+    if any(not tensor.numel() for tensor in given):
+        error = ValueError("a tensor of it is empty, and an empty one shows nothing of the channels")
+    tensors = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in given]
     held = f"; its parameters are {parameter.dtype} on {parameter.device}" if parameter is not None else ""
     return TraceError(
         f"the model does not run on the example input: {error}",

@@ -4,11 +4,11 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from growconv.errors import ArgumentTypeError, TraceError
 
@@ -24,6 +24,13 @@ def unwrapped(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("a model is needed", expected="torch.nn.Module", got=type(model).__name__)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentTypeError(
+            "a scripted model cannot be grown: its code is fixed",
+            expected="the raw torch.nn.Module",
+            got=type(model).__name__,
+            fix="pass the module that was scripted, and script it again after growing",
+        )
     inside = next((name for name in ("_orig_mod", "_forward_module") if name in model._modules), None)
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if inside is None and (isinstance(model, parallel) or type(model).__name__ == "FullyShardedDataParallel"):
@@ -83,16 +90,76 @@ def example_arguments(example_input: object) -> Arguments:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """All tensors of a nested input or output, in order."""
+    """All tensors of a nested input or output, in order; of an object those of its attributes."""
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: object, met: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        yield value
+        return
+    parts: list[object] = []
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    if is_dataclass(value):  # as the outputs of some libraries' models
-        return [tensor for item in vars(value).values() for tensor in tensors_in(item)]
-    return []
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif not callable(value):  # as the outputs of some libraries' models, or distributions
+        slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    if parts and id(value) not in met:
+        met.add(id(value))
+        for part in parts:
+            yield from _tensors(part, met)
+
+
+_OWN = frozenset(vars(nn.Module())) - {"_buffers"}
+"""What torch itself keeps on a module beside its buffers."""
+
+
+@contextmanager
+def one_run(model: nn.Module, arguments: Arguments) -> Iterator[Arguments]:
+    """Inside, a copy of a model may be run once, on copies of its arguments; the next run finds what this one found.
+
+    Put back afterwards: buffers and plain attributes of modules, their values and the lists and mappings among them, as
+    the state of a recurrent layer, counters and moving averages.
+
+    Args:
+        model: the copy.
+        arguments: of its forward.
+    """
+    kept, tensors, holders = [], list(model.buffers()), []
+    for module in model.modules():
+        plain = {name: value for name, value in vars(module).items() if name not in _OWN}
+        kept.append((module, plain))
+        tensors += [value for value in plain.values() if isinstance(value, Tensor)]
+        holders += [(value, value.copy()) for value in plain.values() if type(value) in (dict, list, set)]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield tree_map(_fresh, arguments)
+    finally:
+        for module, plain in kept:
+            for name in vars(module).keys() - plain.keys() - _OWN:
+                del vars(module)[name]
+            vars(module).update(plain)
+        for holder, value in holders:
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(value)
+        _put_back(values)
+
+
+def _fresh(value: object) -> object:
+    """A copy of an argument that may be written to."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(value) if tensors_in(value) else value
+
+
+def _put_back(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            if tensor.shape != value.shape:
+                tensor.resize_(value.shape)
+            tensor.copy_(value)
 
 
 def same_chance() -> None:
@@ -114,11 +181,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: the model to protect.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     leaves = [parameter for parameter in model.parameters() if parameter.is_leaf]  # copies of scripted ones are none
     gradients = {parameter: (parameter.grad, parameter.requires_grad) for parameter in leaves}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's data may draw from it)
-    gpus = sorted({tensor.device.index for tensor in [*gradients, *buffers] if tensor.device.type == "cuda"})
+    gpus = sorted({each.device.index for each in (*gradients, *model.buffers()) if each.device.type == "cuda"})
     for parameter in gradients:
         parameter.grad = None
     try:
@@ -129,9 +196,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)  # noqa: NPY002
         for module, training in modes.items():
             module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+        _put_back(buffers)
         for parameter, (gradient, needed) in gradients.items():
             parameter.grad = gradient
             parameter.requires_grad_(needed)

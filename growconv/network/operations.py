@@ -162,6 +162,9 @@ POINTWISE = frozenset(
         "_prelu_kernel",
         "alpha_dropout",
         "feature_dropout",
+        "normal",
+        "poisson",
+        "_standard_gamma",
     ]
 )
 """Elementwise operations that do not carry torch's own tag for them in every version."""

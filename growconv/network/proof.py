@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from growconv.errors import GrowthError
-from growconv.network import layers
+from growconv.network import layers, operations
 from growconv.network.layout import IN, OUT
-from growconv.network.model import copied, same_chance, tensors_in
+from growconv.network.model import copied, one_run, same_chance, tensors_in
 from growconv.network.optimizer import exchange, refresh
 from growconv.network.plan import Plan, plan_growth
 from growconv.network.proposal import ChannelGrowth
@@ -23,6 +24,7 @@ from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
 
 SEEN = "something reads these channels that cannot be followed, such as NumPy, a scripted module or torch.vmap"
+CHANGED = "new channels at amplitude 0 change the output"
 ROUNDING = 1e-4
 """Change of the output, relative to its largest entry, that float32 may make; beyond it float64 decides."""
 EXACT = 1e-7
@@ -88,7 +90,7 @@ class Proof:
         for path, hook in before.items():
             handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         for path, entries in _gathered(chosen, OUT).items():
-            hook = _disturb(entries, 1.0 if still else 1.37, 0.0 if still else 0.31)
+            hook = _disturb(entries, still)
             handles.append(self.model.get_submodule(path).register_forward_hook(hook))
         try:
             return self._outputs(self.model, example)
@@ -97,18 +99,13 @@ class Proof:
                 handle.remove()
 
     def _outputs(self, model: nn.Module, example: Example) -> list[Tensor]:
-        """A run with random operations held still; buffers are as before afterwards."""
+        """A run with random operations held still."""
         model.train(example.training)
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         same_chance()
-        try:
+        with one_run(model, example.arguments) as (given, named):
             with torch.no_grad(), _Still():
-                output = model(*example.arguments[0], **example.arguments[1])
+                output = model(*given, **named)
             return [tensor.detach().clone() for tensor in tensors_in(output)]
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
 
     # ------------------------------------------------------------------------------------------ new channels
 
@@ -156,6 +153,10 @@ class Proof:
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0][:160]
                 return f"the grown model does not run: {type(error).__name__}: {line}"
+            if not all(
+                torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(new, old, strict=False) if a.shape == b.shape
+            ):
+                return "new channels with filters drawn at random make the output infinite or not a number"
             if not _close(new, old, ROUNDING) and not self._same_in_double(twin, self.examples[place]):
                 return self._why_changed(part)
         return None
@@ -163,12 +164,10 @@ class Proof:
     def _why_changed(self, part: Sequence[int]) -> str:
         consumers = [path for number in part for path in self.sites[number].consumers]
         kinds = {path: type(self.model.get_submodule(path)) for path in consumers}
-        own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.nn")), None)
+        own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.")), None)
         if own is None:
-            return "its channels depend on each other: new ones at amplitude 0 change the output"
-        return (
-            f"new channels at amplitude 0 change the output: {own} makes something else of its weights once it has more"
-        )
+            return f"{CHANGED}: the code makes something of all channels or of their number"
+        return f"{CHANGED}: {own} makes something else of its weights once it has more"
 
     def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
         """Whether float64 tells a difference that float32's rounding makes from a real one."""
@@ -179,6 +178,25 @@ class Proof:
         except Exception:
             return False
         return _close(new, old, EXACT)
+
+
+TINY = 1e-2
+"""A parameter all of whose entries are below this hides what it multiplies, as one that starts at zero."""
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """A copy of a model in which other values stand for parameters' zero or tiny ones, which silence a branch."""
+    twin, draw = copied(model), torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        size = parameter.detach().abs()
+        silent = (size < TINY) if bool((size < TINY).all()) else size == 0
+        if parameter.is_floating_point() and bool(silent.any()):
+            values = torch.rand(parameter.shape, generator=draw) + 0.5
+            if parameter.dim() > 1:
+                values = torch.randn(parameter.shape, generator=draw) / parameter[0].numel() ** 0.5
+            parameter.detach().copy_(torch.where(silent, values.to(parameter), parameter.detach()))
+    refresh(twin)
+    return twin
 
 
 def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
@@ -239,6 +257,11 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     )
 
 
+_STILL = dict.fromkeys(["bernoulli", "bernoulli_", "geometric_", "log_normal_"], 1.0)
+_STILL |= dict.fromkeys(["rand", "rand_like", "uniform_", "exponential_"], 0.5)
+_STILL |= dict.fromkeys(["randn", "randn_like", "normal_", "cauchy_"], 0.0)
+
+
 class _Still(TorchDispatchMode):
     """Random operations give their mean, so that runs at different widths can be compared."""
 
@@ -247,19 +270,22 @@ class _Still(TorchDispatchMode):
         return False  # True imports torch._dynamo, for seconds
 
     def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         """Run an operation, a random one without chance."""
         kwargs = dict(kwargs or {})
-        name = func.overloadpacket._qualified_op_name.split("::")[1]  # pyright: ignore[reportFunctionMemberAccess]
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        name = operations.name_of(func)
         if name == "native_dropout":
             return args[0] * 1.0, torch.ones_like(args[0], dtype=torch.bool)
-        if name == "bernoulli_":
-            return args[0].fill_(1)
+        if name.startswith("rrelu_with_noise"):
+            return func(*args[:4], False)  # with the mean slope
         output = func(*args, **kwargs)
-        if name in ("bernoulli", "rand", "rand_like", "uniform_", "randn", "randn_like", "normal_", "exponential_"):
-            output.fill_({"b": 1.0, "r": 0.5, "u": 0.5}.get(name[0], 0.0) if "randn" not in name else 0.0)
-        return output
+        if name in ("normal", "poisson", "_standard_gamma"):
+            mean = args[0]
+            return mean.expand(output.shape).clone() if isinstance(mean, Tensor) else output.fill_(mean)
+        return output.fill_(_STILL[name]) if name in _STILL else output
 
 
 def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
@@ -273,11 +299,15 @@ def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
     return found
 
 
-def _disturb(entries: list[int], factor: float, shift: float) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _disturb(entries: list[int], still: bool) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """Other values everywhere, in no way that a norm, a softmax or the place of the largest would leave out."""
+
     def hook(module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         axis = layers.channel_axis(module, output.dim())
         index = torch.tensor(entries, device=output.device)
-        return output.clone().index_copy_(axis, index, output.index_select(axis, index) * factor + shift)
+        chosen = output.index_select(axis, index)
+        noise = torch.arange(chosen.numel(), device=output.device).view(chosen.shape).sin().to(output)
+        return output.clone().index_copy_(axis, index, chosen if still else 1.37 * chosen + noise)
 
     return hook
 

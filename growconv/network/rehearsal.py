@@ -639,17 +639,17 @@ class Pretender:
             units: units that they are to have.
         """
         undo: list[Callable[[], None]] = []
+        added: dict[str, dict[str, int]] = {}
         for key, runs in layout.axes.items():
-            module = self.model.get_submodule(key[0]) if key[1] == OUT else None
-            if module is not None:
-                before = layers.size(module, OUT)
-                self._widths[key[0]] = len(owners_of(runs, units))
-                layers.set_outputs(module, self._widths[key[0]])
-                undo.append(lambda module=module, before=before: layers.set_outputs(module, before))
-            elif key[1] == ENTRY and key[0] in layout.dims:
-                undo.append(
-                    _repeat(self.model, key[0], layout.dims[key[0]], owners_of(runs, now), owners_of(runs, units))
-                )
+            old, new = owners_of(runs, now), owners_of(runs, units)
+            if key[0] in layout.dims:
+                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], old, new))
+            elif key[1] != FILL:
+                added.setdefault(key[0], {})[key[1]] = len(new) - len(old)
+            if key[1] == OUT:
+                self._widths[key[0]] = len(new)
+        for path, more in added.items():
+            undo.append(_count(self.model.get_submodule(path), more))
         for each in layout.attributes:
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
             undo.append(resize_attribute(self.model, each, more))
@@ -659,6 +659,14 @@ class Pretender:
             self._widths = {}
             for each in reversed(undo):
                 each()
+
+
+def _count(module: nn.Module, added: Mapping[str, int]) -> Callable[[], None]:
+    """Let a layer say that it has so many more entries along its sides; gives back what undoes it."""
+    after = layers.adapter(module).counts(added)
+    before = {name: getattr(module, name) for name in after}
+    vars(module).update(after)
+    return lambda: vars(module).update(before)
 
 
 def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from growconv.convolution.geometry import Geometry
 from growconv.network import layers, operations
 from growconv.network.layout import OUT
-from growconv.network.model import Arguments, tensors_in
+from growconv.network.model import Arguments, one_run, tensors_in
 from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
 from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite, sizes_of
@@ -37,8 +37,8 @@ def routes_of(
         otherwise have a route with its problem.
     """
     tape = Tape(model.train(training))
-    with torch.no_grad(), tape:
-        output = model(*arguments[0], **arguments[1])
+    with torch.no_grad(), one_run(model, arguments) as (given, named), tape:
+        output = model(*given, **named)
     returned = {tape.number(tensor) for tensor in tensors_in(output)}
     behind = _norms_behind(tape, returned)
     found, sizes = {}, sizes_of(model, sites[0].layout) if sites else None

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
-from growconv.network.model import Arguments, tensors_in
+from growconv.network.model import Arguments, one_run, tensors_in
 from growconv.network.watch import Watch
 
 NONE = -1
@@ -42,12 +42,13 @@ class Numbers:
         blocked: per number why it cannot grow.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         used_outside: layers whose weights an operation outside of them read, and which.
-        silent: layers that ran under torch.no_grad or torch.inference_mode although gradients were asked for.
+        trained: layers that ran although gradients were asked for, and whether their weights got any in some pass.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
             path, attribute, index in a list): the numbers of the entries that it counts.
         cuts: what slices and splits of several channels took, one after the other.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
+        outputs: tensors that the model gave, in all passes.
         order: paths of the layers in the order of their first call.
     """
 
@@ -56,9 +57,10 @@ class Numbers:
         self.count = 0
         self.blocked: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
-        self.silent: set[str] = set()
+        self.trained: dict[str, bool] = {}
         self.columns: dict[Key, list[int]] = {}
         self.calls: dict[str, int] = {}
+        self.outputs = 0
         self.order: list[str] = []
         self.shapes: dict[str, torch.Size] = {}
         self.literals: dict[tuple[str, str, int | None], list[int]] = {}
@@ -189,8 +191,8 @@ def look(
         model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
         arguments: of its forward.
         numbers: what is found goes here; those of earlier passes stay.
-        pretending: its layers compute nothing. Else the numbers in its output cannot grow, and layers that run without
-            gradients although their weights train are noted.
+        pretending: its layers compute nothing. Else the numbers in its output cannot grow, and it is noted which layers
+            get gradients.
 
     Returns:
         The layers and the operations between them that ran, by name.
@@ -198,26 +200,64 @@ def look(
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers, gradients=not pretending)
-    try:
-        with torch.set_grad_enabled(not pretending), mode:
-            output = model(*arguments[0], **arguments[1])
-    except Exception as error:
-        raise LookFailed(error, mode.met) from error
-    for tensor in [] if pretending else tensors_in(output):
-        numbers.block(mode.companion(tensor), "it is the model's output")
+    mode = _Mode(model, numbers)
+    with torch.set_grad_enabled(not pretending), one_run(model, arguments) as (given, named):
+        try:
+            with mode:
+                output = model(*given, **named)
+        except Exception as error:
+            raise LookFailed(error, mode.met) from error
+        for tensor in [] if pretending else tensors_in(output):
+            numbers.outputs += 1
+            numbers.block(mode.companion(tensor), "it is the model's output")
+        if not pretending and not numbers.repeated:
+            _note_trained(model, numbers, mode, output)
     for path, count in mode.calls.items():
         numbers.calls[path] = max(numbers.calls.get(path, 0), count)
     return tuple(mode.trail)
 
 
+def _note_trained(model: nn.Module, numbers: Numbers, mode: "_Mode", output: object) -> None:
+    """Note which of the layers that were called get a gradient."""
+    outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    weights = {path: list(model.get_submodule(path).parameters()) for path in mode.calls}
+    leaves = _leaves(outputs)
+    for path, own in weights.items():
+        if any(parameter.requires_grad for parameter in own):
+            numbers.trained[path] = numbers.trained.get(path, False) or any(id(each) in leaves for each in own)
+    if all(numbers.trained.values()):
+        return
+    try:  # what a checkpoint or a function with a derivative of its own computes shows only here
+        torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
+        trained = {path for path, own in weights.items() if any(each.grad is not None for each in own)}
+    except RuntimeError:  # a step of the model has no derivative, or what it needs was overwritten
+        trained = mode.differentiable
+    numbers.trained |= dict.fromkeys(trained & numbers.trained.keys(), True)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _leaves(outputs: Iterable[Tensor]) -> set[int]:
+    """The parameters that the gradients of some tensors go to, by identity."""
+    waiting = [tensor.grad_fn for tensor in outputs]
+    found, seen = set[int](), set(waiting)
+    while waiting:
+        step = waiting.pop()
+        if step is not None:
+            found.add(id(getattr(step, "variable", None)))
+            new = {each for each, _ in step.next_functions} - seen
+            seen |= new
+            waiting += new
+    return found
+
+
 class _Mode(Watch):
     """Runs every operation on the tensors and on their companions."""
 
-    def __init__(self, model: nn.Module, numbers: Numbers, gradients: bool) -> None:
+    def __init__(self, model: nn.Module, numbers: Numbers) -> None:
         super().__init__(model)
         self.numbers = numbers
-        self.gradients = gradients
+        self.differentiable: set[str] = set()
         self.met: set[int] = set()
         self.trail: list[str] = []
         self.calls: dict[str, int] = {}
@@ -256,9 +296,8 @@ class _Mode(Watch):
         self.trail.append(path)
         if path not in numbers.order:
             numbers.order.append(path)
-        trains = any(parameter.requires_grad for parameter in module.parameters())
-        if trains and self.gradients and not output.requires_grad:
-            numbers.silent.add(path)
+        if output.requires_grad:
+            self.differentiable.add(path)
         companion = self.companion(given)
         axis = layers.channel_axis(module, given.dim())
         columns = compact(companion.movedim(axis, 0), keep=(0,)).flatten(1)
@@ -329,6 +368,8 @@ class _Mode(Watch):
         results = [item for item in tree_leaves(output) if isinstance(item, Tensor)]
         if not results or (name in operations.CREATING and name not in ("zero_", "fill_")):
             return output
+        if all(result.dim() == 0 and result.dtype is torch.bool for result in results):
+            return output  # a question about all of a tensor, as whether it is finite
         self._follow(func, name, args, kwargs, sources, results)
         return output
 
@@ -454,7 +495,7 @@ class _Mode(Watch):
                         continue
                     if isinstance(value, int) and value == size:
                         self.numbers.literals.setdefault((path, name, None), part)
-                    elif isinstance(value, list | tuple) and size in value and all(type(v) is int for v in value):
+                    elif isinstance(value, list | tuple) and all(type(v) is int for v in value) and size in value:
                         self.numbers.literals.setdefault(
                             (path, name, len(value) - 1 - list(value)[::-1].index(size)), part
                         )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.utils.checkpoint import checkpoint
 
 from tests.network.hand import Net
 
@@ -85,6 +87,11 @@ def in_python(_: Net, y: Tensor) -> Tensor:
     return torch.tensor(max(y.detach()[0, :, 0, 0].tolist()), dtype=y.dtype)
 
 
+def ranks(_: Net, y: Tensor) -> Tensor:
+    """Nothing that a larger or shifted map of a channel would change."""
+    return torch.from_numpy(F.instance_norm(y).detach().numpy().argmax(1))[:, None]
+
+
 def _strongest(y: Tensor) -> Tensor:
     return y.amax(1, keepdim=True)
 
@@ -138,3 +145,70 @@ def siamese() -> Net:
     )  # fmt: skip
     model.d.weight = model.c.weight
     return model
+
+
+def between(operation: Extra) -> Builder:
+    """`a`, an operation on positive values, `b`."""
+
+    def build() -> Net:
+        model = Net(lambda m, x: m.b(operation(m, m.a(x))), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 1))
+        nn.init.constant_(model.a.bias, 9.0)
+        return model
+
+    return build
+
+
+def hidden() -> Net:
+    """The number of channels counts in a branch whose last norm starts at zero."""
+    model = Net(
+        lambda m, x: m.c(x + m.n(m.b(F.relu(m.a(x)) / len(m.a.weight)))),
+        a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 3, 1), n=nn.BatchNorm2d(3), c=nn.Conv2d(3, 2, 1),
+    )  # fmt: skip
+    nn.init.zeros_(model.n.weight)
+    return model
+
+
+class Slots:
+    """Something else than a mapping around an output."""
+
+    __slots__ = ("given", "itself")
+
+    def __init__(self, given: object) -> None:
+        self.given, self.itself = given, self
+
+
+def counted(m: Net, y: Tensor) -> Tensor:
+    """Keeps a number, a list and an average that is assigned anew in every run."""
+    m.steps = getattr(m, "steps", 0) + 1
+    m.kept.append(y.detach().mean((0, 2, 3)))
+    m.average = 0.9 * m.average + 0.1 * m.kept[-1].view(1, -1, 1, 1)
+    return y * (len(m.kept) + m.steps) / (1 + m.average)
+
+
+def counting() -> Net:
+    model = between(counted)()
+    model.kept = []
+    model.register_buffer("average", torch.ones(1, 4, 1, 1))
+    return model
+
+
+def graded(m: Net, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(m.training):
+        return m.b(F.relu(m.a(x)))
+
+
+def own(forward: Callable[[Net, Tensor], object]) -> Builder:
+    return lambda: Net(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 1))
+
+
+RUNS: dict[str, Builder] = {
+    "writes to its input": own(lambda m, x: m.b(F.relu(m.a(x.sub_(0.5).mul_(2))))),
+    "keeps a state": counting,
+    "gradients in training only": own(graded),
+    "checkpoints": own(lambda m, x: checkpoint(lambda y: m.b(F.relu(m.a(y))), x.requires_grad_(), use_reentrant=True)),
+    "asks whether all is finite": between(lambda _, y: y if torch.isfinite(y).all() else 0 * y),
+    "draws": between(lambda m, y: Normal(y, 1.0).rsample() + torch.normal(y, 0.1) if m.training else y),
+    "leaks at random": between(lambda m, y: F.rrelu(y - 9, training=m.training)),
+    "gives an object": own(lambda m, x: Slots([Normal(m.b(F.relu(m.a(x))), 1.0, validate_args=False)])),
+    "reads the width of a layer": own(lambda m, x: m.b(F.relu(m.a(x)).view(len(x), m.b.in_channels, 4, 4))),
+}

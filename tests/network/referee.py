@@ -53,7 +53,7 @@ def prepared(model: nn.Module) -> nn.Module:
 def outputs(model: nn.Module, example: object, mode: str) -> list[Tensor]:
     """Everything that a copy of a model gives in a mode, without chance."""
     twin = copy.deepcopy(model).train(mode == "train")
-    arguments = example_arguments(example)
+    arguments = copy.deepcopy(example_arguments(example))  # some write to it
     torch.manual_seed(0)
     with torch.no_grad():
         return tensors_in(twin(*arguments[0], **arguments[1]))
@@ -122,7 +122,7 @@ def untrained(grown: Grown, examples: object) -> list[str]:
                 with torch.no_grad():
                     weight[new] += 0.1 * torch.randn_like(weight[new])
     for example in examples if isinstance(examples, list) else [examples]:
-        arguments = example_arguments(example)
+        arguments = copy.deepcopy(example_arguments(example))
         with mock.patch.object(F, "relu", lambda x, inplace=False: F.leaky_relu(x, 0.1)):
             found = tensors_in(model(*arguments[0], **arguments[1]))
         sum(each.mul(torch.randn_like(each)).sum() for each in found if each.requires_grad).backward()

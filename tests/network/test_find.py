@@ -1,5 +1,6 @@
 """Which sites are found, of which kind, what is said of the other layers, and that finding disturbs nothing."""
 
+import copy
 import threading
 
 import pytest
@@ -150,6 +151,12 @@ def test_what_the_model_cannot_be_run_on() -> None:
         find_sites(model, example, modes=("test",))
     with pytest.raises(ArgumentTypeError, match="wrapped"):
         find_sites(nn.DataParallel(model), example)
+    with pytest.raises(TraceError, match="an empty one shows nothing"):
+        find_sites(model, example[:0])
+    with pytest.raises(TraceError, match="gives no tensor"):
+        find_sites(nn.Sequential(model, zoo.Numbers()), example)
+    with pytest.raises(TraceError, match="meta device"):
+        find_sites(copy.deepcopy(model).to("meta"), example.to("meta"))
     model.kept = model(example)
     with pytest.raises(TraceError, match="cannot be copied"):
         find_sites(model, example)

@@ -27,8 +27,9 @@ def test_wrapped_models_are_refused_by_name() -> None:
         (compiled, "_orig_mod"),
         (nn.DataParallel(model), "model.module"),
         (Wrapper(model), "model.module"),
+        (torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1))), "the module that was scripted"),
     ):
-        with pytest.raises(ArgumentTypeError, match="wrapped model") as caught:
+        with pytest.raises(ArgumentTypeError, match=r"(wrapped|scripted) model") as caught:
             find_sites(wrapped, example)
         assert says in str(caught.value)
 

@@ -45,7 +45,17 @@ def test_a_method_beside_forward(model: nn.Module, reader: str) -> None:
     assert f"{reader} is used by none of the examples" in str(reasons(model.double())["a"])
 
 
-@pytest.mark.parametrize("read", [readers.in_numpy, readers.in_python, readers.in_script])
+@pytest.mark.parametrize("name", readers.RUNS)
+def test_runs_do_not_disturb_each_other(name: str) -> None:
+    """What a run keeps, draws, asks or writes to its input says nothing about the channels."""
+    model, example = readers.RUNS[name]().double(), X.clone()
+    sites = find_sites(model, example)
+    assert [site.name for site in sites] == ["a -> b"]
+    assert torch.equal(example, X)
+    assert referee.untrained(referee.check(model, X, sites, modes=("eval",)), X) == []
+
+
+@pytest.mark.parametrize("read", [readers.in_numpy, readers.ranks, readers.in_python, readers.in_script])
 def test_what_torch_does_not_show_is_noticed(read: readers.Extra) -> None:
     model = readers.reading(read)().double()
     assert "something reads these channels that cannot be followed" in str(reasons(model)["a"])
@@ -62,7 +72,10 @@ def test_what_torch_does_not_show_is_noticed(read: readers.Extra) -> None:
             "weights of c are used outside of the layer",
         ),
         (readers.autoencoder, "e.weight and d.weight are one weight, but play different parts"),
-        (readers.Silent, "runs under torch.no_grad"),
+        (readers.between(lambda _, y: y.detach()), "no gradient reaches it"),
+        (readers.between(lambda _, y: torch.log(y)), "infinite or not a number"),
+        (readers.hidden, "the code makes something of all channels or of their number"),
+        (readers.Silent, "no gradient reaches it"),
     ],
 )
 def test_what_cannot_grow_says_why(build: readers.Builder, reason: str) -> None:

@@ -20,7 +20,7 @@ from growconv.network.layout import IN, OUT
 __all__ = [
     "Adapter", "Norm", "Part", "Removal", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
-    "norm", "pretended", "ranks", "scale_of", "set_outputs", "size", "stored", "weighted",
+    "norm", "pretended", "ranks", "scale_of", "size", "stored", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -144,11 +144,6 @@ def scale_of(value: object) -> Tensor | None:
 def channel_axis(module: nn.Module, ndim: int) -> int:
     """The channel axis of an input or output with `ndim` axes."""
     return adapter(module).channel_axis(ndim)
-
-
-def set_outputs(module: nn.Module, count: int) -> None:
-    """Let a weighted layer say that it has so many outputs; its tensors stay."""
-    setattr(module, weighted(module).names[0], count)
 
 
 def in_whole_groups(module: nn.Module) -> bool:

@@ -108,6 +108,8 @@ class Adapter(ABC):
         for name, parameter in self.module.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 return f"{name} is not initialized yet"
+            if parameter.is_complex():
+                return f"{name} is complex"
             if hasattr(parameter, "device_mesh"):
                 return f"{name} is sharded over devices"
         return None
