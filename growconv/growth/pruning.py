@@ -32,8 +32,8 @@ class PruneBack(Policy):
     """
 
     when: When
-    parameters: int | None = limited(None, above=0)
-    flops: int | None = limited(None, above=0)
+    parameters: float | int | None = limited(None, above=0)
+    flops: float | int | None = limited(None, above=0)
     keep: int = limited(1, above=0)
 
     def __post_init__(self) -> None:

@@ -39,8 +39,8 @@ class Budget(Stop):
         >>> scheduler = growconv.GrowthScheduler(model, None, sites, every=1, budget=growconv.Budget(parameters=20_000))
     """
 
-    parameters: int | None = limited(None, above=0)
-    flops: int | None = limited(None, above=0)
+    parameters: float | int | None = limited(None, above=0)
+    flops: float | int | None = limited(None, above=0)
     seconds: float | int | None = limited(None, above=0)
 
     def __post_init__(self) -> None:

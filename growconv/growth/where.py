@@ -171,8 +171,8 @@ class Greedy(_Comparing):
 
     channels: int | None = limited(None, above=0)
     share: float | int | None = limited(None, above=0)
-    parameters: int | None = limited(None, above=0)
-    flops: int | None = limited(None, above=0)
+    parameters: float | int | None = limited(None, above=0)
+    flops: float | int | None = limited(None, above=0)
     rounds: int | None = limited(None, above=0)
 
     def __post_init__(self) -> None:

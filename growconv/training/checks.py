@@ -184,7 +184,9 @@ def _refused(error: OmegaConfBaseException, overrides: Sequence[str]) -> ConfigE
     wanted = next((words for phrase, words in _TYPES.items() if phrase in problem), None)
     if wanted is None:
         return ConfigError("this option cannot be set like that", where=path, got=problem)
-    return ConfigError("this value has the wrong type", where=path, expected=wanted, got=error.value)
+    whole = isinstance(error.value, float) and error.value.is_integer()
+    fix = f"write {path}={error.value:.0f}" if whole else None
+    return ConfigError("this value has the wrong type", where=path, expected=wanted, got=error.value, fix=fix)
 
 
 def _no_option(path: str, known: Mapping[Any, Any], asked: str | None = None) -> ConfigError:

@@ -86,8 +86,8 @@ def grow_parser() -> CommandParser:
     parser.add_argument(
         "--width", action="append", default=[], metavar="SITE=N", help="sites of this name or pattern to N channels"
     )
-    parser.add_argument("--parameters", type=int, help="the best channels, until the model has so many parameters")
-    parser.add_argument("--flops", type=int, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
+    parser.add_argument("--parameters", type=float, help="the best channels, until the model has so many parameters")
+    parser.add_argument("--flops", type=float, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
     parser.add_argument(
         "--deepen",
         action="append",

@@ -146,8 +146,8 @@ class BudgetConfig:
         seconds: wall-clock seconds of the run.
     """
 
-    parameters: int | None = limited(None, least=1)
-    flops: int | None = limited(None, least=1)
+    parameters: float | None = limited(None, least=1)
+    flops: float | None = limited(None, least=1)
     seconds: float | None = limited(None, above=0)
 
 

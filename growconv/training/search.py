@@ -98,7 +98,7 @@ def write_found(directory: Path) -> Path:
 
 
 def filled(
-    model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost, budget: Mapping[str, int | None]
+    model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost, budget: Mapping[str, float | None]
 ) -> dict[str, int]:
     """Widen a model in its proportions as far as a budget allows: a short run may end before its budget is spent.
 

@@ -67,8 +67,8 @@ class Wish:
 
     factor: float | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
-    parameters: int | None = None
-    flops: int | None = None
+    parameters: float | None = None
+    flops: float | None = None
     deepen: Sequence[str] = ()
     method: str | None = None
 
@@ -166,7 +166,7 @@ def _check(wish: Wish) -> None:
     if wish.factor is not None and not 1 < wish.factor < 1000:
         raise ConfigError("this makes nothing wider", where="--factor", expected="above 1", got=wish.factor)
     for name in ("parameters", "flops"):
-        if (limit := getattr(wish, name)) is not None and limit < 1:
+        if (limit := getattr(wish, name)) is not None and not limit >= 1:
             raise ConfigError("this value cannot be used", where=f"--{name}", expected="1 or more", got=limit)
     if wish.method is not None:
         get_solver(wish.method)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from growconv import cli
 from growconv.cli import main
 from growconv.training import usage
+from growconv.training.config import compose, plain
 from growconv.training.options import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +143,30 @@ def test_commands_mean_the_same_in_bash_and_in_zsh_as_printed(tmp_path):
         told.append(done.stdout)
     assert told[0] == told[1]
     assert told[0].count("\n") == sum(len(lines) for lines in typed.values()) - 1  # activating prints nothing
+
+
+def lines_of_growconv():
+    """Every command line of growconv that the pages, the help and the configs show."""
+    shown = [line for page in [ROOT / "README.md", *DOCS.rglob("*.md")] for line in commands(page)]
+    shown += [example for _, example in usage.COMMANDS.values()]
+    configs = [path.read_text() for path in (ROOT / "conf").rglob("*.yaml")]
+    shown += [line.strip() for text in configs for line in re.findall(r"^# +(growconv .*)$", text, re.MULTILINE)]
+    words = [shlex.split(line) for line in dict.fromkeys(shown)]
+    return [line[line.index("growconv") + 1 :] for line in words if "growconv" in line]
+
+
+def test_every_command_line_that_is_shown_is_accepted(tmp_path, monkeypatch, capsys):
+    """Up to where a run would begin; what needs files of its reader is read as arguments only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_with_hydra", lambda *_: None)
+    monkeypatch.setattr(cli, "show_sites", lambda overrides: plain(compose(overrides)))
+    lines = lines_of_growconv()
+    assert len(lines) > 60
+    for line in lines:
+        if line and line[0] in cli.PARSERS:
+            cli.PARSERS[line[0]][0]().parse_args(line[1:])
+        elif not any(word.startswith(("resume", "--config-dir")) for word in line):
+            assert main(line) == 0, (line, capsys.readouterr().err)
 
 
 def test_one_file_and_one_yaml_add_a_method_to_the_command_line(tmp_path):

@@ -33,6 +33,11 @@ def test_what_was_probably_meant(override, fix):
     assert "schema" not in str(caught.value)
 
 
+def test_a_whole_number_with_an_exponent_is_told_how_to_be_written():
+    with pytest.raises(ConfigError, match=r"write growth\.samples=1000$"):
+        plain(compose(["growth.samples=1e3"]))
+
+
 @pytest.mark.parametrize(
     ("override", "where", "expected"),
     [
