@@ -199,10 +199,11 @@ def main() -> None:
             ["task", "norm", "loss", "amplitude 0", *(arm for arm, _ in arms[1:])],
             rows,
             [
-                f"Loss after {STEPS} steps with the rate decayed to zero, both hidden widths doubled by "
-                f"`{arguments.method}` in two rounds at steps {ROUNDS[0]} and {ROUNDS[1]}: the mean with amplitude 0, "
-                f"and the ratio to it, paired over {arguments.seeds} seeds, as geometric mean and 95 % interval. "
-                '"≤ c" is the line search under the cap c: the strongest new channel has at most c of the mean '
+                f"Loss after {STEPS} steps, with the learning rate decayed to zero; both hidden widths are "
+                f"doubled by `{arguments.method}` in two rounds, at steps {ROUNDS[0]} and {ROUNDS[1]}. Given are the "
+                f"mean loss with amplitude 0 and the ratios to it, paired over {arguments.seeds} seeds: geometric mean "
+                "and 95 % interval. "
+                '"≤ c" is the line search under the cap c: the strongest new channel has at most c times the mean '
                 'strength of the old ones. Each site has a round of its own; "one strength": both in one round.',
             ],
         )

@@ -176,13 +176,13 @@ COLUMNS = (
     "change, train", "no gradient", "parameters, replay", "not growable",
 )  # fmt: skip
 LEGEND = (
-    'A convolution counts as proved when `find_sites` hands out a site for its outputs, rehearsed. "allowed": 2 s and '
-    '20 forward passes of the example, on one thread. "change": largest entry of the change over the largest entry of '
-    "the output, float32, all sites grown by 3 channels or the next number of whole groups at amplitude 0; by copies "
-    'where channels depend on each other ("n by copies").',
-    '"no gradient": layers whose new weights get no gradient in two training steps, the first at amplitude 0; those '
+    'A convolution counts as proved if `find_sites` returns a rehearsed site for its outputs. "allowed": 2 s plus '
+    '20 forward passes of the example, on one thread. "change": the largest change of an output divided by the largest '
+    "output, in float32, after all sites have grown by 3 channels or the next number of whole groups at amplitude 0; "
+    'by copies where channels depend on each other ("n by copies").',
+    '"no gradient": layers whose new weights get no gradient in two training steps, the first at amplitude 0; layers '
     'whose old weights get none either are not counted. "(draw n)": three random channels behind a ReLU, most often in '
-    "squeeze-and-excite layers, were all off on the batch of 3 and were drawn again.",
+    "squeeze-and-excite layers, were all zero on the batch of 3 and were drawn again.",
 )
 
 
@@ -200,14 +200,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     ]
     text = (
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
-        f"({growable / max(1, convolutions):.1%}): {_share(common)} of the {len(common)} in the families that most "
-        f"people use, {_share(first)} of the {len(first)} that were here first. Output unchanged in eval and train "
-        f"mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where it "
-        f"rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; the same network again on "
-        f"a fresh model in {sum(o.replayed for o in outcomes)}; new weights of {sum(o.dead for o in outcomes)} layers "
-        f"without a gradient; sites found in the allowed time in {len(outcomes) - len(over)}."
+        f"({growable / max(1, convolutions):.1%}): {_share(common)} in the {len(common)} architectures of the most "
+        f"widely used families, {_share(first)} in the {len(first)} of the first version. Output unchanged in eval and "
+        f"train mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where "
+        f"float32 rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; replay on a fresh "
+        f"model gives the same network in {sum(o.replayed for o in outcomes)}; new weights of "
+        f"{sum(o.dead for o in outcomes)} layers get no gradient; sites found within the allowed time in "
+        f"{len(outcomes) - len(over)}."
     )
-    text += f" Over it: {', '.join(over)}." if over else ""
+    text += f" Over time: {', '.join(over)}." if over else ""
     return text + (f" Where float32 changes more: {'; '.join(rounded)}." if rounded else "")
 
 
@@ -222,9 +223,10 @@ def reasons(outcomes: Sequence[Outcome]) -> str:
         counts.update(outcome.reasons)
     if not counts:
         return "All of them grow."
-    text = f"{sum(counts.values())} cannot: " + "; ".join(f"{n} {reason}" for reason, n in counts.most_common()) + "."
+    why = "; ".join(f"{n} {reason}" for reason, n in counts.most_common())
+    text = f"{sum(counts.values())} cannot grow: {why}."
     said = [f"{o.name}: {' / '.join(o.errors)}" for o in outcomes if o.errors]
-    return text + (f" In the code's own words: {'; '.join(said)}." if said else "")
+    return text + (f" In the words of the error: {'; '.join(said)}." if said else "")
 
 
 def _row(outcome: Outcome) -> list[str]:

@@ -305,7 +305,8 @@ def row(shape: str, device: str, threads: int) -> tuple[list[str], list[str]]:
         notes.append(f"{shape} misses: {'; '.join(misses)}.")
     if times["second pass"]:
         notes.append(
-            f"{shape}: P does not fit into scratch_bytes, so N takes a second forward and backward, counted in."
+            f"{shape}: P does not fit into scratch_bytes, so N takes a second forward and backward pass, "
+            "which is included."
         )
     return cells, notes
 
@@ -351,11 +352,11 @@ def main() -> None:
         print(json.dumps(task_times(bench) if task == "times" else task_memory(bench, task.removeprefix("memory-"))))
         return
     rows, notes = [], [
-        "All statistics are S, S2, M and N, for one batch more of a pair of "
-        "3×3 convolutions with padding 1 and biases, float32, ReLU in between. Forward+backward is the pair alone, its "
-        "images without gradient. Finish: expanding the sums, solving for W* and projecting, once per collection. Peak "
-        "memory is above what the process held before, finishing included. – : not tried, "
-        "for it would take gigabytes or minutes, or the bench extra is not installed."
+        "All statistics are S, S2, M and N, for one more batch of a pair of 3×3 convolutions with padding 1, biases "
+        "and a ReLU in between, in float32. Forward+backward is that of the pair alone, without gradients of the "
+        "images. Finish: expanding the sums, solving for W* and projecting, once per collection. Peak memory is what is added "
+        "to the memory that the process held before, including the finish. –: not tried, because it would take "
+        "gigabytes or minutes, or because the bench extra is not installed."
     ]  # fmt: skip
     name = "statistics" if options.device == "cpu" else f"statistics-{options.device}"
     command = "python -m experiments.benchmarks.statistics"

@@ -83,11 +83,11 @@ def main() -> None:
         ctypes.CDLL("libc.so.6").mallopt(option, 2**25)
     found: dict[str, tuple[float, float]] = {}
     rows, notes = [], [
-        "S, S2, M and N of a pair of convolutions with biases and ReLU in between, the stride being the first one's; "
-        "float32, one thread, CPU time. A batch: a collection of three batches less one of one, halved, in units of "
-        "the pair's forward and backward pass. The rest: what a collection takes whatever its batches, but for solving "
-        "for W*. Freed memory stays with the process. Before (--before): the same at a state of the package that "
-        "summed P in place of holding batches."
+        "S, S2, M and N of a pair of convolutions with biases and a ReLU in between; the stride is that of the first. "
+        "CPU time in float32 on one thread. A batch: the time of a collection of three batches minus that of one "
+        "batch, halved, in units of the pair's forward and backward pass. The rest: what a collection takes for any "
+        "number of batches, without solving for W*. Freed memory stays with the process. Before (--before): the same "
+        "for a version of the package that summed P instead of holding batches."
     ]  # fmt: skip
     for shape in options.shapes or (shapes() if options.all else QUICK):
         bench = Bench(shape, "cpu", time.process_time)

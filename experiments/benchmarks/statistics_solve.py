@@ -86,7 +86,7 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     if not options.no_write:
         command = "python -m experiments.benchmarks.statistics_solve"
-        note = "Fewer samples × locations than rows leave S2 without full rank. float64, one thread, CPU time."
+        note = "With fewer samples × locations than rows, S2 lacks full rank. CPU time in float64 on one thread."
         write_section("statistics-solve", "Statistics: solving for W*", command, COLUMNS, rows, [note])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-_PREAMBLE = "# Benchmarks\n\nEvery section is written by the command it names; nothing here is edited by hand.\n"
+_PREAMBLE = "# Benchmarks\n\nEvery section is written by the command it names, unless the section says otherwise.\n"
 
 
 def machine() -> str:
