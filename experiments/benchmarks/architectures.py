@@ -202,9 +202,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
         f"({growable / max(1, convolutions):.1%}): {_share(common)} in the {len(common)} architectures of the most "
         f"widely used families, {_share(first)} in the {len(first)} of the first version. Output unchanged in eval and "
-        f"train mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where "
-        f"float32 rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; replay on a fresh "
-        f"model gives the same network in {sum(o.replayed for o in outcomes)}; new weights of "
+        f"train mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 "
+        f"where float32 rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; replay on a "
+        f"fresh model gives the same network in {sum(o.replayed for o in outcomes)}; new weights of "
         f"{sum(o.dead for o in outcomes)} layers get no gradient; sites found within the allowed time in "
         f"{len(outcomes) - len(over)}."
     )

@@ -354,9 +354,9 @@ def main() -> None:
     rows, notes = [], [
         "All statistics are S, S2, M and N, for one more batch of a pair of 3×3 convolutions with padding 1, biases "
         "and a ReLU in between, in float32. Forward+backward is that of the pair alone, without gradients of the "
-        "images. Finish: expanding the sums, solving for W* and projecting, once per collection. Peak memory is what is added "
-        "to the memory that the process held before, including the finish. –: not tried, because it would take "
-        "gigabytes or minutes, or because the bench extra is not installed."
+        "images. Finish: expanding the sums, solving for W* and projecting, once per collection. Peak memory is "
+        "what is added to the memory that the process held before, including the finish. –: not tried, because it "
+        "would take gigabytes or minutes, or because the bench extra is not installed."
     ]  # fmt: skip
     name = "statistics" if options.device == "cpu" else f"statistics-{options.device}"
     command = "python -m experiments.benchmarks.statistics"
