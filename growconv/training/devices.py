@@ -154,7 +154,7 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
         trainer: the group trainer.
 
     Raises:
-        ConfigError: fewer devices or processes than asked for, or SyncBatchNorm without CUDA.
+        ConfigError: fewer devices or processes than asked for, SyncBatchNorm without CUDA, or an unknown backend.
     """
     accelerator = trainer["accelerator"]
     gpus = torch.cuda.device_count()
@@ -179,6 +179,14 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
         )
     if trainer["sync_batchnorm"] and accelerator != "cuda":
         raise no_sync_batchnorm(accelerator)
+    if trainer["compile"] and trainer["compile"] not in torch.compiler.list_backends(exclude_tags=None):
+        raise ConfigError(
+            "torch.compile has no such backend",
+            where="trainer.compile",
+            expected=f"{', '.join(torch.compiler.list_backends())}, or null to compile nothing",
+            got=trainer["compile"],
+            fix="trainer.compile=inductor",
+        )
     device = torch.device("cpu")
     if accelerator == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -137,6 +137,13 @@ def test_what_only_changes_how_it_computes_changes_nothing(option, plain_run, tm
         torch.testing.assert_close(other.model[name], tensor, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["true", "indutcor"])
+def test_a_backend_that_torch_does_not_have_is_named(backend, tmp_path, capsys):
+    assert main([*QUICK, f"trainer.compile={backend}", f"hydra.run.dir={tmp_path / 'run'}"]) == 1
+    assert "what to do: trainer.compile=inductor" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_taken_from_slurm(monkeypatch):
     """A run inside a Slurm job is one process, as long as torchrun says nothing else."""
     for key, value in {"NTASKS": "4", "PROCID": "3", "LOCALID": "3", "JOB_ID": "7", "NODELIST": "a,b"}.items():
