@@ -1,6 +1,6 @@
 """growconv: convolutional networks that grow while they train.
 
-Every name below is loaded when it is first used, so that the command line can answer before torch is there.
+Every name below is loaded when it is first used, so that the command line can answer before torch is loaded.
 """
 
 from importlib import import_module

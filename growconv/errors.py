@@ -57,7 +57,7 @@ def _rebuild(
 
 
 class GrowthWarning(UserWarning):
-    """Something that the user asked for is left out or limited, and training goes on.
+    """Something that the user asked for is left out or limited; training goes on.
 
     Example:
         >>> warnings.simplefilter("ignore", growconv.GrowthWarning)

@@ -55,7 +55,7 @@ class _Stage:
 
 
 def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> ConvCost:
-    """Cost of a convolution on inputs of a size, counted and not measured.
+    """Cost of a convolution on inputs of a given size, counted, not measured.
 
     Args:
         conv: nn.Conv1d/2d/3d, or a CP or Tucker convolution, whose implementation decides.
@@ -66,8 +66,8 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> Con
         The cost.
 
     Raises:
-        GeometryError: when the kernel does not fit the input.
-        ArgumentTypeError: for another layer.
+        GeometryError: the kernel does not fit the input.
+        ArgumentTypeError: for another kind of layer.
 
     Example:
         >>> growconv.conv_cost(nn.Conv2d(3, 8, 3, padding=1), (16, 16)).flops

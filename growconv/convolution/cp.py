@@ -14,8 +14,8 @@ from growconv.convolution.ranks import Rank, cp_rank
 class CPConv(FactorizedConv):
     """A convolution with a CP kernel (Lebedev et al. 2015).
 
-    Implementations: "factorized" is 1-tap conv (C1 → R), depthwise conv over the whole window, 1-tap conv (R → C2);
-    "mobilenet" does the depthwise part one axis after the other; "reconstructed" builds the full kernel.
+    Implementations: "factorized" is a 1-tap conv (C1 → R), a depthwise conv over the whole window and a 1-tap conv
+    (R → C2); "mobilenet" does the depthwise part one axis after the other; "reconstructed" builds the full kernel.
 
     Attributes:
         out_factor: (C2, R).

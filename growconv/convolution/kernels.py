@@ -1,8 +1,8 @@
-"""Two convolutions with nothing in between are one: its kernel, its geometry, and where the borders differ.
+"""Two convolutions with nothing in between are one convolution: its kernel, its geometry, and where the borders differ.
 
-PyTorch's convolution is a correlation, so the composite kernel is the second kernel fully convolved with the first,
-summed over hidden channels. Hidden zero padding cuts the sum at the borders; `exact_locations` says where,
-`composite_matrix` is right there too.
+PyTorch's convolution is a correlation, so the composite kernel is the full convolution of the second kernel with the
+first, summed over hidden channels. Hidden zero padding cuts the sum at the borders; `exact_locations` says where, and
+`composite_matrix` is right there, too.
 """
 
 import math
@@ -37,12 +37,12 @@ def composite_size(
     Args:
         first_size: kernel size of the first convolution; a number, or one per axis.
         second_size: of the second.
-        first_stride: stride s1 of the first. The second one's stride does not matter.
+        first_stride: stride s1 of the first; the stride of the second does not matter.
         first_dilation: dilation of the first.
         second_dilation: dilation of the second.
 
     Returns:
-        A number where both sizes are numbers, else a tuple.
+        A number if both sizes are numbers, else a tuple.
 
     Example:
         >>> growconv.composite_size((3, 3), (5, 5))
@@ -75,13 +75,13 @@ def compose_kernels(
     """The one kernel of two convolutions: W[c,i,u] = Σ_k Σ_{d1·t1 + s1·d2·t2 = u} W2[c,k,t2] W1[k,i,t1].
 
     With it, ``conv(conv(x, first, stride=s1, dilation=d1), second, stride=s2, dilation=d2)`` is
-    ``conv(x, W, stride=s1·s2)``, exactly wherever the hidden map is not zero-padded. `compose_convs` does bias, padding
-    and differing groups as well.
+    ``conv(x, W, stride=s1·s2)``, exactly wherever the hidden map is not zero-padded. `compose_convs` also handles bias,
+    padding and different groups.
 
     Args:
         first: (C1, C0 / groups, *kernel_size).
         second: (C2, C1 / groups, *kernel_size).
-        first_stride: stride s1 of the first convolution; the second's does not change the kernel.
+        first_stride: stride s1 of the first convolution; the stride of the second does not change the kernel.
         first_dilation: dilation d1 of the first.
         second_dilation: dilation d2 of the second.
         groups: number of groups of both.
@@ -90,7 +90,7 @@ def compose_kernels(
         (C2, C0 / groups, *composite size), with dilation 1: taps that no pair of taps reaches are zero.
 
     Raises:
-        GeometryError: when the hidden channels or the numbers of axes differ.
+        GeometryError: the hidden channels or the numbers of axes differ.
 
     Example:
         >>> growconv.compose_kernels(torch.randn(4, 3, 3, 3), torch.randn(8, 4, 3, 3)).shape
@@ -123,20 +123,21 @@ def compose_kernels(
 def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
     """One convolution for two with nothing in between: kernel, bias, stride, padding, dilation and groups.
 
-    Stride s1·s2, padding p1 + s1·p2, groups gcd(g1, g2), dilation the step of the grid that all composite taps lie on.
-    The output has the size of the pair's output. Where `second` has zero padding, outputs whose window reaches into it
-    differ (`exact_locations`): the pair reads zeros there, the composite what the first convolution would have given.
+    The stride is s1·s2, the padding p1 + s1·p2, the groups gcd(g1, g2); the dilation is the step of the grid on which
+    all composite taps lie. The output has the size of the pair's output. If `second` has zero padding, outputs whose
+    window reaches into it differ (`exact_locations`): there the pair reads zeros, but the composite reads what the
+    first convolution would have computed.
 
     Args:
         first: nn.Conv1d, nn.Conv2d or nn.Conv3d.
         second: of the same kind, reading the first one's channels.
 
     Returns:
-        A new convolution with its own parameters. It has a bias where one of the two has.
+        A new convolution with its own parameters. It has a bias if one of the two has.
 
     Raises:
-        GeometryError: channels that do not match, or padding that one convolution cannot have: other than zeros in the
-            second, or of two kinds or uneven sides in the pair.
+        GeometryError: channels that do not match, or padding that a single convolution cannot have: padding other than
+            zeros in the second, or two kinds of padding or uneven sides in the pair.
         ArgumentTypeError: for other layers.
 
     Example:
@@ -249,16 +250,16 @@ def conv_pair(
     Args:
         alpha: (K, A), filters of the first convolution; with one entry more per row, its biases.
         omega: (K, B, C2) or (K, B·C2), the second one's weights on each channel, tap by tap.
-        incoming_shape: (C0, *kernel size) of the first one's filters, A entries in all.
-        kernel_size: of the second, B taps; a number, or one per axis.
+        incoming_shape: shape (C0, *kernel size) of the filters of the first, A entries in all.
+        kernel_size: kernel size of the second, B taps in all; a number, or one per axis.
         first: further arguments of the first, as for `nn.Conv2d`: stride, padding, dilation, padding_mode.
-        second: of the second.
+        second: further arguments of the second.
 
     Returns:
-        C0 → K and K → C2, without a bias in the second; `second(first(x))` is Σ_k Σ_ab X_ab α_ka ω_kbc.
+        Convolutions C0 → K and K → C2, the second without a bias; `second(first(x))` is Σ_k Σ_ab X_ab α_ka ω_kbc.
 
     Raises:
-        GeometryError: sizes that do not belong together.
+        GeometryError: sizes that do not fit together.
 
     Example:
         >>> first, second = growconv.conv_pair(torch.randn(2, 28), torch.randn(2, 9, 5), (3, 3, 3), 3)
@@ -293,7 +294,7 @@ def conv_pair(
 
 
 def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[int]) -> Bool[Tensor, "*output_size"]:
-    """Where the composite convolution equals the pair: outputs of which no tap of the second reads hidden zero padding.
+    """Where the composite convolution equals the pair: outputs for which no tap of the second reads hidden padding.
 
     Args:
         first: the first convolution.
@@ -301,7 +302,8 @@ def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[in
         input_size: size of the first one's input grid.
 
     Returns:
-        True per output location where both are equal for every input and every kernel; all True without hidden padding.
+        A mask over output locations, True where both are equal for every input and kernel; all True without hidden
+        padding.
 
     Example:
         >>> growconv.exact_locations(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), (8, 8)).sum()

@@ -1,4 +1,4 @@
-"""Whether a large tensor would fit, asked before it is allocated."""
+"""Whether a large tensor would fit into memory, checked before it is allocated."""
 
 from pathlib import Path
 

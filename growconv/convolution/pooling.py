@@ -12,8 +12,8 @@ AveragePool = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
 def commute_average_pool(first: nn.Module, second: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The same function with an average pooling and a convolution in the other order.
 
-    A stride of the layer that comes second moves to the end; a stride of a pooling that comes first becomes dilation of
-    the convolution; padding of the first layer is taken over by the one that is now first.
+    The stride of the second layer moves to the new last layer; the stride of a pooling that comes first becomes
+    dilation of the convolution; the padding of the first layer moves to the new first layer.
 
     Args:
         first: nn.AvgPool1d/2d/3d or nn.Conv1d/2d/3d.
@@ -23,9 +23,9 @@ def commute_average_pool(first: nn.Module, second: nn.Module) -> tuple[nn.Module
         Two new modules to apply in this order; the convolution shares its Parameters with the one given.
 
     Raises:
-        GeometryError: where no exact exchange exists: padding of the second layer (its border zeros are not the first
-            one's output), a convolution with stride before the pooling (it would need a dilated pooling), rounding up,
-            or padding that is left out of the average.
+        GeometryError: no exact exchange exists: the second layer has padding (its border zeros are not the output of
+            the first), a convolution with stride comes before the pooling (it would need a dilated pooling), or the
+            pooling rounds its size up or leaves padding out of the average.
         ArgumentTypeError: for other layers.
 
     Example:

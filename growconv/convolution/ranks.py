@@ -1,4 +1,4 @@
-"""Ranks of factorized kernels: what a user may ask for, and the integers that come of it."""
+"""Ranks of factorized kernels: what a user may ask for, and the integers that result."""
 
 import math
 from operator import index

@@ -1,10 +1,10 @@
 """One kernel as two smaller ones in a row: the best rank-K split, by bilinear least squares.
 
-Most kernels are no product of two smaller ones. A 5×5 kernel has 25·C0·C2 free numbers, two 3×3 kernels with K hidden
-channels 9·K·(C0 + C2), less K² that a change of hidden basis eats; with one channel everywhere the composite of two
+Most kernels are no product of two smaller ones. A 5×5 kernel has 25·C0·C2 free numbers; two 3×3 kernels with K hidden
+channels have 9·K·(C0 + C2), less K² for a change of hidden basis. With one channel everywhere, the composite of two
 kernels is a product of two polynomials, and most polynomials in two variables have no factors. Enough hidden channels
-always do: with C0·taps1 of them the first kernel can pass on every entry of its patch, with C2·taps2 the second one can
-place every entry of its output.
+always suffice: with C0·taps1 of them the first kernel can pass on every entry of its patch, with C2·taps2 the second
+one can place every entry of its output.
 """
 
 from collections.abc import Iterator
@@ -51,19 +51,19 @@ def split_kernel(
 
     Args:
         kernel: (C2, C0, *kernel_size) on one to three axes, taps of dilation 1.
-        hidden: number K of hidden channels, at most min(C0·taps of the first, C2·taps of the second): so many split any
+        hidden: number K of hidden channels, at most min(C0·taps of the first, C2·taps of the second), which split any
             kernel exactly.
-        first_size: kernel size of the first; the second's follows from `composite_size`.
+        first_size: kernel size of the first; that of the second follows from `composite_size`.
         first_stride: stride of the first convolution.
         first_dilation: dilation of the first.
         second_dilation: dilation of the second.
 
     Returns:
-        Both kernels, in the kernel's dtype, every hidden channel with the same norm on both sides, and the residual.
+        Both kernels, in the kernel's dtype, with the same norm on both sides of every hidden channel; and the residual.
 
     Raises:
-        GeometryError: when no second kernel gives the kernel's size.
-        ArgumentValueError: for an impossible number of hidden channels, or values that are not finite.
+        GeometryError: no second kernel gives the kernel's size.
+        ArgumentValueError: for an invalid number of hidden channels, or values that are not finite.
 
     Example:
         >>> kernel = growconv.compose_kernels(torch.randn(2, 3, 3, 3), torch.randn(4, 2, 3, 3))

@@ -35,7 +35,7 @@ def toeplitz_matrix(
         padding: as in `F.conv2d`, or (low, high) pairs per axis.
         dilation: as in `F.conv2d`.
         groups: as in `F.conv2d`.
-        padding_mode: what stands in the padding; anything but zeros adds up in the columns that are read twice.
+        padding_mode: how the padding is filled; with anything but zeros, columns that are read twice add up.
         sparse: return a coalesced `torch.sparse_coo_tensor` with C2·C1·(read taps) entries instead of a dense matrix.
 
     Returns:
@@ -43,7 +43,7 @@ def toeplitz_matrix(
         `matrix @ x.flatten()` is `F.conv2d(x)` flattened.
 
     Raises:
-        GeometryError: when the kernel does not fit the input, or the matrix would not fit into memory (with its bytes).
+        GeometryError: the kernel does not fit the input, or the matrix would not fit into memory.
 
     Example:
         >>> growconv.toeplitz_matrix(torch.randn(2, 1, 3, 3), (6, 6)).shape
@@ -84,20 +84,20 @@ def toeplitz_matrix(
 def toeplitz_adjoint(
     matrix: Float[Tensor, "rows columns"], weight_shape: Sequence[int], input_size: PerAxis, **settings: Any
 ) -> Float[Tensor, "outputs inputs *taps"]:
-    """Adjoint of `toeplitz_matrix`: from the gradient of a loss by the matrix, its gradient by the kernel.
+    """Adjoint of `toeplitz_matrix`: maps the gradient of a loss with respect to the matrix to that of the kernel.
 
     Args:
-        matrix: (C2·M, C1·L). Entries where the Toeplitz matrix holds no weight do not count.
+        matrix: (C2·M, C1·L). Entries where the Toeplitz matrix holds no weight are ignored.
         weight_shape: (C2, C1 / groups, *kernel_size).
         input_size: size of the input grid, one entry per axis, or one number for all.
         **settings: stride, padding, dilation, groups, padding_mode and sparse, as given to `toeplitz_matrix`.
 
     Returns:
-        `weight_shape`: each entry sums what stands where the Toeplitz matrix holds that weight, so that
-        ⟨matrix, toeplitz_matrix(weight)⟩ = ⟨toeplitz_adjoint(matrix), weight⟩ for every weight.
+        A tensor of `weight_shape`: each entry is the sum over the places where the Toeplitz matrix holds that weight,
+        so that ⟨matrix, toeplitz_matrix(weight)⟩ = ⟨toeplitz_adjoint(matrix), weight⟩ for every weight.
 
     Raises:
-        GeometryError: when the kernel does not fit the input, or the matrix is not that of such a convolution.
+        GeometryError: the kernel does not fit the input, or the matrix has another shape.
 
     Example:
         >>> growconv.toeplitz_adjoint(torch.ones(32, 36), (2, 1, 3, 3), (6, 6)).flatten()[0]

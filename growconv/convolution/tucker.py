@@ -12,9 +12,9 @@ from growconv.convolution.ranks import Rank, tucker_ranks
 
 
 class TuckerConv(FactorizedConv):
-    """A convolution with a Tucker-2 kernel (Kim et al. 2016): low rank in both channel axes, whole over the window.
+    """A convolution with a Tucker-2 kernel (Kim et al. 2016): low rank in both channel axes, full over the window.
 
-    Implementations: "factorized" is 1-tap conv (C1 → r1), conv with the core (r1 → r2), 1-tap conv (r2 → C2);
+    Implementations: "factorized" is a 1-tap conv (C1 → r1), a conv with the core (r1 → r2) and a 1-tap conv (r2 → C2);
     "reconstructed" builds the full kernel.
 
     Attributes:

@@ -100,14 +100,14 @@ def mask_tensor(
     Args:
         input_size: size of the input grid of the convolution.
         conv: the convolution, or its geometry.
-        dtype: of the result; None for torch's default dtype.
-        device: of the result; None for torch's default device.
+        dtype: dtype of the result; None for torch's default dtype.
+        device: device of the result; None for torch's default device.
 
     Returns:
-        (M, B, L). All zeros for a tap that falls into zero padding. It has M·B·L entries: meant for small grids.
+        T (M, B, L), all zeros for a tap that falls into zero padding. It has M·B·L entries: meant for small grids.
 
     Raises:
-        GeometryError: when the kernel does not fit the input, or T would not fit into memory (with its bytes).
+        GeometryError: the kernel does not fit the input, or T would not fit into memory.
 
     Example:
         >>> growconv.mask_tensor((6, 6), nn.Conv2d(1, 1, 3)).shape  # outputs, taps, inputs

@@ -21,19 +21,20 @@ from growconv.network.site import GrowthSite, Site
 from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, old_sizes
 
 CAP = 1.0
-"""Strength of the strongest new channel, relative to the mean old one, beyond which no amplitude goes unless asked: of
-1/8, 1/4, 1/2, 1 and no cap the best at the end of training (experiments/benchmarks/amplitude.py)."""
+"""Default limit on the strength of the strongest new channel, relative to the mean old one: of 1/8, 1/4, 1/2, 1 and no
+cap, the best at the end of training (experiments/benchmarks/amplitude.py)."""
 
 HEAVIEST = 4.0
-"""Norm of the largest new outgoing weights, relative to the mean old ones, that a cap of 1 allows: what comes before
-them learns the faster, the larger they are, and a channel that is quiet would need very large ones."""
+"""Norm of the largest new outgoing weights, relative to the mean old ones, that a cap of 1 allows. Large outgoing
+weights raise the effective learning rate of the layers below, and a channel with small outputs would need very large
+ones."""
 
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
-"""Shares of the cap that are tried first; the neighbours of the best, a factor of two away, are tried then. Without a
-cap they are shares of a cap of 1, and the amplitude is doubled for as long as the loss falls."""
+"""Shares of the cap that are tried first; then the neighbours of the best, a factor of two away, are tried. Without a
+cap they are shares of a cap of 1, and the amplitude is doubled as long as the loss falls."""
 
 MOST = 24
-"""Losses measured at most."""
+"""The most losses that are measured."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class AmplitudeChoice:
     """What `choose_amplitudes` found.
 
     Attributes:
-        growths: the sites and proposals, as they were given.
-        units: per proposal the amplitude at which its channels have strength 1 (`amplitude_cap`).
-        strength: of the strongest new channel of every site, beside the mean old one.
-        losses: mean held-out loss per strength tried, 0 among them.
-        cap: the largest strength that was allowed; inf: none was forbidden.
-        reason: one line.
+        growths: the sites and proposals, as given.
+        units: per proposal, the amplitude at which its channels have strength 1 (`amplitude_cap`).
+        strength: that of the strongest new channel of every site, relative to the mean old one.
+        losses: mean held-out loss for each strength tried, including 0.
+        cap: the largest strength allowed; inf: no limit.
+        reason: why this strength was chosen, one line.
     """
 
     growths: tuple[tuple[Site, ChannelGrowth], ...]

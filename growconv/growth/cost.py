@@ -1,4 +1,4 @@
-"""What a model costs, followed through growth without a new forward pass; and what computing costs, as it is done."""
+"""The cost of a model, updated through growth without a new forward pass; and a counter of the FLOPs spent."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a policy may look at, what it answers, and how it is saved."""
+"""What a policy may read, what it returns, and how it is saved."""
 
 from abc import ABC
 from collections.abc import Callable, Mapping

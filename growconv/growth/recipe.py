@@ -1,4 +1,4 @@
-"""What is known to speak against a growth recipe; `GrowthScheduler.explain` and the start of a run say it."""
+"""Known weaknesses of a growth schedule, reported by `GrowthScheduler.explain` and at the start of a run."""
 
 WIDEST = 2.0
 """Times as wide in one step that sped training up most reliably (Mallik et al. 2026, arXiv 2605.13405)."""

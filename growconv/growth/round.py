@@ -1,4 +1,4 @@
-"""One round of growth or pruning: from growth batches to proposals, and what of them goes into the model."""
+"""One round of growth or pruning: from growth batches to proposals, and which of them go into the model."""
 
 import math
 import time

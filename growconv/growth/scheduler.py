@@ -66,42 +66,44 @@ class GrowthScheduler:
 
     Args:
         model: the raw model; unwrap data-parallel and compiled models, and wrap them again after each growth.
-        optimizer: the optimizer that trains it, or a list of all that do; their state follows. None: there is none.
+        optimizer: the optimizer that trains it, or a list of all such optimizers; their state follows. None: there is
+            none.
         sites: where the model may grow. Sites of `find_sites` that the method cannot serve are left out, with one
-            warning that says which; one of `site` that it cannot serve is an error.
+            warning that names them; a site of `growconv.site` that it cannot serve is an error.
         method: name of a registered solver, or a Solver with its hyperparameters.
-        every: optimizer steps between two rounds, the first after as many; short for when=Every(every).
-        times: rounds at most, those that added nothing included; None: no limit. Part of a schedule: it needs one.
+        every: optimizer steps between two rounds and before the first one; short for when=Every(every).
+        times: the most rounds, including those that add nothing; None: no limit. Needs a schedule.
         amount: channels per site and round: a float is a fraction of the site's initial width (0.25 is GradMax's), an
             int a number of channels, "auto" leaves it to the solver; or an Amount.
         where: "all", "best", "round_robin" or a Where.
-        when: a When in place of `every`. Neither: growth by hand, the loop calls `grow` when it suits; to ask `due`, to
-            limit `times` or to use a trainer's callback without a schedule is an error.
-        stop: one Stop or several; the first that says so ends the growing.
+        when: a When instead of `every`. With neither, the loop calls `grow` whenever it likes; calling `due`, limiting
+            `times` or using a trainer's callback without a schedule is then an error.
+        stop: one Stop or several; the first one that applies ends the growth.
         budget: a Budget; every round is cut to what fits into it.
-        amplitude: γ, which multiplies the outgoing weights: "line_search" chooses it by the true loss on held-out
-            growth batches; a number is taken as it is. Methods that preserve the function take 1.
-        amplitude_cap: how strong the search may make the strongest new channel, as a share of the old ones' mean; None:
-            as strong as it likes, as in TINY. 1 was the best at the end of training (the benchmark `amplitude`).
-        learning_rate: how new entries train: None at the optimizer's rate; or WarmUp, StageRates or WidthRates.
-        optimizer_state: "carried" keeps momentum and second moments of all old entries, new ones train as under a new
-            optimizer; "fresh" forgets the state of every parameter after a round that grew,
+        amplitude: γ, the factor on the outgoing weights: "line_search" chooses it by the true loss on held-out
+            growth batches; a number is used as it is. For methods that preserve the function it is 1.
+        amplitude_cap: how strong the search may make the strongest new channel, relative to the mean of the old ones;
+            None: no limit, as in TINY. 1 was the best at the end of training (the benchmark `amplitude`).
+        learning_rate: how new entries train: None for the optimizer's rate; or WarmUp, StageRates or WidthRates.
+        optimizer_state: "carried" keeps momentum and second moments of all old entries, and new ones train as under a
+            new optimizer; "fresh" resets the state of every parameter after a round that grew,
             as a new optimizer would.
         pruning: a PruneBack that shrinks the model to a budget at its own times; None: nothing is ever pruned.
-        held_out: share of the growth batches that the line search gets and the statistics do not.
-        samples: "all" reads every growth batch that is left; "auto" only as many as it takes to know the sum of the
-            gains at every site to `relative_error`, for methods whose gains are energies (tiny, exact, functional).
+        held_out: share of the growth batches reserved for the line search, so that the statistics do not see them.
+        samples: "all" reads every remaining growth batch; "auto" only as many as it takes to know the sum of the
+            gains at every site to within `relative_error`, for methods whose gains are energies (tiny, exact,
+            functional).
         relative_error: see `samples`.
-        statistics: further options of `collect_statistics`, such as keep_samples (512 where the method reads samples).
-        seed: of methods that draw random numbers, mixed with the number of the round.
+        statistics: further options of `collect_statistics`, such as keep_samples (512 if the method reads samples).
+        seed: seed of methods that draw random numbers, combined with the number of the round.
 
     Attributes:
-        sites: those that are grown.
+        sites: the sites that are grown.
         left_out: sites that the method cannot serve, each with the reason.
-        history: what has grown so far; its events hold names and numbers only.
+        history: the growth so far; its events hold only names and numbers.
         spent: wall-clock seconds so far by phase: collect, solve, amplitude, surgery.
         flops_spent: FLOPs (2 × MACs) of all growth rounds of this process so far, solving included (`FlopMeter`).
-        decisions: what the policies decided at the last question, and why.
+        decisions: what the policies decided last, and why.
 
     Raises:
         ScheduleError: settings that contradict each other or make no sense, or no site that the method can serve.
@@ -201,7 +203,7 @@ class GrowthScheduler:
 
     @property
     def rounds(self) -> int:
-        """Growth rounds so far, those that added nothing included."""
+        """Growth rounds so far, including those that added nothing."""
         return self._rounds
 
     @property
@@ -215,7 +217,7 @@ class GrowthScheduler:
         Args:
             step: optimizer steps done so far.
             metrics: numbers that policies may read (val_loss, val_accuracy, ...); "epoch" counts finished epochs.
-                With several processes, rank 0's count.
+                With several processes, those of rank 0 are used.
 
         Returns:
             Whether to call `grow` now; the same answer on every rank.
@@ -238,16 +240,16 @@ class GrowthScheduler:
         return yes
 
     def grow(self, batches: Iterable[Any], loss: Loss, step: int | None = None) -> list[GrowthEvent]:
-        """Do one round: collect, solve, choose, apply; or prune, where the last answer of `due` was about pruning.
+        """Do one round: collect, solve, choose, apply; or prune, if the last answer of `due` was about pruning.
 
         Args:
             batches: growth batches, (inputs, targets) pairs; inputs are a tensor, a tuple of positional or a mapping of
-                keyword arguments of the model. With several processes, each passes its own, equally many.
+                keyword arguments of the model. With several processes, each passes its own, the same number.
             loss: loss(output, targets), a scalar averaged over the batch.
-            step: optimizer steps done so far; None: those of the last call of `due`.
+            step: optimizer steps done so far; None: as in the last call of `due`.
 
         Returns:
-            One event per site that changed, already in the history; none when nothing was worth growing.
+            One event per site that changed, already in the history; none if nothing was worth growing.
 
         Raises:
             GrowthError: what went wrong; model, optimizer and history are as before.
@@ -274,10 +276,10 @@ class GrowthScheduler:
 
         Args:
             why: what needs a schedule.
-            growth: whether it has to be one of growth, and not only of pruning.
+            growth: whether it has to be a schedule for growth, not only for pruning.
 
         Raises:
-            ScheduleError: nothing does.
+            ScheduleError: there is no schedule.
         """
         if self.when is None and (growth or self.pruning is None):
             raise ScheduleError(
@@ -289,12 +291,12 @@ class GrowthScheduler:
             )
 
     def follow_model(self, sites: Iterable[Site], events: Iterable[GrowthEvent] = ()) -> None:
-        """Go on with a model that has other layers than before, as after `insert_copy` or `insert_layer`.
+        """Continue with a model whose layers have changed, as after `insert_copy` or `insert_layer`.
 
         Args:
-            sites: of the model as it is now. What the schedule knows of a site goes over to it, to its copies, and to
-                the sites on both sides of a layer that was put into it; those that it did not grow are left out.
-            events: what was done to the model, for the history.
+            sites: the sites of the changed model. What the schedule knows of a site is passed on to it, to its copies,
+                and to the sites on both sides of a layer inserted into it; sites that it did not grow are left out.
+            events: the changes to the model, for the history.
         """
         found = [(site, self._name_before(site)) for site in sites]
         sites = [site for site, before in found if before is not None]
@@ -319,7 +321,7 @@ class GrowthScheduler:
         return next((name for (_, read), name in known.items() if read == around), None)
 
     def cautions(self) -> list[str]:
-        """What speaks against the next round, as far as it is known beforehand; one line each."""
+        """Warnings about the next round, as far as they are known beforehand; one line each."""
         situation = self._situation()
         asked = {site: self.amount.channels(site, situation) for site in self.sites}
         wider = {site: site.width + channels for site, channels in asked.items() if isinstance(channels, int)}
@@ -334,7 +336,7 @@ class GrowthScheduler:
         return found
 
     def explain(self) -> str:
-        """What the recipe is, what speaks against it, and what was decided last; one line each."""
+        """The schedule, warnings about it, and what was decided last; one line each."""
         rates = "the optimizer's learning rate" if self.learning_rate is None else repr(self.learning_rate)
         recipe = [repr(self), f"new entries train at {rates}; the optimizer's state is {self.optimizer_state}"]
         cautions = [] if self.times is not None and self._rounds >= self.times else self.cautions()
@@ -358,13 +360,13 @@ class GrowthScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model must have its grown shapes already (`history.replay`).
+        """Continue from where `state_dict` was taken; the model must already have its grown shapes (`history.replay`).
 
         Args:
-            state: what `state_dict` gave, also after a trip through JSON.
+            state: what `state_dict` returned, also after a round trip through JSON.
 
         Raises:
-            CheckpointError: the state is damaged, of another schedule or another model; nothing has changed then.
+            CheckpointError: the state is damaged or belongs to another schedule or model; nothing has changed then.
         """
         self.check_state_dict(state)
         for name, policy in self._policies().items():
@@ -383,13 +385,13 @@ class GrowthScheduler:
         follow_ages(as_optimizers(self.optimizer))
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare a state with this schedule and its model, whose shapes are grown already; nothing is changed.
+        """Compare a state with this schedule and its model, which must already have its grown shapes; changes nothing.
 
         Args:
             state: as for `load_state_dict`.
 
         Raises:
-            CheckpointError: what does not fit.
+            CheckpointError: the state does not fit; the message says what.
         """
         policies = self._policies()
         check_schedule(state, PHASES, policies)

@@ -28,7 +28,7 @@ class Stop(Policy):
 
 @dataclass
 class Budget(Stop):
-    """What the model may cost at most; a round that would exceed it is cut to what fits.
+    """The most that the model may cost; a round that would exceed it is cut to what fits.
 
     Attributes:
         parameters: parameters of the whole model.

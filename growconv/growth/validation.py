@@ -1,4 +1,4 @@
-"""Records of growth from a file, checked as plain values before any of them touches a model."""
+"""Growth records from a file, checked as plain values before any of them touches a model."""
 
 import copy
 import math

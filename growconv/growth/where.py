@@ -1,10 +1,10 @@
-"""Where to grow: which sites are looked at, and which of their proposals are taken.
+"""Where to grow: which sites are considered, and which of their proposals are used.
 
 Sites are compared by how steeply new weights there would lower the loss: the squared norms of the first gradient on new
-incoming weights behind outgoing ones of norm 1, σ_k² of N_raw (GradMax, Evci et al. 2022, equation 9), per FLOP that
-the channels cost. Any method can grow the channels. The methods' own gains, captured energies, are shares of ‖v‖² at
-one layer and say nothing about another: in experiments/studies/when_growing_pays the widths that they led to were worse
-than uniform ones in three of six pairs of network and data, those by gradient in three too, and neither were better.
+incoming weights, with outgoing weights of norm 1, σ_k² of N_raw (GradMax, Evci et al. 2022, equation 9), per FLOP that
+the channels cost. Any method can then grow the channels. A method's own gains, captured energies, are shares of ‖v‖² at
+one layer and say nothing about another layer. In experiments/studies/when_growing_pays they led to worse widths than
+uniform ones in three of six pairs of network and data, gradients did so in three too, and neither gave better widths.
 """
 
 import math

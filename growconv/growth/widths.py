@@ -1,4 +1,4 @@
-"""A fresh model at widths of one's own, such as those that a search found."""
+"""A fresh model at any widths, such as those found by a search."""
 
 from collections.abc import Iterable, Mapping
 

@@ -45,13 +45,14 @@ class Solver(ABC):
         reads: statistics that the collector must fill ("S", "N", "N_raw", "S_full", "patch", "samples"); empty for a
             method that looks at the weights alone. May be a property that depends on the hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
-        gain_unit: unit of the channels' gains: "energy", captured energy in the unit of ‖v‖²/n; "score", that of the
-            `score` that the proposal measured; "loss", comparable between sites, but with no whole to be a share of;
-            "rank": none, but the `rank` of the old responses is measured; None: the method has no gains.
-        linearises: takes what lies between producer and consumer as linear; `solve` warns where that is not 0 at 0.
-        function_preserving: the new channels change no output, whatever the amplitude: no line search is needed.
-        needs_closed_form: serves sites with closed-form statistics only.
-        counts: can be asked for "auto" channels.
+        gain_unit: unit of the channels' gains: "energy", captured energy in the unit of ‖v‖²/n; "score", the unit of
+            the `score` that the proposal measured; "loss", comparable between sites, but not a share of a whole;
+            "rank", no gains, but the `rank` of the old responses is measured; None: the method has no gains.
+        linearises: treats the operations between producer and consumer as linear; `solve` warns where these are not 0
+            at 0.
+        function_preserving: the new channels change no output at any amplitude, so no line search is needed.
+        needs_closed_form: serves only sites with closed-form statistics.
+        counts: can choose the number of channels, "auto".
 
     Example:
         >>> growconv.solvers.get_solver("tiny").reads >= {"S", "N"}
@@ -75,7 +76,7 @@ class Solver(ABC):
         """Why the method cannot serve a site; None where it can.
 
         Args:
-            site: where; nothing is computed on it.
+            site: the site; nothing is computed on it.
         """
         if not self.needs_closed_form or not site.closed_form:
             return site.no_closed_form if self.needs_closed_form else None
@@ -85,7 +86,7 @@ class Solver(ABC):
         return None
 
     def caution(self, site: GrowthSite) -> str | None:
-        """What speaks against the method on a site that it can serve; None where nothing does."""
+        """A warning about the method on a site that it can serve; None if there is none."""
         return None
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Solver(ABC):
             request: the site, the number of channels, the statistics and the source of randomness.
 
         Returns:
-            Exactly as many channels as asked for, or fewer with the reason on the object.
+            Exactly as many channels as requested, or fewer, with the reason in the object.
         """
 
 
@@ -207,11 +208,11 @@ def solve(
     Args:
         subject: the site's PairStatistics, or the GrowthSite itself for a method that reads no statistics.
         method: name of a registered solver, or a Solver.
-        channels: how many, at least 1; rounded up to whole groups where the site grows in groups. "auto" keeps those
-            whose held-out gain is above its error bar.
-        model: the model that the site belongs to; None takes the one the site was found in.
-        generator: source of randomness for methods that draw.
-        **hyperparameters: of the solver, when it is given by name.
+        channels: how many, at least 1; rounded up to whole units where the site grows by several channels at a time.
+            "auto" keeps those whose held-out gain is above its error bar.
+        model: the model that the site belongs to; None: the one in which the site was found.
+        generator: source of randomness for methods that draw random numbers.
+        **hyperparameters: hyperparameters of the solver, if it is given by name.
 
     Returns:
         A proposal; `growconv.grow` puts it into the model.
@@ -219,10 +220,10 @@ def solve(
     Raises:
         SolverError: an unknown method or hyperparameter, an impossible number of channels, missing statistics, or a
             proposal that is not finite.
-        SiteError: a layer of the site has gone or is another one now.
+        SiteError: a layer of the site is missing or has been replaced.
 
     Warns:
-        LinearisationWarning: the method takes the activation as linear, and it is not 0 at 0.
+        LinearisationWarning: the method treats the activation as linear, but it is not 0 at 0.
 
     Example:
         >>> stats = growconv.collect_statistics(model, sites[0], batches, loss)[sites[0].name]

@@ -32,22 +32,22 @@ def captured_energy(
     statistics: PairStatistics | None = None,
     **options: Any,
 ) -> float:
-    """Share of the expressivity bottleneck that new channels take away: ⟨v⊥, δz⟩² / (‖δz‖² ‖v⊥‖²).
+    """Share of the expressivity bottleneck that new channels capture: ⟨v⊥, δz⟩² / (‖δz‖² ‖v⊥‖²).
 
-    δz is what the new channels add to the consumers' outputs, through the model's own operations in between; its best
-    single scale is taken. Measure it on samples that the solver did not see. Inputs and gradients of the site's layers
+    δz is what the new channels add to the consumers' outputs, through the model's own operations in between, at its
+    best single scale. Measure it on samples that the solver did not see. Inputs and gradients of the site's layers
     are held in memory for all samples.
 
     Args:
         model: the model that the site belongs to; not changed.
         batches: (inputs, targets) pairs.
         loss: loss(output, targets).
-        statistics: whose W* defines v⊥ = v − W*·Hp, usually those that the solver read; None takes the best update for
-            these very batches.
-        **options: of `collect_statistics`.
+        statistics: their W* defines v⊥ = v − W*·Hp; usually the statistics that the solver read. None takes the best
+            update for these very batches.
+        **options: options of `collect_statistics`.
 
     Returns:
-        Between 0 and 1; 0 for a proposal that would raise the loss, or where there is nothing to gain.
+        A number between 0 and 1; 0 for a proposal that would raise the loss, or if there is nothing to gain.
 
     Example:
         >>> growth = growconv.solve(sites[0], "random", channels=2, model=model)
@@ -70,7 +70,7 @@ def captured_energy(
 
 
 def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float | None:
-    """First-order decrease of the mean loss at amplitude 1: ⟨v, δz⟩ / n (MATH: L(γ) = L(0) − γ⟨v, δz⟩/n + o(γ)).
+    """First-order decrease of the mean loss at amplitude 1: ⟨v, δz⟩ / n, since L(γ) = L(0) − γ⟨v, δz⟩/n + o(γ).
 
     Args:
         subject: statistics of the site. Kept samples put the real activation into δz; without them δz is taken as

@@ -1,8 +1,8 @@
 """Rank growth: the best new terms of a CP or Tucker convolution, by the criterion that chooses channels.
 
-With h the layer's input, Hp its unfolded patches and v the change that the loss wants of its output, M = (1/n) Σ Hp v
-and S2 = (1/n) Σ Hp Hpᵀ. First v is freed from what an update of the existing factors can give (their tangent space),
-then
+With h the layer's input, Hp its unfolded patches and v the change that the loss asks for in its output, M = (1/n) Σ Hp
+v and S2 = (1/n) Σ Hp Hpᵀ. First the part that an update of the existing factors can provide (their tangent space) is
+removed from v, then
 
     J(Θ) = ⟨Θ, S2 Θ⟩ − 2⟨M⊥, Θ⟩
 
@@ -77,13 +77,13 @@ def collect_rank_statistics(
     """Moments of factorized convolutions on some batches; parameters and their gradients stay as they are.
 
     Args:
-        model: the raw model of the sites, in the mode to measure in.
-        sites: ranks of its layers.
+        model: the raw model of the sites, in the mode in which to measure.
+        sites: rank sites of its layers.
         batches: (input, target) pairs.
         loss: loss(model(input), target), averaged over the batch.
 
     Returns:
-        Statistics by name of the site; both ranks of a Tucker convolution share their tensors.
+        Statistics by site name; both ranks of a Tucker convolution share their tensors.
 
     Raises:
         StatisticsError: for no batches, a layer that the forward pass does not call, or a loss that is not finite.
@@ -133,17 +133,17 @@ def grow_rank(
         ranks: number of terms to add; for Tucker a pair (output rank, input rank), of which one may be 0, or one number
             for both.
         statistics: M and S2 of the layer, from `collect_rank_statistics` or of a consumer of `PairStatistics`. None
-            adds terms that read random directions and write nothing, which preserves the function at any amplitude.
-        amplitude: multiplies the outgoing side of the new terms; 0 preserves the function.
+            adds terms with random incoming and zero outgoing vectors, which preserves the function at any amplitude.
+        amplitude: factor on the outgoing side of the new terms; 0 preserves the function.
         optimizer: the optimizer (or a list) that trains the layer; its state follows.
-        generator: of the random directions.
+        generator: source of the random directions.
 
     Returns:
         The event; `channels` is the number of terms added, `predicted_decrease` the first-order decrease of the mean
         loss.
 
     Raises:
-        ArgumentValueError: for an impossible number of terms; nothing has changed then.
+        ArgumentValueError: for an invalid number of terms; nothing has changed then.
 
     Example:
         >>> layer = growconv.CPConv2d(1, 4, 3, rank=2)

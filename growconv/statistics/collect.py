@@ -25,9 +25,9 @@ def collect_statistics(
     average: Average | None = None,
     **options: Any,
 ) -> dict[str, PairStatistics]:
-    """Statistics of some batches, with a second pass over them where P is too large to hold.
+    """Statistics of some batches, with a second pass over them if P is too large to hold.
 
-    Norm layers keep their mode and their buffers, dropout is off, the parameters' gradients stay as they are.
+    Norm layers keep their mode and buffers, dropout is off, and the parameters' gradients stay as they are.
 
     Args:
         model: the model that the sites belong to.
@@ -38,13 +38,13 @@ def collect_statistics(
         loss: loss(model(input), target), a scalar; it may run the model again, and all its forward passes count.
         run: calls each pass over the batches; several processes wait for each other there.
         average: see `StatisticsCollector.second_pass`.
-        **options: of StatisticsCollector.
+        **options: options of StatisticsCollector.
 
     Returns:
-        Statistics by name of the site.
+        Statistics by site name.
 
     Raises:
-        ArgumentTypeError: for batches of another form.
+        ArgumentTypeError: for batches of any other form.
         StatisticsError: inside torch.inference_mode(); for no batches, or a loss that is no scalar, not
             finite, or does not depend on the parameters.
 

@@ -61,8 +61,8 @@ class StatisticsCollector:
     """Context manager that collects statistics while the model runs forward and backward.
 
     Calls are paired in order: the j-th call of a producer belongs to the j-th call of its consumer. Forward passes
-    without gradients are not counted. Leaving the context removes every hook and frees what was cached, also after an
-    exception; the statistics stay.
+    without gradients are not counted. Leaving the context removes every hook and frees cached tensors, also after an
+    exception; the statistics remain.
 
     Args:
         model: the model that the sites belong to, not compiled or wrapped.
@@ -70,25 +70,25 @@ class StatisticsCollector:
         reduction: how the loss reduces over samples: with "mean" gradients are multiplied by the batch size, so that v
             is −∂(Σ_i loss_i)/∂z either way.
         full: also collect S_full.
-        keep_samples: how many samples' tensors to keep per site.
-        quantities: what to collect, out of S, N (v projected off the existing weights), N_raw, M, S2, P, update,
-            S_full, patch (mean and second moment of the producer's patches; of sites without a closed form only
-            together with samples, and then it is left out) and samples; None for S and N. A solver's
-            `reads` fits.
-        path: "auto" takes the cheapest way for each statistic and shape; "dense", "unfold" and "offset" force one.
+        keep_samples: for how many samples to keep the tensors, per site.
+        quantities: what to collect, out of S, N (the correlation with v after projecting off the existing weights),
+            N_raw, M, S2, P, update, S_full, patch (mean and second moment of the producer's patches; for sites without
+            a closed form allowed only together with samples, and then left out) and samples; None for S and N. A
+            solver's `reads` can be passed.
+        path: "auto" chooses the cheapest path for each statistic and shape; "dense", "unfold" and "offset" force one.
         scratch_bytes: bound on temporary memory, and on P and S_full of a consumer (256 MiB). P and S_full that would
             be larger are left out (None).
-        hold_bytes: what all consumers together may hold of the batches' x, h and v for N, beyond kept samples. What is
-            more takes a second pass over the same batches, see `second_pass`. None: `scratch_bytes`, and beyond them N
-            takes P, which costs about as much as all else together, and only where P does not fit either the second
-            pass. 0 holds nothing, as several processes must, since they share W*.
+        hold_bytes: how much of the batches' x, h and v all consumers together may hold for N, beyond kept samples.
+            Batches beyond that take a second pass, see `second_pass`. None: as `scratch_bytes`; beyond that N uses P,
+            which costs about as much as everything else together, and the second pass only if P does not fit either.
+            0 holds nothing, which several processes need, since they share W*.
         loss_scale: factor that the loss was multiplied by before backward(): a number, or a GradScaler.
-        nonfinite: "error" raises when an activation or gradient is infinite or NaN, "skip" leaves the batch out.
+        nonfinite: "error" raises an error if an activation or gradient is infinite or NaN, "skip" leaves the batch out.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: for impossible options.
+        ArgumentTypeError, ArgumentValueError: for invalid options.
         SiteError: for a site of another model.
-        StatisticsError: for a site without closed-form statistics, when more than kept samples are asked for.
+        StatisticsError: for a site without closed-form statistics, if more than kept samples are requested.
 
     Example:
         >>> with growconv.StatisticsCollector(model, sites[0]) as collector:
@@ -181,16 +181,16 @@ class StatisticsCollector:
 
     @contextmanager
     def second_pass(self, average: Average | None = None) -> Iterator["StatisticsCollector"]:
-        """Collect N from v⊥ = v − W*·Hp, where P was too large to hold.
+        """Collect N from v⊥ = v − W*·Hp, if P was too large to hold.
 
         Run the same batches through the model inside this context, with the same weights.
 
         Args:
-            average: from the statistics of the first pass to those whose W* is projected off: with several processes,
-                the average over all of them. None: this process's own.
+            average: maps the statistics of the first pass to those whose W* is projected off: with several processes,
+                their average over all of them. None: those of this process.
 
         Raises:
-            StatisticsError: where no second pass is needed, or the first has seen no samples.
+            StatisticsError: no second pass is needed, or the first has seen no samples.
         """
         if not self.needs_second_pass:
             raise StatisticsError("no second pass is needed", fix="read collector.statistics")
@@ -223,7 +223,7 @@ class StatisticsCollector:
 
     @property
     def outputs(self) -> tuple[GradientEdge, ...]:
-        """Where the consumers' outputs of the present loss stand in the graph, for torch.autograd.grad."""
+        """The consumers' outputs of the current loss in the autograd graph, for torch.autograd.grad."""
         return tuple(self._outputs)
 
     # ---------------------------------------------------------------------------------------------- results
@@ -242,7 +242,7 @@ class StatisticsCollector:
         return self._finished
 
     def explain(self) -> str:
-        """How each statistic is computed, and why so: a line each, below its site and consumer."""
+        """How each statistic is computed, and why: one line each, below its site and consumer."""
         lines = []
         for consumer in self._measurements:
             lines.append(consumer.sums.where)
@@ -323,12 +323,13 @@ class StatisticsCollector:
     # ---------------------------------------------------------------------------------------------- hooks
 
     def next_loss(self, told: bool = True) -> None:
-        """Let all that runs from here on belong to another loss.
+        """Count everything that runs from here on as part of a new loss.
 
-        A loop that knows where a loss begins calls it there. Else the first forward pass after a backward pass does.
+        A loop that knows where a loss begins calls this there. Otherwise the first forward pass after a backward pass
+        begins one.
 
         Args:
-            told: whether that is known, and not guessed.
+            told: whether the caller knows this, rather than guesses it.
         """
         loss, self._loss, self._pass = self._loss, Loss(told=told), None
         self._outputs = []
@@ -343,7 +344,7 @@ class StatisticsCollector:
         loss.passes.clear()  # each knows its loss, and such a circle would keep its tensors for long
 
     def loss_computed(self) -> None:
-        """Say that the loss is computed: gradients that come before, after `next_loss`, would be part of it."""
+        """Say that the loss is computed: gradients between `next_loss` and this call would be part of it."""
         self._loss.ready = True
 
     def _begin(self, _model: nn.Module, _args: tuple) -> None:

@@ -47,20 +47,21 @@ class Equations:
 def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
     """The best first-order change of a layer's own weights on samples: W* = S2⁺ M (TINY, proposition 3.1).
 
-    It needs no site: any convolution or linear layer will do. What it leaves of v is the layer's expressivity
-    bottleneck. With fewer than four rows (samples × output locations) an entry of a filter, a ridge chosen by
-    cross-validation keeps it to what carries over to other samples.
+    It needs no site: any convolution or linear layer will do. The part of v that W* does not provide is the layer's
+    expressivity bottleneck. With fewer than four rows (samples × output locations) per entry of a filter, a ridge
+    chosen by cross-validation keeps W* from fitting what does not generalise to other samples.
 
     Args:
         module: convolution or linear layer.
-        pairs: h that it read, and v = −∂loss/∂output, of some samples each; images may differ in size between pairs.
+        pairs: (h, v) for some samples each: the layer's input h, and v = −∂loss/∂output; images may differ in size
+            between pairs.
 
     Returns:
-        The change of its weight (out, in/groups, *kernel) and of its bias, None for a layer without one; in float64.
+        The change of the weight (out, in/groups, *kernel) and of the bias (None for a layer without one), in float64.
 
     Raises:
         SiteError: a layer of another kind.
-        StatisticsError: no samples, or h and v that are not input and output of the layer.
+        StatisticsError: there are no samples, or h and v do not fit the layer's input and output.
 
     Example:
         >>> layer = nn.Conv2d(1, 4, 3)

@@ -17,22 +17,23 @@ from growconv.statistics.samples import KeptSamples
 class PairStatistics:
     """What the data says about one site.
 
-    A statistic that was not collected is None. For a site with one consumer its statistics are at hand directly.
+    A statistic that was not collected is None. If the site has one consumer, its statistics are attributes here, too.
 
     Attributes:
         site: name of the site.
         growth_site: the site itself.
         samples: number of samples n.
         consumers: one entry per consumer, in the order of site.consumers.
-        incoming_shapes: per producer (C0, *k1) of its filters, (features,) for a linear layer. Axis a has the patches
-            of all producers one after the other, each with a constant entry at its end where the producer has a bias.
-        patch_mean: mean of the producer's patches over samples and locations (a,), the constant entry included; None
-            for several producers.
-        patch_gram: second moment of the same (a, a).
-        samples_kept: tensors of the samples kept; None where none were asked for.
-        skipped_batches: batches left out because something in them was not finite.
+        incoming_shapes: per producer, the shape of its filters (C0, *k1), or (features,) for a linear layer. Axis a
+            has the patches of all producers one after the other, each ending in a constant entry if the producer has a
+            bias.
+        patch_mean: mean of the producer's patches over samples and locations (a,), including the constant entry; None
+            if there are several producers.
+        patch_gram: second moment of the patches (a, a).
+        samples_kept: tensors of the kept samples; None if none were requested.
+        skipped_batches: number of batches left out because they contained values that are not finite.
         units: `GrowthSite.units` when they were collected: the widths that the axes of the tensors belong to.
-        notes: what is still to be done, a line each.
+        notes: what remains to be done, one line each.
 
     Example:
         >>> stats = growconv.collect_statistics(model, sites[0], batches, loss)[sites[0].name]
@@ -57,7 +58,7 @@ class PairStatistics:
         """The only consumer.
 
         Raises:
-            StatisticsError: where there are several.
+            StatisticsError: there are several.
         """
         if len(self.consumers) != 1:
             raise StatisticsError(
@@ -143,10 +144,10 @@ class PairStatistics:
             other: statistics of the same site with the same quantities and widths.
 
         Returns:
-            A new object; the samples kept are joined.
+            A new object, with the kept samples of both.
 
         Raises:
-            StatisticsError: where they do not belong together.
+            StatisticsError: they do not belong together.
         """
         same = (self.site, self.incoming_shapes, self.outgoing_shapes) == (
             other.site,

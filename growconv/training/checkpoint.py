@@ -64,14 +64,14 @@ def save_checkpoint(
     state: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a model and what its training needs to go on, in one step: a crash or a full disk leaves the old file.
+    """Save a model and what is needed to continue its training, atomically: a crash or a full disk leaves the old file.
 
     Args:
-        path: the file to write, by custom with the suffix .safetensors.
+        path: the file to write, usually with the suffix .safetensors.
         model: the raw model.
         optimizer: its optimizer.
         scheduler: its growth scheduler, whose history is saved too.
-        history: how the model grew, where no scheduler grew it: GrowthHistory([event, ...]).
+        history: how the model grew, if no scheduler grew it: GrowthHistory([event, ...]).
         state: further JSON-able values.
         tensors: further tensors.
 
@@ -215,19 +215,20 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     scheduler: GrowthScheduler | None = None,
 ) -> Checkpoint:
-    """Bring a model, fresh and small or of the saved shapes, to where the checkpoint was saved; in place.
+    """Load a checkpoint into a model, in place; the model may be the small one of the start or have the saved shapes.
 
     Args:
         path: a checkpoint file, a run's directory or its checkpoint folder.
-        model: the raw model as the run began with it, or already grown.
+        model: the raw model that the run began with, or the grown one.
         optimizer: a fresh optimizer of that model.
         scheduler: a fresh growth scheduler of both.
 
     Returns:
-        What was read, further state included.
+        What was read, including further state.
 
     Raises:
-        CheckpointError: damaged, or of another model, optimizer or schedule. Nothing has changed then.
+        CheckpointError: the file is damaged or belongs to another model, optimizer or schedule. Nothing has changed
+            then.
 
     Example:
         >>> fresh = copy.deepcopy(model)

@@ -24,11 +24,11 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
 
     Args:
         run: the run directory, or one of its checkpoint files.
-        best: the weights of the best validation accuracy so far in place of the last ones.
+        best: the weights with the best validation accuracy instead of the last ones.
         trust: whether the run's config may build a model from outside growconv and torch.
 
     Returns:
-        The model, grown as in the run; a plain `nn.Module`. Of a run with trainer.ema: with the averaged weights.
+        The model, grown as in the run; a plain `nn.Module`. If the run had trainer.ema, it has the averaged weights.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
