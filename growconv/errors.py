@@ -89,7 +89,7 @@ class SurgeryError(GrowthError, ValueError):
 
 
 class ScheduleError(GrowthError, ValueError):
-    """A growth schedule, policy or budget that makes no sense."""
+    """A growth schedule, policy or budget that is contradictory or invalid."""
 
 
 class DataError(GrowthError, ValueError):
@@ -101,11 +101,11 @@ class ConfigError(GrowthError, ValueError):
 
 
 class CheckpointError(GrowthError, RuntimeError):
-    """A checkpoint or run directory that is missing, damaged or of another run."""
+    """A checkpoint or run directory that is missing or damaged, or belongs to another run."""
 
 
 class TrainingError(GrowthError, RuntimeError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class ArgumentTypeError(GrowthError, TypeError):
@@ -113,4 +113,4 @@ class ArgumentTypeError(GrowthError, TypeError):
 
 
 class ArgumentValueError(GrowthError, ValueError):
-    """An argument of the right type with an impossible value."""
+    """An argument of the right type with an invalid value."""

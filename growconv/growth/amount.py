@@ -61,14 +61,14 @@ class ToWidth(Amount):
 
     Attributes:
         target: an int is a number of channels, a float a multiple of the initial width.
-        rounds: in how many visits of the site.
+        rounds: number of visits of the site until then.
     """
 
     target: int | float = limited(above=0)
     rounds: int = limited(above=0)
 
     def channels(self, site: Site, situation: Situation) -> int:
-        """What is missing, spread evenly over the visits that are left."""
+        """The missing channels, spread evenly over the remaining visits."""
         missing = target_width(self.target, situation.initial_widths[site.name]) - site.width
         left = max(1, self.rounds - situation.visits.get(site.name, 0))
         return max(0, math.ceil(missing / left))
@@ -80,8 +80,8 @@ class Exponential(Amount):
 
     Attributes:
         rate: growth of the width from round to round; 0.2 is 20 %. ⌊·⌋₂ rounds down to an even number, at least 2.
-        target: final width, an int in channels or a float as a multiple of the initial width; None: without end.
-        rounds: visits after which the target has to be reached; None: whenever the sequence arrives there.
+        target: final width, an int in channels or a float as a multiple of the initial width; None: no target.
+        rounds: visits after which the target has to be reached; None: whenever the sequence reaches it.
     """
 
     rate: float | int = limited(0.2, above=0)
@@ -106,10 +106,10 @@ class Exponential(Amount):
 
 @dataclass
 class Auto(Amount):
-    """As many as the solver finds worthwhile in the data.
+    """As many as the solver finds worthwhile for the data.
 
     Attributes:
-        maximum: never more than this in one round; None: no limit of its own.
+        maximum: the most in one round; None: no limit.
     """
 
     maximum: int | None = limited(None, above=0)

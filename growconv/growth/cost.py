@@ -77,7 +77,7 @@ class ModelCost:
     Additions of biases, norms, activations and pooling are left out.
 
     Args:
-        locations: locations at which each layer (by module path) applies its kernel to one sample.
+        locations: number of locations at which each layer (by module path) applies its kernel to one sample.
     """
 
     def __init__(self, model: nn.Module, locations: Mapping[str, float | int]) -> None:
@@ -86,7 +86,7 @@ class ModelCost:
 
     @classmethod
     def measure(cls, model: nn.Module, inputs: object) -> "ModelCost":
-        """Run one forward pass and note at how many locations each layer works.
+        """Run one forward pass and count the locations at which each layer applies its kernel.
 
         Args:
             model: the model; its state is as before afterwards.
@@ -115,17 +115,17 @@ class ModelCost:
         return cls(model, locations)
 
     def layer(self, path: str, weight_entries: float | int) -> float:
-        """FLOPs that so many weight entries cost in one layer, per sample."""
+        """FLOPs that a number of weight entries costs in one layer, per sample."""
         return 2.0 * weight_entries * self.locations.get(path, 0.0)
 
     def activations(self) -> float:
-        """About how many bytes a training step keeps of one sample: what each layer and norm gives on."""
+        """Approximate bytes that a training step keeps per sample: the outputs of each layer and norm."""
         norms = sum(map(layers.is_norm, self.model.modules()))
         entries = sum(self._entries(path, OUT) for path in self.locations)
         return 4 * entries * (1 + norms / max(1, len(self.locations)))
 
     def held(self, site: Site) -> float:
-        """About how many bytes a site's x, h and v take, per sample."""
+        """Approximate bytes of a site's x, h and v, per sample."""
         entries = sum(self._entries(path, IN) for path in (*site.producers, *site.consumers))
         return 4 * (entries + sum(self._entries(path, OUT) for path in site.consumers))
 
@@ -139,7 +139,7 @@ class ModelCost:
         """What one more channel costs at the site's present shapes.
 
         Args:
-            site: where; one of the model's.
+            site: a site of the model.
 
         Returns:
             (parameters, FLOPs of one sample's forward pass).

@@ -37,19 +37,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class Situation:
-    """Where the run stands when a policy is asked.
+    """The state of the run when a policy is asked.
 
     Attributes:
         step: optimizer steps done.
         metrics: the numbers that the loop reported with this step; "epoch" counts finished epochs.
-        model: the model as it is now.
+        model: the current model.
         sites: the sites of the schedule.
         initial_widths: width of each site (by name) when the schedule began, in channels.
         visits: how often each site (by name) has been a candidate of a growth round.
-        rounds: growth rounds so far, those that added nothing included.
+        rounds: growth rounds so far, including those that added nothing.
         last_step: step of the last round; None before the first.
-        last_epoch: "epoch" of the last round; None before the first or where the loop reports none.
-        seconds: wall-clock seconds of the run so far, resumed parts included.
+        last_epoch: "epoch" of the last round; None before the first, or if the loop reports none.
+        seconds: wall-clock seconds of the run so far, including resumed parts.
         cost: the model's cost meter; None before the first growth batch was seen.
     """
 
@@ -78,18 +78,18 @@ class Situation:
 
 @dataclass(frozen=True)
 class Proposal:
-    """New channels that a solver offers for one site, with what they would cost.
+    """New channels that a solver proposes for one site, with their cost.
 
     Attributes:
-        site: where.
+        site: the site.
         growth: the channels.
         gradient_energy: ‖v‖²/n over the site's consumers, the unit of the gains; None for methods without statistics.
         parameters_per_channel: parameters that one channel adds.
         flops_per_channel: FLOPs (2 × MACs, forward, one sample) that one channel adds.
-        samples: how many the statistics were collected on; None for methods without statistics.
-        slopes: (K,) descending, what compares across layers: squared norms of the first gradient that new incoming
-            weights would get behind outgoing weights of norm 1; None where a policy did not ask for them.
-        decrease: what the channels alone take off the held-out loss; None where a policy did not ask for it.
+        samples: number of samples in the statistics; None for methods without statistics.
+        slopes: (K,) descending, comparable across layers: squared norms of the first gradient that new incoming
+            weights would get with outgoing weights of norm 1; None if no policy asked for them.
+        decrease: how much the channels alone lower the held-out loss; None if no policy asked for it.
     """
 
     site: Site
@@ -108,7 +108,7 @@ class Proposal:
 
     @property
     def relative_gain(self) -> float:
-        """Share of ‖v‖²/n that the channels capture, or SENN's Δη′/η: a number that knows no scale of the loss."""
+        """Share of ‖v‖²/n that the channels capture, or SENN's Δη′/η: independent of the scale of the loss."""
         whole = self.growth.measured.get("score", self.gradient_energy)
         if whole is None:
             raise ScheduleError(
@@ -126,7 +126,7 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
 
     Attributes:
         personal: the policy reads the clock or reported metrics, which may differ between processes.
-        compares: units of gains (`Solver.gain_unit`) that the policy can compare; empty: it looks at no gains.
+        compares: units of gains (`Solver.gain_unit`) that the policy can compare; empty: it does not use gains.
     """
 
     personal: ClassVar[bool] = False
@@ -141,10 +141,10 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if not entry.init}  # pyright: ignore[reportArgumentType]
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over a state that `state_dict` gave.
+        """Restore a state from `state_dict`.
 
         Args:
-            state: its answer, also after a trip through JSON.
+            state: the state, also after a round trip through JSON.
 
         Raises:
             CheckpointError: the state belongs to another policy.

@@ -1,4 +1,4 @@
-"""Growing on several devices: one answer for all ranks, and proof that they stay equal."""
+"""Growing on several devices: the same decision on all ranks, and a check that their models stay equal."""
 
 import dataclasses
 import hashlib
@@ -230,7 +230,7 @@ def require_equal_parameters(model: nn.Module) -> None:
     """Compare the parameter hashes of all ranks.
 
     Raises:
-        ScheduleError: on every rank, when one of them differs.
+        ScheduleError: raised on every rank if one of them differs.
     """
     if world_size() > 1:
         fix = "build the model from the same seed on every rank, and grow it through the scheduler on all of them"
@@ -238,10 +238,10 @@ def require_equal_parameters(model: nn.Module) -> None:
 
 
 def rewrap(wrapper: DistributedDataParallel) -> DistributedDataParallel:
-    """Wrap the grown model again: DDP only reduces gradients of the parameters that it knew when it was built.
+    """Wrap the grown model again: DDP only reduces gradients of parameters that existed when it was built.
 
     Args:
-        wrapper: the wrapper around the model before it grew; not to be used any more.
+        wrapper: the wrapper around the model before it grew; do not use it any more.
 
     Returns:
         A new wrapper with the same devices and settings.

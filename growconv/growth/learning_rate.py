@@ -76,16 +76,16 @@ class LearningRate(Policy):
 
 @dataclass
 class WarmUp(LearningRate):
-    """New entries start at one rate and reach another linearly, after every growth anew, and keep it.
+    """After every growth, the rate of the new entries rises linearly from one value to another, and stays there.
 
     A peak above 1 lets new entries catch up with old ones: 1.25 to 1.3 within 0.4 % of the run in Yu et al. 2026
-    (SPARKLING, arXiv 2602.02472), where the same for all parameters was worse.
+    (SPARKLING, arXiv 2602.02472), where doing the same for all parameters was worse.
 
     Attributes:
         steps: optimizer steps until new entries train at the peak rate.
-        start: rate of their first step, as a fraction of the learning rate.
-        peak: rate that they reach and keep, as a fraction of the learning rate, which goes its own way.
-        everything: old entries and parameters that do not grow rise with the youngest ones, after every growth.
+        start: rate of their first step, as a fraction of the current learning rate.
+        peak: rate that they reach and keep, as a fraction of the current learning rate.
+        everything: after every growth, the rates of old entries and ungrown parameters rise with those of the new ones.
     """
 
     steps: int = limited(above=0)
@@ -112,7 +112,7 @@ class WarmUp(LearningRate):
         return torch.tensor(ramp, dtype=torch.float64, device=parameter.device)[stages]
 
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
-        """With `everything` parameters that have not grown count as old ones."""
+        """With `everything`, parameters that have not grown count as old."""
         super().follow(model, history)
         if self.everything and self.born:
             old = {each: torch.zeros((), dtype=torch.long, device=each.device) for each in model.parameters()}
@@ -129,11 +129,11 @@ class WarmUp(LearningRate):
 
 @dataclass
 class WidthRates(LearningRate):
-    """Rates that follow the width, so that one learning rate serves all of them (μP).
+    """Rates that follow the width, so that one learning rate works for all widths (μP).
 
     From Yang et al. 2022 (Tensor Programs V, arXiv 2203.03466), table 8, with widths relative to those at the start:
     under Adam the rate of a weight falls with its fan-in; under SGD it rises with the fan-out and falls with the
-    fan-in, so that a weight which grows on both sides keeps its own. All entries of a weight train alike.
+    fan-in, so that a weight that grows on both sides keeps its rate. All entries of a weight have the same rate.
 
     Attributes:
         rule: "adam" (for adaptive optimizers) or "sgd".
@@ -146,7 +146,7 @@ class WidthRates(LearningRate):
         self._axes: dict[nn.Parameter, tuple[int | None, int | None]] = {}
 
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
-        """Look up along which axes of a layer's tensors its inputs and outputs lie, too."""
+        """Also find the input and output axes of each layer's tensors."""
         super().follow(model, history)
         self._axes = {}
         for module in model.modules():
@@ -168,9 +168,9 @@ class WidthRates(LearningRate):
 class StageRates(LearningRate):
     """η_k = η_0 · f(W_k) / f(W_0) for the entries W_k of a weight that stage k added, as in Variance Transfer.
 
-    f is the root mean square of the entries, so that blocks of different sizes compare, or the Frobenius norm of the
-    paper's section 3.2. It is taken anew at every step, and balances how far old and young entries move relative to
-    their own size. Vectors (biases, norm layers) keep the full rate.
+    f is the root mean square of the entries, which makes blocks of different sizes comparable, or the Frobenius norm of
+    the paper's section 3.2. It is computed anew at every step, and balances how far old and young entries move relative
+    to their own size. Vectors (biases, norm layers) keep the full rate.
 
     Attributes:
         lowest: smallest ratio, so that entries which start at zero can learn.

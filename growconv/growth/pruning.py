@@ -22,13 +22,13 @@ from growconv.solvers.weights import columns_of, filters_of
 
 @dataclass
 class PruneBack(Policy):
-    """Shrink the model to a budget: away go the channels whose weights (`norm_scores`) are the smallest for their site.
+    """Shrink the model to a budget by removing the channels with the smallest weights of their site (`norm_scores`).
 
     Attributes:
-        when: when to prune; a step at which growth is due as well prunes.
-        parameters: parameters of the whole model that may stay.
-        flops: FLOPs (2 × MACs, forward, one sample) that may stay.
-        keep: channels that every site keeps at least.
+        when: when to prune; a step at which growth is also due prunes.
+        parameters: the most parameters that the model may keep.
+        flops: the most FLOPs (2 × MACs, forward, one sample) that it may keep.
+        keep: the fewest channels that every site keeps.
     """
 
     when: When
@@ -63,15 +63,15 @@ class PruneBack(Policy):
         """The channels to take away, by site.
 
         Args:
-            sites: where channels may go.
+            sites: sites from which channels may be removed.
             scores: importance (width,) of each site's channels.
             cost: the model's cost meter.
 
         Returns:
-            Indices of channels, whole groups each; as few as the budget allows.
+            Indices of the channels to remove, in whole groups; as few as the budget allows.
 
         Raises:
-            ScheduleError: the budget is out of reach with `keep` channels everywhere.
+            ScheduleError: the budget cannot be reached with `keep` channels everywhere.
         """
         blocks = []
         for order, site in enumerate(sites):
@@ -107,7 +107,7 @@ class Sizes:
     """Parameters and FLOPs that a model would have without some channels, several sites at once.
 
     Args:
-        sites: where channels may go.
+        sites: sites from which channels may be removed.
         cost: the model's cost meter.
     """
 

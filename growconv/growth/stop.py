@@ -105,7 +105,7 @@ class NoGain(Stop):
 
     Attributes:
         threshold: share of ‖v‖²/n below which a round counts as gaining nothing.
-        patience: such rounds in a row.
+        patience: number of such rounds in a row.
     """
 
     threshold: float | int = limited(1e-3, above=0)

@@ -25,7 +25,7 @@ class When(Policy):
 
 @dataclass
 class Every(When):
-    """Grow every so many steps or epochs.
+    """Grow at a fixed interval of steps or epochs.
 
     Attributes:
         interval: distance between two rounds, in `unit`; the first round comes after `start`.
@@ -38,7 +38,7 @@ class Every(When):
     start: int | None = limited(None, least=0)
 
     def decide(self, situation: Situation) -> Decision:
-        """Due once per interval, also when the loop asks less often than every step."""
+        """Due once per interval, even if the loop does not ask after every step."""
         now, last = _clock(situation, self.unit)
         if now is None:
             return Decision(False, f"no number of finished epochs reported at step {situation.step}")
@@ -72,7 +72,7 @@ class AtSteps(When):
             )
 
     def decide(self, situation: Situation) -> Decision:
-        """Due at each step of the list, also when the loop asks a little later."""
+        """Due at each step of the list, even if the loop asks a little later."""
         last = -1 if situation.last_step is None else situation.last_step
         passed = [step for step in self.steps if last < step <= situation.step]
         if passed:
@@ -83,7 +83,7 @@ class AtSteps(When):
 
 @dataclass
 class AtFlops(When):
-    """Grow when so many training FLOPs are spent, whatever the steps cost: runs of equal FLOPs grow at equal shares.
+    """Grow when given numbers of training FLOPs are spent: runs of equal FLOPs grow at equal fractions of them.
 
     Attributes:
         flops: training FLOPs, ascending, compared with the metric "train_flops"; one round for each.
@@ -102,7 +102,7 @@ class AtFlops(When):
             )
 
     def decide(self, situation: Situation) -> Decision:
-        """Due while fewer rounds were made than marks lie behind."""
+        """Due while fewer rounds were made than marks have been passed."""
         spent = situation.metrics.get("train_flops")
         if spent is None:
             return Decision(False, f"no train_flops reported at step {situation.step}")
@@ -115,7 +115,7 @@ class AtFlops(When):
 
 @dataclass
 class LengtheningStages(When):
-    """Grow after stages of growing length, Variance Transfer's: T_0, then T_t = T_{t-1} + ⌊rate · T_{t-1}⌋.
+    """Grow after stages of increasing length, as in Variance Transfer: T_0, then T_t = T_{t-1} + ⌊rate · T_{t-1}⌋.
 
     Attributes:
         first: T_0, length of the first stage in optimizer steps.
@@ -143,7 +143,7 @@ class Plateau(When):
         metric: name of the reported number.
         patience: reports without improvement before growth is due.
         min_delta: improvement that counts, as a fraction of the best value so far.
-        mode: "min" where smaller is better, "max" where larger is.
+        mode: "min" if smaller is better, "max" if larger is.
         cooldown: steps after a round in which reports are not counted, so that the new channels can settle.
     """
 
@@ -159,7 +159,7 @@ class Plateau(When):
     seen_round: int = field(default=0, init=False)
 
     def decide(self, situation: Situation) -> Decision:
-        """Count the report, once a step, and say whether patience has run out."""
+        """Count the report, once per step, and say whether patience has run out."""
         if situation.rounds != self.seen_round:
             self.best, self.waited, self.seen_round = None, 0, situation.rounds
         value = situation.metrics.get(self.metric)
@@ -189,12 +189,12 @@ class Plateau(When):
 
 @dataclass
 class GainAbove(When):
-    """Measure every so many steps, and grow only sites whose proposal captures enough.
+    """Measure at a fixed interval of steps, and grow only sites whose proposal captures enough.
 
     Attributes:
-        threshold: smallest gain of a site's new channels: the share of ‖v‖²/n that they must capture, for senn the
-            paper's τ, which Δη′/η must reach (η: the score of the consumer's old weights; it may be above 1).
-        least: for senn the paper's absolute threshold α on Δη′; for others on the captured energy.
+        threshold: smallest gain of a site's new channels: the share of ‖v‖²/n that they must capture; for senn the
+            paper's τ, which Δη′/η must reach (η is the score of the consumer's old weights; τ may be above 1).
+        least: absolute threshold: for senn the paper's α on Δη′, for others on the captured energy.
         every: steps between two measurements.
     """
 
@@ -204,7 +204,7 @@ class GainAbove(When):
     compares: ClassVar[frozenset[str]] = frozenset({"energy", "score"})
 
     def decide(self, situation: Situation) -> Decision:
-        """Due whenever a measurement is."""
+        """Due whenever a measurement is due."""
         return Every(self.every).decide(situation)
 
     def admits(self, proposal: Proposal) -> Decision:
@@ -266,7 +266,7 @@ class _Combined(When):
 
 @dataclass
 class AllOf(_Combined):
-    """Grow when every member says so, for example at a plateau but at most every 500 steps.
+    """Grow when every member agrees, for example at a plateau but at most every 500 steps.
 
     Attributes:
         policies: the members.
@@ -275,7 +275,7 @@ class AllOf(_Combined):
 
 @dataclass
 class AnyOf(_Combined):
-    """Grow when one member says so.
+    """Grow when at least one member says so.
 
     Attributes:
         policies: the members.

@@ -71,12 +71,12 @@ class RoundRobin(Where):
     count: int = limited(1, above=0)
 
     def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
-        """The sites that were visited least, in forward order; only they are measured."""
+        """The least visited sites, in forward order; only these are measured."""
         least = sorted(range(len(sites)), key=lambda index: (situation.visits.get(sites[index].name, 0), index))
         return [sites[index] for index in sorted(least[: self.count])]
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
-        """All that were measured."""
+        """All sites that were measured."""
         return [(proposal, "its turn") for proposal in proposals]
 
 
@@ -127,7 +127,7 @@ class _Comparing(Where):
 
 @dataclass
 class Best(_Comparing):
-    """The sites whose proposals promise most.
+    """The sites whose proposals promise the most.
 
     Attributes:
         per: see `Greedy`.
@@ -156,17 +156,18 @@ class Greedy(_Comparing):
     that no longer fits ends its site's turn; cheaper channels elsewhere may still fit.
 
     Attributes:
-        per: what the value of a channel is divided by: "flop" and "parameter" what it costs, "channel" 1.
+        per: what the value of a channel is divided by: its cost in FLOPs ("flop") or parameters ("parameter"), or
+            nothing ("channel").
         by: "gradient": the first gradient on new weights; sites without closed-form statistics have none. "energy": the
             method's own gains, captured energies of tiny, exact and functional, first-order gains of others.
-            "decrease": what the site's channels alone take off the held-out loss at the amplitude that is best for
-            them, shared out by their gains; it takes several losses for each site. None: the gradient where every site
-            has it, else the energy.
+            "decrease": how much the site's channels alone lower the held-out loss at the amplitude that is best for
+            them, divided among them by their gains; this takes several losses for each site. None: the gradient if
+            every site has it, else the energy.
         channels: channels to add in one round; None: no limit.
-        share: the same as a share of the channels that all sites together have now; None: no limit.
+        share: the same limit, as a share of the channels that all sites together have now; None: no limit.
         parameters: parameters to add in one round; None: what the schedule's budget leaves.
         flops: FLOPs (forward, one sample) to add in one round; None: what the schedule's budget leaves.
-        rounds: spread what the schedule's budget leaves evenly over so many rounds; None: the first takes all it can.
+        rounds: spread what the schedule's budget leaves evenly over this many rounds; None: the first takes all it can.
     """
 
     channels: int | None = limited(None, above=0)
@@ -180,7 +181,7 @@ class Greedy(_Comparing):
         self._share = 1.0
 
     def candidates(self, sites: Sequence[Site], situation: Situation) -> list[Site]:
-        """All sites; the round's share of the budget follows from how many rounds are left."""
+        """All sites; the round's share of the budget follows from the number of rounds left."""
         self._share = 1 / max(1, self.rounds - situation.rounds) if self.rounds is not None else 1.0
         return list(sites)
 
@@ -225,10 +226,10 @@ class Greedy(_Comparing):
 
 @dataclass
 class RankTrigger(Where):
-    """NORTH*'s trigger (Maile et al. 2022, section 3.1): ⌊C·(φ − γ·φ*)⌋ of the channels that a site is offered.
+    """NORTH*'s trigger (Maile et al. 2022, section 3.1): add ⌊C·(φ − γ·φ*)⌋ of the channels proposed for a site.
 
-    φ is the share of directions that the C old channels' responses use behind the activation, φ* the largest share that
-    this site has ever had. Sites are asked for as many channels as they may get at once (`amount`).
+    φ is the share of directions that the responses of the C old channels use behind the activation, φ* the largest
+    share that this site has ever had. `amount` limits how many channels a site can get at once.
 
     Attributes:
         gamma: γ, between 0 and 1.
@@ -240,7 +241,7 @@ class RankTrigger(Where):
     largest: list[float] = field(default_factory=list, init=False)
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
-        """As many channels of each site as its rank calls for, in whole groups."""
+        """As many channels of each site as its rank calls for, in whole units."""
         known, answer = dict(zip(self.names, self.largest, strict=True)), []
         for proposal in proposals:
             site, growth = proposal.site, proposal.growth

@@ -1,6 +1,6 @@
 """Growth inside other trainers.
 
-`lightning` and `huggingface` hold a callback each; your own loop needs no more than this:
+`lightning` and `huggingface` each provide a callback; a loop of your own needs no more than this:
 
     from growconv import GrowthScheduler, find_sites
 
@@ -19,6 +19,6 @@
 
 `growth_batches()` gives a few (inputs, targets) pairs of training data. To load the file again, build the small model,
 call `GrowthHistory.from_records(saved["growth"]["history"]).replay(model)` and then
-`model.load_state_dict(saved["model"])`. Under DistributedDataParallel hand the raw model to the scheduler, and go on
+`model.load_state_dict(saved["model"])`. Under DistributedDataParallel, give the scheduler the raw model, and continue
 with `growconv.growth.rewrap(wrapped)` after a growth.
 """

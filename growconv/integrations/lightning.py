@@ -36,8 +36,8 @@ class GrowthCallback(Callback):
         attribute: path of the submodule that grows; "" is the LightningModule itself, through its forward.
         batches: growth batches of each round.
         loader: where they come from; None: a fresh pass over the Trainer's training loader.
-        prepare: turns a batch into (inputs, targets); None: batches are such pairs.
-        sites: picks among the sites that were found; None: all of them.
+        prepare: turns a batch into (inputs, targets); None: batches are already such pairs.
+        sites: selects from the sites that were found; None: all of them.
         **schedule: arguments of GrowthScheduler (method, every, times, amount, where, budget, ...). Metrics reach
             policies once after each validation and each training epoch.
 
@@ -128,11 +128,11 @@ class GrowthCallback(Callback):
             trainer.strategy.configure_ddp()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the validation for the next question."""
+        """Keep the metrics of the validation for the next call of `due`."""
         self._report(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the epoch for the next question."""
+        """Keep the metrics of the epoch for the next call of `due`."""
         self._report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,12 +177,12 @@ def _restore_first(
 
 
 def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any], averages: Iterable[nn.Module] = ()) -> None:
-    """Give a fresh small module the grown shapes of a checkpoint; nothing happens where it has them or nothing grew.
+    """Give a fresh small module the grown shapes of a checkpoint; does nothing if it has them already or nothing grew.
 
     Args:
         module: the LightningModule as its class builds it.
         checkpoint: a loaded Lightning checkpoint.
-        averages: copies of it that grow along.
+        averages: copies of the module that grow with it.
 
     Raises:
         CheckpointError: the checkpoint was not written with a GrowthCallback, or its growth began with another model.
@@ -222,7 +222,7 @@ def load_grown(module: Module, path: str | Path) -> Module:
         The same module.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, or was not written with a GrowthCallback.
+        CheckpointError: the checkpoint belongs to another model, or was not written with a GrowthCallback.
     """
     from lightning_fabric.utilities.cloud_io import _load
 

@@ -29,7 +29,7 @@ SOLVERS: dict[str, type["Solver"]] = {}
 
 
 class LinearisationWarning(UserWarning):
-    """A method that takes the activation as linear was asked for channels behind one that is not 0 at 0."""
+    """A method that treats the activation as linear was asked for channels behind an activation that is not 0 at 0."""
 
 
 GainUnit = Literal["energy", "score", "loss", "rank"]
@@ -108,7 +108,7 @@ def register(name: str) -> Callable[[SolverClass], SolverClass]:
         name: what users write as ``method=``.
 
     Raises:
-        SolverError: the name belongs to another class already, or the class is no Solver.
+        SolverError: the name already belongs to another class, or the class is no Solver.
     """
 
     def enter(solver: SolverClass) -> SolverClass:
@@ -131,9 +131,9 @@ def get_solver(method: "str | Solver", **hyperparameters: Any) -> Solver:
     """A solver by name, with its hyperparameters.
 
     Args:
-        method: registered name; for a solver outside this package also the dotted path of its class, which is imported
-            then. A Solver is returned as it is.
-        **hyperparameters: fields of the solver's class; missing ones take their defaults.
+        method: registered name; for a solver outside this package also the dotted path of its class, which is then
+            imported. A Solver is returned as it is.
+        **hyperparameters: fields of the solver's class; others keep their defaults.
 
     Raises:
         SolverError: an unknown name, or a hyperparameter that this solver does not have.

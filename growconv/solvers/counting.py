@@ -21,12 +21,12 @@ CONFIDENCE = 2.0
 
 @dataclass(frozen=True, eq=False)
 class MeasuredGains:
-    """First-order gain of every channel on samples, with the error bar of its average.
+    """First-order gain of every channel on samples, with the standard error of its mean.
 
     Attributes:
         gains: (k,) mean of ⟨v⊥, δz_k⟩ over the samples, through the real activation.
         errors: (k,) its standard error.
-        samples: how many samples.
+        samples: number of samples.
     """
 
     gains: Float[Tensor, " k"]
@@ -35,7 +35,7 @@ class MeasuredGains:
 
     @property
     def relative_error(self) -> float:
-        """Error of the sum of all gains, channels taken as independent, over that sum; infinite where it is no gain."""
+        """Error of the summed gains (channels taken as independent) over that sum; infinite if the sum is no gain."""
         total = float(self.gains.sum())
         return float(self.errors.square().sum().sqrt()) / total if total > 0 else float("inf")
 

@@ -73,11 +73,11 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
     """First-order decrease of the mean loss at amplitude 1: ⟨v, δz⟩ / n, since L(γ) = L(0) − γ⟨v, δz⟩/n + o(γ).
 
     Args:
-        subject: statistics of the site. Kept samples put the real activation into δz; without them δz is taken as
-            linear, ⟨N_raw, Θ⟩.
+        subject: statistics of the site. With kept samples, δz goes through the real activation; without them, it is
+            taken as linear, ⟨N_raw, Θ⟩.
 
     Returns:
-        The decrease, negative for a proposal that raises the loss; None where the statistics do not tell.
+        The decrease, negative for a proposal that raises the loss; None if the statistics do not determine it.
     """
     if growth.channels == 0:
         return 0.0

@@ -44,15 +44,15 @@ SAMPLES = 128
 @register("firefly")
 @dataclass(frozen=True)
 class Firefly(Solver):
-    """Random channels, trained for a few steps on what they would take off the loss; the best are kept.
+    """Random channels, trained for a few steps to lower the loss as much as they can; the best are kept.
 
     Attributes:
-        candidates: channels trained for every one kept.
-        steps: gradient steps of step one, each on a part of the kept samples where there are many.
-        learning_rate: of Adam; in 20 steps an entry moves by 0.4 at most, so that candidates stay unlike each other.
-        splits: old channels that split are candidates too. What is kept then has the two strengths that follow.
-        strength: norm of a new channel's ω, as a share of the old ones' mean (the paper's code: entries of 0.01).
-        step: by how much the halves of a channel move, as a share of its filter's norm (the code: entries of 0.1).
+        candidates: channels trained for every channel kept.
+        steps: gradient steps of step one, each on a part of the kept samples if there are many.
+        learning_rate: rate of Adam; in 20 steps an entry moves by at most 0.4, so that candidates stay different.
+        splits: splits of old channels are candidates too. The channels kept then have the next two strengths.
+        strength: norm of a new channel's ω, relative to the mean of the old ones (the paper's code: entries of 0.01).
+        step: how far the halves of a channel move, relative to its filter's norm (the code: entries of 0.1).
     """
 
     candidates: int = limited(4, least=1)
@@ -68,7 +68,7 @@ class Firefly(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the Taylor gains |s_l| for ω of norm 1 and α at the old mean norm.
 
-        With splits they are what every channel takes off the loss at its strength.
+        With splits, `gains` are how much each channel lowers the loss at its strength.
         """
         requested, size, generator = request.number, request.site.granularity, request.generator
         kept = require_samples(request.subject, self.name)

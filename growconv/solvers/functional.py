@@ -55,12 +55,13 @@ class Functional(Solver):
     """Channels fitted on kept samples, through the model's own operations.
 
     Attributes:
-        iterations: L-BFGS steps of the winning start, at most, its trial included; about twenty give most of it.
-        trial_iterations: steps on a part of the samples after which the better start goes on alone.
-        held_out: share of the kept samples that judges starts and stops the fit.
+        iterations: the most L-BFGS steps of the winning start, including its trial; about twenty achieve most of the
+            gain.
+        trial_iterations: steps on a part of the samples after which only the better start continues.
+        held_out: share of the kept samples used to judge the starts and to stop the fit.
         patience: steps without a better held-out captured energy before stopping.
-        damping: of the whitened coordinates, as a share of the patches' mean eigenvalue. It keeps directions that the
-            data hardly uses short: with less, the fit is slower and carries over worse.
+        damping: damping of the whitened coordinates, as a share of the patches' mean eigenvalue. It keeps directions
+            that the data hardly use short: with less damping, the fit is slower and generalises worse.
     """
 
     iterations: int = limited(28, least=0)

@@ -46,8 +46,8 @@ def gradmax(
         `channels` channels, or fewer where the numerical rank is lower; none where N_raw is zero.
 
     Raises:
-        ArgumentTypeError: channels that are no integer, or half precision.
-        ArgumentValueError: fewer than one channel, a vector in place of a matrix, entries that are not finite.
+        ArgumentTypeError: `channels` is no integer, or a tensor has half precision.
+        ArgumentValueError: fewer than one channel, a vector instead of a matrix, or entries that are not finite.
     """
     require_moments(channels, N_raw)
     require_finite(N_raw=N_raw)
@@ -63,15 +63,15 @@ def gradmax(
 class GradMax(Solver):
     """Channels with α = 0 and the ω that make the first gradient on α the largest.
 
-    With α = 0 every activation sits at 0, where ReLU's slope is 0 in PyTorch: all gradients would vanish and the
-    channels stay dead. There the channels are lifted: their bias (or the mean of the norm layer behind the producer, in
-    training) is set a little above 0, where the slope is the 1 that the method assumes. This moves outputs by about
-    `lift`.
+    With α = 0 every activation is at 0, where the slope of ReLU is 0 in PyTorch: all gradients would vanish and the
+    channels would stay dead. Behind ReLU the channels are therefore lifted: their bias (or the mean of the norm layer
+    behind the producer, in training) is set so that they are a little above 0, where the slope is 1, as the method
+    assumes. This changes outputs by about `lift`.
 
     Attributes:
         outgoing: norm of each ω_k relative to the mean over the existing channels.
         directions: "gradient", or "random": the paper's baseline, Gaussian ω of the same norm and α = 0.
-        lift: bias of channels that would be dead, relative to the existing filters' mean norm; 0 refuses them instead.
+        lift: bias of channels that would be dead, relative to the existing filters' mean norm; with 0 they are refused.
         rank_tolerance: relative threshold on singular values.
     """
 
@@ -87,11 +87,11 @@ class GradMax(Solver):
     needs_closed_form = True
 
     def refusal(self, site: GrowthSite) -> str | None:
-        """Also where filters of zero are not what the layer multiplies with, as under weight standardisation."""
+        """Also where the layer does not multiply with its stored filters, as under weight standardisation."""
         return super().refusal(site) or not_plain(site, *site.producers)
 
     def caution(self, site: GrowthSite) -> str | None:
-        """Behind a norm layer, which the paper's networks do not have there."""
+        """A warning behind a norm layer, which the paper's networks do not have there."""
         normed = any(isinstance(step, Norm) for route in site.routes for step in route.steps)
         return "a norm layer brings filters that were zero to full size at their first step" if normed else None
 

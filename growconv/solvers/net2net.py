@@ -85,15 +85,15 @@ def draw_shares(
 @register("net2net")
 @dataclass(frozen=True)
 class Net2Net(Solver):
-    """Copies of old channels that share their outgoing weights. Norm entries and optimizer options are copied along.
+    """Copies of old channels that share their outgoing weights. Norm entries and optimizer options are copied, too.
 
     Attributes:
         noise: standard deviation of Gaussian noise on the copies' filters, as a share of the filter's own root mean
             square (section 2.2: "a small amount of noise", to break the symmetry). Above 0 the function changes a
             little.
-        imbalance: how unequal the shares of the outgoing weights are. The paper has 0, where exact copies get equal
-            gradients and stay copies forever unless there is noise or dropout; the default breaks the symmetry without
-            any change of the function.
+        imbalance: how unequal the shares of the outgoing weights are. In the paper this is 0; exact copies then get
+            equal gradients and stay copies forever, unless there is noise or dropout. The default breaks the symmetry
+            without changing the function.
         keeps: "function": the shares of all copies of a channel sum to 1, as in the paper. "rms": their squares do, so
             that the root mean square of the consumer's weights keeps its proportion to 1/√fan-in; the function changes.
     """
@@ -109,11 +109,11 @@ class Net2Net(Solver):
         return self.keeps == "function"
 
     def refusal(self, site: GrowthSite) -> str | None:
-        """Where consumers' weights are computed from others, or copied filters would not make copied channels."""
+        """Where consumers' weights are computed from other tensors, or copied filters would not copy channels."""
         return not_rewritable(site, *site.consumers) or not_plain(site, *site.producers)
 
     def solve(self, request: Request) -> ChannelGrowth:
-        """See `Solver.solve`; the old outgoing weights are revised to the share that is left to them."""
+        """See `Solver.solve`; the old outgoing weights are reduced to their share."""
         site, model, requested, generator = request.site, request.model, request.number, request.generator
         source = draw_copies(site.width, requested, site.granularity, generator)
         power = 1 if self.keeps == "function" else 2

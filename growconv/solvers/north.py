@@ -125,13 +125,13 @@ def most_orthogonal(
 @register("north")
 @dataclass(frozen=True)
 class North(Solver):
-    """Channels with responses that the old ones do not have, and outgoing weights of zero.
+    """Channels whose responses are new, with outgoing weights of zero.
 
     Attributes:
         variant: "pre" (second moment of the patches), "select" (kept samples) or "weight" (no data).
         candidates: random filters drawn per new channel in "select".
-        tolerance: singular values of the old responses below it are no direction (the paper's ε is 0.01).
-        relative: `tolerance` is a share of the largest singular value; False: a number, as in the paper.
+        tolerance: singular values of the old responses below it do not count as directions (the paper's ε is 0.01).
+        relative: `tolerance` is a share of the largest singular value; False: an absolute number, as in the paper.
     """
 
     variant: str = limited("pre", choices=("pre", "select", "weight"))
@@ -144,7 +144,7 @@ class North(Solver):
 
     @property
     def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the variant needs; "pre" takes the second moments of sites without a closed form from kept samples."""
+        """What the variant needs; for sites without a closed form, "pre" computes second moments from kept samples."""
         return frozenset({"pre": {"patch", "samples"}, "select": {"samples"}, "weight": ()}[self.variant])
 
     def solve(self, request: Request) -> ChannelGrowth:

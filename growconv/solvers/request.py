@@ -15,13 +15,14 @@ Channels = int | Literal["auto"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """New channels for one site, and what is known about it.
+    """The request for new channels at one site, with what is known about it.
 
     Attributes:
-        site: where.
+        site: the site.
         channels: how many; validated, a multiple of the site's granularity. "auto" only for a method that `counts`.
-        statistics: of the site; None where there are none, which a method with non-empty `reads` never sees.
-        generator: source of randomness; None draws from torch's global one, or nothing for a deterministic method.
+        statistics: statistics of the site; None if there are none, which never happens for a method with non-empty
+            `reads`.
+        generator: source of randomness; None: torch's global generator, unused by a deterministic method.
     """
 
     site: GrowthSite
@@ -31,15 +32,15 @@ class Request:
 
     @property
     def model(self) -> nn.Module:
-        """The model that the site belongs to; not to be changed."""
+        """The model that the site belongs to; do not change it."""
         return self.site.model
 
     @property
     def number(self) -> int:
-        """`channels`, where it is a number."""
+        """`channels` as a number."""
         return cast(int, self.channels)
 
     @property
     def subject(self) -> PairStatistics:
-        """`statistics`, for a method that reads some."""
+        """`statistics`, for a method that reads them."""
         return cast(PairStatistics, self.statistics)

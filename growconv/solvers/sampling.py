@@ -27,22 +27,22 @@ def collect_until_known(
     keep_samples: int = 512,
     **options: Any,
 ) -> Found:
-    """Statistics of as many batches as it takes to know the gains to a relative error (samples="auto").
+    """Statistics of as many batches as it takes to know the gains to within a relative error (samples="auto").
 
     See `until_known` for the rounds, `gains_known` for the criterion.
 
     Args:
         model: the model that the sites belong to.
-        asked: how many channels the solver will be asked for, by site.
+        asked: number of channels that will be requested from the solver, by site.
         batches: (input, target) pairs, read only as far as needed.
         loss: loss(output, target), a mean over samples.
-        method: the solver whose gains are to be known, one on the statistics of pairs.
+        method: the solver whose gains are to be known; it must work on statistics of pairs.
         relative_error: standard error of the summed gains over their sum, at every site.
         keep_samples: how many samples to keep per site; half of them judge what the others propose.
-        **options: of `collect_statistics`.
+        **options: options of `collect_statistics`.
 
     Returns:
-        Statistics by name of the site; `samples` says how many it took.
+        Statistics by site name; `samples` says how many it took.
 
     Raises:
         ArgumentValueError: a relative error that is not positive.

@@ -1,16 +1,16 @@
 """SENN (Mitchell, Menzenbach, Kersting and Mundt 2023, "Self-Expanding Neural Networks", arXiv 2307.04526).
 
-New channels whose outgoing weights are zero change nothing, but they enlarge what a natural-gradient step can do. The
-natural expansion score η = gᵀF⁻¹g (equation 3) measures that; with the Kronecker-factored F = A ⊗ Γ its increase by new
-channels is at least (theorem 3.2)
+New channels whose outgoing weights are zero change nothing, but they enlarge what a natural-gradient step can achieve.
+The natural expansion score η = gᵀF⁻¹g (equation 3) measures this. With the Kronecker-factored F = A ⊗ Γ, new channels
+increase it by at least (theorem 3.2)
 
-    Δη' = Tr[Γ⁻¹ E[g_r a_pᵀ] A_p⁻¹ E[a_p g_rᵀ]],
+    Δη' = Tr[Γ⁻¹ E[g_r a_pᵀ] A_p⁻¹ E[a_p g_rᵀ]].
 
-a_p: what the consumer reads of the new channels, A_p its second moment, g_r = v⊥: the consumer's output gradient
-without what the old channels explain (lemma A.6), Γ: second moment of the output gradient. The incoming weights
-maximise Δη'. With Γ^(-1/2)·g_r in the place of g_r it is what a least-squares fit by the new channels explains, so that
-the search of `functional` does it. For a convolution the averages are sums over locations, as in K-FAC for
-convolutions; Γ is the average over locations.
+Here a_p is what the consumer reads from the new channels and A_p its second moment; g_r = v⊥ is the consumer's output
+gradient without the part that the old channels explain (lemma A.6), and Γ the second moment of the output gradient. The
+incoming weights maximise Δη'. With Γ^(-1/2)·g_r instead of g_r, Δη' is what a least-squares fit by the new channels
+explains, so the search of `functional` can be used. For a convolution the averages are sums over locations, as in K-FAC
+for convolutions; Γ is the average over locations.
 """
 
 from collections.abc import Sequence
@@ -85,11 +85,11 @@ def output_precision(gradient: Float[Tensor, "i c m"], damping: float = 1e-4) ->
 @register("senn")
 @dataclass(frozen=True)
 class Senn(Solver):
-    """Channels that raise the natural expansion score most, with outgoing weights of zero.
+    """Channels that raise the natural expansion score the most, with outgoing weights of zero.
 
     Attributes:
         steps: L-BFGS steps on the incoming weights.
-        damping: of A and Γ, relative to their mean diagonal entries.
+        damping: damping of A and Γ, relative to their mean diagonal entries.
     """
 
     steps: int = limited(20, least=0)
@@ -100,7 +100,7 @@ class Senn(Solver):
     function_preserving = True
 
     def solve(self, request: Request) -> ChannelGrowth:
-        """See `Solver.solve`; `gains` are the channels' own scores, best first, each as if it came alone."""
+        """See `Solver.solve`; `gains` are the scores of the channels, best first, each as if it were added alone."""
         site, model, requested = request.site, request.model, request.number
         kept = require_samples(request.subject, self.name)
         consumers = [

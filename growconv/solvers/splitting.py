@@ -3,13 +3,14 @@
 Liu, Wu and Wang 2019, "Splitting Steepest Descent for Growing Neural Architectures", NeurIPS.
 
 A neuron θ is replaced by two, θ ± εv, each with half of its outgoing weights. To first order nothing changes; to second
-order the loss changes by ε²/2·vᵀS(θ)v (theorem 2.2), S(θ) = E[∇_σ L · ∇²_θθ σ(θ, x)] being the splitting matrix
-(equation 5). The best direction is its eigenvector of lowest eigenvalue (theorem 2.4), the neurons to split are those
-with the lowest eigenvalues (algorithm 1), and one whose lowest eigenvalue is not negative is splitting-stable: it
-stays whole.
+order the loss changes by ε²/2·vᵀS(θ)v (theorem 2.2), where S(θ) = E[∇_σ L · ∇²_θθ σ(θ, x)] is the splitting matrix
+(equation 5). The best direction is the eigenvector of its lowest eigenvalue (theorem 2.4), and the neurons to split are
+those with the lowest eigenvalues (algorithm 1). A neuron whose lowest eigenvalue is not negative is splitting-stable
+and is not split.
 
-Here σ is everything between the producer and v, so that S is the second derivative of −⟨v, δz⟩ by the channel's filter,
-with v fixed. It is never formed: Lanczos' method needs its products with vectors only, for all channels at once.
+Here σ is everything between the producer and v, so S is the second derivative of −⟨v, δz⟩ with respect to the channel's
+filter, with v fixed. S is never formed: Lanczos' method needs only its products with vectors, for all channels at
+once.
 """
 
 from collections.abc import Callable, Mapping
@@ -182,10 +183,10 @@ class Splitting(Solver):
     Attributes:
         step: ε.
         relative: ε is a share of the channel's own filter norm; False: a length, as in the paper (its code: 0.01).
-        smoothing: width of the softplus that stands for a ReLU's kink in the second derivative, as a share of the root
-            mean square of its inputs.
+        smoothing: width of the softplus that replaces the kink of a ReLU in the second derivative, as a share of the
+            root mean square of its inputs.
         iterations: largest size of the Krylov spaces.
-        tolerance: residual of the eigenvectors beside their eigenvalues at which the search ends earlier.
+        tolerance: residual of the eigenvectors, relative to their eigenvalues, at which the search stops early.
     """
 
     step: float = limited(0.1, above=0)
@@ -218,7 +219,7 @@ class Splitting(Solver):
         return lowest_eigenpairs(product, drawn, self.iterations, self.tolerance, wanted)
 
     def refusal(self, site: GrowthSite) -> str | None:
-        """Where old weights are computed from others, so that the old half cannot be moved."""
+        """Where old weights are computed from other tensors, so that the old half cannot be moved."""
         return not_rewritable(site, *site.producers, *site.consumers)
 
     def split(
@@ -227,10 +228,10 @@ class Splitting(Solver):
         """The proposal that splits some units, by their `curvatures`.
 
         Args:
-            order: indices of the units that split, (k,).
+            order: indices of the units to split, (k,).
             values: lowest eigenvalues of all units.
             vectors: their eigenvectors.
-            requested: channels asked for.
+            requested: number of channels requested.
         """
         norms = filter_norms(site, model)
         step = self.step * norms if self.relative else torch.full_like(norms, self.step)

@@ -23,7 +23,7 @@ class TinyChannels(NamedTuple):
     Attributes:
         alpha: (k, a), filters of the first conv, the bias last where it has one.
         omega: (k, b, c), weights of the second conv; (k, columns) for N as a matrix.
-        gains: (k,) σ_k², descending: the share of ‖v⊥‖²/n that channel k captures if the taps were independent.
+        gains: (k,) σ_k², descending: what channel k would capture of ‖v⊥‖²/n if the taps were independent.
     """
 
     alpha: Tensor
@@ -52,8 +52,8 @@ def tiny(
         `channels` channels, or fewer where the numerical rank is lower; none where N is zero.
 
     Raises:
-        ArgumentTypeError: channels that are no integer, or half precision.
-        ArgumentValueError: fewer than one channel, shapes that do not belong together, entries that are not finite.
+        ArgumentTypeError: `channels` is no integer, or a tensor has half precision.
+        ArgumentValueError: fewer than one channel, shapes that do not fit together, or entries that are not finite.
     """
     require_moments(channels, N, S=S)
     if S.shape[0] != N.shape[0]:
@@ -79,8 +79,8 @@ class Tiny(Solver):
 
     Attributes:
         rank_tolerance: relative threshold on eigenvalues of S and on singular values.
-        shrinkage: weight of (tr S / a)·1 in place of S, between 0 and 1, for directions that few samples have seen;
-            "auto" takes the oracle-approximating value of Chen et al. 2010.
+        shrinkage: how far S is shrunk towards (tr S / a)·1, between 0 and 1, for directions that few samples have seen;
+            "auto" uses the oracle-approximating value of Chen et al. 2010.
         signs: choose the sign of each channel on kept samples, through the real activation.
     """
 
@@ -94,7 +94,7 @@ class Tiny(Solver):
 
     @property
     def reads(self) -> frozenset[str]:
-        """S, N, what norm layers need, and samples for the signs."""
+        """S, N, the statistics that norm layers need, and samples for the signs."""
         return frozenset({"S", "N", "patch"} | ({"samples"} if self.signs else set()))
 
     def solve(self, request: Request) -> ChannelGrowth:

@@ -5,9 +5,9 @@ and Learning Rate Adaptation", NeurIPS.
 
 New channels come in pairs with the same incoming weights V and opposite outgoing weights Z and -Z, so that they cancel
 (section 3.1). Old weights of a layer whose fan-in grows from C_t to C_t+1 are scaled by √(C_t / C_t+1), as if the large
-network had been initialised at once (Table 1, hidden layers), and the running statistics of the BatchNorm behind it by
-the same factor, so that the network computes what it did. New weights have variance 1 / fan-in. The learning rates of
-the stages, η_t = η_0 ‖W_Δt‖ / ‖W_0‖ (section 3.2), are a matter of the schedule: `growth.learning_rate`.
+network had been initialised at once (Table 1, hidden layers), and so are the running statistics of the BatchNorm behind
+it, so that the network computes the same as before. New weights have variance 1 / fan-in. The learning rates of
+the stages, η_t = η_0 ‖W_Δt‖ / ‖W_0‖ (section 3.2), belong to the schedule: `growth.learning_rate`.
 """
 
 from collections.abc import Sequence
@@ -44,11 +44,12 @@ class VarianceTransfer(Solver):
 
     Attributes:
         output_layers: paths of consumers that are output layers. Table 1 has another rule for them: old weights times
-            C_t / C_t+1, new ones of variance 1 / fan-in². Nothing undoes that: the logits are smaller by it at first.
-        rescale: scale the old outgoing weights by √(C_t / C_t+1). Their change is undone where it costs nothing: in the
-            running statistics of a BatchNorm behind the consumer (the paper's way), else, where all in between is
-            positively homogeneous, in the old incoming weights or the last norm in between (ours). Where neither is
-            possible the old weights are left alone, and the growth says so.
+            C_t / C_t+1, new ones of variance 1 / fan-in². Nothing compensates for this: at first the logits are smaller
+            by that factor.
+        rescale: scale the old outgoing weights by √(C_t / C_t+1). The change is compensated where this is free: in the
+            running statistics of a BatchNorm behind the consumer (as in the paper), or else, if everything in between
+            is positively homogeneous, in the old incoming weights or the last norm in between (ours). Where neither is
+            possible, the old weights stay as they are, and the growth says so.
     """
 
     rescale: bool = True

@@ -1,12 +1,11 @@
-"""A site's old weights, in one layout whatever the layer, and how large new channels come out beside them.
+"""A site's old weights, in one layout for every kind of layer, and the scale of new channels relative to them.
 
 Weights are filters (out, in/groups, *kernel) for every kind of layer. A site grows by whole *units* (`granularity`
 channels each, mostly one); norms and scales are those of units.
 
-α and ω leave one number a channel open: what α is multiplied with, ω can be divided by. Training does not leave it
-open: a channel that comes out ten times quieter than its neighbours passes ten times smaller gradients to the layer
-that reads it, and one behind a norm layer stays quiet until the norm's weight has grown. So new channels come out at
-the scale of the old ones.
+α and ω leave one number per channel open: a factor on α can be divided out of ω. Training does depend on it: a channel
+ten times smaller than its neighbours passes ten times smaller gradients to the layer that reads it, and one behind a
+norm layer stays small until the norm's weight has grown. So new channels are given the scale of the old ones.
 """
 
 import math

@@ -22,8 +22,8 @@ class ConsumerStatistics:
         bias: whether the consumer has a bias, the last entry of axis d.
         moments: the averages by name; float64.
         gradient_energy: ‖v‖²/n, summed over output locations and channels.
-        pending: why N is not there yet, where it needs a second pass over the batches.
-        held: batches from which N, N_raw and P come once they are asked for; None where moments have what there is.
+        pending: why N is missing, if it needs a second pass over the batches.
+        held: batches from which N, N_raw and P are computed when they are read; None if `moments` is complete.
     """
 
     consumer: str

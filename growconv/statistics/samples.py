@@ -1,8 +1,8 @@
-"""Kept samples: whole batches of what the layers of a site saw, and what new channels would do on them.
+"""Kept samples: whole batches of inputs and gradients of a site's layers, and what new channels would compute on them.
 
-A batch keeps what its forward passes gave the producers (x) and the consumers (h), what the loss wants of the
-consumers' outputs (v), call by call, and the region between them, so that nothing of one batch ever
-meets another. Several passes are kept together where one loss has run the model several times.
+For every call, a batch keeps the inputs of the producers (x) and of the consumers (h), the change that the loss asks
+for in the consumers' outputs (v), and the region between them. Batches are never mixed. If one loss has run the model
+several times, its passes are kept together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
