@@ -40,10 +40,10 @@ def compare_parser() -> CommandParser:
     parser.add_argument(
         "--baseline",
         metavar="GROUP",
-        help="group to measure against (label, or its beginning); default: the largest fixed network, else random",
+        help="group to compare with (label, or its beginning); default: the largest fixed network, else random",
     )
     parser.add_argument(
-        "--by", type=_words, metavar="A,B", help="settings that tell groups apart, e.g. growth.method,model.width"
+        "--by", type=_words, metavar="A,B", help="settings that distinguish groups, e.g. growth.method,model.width"
     )
     parser.add_argument(
         "--output",
@@ -52,7 +52,7 @@ def compare_parser() -> CommandParser:
         metavar="DIR",
         help="folder for table, CSV and plots (default: comparison)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a comparison that lies in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a comparison in the folder")
     return parser
 
 
@@ -69,33 +69,39 @@ def report_parser() -> CommandParser:
 
 def export_parser() -> CommandParser:
     """Of growconv export."""
-    parser = CommandParser("export", "the model of a run as ONNX or torch.export, for any batch size, verified")
+    parser = CommandParser("export", "write a run's model as ONNX or torch.export, for any batch size, verified")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="FILE.pt2 (torch.export) or FILE.onnx; default: RUN/model.pt2"
     )
-    parser.add_argument("--best", action="store_true", help="the best weights by validation, not the last")
+    parser.add_argument(
+        "--best", action="store_true", help="export the weights with the best validation accuracy, not the last"
+    )
     return _with_trust(parser)
 
 
 def grow_parser() -> CommandParser:
     """Of growconv grow."""
-    parser = CommandParser("grow", "widen or deepen a run's model once, by the run's own data; verify and save it")
+    parser = CommandParser("grow", "make a run's model wider or deeper once, by the run's data; verify and save it")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
-    parser.add_argument("--factor", type=float, help="every site to this multiple of its width")
+    parser.add_argument("--factor", type=float, help="grow every site to this multiple of its width")
     parser.add_argument(
-        "--width", action="append", default=[], metavar="SITE=N", help="sites of this name or pattern to N channels"
+        "--width",
+        action="append",
+        default=[],
+        metavar="SITE=N",
+        help="grow sites of this name or pattern to N channels",
     )
-    parser.add_argument("--parameters", type=float, help="the best channels, until the model has so many parameters")
-    parser.add_argument("--flops", type=float, help="the same, until a forward pass takes so many FLOPs (2 × MACs)")
+    parser.add_argument("--parameters", type=float, help="add the best channels, up to this many parameters")
+    parser.add_argument("--flops", type=float, help="the same, up to this many FLOPs (2 × MACs) per forward pass")
     parser.add_argument(
         "--deepen",
         action="append",
         default=[],
         metavar="NAME",
-        help="a convolution inside the site of this name, or a copy behind the block of this path",
+        help="add a convolution inside the site of this name, or a copy behind the block of this path",
     )
-    parser.add_argument("--method", help="of the new channels; default: the run's own, or tiny")
+    parser.add_argument("--method", help="growth method; default: the run's own, or tiny")
     parser.add_argument("--output", metavar="DIR", type=Path, help="the new run directory; default: RUN-grown")
     return _with_trust(parser)
 
@@ -105,11 +111,11 @@ def study_parser() -> CommandParser:
     parser = CommandParser("study", "a fair comparison: equal epochs, equal training FLOPs, seeds; resumable")
     parser.add_argument("study", metavar="FILE", type=Path, help="the study, a YAML file")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="where the runs lie")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of tables and plots (default: beside FILE)")
-    parser.add_argument("--only", type=_words, metavar="A,B", help="some variants")
-    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="in place of the study's")
-    parser.add_argument("--tables", action="store_true", help="only tables and plots of what is there")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for tables and plots (default: beside FILE)")
+    parser.add_argument("--only", type=_words, metavar="A,B", help="only these variants")
+    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="instead of the study's seeds")
+    parser.add_argument("--tables", action="store_true", help="only tables and plots of the runs that exist")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The typed schema under conf/: every option with its type, default and reason.
+"""The typed schema of conf/: every option with its type, default and meaning.
 
 The YAML files of conf/ extend these classes, so that a misspelt key or a value of the wrong type is named before a run
 starts.
@@ -22,10 +22,10 @@ class DataConfig:
         name: key of growconv.training.sources.SOURCES.
         validation: share of the training samples held out for validation, the same ones in every run.
         augmentation: none, crop (shifts by up to 4 pixels), flip_crop (mirror images too) or randaugment (RandAugment
-            before those two; needs growconv[augment]).
+            before the other two; needs growconv[augment]).
         limit: use only this many training samples; null uses all.
-        size: training images smaller at first: [share, pixels] pairs, ascending; up to that share of the run they are
-            scaled to squares of so many pixels. Growth and evaluation see them as they are.
+        size: smaller training images at first, as [share, pixels] pairs in ascending order: up to this share of the run
+            they are scaled to squares of this many pixels. Growth and evaluation use full size.
     """
 
     name: str = MISSING
@@ -37,7 +37,7 @@ class DataConfig:
 
 @dataclass
 class DigitsConfig(DataConfig):
-    """scikit-learn's digits; 0.15 of the 1438 training images leaves about 200 to validate on."""
+    """scikit-learn's digits; 0.15 of the 1438 training images gives about 200 for validation."""
 
     name: str = "digits"
     validation: float = limited(0.15, above=0, below=1)
@@ -48,13 +48,13 @@ class SyntheticConfig(DataConfig):
     """A random conv → activation → conv teacher.
 
     Attributes:
-        hidden: hidden channels of the teacher: the width that growth has to find.
+        hidden: hidden channels of the teacher, the width that growth has to find.
         samples: training and validation samples.
         channels: input channels.
         outputs: output channels.
         image_size: height and width in pixels.
-        activation: the teacher's, a key of growconv.training.models.ACTIVATIONS.
-        seed: the teacher's; it does not follow the run's seed.
+        activation: activation of the teacher, a key of growconv.training.models.ACTIVATIONS.
+        seed: seed of the teacher; it does not follow the run's seed.
     """
 
     name: str = "synthetic"
@@ -72,7 +72,7 @@ class StoredConfig(DataConfig):
     """Fashion-MNIST or CIFAR.
 
     Attributes:
-        root: folder looked into first and downloaded into.
+        root: folder that is searched first and downloaded into.
         download: whether missing files may be downloaded.
     """
 
@@ -82,11 +82,11 @@ class StoredConfig(DataConfig):
 
 @dataclass
 class ImagesConfig(DataConfig):
-    """A folder of pictures: root/train/CLASS/* and root/test/CLASS/*.
+    """A folder of images: root/train/CLASS/* and root/test/CLASS/*.
 
     Attributes:
         root: the folder.
-        image_size: pictures are scaled to squares of this many pixels.
+        image_size: images are scaled to squares of this many pixels.
         channels: 1 for grey, 3 for colour.
     """
 
@@ -103,13 +103,13 @@ class ModelConfig:
     Attributes:
         _target_: class or function that builds it. in_channels, classes and image_size come from the data.
         width: factor on every channel count of the full model.
-        hidden: factor on the channel counts that no skip connection ties together.
-        hidden_sites: patterns of the names of the sites that `hidden` scales.
+        hidden: factor on the channel counts that no skip connection ties to others.
+        hidden_sites: patterns for the names of the sites that `hidden` scales.
         norm: batch, group or none.
         activation: a key of growconv.training.models.ACTIVATIONS.
         args: further arguments of the target.
-        weights: file of weights (a state_dict) to begin with; a classifier of other classes stays as drawn.
-        widths: channels of sites by their names, in place of what the factors give; the weights are drawn anew.
+        weights: file of weights (a state_dict) to start from; a classifier for other classes keeps its random weights.
+        widths: channels by site name, instead of those that the factors give; the weights are drawn again.
     """
 
     _target_: str = MISSING
@@ -125,10 +125,10 @@ class ModelConfig:
 
 @dataclass
 class LibraryModelConfig(ModelConfig):
-    """A model of another library; it begins at its full size, without `width`, `hidden`, `norm`, `activation`.
+    """A model from another library; it starts at full size and ignores `width`, `hidden`, `norm` and `activation`.
 
     Attributes:
-        name: as the library calls it.
+        name: name of the model in the library.
         options: further options of the library's model.
     """
 
@@ -138,7 +138,7 @@ class LibraryModelConfig(ModelConfig):
 
 @dataclass
 class BudgetConfig:
-    """What the grown model may cost; null is no limit.
+    """The most that the grown model may cost; null means no limit.
 
     Attributes:
         parameters: parameters of the whole model.
@@ -153,13 +153,13 @@ class BudgetConfig:
 
 @dataclass
 class DepthConfig:
-    """Growth in depth: blocks are copied whole, each behind itself.
+    """Growth in depth: whole blocks are duplicated, each copy right behind its original.
 
     Attributes:
-        at: shares of the run at which it happens; every time doubles the depth.
-        blocks: patterns of the module paths of the blocks; those that change their input's shape are left out.
-        identity: the function stays: the last layer of each copy's branch starts at zero. Without it copies keep their
-            weights, and the function changes.
+        at: shares of the run at which the blocks are copied; every time doubles the depth.
+        blocks: patterns for the module paths of the blocks; blocks that change their input's shape are left out.
+        identity: preserve the function: the last layer of each copy's branch starts at zero. Without it, copies keep
+            their weights, and the function changes.
     """
 
     at: list[float] = field(default_factory=list)
@@ -175,25 +175,25 @@ class GrowthConfig:
         method: name of a solver, or none for a fixed model.
         solver: the solver's hyperparameters.
         start: share of the hidden channels (`model.hidden`) that the model starts with.
-        start_width: share of all channels (`model.width`) that it starts with; below 1 the stages of a residual network
-            start narrow too.
-        sites: patterns of the names of the sites that may grow, as printed by `growconv sites`; null takes those that
-            `model.hidden` scales, or all of them where `start_width` is below 1.
+        start_width: share of all channels (`model.width`) that it starts with; below 1, the stages of a residual
+            network start narrow too.
+        sites: patterns for the names of the sites that may grow, as printed by `growconv sites`; null means those that
+            `model.hidden` scales, or all of them if `start_width` is below 1.
         times: growth rounds; null: no limit (with `every` or `when`).
         every: optimizer steps between two rounds; null spreads them evenly from `begin` to `end`.
         begin: first round, as a share of the run, in epochs or in `trainer.flops`.
-        end: last round, as a share of the run; what grows late has no time to learn.
-        amount: channels a round: a float is a share of the initial width, an int a number, "auto" what the data
-            supports, {_target_: growconv.growth.NAME, ...} an Amount.
+        end: last round, as a share of the run; channels that come late have no time to learn.
+        amount: channels per round: a float is a share of the initial width, an int a number, "auto" what the data
+            support, {_target_: growconv.growth.NAME, ...} an Amount.
         where: all, best, round_robin or {_target_: growconv.growth.NAME, ...}.
         when: {_target_: growconv.growth.NAME, ...} instead of `every`; null uses `every`.
-        stop: list of {_target_: growconv.growth.NAME, ...} that end growing early.
+        stop: list of {_target_: growconv.growth.NAME, ...} that end growth early.
         amplitude: line_search, or a number.
         scheduler: further arguments of growconv.GrowthScheduler.
         samples: training samples for the statistics and the line search of one round.
         batch_size: samples of one growth batch.
         budget: limits of the grown model.
-        depth: copies of whole blocks, with a growth of channels or without (`growth=none`).
+        depth: copies of whole blocks, with or without growth of channels (`growth=none`).
     """
 
     method: str = "none"
@@ -223,7 +223,7 @@ class OptimizerConfig:
 
     Attributes:
         name: sgd, adamw, or a class of torch.optim.
-        lr: learning rate at the top of the schedule.
+        lr: highest learning rate of the schedule.
         weight_decay: L2 (sgd) or decoupled (adamw) decay; not applied to biases and norm layers.
     """
 
@@ -266,10 +266,10 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class TorchOptimizerConfig(OptimizerConfig):
-    """Any optimizer, of torch.optim or your own, that needs nothing but gradients.
+    """Any optimizer, from torch.optim or your own, that needs only gradients.
 
     Attributes:
-        name: its class: RMSprop, NAdam, ..., or the dotted path of one of your own.
+        name: its class: RMSprop, NAdam, ..., or the dotted path of your own class.
         args: its further arguments.
     """
 
@@ -289,11 +289,11 @@ class LRScheduleConfig:
 
 @dataclass
 class TorchScheduleConfig(LRScheduleConfig):
-    """Any schedule, torch's or your own, that depends on nothing but the step, in a run of `trainer.epochs`.
+    """Any schedule, torch's or your own, that depends only on the step; needs `trainer.epochs`.
 
     Attributes:
-        name: its class: StepLR, OneCycleLR, ..., or the dotted path of one of your own.
-        every: when it steps: once an epoch, or once a step.
+        name: its class: StepLR, OneCycleLR, ..., or the dotted path of your own class.
+        every: when it steps: once per epoch, or once per step.
         args: its arguments.
     """
 
@@ -323,29 +323,30 @@ class TrainerConfig:
     """The training loop.
 
     Attributes:
-        epochs: passes over the training split; not read where `flops` is set.
-        flops: training FLOPs (2 × MACs, forward and backward, growth included) that end the run, before the step that
-            would exceed them. Learning rate, `growth.begin` and `growth.end` are then shares of them. null: `epochs`.
-        batch_size: samples of one optimizer step, over all processes and accumulated parts together. null: 128, or less
-            where an epoch would have under 32 steps, but not under 32.
+        epochs: passes over the training split; ignored if `flops` is set.
+        flops: training FLOPs (2 × MACs, forward and backward, growth included) after which the run ends, before the
+            step that would exceed them. Learning rate, `growth.begin` and `growth.end` then follow the share of them
+            that is spent. null: use `epochs`.
+        batch_size: samples per optimizer step, over all processes and accumulated parts together. null: 128, or less if
+            an epoch would have fewer than 32 steps, but at least 32.
         eval_batch_size: samples of one evaluation batch.
-        accumulate: parts that a process cuts its share of a batch into, to save memory.
+        accumulate: number of parts into which each process divides its share of a batch, to save memory.
         accelerator: auto, cpu or cuda.
-        devices: processes that must be there (torchrun --nproc-per-node); null takes what torchrun gives.
-        precision: 32-true, bf16-mixed, 16-mixed, bf16-true or 64-true: true is the dtype of the
-            parameters, mixed that of autocast.
-        sync_batchnorm: take the statistics of BatchNorm over all processes (SyncBatchNorm, CUDA only); without it each
-            process normalises its own share of a batch, and rank 0's running values count.
+        devices: required number of processes (torchrun --nproc-per-node); null accepts any number.
+        precision: 32-true, bf16-mixed, 16-mixed, bf16-true or 64-true: "true" gives the dtype of the
+            parameters, "mixed" that of autocast.
+        sync_batchnorm: compute the statistics of BatchNorm over all processes (SyncBatchNorm, CUDA only); without it,
+            each process normalises its own share of a batch, and the running values of rank 0 are kept.
         channels_last: keep images and weights in channels-last memory format.
-        compile: backend of torch.compile (inductor), null for none; the step is compiled anew after every growth.
+        compile: backend of torch.compile (inductor), null for none; the step is compiled again after every growth.
         clip_gradient: largest norm of the whole gradient; null for no limit.
         label_smoothing: share of the target spread over all classes.
-        mix: none, mixup or cutmix: blends of two images, or a rectangle of another one (needs growconv[augment]).
-        ema: decay of an exponential moving average of the weights, which is then what is evaluated and what `load_run`
-            and export give; null for none.
+        mix: none, mixup (blends two images) or cutmix (pastes a rectangle of another image); needs growconv[augment].
+        ema: decay of an exponential moving average of the weights, which evaluation, `load_run` and export then use;
+            null for none.
         checkpoint_every: optimizer steps between two checkpoints; null: only at an epoch's end and after growth.
-        deterministic: make torch refuse algorithms whose result can differ from run to run (CPU runs do not).
-        progress: auto (a bar on a terminal, else lines), bar, lines, or none: only the table at the end.
+        deterministic: make torch refuse algorithms whose result can differ from run to run (not needed on a CPU).
+        progress: auto (a bar on a terminal, else lines), bar, lines, or none (only the table at the end).
     """
 
     epochs: int = limited(20, least=1)
@@ -377,9 +378,9 @@ class LoggerConfig:
         tensorboard: event files in the run directory's folder tensorboard.
         wandb: Weights & Biases.
         mode: online, offline or disabled (wandb).
-        server: address of a wandb server of one's own; null is the public one, or what the environment names.
+        server: address of your own wandb server; null means the public one, or the one named in the environment.
         project: wandb project.
-        entity: wandb user or team; null is the account's own.
+        entity: wandb user or team; null means the account's default.
         group: wandb group, to keep the runs of a sweep together.
         tags: wandb tags.
     """
@@ -400,11 +401,11 @@ class RunConfig:
     """One run.
 
     Attributes:
-        seed: of weights, order of samples, augmentation and growth.
-        baselines: fixed models trained for comparison with a growing one: "small" (as it starts) and "large" (the full
-            model). null: both on digits outside a sweep, where they take seconds; otherwise none.
+        seed: seed of weights, order of samples, augmentation and growth.
+        baselines: fixed models trained for comparison with a growing one: "small" (its initial size) and "large" (the
+            full model). null: both on digits outside a sweep, where they take seconds; otherwise none.
         report: whether to write report.html at the end.
-        resume: run directory to go on in; set it on the command line only.
+        resume: run directory to continue in; set it only on the command line.
     """
 
     seed: int = 0

@@ -19,33 +19,36 @@ WIDTH = 79
 COMMANDS = {
     "train": ("train a model and grow it; the command when none is named", "growconv model=resnet20 growth=functional"),
     "resume": (
-        "go on with an interrupted run, or prolong a finished one",
+        "continue an interrupted run, or prolong a finished one",
         "growconv resume=runs/2026-01-31/12-00-00 trainer.epochs=40",
     ),
     "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 growth=tiny"),
-    "study": ("compare methods at equal epochs and equal FLOPs, over seeds", "growconv study study.yaml --processes 2"),
-    "compare": ("a table and plots over runs", "growconv compare runs/sweep"),
-    "grow": ("widen or deepen a run's model once, verify and save it", "growconv grow RUN --factor 1.5"),
+    "study": (
+        "compare methods at equal epochs and equal FLOPs, with several seeds",
+        "growconv study study.yaml --processes 2",
+    ),
+    "compare": ("write a table and plots of several runs", "growconv compare runs/sweep"),
+    "grow": ("make a run's model wider or deeper once, verify and save it", "growconv grow RUN --factor 1.5"),
     "export": ("write a run's model as ONNX or torch.export", "growconv export RUN --output model.onnx"),
     "search": (
-        "find widths for a budget of inference FLOPs by short growing",
+        "find widths for a budget of inference FLOPs in a short growing run",
         "growconv search data=fashion_mnist growth.budget.flops=4e6",
     ),
     "family": (
         "train several sizes from one trunk, each with its own decay",
         "growconv family growth=net2net trainer.flops=2e10 growth.times=2",
     ),
-    "report": ("write one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
+    "report": ("write a report of one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
 }
 GROUPS = {
-    "data": "what is learned",
+    "data": "the dataset",
     "model": "the network, at its full size",
     "growth": "the method that adds channels; none trains a fixed network",
     "optimizer": "how weights are trained",
     "lr_schedule": "the learning rate over the run",
     "trainer": "the training loop",
     "logger": "where metrics go besides the run directory",
-    "experiment": "a published setting or a search, whole",
+    "experiment": "all settings of a published experiment or of a search",
 }
 # Options that the first page shows: those of most runs.
 COMMON = (
@@ -73,10 +76,10 @@ SPECIAL = {
 }
 FLAGS = {
     "-m, --multirun": "a sweep: one run for every combination of the listed values",
-    "--cfg job": "print the settings that a run would have, and stop",
-    "--config-dir DIR": "a folder of further files for the groups",
+    "--cfg job": "print the settings that a run would use, and stop",
+    "--config-dir DIR": "a folder with further files for the groups",
     "-h, --help": "this page; train --help lists all groups and options",
-    "--shell-completion install=SHELL": "what bash, zsh (install=bash) or fish evaluate to complete words",
+    "--shell-completion install=SHELL": "code for bash, zsh (install=bash) or fish that completes words",
     "--version": "the version",
     "--hydra-help": "the help of Hydra, which reads the settings",
 }
@@ -101,7 +104,7 @@ def first_page() -> str:
             "groups, chosen by GROUP=NAME",
             *groups,
             "",
-            "options of most runs, with their defaults",
+            "common options, with their defaults",
             *common,
             "",
             "flags",
@@ -109,7 +112,7 @@ def first_page() -> str:
             "",
             "for example",
             "  growconv                              a small network grows on digits",
-            "  growconv trainer.epochs=40 seed=1     the same, longer, another seed",
+            "  growconv trainer.epochs=40 seed=1     the same, longer, with another seed",
             "  growconv -m growth=tiny,random seed=0,1,2",
         ]
     )
