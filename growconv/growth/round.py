@@ -478,7 +478,7 @@ def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> 
     Returns:
         `spectrum`, the gains of all candidates, where there were more than were taken; `captured_energy`, the share of
         ‖v‖²/n that the channels capture, where the method's gains are energies; `samples`, how many the statistics
-        were collected on.
+        were collected on; `slopes` of the channels and `decrease` of the proposal, where sites were compared by them.
     """
     shown: dict[str, Any] = {}
     if growth.spectrum is not None:
@@ -487,4 +487,8 @@ def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> 
         shown["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
     if proposal.samples is not None:
         shown["samples"] = proposal.samples
+    if proposal.slopes is not None:
+        shown["slopes"] = proposal.slopes[: growth.channels].tolist()
+    if proposal.decrease is not None:
+        shown["decrease"] = proposal.decrease
     return shown

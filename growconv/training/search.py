@@ -136,7 +136,7 @@ def filled(
 
 
 def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int], widths: Mapping[str, int]) -> Table:
-    """Per site where it began and ended, and what its channels gained and cost.
+    """Per site where it began and ended, and what its channels gained, by what they were chosen for, and cost.
 
     Args:
         events: the lines of growth.jsonl.
@@ -145,15 +145,24 @@ def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int],
     """
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("site", overflow="fold")
-    for title in ("start", "reached", "found", "rounds", "gain", "parameters"):
-        table.add_column(title, justify="right")
     listed = list(events)
+    seen = {name for event in listed for name in event["details"]}
+    gained = "gradient²" if "slopes" in seen else "decrease" if "decrease" in seen else "gain"
+    for title in ("start", "reached", "found", "rounds", gained, "parameters"):
+        table.add_column(title, justify="right")
     for site, width in widths.items():
         own = [event for event in listed if event["site"] == site]
         start = own[0]["width_before"] if own else reached[site]
-        gain = sum(sum(event["gains"]) for event in own)
+        gain = sum(_gained(event) for event in own)
         added = sum(event["parameters_after"] - event["parameters_before"] for event in own)
         table.add_row(
             escape(site), str(start), str(reached[site]), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}"
         )
     return table
+
+
+def _gained(event: Mapping[str, Any]) -> float:
+    """What the channels of an event were chosen for: squared gradients, a share of the held-out decrease, or gains."""
+    if "slopes" in event["details"]:
+        return sum(event["details"]["slopes"])
+    return event["realised_decrease"] if "decrease" in event["details"] else sum(event["gains"])

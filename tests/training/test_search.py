@@ -1,5 +1,6 @@
 """Widths found by short growing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,14 @@ def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
     ratios = [found["widths"][site] / width for site, width in reached.items()]
     assert all(abs(width * max(ratios) - found["widths"][site]) <= 1 for site, width in reached.items())
     assert f"growconv --config-dir {run} experiment=found growth=none" in said
+    events = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
+    assert "gradient²" in said
     for site, width in found["widths"].items():
-        assert f"{site} " in said
-        assert f" {width} " in said
+        gradients = [event["details"]["slopes"] for event in events if event["site"] == site]
+        assert all(len(slopes) > 0 and min(slopes) >= 0 for slopes in gradients)
+        (row,) = [line.split() for line in said.splitlines() if line.strip().startswith(f"{site} ")]
+        assert row[-3:-1] == [str(len(gradients)), f"{sum(map(sum, gradients)):.3g}"]
+        assert row[-4] == str(width)
     overrides = [f"hydra.searchpath=[file://{run}]", "experiment=found", "growth=none"]
     model = make_model(plain(compose(overrides)), (1, 8, 10))
     flops = ModelCost.measure(model, torch.zeros(2, 1, 8, 8)).flops()
