@@ -472,7 +472,8 @@ def _announce(values: dict[str, Any], directory: Path) -> None:
     method = values["growth"]["method"]
     growth = "fixed" if method == "none" else f"grown by {method}"
     epochs, flops = values["trainer"]["epochs"], values["trainer"]["flops"]
-    length = f"{epochs} epochs" if flops is None else f"{flops:.3g} training FLOPs"
+    passes = f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    length = passes if flops is None else f"{flops:.3g} training FLOPs"
     print(printable(f"growconv {__version__}: {model} on {values['data']['name']}, {growth}, {length}"))
     print(f"run directory: {shown(directory)}", flush=True)
 
