@@ -67,7 +67,8 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
         numbers: what was found by sending numbers through the model.
     """
     reasons, order = numbers.reasons(), {path: place for place, path in enumerate(numbers.order)}
-    used = numbers.used_outside
+    used, roots = numbers.used_outside, numbers.roots()
+    across = {int(roots[number]): path for number, path in numbers.across.items() if number >= 0}
     grouped: dict[tuple[tuple[Key, int], ...], list[tuple[int, int]]] = {}
     why: dict[Key, str] = {}
     for root, axes in numbers.signatures().items():
@@ -78,7 +79,9 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
         if reason is None and not any(key[1] == OUT for key, _, _ in axes):
             reason = "it is read from channels that cannot grow"
         if reason is None and not any(key[1] == IN for key, _, _ in axes):
-            reason = "nothing reads it"
+            reason = "no layer reads it"
+            if root in across:
+                reason = f"{across[root]} reads it along another axis, and no other layer does"
         if reason is not None:
             for key, _, _ in axes:
                 if key[1] in (OUT, GROUP_OUT):

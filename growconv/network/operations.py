@@ -1,8 +1,10 @@
 """The kinds of aten operations that numbers are sent through (`network.trace`); what is in none of them blocks."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
 ALIASES = frozenset(["detach", "alias", "lift_fresh"])
@@ -44,7 +46,6 @@ STRUCTURAL = frozenset(
         "pixel_unshuffle",
         "diagonal",
         "movedim",
-        "im2col",
         "select_scatter",
         "slice_scatter",
         "index",
@@ -237,6 +238,18 @@ WRITING = frozenset(["copy_", "index_put_", "_index_put_impl_", "masked_scatter_
 
 PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm"])
 """Matrix products outside of layers."""
+
+
+_FOLLOWED = (STRUCTURAL, RESIZING, REDUCING, NORMALIZING, LAYER_NORMS, CREATING, WRITING, PRODUCTS)
+
+
+def in_steps(func: OpOverload) -> Callable | None:
+    """What computes the same in simpler operations, by torch's own table; None for what is in one of these kinds."""
+    name = name_of(func)
+    if any(name in kind for kind in _FOLLOWED) or is_pointwise(func):
+        return None
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func.decompose if composite else decomposition_table.get(func)
 
 
 def name_of(func: OpOverload) -> str:

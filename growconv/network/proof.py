@@ -24,6 +24,7 @@ from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
 
 SEEN = "something reads these channels that cannot be followed, such as NumPy, a scripted module or torch.vmap"
+SEEN_TOGETHER = "its channels depend on each other, and what is made of all of them is read beside its layers"
 CHANGED = "new channels at amplitude 0 change the output"
 ROUNDING = 1e-4
 """Change of the output, relative to its largest entry, that float32 may make; beyond it float64 decides."""
@@ -73,7 +74,7 @@ class Proof:
             except Exception:
                 return True
 
-        return dict.fromkeys(_search(seen, list(self.sites)), SEEN)
+        return {n: SEEN_TOGETHER if self.sites[n].copied else SEEN for n in _search(seen, list(self.sites))}
 
     def _run(
         self, example: Example, recorded: dict[tuple[str, int], Tensor], disturbed: Iterable[int], still: bool = False

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from fractions import Fraction
+from functools import cached_property, partial
 from typing import cast
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
@@ -248,7 +250,7 @@ class Widening:
             found = self._classes[numbers.start : numbers.stop]
             if key[1] == ENTRY and key[0] in self.dims:
                 shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
-                found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1)[:, 0]
+                found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1).max(1)
         return self._alive(found, live)
 
     def _alive(self, classes: NDArray[np.int64], live: Sequence[int]) -> NDArray[np.int64]:
@@ -277,16 +279,18 @@ class Widening:
             involved = [self.spaces[number] for number in _spaces(grid)]
             if not involved:
                 continue
-            varying = [d for d in range(grid.ndim) if bool((grid != grid.take([0], axis=d)).any())]
+            # entries of no space are those that nothing reads, as rows of an embedding
+            varying = [d for d in range(grid.ndim) if bool(((grid != grid.max(d, keepdims=True)) & (grid >= 0)).any())]
             if len(varying) > 1:
                 for space in involved:
                     space.reason = f"entries of {path} belong to different channels along several of its axes"
                 continue
             dim = varying[0] if varying else int(np.argmax(shape))
             self.dims[path] = dim
-            for space in involved:
-                share = space.counts[path, ENTRY] * shape[dim] // grid.size
-                space.counts[path, ENTRY] = max(share, 1)
+            along = np.moveaxis(grid, dim, 0).reshape(shape[dim], -1).max(1)
+            for number in _spaces(grid):
+                space = self.spaces[number]
+                space.counts[path, ENTRY] = int((along // _SPACE == number).sum()) // len(space.roots)
 
     def _fits(self, number: int) -> bool:
         """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
@@ -639,7 +643,7 @@ class Pretender:
             units: units that they are to have.
         """
         undo: list[Callable[[], None]] = []
-        added: dict[str, dict[str, int]] = {}
+        added, made = dict[str, dict[str, int]](), dict[tuple[int, int, int], Tensor]()
         for key, runs in layout.axes.items():
             old, new = owners_of(runs, now), owners_of(runs, units)
             if key[0] in layout.dims:
@@ -649,7 +653,7 @@ class Pretender:
             if key[1] == OUT:
                 self._widths[key[0]] = len(new)
         for path, more in added.items():
-            undo.append(_count(self.model.get_submodule(path), more))
+            undo += _count(self.model.get_submodule(path), more, made)
         for each in layout.attributes:
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
             undo.append(resize_attribute(self.model, each, more))
@@ -661,12 +665,35 @@ class Pretender:
                 each()
 
 
-def _count(module: nn.Module, added: Mapping[str, int]) -> Callable[[], None]:
-    """Let a layer say that it has so many more entries along its sides; gives back what undoes it."""
-    after = layers.adapter(module).counts(added)
-    before = {name: getattr(module, name) for name in after}
+def _count(
+    module: nn.Module, added: Mapping[str, int], made: dict[tuple[int, int, int], Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Let a layer and its tensors look as if it had so many more entries along its sides; gives what undoes it.
+
+    Args:
+        module: the layer.
+        added: entries by side.
+        made: the tensors that stand for others already; those that layers share stay shared.
+    """
+    adapter = layers.adapter(module)
+    for side, more in added.items():
+        factor = Fraction(adapter.size(side) + more, adapter.size(side))
+        for slot in adapter.slots(side):
+            owner, name = module.get_submodule(slot.name.rpartition(".")[0]), slot.name.rpartition(".")[2]
+            learnt = name in owner._parameters
+            registered = cast(dict[str, Tensor], owner._parameters if learnt else owner._buffers)
+            tensor = registered[name]
+            shape = list(tensor.shape)
+            shape[slot.axis] = int(shape[slot.axis] * factor)
+            zeros = nn.Parameter(tensor.new_zeros(()).expand(shape), False) if learnt else tensor.new_zeros(shape)
+            registered[name] = made.setdefault((id(tensor), slot.axis, shape[slot.axis]), zeros)
+            yield partial(registered.__setitem__, name, tensor)
+    try:
+        after = adapter.counts(added)
+    except SurgeryError:  # no whole groups of a norm: its numbers tell
+        return
+    yield partial(vars(module).update, {name: getattr(module, name) for name in after})
     vars(module).update(after)
-    return lambda: vars(module).update(before)
 
 
 def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> Callable[[], None]:

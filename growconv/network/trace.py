@@ -18,6 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.network import layers, operations
@@ -41,6 +42,7 @@ class Numbers:
         count: how many there are.
         blocked: per number why it cannot grow.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
+        across: numbers of channels that a layer was given one by one, since it runs along another axis than they.
         used_outside: layers whose weights an operation outside of them read, and which.
         trained: layers that ran although gradients were asked for, and whether their weights got any in some pass.
         literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
@@ -56,6 +58,7 @@ class Numbers:
         self.repeated = repeated
         self.count = 0
         self.blocked: dict[int, str] = {}
+        self.across: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
         self.trained: dict[str, bool] = {}
         self.columns: dict[Key, list[int]] = {}
@@ -108,6 +111,11 @@ class Numbers:
             pairs = np.concatenate([np.empty((2, 0), dtype=np.int64), *self._ties], 1)
             self._roots, self._ties = _lowest(known, pairs), []
         return self._roots
+
+    def tied(self, companion: Tensor) -> Tensor:
+        """A companion in which one number stands for all that are tied."""
+        narrow = compact(companion)
+        return torch.from_numpy(np.append(self.roots(), NONE))[narrow].expand(companion.shape)
 
     def unify(self, first: Tensor, second: Tensor) -> None:
         """Tie the numbers of two companions of one shape, entry by entry."""
@@ -275,6 +283,8 @@ class _Mode(Watch):
                 first = self.numbers.fresh((path, ENTRY), tensor.numel())
                 self.numbers.shapes[path] = tensor.shape
                 found = torch.arange(first, first + tensor.numel()).view(tensor.shape)
+                for axis, size in enumerate(tensor.shape):
+                    self._note([size], [_along(found, axis)])
             else:
                 found = torch.full(tuple(tensor.shape), NONE)
             self._known[id(tensor)] = tensor, found
@@ -305,6 +315,9 @@ class _Mode(Watch):
             self._normalize(path, module, columns)
             self._put(output, companion)
             return
+        if len(columns) > 1 and _varies(columns, 1) and bool((columns == columns[:1]).all()):
+            numbers.across |= dict.fromkeys(columns[0].tolist(), path)
+            columns = torch.full_like(columns, NONE)
         into, out = (GROUP_IN, GROUP_OUT) if layers.in_whole_groups(module) else (IN, OUT)
         numbers.consume((path, into), columns)
         out_axis = layers.channel_axis(module, output.dim())
@@ -358,6 +371,13 @@ class _Mode(Watch):
             owner = self._owned.get(id(tensor))
             if owner is not None and name not in operations.ALIASES:
                 self.numbers.used_outside.setdefault(owner, name)
+        steps = operations.in_steps(func)
+        if steps is not None and any(_has_numbers(self.companion(tensor)) for tensor in sources):
+            TorchDispatchMode.__enter__(self)  # no new hooks
+            try:
+                return steps(*args, **kwargs)
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
         try:
             output = func(*args, **kwargs)
         except Exception:
@@ -391,8 +411,11 @@ class _Mode(Watch):
             elif name in operations.WRITING:
                 self._write(func, name, args, companions)
             elif name in operations.RESIZING:
-                if name.startswith("max_unpool"):
-                    self.numbers.unify(companions[id(args[0])], companions[id(args[1])])
+                for other in sources[1:]:
+                    if name.startswith("max_unpool"):
+                        self.numbers.unify(companions[id(args[0])], companions[id(other)])
+                    else:
+                        self.numbers.block(companions[id(other)], f"{name} takes places from it")
                 self._resize(companions[id(args[0])], results)
             elif name in operations.REDUCING:
                 self._reduce(name, args, kwargs, companions[id(args[0])], results)
@@ -402,10 +425,6 @@ class _Mode(Watch):
                 self._normalize_layers(name, args, companions, results)
             elif name in operations.PRODUCTS:
                 self._multiply(name, args, companions, results)
-            elif name == "glu":
-                first, second = companions[id(args[0])].chunk(2, args[1] if len(args) > 1 else -1)
-                self.numbers.unify(first, second)
-                self._put(results[0], first)
             elif operations.is_pointwise(func):
                 self._pointwise(args, sources, companions, results)
             else:
@@ -560,7 +579,10 @@ class _Mode(Watch):
 
     def _write(self, func: Callable, name: str, args: tuple, companions: dict[int, Tensor]) -> None:
         target = companions[id(args[0])]
-        if name not in ("copy_", "index_put_", "_index_put_impl_"):
+        mask = args[1][0] if name.endswith(("index_put_", "index_put_impl_")) else None
+        if mask is not None and mask.shape == target.shape and not _has_numbers(companions[id(args[2])]):
+            self.numbers.unify(target, companions[id(mask)])  # chosen entry by entry
+        elif name not in ("copy_", "index_put_", "_index_put_impl_"):
             self._block(companions.values(), f"{name} is not followed")
         elif name == "copy_":
             source = companions[id(args[1])].expand(target.shape)
@@ -653,8 +675,12 @@ class _Mode(Watch):
                 continue
             lead = len(shape) - own.dim()
             repeated = [d for d in range(len(shape)) if shape[d] > 1 and (d < lead or own.shape[d - lead] == 1)]
-            if any(_varies(base, d) for d in repeated):
+            if any(_varies(base, d) for d in repeated) and any(_varies(self.numbers.tied(base), d) for d in repeated):
                 self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
+                continue
+            axes = [(_varies(base, d), _varies(spread, d)) for d in range(len(shape))]
+            if (True, False) in axes and (False, True) in axes:
+                self.numbers.block(own, "it is multiplied or added to channels along another axis")
                 continue
             self.numbers.unify(base, spread)
             if bool((compact(base) < 0).any()):

@@ -110,6 +110,55 @@ def written_in_place(_: Net, y: Tensor) -> Tensor:
     return z
 
 
+def masked(_: Net, y: Tensor) -> Tensor:
+    z = y.clone()
+    z[z < 0.1] = -1.0
+    return z
+
+
+class Conditional(nn.Module):
+    """A scale and a shift for every channel, by the class of the sample; not every class is met."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 2 * channels)
+
+    def forward(self, y: Tensor) -> Tensor:
+        scale, shift = self.table(torch.tensor([3, 1]))[..., None, None].chunk(2, 1)
+        return y * scale + shift
+
+
+def warped() -> Net:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        return m.b(F.grid_sample(y, m.places(y).tanh().permute(0, 2, 3, 1), align_corners=False))
+
+    return Net(forward, a=nn.Conv2d(3, 4, 1), places=nn.Conv2d(4, 2, 1), b=nn.Conv2d(4, 2, 1))
+
+
+def centred(_: Net, y: Tensor) -> Tensor:
+    groups = y.view(y.shape[0], -1, 4, *y.shape[2:])
+    return (groups - groups.mean(2, keepdim=True)).view_as(y)
+
+
+def mixer() -> Net:
+    """Layers along the locations and layers along the channels in turn (MLP-Mixer)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x).flatten(2)
+        y = (y + m.gather(F.gelu(m.spread(y)))).transpose(1, 2)
+        return m.b(y + m.shrink(F.gelu(m.widen(y))))
+
+    return Net(
+        forward, a=nn.Conv2d(3, 4, 1), spread=nn.Linear(36, 5), gather=nn.Linear(5, 36), widen=nn.Linear(4, 6),
+        shrink=nn.Linear(6, 4), b=nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+def by_weights(m: Net, y: Tensor) -> Tensor:
+    return y.view(-1, m.b.weight.shape[1], 36).view(-1, len(m.a.weight), 6, 6)
+
+
 def spatial_statistics(_: Net, y: Tensor) -> Tensor:
     return (y - y.mean((2, 3), keepdim=True)) / (y.std((2, 3), keepdim=True) + 1)
 
@@ -284,6 +333,13 @@ CASES: dict[str, Case] = {
         ),
         ONE,
     ),
+    "unfold": Case(between(lambda _, y: F.unfold(y, 3, padding=1).view(*y.shape[:2], 9, 6, 6).amax(2)), ONE),
+    "masked by itself": Case(between(masked), ONE),
+    "class embedding": Case(module(lambda: Conditional(8)), ONE),
+    "sampled at places of its own": Case(warped, {"a -> places, b": 1}),
+    "normalized by hand": Case(between(centred), {"a -> b": 4}),
+    "tokens mixed": Case(mixer, {"a + shrink -> widen, b": 1, "spread -> gather": 1, "widen -> shrink": 1}),
+    "shapes of weights": Case(between(by_weights), ONE),
     "stack and mean": Case(between(stacked_mean), ONE),
     "written in place": Case(between(written_in_place), ONE),
     "spatial softmax": Case(between(spatial_softmax), ONE),

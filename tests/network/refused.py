@@ -17,6 +17,7 @@ class Refused(nn.Module):
         self.a = nn.Conv2d(3, 4, 1)
         self.b = nn.Conv2d(2 if how == "literal slice" else 4, 2, 1)
         self.norm = nn.LayerNorm([4, 5, 5]) if how == "layer norm of maps" else nn.Identity()
+        self.rms = nn.RMSNorm(4) if how == "rms norm" else None
         self.recurrent = nn.LSTM(4, 4) if how == "recurrent" else None
         self.offset = torch.ones(4, 1, 1)  # no buffer
 
@@ -38,6 +39,8 @@ class Refused(nn.Module):
             return y - y.mean(1, keepdim=True)
         if how == "layer norm of maps":
             return self.norm(y)
+        if how == "rms norm":
+            return self.rms(y.transpose(1, 3)).transpose(1, 3)
         if how == "recurrent":
             return self.recurrent(y.flatten(2).permute(2, 0, 1))[0].permute(1, 2, 0).unflatten(2, (5, 5))
         if how == "gather":

@@ -44,7 +44,7 @@ def test_spaces_come_in_forward_order_with_their_reasons() -> None:
     )  # fmt: skip
     spaces, why = spaces_of(numbers_of(model))
     assert [space.paths(OUT) for space in spaces] == [("a",), ("b",)]
-    assert why["unread", OUT] in ("nothing reads it", "it is multiplied or added to other channels by broadcasting")
+    assert why["unread", OUT] in ("no layer reads it", "it is multiplied or added to other channels by broadcasting")
 
 
 def test_channels_that_depend_on_each_other_are_marked() -> None:

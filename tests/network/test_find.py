@@ -92,7 +92,7 @@ def test_a_layer_that_cannot_grow_has_its_reason(how: str, reason: str) -> None:
     assert str(row.reason) in str(table)
 
 
-@pytest.mark.parametrize("how", ["channel mean", "layer norm of maps"])
+@pytest.mark.parametrize("how", ["channel mean", "layer norm of maps", "rms norm"])
 def test_channels_that_depend_on_each_other_grow_by_copies(how: str) -> None:
     model, example = referee.prepared(Refused(how)), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     (found,) = find_sites(model, example)

@@ -58,7 +58,7 @@ def test_every_layer_that_is_read_grows_where_nothing_stands_in_the_way(seed: in
     model, example = drawn.build(seed, steps, EVERYTHING_GROWS)
     reasons = {row.path: row.reason for row in explain_sites(referee.prepared(model), example) if not row.growable}
     assert reasons.pop("head") == "it is the model's output"
-    assert set(reasons.values()) <= {"nothing reads it"}
+    assert set(reasons.values()) <= {"no layer reads it"}
 
 
 @settings(max_examples=3)

@@ -116,9 +116,7 @@ class Weighted(Adapter):
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
         extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
         shape = self._turned(weight, groups).shape
-        extras |= {
-            name: tensor if tensor.shape == shape else tensor.mean().expand(shape) for name, tensor in self._alike()
-        }
+        extras |= {name: tensor if tensor.shape == shape else _spread(tensor, shape) for name, tensor in self._alike()}
         twin.__dict__["_parameters"] = {
             **self.module._parameters,
             **extras,
@@ -268,7 +266,7 @@ class Weighted(Adapter):
             for part in parts:
                 shape = list(tensor.shape)
                 shape[part.insertion.axis] = part.insertion.count
-                beside.append(Part(name, part.insertion, tensor.detach().mean().expand(shape)))
+                beside.append(Part(name, part.insertion, _spread(tensor.detach(), shape)))
         return parts + beside
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
@@ -371,6 +369,11 @@ class TransposedConvolution(Convolution):
     def locations(self, x: Tensor, output: Tensor) -> float:
         """Every input location is multiplied with the whole kernel."""
         return x.numel() / self.size(IN)
+
+
+def _spread(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor with an entry for each weight, for other numbers of channels: everywhere the mean at each tap."""
+    return tensor.mean((0, 1), keepdim=True).expand(shape)
 
 
 def _widened(tensor: Tensor, rows: int) -> Tensor:

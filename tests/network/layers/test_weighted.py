@@ -152,6 +152,19 @@ def test_apply_is_differentiable_and_uses_the_layers_own_forward() -> None:
     assert module.weight.shape == (4, 3, 3, 3)
 
 
+def test_masks_of_weights_stay_what_they_are_at_every_tap() -> None:
+    class Causal(nn.Conv1d):
+        def __init__(self) -> None:
+            super().__init__(3, 4, 3)
+            self.register_buffer("mask", torch.tensor([1.0, 0.5, 0.0]).expand(4, 3, 3).clone())
+
+    module = Causal()
+    for side, new in ((OUT, (2, 3, 3)), (IN, (4, 2, 3))):
+        parts = layers.weighted(module).insertions(side, [Place(3, (0, 1))], {"weight": torch.randn(new)})
+        (values,) = (part.values for part in parts if part.name == "mask")
+        torch.testing.assert_close(values, module.mask[:1, :1].expand(new))
+
+
 def test_groups_that_do_not_fit_are_refused() -> None:
     layer = layers.weighted(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(SurgeryError, match="every group"):
