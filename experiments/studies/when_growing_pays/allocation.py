@@ -19,8 +19,10 @@ from growconv.growth.cost import ModelCost
 from growconv.training.models import PlainNet
 
 SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
+FRESH_SEEDS = (8, 9, 10, 11, 12, 13, 14, 15)
+"""Of what `SEEDS` led to."""
 CRITERIA: dict[str, tuple[str, ...]] = {
-    "gradient_per_flop": (),
+    "gradient_per_flop": ("growth=random", "growth.where.by=gradient"),
     "energy_per_flop": ("growth=tiny", "growth.where.by=energy"),
     "decrease_per_flop": ("growth=tiny", "growth.where.by=decrease"),
     "fisher_per_flop": ("growth=senn", "growth.where.by=energy"),
@@ -187,6 +189,18 @@ def allocation(record: Record, seed: int) -> Iterator[Piece]:
             yield Piece("allocation", variant, seed, commands, {variant: "found"})
 
 
+def allocation_again(record: Record, seed: int) -> Iterator[Piece]:
+    """The criterion that `allocation` led to, beside the one before and uniform widths, on fresh seeds."""
+    for cell in CELLS:
+        ends = (rate(record, cell.name), f"seed={seed}")
+        ways: dict[str, Commands] = {"uniform": partial(_trained, cell, list(NETS[cell.net].uniform), ends)}
+        for name in ("gradient_per_flop", "decrease_per_flop"):
+            ways[f"{name}_0.15"] = partial(_searched, cell, name, 0.15, ends)
+        for name, commands in ways.items():
+            variant = f"{cell.name}/{name}"
+            yield Piece("allocation_again", variant, seed, commands, {variant: "found"})
+
+
 def _trained(cell: Cell, widths: Sequence[int], ends: Arguments, folder: Path) -> Iterator[Arguments]:
     yield (*cell.fixed(widths), *ends, _in(folder / "found"))
 
@@ -201,7 +215,7 @@ def _searched(cell: Cell, criterion: str, share: float, ends: Arguments, folder:
 
 def _end_to_end(cell: Cell, ends: Arguments, folder: Path) -> Iterator[Arguments]:
     """The recipe of the search in the first 30 % of a whole training."""
-    grown = ("experiment=search", f"growth.budget.flops={cell.budget}", "growth.end=0.3", *FALLING)
+    grown = ("experiment=search", *CRITERIA["gradient_per_flop"], f"growth.budget.flops={cell.budget}", "growth.end=0.3", *FALLING)
     yield (*grown, *cell.uniform(), f"trainer.flops={cell.length}", *ends, _in(folder / "found"))
 
 

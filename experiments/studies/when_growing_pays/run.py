@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.studies.when_growing_pays.allocation import SEEDS as SEEDS_OF_ALLOCATION
 from experiments.studies.when_growing_pays.pieces import Piece
-from experiments.studies.when_growing_pays.questions import QUESTIONS, SEEDS, SETTINGS
+from experiments.studies.when_growing_pays.questions import QUESTIONS, SEEDS_OF, SETTINGS
 from experiments.studies.when_growing_pays.rates import rates
 from experiments.studies.when_growing_pays.record import Record, Result
 
@@ -24,7 +23,7 @@ def pieces(record: Record, questions: Sequence[str], seeds: Sequence[int]) -> It
     yield from rates(record, SETTINGS)
     for seed in seeds:
         for question in questions:
-            if question == "allocation" or seed in SEEDS:
+            if seed in SEEDS_OF[question]:
                 yield from QUESTIONS[question](record, seed)
 
 
@@ -68,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module's own text; gives 1 where time ran out."""
     parser = argparse.ArgumentParser(description="Run pieces of the study; started again, it goes on.")
     parser.add_argument("questions", nargs="*", help=f"which questions, in order: {', '.join(QUESTIONS)}; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS_OF_ALLOCATION, help="which seeds; default: all")
+    every = sorted({seed for seeds in SEEDS_OF.values() for seed in seeds})
+    parser.add_argument("--seeds", type=int, nargs="+", default=every, help="which seeds; default: all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no piece after so many hours")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/when_growing_pays"), help="where the runs lie")

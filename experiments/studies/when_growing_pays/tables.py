@@ -192,12 +192,12 @@ class Tables:
         differences = [mean["trunk"][seed] - mean["alone"][seed] for seed in sorted(seeds)]
         return f"Mean NLL of the three, trunk less alone: {interval(differences)}."
 
-    def allocation(self) -> list[str]:
+    def allocation(self, question: str = "allocation") -> list[str]:
         """(e): a table for each cell, and all cells together."""
         lines: list[str] = []
         summary: dict[str, dict[str, list[float]]] = {}
         for cell in CELLS:
-            found = self.group("allocation", f"{cell.name}/")
+            found = self.group(question, f"{cell.name}/")
             uniform = found.get("uniform", {})
             for name, results in found.items():
                 if name != "uniform":
@@ -250,6 +250,7 @@ class Tables:
             "finished": ("(c) A finished net, grown", self.finished),
             "family": ("(d) A family from one trunk", self.family),
             "allocation": ("(e) Allocation", self.allocation),
+            "allocation_again": ("(e) Allocation, fresh seeds", lambda: self.allocation("allocation_again")),
             "size_and_depth": ("(f) Image size and depth", self.size_and_depth),
             "directions": ("(g) Initial directions", self.directions),
         }
