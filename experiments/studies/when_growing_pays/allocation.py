@@ -215,8 +215,9 @@ def _searched(cell: Cell, criterion: str, share: float, ends: Arguments, folder:
 
 def _end_to_end(cell: Cell, ends: Arguments, folder: Path) -> Iterator[Arguments]:
     """The recipe of the search in the first 30 % of a whole training."""
-    grown = ("experiment=search", *CRITERIA["gradient_per_flop"], f"growth.budget.flops={cell.budget}", "growth.end=0.3", *FALLING)
-    yield (*grown, *cell.uniform(), f"trainer.flops={cell.length}", *ends, _in(folder / "found"))
+    grown = ("experiment=search", *CRITERIA["gradient_per_flop"], f"growth.budget.flops={cell.budget}")
+    ends = ("growth.end=0.3", *FALLING, f"trainer.flops={cell.length}", *ends)
+    yield (*grown, *cell.uniform(), *ends, _in(folder / "found"))
 
 
 def _drawn(cell: Cell, drawn: random.Random, ends: Arguments, folder: Path) -> Iterator[Arguments]:

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.studies.when_growing_pays.allocation import SETTINGS as SETTINGS_OF_CELLS
 from experiments.studies.when_growing_pays.allocation import FRESH_SEEDS, allocation, allocation_again
 from experiments.studies.when_growing_pays.allocation import SEEDS as SEEDS_OF_ALLOCATION
+from experiments.studies.when_growing_pays.allocation import SETTINGS as SETTINGS_OF_CELLS
 from experiments.studies.when_growing_pays.pieces import BASE, DATA, DECAY, FALLING, FIXED, Piece, run
 from experiments.studies.when_growing_pays.rates import rate
 from experiments.studies.when_growing_pays.record import Record
@@ -176,6 +176,6 @@ QUESTIONS: dict[str, Callable[[Record, int], Iterator[Piece]]] = {
     "doubling_when": doubling_when,
     "allocation_again": allocation_again,
 }
-SEEDS_OF = {question: SEEDS for question in QUESTIONS}
+SEEDS_OF = dict.fromkeys(QUESTIONS, SEEDS)
 SEEDS_OF |= {"allocation": SEEDS_OF_ALLOCATION, "allocation_again": FRESH_SEEDS}
 """The seeds that are reported."""
