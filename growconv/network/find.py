@@ -230,14 +230,14 @@ def analyse(
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = copied(model)
     with undisturbed(twin):
-        strict, ways = _numbered(twin, examples)
+        strict, ways = _numbered(twin, examples, Numbers(strange=model.parameters()))
         if not strict.outputs:
             raise TraceError(
                 "the model gives no tensor, so that nothing can tell whether growing changes what it does",
                 where=type(model).__name__,
                 fix="give an example or a mode in which it returns tensors, also inside of mappings or objects",
             )
-        numbers = _numbered(twin, examples, repeated=True)[0] if collapsed(strict) else strict
+        numbers = _numbered(twin, examples, Numbers(repeated=True))[0] if collapsed(strict) else strict
         numbers.trained = strict.trained
         spaces, outputs = spaces_of(numbers)
         if numbers is not strict:
@@ -245,25 +245,23 @@ def analyse(
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, ways, numbers, spaces)
         found = Analysis(model, numbers, spaces, widening.prove() if rehearse else widening.presume(), outputs)
-        sites, woken = _sites(found), awake(model)
+        sites, untouched = _sites(found), copied(model)
         for _ in range(len(spaces) if rehearse else 0):
-            failed = Proof(woken, examples, sites).failures()
+            with awake(untouched):
+                failed = Proof(untouched, examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
                 spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        del woken
-        found.of_space = _routed(sites, copied(model), examples)
+        found.of_space = _routed(sites, untouched, examples)
     return found
 
 
-def _numbered(
-    model: nn.Module, examples: Sequence[Example], repeated: bool = False
-) -> tuple[Numbers, tuple[Example, ...]]:
+def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -> tuple[Numbers, tuple[Example, ...]]:
     """The numbers of a copy, from every example in every mode; of the examples one for each way through the model."""
-    numbers, ways = Numbers(repeated), {}
+    ways: dict[tuple[int, tuple[str, ...]], Example] = {}
     for example in examples:
         model.train(example.training)
         same_chance()
@@ -273,6 +271,8 @@ def _numbered(
             if ways.setdefault((id(example.arguments), trail), example) is not example:
                 del numbers.cuts[before:]
         except LookFailed as failure:
+            if isinstance(failure.error, TraceError):
+                raise failure.error from None
             if example.training and numbers.order:  # a batch of one in front of a batch norm, mostly
                 ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
                 continue

@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from growconv.errors import TraceError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
 from growconv.network.model import Arguments, one_run, tensors_in
@@ -37,6 +38,7 @@ class Numbers:
     Args:
         repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie
             them then, since it stays as it is.
+        strange: parameters by identity that are not of the model which is looked at, but of the one that it copies.
 
     Attributes:
         count: how many there are.
@@ -54,8 +56,9 @@ class Numbers:
         order: paths of the layers in the order of their first call.
     """
 
-    def __init__(self, repeated: bool = False) -> None:
+    def __init__(self, repeated: bool = False, strange: Iterable[Tensor] = ()) -> None:
         self.repeated = repeated
+        self.strange = {id(tensor) for tensor in strange}
         self.count = 0
         self.blocked: dict[int, str] = {}
         self.across: dict[int, str] = {}
@@ -368,6 +371,12 @@ class _Mode(Watch):
         self.trail.append(name)
         sources = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         for tensor in sources:
+            if id(tensor) in self.numbers.strange:
+                raise TraceError(
+                    "a copy of the model runs layers of the model itself, so that nothing can be tried on it",
+                    where=self.running[-1][0] or type(self.model).__name__,
+                    fix="let no lambda, closure or hook hold on to the model: use methods, which are copied with it",
+                )
             owner = self._owned.get(id(tensor))
             if owner is not None and name not in operations.ALIASES:
                 self.numbers.used_outside.setdefault(owner, name)

@@ -154,9 +154,12 @@ def test_what_the_model_cannot_be_run_on() -> None:
     with pytest.raises(TraceError, match="an empty one shows nothing"):
         find_sites(model, example[:0])
     with pytest.raises(TraceError, match="gives no tensor"):
-        find_sites(nn.Sequential(model, zoo.Numbers()), example)
+        find_sites(nn.Sequential(model, zoo.Called(Tensor.tolist)), example)
     with pytest.raises(TraceError, match="meta device"):
         find_sites(copy.deepcopy(model).to("meta"), example.to("meta"))
+    closed = nn.Sequential(zoo.Called(lambda x: model.c(model.a(x))), model)
+    with pytest.raises(TraceError, match="runs layers of the model itself"):
+        find_sites(closed, example)
     model.kept = model(example)
     with pytest.raises(TraceError, match="cannot be copied"):
         find_sites(model, example)
