@@ -143,7 +143,7 @@ def _dispatch(arguments: list[str]) -> None:
         import_module(module).main(arguments_read)
     elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
         fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
-        raise ConfigError("a run is named with '='", where="resume", got=rest[0], fix=fix)
+        raise ConfigError("name the run with '='", where="resume", got=rest[0], fix=fix)
     else:
         trust = "trust=true" in rest
         rest = [text for text in rest if text not in ("trust=true", "trust=false")]
@@ -370,7 +370,9 @@ def family(values: dict[str, Any], directory: Path) -> None:
 
 def _require_one_run(command: str, flags: dict[str, str]) -> None:
     if "--multirun" in flags:
-        raise ConfigError("this command is no sweep", where=command, got="-m", fix="start it once for each setting")
+        raise ConfigError(
+            "this command cannot run as a sweep", where=command, got="-m", fix="start it once for each setting"
+        )
 
 
 def _train(
@@ -413,8 +415,8 @@ def _train(
         raise
     except failures.RunFailed as error:
         raise TrainingError(
-            "Not every run of this sweep ended well; the errors stand above.",
-            fix="mend what they name and start the same sweep again: finished runs are left out",
+            "Some runs of this sweep failed; the errors are above.",
+            fix="fix what they name and start the same sweep again: finished runs are skipped",
         ) from error
     if errors:
         raise errors[0]

@@ -73,7 +73,7 @@ def _sides(
     if isinstance(padding, str):
         if padding != "same" or max(strides) > 1:
             raise GeometryError(
-                "padding by this name is not possible here",
+                "this named padding is not possible here",
                 expected="'valid', or 'same' with stride 1",
                 got=f"padding={padding!r}, stride={strides}",
                 where=where,
@@ -83,7 +83,7 @@ def _sides(
     if not isinstance(padding, int) and any(isinstance(entry, Sequence) for entry in padding):
         if len(padding) != len(sizes):
             raise GeometryError(
-                "padding has another number of axes", expected=f"{len(sizes)} pairs", got=padding, where=where
+                "the padding has the wrong number of axes", expected=f"{len(sizes)} pairs", got=padding, where=where
             )
         pairs = [per_axis(entry, 2, "a padding pair", 0, where) for entry in padding]
         return tuple((low, high) for low, high in pairs)

@@ -75,7 +75,7 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> Con
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ArgumentValueError(
-            "a batch of this size is impossible", expected="1 or more samples", got=batch, where="conv_cost"
+            "this batch size is invalid", expected="1 or more samples", got=batch, where="conv_cost"
         )
     if not isinstance(conv, Conv) and not isinstance(conv, FactorizedConv):
         raise ArgumentTypeError(

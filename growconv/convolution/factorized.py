@@ -184,7 +184,7 @@ class FactorizedConv(nn.Module, ABC):
         expected = (_CONVS[cls.axes],) if cls.axes else tuple(_CONVS.values())
         if not isinstance(conv, Conv) or not isinstance(conv, expected):
             raise ArgumentTypeError(
-                "not a convolution that this class can stand in for",
+                "this class cannot replace this layer",
                 expected=" or ".join(f"nn.{each.__name__}" for each in expected),
                 got=type(conv).__name__,
                 where=f"{cls.__name__}.from_conv",
@@ -237,7 +237,7 @@ class FactorizedConv(nn.Module, ABC):
         meant = cls._meant_by(factors) if alike else None
         if meant is None or len(meant[0]) - 2 not in ((cls.axes,) if cls.axes else _CONVS):
             raise ArgumentValueError(
-                "these factors make no kernel of this class",
+                "these factors do not form a kernel of this class",
                 expected=f"{cls.expected_factors}, of one dtype on one device",
                 got=", ".join(f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in factors) or "none",
                 where=where,
@@ -302,7 +302,7 @@ class FactorizedConv(nn.Module, ABC):
 def _order(kernel_size: PerAxis, where: str) -> int:
     if isinstance(kernel_size, int) or len(kernel_size) not in _CONVS:
         raise GeometryError(
-            "the kernel size does not tell the order of the convolution",
+            "the kernel size does not say how many axes the convolution has",
             expected="one to three entries, one per axis",
             got=kernel_size,
             where=where,
@@ -315,5 +315,5 @@ def _positive(value: object, what: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{what} is not an integer", got=repr(value), where=where)
     if value < 1:
-        raise ArgumentValueError(f"{what} is impossible", expected="1 or more", got=value, where=where)
+        raise ArgumentValueError(f"{what} is invalid", expected="1 or more", got=value, where=where)
     return value

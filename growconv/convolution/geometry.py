@@ -165,7 +165,7 @@ class Geometry:
         """
         if len(input_size) != self.axes:
             raise GeometryError(
-                "the input has another number of axes than the kernel",
+                "input and kernel have different numbers of axes",
                 expected=f"{self.axes} axes",
                 got=f"input grid {tuple(input_size)}",
             )

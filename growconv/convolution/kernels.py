@@ -163,7 +163,7 @@ def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
     ]
     if any(low != high for low, high in padding):
         raise GeometryError(
-            "nn.Conv pads both sides alike, this pair's composite does not",
+            "nn.Conv pads both sides equally, but the composite of this pair does not",
             got=f"(low, high) per axis: {padding}",
             where="compose_convs",
             fix="pad the input yourself, or use compose_kernels",

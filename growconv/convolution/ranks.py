@@ -26,7 +26,7 @@ def cp_rank(shape: tuple[int, ...], rank: Rank = "same", where: str | None = Non
         terms = max(1, int(share * math.prod(shape) / sum(shape)))
         if terms > bound:
             raise ArgumentValueError(
-                "a share of the parameters that gives more terms than any kernel of this shape needs",
+                "this share of the parameters gives more terms than any kernel of this shape needs",
                 expected=f"at most {bound * sum(shape) / math.prod(shape):.3g}, that is {bound} terms",
                 got=rank,
                 where=where,
@@ -62,7 +62,7 @@ def tucker_ranks(shape: tuple[int, ...], rank: Rank = "same", where: str | None 
         scale = (math.sqrt(linear**2 + 4 * square**2 * share) - linear) / (2 * square)
         if scale > 1:
             raise ArgumentValueError(
-                "a share of the parameters that gives ranks above the number of channels",
+                "this share of the parameters gives ranks above the number of channels",
                 expected=f"at most {(linear + square) / square:.3g}",
                 got=rank,
                 where=where,
@@ -94,13 +94,16 @@ def _share(rank: Rank, where: str | None) -> float | None:
         return 1.0
     if isinstance(rank, str):
         raise ArgumentValueError(
-            "this is no rank", expected="an integer, a share of the parameters or 'same'", got=repr(rank), where=where
+            "this is not a rank",
+            expected="an integer, a share of the parameters or 'same'",
+            got=repr(rank),
+            where=where,
         )
     if not isinstance(rank, float):
         return None
     if not (math.isfinite(rank) and rank > 0):
         raise ArgumentValueError(
-            "a rank given as a share of the parameters is positive", expected="e.g. 0.25", got=rank, where=where
+            "a share of the parameters must be positive", expected="e.g. 0.25", got=rank, where=where
         )
     return rank
 

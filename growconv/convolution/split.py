@@ -81,7 +81,7 @@ def split_kernel(
     rest = [full - (d * (k - 1) + 1) for full, k, d in zip(size, taps1, inner, strict=True)]
     if any(left < 0 or left % step for left, step in zip(rest, reach, strict=True)):
         raise GeometryError(
-            "no second kernel makes up the size",
+            "no second kernel completes this kernel size",
             expected=f"kernel size = first effective size + a multiple of {reach}",
             got=f"kernel {size}, first {taps1} with dilation {inner}",
             where=where,
@@ -113,7 +113,7 @@ def _candidates(kernel: Tensor, hidden: int, composition: "_Composition") -> Ite
     sides = (kernel.shape[1] * taps1, outputs * taps2)
     if isinstance(hidden, bool) or not isinstance(hidden, int) or not 1 <= hidden <= min(sides):
         raise ArgumentValueError(
-            "this number of hidden channels is impossible",
+            "this number of hidden channels is invalid",
             expected=f"1 to {min(sides)}, which splits any such kernel exactly",
             got=hidden,
             where="split_kernel",

@@ -108,7 +108,7 @@ def toeplitz_adjoint(
         made = toeplitz_matrix(weight, input_size, **settings)
     if made.shape != matrix.shape:
         raise GeometryError(
-            "this matrix is not that of such a convolution",
+            "the matrix does not belong to this convolution",
             expected=tuple(made.shape),
             got=tuple(matrix.shape),
             where="toeplitz_adjoint",
@@ -183,7 +183,8 @@ def regroup(weight: Tensor, groups: int, fewer: int = 1) -> Tensor:
     """
     if groups < 1 or weight.shape[0] % groups or groups % fewer:
         raise GeometryError(
-            "the channels do not divide into these groups", got=f"{weight.shape[0]} outputs, {groups} to {fewer} groups"
+            "the channels cannot be divided into these groups",
+            got=f"{weight.shape[0]} outputs, {groups} to {fewer} groups",
         )
     inside = groups // fewer
     if inside == 1:

@@ -91,7 +91,7 @@ class Exponential(Amount):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds is not None and self.target is None:
-            raise ScheduleError("rounds without a target", where="Exponential", fix="give the target width too")
+            raise ScheduleError("rounds needs a target", where="Exponential", fix="give the target width too")
 
     def channels(self, site: Site, situation: Situation) -> int:
         """The next term of the sequence, cut at the target."""
@@ -134,7 +134,7 @@ def as_amount(amount: "Amount | int | float | str") -> Amount:
     if isinstance(amount, float):
         return Fraction(amount)
     raise ScheduleError(
-        "this is no amount",
+        "this is not an amount",
         expected='channels (int), a fraction of the initial width (float), "auto" or an Amount such as ToWidth',
         got=amount,
         where="amount",

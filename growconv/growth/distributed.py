@@ -51,7 +51,7 @@ def from_first(compute: Callable[[], T], device: torch.device) -> T:
         except GrowthError as error:
             box[0] = error
         except Exception as error:
-            box[0] = ScheduleError("rank 0 failed while it solved", got=repr(error), where="rank 0")
+            box[0] = ScheduleError("rank 0 failed while solving", got=repr(error), where="rank 0")
     dist.broadcast_object_list(box, src=0, device=device if device.type != "cpu" else None)
     if isinstance(box[0], GrowthError):
         raise box[0]

@@ -99,7 +99,10 @@ class WarmUp(LearningRate):
         super().__post_init__()
         if self.start > self.peak:
             raise ScheduleError(
-                "a warm-up rises to its peak", expected=f"0 to {self.peak:g}", got=self.start, where="WarmUp.start"
+                "the start of a warm-up must not exceed its peak",
+                expected=f"0 to {self.peak:g}",
+                got=self.start,
+                where="WarmUp.start",
             )
 
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
@@ -185,7 +188,7 @@ class StageRates(LearningRate):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.highest < self.lowest:
-            raise ScheduleError("the highest rate lies below the lowest", got=self, where="StageRates")
+            raise ScheduleError("the highest rate is below the lowest", got=self, where="StageRates")
 
     def rates(self, parameter: nn.Parameter, stages: Tensor) -> Tensor | None:
         """The ratio of each entry's stage to stage 0."""

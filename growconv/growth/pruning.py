@@ -39,7 +39,7 @@ class PruneBack(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parameters is None and self.flops is None:
-            raise ScheduleError("pruning back to nothing", where="PruneBack", fix="give parameters or flops")
+            raise ScheduleError("pruning needs a budget", where="PruneBack", fix="give parameters or flops")
 
     def state_dict(self) -> dict[str, object]:
         """The state of `when`."""

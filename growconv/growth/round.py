@@ -155,11 +155,11 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
     for index, batch in enumerate(data):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentTypeError(
-                "a growth batch is a pair",
+                "a growth batch must be a pair",
                 expected="(inputs, targets)",
                 got=type(batch).__name__,
                 where=f"growth batch {index}",
-                fix="where the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
+                fix="if the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
             )
     return [(inputs, targets) for inputs, targets in data]
 
@@ -176,7 +176,7 @@ def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[
     """
     if len(batches) < 2:
         raise ScheduleError(
-            "the amplitude is chosen on samples that the solver has not seen",
+            "the amplitude needs samples that the solver has not seen",
             expected="at least two growth batches",
             got=f"{len(batches)}",
             where="GrowthScheduler.grow",

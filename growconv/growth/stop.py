@@ -46,7 +46,7 @@ class Budget(Stop):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parameters is None and self.flops is None and self.seconds is None:
-            raise ScheduleError("a budget without a limit", where="Budget", fix="give parameters, flops or seconds")
+            raise ScheduleError("a budget needs a limit", where="Budget", fix="give parameters, flops or seconds")
 
     @property
     def personal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

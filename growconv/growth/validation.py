@@ -291,7 +291,7 @@ def _copied(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, kept)
     except Exception as error:  # whatever an attribute of the user's raises
         raise CheckpointError(
-            "The model cannot be copied, so nothing can be tried on it before it changes.",
+            "The model cannot be copied, so the change cannot be tried on a copy first.",
             where=type(model).__name__,
             got=f"{type(error).__name__}: {error}",
             fix="keep what cannot be copied (locks, files, generators) out of the model",
@@ -317,7 +317,7 @@ def check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
         wrong = {name: (there[name], told[name]) for name in there if name in told and told[name] != there[name]}
         if wrong:
             raise CheckpointError(
-                "The history tells other widths than the tensors have.",
+                "The history gives other widths than the tensors have.",
                 where=path,
                 expected={name: pair[0] for name, pair in wrong.items()},
                 got={name: pair[1] for name, pair in wrong.items()},

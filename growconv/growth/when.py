@@ -225,7 +225,7 @@ class _Combined(When):
         self.policies = list(self.policies)
         if not self.policies or not all(isinstance(policy, When) for policy in self.policies):
             raise ScheduleError(
-                "a combination needs policies of growconv.growth that say when",
+                "a combination takes policies of growconv.growth that decide when to grow",
                 got=self.policies,
                 where=type(self).__name__,
             )

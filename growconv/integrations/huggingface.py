@@ -81,7 +81,7 @@ class GrowthCallback(TrainerCallback):
         """Find the sites and set up the schedule, or take up the one that the model's config holds."""
         if args.world_size > 1 or args.n_gpu > 1:
             raise ScheduleError(
-                "the Trainer keeps its data-parallel wrapper to itself, so it cannot be built anew after growth",
+                "the Trainer's data-parallel wrapper cannot be rebuilt after growth",
                 expected="one process with one device",
                 got=f"{args.world_size} processes, {args.n_gpu} GPUs in each",
                 where="TrainingArguments",
@@ -90,7 +90,7 @@ class GrowthCallback(TrainerCallback):
         model = given["model"]
         if not isinstance(model, PreTrainedModel):
             raise ScheduleError(
-                "growth is kept in the model's config, which this model does not have",
+                "growth is stored in the model's config, but this model has none",
                 expected="a PreTrainedModel",
                 got=type(model).__name__,
                 where="Trainer.model",

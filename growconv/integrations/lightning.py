@@ -92,7 +92,7 @@ class GrowthCallback(Callback):
         """Find the sites and set up the schedule."""
         if len(trainer.optimizers) != 1:
             raise ScheduleError(
-                "one optimizer trains a growing model",
+                "a growing model needs exactly one optimizer",
                 expected=1,
                 got=len(trainer.optimizers),
                 where="configure_optimizers",

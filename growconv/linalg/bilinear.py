@@ -57,7 +57,7 @@ class DenseMetric:
     def __init__(self, matrix: Float[Tensor, "ab ab"], left_size: int) -> None:
         if left_size < 1 or matrix.shape[0] % left_size:
             raise ArgumentValueError(
-                "the metric's size is no multiple of its left size",
+                "the metric's size is not a multiple of its left size",
                 expected=f"a multiple of {left_size}",
                 got=matrix.shape[0],
                 where="matrix",

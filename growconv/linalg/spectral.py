@@ -108,7 +108,7 @@ def whiten(gram: Float[Tensor, "a a"], rank_tolerance: float = RANK_TOLERANCE) -
     values, vectors = torch.linalg.eigh(gram.double())
     if float(values[0]) < -1e-3 * float(values[-1]):
         raise ArgumentValueError(
-            "a Gram matrix has no negative eigenvalues",
+            "a Gram matrix must have no negative eigenvalues",
             expected="a positive semi-definite matrix",
             got=f"eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}",
             where="gram",
@@ -198,7 +198,7 @@ def _ridged_factor(gram: Tensor, unit: float, tolerance: float) -> tuple[Tensor,
         if not bool(failed):
             return factor, ridge
     raise ArgumentValueError(
-        "a Gram matrix has no negative eigenvalues",
+        "a Gram matrix must have no negative eigenvalues",
         expected="a positive semi-definite matrix",
         got="one that has no Cholesky factor with a ridge",
         where="gram",
@@ -370,7 +370,9 @@ def shrink(
         spread = (samples + 1 - 2 / size) * (squares - trace**2 / size)
         amount = min(1.0, ((1 - 2 / size) * squares + trace**2) / spread) if spread > 0 else 1.0
     if not 0 <= amount <= 1:
-        raise ArgumentValueError("shrinkage is a weight", expected='0 to 1, or "auto"', got=amount, where="shrinkage")
+        raise ArgumentValueError(
+            "shrinkage must be a weight", expected='0 to 1, or "auto"', got=amount, where="shrinkage"
+        )
     if amount == 0:
         return gram, 0.0
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)

@@ -41,7 +41,9 @@ def main(arguments: Namespace) -> None:
     output = arguments.output
     if any((output / name).exists() for name in FILES) and not arguments.overwrite:
         fix = "--overwrite replaces it, --output FOLDER writes elsewhere"
-        raise ArgumentValueError("a comparison lies there already", where="--output", got=str(output), fix=fix)
+        raise ArgumentValueError(
+            "this folder already contains a comparison", where="--output", got=str(output), fix=fix
+        )
     comparison = compare(arguments.runs, arguments.baseline, arguments.by)
     write_comparison(comparison, output)
     _print(comparison, output)

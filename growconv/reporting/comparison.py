@@ -354,7 +354,7 @@ def _choose_baseline(groups: list[Group], name: str | None) -> Group:
     found = exact or [group for group in groups if group.label.startswith(name)]
     if len(found) != 1:
         raise ArgumentValueError(
-            "no group has this label" if not found else "several groups begin like this",
+            "no group has this label" if not found else "several groups start with this label",
             where="--baseline",
             expected="; ".join(group.label for group in found or groups),
             got=name,

@@ -58,7 +58,9 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """
     record = read_run(run)
     if not record.metrics:
-        raise CheckpointError("no epoch in it yet, so there is nothing to report", where=str(record.path / METRICS))
+        raise CheckpointError(
+            "the run has not finished an epoch yet, so there is nothing to report", where=str(record.path / METRICS)
+        )
     path = Path(output) if output is not None else record.path / REPORT
     text = render(record)
     try:
@@ -66,7 +68,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of letters in names and texts
     except OSError as error:
         raise CheckpointError(
-            "the report cannot be written", where=str(path), got=error, fix="name a file in a folder that is there"
+            "the report cannot be written", where=str(path), got=error, fix="name a file in an existing folder"
         ) from error
     return path
 

@@ -38,7 +38,7 @@ def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tenso
     where = subject.growth_site.name
     if subject.samples < 1:
         raise StatisticsError(
-            "statistics of zero samples",
+            "the statistics have zero samples",
             got=f"{subject.samples} samples",
             where=where,
             fix="run at least one batch with a backward pass inside the collector",
@@ -90,14 +90,14 @@ def require_moments(channels: int, N: Tensor, **squares: Tensor) -> None:
         square = name in squares
         if (tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]) if square else tensor.dim() < 2:
             raise ArgumentValueError(
-                f"{name} has an impossible shape",
+                f"{name} has an invalid shape",
                 expected="a square matrix" if square else "a matrix (a, columns), or a tensor (a, b, c)",
                 got=tuple(tensor.shape),
                 where=name,
             )
         if (tensor.dtype, tensor.device) != (N.dtype, N.device):
             raise ArgumentValueError(
-                f"{name} and N are of different kinds",
+                f"{name} and N have different dtypes or devices",
                 expected=f"{N.dtype} on {N.device}",
                 got=f"{tensor.dtype} on {tensor.device}",
                 where=name,

@@ -152,7 +152,7 @@ def get_solver(method: "str | Solver", **hyperparameters: Any) -> Solver:
     if method not in SOLVERS:
         near = difflib.get_close_matches(method, SOLVERS, n=1)
         raise SolverError(
-            "no such growth method",
+            "there is no such growth method",
             expected=f"one of {', '.join(sorted(SOLVERS))}",
             got=repr(method),
             where="method",
@@ -187,7 +187,7 @@ def _imported(path: str) -> str:
         ) from error
     if found is None or SOLVERS.get(getattr(found, "name", "")) is not found:
         raise SolverError(
-            "this is no registered growth method",
+            "this is not a registered growth method",
             expected="a class decorated with growconv.solvers.register",
             got=repr(found),
             where=path,
@@ -338,7 +338,7 @@ def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) ->
         return channels
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise SolverError(
-            "an impossible number of new channels",
+            "this number of new channels is invalid",
             expected='an integer of at least 1, or "auto"',
             got=repr(channels),
             where=site.name,

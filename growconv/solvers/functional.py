@@ -195,7 +195,7 @@ class Functional(Solver):
         if len(samples) < needed:
             warnings.warn(
                 f"{site.name}: fewer kept samples than parameters of the fit, {len(samples)} for {needed}: what it "
-                f"captures may not carry over to other samples; collect with keep_samples={needed}, or ask for fewer "
+                f"captures may not generalise to other samples; collect with keep_samples={needed}, or ask for fewer "
                 "channels",
                 FewSamplesWarning,
                 stacklevel=4,
@@ -298,8 +298,8 @@ def split(samples: KeptSamples, share: float) -> tuple[KeptSamples, KeptSamples]
     """
     if len(samples) < 2 or (len(samples.batches) == 1 and not samples.batches[0].divisible):
         raise SolverError(
-            "the fit is judged on samples that it has not seen",
-            expected="at least 2 kept samples, in 2 batches where what lies between the layers needs all of a batch",
+            "the fit needs samples that it has not seen",
+            expected="at least 2 kept samples, in 2 batches if the operations between the layers need whole batches",
             got=f"{len(samples)} samples in {len(samples.batches)} batches",
             where=samples.site.name,
             fix="collect with keep_samples=2000, say",

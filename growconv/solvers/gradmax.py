@@ -139,7 +139,7 @@ class GradMax(Solver):
         liftable = height > 0 and (all(biased) if norms else bool(with_bias))
         if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
-                "gradmax would build dead channels: the slope of what follows the producer is 0 where α = 0",
+                "gradmax would build dead channels: the function behind the producer has slope 0 at α = 0",
                 got=", ".join(getattr(step, "name", type(step).__name__) for step in site.routes[0].steps),
                 where=site.name,
                 fix="set lift > 0 (the producer, or the norm layer behind it, needs a bias), or use another method",

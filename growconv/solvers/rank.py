@@ -113,7 +113,7 @@ def collect_rank_statistics(
         for buffer, before in buffers:
             buffer.copy_(before)
     if not count:
-        raise StatisticsError("statistics of zero samples", fix="pass at least one batch")
+        raise StatisticsError("the statistics have zero samples", fix="pass at least one batch")
     return {site.name: sums[site.path].statistics(site) for site in sites}
 
 
@@ -226,7 +226,7 @@ def solve_rank(site: RankSite, statistics: LayerMoments, terms: int) -> ChannelG
     residual = _beyond_existing(module, moment, gram)[:size]
     gram, moment = gram[:size, :size], moment[:size]
     if not bool((residual != 0).any()):
-        raise SolverError("the loss asks nothing of this layer that its factors cannot give", where=site.name)
+        raise SolverError("the loss asks nothing of this layer that its factors cannot provide", where=site.name)
     if isinstance(module, CPConv):
         incoming, outgoing, carried = _cp_terms(residual, gram, module, terms)
     elif site.side == "in":

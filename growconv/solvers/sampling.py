@@ -51,7 +51,7 @@ def collect_until_known(
     """
     if not relative_error > 0:
         raise ArgumentValueError(
-            "an error must be positive", expected="> 0", got=relative_error, where="relative_error"
+            "the relative error must be positive", expected="> 0", got=relative_error, where="relative_error"
         )
     solver = get_solver(method)
     require_known_gains(solver, asked)
@@ -71,7 +71,7 @@ def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
     """
     if solver.gain_unit != "energy":
         raise SolverError(
-            "this method has no gains that more samples would make known",
+            "this method has no gains to estimate from samples",
             expected="a method on the statistics of pairs, such as tiny, exact or functional",
             got=solver.name,
             where='samples="auto"',

@@ -234,7 +234,7 @@ class ConsumerSums:
         """
         if self.samples < 1:
             raise StatisticsError(
-                "statistics of zero samples",
+                "the statistics have zero samples",
                 where=self.where,
                 expected="at least one batch with a backward pass that reaches this layer",
                 fix="call loss.backward() inside the collector, with a loss that depends on this layer",

@@ -58,7 +58,7 @@ def collect_statistics(
             "statistics need gradients, which inference mode never records",
             expected="a call outside of torch.inference_mode()",
             got="torch.inference_mode()",
-            fix="leave the context, or use torch.no_grad() in its place: gradients are switched on here",
+            fix="leave the context, or use torch.no_grad() instead: gradients are switched on here",
         )
     batches = list(batches) if isinstance(batches, Iterator) else batches
     collector = StatisticsCollector(model, sites, **options)
@@ -88,7 +88,7 @@ def _run(collector: StatisticsCollector, batches: Iterable[object], loss: Callab
             torch.autograd.grad(value, collector.outputs, allow_unused=True)
         del value  # with all that its graph holds before the first of these outputs
     if not count:
-        raise StatisticsError("statistics of zero samples", got="no batches", fix="pass at least one batch")
+        raise StatisticsError("the statistics have zero samples", got="no batches", fix="pass at least one batch")
 
 
 def _pair(batch: object, number: int) -> tuple[Any, Any]:
@@ -101,11 +101,11 @@ def _pair(batch: object, number: int) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         got = f"a mapping with {', '.join(map(str, batch))}"
     raise ArgumentTypeError(
-        "a batch must tell what the model is given and what the loss is",
+        "a batch must give the model's input and the loss's target",
         expected="(input, target), where the input is a tensor, a tuple of arguments or a mapping of keyword arguments",
         got=got,
         where=f"batch {number}",
-        fix="bring it into that form, for example ((b['image'], b['label']) for b in batches)",
+        fix="convert it, for example ((b['image'], b['label']) for b in batches)",
     )
 
 

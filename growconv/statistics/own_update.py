@@ -71,7 +71,7 @@ def best_update(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> tu
     """
     samples = sum(len(h) for h, _ in pairs)
     if not samples:
-        raise StatisticsError("an update of zero samples", got="no samples", where=str(module))
+        raise StatisticsError("an update needs at least one sample", got="no samples", where=str(module))
     halves: tuple[list[Equations], list[Equations]] = ([], [])
     seen = 0
     for h, v in pairs:
@@ -127,7 +127,7 @@ def own_equations(module: nn.Module, h: Tensor, v: Tensor) -> Equations:
     targets = positions(module, v[:1]).shape
     if one.shape[0] != layer.filters()[0].numel() or targets != (layer.size(OUT), one.shape[1]) or len(h) != len(v):
         raise StatisticsError(
-            "these are not input and output of the layer",
+            "h and v are not the input and output of the layer",
             got=f"{tuple(h.shape)} and {tuple(v.shape)}",
             where=str(module),
         )

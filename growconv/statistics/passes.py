@@ -105,7 +105,7 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module) -> KeptCalls | 
 
 def _copied(path: str, tensor: Tensor | None, model: nn.Module) -> Tensor:
     if tensor is None:
-        raise StatisticsError("an input of this layer is gone already", where=path)
+        raise StatisticsError("an input of this layer has already been freed", where=path)
     exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
     return batched(tensor, model.get_submodule(path)).to(exact, copy=True)
 

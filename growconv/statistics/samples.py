@@ -220,8 +220,8 @@ class KeptSamples:
         if not 0 < fraction < 1 or len(self) < 2 or (len(self.batches) == 1 and not self.batches[0].divisible):
             raise ArgumentValueError(
                 "the kept samples cannot be split",
-                expected="a share between 0 and 1 of at least 2 samples, in two batches where what lies between the "
-                "layers needs all samples of a batch together",
+                expected="a share between 0 and 1 of at least 2 samples, in two batches if the operations between the "
+                "layers need whole batches",
                 got=f"{fraction} of {len(self)} samples in {len(self.batches)} batches",
                 where=self.site.name,
                 fix="keep more samples: keep_samples=...",

@@ -78,7 +78,9 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
     target = locate(model["_target_"], "model._target_")
     built = call_target(target, model["args"], offered, f"model.args of {model['_target_']}")
     if not isinstance(built, nn.Module):
-        raise ConfigError("this builds no model", where="model._target_", expected="torch.nn.Module", got=type(built))
+        raise ConfigError(
+            "this does not build a model", where="model._target_", expected="torch.nn.Module", got=type(built)
+        )
     if model["widths"]:
         sites = find_sites(built, torch.zeros(2, channels, image_size, image_size))
         set_widths(built, sites, model["widths"])
@@ -121,7 +123,10 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
             output = model.eval()(inputs.to(next(model.parameters()).dtype))
     except RuntimeError as error:
         raise ConfigError(
-            "the model cannot read these inputs", where=type(model).__name__, expected=tuple(inputs.shape), got=error
+            "the model does not accept these inputs",
+            where=type(model).__name__,
+            expected=tuple(inputs.shape),
+            got=error,
         ) from error
     finally:
         model.train(mode)
@@ -132,7 +137,7 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
             where=type(model).__name__,
             expected=wanted,
             got=tuple(output.shape),
-            fix="choose another model or dataset; models that put out maps (unet, conv_pair) go with data=synthetic",
+            fix="choose another model or dataset; models whose output is a map (unet, conv_pair) need data=synthetic",
         )
 
 
@@ -188,7 +193,7 @@ def make_policy(node: Any, where: str) -> Any:
         return node
     if not isinstance(node.get("_target_"), str):
         raise ConfigError(
-            "This is no policy.", where=where, expected="{_target_: growconv.growth.NAME, option: value}", got=node
+            "This is not a policy.", where=where, expected="{_target_: growconv.growth.NAME, option: value}", got=node
         )
     options = {key: make_policy(value, where) for key, value in node.items() if key != "_target_"}
     target = locate(node["_target_"], f"{where}._target_")
@@ -233,7 +238,7 @@ def growth_steps(config: Config, total: int) -> list[int]:
     steps = sorted({first + round(index * (last - first) / (times - 1)) for index in range(times)})
     if len(steps) < times:
         raise ConfigError(
-            "the run is too short for so many growth rounds",
+            "the run is too short for this many growth rounds",
             where="growth.times",
             expected=f"at most {last - first + 1} rounds between step {first} and {last} of {total}",
             got=times,
@@ -284,7 +289,7 @@ def make_scheduler(
     taken = [key for key in further if key in fixed]
     if taken:
         raise ConfigError(
-            "this has an option of its own", where="growth.scheduler", got=taken, expected=f"growth.{taken[0]}"
+            "this setting has an option of its own", where="growth.scheduler", got=taken, expected=f"growth.{taken[0]}"
         )
     sites = choose_sites(config, find_sites(model, example))
     given = {"model": model, "optimizer": optimizer, "sites": sites, **fixed, **further}

@@ -106,7 +106,7 @@ def save_checkpoint(
         text = json.dumps(record)
     except TypeError as error:
         raise CheckpointError(
-            "a value to be saved is not JSON",
+            "a value to be saved cannot be written as JSON",
             where=str(path),
             got=error,
             fix="pass tensors in `tensors`, names for objects",
@@ -118,7 +118,7 @@ def save_checkpoint(
             save_file(content, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "the checkpoint could not be written; what was there before still is",
+            "the checkpoint could not be written; the old one is unchanged",
             where=str(path),
             got=error,
             fix="free some space or write elsewhere, then resume",
@@ -141,12 +141,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             metadata = opened.metadata() or {}
             content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError("truncated or damaged", where=str(path), got=error, fix=damaged) from error
+        raise CheckpointError("the file is truncated or damaged", where=str(path), got=error, fix=damaged) from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError("no checkpoint of growconv", where=str(path), expected=FORMAT, got=metadata.get("format"))
+        raise CheckpointError(
+            "this is not a checkpoint of growconv", where=str(path), expected=FORMAT, got=metadata.get("format")
+        )
     text = metadata.get("record", "")
     if metadata.get("sha256") != _digest(text, content):
-        raise CheckpointError("damaged: its checksum differs", where=str(path), fix=damaged)
+        raise CheckpointError("the file is damaged: its checksum differs", where=str(path), fix=damaged)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
@@ -170,7 +172,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
-            "damaged: its record cannot be read", where=str(path), got=f"{type(error).__name__}: {error}", fix=damaged
+            "the file is damaged: its record cannot be read",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            fix=damaged,
         ) from error
 
 
@@ -197,7 +202,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             failures.append(error)
             continue
         for failure in failures:
-            warnings.warn(f"{failure}\n  going on from {found.path} instead", stacklevel=2)
+            warnings.warn(f"{failure}\n  continuing from {found.path} instead", stacklevel=2)
         return found
     if failures:
         raise CheckpointError(
@@ -206,7 +211,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             got="; ".join(f"{failure.where}: {failure.problem}" for failure in failures),
             fix="start the run again",
         ) from failures[0]
-    raise CheckpointError("no checkpoint here", where=str(folder), expected=LAST, fix="start the run again")
+    raise CheckpointError("there is no checkpoint here", where=str(folder), expected=LAST, fix="start the run again")
 
 
 def load_checkpoint(

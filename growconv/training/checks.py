@@ -107,21 +107,21 @@ def check_together(config: Mapping[str, Any]) -> None:
     depth = growth["depth"]["at"]
     if depth != sorted(set(depth)) or not all(0 < share < 1 for share in depth):
         raise ConfigError(
-            "depth grows at shares of the run", where="growth.depth.at", expected="for example [0.4]", got=depth
+            "depth must grow at shares of the run", where="growth.depth.at", expected="for example [0.4]", got=depth
         )
     if config["baselines"] and not grows:
         raise ConfigError(
-            "a fixed run has no baselines",
+            "a fixed run cannot have baselines",
             where="baselines",
             got=config["baselines"],
             fix="choose a growth, or leave baselines out",
         )
     if config["lr_schedule"]["name"] not in OWN_SCHEDULES and trainer["flops"] is not None:
         raise ConfigError(
-            "torch's schedules count steps, and a run of so many FLOPs does not know how many it will have",
+            "torch's schedules count steps, and a run limited by FLOPs does not know how many it will have",
             where="lr_schedule",
             got=f"lr_schedule.name={config['lr_schedule']['name']}, trainer.flops={trainer['flops']:g}",
-            fix=f"choose one of {', '.join(OWN_SCHEDULES)}, or set trainer.epochs in place of trainer.flops",
+            fix=f"choose one of {', '.join(OWN_SCHEDULES)}, or set trainer.epochs instead of trainer.flops",
         )
     if trainer["sync_batchnorm"] and trainer["accelerator"] == "cpu":
         raise no_sync_batchnorm("cpu")
@@ -166,7 +166,7 @@ def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) ->
             )
         if override.is_sweep_override():
             return ConfigError(
-                "several values make a sweep", where=override.key_or_group, got=text, fix=f"growconv -m {text}"
+                "several values need a sweep", where=override.key_or_group, got=text, fix=f"growconv -m {text}"
             )
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

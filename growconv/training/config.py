@@ -144,7 +144,7 @@ def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _typed(config: Mapping[str, Any], groups: Mapping[str, type | None]) -> dict[str, Any]:
     for key, value in flatten(dict(config)):
         if "${" in str(value):
-            raise ConfigError("a reference, which growconv never stores", where=key, got=value)
+            raise ConfigError("this is a reference, which growconv never stores", where=key, got=value)
     merged: Any = OmegaConf.structured(RunConfig)
     for group, options in config.items():
         schema = groups.get(group)

@@ -177,7 +177,7 @@ def load_data(name: str, *, validation: float, augmentation: str, limit: int | N
     kept = order[held_out:] if limit is None else order[held_out : held_out + limit]
     if limit is not None and not 2 <= limit <= len(order) - held_out:
         raise DataError(
-            "This many training samples are not there." if limit > 1 else "Training takes two samples at least.",
+            "There are not that many training samples." if limit > 1 else "Training needs at least two samples.",
             where="data.limit",
             expected=f"2 to {len(order) - held_out}",
             got=limit,
@@ -186,7 +186,7 @@ def load_data(name: str, *, validation: float, augmentation: str, limit: int | N
         raise DataError(
             "There are too few samples to train on.",
             where=f"data={name}, data.validation={validation}",
-            expected="two or more beside those held out for the validation",
+            expected="two or more besides those held out for validation",
             got=f"{len(order)} samples, of which {held_out} are held out",
             fix="add samples to data.root, or lower data.validation",
         )

@@ -163,7 +163,7 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
     world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if trainer["devices"] is not None and trainer["devices"] != world:
         raise ConfigError(
-            "the number of processes is not the one asked for",
+            "the number of processes differs from trainer.devices",
             where="trainer.devices",
             expected=trainer["devices"],
             got=world,

@@ -256,7 +256,7 @@ def _holds_same_run(files: RunDirectory, config: Mapping[str, Any]) -> bool:
     changed = differences(files.config(), config)
     if changed:
         raise ConfigError(
-            "a run with other settings lies in this directory of the sweep",
+            "this directory of the sweep contains a run with other settings",
             where=str(files.path),
             got="\n    ".join(["", *changed]),
             fix="give the sweep a directory of its own: hydra.sweep.dir=runs/NAME",
@@ -281,7 +281,7 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     stored = found.state.get("config")
     if not isinstance(stored, Mapping):
         raise CheckpointError(
-            "The checkpoint holds no config of a run.", where=str(found.path), got=type(stored).__name__
+            "The checkpoint contains no config of a run.", where=str(found.path), got=type(stored).__name__
         )
     changed = changes(stored, config)
     if changed:

@@ -50,7 +50,9 @@ def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> 
     formats: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path, Tensor], Tensor]]]
     formats = {".pt2": (_write_program, _run_program), ".onnx": (_write_onnx, _run_onnx)}
     if output.suffix not in formats:
-        raise ConfigError("this names no format", where="--output", expected="FILE.pt2 or FILE.onnx", got=output.name)
+        raise ConfigError(
+            "this name has no known format", where="--output", expected="FILE.pt2 or FILE.onnx", got=output.name
+        )
     if output.suffix == ".onnx":
         _require_onnx()
     found = read_run(run, best)
@@ -74,7 +76,7 @@ def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> 
             ) from failure
         if not error <= (tolerance := 100 * torch.finfo(dtype).eps):
             raise TrainingError(
-                "the file computes something else than the model", where=str(output), expected=tolerance, got=error
+                "the file does not compute the same as the model", where=str(output), expected=tolerance, got=error
             )
         begun.replace(output)
     return error

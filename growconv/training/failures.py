@@ -138,9 +138,9 @@ def explain(error: Exception) -> str:
         told = TrainingError("Another process of this run was lost, or hangs.", got=first, fix=fix)
     else:
         told = TrainingError(
-            "An error that growconv does not know ended this.",
+            "An unexpected error ended this.",
             got=f"{type(error).__name__}: {first}",
-            fix="HYDRA_FULL_ERROR=1 in front of the command shows where; if it is growconv's, please report it",
+            fix="HYDRA_FULL_ERROR=1 in front of the command shows where; if it is a bug in growconv, please report it",
         )
     return str(told)
 

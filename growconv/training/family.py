@@ -44,10 +44,10 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
     if not grows(config) or growth["when"] is not None or growth["every"] is not None:
         got = f"growth.method={growth['method']}, growth.when={growth['when']}, growth.every={growth['every']}"
         fix = "set growth.times, growth.begin and growth.end"
-        raise ConfigError("the sizes of a family come by growth spread over the run", where="growth", got=got, fix=fix)
+        raise ConfigError("a family needs growth spread over the run", where="growth", got=got, fix=fix)
     if flops is None or config["lr_schedule"]["name"] != "trapezoid":
         raise ConfigError(
-            "a family shares a trunk of constant rate",
+            "a family needs a trunk with a constant learning rate",
             where="trainer.flops, lr_schedule",
             expected="trainer.flops=... (of the largest member), lr_schedule=trapezoid",
             got=f"trainer.flops={flops}, lr_schedule={config['lr_schedule']['name']}",
@@ -56,7 +56,7 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
     marks, end = growth_flops(growth, flops), (1 - decay) * flops
     if marks[-1] >= end:
         raise ConfigError(
-            "the last growth comes when the largest member's rate falls already",
+            "the last growth comes when the largest member's learning rate already falls",
             where="growth.end",
             expected=f"below {1 - decay:g}, where the decay begins",
             got=growth["end"],

@@ -52,11 +52,11 @@ def torchvision(name: str, in_channels: int, classes: int, options: Options) -> 
     _require_name(name, library.list_models(module=library))
     if in_channels != 3:
         raise ConfigError(
-            "torchvision's models read colour images",
+            "torchvision's models need colour images",
             where=f"model.name={name}",
             expected="3 channels",
             got=in_channels,
-            fix="take a model of timm or pytorchcv, or data in colour",
+            fix="use a model from timm or pytorchcv, or data in colour",
         )
     with _refusals(name):
         return library.get_model(name, weights=None, num_classes=classes, **options)
@@ -120,7 +120,7 @@ def load_weights(model: nn.Module, file: str | Path, classes: int) -> list[str]:
             "these are weights of another model",
             where=f"model.weights={file}",
             got="; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else ""),
-            fix="give the model of the file; one that grows starts smaller unless growth.start=1",
+            fix="choose the model of the file; a growing model starts smaller unless growth.start=1",
         )
     target.load_state_dict({**own, **{key: value for key, value in given.items() if key not in drawn}})
     return drawn
@@ -168,10 +168,10 @@ def _refusals(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # each library has its own
         raise ConfigError(
-            "the library does not build this model for these data and options",
+            "the library cannot build this model for these data and options",
             where=f"model.name={name}",
             got=f"{type(error).__name__}: {' '.join(str(error).split())}",
-            fix="some models are of one number of classes or one image size: try another",
+            fix="some models exist for only one number of classes or one image size: try another",
         ) from error
 
 

@@ -328,7 +328,7 @@ class Trainer:
                 "the loss is no longer a finite number",
                 where=f"step {self.position.step}, epoch {self.position.epoch}",
                 got=float(self._sums[0]),
-                fix="lower optimizer.lr, set trainer.clip_gradient, or use bf16-mixed in place of 16-mixed",
+                fix="lower optimizer.lr, set trainer.clip_gradient, or use bf16-mixed instead of 16-mixed",
             )
 
     def _grow_if_due(self, fresh: Mapping[str, Any]) -> bool:

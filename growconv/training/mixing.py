@@ -47,7 +47,7 @@ def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ConfigError(
-            "RandAugment is for grey and colour images", where="data.augmentation", expected="1 or 3", got=channels
+            "RandAugment needs grey or colour images", where="data.augmentation", expected="1 or 3", got=channels
         )
     with _drawing_from(generator, images.device):
         return _augmenter("randaugment")(images.expand(-1, 3, -1, -1))[:, :channels]
@@ -70,7 +70,7 @@ def mix(kind: str, images: Tensor, labels: Tensor, classes: int, generator: torc
         ConfigError: the targets are no class an image.
     """
     if labels.is_floating_point() or labels.dim() != 1:
-        raise ConfigError("only images of one class each can be mixed", where="trainer.mix", got=kind)
+        raise ConfigError("only images with a single class each can be mixed", where="trainer.mix", got=kind)
     with _drawing_from(generator, images.device):
         mixed, told = _augmenter(kind)(images, labels)
     first, second, share = told.reshape(-1, 3).to(images.dtype).unbind(1)  # own class, the other's, a share

@@ -27,7 +27,9 @@ NORMS = ("batch", "group", "none")
 def scaled(channels: int, factor: float) -> int:
     """A channel count times a factor, rounded, one at least."""
     if not factor > 0:
-        raise ConfigError("a width factor is positive", expected="> 0", got=factor, where="model.width, model.hidden")
+        raise ConfigError(
+            "a width factor must be positive", expected="> 0", got=factor, where="model.width, model.hidden"
+        )
     return max(1, round(channels * factor))
 
 

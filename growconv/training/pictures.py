@@ -54,7 +54,8 @@ def read_class(folder: Path, root: Path, size: int, channels: int) -> list[np.nd
     if left_out:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(left_out.items()))
         warnings.warn(
-            f"{folder}: files that are no pictures are left out ({kinds}); read are {', '.join(SUFFIXES)}", stacklevel=2
+            f"{folder}: files that are not images are skipped ({kinds}); supported are {', '.join(SUFFIXES)}",
+            stacklevel=2,
         )
     return [read_picture(entry, root, size, channels) for entry in entries if _is_picture(entry)]
 
@@ -128,7 +129,7 @@ def _is_picture(path: Path) -> bool:
 
 def _refused(path: Path, problem: str, got: object = None, expected: object = None) -> DataError:
     return DataError(
-        problem, where=str(path), expected=expected, got=got, fix="convert it, or take it out of the folder"
+        problem, where=str(path), expected=expected, got=got, fix="convert it, or remove it from the folder"
     )
 
 
@@ -145,11 +146,15 @@ def check_classes(train: Sequence[str], test: Sequence[str], folder: Path) -> No
     """
     if not train or not test:
         raise DataError(
-            "There are no pictures in data.root.",
+            "There are no images in data.root.",
             where=str(folder / ("test" if train else "train")),
             expected="train/CLASS/*.png and test/CLASS/*.png",
             fix="set data.root to the folder that holds train and test",
         )
     strangers = sorted(set(test) - set(train))
     if strangers:
-        raise DataError("a class that the training folder lacks", where=str(folder / "test"), got=", ".join(strangers))
+        raise DataError(
+            "the test folder has a class that the training folder lacks",
+            where=str(folder / "test"),
+            got=", ".join(strangers),
+        )

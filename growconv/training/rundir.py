@@ -63,7 +63,7 @@ class RunDirectory:
             if error.errno not in NO_LOCKS:
                 raise
             warnings.warn(
-                f"{self.path} lies on a file system without locks ({error.strerror}): take care yourself that no two "
+                f"{self.path} is on a file system without locks ({error.strerror}): make sure yourself that no two "
                 "processes work in it",
                 stacklevel=2,
             )
@@ -94,9 +94,9 @@ class RunDirectory:
         """
         if (self.path / METRICS).exists() or self.finished:
             raise ConfigError(
-                "this directory holds a run already",
+                "this directory already contains a run",
                 where=str(self.path),
-                fix=f"go on with it: growconv resume={self.path}; or choose another: hydra.run.dir=...",
+                fix=f"continue it: growconv resume={self.path}; or choose another: hydra.run.dir=...",
             )
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,16 +131,20 @@ class RunDirectory:
         path = self.config_file
         if not path.is_file():
             raise CheckpointError(
-                "no run lies here" if not self.path.is_dir() or not any(self.path.iterdir()) else "a file is missing",
+                "there is no run here"
+                if not self.path.is_dir() or not any(self.path.iterdir())
+                else "a file is missing",
                 where=str(path),
                 fix="give the directory of a run that has started: it holds config.yaml and checkpoint/",
             )
         try:
             config = read_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError("damaged: not YAML", where=str(path), got=str(error).splitlines()[0]) from error
+            raise CheckpointError(
+                "the file is damaged: it is not YAML", where=str(path), got=str(error).splitlines()[0]
+            ) from error
         if not isinstance(config, dict) or "trainer" not in config:
-            raise CheckpointError("damaged: holds no settings of a run", where=str(path))
+            raise CheckpointError("the file is damaged: it contains no settings of a run", where=str(path))
         return config
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -184,5 +188,5 @@ class RunDirectory:
             return read_json(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise CheckpointError(
-                "damaged or missing", where=str(path), got=error, fix="delete it and resume"
+                "the file is damaged or missing", where=str(path), got=error, fix="delete it and resume"
             ) from error

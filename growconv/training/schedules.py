@@ -194,13 +194,13 @@ def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapp
         own = locate(name, where)
         if not inspect.isclass(own) or not issubclass(own, kind):
             raise ConfigError(
-                "this class does not serve here", where=where, got=name, expected=f"a subclass of {kind.__name__}"
+                "this class cannot be used here", where=where, got=name, expected=f"a subclass of {kind.__name__}"
             )
         if own is not getattr(module, own.__name__, None):
             return own
         name = own.__name__
     if name in others:
-        raise ConfigError("this one does not serve here", where=where, got=name, expected=others[name])
+        raise ConfigError("this one cannot be used here", where=where, got=name, expected=others[name])
     if name not in found:
         known, meant = [key for key in found if key not in others], near(str(name), found)
         fix = f"did you mean {where}={meant}?" if meant else None

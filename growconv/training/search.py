@@ -37,10 +37,12 @@ def require_budget(config: Mapping[str, Any]) -> None:
     """
     growth = config["growth"]
     if growth["method"] == "none":
-        raise ConfigError("a search grows a model", where="growth.method", got="none", fix="choose a growth method")
+        raise ConfigError(
+            "a search needs a growth method", where="growth.method", got="none", fix="choose a growth method"
+        )
     if growth["budget"]["flops"] is None and growth["budget"]["parameters"] is None:
         raise ConfigError(
-            "a search needs the size that the model may have",
+            "a search needs a limit on the size of the model",
             where="growth.budget",
             expected="growth.budget.flops=... (FLOPs of one sample's forward pass) or growth.budget.parameters=...",
         )

@@ -65,7 +65,7 @@ def launch(function: Callable[..., JobReturn], settings: Mapping[str, Any], call
     """
     if (settings["nodes"] or 1) * (settings["tasks_per_node"] or 1) > 1:
         raise ConfigError(
-            "a job of a sweep is one process",
+            "a job of a sweep must be one process",
             where="hydra.launcher",
             got=f"nodes={settings['nodes']}, tasks_per_node={settings['tasks_per_node']}",
             fix="the documentation of sweeps and clusters shows how one run uses several nodes",
@@ -100,7 +100,7 @@ def _submit(function: Callable[..., JobReturn], settings: Mapping[str, Any], cal
             return executor.map_array(function, *zip(*calls, strict=True))
     except (FailedJobError, RuntimeError) as error:
         raise ConfigError(
-            "Slurm takes no jobs from here.",
+            "Slurm does not accept jobs from here.",
             where="hydra/launcher=slurm",
             got=str(error).strip(),
             fix="sinfo shows the partitions; set what yours demands: hydra.launcher.partition, account, timeout_min, "

@@ -160,9 +160,7 @@ def fashion_mnist(root: str | Path, download: bool = True) -> RawData:
         arrays.append(read_idx(path, remote.content))
     for images, labels in (arrays[:2], arrays[2:]):
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-            raise DataError(
-                "images and labels do not belong together", where="fashion_mnist", got=(images.shape, labels.shape)
-            )
+            raise DataError("images and labels do not match", where="fashion_mnist", got=(images.shape, labels.shape))
     images, labels, test_images, test_labels = arrays
     return RawData(_images(images[:, None]), _labels(labels), _images(test_images[:, None]), _labels(test_labels), 10)
 
@@ -184,7 +182,7 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
             if not path.is_file():
                 raise DataError("this file of the dataset is missing", where=str(path))
             if path.stat().st_size > MOST_BYTES:
-                raise DataError("The file holds more than any of this set.", where=str(path))
+                raise DataError("The file is larger than any file of this data set.", where=str(path))
             return path.read_bytes()
 
         parts = {member: read(member) for member in (*layout.train, layout.test)}
@@ -197,7 +195,7 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
             for member in (*layout.train, layout.test):
                 stream = opened.extractfile(f"{layout.folder}/{member}")
                 if stream is None:
-                    raise DataError(f"{member} is no file", where=str(archive))
+                    raise DataError(f"{member} is not a file", where=str(archive))
                 parts[member] = stream.read()
     train = [_cifar_records(layout, folder / member, parts[member]) for member in layout.train]
     test_images, test_labels = _cifar_records(layout, folder / layout.test, parts[layout.test])
@@ -209,7 +207,9 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
         )
     for part in (labels, test_labels):  # the unpacked files have no published checksum, but this
         if len(set(np.bincount(part, minlength=layout.classes).tolist())) != 1:
-            raise DataError("The classes have not equally many images, as in the published set.", where=str(folder))
+            raise DataError(
+                "The classes do not have equal numbers of images, as they have in the published set.", where=str(folder)
+            )
     return RawData(_images(images), _labels(labels), _images(test_images), _labels(test_labels), layout.classes)
 
 
@@ -217,11 +217,11 @@ def _cifar_records(layout: CifarLayout, path: Path, content: bytes) -> tuple[np.
     size = layout.label_bytes + 3 * 32 * 32
     if not content or len(content) % size:
         raise DataError(
-            "the file is truncated or no CIFAR batch",
+            "the file is truncated or not a CIFAR batch",
             where=str(path),
             expected=f"a multiple of {size} bytes",
             got=len(content),
-            fix="delete it and run again, or copy it anew",
+            fix="delete it and run again, or copy it again",
         )
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, size)
     labels = records[:, layout.label_bytes - 1]
@@ -241,7 +241,7 @@ def images(root: str | Path, image_size: int, channels: int) -> RawData:
         channels: 1 for grey, 3 for colour.
     """
     if channels not in (1, 3):
-        raise DataError("pictures are grey or coloured", where="data.channels", expected="1 or 3", got=channels)
+        raise DataError("images must be grey or in colour", where="data.channels", expected="1 or 3", got=channels)
     folder = existing_root(root)
     names = pictures.class_names(folder / "train")
     pictures.check_classes(names, pictures.class_names(folder / "test"), folder)
@@ -271,7 +271,7 @@ def existing_root(root: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise DataError(
-            "This folder does not exist." if not folder.exists() else "This is no folder.",
+            "This folder does not exist." if not folder.exists() else "This is not a folder.",
             where=f"data.root={root}",
             fix=f"correct the path, or make the folder: mkdir -p {shlex.quote(str(folder))}",
         )
@@ -320,11 +320,11 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
 def _compare_digest(path: Path, got: str, expected: str, algorithm: str) -> None:
     if got != expected:
         raise DataError(
-            "the file is damaged or another one: its checksum differs",
+            "the file is damaged or a different one: its checksum differs",
             where=str(path),
             expected=f"{algorithm} {expected}",
             got=got,
-            fix="delete it and run again, or copy it anew",
+            fix="delete it and run again, or copy it again",
         )
 
 
@@ -342,17 +342,17 @@ def read_idx(path: Path, content: str | None = None) -> np.ndarray:
             raw = stream.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
             raise DataError(
-                "The file holds more than any of this set.", where=str(path), expected=f"{MOST_BYTES} bytes"
+                "The file is larger than any file of this data set.", where=str(path), expected=f"{MOST_BYTES} bytes"
             )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             "the file is truncated or damaged",
             where=str(path),
             got=error,
-            fix="delete it and run again, or copy it anew",
+            fix="delete it and run again, or copy it again",
         ) from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError("this is no IDX file of bytes", where=str(path), got=raw[:4].hex(), expected="000008..")
+        raise DataError("this is not an IDX file of bytes", where=str(path), got=raw[:4].hex(), expected="000008..")
     axes = raw[3]
     header = 4 + 4 * axes
     shape = struct.unpack(f">{axes}I", raw[4:header]) if len(raw) >= header else ()

@@ -65,7 +65,7 @@ class Study:
         try:
             entries = read_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError("this is no YAML file", where=str(path), got=str(error).splitlines()[0]) from error
+            raise ConfigError("this is not a YAML file", where=str(path), got=str(error).splitlines()[0]) from error
         _check_entries(entries, path)
         study = cls(**entries)
         for variant in (study.baseline, *study.equal_flops):
@@ -224,7 +224,9 @@ def main(arguments: Namespace) -> None:
         TrainingError: a run failed; the tables of the others are written.
     """
     if arguments.processes < 1:
-        raise ConfigError("runs need a process", where="--processes", expected="1 or more", got=arguments.processes)
+        raise ConfigError(
+            "at least one process is needed", where="--processes", expected="1 or more", got=arguments.processes
+        )
     study = Study.read(arguments.study).part(arguments.only, arguments.seeds)
     runs, failed = arguments.runs.resolve() / study.name, []
     if not arguments.tables:
@@ -241,14 +243,14 @@ def _check_entries(entries: object, path: Path) -> None:
     """Refuse a file whose entries are not those of a study."""
     example = "name: mine, base: [data=digits], epochs: 8, seeds: [0, 1], baseline: a, variants: {a: [growth=none]}"
     if not isinstance(entries, dict):
-        raise ConfigError("this is no study", where=str(path), expected=example, got=type(entries).__name__)
+        raise ConfigError("this is not a study", where=str(path), expected=example, got=type(entries).__name__)
     known = [entry.name for entry in fields(Study)]
     unknown = [str(name) for name in entries if name not in known]
     missing = [name for name in known if name not in entries and name != "equal_flops"]
     if unknown or missing:
         meant = near(unknown[0], known) if unknown else None
         raise ConfigError(
-            "this is no study" if missing else "there is no such entry",
+            "this is not a study" if missing else "there is no such entry",
             where=str(path),
             expected=example,
             got=f"without {', '.join(missing)}" if missing else ", ".join(unknown),

@@ -102,7 +102,7 @@ class WandbTracker(Tracker):
             self.run.finish()
         except TimeoutError:
             warnings.warn(
-                f"wandb's server does not answer; what is unsent lies in {self.directory / 'wandb'}: send it later "
+                f"wandb's server does not answer; unsent data is in {self.directory / 'wandb'}: send it later "
                 "with `wandb sync`",
                 stacklevel=2,
             )

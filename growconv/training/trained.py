@@ -45,7 +45,9 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
         try:
             model.load_state_dict(average)
         except RuntimeError as error:
-            raise CheckpointError("its average is of another model", where=str(found.path), got=error) from error
+            raise CheckpointError(
+                "its weight average belongs to another model", where=str(found.path), got=error
+            ) from error
     return model.eval()
 
 
@@ -61,7 +63,7 @@ def read_run(run: str | Path, best: bool = False) -> Checkpoint:
     if path.is_dir() and not (path / CHECKPOINTS).is_dir() and path.name != CHECKPOINTS:
         RunDirectory(path).config()  # says that no run lies there
         raise CheckpointError(
-            "this run has no checkpoint yet", where=str(path), fix=f"let it go on: growconv resume={path}"
+            "this run has no checkpoint yet", where=str(path), fix=f"continue it: growconv resume={path}"
         )
     found = find_checkpoint(path / CHECKPOINTS / BEST if best and path.is_dir() else path)
     config, shape = found.state.get("config"), found.state.get("shape")

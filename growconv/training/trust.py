@@ -121,7 +121,7 @@ def require_trusted(
         value = logger.get(key.rpartition(".")[2])
         if value is not None and not repeated(key):
             raise ConfigError(
-                "This stored config sends your data and your wandb key to a host that you have not named now.",
+                "This stored config sends your data and your wandb key to a host that this command line does not name.",
                 where=place(file, key),
                 got=f"{key.rpartition('.')[2]}: {value}",
                 fix=f"say trust=true, repeat it with {key}={value}, or send nothing with logger=none",
@@ -130,7 +130,7 @@ def require_trusted(
     for settings in (run / "wandb" / "settings", run / ".wandb" / "settings"):
         if settings.exists():  # wandb reads it where the run directory is the working directory
             raise ConfigError(
-                "This run directory brings settings of wandb, which may name another host.",
+                "This run directory contains settings for wandb, which may name another host.",
                 where=str(settings),
                 fix="delete the file, or say trust=true",
             )
@@ -153,7 +153,7 @@ def require_trusted_parts(config: Mapping[str, Any], file: Path, *parts: str) ->
 
 def _strange(key: str, name: str, where: str, fix: str) -> ConfigError:
     return ConfigError(
-        "This stored config runs code from outside growconv and torch, which you have not asked for.",
+        "This stored config runs code from outside growconv and torch, which you have not allowed.",
         where=where,
         expected="a model of growconv.training.models, a class of torch.nn or torch.optim, a policy or a method of "
         "growconv",
@@ -178,14 +178,14 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
         config = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "This is no YAML file of settings.", where=str(file), got=str(error).splitlines()[0]
+            "This is not a YAML file of settings.", where=str(file), got=str(error).splitlines()[0]
         ) from error
     if not isinstance(config, Mapping):
         return
     references = (key for key, value in _leaves(config) if isinstance(value, str) and "${" in value)
     for key in (*(key for key in ("hydra", "defaults") if key in config), *references):
         raise ConfigError(
-            "Hydra would do more with this file than read settings, which you have not asked for.",
+            "Hydra would do more with this file than read settings, which you have not allowed.",
             where=place(file, key),
             fix="read the file; then say trust=true",
         )

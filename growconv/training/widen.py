@@ -98,7 +98,7 @@ def _widths(given: Sequence[str]) -> dict[str, int]:
     for text in given:
         name, _, count = text.rpartition("=")
         if not name or not count.isdigit():
-            raise ConfigError("this is no width", where="--width", expected="SITE=N, N a whole number", got=text)
+            raise ConfigError("this is not a width", where="--width", expected="SITE=N, N a whole number", got=text)
         widths[name] = int(count)
     return widths
 
@@ -136,7 +136,7 @@ def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> str:
 def _require_free(output: Path) -> None:
     """Refuse to write where something lies; the lock of a process that was killed before it wrote is nothing."""
     if os.path.lexists(output) and not (output.is_dir() and [entry.name for entry in output.iterdir()] == [LOCK]):
-        raise CheckpointError("something lies here already", where=str(output), fix="name another: --output DIR")
+        raise CheckpointError("there is already something here", where=str(output), fix="name another: --output DIR")
 
 
 def _grow(run: Path, trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> str:
@@ -160,11 +160,11 @@ def _grow(run: Path, trainer: Trainer, wish: Wish, config: Mapping[str, Any]) ->
 def _check(wish: Wish) -> None:
     if not wish.widens and not wish.deepen:
         raise ConfigError(
-            "how much is to grow?", where="growconv grow",
+            "what should grow, and by how much?", where="growconv grow",
             expected="--factor, --width, --parameters, --flops or --deepen",
         )  # fmt: skip
     if wish.factor is not None and not 1 < wish.factor < 1000:
-        raise ConfigError("this makes nothing wider", where="--factor", expected="above 1", got=wish.factor)
+        raise ConfigError("this factor makes nothing wider", where="--factor", expected="above 1", got=wish.factor)
     for name in ("parameters", "flops"):
         if (limit := getattr(wish, name)) is not None and not limit >= 1:
             raise ConfigError("this value cannot be used", where=f"--{name}", expected="1 or more", got=limit)
@@ -244,7 +244,7 @@ def _targets(sites: Sequence[Site], wish: Wish) -> dict[str, int]:
         for site in matching:
             if width <= site.width:
                 raise ConfigError(
-                    "this site is as wide already", where=site.name, expected=f"more than {site.width}", got=width
+                    "this site already has this width", where=site.name, expected=f"more than {site.width}", got=width
                 )
             widths[site.name] = width
     return widths
@@ -271,5 +271,5 @@ def _save(trainer: Trainer) -> None:
         error = distance(again(x), trainer.judged.eval()(x))
     if not error <= (tolerance := 100 * torch.finfo(x.dtype).eps):
         raise TrainingError(
-            "the saved model computes something else", where=str(files.path), expected=tolerance, got=error
+            "the saved model does not compute the same", where=str(files.path), expected=tolerance, got=error
         )

@@ -13,7 +13,7 @@ from growconv.errors import GeometryError
         ({"input_size": (2, 2)}, "does not fit"),
         ({"input_size": (5, 5, 5)}, "input_size has 3 entries"),
         ({"input_size": (5, 5), "stride": 0}, "stride"),
-        ({"input_size": (5, 5), "padding": "full"}, "padding by this name"),
+        ({"input_size": (5, 5), "padding": "full"}, "this named padding"),
         ({"input_size": (5, 5), "padding": (1, 1, 1)}, "padding"),
         ({"input_size": (5, 5), "groups": 3}, "groups"),
     ],

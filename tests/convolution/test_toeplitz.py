@@ -90,7 +90,7 @@ def test_the_adjoint_in_a_padding_mode_and_of_another_matrix():
     settings = {"padding": 1, "padding_mode": "reflect"}
     there = (matrix * toeplitz_matrix(weight, 4, **settings)).sum()
     assert (growconv.toeplitz_adjoint(matrix, (2, 1, 3, 3), 4, **settings) * weight).sum() == pytest.approx(there)
-    with pytest.raises(GeometryError, match="not that of such a convolution"):
+    with pytest.raises(GeometryError, match="does not belong to this convolution"):
         growconv.toeplitz_adjoint(matrix.T, (2, 1, 3, 3), 4, **settings)
 
 

@@ -190,7 +190,7 @@ def test_no_run_or_a_broken_config(content, tmp_path, capsys):
 
 def test_a_run_does_not_write_over_another(interrupted, capsys):
     assert main([*QUICK, f"hydra.run.dir={interrupted}"]) == 1
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def test_errors_keep_their_class():

@@ -116,7 +116,7 @@ def test_nothing_to_approach_gives_no_terms() -> None:
     assert (fit.left.shape, fit.right.shape, fit.objective) == ((0, 4), (0, 3, 2), 0.0)
     with pytest.raises(ArgumentValueError, match="at least one term"):
         bilinear_least_squares(torch.eye(12), torch.zeros(4, 3, 2), 0)
-    with pytest.raises(ArgumentValueError, match="no multiple"):
+    with pytest.raises(ArgumentValueError, match="not a multiple"):
         bilinear_least_squares(torch.eye(13), torch.ones(4, 3, 2), 1)
     with pytest.raises(ArgumentValueError, match="left factors of every term"):
         bilinear_least_squares(torch.eye(12), torch.ones(4, 3, 2), 2, starts=[torch.ones(1, 4)])

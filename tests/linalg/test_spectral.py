@@ -172,7 +172,7 @@ def test_shrinkage_keeps_the_trace_and_fades_with_the_samples() -> None:
     torch.testing.assert_close(shrink(gram, 1.0, 10)[0], gram.trace() / 6 * torch.eye(6, dtype=torch.float64))
     few, many = shrink(gram, "auto", 5)[1], shrink(gram, "auto", 100_000)[1]
     assert many < 1e-3 < few <= 1
-    with pytest.raises(ArgumentValueError, match="shrinkage is a weight"):
+    with pytest.raises(ArgumentValueError, match="shrinkage must be a weight"):
         shrink(gram, 1.5, 10)
 
 

@@ -30,7 +30,7 @@ def test_the_command_writes_table_plots_and_csv_that_agree(make_run, tmp_path, c
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| tiny | 3 | 90.10 ± 0.10 | 0.099 ± 0.001 |" in (output / "comparison.md").read_text()
     assert r"tiny & 3 & 90.10 $\pm$ 0.10 & 0.099 $\pm$ 0.001 &" in (output / "comparison.tex").read_text()
-    with pytest.raises(ArgumentValueError, match="lies there already"):
+    with pytest.raises(ArgumentValueError, match="already contains a comparison"):
         command.main(compare_parser().parse_args([str(tmp_path / "runs"), "--output", str(output)]))
     command.main(compare_parser().parse_args([str(tmp_path / "runs"), "--output", str(output), "--overwrite"]))
 

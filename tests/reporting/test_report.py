@@ -147,7 +147,7 @@ def test_runs_that_cannot_be_reported_say_why_and_leave_no_file(make_run, tmp_pa
         report.write_report(tmp_path / "nowhere")
     run = make_run("run")
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match="no epoch"):
+    with pytest.raises(CheckpointError, match="not finished an epoch"):
         report.write_report(run)
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: damaged: line 2"):

@@ -55,7 +55,7 @@ def test_the_update_of_something_else_is_refused() -> None:
     with pytest.raises(SiteError):
         growconv.best_update(nn.ReLU(), [(h, h)])
     for pairs in ([(h[:, :3], layer(h))], [(h, layer(h)[:, :1])], [(h, layer(h)[..., :2])], [(h, h[:, :2])]):
-        with pytest.raises(StatisticsError, match="not input and output of the layer"):
+        with pytest.raises(StatisticsError, match="not the input and output of the layer"):
             growconv.best_update(layer, pairs)
     with pytest.raises(StatisticsError, match="no samples"):
         growconv.best_update(layer, [])

@@ -141,7 +141,7 @@ def test_truncation_is_noticed(kept, tmp_path):
     path = save_checkpoint(tmp_path / "a.safetensors", model, history=history)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: the file is truncated or damaged"):
         read_checkpoint(path)
 
 
@@ -157,7 +157,9 @@ def test_a_damaged_last_falls_back_to_the_previous_one(tmp_path):
 
     damage = tmp_path / "checkpoint" / LAST
     damage.write_bytes(damage.read_bytes()[:-7])
-    with pytest.warns(UserWarning, match=r"last\.safetensors: truncated.*\n[^$]*going on from .*previous"):
+    with pytest.warns(
+        UserWarning, match=r"last\.safetensors: the file is truncated.*\n[^$]*continuing from .*previous"
+    ):
         assert find_checkpoint(tmp_path).state["number"] == 1
     (tmp_path / "checkpoint" / PREVIOUS).write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged") as caught:
@@ -199,7 +201,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "checkpoint")], capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr
-    assert "could not be written; what was there before still is" in answer.stdout
+    assert "could not be written; the old one is unchanged" in answer.stdout
     assert "{'number': 1} ['best.safetensors', 'last.safetensors']" in answer.stdout
 
 
@@ -233,11 +235,11 @@ def test_another_model_optimizer_or_file_is_refused_and_nothing_changes(tmp_path
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="no checkpoint of growconv"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of growconv"):
         load_checkpoint(tmp_path / "other.safetensors", small)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_checkpoint(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         save_checkpoint(tmp_path / "b.safetensors", small, state={"x": object()})
     assert not (tmp_path / "b.safetensors").exists()
 

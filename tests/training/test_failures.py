@@ -112,7 +112,7 @@ def test_a_trace_is_shown_to_who_asks(finished, tmp_path, monkeypatch, capsys):
     [
         (OSError(28, "No space left on device", "a.json"), "free some space"),
         (OSError(30, "Read-only file system", "run"), "hydra.run.dir"),
-        (OSError("no number"), "does not know"),
+        (OSError("no number"), "unexpected error"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
         (

@@ -51,9 +51,9 @@ def test_a_member_is_the_run_of_its_own_length_and_decay(tmp_path: Path, capsys:
     [
         (["growth=none"], "growth spread"),
         (["growth.every=10"], "growth spread"),
-        (["trainer.flops=null"], "trunk of constant rate"),
-        (["lr_schedule=cosine"], "trunk of constant rate"),
-        (["growth.end=0.8"], "falls already"),
+        (["trainer.flops=null"], "trunk with a constant learning rate"),
+        (["lr_schedule=cosine"], "trunk with a constant learning rate"),
+        (["growth.end=0.8"], "already falls"),
     ],
 )
 def test_what_is_no_family_is_refused(changes: list[str], words: str) -> None:

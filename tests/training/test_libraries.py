@@ -61,7 +61,7 @@ def test_a_model_of_transformers_grows(tmp_path, capsys):
     [
         ("transformers", "resnt", "did you mean resnet?"),
         ("pytorchcv", "resnet20_cifa10", "did you mean resnet20_cifar10?"),
-        ("transformers", "resnet", "does not build"),
+        ("transformers", "resnet", "cannot build"),
         ("timm", "resnet18", "pip install timm"),
         ("torchvision", "resnet18", "pip install 'growconv[vision]'"),
     ],

@@ -59,7 +59,7 @@ def test_what_cannot_be_mixed_or_is_not_there_is_said(tmp_path, monkeypatch, cap
     assert main(["trainer.mix=mixap"]) == 1
     assert "did you mean trainer.mix=mixup?" in capsys.readouterr().err
     assert main(["experiment=teacher", "trainer.mix=mixup", "growth=none", "data.samples=64"]) == 1
-    assert "one class each" in capsys.readouterr().err
+    assert "a single class each" in capsys.readouterr().err
     monkeypatch.setattr(mixing, "find_spec", lambda name: None)
     assert main(["data.augmentation=randaugment"]) == 1
     assert "growconv[augment]" in capsys.readouterr().err

@@ -216,7 +216,7 @@ def test_too_few_pictures_are_said_with_the_option_s_name(kept, root):
     ("overrides", "word"),
     [
         (["data.root={root}/none"], "does not exist"),
-        (["data.root={root}/train"], "There are no pictures in data.root"),
+        (["data.root={root}/train"], "There are no images in data.root"),
         (["data.root={root}", "data.channels=2"], "data.channels"),
         (["data.root={root}", "data.image_size=0"], "data.image_size"),
     ],

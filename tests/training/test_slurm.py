@@ -73,7 +73,7 @@ def test_without_slurm_it_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["-m", "hydra/launcher=slurm", *QUICK, f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 1
     said = capsys.readouterr().err
-    assert "hydra/launcher=slurm: Slurm takes no jobs from here" in said
+    assert "hydra/launcher=slurm: Slurm does not accept jobs from here" in said
     assert "srun" in said
 
 
@@ -94,7 +94,7 @@ def test_a_sweep_on_cpu_nodes_with_one_failing_run_from_inside_a_job(tmp_path):
     command = [*GROWCONV, "-m", "hydra/launcher=slurm", *QUICK, f"hydra.sweep.dir={sweep}", "data.limit=160,1"]
     said = ask("srun", "--ntasks=1", *command, code=1)
     assert re.search(r"job \d+_0 \(.*data.limit=160.*\): best validation accuracy 0\.\d+", said)
-    assert re.search(r"growconv: job \d+_1 \(.*data.limit=1 .*Training takes two samples", said, re.DOTALL)
+    assert re.search(r"growconv: job \d+_1 \(.*data.limit=1 .*Training needs at least two samples", said, re.DOTALL)
     assert "sacct" not in said
     assert "Traceback" not in said
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
@@ -105,11 +105,11 @@ def test_a_sweep_on_cpu_nodes_with_one_failing_run_from_inside_a_job(tmp_path):
 def test_a_refused_sweep_is_one_message(tmp_path):
     command = [*GROWCONV, "-m", "hydra/launcher=slurm_gpu", *QUICK, f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1"]
     said = ask(*command, code=1)
-    assert "Slurm takes no jobs from here" in said
+    assert "Slurm does not accept jobs from here" in said
     assert "hydra.launcher.partition" in said
     assert "Traceback" not in said
     said = ask(*command, "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", code=1)
-    assert "a job of a sweep is one process" in said
+    assert "a job of a sweep must be one process" in said
 
 
 def job_logs(sweep):
@@ -222,7 +222,7 @@ def test_nothing_is_taken_from_a_job_unasked(tmp_path):
     )  # fmt: skip
     assert answer.returncode == 1
     # Busy if the two met, taken if the first had ended before the second began.
-    told = re.findall("Another process works in this run directory|holds a run already", answer.stderr)
+    told = re.findall("Another process works in this run directory|already contains a run", answer.stderr)
     assert len(told) == 1, answer.stderr
     assert main([*QUICK, f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
     assert_equal_runs(tmp_path / "job", tmp_path / "plain")

@@ -60,4 +60,4 @@ def test_growing_twice_at_once_spoils_nothing(mine, capsys):
     assert (output / "checkpoint" / "last.safetensors").is_file()
     output.with_name("link").symlink_to("nowhere")
     assert main(["grow", str(mine), "--factor", "1.5", "--output", str(output.with_name("link"))]) == 1
-    assert capsys.readouterr().err.count("something lies here already") == 2
+    assert capsys.readouterr().err.count("there is already something here") == 2

@@ -67,9 +67,9 @@ def test_bad_arguments() -> None:
         collect_until_known(model, {site: 2}, [], squared_error)
     with pytest.raises(ArgumentValueError, match="must be positive"):
         collect_until_known(model, {site: 2}, batches, squared_error, relative_error=0.0)
-    with pytest.raises(SolverError, match="no gains that more samples"):
+    with pytest.raises(SolverError, match="no gains to estimate from samples"):
         collect_until_known(model, {site: 2}, batches, squared_error, "net2net")
-    with pytest.raises(SolverError, match="no gains that more samples"):
+    with pytest.raises(SolverError, match="no gains to estimate from samples"):
         growconv.GrowthScheduler(model, optimizer, [site], method="random", samples="auto")
     with pytest.raises(ScheduleError, match="no number of samples"):
         growconv.GrowthScheduler(model, optimizer, [site], samples="many")

@@ -194,7 +194,7 @@ def test_statistics_that_were_not_collected_or_are_broken() -> None:
 def test_impossible_numbers_of_channels(channels: object) -> None:
     model = pair()
     _, stats = collected(model, teacher_batches(model, channels=2))
-    with pytest.raises(SolverError, match="impossible number of new channels"):
+    with pytest.raises(SolverError, match="number of new channels is invalid"):
         solve(stats, "tiny", channels=channels)
 
 
