@@ -20,7 +20,7 @@ from growconv.network.site import Site
 def grow(
     model: nn.Module, site: Site, growth: ChannelGrowth, amplitude: float | int = 1.0, optimizer: Optimizers = None
 ) -> GrowthEvent:
-    """Put new channels into a model, in place, as a whole or not at all.
+    """Add new channels to a model, in place; all or nothing.
 
     Everything is checked and built before anything changes, and an error or interrupt afterwards undoes it. New
     channels come after the site's old ones. Parameters are replaced by larger ones with the same requires_grad, dtype,
@@ -29,9 +29,9 @@ def grow(
 
     Args:
         model: the raw model of the site, or one with the same names.
-        growth: what, as a solver proposes it. A weight that several modules share gets what is proposed for the first.
-            Where a neighbouring site grew since it was computed, its weights on the neighbour's new channels are zero.
-        amplitude: multiplies the outgoing weights; 0 leaves the function as it is.
+        growth: the proposal of a solver. A weight that several modules share gets the values proposed for the first.
+            If a neighbouring site has grown since, the weights on the neighbour's new channels are zero.
+        amplitude: factor on the outgoing weights; 0 preserves the function.
         optimizer: the optimizer (or a list of all optimizers) that trains the model; None where there is none yet.
 
     Returns:
@@ -80,7 +80,7 @@ def _grown(
 
 
 def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
-    """Take channels out of a model, in place, as a whole or not at all: the inverse of grow.
+    """Remove channels from a model, in place, all or nothing: the inverse of grow.
 
     Args:
         model: the raw model of the site, or one with the same names.

@@ -36,19 +36,19 @@ def insert_layer(
     consumer: str | None = None,
     optimizer: Optimizers = None,
 ) -> GrowthEvent:
-    """Put a new layer in front of a consumer of a site; the model's function stays as it is, in train and eval mode.
+    """Insert a new layer in front of a consumer of a site; the function is preserved, in train and eval mode.
 
     The consumer's module becomes a Sequential of the new layer ("inserted") and the consumer itself ("consumer"), so
     that its parameters have new paths.
 
     Args:
         model: the raw model of the site, or one with the same names.
-        site: where; the new layer gets as many channels as the consumer reads.
+        site: the site; the new layer gets as many channels as the consumer reads.
         kind: "convolution": an identity convolution and an activation that does not change what it reads (the one
             before, where applying it twice changes nothing, else a PReLU of slope 1). "residual": x + body(x) with two
             convolutions, the last norm (of linear layers: the last one) starting at zero.
         kernel_size: odd number of taps per axis; a linear consumer gets a linear layer.
-        consumer: which one, where the site has several.
+        consumer: which consumer, if the site has several.
         optimizer: the optimizer (or a list); new parameters join the group of the consumer's weight.
 
     Returns:
@@ -95,7 +95,7 @@ def insert_layer(
 def insert_copy(
     model: nn.Module, path: str, *, example_input: object = None, identity: bool = False, optimizer: Optimizers = None
 ) -> GrowthEvent:
-    """Put a copy of a whole block behind it: growth in depth.
+    """Insert a copy of a whole block behind it: growth in depth.
 
     The module becomes a Sequential of itself ("original") and its copy ("inserted"). As in Gong et al., "Efficient
     training of BERT by progressively stacking" (ICML 2019), the copy has the trained weights, and the function changes.
@@ -104,8 +104,8 @@ def insert_copy(
         model: the raw model.
         path: module path of a block whose outputs have the shape of its inputs.
         example_input: what the model's forward takes: to check those shapes before anything changes.
-        identity: leave the function as it is: the last layer of a residual block (of its branch) starts at zero in the
-            copy. Which one that is, is tried out on `example_input`.
+        identity: preserve the function: the last layer of a residual block (of its branch) starts at zero in the copy.
+            Which layer that is, is found by trying on `example_input`.
         optimizer: the optimizer (or a list); each new parameter joins the group of its original.
 
     Returns:
@@ -180,7 +180,7 @@ def copy_blocks(
 def merge_pair(
     model: nn.Module, site: GrowthSite, *, borders: bool = False, optimizer: Optimizers = None
 ) -> GrowthEvent:
-    """Put one convolution in the place of two with nothing in between.
+    """Replace two convolutions with nothing in between by one.
 
     The first module becomes the composite convolution, the second an `nn.Identity`.
 
@@ -235,7 +235,7 @@ def merge_pair(
 def split_conv(
     model: nn.Module, name: str, hidden: int, *, first_size: PerAxis | None = None, optimizer: Optimizers = None
 ) -> GrowthEvent:
-    """Put two smaller convolutions in a row in the place of one: a way to grow depth.
+    """Replace one convolution by two smaller ones in a row: a way to grow depth.
 
     The module becomes an `nn.Sequential` of two convolutions whose composite is the best rank-K split of its kernel.
     All padding goes to the first and all stride to the second, so that the borders are those of the old convolution.

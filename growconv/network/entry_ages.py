@@ -353,14 +353,14 @@ class AgeHooks:
 
 
 def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
-    """Let optimizers with young entries treat them by their age, from now on; others are left alone.
+    """From now on, treat new entries by their age in all optimizers that have any; others are left alone.
 
-    `grow` and `load_checkpoint` do so. A copied or unpickled optimizer has no hooks (torch drops them), nor has a new
-    one that `load_state_dict` was called on: pass it here, or let a GrowthScheduler do so. Without it the young entries
-    go on from the averages they have, as old ones do.
+    `grow` and `load_checkpoint` call this. A copied or unpickled optimizer has no hooks (torch drops them), nor has a
+    new one after `load_state_dict`: pass it here, or give it to a GrowthScheduler. Otherwise new entries
+    are treated like old ones.
 
     Args:
-        optimizers: those to look at; those that are followed already stay so.
+        optimizers: the optimizers; those that are followed already stay so.
         changed: whether parameters or their state may have been replaced since the last step.
 
     Example:

@@ -47,8 +47,8 @@ class GrowthEvent:
         predicted_decrease: first-order decrease of the mean loss at this amplitude.
         realised_decrease: measured decrease of the mean loss on the growth samples; set by the scheduler.
         details: further numbers.
-        recipe: how to do the same, values included, to another model. It is not written down: neither JSON nor pickles
-            nor copies have it.
+        recipe: how to do the same, including the values, to another model. It is not saved: neither JSON nor pickles
+            nor copies contain it.
 
     Example:
         >>> twin = copy.deepcopy(model)
@@ -76,7 +76,7 @@ class GrowthEvent:
     recipe: "Callable[[nn.Module, Optimizers], GrowthEvent] | None" = field(default=None, repr=False, compare=False)
 
     def apply_to(self, model: nn.Module, optimizer: Optimizers = None) -> "GrowthEvent":
-        """Do the same to another model of the same names: an average (EMA, SWA), a teacher, a replica.
+        """Do the same to another model with the same names: an average (EMA, SWA), a teacher, a replica.
 
         New entries get the same values as in the model that grew; what comes from old entries (running statistics of
         copied channels, the mean for a bare parameter, the kernels of a merge or split) comes from the other model's
@@ -318,7 +318,7 @@ class GrowthHistory:
         """Build a history from the events' dictionaries, for example the lines of a growth.jsonl.
 
         Raises:
-            CheckpointError: a record misses a field or has an unknown one.
+            CheckpointError: a record lacks a field or has an unknown one.
         """
         try:
             return cls([GrowthEvent.from_dict(record) for record in records])

@@ -64,25 +64,25 @@ def find_sites(
     modes: Sequence[str] = ("eval", "train"),
     rehearse: bool = True,
 ) -> tuple[GrowthSite, ...]:
-    """All places where a model can grow, in forward order, each one rehearsed.
+    """All places where a model can grow, in forward order, each tested on a copy of the model.
 
-    The model is copied and the copy is run on the example: the numbers of its channels are sent through it, at its
-    present widths and at others; it is checked that nothing else sees the channels, and that new ones at amplitude 0
-    change nothing. The model itself is not touched.
+    The copy runs on the example: the numbers of its channels are sent through it, at its
+    current widths and at others; then it is checked that nothing else reads the channels, and that new ones at
+    amplitude 0 change nothing. The model itself is not touched.
 
     Args:
         model: the raw model, on any device, in any mode.
         example_input: what its forward takes: a tensor, a tuple of arguments or a mapping of keyword arguments; a list
             of several such examples where different inputs call different layers. A batch of one or two is enough.
-        modes: in which modes it is run: "eval", "train" or both (heads that only training calls are found then).
-        rehearse: False only follows the numbers at the present widths; what it returns is presumed, not proved.
+        modes: the modes in which it runs: "eval", "train" or both, which also finds heads used only in training.
+        rehearse: False only follows the numbers at the current widths; the sites returned are presumed, not proved.
 
     Returns:
-        The sites; `explain_sites` says why other layers are none.
+        The sites; `explain_sites` says why other layers cannot grow.
 
     Raises:
-        ArgumentTypeError: for something that is no raw model or no example.
-        TraceError: when the model does not run on the example, or cannot be copied.
+        ArgumentTypeError: the arguments are no raw model or no example.
+        TraceError: the model does not run on the example, or cannot be copied.
 
     Example:
         >>> import growconv

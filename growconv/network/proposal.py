@@ -14,8 +14,8 @@ from growconv.errors import SolverError
 class ChannelGrowth:
     """Weights of K new channels of one site, for every layer that produces, carries or consumes them.
 
-    Most axes have one entry a channel; a flattened (K, H, W) map has H·W, the values and gates in front of a GLU 2.
-    Where an axis has several, they come channel by channel: all entries of the first new channel, then those of the
+    Most axes have one entry per channel; a flattened (K, H, W) map has H·W, the values and gates in front of a GLU 2.
+    Several entries come channel by channel: all entries of the first new channel, then those of the
     second (`GrowthSite.ratio` says how many). Filters are (out, in/groups, *kernel) for every kind of layer, without
     kernel axes for a linear one.
 
@@ -28,8 +28,8 @@ class ChannelGrowth:
             for one with groups, where every group of outputs has the columns of its own inputs, unit by unit.
         gains: (K,) captured energy of each channel, descending, in the unit of ‖v‖²/n (σ_k² for `tiny`); zeros
             where a method has no notion of it.
-        requested: number of channels asked for.
-        reason: why the number of channels differs from the one asked for; None where it does not.
+        requested: number of channels requested.
+        reason: why the number of channels differs from the number requested; None if it does not.
         norms: per norm layer in between, mean and variance of the new channels' own values before the norm, (entries,)
             or (K,), for a transparent insertion. A norm layer that is missing here is given mean 0 and variance 1.
         norm_scale: (K,) factor on the weight and bias that norm layers in between get for the new channels; None: 1. It
@@ -43,8 +43,9 @@ class ChannelGrowth:
         copied_from: (K,) index of the old channel that each new one copies, for methods that duplicate channels: every
             norm layer, grouped layer and bare parameter in between then gives the new channel the entries (weight,
             bias, running statistics, kernel) of that old channel. −1: this one is no copy; None: none of them is.
-        expected_decrease: first-order decrease of the mean loss at amplitude 1; None where it was not computed.
-        spectrum: gains of more candidates than were taken, best first, the channels' own in front; None: only `gains`.
+        expected_decrease: first-order decrease of the mean loss at amplitude 1; None if it was not computed.
+        spectrum: gains of more candidates than were used, best first, starting with the channels' own; None: only
+            `gains`.
         measured: further numbers that policies read, by name: `score`, SENN's expansion score of the old weights;
             `rank`, the share of directions that the old channels' responses use.
         units: `GrowthSite.units` when this was solved: the widths that the other axes of the weights belong to. Where

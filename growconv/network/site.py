@@ -151,9 +151,9 @@ class Site(ABC):
 class GrowthSite(Site):
     """All layers that produce, carry or consume one set of channels.
 
-    A site holds names and no sizes: widths and positions are read from the modules whenever they are asked for. So it
-    stays true while it or its neighbours grow, it can be copied and pickled, alone or with its model, and it serves
-    every model that has the same names.
+    A site holds names, no sizes: widths and positions are read from the modules when they are needed. So it
+    stays valid while it or its neighbours grow, it can be copied and pickled, alone or with its model, and it works for
+    every model with the same names.
 
     Attributes:
         model: the model that the site was found in.
@@ -164,13 +164,13 @@ class GrowthSite(Site):
         producers: paths of the layers that write the channels, in forward order.
         followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
         consumers: paths of the layers that read the channels.
-        routes: what lies between each producer and consumer, for the methods that need to know.
+        routes: the steps between each producer and consumer, for the methods that need them.
         calls: how often each producer and consumer is called in one forward pass.
         layout: where the channels of all sites of the model lie.
         space: which of the layout's spaces this site is.
-        copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, as many
-            times as one likes, keep the function.
-        by_hand: the user named its layers (`growconv.site`), so that a method which cannot serve it is an error.
+        copied: the channels depend on each other (a norm over all of them), so that only copies of all of them, any
+            number of times, preserve the function.
+        by_hand: the user named its layers (`growconv.site`), so a method that cannot serve it is an error.
 
     Example:
         >>> sites[0].producers, sites[0].consumers, sites[0].width
