@@ -1,29 +1,31 @@
 """Bilinear least squares: the best tensor of low rank in a quadratic form that couples two of its axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
-from growconv.linalg.optimizers import LBFGS
+from growconv.linalg.quasi_newton import QuasiNewton
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
-REACH = 10
-"""Rounds at its present pace in which a descent must be able to reach the best one; else it stops."""
 NARROWED = 256, 2048
 """Sizes of a dense metric between which it is looked whether a narrower factor serves."""
 STREAMED, CACHE_BYTES = 16, 2**23
 """Rows that meet the left factors at a time where a dense metric is larger than the cache: for a few left factors that
 takes two thirds of the time of the whole product."""
+ROUGH_BYTES = 2**26
+"""Size of a dense metric above which the search begins in float32, which takes half of the time there."""
 RIDGE = 1e-10
 """Added to the right factors' system, relative to its mean diagonal: keeps the search smooth where terms become
 dependent."""
-TWINS = 5e-2
-"""Sum of the squared sines between the spans of two descents below which only the better one goes on."""
+DAMPING = 0.1
+"""Added to a filter's curvature, relative to its mean: the curvature of the right factors' answer is not in it."""
+MEMORY = 20
+"""Steps that L-BFGS remembers."""
 
 
 @runtime_checkable
@@ -73,6 +75,20 @@ class DenseMetric:
         """Sum over equal taps."""
         return torch.einsum("abdb->ad", self._form)
 
+    def rough(self) -> "DenseMetric":
+        """The form in float32 where it is large; else itself."""
+        large = self._form.numel() * self._form.element_size() > ROUGH_BYTES
+        return DenseMetric(self._form.flatten(2).flatten(0, 1).float(), len(self._form)) if large else self
+
+    def curvature(self, couplings: Float[Tensor, "k b b"]) -> Float[Tensor, "k a a"]:
+        """Σ_bb' G_ab,a'b' coupling_kbb'."""
+        flat = couplings.flatten(1).to(self._form)
+        parts = [
+            (flat @ rows.permute(1, 3, 0, 2).reshape(flat.shape[1], -1)).view(len(flat), len(rows), -1)
+            for rows in self._form.split(STREAMED)
+        ]
+        return torch.cat(parts, 1)
+
     def gram(self, left: Tensor) -> Tensor:
         """Contract both sides with the left factors."""
         rows = left.shape[0] * self._form.shape[1]
@@ -104,7 +120,7 @@ def _narrow_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n r"] | None:
     Second moments of patches are that narrow where several pairs of taps read one entry of the input.
     """
     size = len(matrix)
-    if not NARROWED[0] <= size <= NARROWED[1]:
+    if matrix.dtype != torch.float64 or not NARROWED[0] <= size <= NARROWED[1]:
         return None
     left = matrix.diagonal().clone()
     threshold = 1e-13 * float(left.max())
@@ -169,28 +185,28 @@ def shared_left_least_squares(
     rank: int,
     *,
     starts: Sequence[Float[Tensor, "k a"]] = (),
-    random_starts: int = 16,
+    random_starts: int | None = None,
     tolerance: float = 1e-9,
-    rounds: int = 60,
+    rounds: int | None = None,
     energy: float | None = None,
 ) -> BilinearFit:
     """Bilinear least squares with several (metric, target) terms whose Θs share their left factors.
 
     Variable projection (Golub & Pereyra 1973): for given left factors the best right factors solve one linear system of
     size K·b, so only the left factors are searched, by L-BFGS in the coordinates that whiten the reduced metric.
-    Alternating the two linear solves descends the same function, but crawls where factors are nearly collinear. The
-    problem has local minima: every start runs one round and the better half goes on, each until it has fallen too far
-    behind the best for its pace, or has come so close to a better one that both end in the same minimum.
+    Alternating the two linear solves descends the same function, but crawls where factors are nearly collinear. What
+    L-BFGS takes for the first inverse Hessian is that of every filter with its right factors held, anew after 1, 2, 4,
+    8 ... rounds. The problem has local minima: the better half of the starts goes on after as many rounds.
 
     Args:
         terms: per term its metric and linear target (a, b, c); b and c may differ between terms.
         rank: number of terms K; cut to the number of directions that the reduced metrics support.
         starts: left factors (k, a) to start from, besides the closed form of the reduced metric.
-        random_starts: 16 came within 1 % of the best of 20 full descents in 36 of 36 problems; fewer cost less. Their
+        random_starts: descents from random filters. None takes 16, and 3 where a metric is above ROUGH_BYTES. Their
             seed is fixed, so that the same statistics give the same channels.
         tolerance: stop when a round of ten iterations lowers the objective by less than this share of what it has
             captured so far and, with `energy`, of what is left.
-        rounds: most rounds of ten iterations.
+        rounds: most rounds of ten iterations; None takes 60, and 20 where a metric is above ROUGH_BYTES.
         energy: ‖Y‖² of what is approached, so that energy + objective is the residual; lets noiseless problems go on
             to the end. None where it is not known.
 
@@ -200,9 +216,44 @@ def shared_left_least_squares(
     Raises:
         ArgumentValueError: a rank below 1, shapes that do not fit, or entries that are not finite.
     """
+    targets = [target for _, target in terms]
+    size = targets[0].shape[0]
+    _check(targets, rank, starts)
+    forms = [DenseMetric(metric, size) if isinstance(metric, Tensor) else metric for metric, _ in terms]
+    whitening = whiten(torch.stack([form.reduced() for form in forms]).mean(0))
+    rank = min(rank, whitening.rank)
+    stacked = torch.cat([target.flatten(1) for target in targets], 1)
+    if rank == 0 or not bool((stacked != 0).any()):
+        rights = tuple(target.new_zeros(0, *target.shape[1:]) for target in targets)
+        return BilinearFit(stacked.new_zeros(0, size), rights, 0.0, (0.0,), converged=True)
+    problem = _LeftProblem(forms, targets, whitening)
+    rough = problem.rough()
+    dear = rough is not problem
+    candidates = [leading_svd(whitening.whiten(stacked), rank)[0].mT]
+    candidates += [whitening.embed(start[:rank].mT).mT for start in starts]
+    random = torch.Generator().manual_seed(0)
+    for _ in range((3 if dear else 16) if random_starts is None else random_starts):
+        noise = torch.randn(rank, whitening.rank, generator=random, dtype=torch.float64)
+        candidates.append(noise.to(stacked))
+    rounds = rounds or (20 if dear else 60)
+    best = _winner([_Descent(rough, candidate, energy) for candidate in candidates], rounds, tolerance)
+    if best.stalled and dear:  # by the rounding of float32
+        best = _winner([best.onto(problem)], rounds - best.rounds, tolerance)
+    left = whitening.unwhiten(torch.linalg.qr(best.point.theta.mT)[0].to(stacked)).mT.contiguous()
+    rights, objective = problem.partners(left)
+    widths = [right[0].numel() for right in rights]
+    left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
+    parts = joined.split(widths, 1)
+    rights = tuple(part.view_as(right) for part, right in zip(parts, rights, strict=True))
+    reached = float(objective)
+    history = (*(value for value in best.history if value > reached), reached)
+    return BilinearFit(left, rights, reached, history, best.converged)
+
+
+def _check(targets: Sequence[Tensor], rank: int, starts: Sequence[Tensor]) -> None:
+    """Refuse what does not belong together."""
     if rank < 1:
         raise ArgumentValueError("at least one term is needed", expected="rank ≥ 1", got=rank, where="rank")
-    targets = [target for _, target in terms]
     size = targets[0].shape[0]
     for target in targets:
         require_finite(target=target)
@@ -214,53 +265,19 @@ def shared_left_least_squares(
                 got=tuple(start.shape),
                 where="starts",
             )
-    forms = [DenseMetric(metric, size) if isinstance(metric, Tensor) else metric for metric, _ in terms]
-    whitening = whiten(torch.stack([form.reduced() for form in forms]).mean(0))
-    rank = min(rank, whitening.rank)
-    stacked = torch.cat([target.flatten(1) for target in targets], 1)
-    if rank == 0 or not bool((stacked != 0).any()):
-        rights = tuple(target.new_zeros(0, *target.shape[1:]) for target in targets)
-        return BilinearFit(stacked.new_zeros(0, size), rights, 0.0, (0.0,), converged=True)
-    problem = _LeftProblem(forms, targets, whitening)
-    candidates = [leading_svd(whitening.whiten(stacked), rank)[0].mT]
-    candidates += [whitening.embed(start[:rank].mT).mT for start in starts]
-    random = torch.Generator().manual_seed(0)
-    for _ in range(random_starts):
-        noise = torch.randn(rank, whitening.rank, generator=random, dtype=torch.float64)
-        candidates.append(noise.to(stacked))
-    descents = [_Descent(problem, candidate, energy) for candidate in candidates]
-    survivors = (len(descents) + 1) // 2
-    for count in (len(descents), survivors):
-        if len(descents) > 1:
-            for descent in descents[:count]:
-                descent.advance(1, tolerance)
-            descents.sort(key=lambda descent: descent.history[-1])
-    best = _winner(descents[:survivors], rounds, tolerance)
-    left = whitening.unwhiten(torch.linalg.qr(best.best.mT)[0]).mT.contiguous()
-    rights = problem.partners(left)[0]
-    widths = [right[0].numel() for right in rights]
-    left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
-    parts = joined.split(widths, 1)
-    rights = tuple(part.view_as(right) for part, right in zip(parts, rights, strict=True))
-    return BilinearFit(left, rights, best.history[-1], tuple(best.history), best.converged)
 
 
-def _winner(descents: "Sequence[_Descent]", rounds: int, tolerance: float) -> "_Descent":
-    """The best of descents that all go on, but for those that cannot win."""
-    running = list(descents)
-    for _ in range(rounds):
-        for descent in running:
-            descent.advance(1, tolerance)
-        running.sort(key=lambda descent: descent.history[-1])
-        kept: list[_Descent] = []
-        for descent in running:
-            behind, pace = descent.history[-1] - running[0].history[-1], descent.history[-2] - descent.history[-1]
-            if behind <= REACH * pace and not any(descent.joins(better) for better in kept):
-                kept.append(descent)
-        running = kept
-        if all(descent.converged for descent in running):
+def _winner(descents: "list[_Descent]", rounds: int, tolerance: float) -> "_Descent":
+    """The best of some descents, the better half of which goes on after 1, 2, 4, 8 ... rounds."""
+    for done in range(1, rounds + 1):
+        for descent in descents:
+            descent.advance(tolerance)
+        descents.sort(key=lambda descent: descent.point.loss)
+        if done & (done - 1) == 0:
+            del descents[(len(descents) + 1) // 2 :]
+        if all(descent.converged for descent in descents):
             break
-    return running[0]
+    return descents[0]
 
 
 class _LeftProblem:
@@ -283,7 +300,7 @@ class _LeftProblem:
             rights.append(right.view(left.shape[0], *target.shape[1:]))
         return rights, objective
 
-    def value_and_gradient(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, whitened: Tensor) -> "_Point":
         """Objective and its gradient; the right factors are at their optimum, so only the direct dependence counts."""
         left = self.whitening.unwhiten(whitened.mT).mT
         rights, objective = self.partners(left)
@@ -292,53 +309,102 @@ class _LeftProblem:
             flat = right.reshape(-1, right.shape[2])
             slope += form.pull(left, flat @ flat.mT)
             slope.addmm_(right.flatten(1), target.flatten(1).mT, alpha=-1)
-        return objective, 2 * self.whitening.whiten(slope.mT).mT.contiguous()
+        return _Point(whitened, float(objective), 2 * self.whitening.whiten(slope.mT).mT.contiguous())
+
+    def inverse(self, whitened: Tensor) -> Callable[[Tensor], Tensor]:
+        """Inverse of the curvature with the right factors held: one block a filter.
+
+        The filters are turned first so that the right factors of different ones are orthogonal; what couples them then
+        is small and left out.
+        """
+        rights = self.partners(self.whitening.unwhiten(whitened.mT).mT)[0]
+        joined = torch.cat([right.flatten(1) for right in rights], 1)
+        turn = torch.linalg.eigh(joined @ joined.mT)[1].mT
+        blocks = whitened.new_zeros(len(whitened), self.whitening.rank, self.whitening.rank)
+        for form, right in zip(self.forms, rights, strict=True):
+            turned = torch.einsum("jk,kbc->jbc", turn, right)
+            couplings = turned @ turned.mT
+            if not isinstance(form, DenseMetric):
+                sizes = couplings.diagonal(dim1=1, dim2=2).mean(1)
+                blocks += sizes[:, None, None] * self._whitened(form.reduced()[None])
+            else:
+                blocks += self._whitened(form.curvature(couplings))
+        diagonals = blocks.diagonal(dim1=1, dim2=2)
+        mean = diagonals.mean(1, keepdim=True)
+        diagonals += DAMPING * mean + 1e-3 * mean.mean() + torch.finfo(blocks.dtype).tiny
+        inverses = torch.cholesky_inverse(torch.linalg.cholesky(blocks))  # a solve would copy the factors each time
+        return lambda rows: turn.mT @ ((turn @ rows)[:, None] @ inverses)[:, 0]
+
+    def _whitened(self, blocks: Float[Tensor, "k a a"]) -> Float[Tensor, "k r r"]:
+        """Fᵀ·block·F."""
+        for _ in range(2):
+            blocks = (
+                self.whitening.whiten(blocks.movedim(1, 0).flatten(1)).unflatten(1, (len(blocks), -1)).permute(1, 2, 0)
+            )
+        return blocks
+
+    def rough(self) -> "_LeftProblem":
+        """The problem in float32 where that takes less time; else itself."""
+        forms = [form.rough() if isinstance(form, DenseMetric) else form for form in self.forms]
+        if all(form is own for form, own in zip(forms, self.forms, strict=True)):
+            return self
+        w = self.whitening
+        return _LeftProblem(forms, [t.float() for t in self.targets], Whitening(w.factor.float(), w.triangular, w.rank))
+
+
+class _Point(NamedTuple):
+    """Whitened left factors, the objective there and its gradient."""
+
+    theta: Tensor
+    loss: float
+    gradient: Tensor
 
 
 class _Descent:
-    """One L-BFGS run on a `_LeftProblem`, advanced in rounds of ten iterations."""
+    """One quasi-Newton run on a `_LeftProblem`, advanced in rounds of ten iterations."""
 
     def __init__(self, problem: _LeftProblem, start: Tensor, energy: float | None) -> None:
         self._problem, self._energy = problem, energy
-        self._point = torch.nn.Parameter(torch.linalg.qr(start.mT)[0].mT.contiguous())
-        self._optimizer = LBFGS(
-            [self._point],
-            max_iter=10,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=0,
-            tolerance_change=0,
-        )
-        self.best = self._point.detach().clone()
-        value = float(problem.value_and_gradient(self.best)[0])
-        self._unit = abs(value) or 1.0
-        self.history = [value]
-        self.converged = False
-        self._lowest = value
+        self.point = problem(torch.linalg.qr(start.mT)[0].mT.to(problem.targets[0]).contiguous())
+        self._newton = QuasiNewton(MEMORY)
+        self._inverse: Callable[[Tensor], Tensor] = lambda rows: rows
+        self.rounds = 0
+        self.history = [self.point.loss]
+        self.converged = self.stalled = False
 
-    def joins(self, other: "_Descent") -> bool:
-        """Whether it has come so close to another one's span that it will end in the same minimum."""
-        mine, its = (torch.linalg.qr(each.best.mT)[0] for each in (self, other))
-        return len(self.best) - float((mine.mT @ its).square().sum()) < TWINS
+    def onto(self, problem: _LeftProblem) -> "_Descent":
+        """Go on with another problem from here."""
+        other = _Descent(problem, self.point.theta, self._energy)
+        other.rounds = 1  # a curvature from the start
+        other.history = [*self.history, other.point.loss]
+        return other
 
-    def _evaluate(self) -> Tensor:
-        value, gradient = self._problem.value_and_gradient(self._point.detach())
-        self._point.grad = gradient / self._unit
-        if float(value) < self._lowest:
-            self._lowest = float(value)
-            self.best = self._point.detach().clone()
-        return value / self._unit
+    def _renew(self) -> None:
+        """Orthonormal filters of the same span, what is known of the curvature with them, and the curvature there."""
+        left, mix = torch.linalg.qr(self.point.theta.mT)
+        self.point = _Point(left.mT.contiguous(), self.point.loss, mix @ self.point.gradient)
+        self._newton.pairs = [
+            (torch.linalg.solve_triangular(mix.mT, step, upper=False), mix @ change)
+            for step, change in self._newton.pairs
+        ]
+        self._inverse = self._problem.inverse(self.point.theta)
 
-    def advance(self, rounds: int, tolerance: float) -> None:
-        """Go on for so many rounds, or until one of them gains too little."""
-        for _ in range(rounds):
-            if self.converged:
-                return
-            before = self._lowest
-            self._optimizer.step(self._evaluate)  # pyright: ignore[reportArgumentType]
-            self.history.append(self._lowest)
-            scale = abs(self._lowest)
-            if self._energy is not None:
-                # Below a rounding error of the whole there is nothing left to gain.
-                scale = min(scale, max(self._energy + self._lowest, 1e-14 * self._energy / tolerance))
-            self.converged = before - self._lowest <= tolerance * scale
+    def advance(self, tolerance: float) -> None:
+        """Go on for ten iterations, unless the last ones gained too little."""
+        if self.converged:
+            return
+        if self.rounds and self.rounds & (self.rounds - 1) == 0:
+            self._renew()
+        self.rounds += 1
+        for _ in range(10):
+            following = self._newton.step(self._problem, self.point, self._inverse)
+            self.stalled = following is None
+            if following is None:
+                break
+            self.point = following
+        self.history.append(self.point.loss)
+        scale = abs(self.point.loss)
+        if self._energy is not None:
+            # Below a rounding error of the whole there is nothing left to gain.
+            scale = min(scale, max(self._energy + self.point.loss, 1e-14 * self._energy / tolerance))
+        self.converged = self.history[-2] - self.history[-1] <= tolerance * scale

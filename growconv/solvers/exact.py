@@ -256,10 +256,10 @@ class Exact(Solver):
             N included; "auto" takes S_full where it was collected and fits.
         rank_tolerance: share of the largest singular value of Θ below which one counts as zero.
         random_starts: descents from random filters besides the one from `tiny`, against local minima. None takes 16 on
-            a dense S_full, 2 on one of more than 2000 unknowns, and 0 where it is not held and each step is dear.
+            a dense S_full, 3 on one above 64 MiB, and 0 where it is not held and each step is dear.
         tolerance: stop when ten iterations lower the objective by less than this share of what is captured, and of what
             is left.
-        rounds: most rounds of ten iterations.
+        rounds: most rounds of ten iterations. None takes 60, and 20 on an S_full above 64 MiB.
         signs: choose the sign of each channel on kept samples, through the real activation.
     """
 
@@ -267,7 +267,7 @@ class Exact(Solver):
     rank_tolerance: float = 1e-4
     random_starts: int | None = limited(None, least=0)
     tolerance: float = 1e-4
-    rounds: int = limited(60, least=1)
+    rounds: int | None = limited(None, least=1)
     signs: bool = True
     gain_unit = "energy"
     linearises = True
@@ -289,8 +289,7 @@ class Exact(Solver):
         terms = [self._term(subject, consumer) for consumer in subject.consumers]
         starts = self.random_starts
         if starts is None:
-            dense = all(isinstance(metric, DenseMetric) for metric, _ in terms)
-            starts = 0 if not dense else 16 if channels * terms[0][1].shape[0] <= 2000 else 2
+            starts = None if all(isinstance(metric, DenseMetric) for metric, _ in terms) else 0
         found = minimise(
             terms,
             channels,

@@ -5,14 +5,14 @@ matrix of what the consumers read, and its correlation with v⊥ (variable proje
 left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from growconv.linalg import solve_psd
+from growconv.linalg import QuasiNewton, solve_psd
 from growconv.network import layers
 from growconv.network.seats import Calls
 from growconv.network.site import GrowthSite
@@ -249,7 +249,6 @@ class Search:
         held_out: samples that the objective does not see; None: the captured energy is that of the fit.
         start: parameters to start from, one row a unit.
         patience: steps without a better held-out captured energy before stopping.
-        memory: pairs of steps and gradient changes kept.
 
     Attributes:
         best: the best place so far by held-out captured energy.
@@ -258,20 +257,18 @@ class Search:
         history: (fitted share, held-out share) of every step.
     """
 
-    def __init__(
-        self, objective: Objective, held_out: Fit | None, start: Tensor, patience: int = 5, memory: int = 12
-    ) -> None:
-        self.objective, self._judge, self.patience, self.memory = objective, held_out, patience, memory
+    def __init__(self, objective: Objective, held_out: Fit | None, start: Tensor, patience: int = 5) -> None:
+        self.objective, self._judge, self.patience = objective, held_out, patience
         self.point = self.best = objective(start)
         self.held_out = self._share()
         self.iterations, self.history = 0, [(-self.point.loss, self.held_out)]
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._newton = QuasiNewton(memory=12)
         self._waited = 0
 
     def onto(self, objective: Objective) -> "Search":
         """A search from the best place with another objective, and with what is known of the curvature."""
-        other = Search(objective, self._judge, self.best.theta, self.patience, self.memory)
-        other._pairs, other.iterations = self._pairs, self.iterations
+        other = Search(objective, self._judge, self.best.theta, self.patience)
+        other._newton, other.iterations = self._newton, self.iterations
         return other
 
     def run(self, iterations: int) -> "Search":
@@ -289,30 +286,12 @@ class Search:
         return self
 
     def _step(self) -> bool:
-        """One step along the quasi-Newton direction; whether there was one."""
-        point = self.point
-        direction = _direction(point, self._pairs)
-        slope = float((point.gradient * direction).sum())
-        if not slope < 0:
-            self._pairs.clear()
-            direction = _direction(point, self._pairs)
-            slope = float((point.gradient * direction).sum())
-            if not slope < 0:
-                return False
-        length = 1.0
-        for _ in range(8):
-            following = self.objective(point.theta + length * direction)
-            if following.loss <= point.loss + 1e-4 * length * slope:
-                break
-            length *= 0.35
-        else:
-            return False
-        step, change = following.theta - point.theta, following.gradient - point.gradient
-        if float((step * change).sum()) > 1e-10 * float(step.norm() * change.norm()):
-            self._pairs.append((step, change))
-            del self._pairs[: -self.memory]
-        self.point = following
-        return True
+        """One quasi-Newton step; whether there was one. The first inverse Hessian is diagonal, one entry a channel."""
+        curvature = self.point.curvature
+        damped = (curvature + 1e-3 * curvature.mean() + torch.finfo(curvature.dtype).tiny)[:, None]
+        following = self._newton.step(self.objective, self.point, lambda gradient: gradient / damped)
+        self.point = following or self.point
+        return following is not None
 
     def _share(self) -> float:
         if self._judge is None:
@@ -320,25 +299,6 @@ class Search:
         with torch.no_grad():
             filters = self.objective.parametrization.filters(self.point.theta)
         return captured_share(self._judge, filters, self.point.outgoing)
-
-
-def _direction(point: Point, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The two-loop recursion; the first inverse Hessian is diagonal, one entry a channel."""
-    inverse = 1 / (point.curvature + 1e-3 * point.curvature.mean() + torch.finfo(point.curvature.dtype).tiny)[:, None]
-    if not pairs:
-        direction = -point.gradient * inverse
-        size = direction.norm()
-        return direction * (0.1 * point.theta.norm() / size) if bool(size > 0) else direction
-    q, weights = point.gradient.clone(), []
-    for step, change in reversed(pairs):
-        weight = (step * q).sum() / (step * change).sum()
-        weights.append(weight)
-        q -= weight * change
-    step, change = pairs[-1]
-    q = q * inverse * ((step * change).sum() / (change.square() * inverse).sum())
-    for (step, change), weight in zip(pairs, reversed(weights), strict=True):
-        q += step * (weight - (change * q).sum() / (step * change).sum())
-    return -q
 
 
 def greedy_order(
