@@ -319,19 +319,18 @@ class _LeftProblem:
         """
         rights = self.partners(self.whitening.unwhiten(whitened.mT).mT)[0]
         joined = torch.cat([right.flatten(1) for right in rights], 1)
-        turn = torch.linalg.eigh(joined @ joined.mT)[1].mT
+        sizes, turn = torch.linalg.eigh(joined @ joined.mT)
+        turn, tiny = turn.mT, torch.finfo(whitened.dtype).tiny
         blocks = whitened.new_zeros(len(whitened), self.whitening.rank, self.whitening.rank)
         for form, right in zip(self.forms, rights, strict=True):
+            if not isinstance(form, DenseMetric):  # the taps taken as independent
+                damped = (sizes + 1e-3 * sizes.mean() + tiny)[:, None]
+                return lambda rows: turn.mT @ ((turn @ rows) / damped)
             turned = torch.einsum("jk,kbc->jbc", turn, right)
-            couplings = turned @ turned.mT
-            if not isinstance(form, DenseMetric):
-                sizes = couplings.diagonal(dim1=1, dim2=2).mean(1)
-                blocks += sizes[:, None, None] * self._whitened(form.reduced()[None])
-            else:
-                blocks += self._whitened(form.curvature(couplings))
+            blocks += self._whitened(form.curvature(turned @ turned.mT))
         diagonals = blocks.diagonal(dim1=1, dim2=2)
         mean = diagonals.mean(1, keepdim=True)
-        diagonals += DAMPING * mean + 1e-3 * mean.mean() + torch.finfo(blocks.dtype).tiny
+        diagonals += DAMPING * mean + 1e-3 * mean.mean() + tiny
         inverses = torch.cholesky_inverse(torch.linalg.cholesky(blocks))  # a solve would copy the factors each time
         return lambda rows: turn.mT @ ((turn @ rows)[:, None] @ inverses)[:, 0]
 

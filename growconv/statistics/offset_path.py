@@ -40,6 +40,9 @@ PRODUCT = 2.0
 """Price of one multiply-add of a product per offset or along the border."""
 TRANSFORM = 450.0
 """Price of one complex entry of a Fourier transform, moving it included."""
+EXACT_TERMS = 2048
+"""Products that a weight gradient sums in the maps' own precision. It adds them one by one: 50 000 equal ones, as a
+constant background has them, are wrong by 1e-4 of their sum in float32."""
 
 LAYOUTS: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "S": (("p", 0), ("q", 1)),
@@ -367,6 +370,11 @@ class OffsetPath:
     def _add_gradient(self, totals: Totals, correlation: Correlation, maps: dict[str, Tensor]) -> None:
         """Whole diagonals as the gradient of a convolution's weight with a tap for each."""
         first, second = (maps[which] for which in correlation.maps)
+        samples = max(1, EXACT_TERMS // math.prod(second.shape[2:]))
+        for part, other in zip(first.split(samples), second.split(samples), strict=True):
+            totals.add(correlation.key("d" * len(correlation.axes)), self._gradient(correlation, part, other))
+
+    def _gradient(self, correlation: Correlation, first: Tensor, second: Tensor) -> Tensor:
         kernel, sides = [], []
         for axis, (lowest, taps) in enumerate(correlation.taps):
             step = correlation.steps[axis][0]
@@ -384,7 +392,7 @@ class OffsetPath:
             wanted = [place - lowest for place in correlation.tap_places(axis)]
             if wanted != list(range(taps)):
                 value = value.index_select(axis, torch.tensor(wanted, device=value.device))
-        totals.add(correlation.key("d" * len(kernel)), value)
+        return value
 
     # ------------------------------------------------------------------------------------ strips, by products
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growconv.convolution.geometry import Geometry
 from growconv.statistics import offset_path
+from growconv.statistics.problem import PairProblem
 from tests.statistics import cases
 
 SCRATCH = st.sampled_from([1 << 28, 1 << 28, 30_000, 3_000, 100])
@@ -43,3 +45,13 @@ def test_the_path_chosen_by_cost_agrees(pair):
     names = cases.statistics_of(problem)
     x, h, v = cases.tensors(problem)
     cases.assert_equal(cases.by_offsets(problem, names, x, h, v), cases.dense(problem, names, x, h, v), 1e-10)
+
+
+def test_a_constant_background_sums_up_in_float32():
+    """Equal products round alike: one long sum of them in float32 is wrong by 1e-4."""
+    kernel = Geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    problem = PairProblem(kernel, kernel, (), (14, 14), (14, 14), (8, 2, 8), False, False)
+    x = torch.full((250, 8, 14, 14), 1.7) + 0.1 * torch.randn(250, 8, 14, 14).relu() * (torch.rand(250, 8, 14, 14) < 0.2)
+    h, v = torch.zeros(250, 2, 14, 14), torch.zeros(250, 8, 14, 14)
+    expected = cases.by_offsets(problem, ("S",), x.double(), h.double(), v.double())
+    cases.assert_equal(cases.by_offsets(problem, ("S",), x, h, v), expected, 1e-5)
