@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -351,7 +351,8 @@ class _LeftProblem:
         return _LeftProblem(forms, [t.float() for t in self.targets], Whitening(w.factor.float(), w.triangular, w.rank))
 
 
-class _Point(NamedTuple):
+@dataclass(eq=False)
+class _Point:
     """Whitened left factors, the objective there and its gradient."""
 
     theta: Tensor

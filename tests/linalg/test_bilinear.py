@@ -6,6 +6,7 @@ import torch
 from growconv.errors import ArgumentValueError
 from growconv.linalg import (
     DenseMetric,
+    bilinear,
     bilinear_least_squares,
     shared_left_least_squares,
 )
@@ -46,6 +47,13 @@ def test_metrics_agree_with_the_plain_formula_and_with_autograd() -> None:
     torch.testing.assert_close(dense.gram(left.detach()), (units @ problem.metric @ units.mT).detach())
     torch.testing.assert_close(dense.pull(left.detach(), flat @ flat.mT), slope)
     blocks = problem.metric.view(5, 3, 5, 3)
+    coupled = sum(
+        flat.view(2, 3, 4)[:, b, c, None, None] * blocks[:, b, :, e] * flat.view(2, 3, 4)[:, e, c, None, None]
+        for b in range(3)
+        for e in range(3)
+        for c in range(4)
+    )
+    torch.testing.assert_close(dense.curvature(right @ right.mT), coupled)
     torch.testing.assert_close(dense.reduced(), sum(blocks[:, b, :, b] for b in range(3)))
 
 
@@ -139,3 +147,18 @@ def test_a_narrow_metric_is_the_same_metric(rank: int) -> None:
 def test_a_metric_of_zeros_gives_no_terms() -> None:
     fit = bilinear_least_squares(torch.zeros(270, 270).double(), torch.ones(45, 6, 4).double(), 2)
     assert fit.left.shape == (0, 45)
+
+
+@pytest.mark.parametrize("teacher", [None, 2])
+def test_a_large_metric_is_searched_in_float32_first(monkeypatch: pytest.MonkeyPatch, teacher: int | None) -> None:
+    problem = Problem(7, 4, 5, 60, teacher)
+    exact = bilinear_least_squares(problem.metric, problem.target, 2, energy=problem.energy)
+    monkeypatch.setattr(bilinear, "ROUGH_BYTES", 0)
+    rough = bilinear_least_squares(
+        problem.metric, problem.target, 2, random_starts=16, rounds=60, energy=problem.energy
+    )
+    assert rough.left.dtype == torch.float64
+    assert rough.objective == pytest.approx(exact.objective, rel=1e-8)
+    assert problem.residual(rough.left, rough.right) * problem.energy == pytest.approx(
+        problem.energy + rough.objective, abs=1e-12 * problem.energy
+    )
