@@ -32,7 +32,7 @@ from growconv.growth.settings import (
     check_limits,
     check_owner,
     checked_sites,
-    require_searched,
+    measured_of,
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
@@ -167,13 +167,11 @@ class GrowthScheduler:
         self.pruning = pruning
         self.held_out = float(held_out)
         error = as_relative_error(samples, relative_error, self.solver, self.sites)
-        slopes = self.where.measures == "slopes" and all(site.closed_form for site in self.sites)
-        self.collection = Collection(dict(statistics or {}), error, slopes)
+        self.measured = measured_of(self.where, self.solver, self.amplitude, self.sites)
+        self.collection = Collection(dict(statistics or {}), error, self.measured == "slopes")
         self.seed = seed
         check_owner(optimizer, self.sites)
-        require_searched(self.solver, self.amplitude, self.where)
-        measured = slopes or self.where.measures == "decrease"
-        compared = [each for each in self._policies().values() if each is not self.where or not measured]
+        compared = [each for each in self._policies().values() if each is not self.where or self.measured is None]
         check_gains(self.solver, compared, self.sites)
         if times is not None:
             self.require_schedule("times limits a schedule", growth=True)
@@ -541,7 +539,7 @@ class GrowthScheduler:
         asked = self._asked(situation)
         if asked:
             admitted = self._admitted(work.ask(asked), situation)
-            if self.where.measures == "decrease":
+            if self.measured == "decrease":
                 admitted = work.measured(admitted)
             work.take(self.where.choose(admitted, *self._room(situation)))
         return asked

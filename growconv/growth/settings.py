@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
-from growconv.growth.where import Where
+from growconv.growth.where import Measure, Where
 from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
@@ -155,13 +155,17 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
             )
 
 
-def require_searched(solver: Solver, amplitude: float | int | str, where: Where) -> None:
-    """Check that new channels change a held-out loss, where a policy compares by how much.
+def measured_of(
+    where: Where, solver: Solver, amplitude: float | Literal["line_search"], sites: Iterable[Site]
+) -> Measure | None:
+    """What is measured of the proposals for the policy that chooses among them.
 
     Raises:
-        ScheduleError: no batches are held out, or the method's channels change nothing.
+        ScheduleError: a decrease, and no batches are held out, or the method's channels change nothing.
     """
-    if where.measures == "decrease" and (amplitude != "line_search" or solver.function_preserving):
+    searched = amplitude == "line_search" and not solver.function_preserving
+    measured = where.measures(searched=searched, closed_form=all(site.closed_form for site in sites))
+    if measured == "decrease" and not searched:
         silent = f"the channels of {solver.name!r} change nothing at first"
         raise ScheduleError(
             "by=decrease compares what new channels take off the held-out loss",
@@ -170,6 +174,7 @@ def require_searched(solver: Solver, amplitude: float | int | str, where: Where)
             where="where",
             fix="choose another method or amplitude, or by=gradient",
         )
+    return measured
 
 
 def as_when(every: int | None, when: When | None) -> When | None:

@@ -19,6 +19,6 @@ def test_decisions_are_logged_with_their_reasons(chain, sites_of, batches_of, ca
         scheduler.grow(batches_of(2), nn.functional.cross_entropy)
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "growth is due at step 5: step 5: every 5 from 5" in said
-    assert "gradient per flop" in said
+    assert "decrease per flop" in said
     assert "strength 1, held-out loss" in said
     assert scheduler.explain().splitlines()[-1] == str(scheduler.history[0])

@@ -449,7 +449,7 @@ def test_best_grows_one_site_per_round_and_says_why(chain, sites_of, digits, bat
     scheduler = GrowthScheduler(model, None, sites_of(model), where=Best("parameter"), amount=Fixed(1))
     for step in range(3):
         (event,) = scheduler.grow(batches_of(2, size=32), LOSS, step=step)
-        assert "gradient per parameter" in event.reason
+        assert "decrease per parameter" in event.reason
 
 
 def test_settings_that_contradict_are_refused_before_training(chain, sites_of, digits, batches_of):

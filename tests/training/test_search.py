@@ -16,7 +16,7 @@ from growconv.network.find import find_sites
 from growconv.training.build import make_model
 from growconv.training.config import compose, plain
 from growconv.training.rundir import RunDirectory
-from growconv.training.search import filled
+from growconv.training.search import filled, found_table
 from tests.training.test_family import QUICK
 
 
@@ -50,17 +50,14 @@ def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
     said = capsys.readouterr().out
     found = yaml.safe_load((run / "experiment" / "found.yaml").read_text())["model"]
     reached = RunDirectory(run).summary()["widths"]
-    ratios = [found["widths"][site] / width for site, width in reached.items()]
-    assert all(abs(width * max(ratios) - found["widths"][site]) <= 1 for site, width in reached.items())
+    ratios = [[(found["widths"][site] + half) / width for site, width in reached.items()] for half in (-0.5, 0.5)]
+    assert max(ratios[0]) <= min(ratios[1])  # one factor, rounded
     assert f"growconv --config-dir {run} experiment=found growth=none" in said
     events = [json.loads(line) for line in (run / "growth.jsonl").read_text().splitlines()]
-    assert "gradient²" in said
     for site, width in found["widths"].items():
-        gradients = [event["details"]["slopes"] for event in events if event["site"] == site]
-        assert all(len(slopes) > 0 and min(slopes) >= 0 for slopes in gradients)
+        decreases = [event["realised_decrease"] for event in events if event["site"] == site]
         (row,) = [line.split() for line in said.splitlines() if line.strip().startswith(f"{site} ")]
-        assert row[-3:-1] == [str(len(gradients)), f"{sum(map(sum, gradients)):.3g}"]
-        assert row[-4] == str(width)
+        assert row[-4:-1] == [str(width), str(len(decreases)), f"{sum(decreases):.3g}"]
     overrides = [f"hydra.searchpath=[file://{run}]", "experiment=found", "growth=none"]
     model = make_model(plain(compose(overrides)), (1, 8, 10))
     flops = ModelCost.measure(model, torch.zeros(2, 1, 8, 8)).flops()
@@ -70,6 +67,22 @@ def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
     scratch = ["--config-dir", str(run), "experiment=found", "growth=none", *QUICK[-1:], "data.limit=64"]
     assert main([*scratch, "trainer.epochs=1", "report=false", f"hydra.run.dir={tmp_path / 'scratch'}"]) == 0
     assert RunDirectory(tmp_path / "scratch").summary()["parameters"] == parameters
+
+
+def test_a_search_tells_what_its_channels_were_chosen_for() -> None:
+    event = {"site": "a", "width_before": 2, "gains": [0.0], "parameters_before": 0, "parameters_after": 9}
+
+    def told(**details: object) -> list[str]:
+        return [
+            str(cell)
+            for column in found_table([{**event, **details}], {"a": 3}, {"a": 4}).columns
+            for cell in column.cells
+        ]
+
+    chosen = {"details": {"slopes": [0.25, 0.5]}}
+    assert told(**chosen) == ["a", "2", "3", "4", "1", "0.75", "9"]
+    assert told(details={"decrease": 0.3}, realised_decrease=0.125)[-2] == "0.125"
+    assert told(details={}, gains=[1.5, 0.5])[-2] == "2"
 
 
 def test_what_a_run_left_of_its_budget_is_filled_in_the_models_own_proportions() -> None:
