@@ -5,6 +5,7 @@ and hands each consumer what the first one recorded. The model's output must be 
 sites of a copy grow by a few units whose outgoing weights are zero; the output must be the same up to rounding.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -185,7 +186,11 @@ class Proof:
 
 
 TINY = 1e-2
-"""A parameter all of whose entries are below this hides what it multiplies, as one that starts at zero."""
+"""A parameter whose entries are all below this share of a usual size, 1 or one over the root of the fan-in, hides what
+it multiplies, as one that starts at zero."""
+
+CHANCE = 2**-16
+"""Share of zeros that weights drawn at random stay far below."""
 
 
 @contextmanager
@@ -193,14 +198,17 @@ def awake(model: nn.Module) -> Iterator[None]:
     """Inside, other values stand for the zero or tiny ones of parameters, which silence a branch of the model."""
     draw, before = torch.Generator().manual_seed(0), []
     for parameter in model.parameters():
-        size = parameter.detach().abs()
-        silent = (size < TINY) if bool((size < TINY).all()) else size == 0
-        if parameter.is_floating_point() and bool(silent.any()):
-            values = torch.rand(parameter.shape, generator=draw) + 0.5
-            if parameter.dim() > 1:
-                values = torch.randn(parameter.shape, generator=draw) / parameter[0].numel() ** 0.5
-            before.append((parameter.detach(), parameter.detach().clone()))
-            before[-1][0].copy_(torch.where(silent, values.to(parameter), before[-1][1]))
+        own = parameter.detach()
+        if not own.is_floating_point() or own.numel() == 0:
+            continue
+        usual = own[0].numel() ** -0.5 if own.dim() > 1 else 1.0
+        tiny = float(torch.linalg.vector_norm(own, math.inf)) < TINY * usual
+        if tiny or own.numel() - int(own.count_nonzero()) > CHANCE * own.numel():
+            values = torch.rand(own.shape, generator=draw) + 0.5
+            if own.dim() > 1:
+                values = torch.randn(own.shape, generator=draw) * usual
+            before.append((own, own.clone()))
+            own.copy_(values if tiny else torch.where(own == 0, values.to(own), own))
     refresh(model)
     try:
         yield
