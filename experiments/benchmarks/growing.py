@@ -224,7 +224,7 @@ def _class_of(row: LayerRow) -> str:
         return INTERLEAVED
     if "literal size" in reason or "the code takes no other width" in reason or "takes other channels" in reason:
         return LITERAL
-    return DEPENDENT if "depend on each other" in reason else OTHER
+    return DEPENDENT if "depend on each other" in reason or "of all channels" in reason else OTHER
 
 
 def _errors(rows: Sequence[LayerRow]) -> list[str]:
