@@ -416,7 +416,7 @@ def test_a_warning_about_a_stranger_s_folder_is_tame(tmp_path, capfd):
             (tmp_path / half / name / "notes.txt").write_text("x")
             for number in range(8):
                 Image.new("L", (8, 8), number).save(tmp_path / half / name / f"{number}.png")
-    with pytest.warns(UserWarning, match="left out") as told:
+    with pytest.warns(UserWarning, match="are skipped") as told:
         main([*QUICK[2:], "data=images", f"data.root={tmp_path}", "data.channels=1", f"hydra.run.dir={tmp_path / 'r'}"])
     assert any("\x1b" in str(each.message) for each in told)  # as a program gets it
     capfd.readouterr()
