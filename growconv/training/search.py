@@ -30,10 +30,10 @@ MOST = 64
 
 
 def require_budget(config: Mapping[str, Any]) -> None:
-    """Refuse a search that does not know how large the model may become.
+    """Refuse a search that does not know how large the model may become, or that begins with all of it.
 
     Raises:
-        ConfigError: neither FLOPs nor parameters are limited, or nothing grows.
+        ConfigError: neither FLOPs nor parameters are limited, nothing grows, or the start leaves no room to grow.
     """
     growth = config["growth"]
     if growth["method"] == "none":
@@ -46,6 +46,19 @@ def require_budget(config: Mapping[str, Any]) -> None:
             where="growth.budget",
             expected="growth.budget.flops=... (FLOPs of one sample's forward pass) or growth.budget.parameters=...",
         )
+    channels, size, _ = shape = data_shape(config["data"])
+    model = make_model(config, shape)
+    flops = ModelCost.measure(model, torch.zeros(2, channels, size, size)).flops()
+    for name, start in (("flops", flops), ("parameters", count_parameters(model))):
+        limit = growth["budget"][name]
+        if limit is not None and limit <= start:
+            raise ConfigError(
+                "the network that the search starts from is as large as the budget",
+                where=f"growth.budget.{name}",
+                expected=f"more than {start}",
+                got=limit,
+                fix=f"raise the budget, or start smaller: growth.start={growth['start'] / 2:g}",
+            )
 
 
 def found_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:

@@ -69,6 +69,17 @@ def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
     assert RunDirectory(tmp_path / "scratch").summary()["parameters"] == parameters
 
 
+@pytest.mark.parametrize("limit", ["parameters", "flops"])
+def test_a_search_that_starts_at_its_budget_is_refused(
+    limit: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", *QUICK, f"growth.budget.{limit}=3000", "hydra.run.dir=search"]) == 1
+    said = capsys.readouterr().err
+    assert f"growth.budget.{limit}: the network that the search starts from is as large as the budget" in said
+    assert "growth.start=0.125" in said
+    assert not (here / "search").exists()
+
+
 def test_a_search_tells_what_its_channels_were_chosen_for() -> None:
     event = {"site": "a", "width_before": 2, "gains": [0.0], "parameters_before": 0, "parameters_after": 9}
 
