@@ -63,12 +63,17 @@ def payloads(content: bytes):
 
 def records(folder: Path):
     """Every record of the offline runs in a run directory, from their transaction logs, once those have their end."""
-    for _ in range(100):
-        logs = [records_of(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
-        if all(any(record.WhichOneof("record_type") == "exit" for record in log) for log in logs):
-            break
+    from google.protobuf.message import DecodeError
+
+    def logs():
+        return [records_of(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+
+    for _ in range(300):
+        with contextlib.suppress(DecodeError):  # a record that is half written
+            if all(any(record.WhichOneof("record_type") == "exit" for record in log) for log in logs()):
+                break
         time.sleep(0.1)  # on a busy machine wandb's own process writes a little later
-    return [record for log in logs for record in log]
+    return [record for log in logs() for record in log]
 
 
 def records_of(path: Path):
