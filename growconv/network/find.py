@@ -15,12 +15,13 @@ from growconv.network.model import (
     copied,
     example_arguments,
     found_at,
+    module_at,
     same_chance,
     tensors_in,
     undisturbed,
     unwrapped,
 )
-from growconv.network.plan import parameter_names, tied_weights
+from growconv.network.plan import shared_names, tied_weights
 from growconv.network.proof import Proof, awake
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.routes import Route
@@ -245,17 +246,17 @@ def analyse(
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, ways, numbers, spaces)
         found = Analysis(model, numbers, spaces, widening.prove() if rehearse else widening.presume(), outputs)
-        sites, untouched = _sites(found), copied(model)
+        sites = _sites(found)
         for _ in range(len(spaces) if rehearse else 0):
-            with awake(untouched):
-                failed = Proof(untouched, examples, sites).failures()
+            with awake(twin):
+                failed = Proof(twin, examples, sites).failures()
             if not failed:
                 break
             for number, reason in failed.items():
                 spaces[number].reason = reason
             found.layout = widening.relay()
             sites = _sites(found)
-        found.of_space = _routed(sites, untouched, examples)
+        found.of_space = _routed(sites, twin, examples)
     return found
 
 
@@ -287,12 +288,16 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
         for path, module in model.named_modules()
         if layers.is_weighted(module) and path not in numbers.calls and layers.adapter(module).problem() is None
     } | _unused_parameters(model, numbers)
+    problems: dict[str, str | None] = {}
     for space in spaces:
+        weights = set(space.paths(OUT, IN))
         for path in space.paths(OUT, IN, GROUP_IN, GROUP_OUT, ENTRY):
-            if path in numbers.shapes or path.endswith("#"):
+            if path in numbers.shapes:
                 continue
-            problem = layers.adapter(model.get_submodule(path)).problem()
-            if path in space.paths(OUT, IN) and not numbers.trained.get(path, True):
+            if path not in problems:
+                problems[path] = layers.adapter(module_at(model, path)).problem()
+            problem = problems[path]
+            if path in weights and not numbers.trained.get(path, True):
                 problem = problem or (
                     "no gradient reaches it, as under torch.no_grad or in front of detach(), so that new channels "
                     "would never train"
@@ -328,13 +333,13 @@ def _sites(found: Analysis) -> dict[int, GrowthSite]:
     """A site, without routes, for every space that can grow and whose width can be read off the layers."""
     sites: dict[int, GrowthSite] = {}
     names: Counter[str] = Counter()
-    sizes, parameters = sizes_of(found.model, found.layout), parameter_names(found.model)
+    sizes, shared = sizes_of(found.model, found.layout), shared_names(found.model)
     for number, space in enumerate(found.spaces):
         if space.reason is None:
             each = _site(found, number, space)
             try:
                 each.check(sizes=sizes)
-                space.reason = tied_weights(each, parameters)
+                space.reason = tied_weights(each, shared)
             except SiteError as error:
                 space.reason = error.problem
             if space.reason is None:
@@ -366,7 +371,7 @@ def _site(found: Analysis, number: int, space: Space) -> GrowthSite:
 
 def _kind(found: Analysis, number: int, space: Space) -> str:
     model, producers, consumers = found.model, space.paths(OUT), space.paths(IN)
-    modules = [model.get_submodule(path) for path in (*producers, *consumers)]
+    modules = [module_at(model, path) for path in (*producers, *consumers)]
     if len(producers) > 1:
         return "stream"
     others = [run for path in consumers for run in found.layout.axes.get((path, IN), ()) if run.space != number]

@@ -15,6 +15,7 @@ positions of old and new channels from that. It is plain data; it can be copied,
 the same names.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +23,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from growconv.errors import SiteError
 
@@ -92,6 +94,11 @@ class Place:
 
     position: int
     entries: tuple[int, ...]
+
+    def of(self, values: Tensor) -> Tensor:
+        """Those of the new entries that come here, from all along axis 0."""
+        whole = self.entries == tuple(range(len(values)))
+        return values if whole else values[list(self.entries)]
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,15 @@ class Layout:
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
-        return sum(run.outer * run.inner for run in self.axes[key] if run.space == space)
+        return self._per_unit.get((key, space), 0)
+
+    @cached_property
+    def _per_unit(self) -> Counter[tuple[Key, int | None]]:
+        found = Counter[tuple[Key, int | None]]()
+        for key, runs in self.axes.items():
+            for run in runs:
+                found[key, run.space] += run.outer * run.inner
+        return found
 
     def ratio(self, key: Key, space: int) -> Fraction:
         """Entries of one channel along an axis."""

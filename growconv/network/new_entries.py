@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes, owners_of
-from growconv.network.model import found_at
+from growconv.network.model import found_at, module_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -23,8 +23,8 @@ AGAIN = "solve again on statistics of the model as it is now"
 class NewEntries:
     """The new entries that a proposal gives each layer, checked and in the shapes that the layers have now."""
 
-    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float) -> None:
-        self.site, self.growth, self.amplitude, self.sizes = site, growth, amplitude, site.sizes
+    def __init__(self, site: Site, growth: ChannelGrowth, amplitude: float, sizes: Sizes) -> None:
+        self.site, self.growth, self.amplitude, self.sizes = site, growth, amplitude, sizes
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
         """By tensor name, for a path and side."""
@@ -37,7 +37,7 @@ class NewEntries:
         return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
 
     def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"incoming weights of {path}"
+        layer, label = layers.weighted(module_at(self.site.model, path)), f"incoming weights of {path}"
         weight = self._given(self.growth.incoming, path, label)
         found = {"weight": self._fitted(weight, layer.shape(OUT, entries), label, 1, (path, IN), layer.groups)}
         if layer.bias() is not None:
@@ -50,30 +50,33 @@ class NewEntries:
         return found
 
     def _consumed(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer, label = layers.weighted(self.site.model.get_submodule(path)), f"outgoing weights of {path}"
+        layer, label = layers.weighted(module_at(self.site.model, path)), f"outgoing weights of {path}"
         weight = self._given(self.growth.outgoing, path, label)
         weight = self._fitted(weight, layer.shape(IN, entries), label, 0, (path, OUT))
         return {"weight": weight.to(layer.filters().dtype) * self.amplitude}
 
     def _normalised(self, path: str, entries: int) -> Mapping[str, Tensor]:
         """New channels of a norm layer start as the identity on their own mean and variance, times `norm_scale`."""
-        norm, growth = layers.norm(self.site.model.get_submodule(path)), self.growth
-        zeros = torch.zeros(entries, dtype=torch.float64)
-        moments = growth.norms.get(path, (zeros, zeros + 1))
-        given = (*moments, zeros + 1 if growth.norm_scale is None else growth.norm_scale)
-        names = ("mean", "variance", "norm_scale")
-        mean, variance, scale = (
-            self._per_entry(value, entries, f"{name} for {path}") for name, value in zip(names, given, strict=True)
-        )
-        if bool((variance < 0).any()):
-            raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=float(variance.min()))
+        norm, growth = layers.norm(module_at(self.site.model, path)), self.growth
+        zeros, scale = torch.zeros(entries, dtype=torch.float64), growth.norm_scale
+        mean, variance = zeros, zeros + 1
+        if path in growth.norms:
+            names = (f"mean for {path}", f"variance for {path}")
+            mean, variance = (
+                self._per_entry(value, entries, name) for value, name in zip(growth.norms[path], names, strict=True)
+            )
+            if bool((variance < 0).any()):
+                got = float(variance.min())
+                raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=got)
+        if scale is not None:
+            scale = self._per_entry(scale, entries, f"norm_scale for {path}")
         fresh, old = norm.transparent(mean, variance, scale), self._copied(path, ENTRY)
         if old is None:
             return fresh
         return {s.name: _mixed(old, tensor_at(norm.module, s.name), fresh.get(s.name)) for s in norm.slots(ENTRY)}
 
     def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = layers.weighted(self.site.model.get_submodule(path))
+        layer = layers.weighted(module_at(self.site.model, path))
         filters, old, bias = self.growth.carried.get(path), self._copied(path, GROUP_OUT), layer.bias()
         if filters is None:
             filters = layer.identity(entries)
@@ -284,7 +287,7 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
     """Other values for a tensor's old entries; channels that have come since the proposal was made keep theirs."""
     owner, _, name = path.rpartition(".")
     label = f"new values of {path}"
-    tensor, module = tensor_at(site.model, path), site.model.get_submodule(owner)
+    tensor, module = tensor_at(site.model, path), module_at(site.model, owner)
     if layers.stored(module, name) is None:
         raise SurgeryError(
             "this weight is computed from others, and cannot be replaced",

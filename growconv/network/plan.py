@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT
-from growconv.network.model import attribute
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, Layout, Sizes
+from growconv.network.model import module_at
 from growconv.network.new_entries import NewEntries, check_proposal, revision, tensor_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -75,21 +75,38 @@ class Plan:
         self.changes: list[Change] = []
         self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
         self._by_tensor: dict[int, Change] = {}
+        self._by_path: dict[str, Change] = {}
+        self._inserted: set[tuple[int, Insertion]] = set()
+        self._adapters: dict[str, layers.Adapter] = {}
+        self._sizes: dict[int, tuple[Layout, Sizes]] = {}
         self._parts: dict[str, list[layers.Part]] = {}
         self._added: dict[str, Counter[str]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
-        tensor = tensor_at(self.model, path)
-        if id(tensor) not in self._by_tensor:
-            self.changes.append(Change(path, tensor))
-            self._by_tensor[id(tensor)] = self.changes[-1]
-        return self._by_tensor[id(tensor)]
+        if path not in self._by_path:
+            tensor = tensor_at(self.model, path)
+            if id(tensor) not in self._by_tensor:
+                self.changes.append(Change(path, tensor))
+                self._by_tensor[id(tensor)] = self.changes[-1]
+            self._by_path[path] = self._by_tensor[id(tensor)]
+        return self._by_path[path]
+
+    def adapter(self, path: str) -> layers.Adapter:
+        """What knows a layer of the model."""
+        if path not in self._adapters:
+            self._adapters[path] = layers.adapter(module_at(self.model, path))
+        return self._adapters[path]
+
+    def sizes(self, site: Site) -> Sizes:
+        """The lengths of the axes of a site's layout, which nothing changes as long as the plan is being made."""
+        return self._sizes.setdefault(id(site.layout), (site.layout, site.sizes))[1]
 
     def insert(self, path: str, insertion: Insertion, values: Tensor | None) -> None:
         """Add an insertion, unless a shared tensor has it already."""
         change = self.change(path)
-        if insertion not in change.insertions:
+        if (id(change), insertion) not in self._inserted:
+            self._inserted.add((id(change), insertion))
             change.insertions.append(insertion)
             change.values.append(values)
 
@@ -104,7 +121,7 @@ class Plan:
             removals: entries that go.
             added: per side how many more entries it has afterwards.
         """
-        adapter = layers.adapter(self.model.get_submodule(path))
+        adapter = self.adapter(path)
         for part in parts:
             self.insert(f"{path}.{part.name}", part.insertion, part.values)
         for removal in removals:
@@ -122,7 +139,7 @@ class Plan:
         for each in site.layout.attributes:
             place, more = (each.path, each.name), each.rates.get(site.space, 0) * units
             if more:
-                value: int | Sequence[int] = getattr(self.model.get_submodule(each.path), each.name)
+                value: int | Sequence[int] = getattr(module_at(self.model, each.path), each.name)
                 self.attributes[place] = each.enlarged(self.attributes.get(place, value), more)
 
     def edits(self) -> list[dict[str, object]]:
@@ -174,7 +191,7 @@ def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan:
     """
     check_proposal(site, growth)
     plan = plan or Plan(site.model)
-    _add(plan, site, growth.channels, NewEntries(site, growth, amplitude))
+    _add(plan, site, growth.channels, NewEntries(site, growth, amplitude, plan.sizes(site)))
     for path, replacement in growth.revised.items():
         plan.change(path).revised = revision(site, growth, path, replacement)
     return plan
@@ -208,7 +225,8 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     if len(units) * size != len(index):
         expected = f"runs of {size} channels that start at a multiple of {size}"
         raise SurgeryError("channels of this site go in whole groups", where=site.name, expected=expected, got=index)
-    plan, sizes = Plan(site.model), site.sizes
+    plan = Plan(site.model)
+    sizes = plan.sizes(site)
 
     def gone(path: str, side: str) -> list[int]:
         entries = site.entries(path, side, sizes)
@@ -219,7 +237,7 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
         if path in site.layout.dims:
             plan.change(path).removed[site.layout.dims[path]] = tuple(gone(path, ENTRY))
             continue
-        adapter = layers.adapter(site.model.get_submodule(path))
+        adapter = plan.adapter(path)
         entries = {side: gone(path, side) for side in sides}
         removals = [each for side in sides for each in adapter.removals(side, entries[side])]
         plan.add(path, [], removals, {side: -len(found) for side, found in entries.items()})
@@ -227,45 +245,48 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     return plan
 
 
-def parameter_names(model: nn.Module) -> dict[int, list[str]]:
-    """Per parameter, by identity, all the names that it has in a model."""
+def shared_names(model: nn.Module) -> dict[str, list[str]]:
+    """Per name of a parameter or buffer that has several, all of them."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            names.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
-    return names
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
+    return {name: own for own in names.values() if len(own) > 1 for name in own}
 
 
-def tied_weights(site: Site, names: Mapping[int, Sequence[str]] | None = None) -> str | None:
-    """Why a Parameter that several layers share keeps a site from growing, in one line; None where none does.
+def tied_weights(site: Site, shared: Mapping[str, Sequence[str]] | None = None) -> str | None:
+    """Why a weight that several layers share keeps a site from growing, in one line; None where none does.
 
     Layers may share a weight where all of them play the same part: then new channels are the same for all. A weight
     that produces the channels in one layer and consumes them in another (encoder and decoder), or that belongs to a
     layer outside of the site too, cannot keep the function and grow.
 
     Args:
-        names: all names of the parameters of its model, as `parameter_names` gives them, if they are known.
+        shared: what several names of its model stand for, as `shared_names` gives it, if it is known.
     """
-    names = parameter_names(site.model) if names is None else names
-    parts: dict[int, dict[str, set[tuple[str, int]]]] = {}
+    shared = shared_names(site.model) if shared is None else shared
+    concerned = shared.keys() | site.layout.dims.keys()
+    parts: dict[str, dict[str, set[tuple[str, int]]]] = {}
 
-    def parts_of(tensor: object) -> dict[str, set[tuple[str, int]]]:
-        return parts.setdefault(id(tensor), {name: set() for name in names.get(id(tensor), ())})
+    def parts_of(name: str) -> dict[str, set[tuple[str, int]]]:
+        names = shared.get(name, [name])
+        return parts.setdefault(names[0], {each: set() for each in names})
 
     for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
         if path in site.layout.dims:
-            own = parts_of(attribute(site.model, path))
+            own = parts_of(path)
             where = f"{path} (used on its own)" if own.get(path) else path
             own.setdefault(where, set()).add((ENTRY, site.layout.dims[path]))
             continue
-        adapter = layers.adapter(site.model.get_submodule(path))
-        for side in sides:
-            for slot in adapter.slots(side):
+        for side in sides if concerned else ():
+            for slot in layers.adapter(module_at(site.model, path)).slots(side):
                 name = f"{path}.{slot.name}"
-                parts_of(attribute(site.model, name)).setdefault(name, set()).add((side, slot.axis))
-    for shared in parts.values():
-        if any(part != next(iter(shared.values())) for part in shared.values()):
-            return f"{' and '.join(shared)} are one weight, but play different parts for these channels"
+                if name in concerned:
+                    parts_of(name)[name].add((side, slot.axis))
+    for own in parts.values():
+        if any(part != next(iter(own.values())) for part in own.values()):
+            return f"{' and '.join(own)} are one weight, but play different parts for these channels"
     return None
 
 
@@ -280,7 +301,7 @@ def _sides(site: Site) -> dict[str, list[str]]:
 
 def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
     """New channels for every layer and bare tensor of a site."""
-    sizes = site.sizes
+    sizes = plan.sizes(site)
     for path, sides in _sides(site).items():
         places = {side: site.places(path, side, channels, sizes) for side in sides}
         if path in site.layout.dims:
@@ -289,12 +310,10 @@ def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
                 part = None if own is None else own[list(place.entries)].movedim(0, axis)
                 plan.insert(path, Insertion(axis, place.position, len(place.entries)), part)
             continue
-        module = site.model.get_submodule(path)
-        if GROUP_OUT in sides:
-            given = values(path, GROUP_OUT)
-            parts = layers.weighted(module).group_insertions(places[GROUP_IN], places[GROUP_OUT], given)
+        adapter = plan.adapter(path)
+        if isinstance(adapter, layers.Weighted) and GROUP_OUT in sides:
+            parts = adapter.group_insertions(places[GROUP_IN], places[GROUP_OUT], values(path, GROUP_OUT))
         else:
-            adapter = layers.adapter(module)
             parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
         plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
     plan.follow(site, channels // site.granularity)

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 from growconv.errors import GrowthError
 from growconv.network import layers, operations
 from growconv.network.layout import IN, OUT
-from growconv.network.model import copied, one_run, same_chance, tensors_in
-from growconv.network.optimizer import exchange, refresh
+from growconv.network.model import copied, module_at, one_run, same_chance, tensors_in
+from growconv.network.optimizer import Journal, exchange, refresh
 from growconv.network.plan import Plan, plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
@@ -52,18 +52,20 @@ class Proof:
 
     def failures(self) -> dict[int, str]:
         """The sites that fail, and why."""
+        before: dict[Example, list[Tensor]] = {}
         for example in self.examples:
-            found = self._watched(example)
+            found = self._watched(example, before)
             if found:
                 return found
-        return self._grown()
+        return self._grown(before)
 
     # ------------------------------------------------------------------------------------------ nothing else reads
 
-    def _watched(self, example: Example) -> dict[int, str]:
+    def _watched(self, example: Example, outputs: dict[Example, list[Tensor]]) -> dict[int, str]:
+        """The sites whose channels something else reads; the outputs of the undisturbed run are added to `outputs`."""
         recorded: dict[tuple[str, int], Tensor] = {}
         try:
-            before = self._run(example, recorded, ())
+            before = outputs[example] = self._run(example, recorded, ())
         except Exception:
             if example.training:
                 return {}  # a batch of one in front of a batch norm, mostly
@@ -91,10 +93,10 @@ class Proof:
             before = {path: _record(path, recorded) for site in self.sites.values() for path in site.consumers}
         handles = []
         for path, hook in before.items():
-            handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module_at(self.model, path).register_forward_pre_hook(hook, with_kwargs=True))
         for path, entries in _gathered(chosen, OUT).items():
             hook = _disturb(entries, still)
-            handles.append(self.model.get_submodule(path).register_forward_hook(hook))
+            handles.append(module_at(self.model, path).register_forward_hook(hook))
         try:
             return self._outputs(self.model, example)
         finally:
@@ -112,15 +114,10 @@ class Proof:
 
     # ------------------------------------------------------------------------------------------ new channels
 
-    def _grown(self) -> dict[int, str]:
+    def _grown(self, before: Mapping[Example, list[Tensor]]) -> dict[int, str]:
+        """The sites whose new channels change what the model gives; `before` is what it gave."""
         numbers = list(self.sites)
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(numbers)}
-        before: dict[int, list[Tensor]] = {}
-        for place, example in enumerate(self.examples):
-            try:
-                before[place] = self._outputs(self.model, example)
-            except Exception:
-                continue
         reasons: dict[tuple[int, ...], str] = {}
 
         def fails(part: Sequence[int]) -> bool:
@@ -131,58 +128,71 @@ class Proof:
 
         return {number: reasons.get((number,), "new channels change the output") for number in _search(fails, numbers)}
 
-    def _try(self, part: Sequence[int], more: Mapping[int, int], before: Mapping[int, list[Tensor]]) -> str | None:
+    def _try(self, part: Sequence[int], more: Mapping[int, int], before: Mapping[Example, list[Tensor]]) -> str | None:
         """Why some sites cannot grow together; None where they can."""
-        twin = copied(self.model)
+        doubtful: dict[Example, list[Tensor] | None] = {}
+        undo: list[Journal] = []
         try:
-            together, copies = Plan(twin), []
-            for number in part:
-                site = self.sites[number].of(twin)
-                channels = more[number] * site.granularity
-                if site.copied:
-                    copies.append((site, channels))
-                else:
-                    plan_growth(site, silent_growth(site, channels), plan=together)
-            exchange(twin, together.changes, together.attributes, ())
-            for site, channels in copies:  # these give old weights new values
-                plan = plan_growth(site, copied_growth(site, channels))
-                exchange(twin, plan.changes, plan.attributes, ())
-            refresh(twin)
+            self._grow(part, more, undo)
+            for example, old in before.items():
+                try:
+                    new = self._outputs(self.model, example)
+                except Exception as error:
+                    line = (str(error).splitlines() or [""])[0][:160]
+                    return f"the grown model does not run: {type(error).__name__}: {line}"
+                pairs = [(a, b) for a, b in zip(new, old, strict=False) if a.shape == b.shape]
+                if not all(torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs):
+                    return "new channels with filters drawn at random make the output infinite or not a number"
+                if not _close(new, old, ROUNDING):
+                    doubtful[example] = self._in_double(example)
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
-        for place, old in before.items():
-            try:
-                new = self._outputs(twin, self.examples[place])
-            except Exception as error:
-                line = (str(error).splitlines() or [""])[0][:160]
-                return f"the grown model does not run: {type(error).__name__}: {line}"
-            if not all(
-                torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(new, old, strict=False) if a.shape == b.shape
-            ):
-                return "new channels with filters drawn at random make the output infinite or not a number"
-            if not _close(new, old, ROUNDING) and not self._same_in_double(twin, self.examples[place]):
+        finally:
+            for journal in reversed(undo):
+                journal.restore()
+            refresh(self.model)
+        for example, exact in doubtful.items():  # float64 tells a real difference from one of rounding
+            old = None if exact is None else self._in_double(example)
+            if exact is None or old is None or not _close(exact, old, EXACT):
                 return self._why_changed(part)
         return None
 
+    def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: list[Journal]) -> None:
+        """Let some sites of the copy grow; what undoes it is added to `undo`."""
+        together, copies = Plan(self.model), []
+        for number in part:
+            site = self.sites[number]
+            channels = more[number] * site.granularity
+            if site.copied:
+                copies.append((site, channels))
+            else:
+                plan_growth(site, silent_growth(site, channels), plan=together)
+        self._carry_out(together, undo)
+        for site, channels in copies:  # these give old weights new values
+            self._carry_out(plan_growth(site, copied_growth(site, channels)), undo)
+        refresh(self.model)
+
+    def _carry_out(self, plan: Plan, undo: list[Journal]) -> None:
+        undo.append(Journal(self.model, values=[change.tensor for change in plan.changes if not change.resizes]))
+        exchange(self.model, plan.changes, plan.attributes, ())
+
     def _why_changed(self, part: Sequence[int]) -> str:
         consumers = [path for number in part for path in self.sites[number].consumers]
-        kinds = {path: type(self.model.get_submodule(path)) for path in consumers}
+        kinds = {path: type(module_at(self.model, path)) for path in consumers}
         own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.")), None)
         if own is None:
             return f"{CHANGED}: the code makes something of all channels or of their number"
         return f"{CHANGED}: {own} makes something else of its weights once it has more"
 
-    def _same_in_double(self, twin: nn.Module, example: Example) -> bool:
-        """Whether float64 tells a difference that float32's rounding makes from a real one."""
-        if all(parameter.dtype is torch.float64 for parameter in twin.parameters()):
-            return False
-        exact = Example(tree_map(_exact, example.arguments), example.training)
+    def _in_double(self, example: Example) -> list[Tensor] | None:
+        """What the copy gives in float64; None where it is in float64 already, or does not run in it."""
+        if all(parameter.dtype is torch.float64 for parameter in self.model.parameters()):
+            return None
         try:
-            old = self._outputs(copied(self.model).double(), exact)
-            new = self._outputs(copied(twin).double(), exact)
+            exact = Example(tree_map(_exact, example.arguments), example.training)
+            return self._outputs(copied(self.model).double(), exact)
         except Exception:
-            return False
-        return _close(new, old, EXACT)
+            return None
 
 
 TINY = 1e-2
@@ -227,7 +237,7 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     generator = torch.Generator().manual_seed(0)
     incoming, biases, outgoing = {}, {}, {}
     for path in site.producers:
-        layer = layers.weighted(site.model.get_submodule(path))
+        layer = layers.weighted(module_at(site.model, path))
         filters = layer.filters().detach()
         count = int(channels * site.ratio(path, OUT))
         noise = torch.randn(layer.shape(OUT, count), generator=generator, dtype=torch.float64)
@@ -236,7 +246,7 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
         if bias is not None:
             biases[path] = bias.detach().new_zeros(count)
     for path in site.consumers:
-        layer = layers.weighted(site.model.get_submodule(path))
+        layer = layers.weighted(module_at(site.model, path))
         outgoing[path] = layer.filters().detach().new_zeros(layer.shape(IN, int(channels * site.ratio(path))))
     return ChannelGrowth(
         site.name, "silent", incoming, outgoing, torch.zeros(channels), incoming_bias=biases, requested=channels
@@ -252,13 +262,13 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     times = channels // site.width
     incoming, biases, outgoing, revised = {}, {}, {}, {}
     for path in site.producers:
-        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path, OUT)
+        layer, entries = layers.weighted(module_at(site.model, path)), site.entries(path, OUT)
         incoming[path] = torch.cat([layer.filters().detach()[entries]] * times)
         bias = layer.bias()
         if bias is not None:
             biases[path] = torch.cat([bias.detach()[entries]] * times)
     for path in site.consumers:
-        layer, entries = layers.weighted(site.model.get_submodule(path)), site.entries(path)
+        layer, entries = layers.weighted(module_at(site.model, path)), site.entries(path)
         shared = layer.filters().detach().clone()
         shared[:, entries] /= times + 1
         outgoing[path] = torch.cat([shared[:, entries]] * times, dim=1)

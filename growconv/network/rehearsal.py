@@ -23,7 +23,7 @@ from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
-from growconv.network.model import Arguments, same_chance
+from growconv.network.model import Arguments, module_at, same_chance
 from growconv.network.trace import LookFailed, Numbers, look
 
 MORE_UNITS = (1, 2, 3)
@@ -40,7 +40,7 @@ Signature = frozenset[tuple[Key, int]]
 _UNIT, _SPACE = 1 << 12, 1 << 36
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """One way in which the model is run: its arguments and its mode."""
 
@@ -95,12 +95,14 @@ class Widening:
         self.bound: set[tuple[str, str, int | None]] = set()
         self._bound_once, self._bound_alone = False, set[int]()
         self._reached = self._rehearsals = 0
-        self._classes = self._classes_of()
+        self._along: dict[Key, NDArray[np.int64]] = {}
+        self._known: dict[Key, dict[int, list[tuple[int, Run]] | None]] = {}
         self._groups = {
             path: layers.groups_of(module)
             for path, module in model.named_modules()
             if layers.is_weighted(module) and layers.groups_of(module) > 1 and not layers.in_whole_groups(module)
         }
+        self._count_classes()
 
     # ------------------------------------------------------------------------------------------ the whole
 
@@ -131,8 +133,11 @@ class Widening:
     def _guess_all(self) -> None:
         """Into how many blocks the classes of each space fall at the present widths."""
         self._bare_axes()
-        for number, space in enumerate(self.spaces):
-            if space.reason is None and not self._fits(number):
+        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
+        for key, own in self._owners(live).items():
+            self._runs(key, own)  # all at once
+        for number in live:
+            if self.spaces[number].reason is None and not self._fits(number):
                 self._next_guess(number, INTERLEAVED)
 
     def relay(self) -> Layout:
@@ -232,17 +237,21 @@ class Widening:
 
     # ------------------------------------------------------------------------------------------ runs
 
-    def _classes_of(self) -> NDArray[np.int64]:
+    def _count_classes(self) -> None:
         """Per number its class: space · 2³⁶ + index; -1 for numbers of no space."""
         by_root = np.full(self.numbers.count + 1, -1, dtype=np.int64)
         for number, space in enumerate(self.spaces):
             for index, root in enumerate(space.roots):
                 by_root[root] = number * _SPACE + index
         roots = self.numbers.roots()
-        return np.append(by_root[roots], -1)
+        self._classes = np.append(by_root[roots], -1)
+        self._along.clear()
+        self._known.clear()
 
-    def _axis(self, key: Key, live: Sequence[int]) -> NDArray[np.int64]:
-        """Per entry of an axis at the present widths its class, of live spaces only."""
+    def _axis(self, key: Key) -> NDArray[np.int64]:
+        """Per entry of an axis at the present widths its class."""
+        if key in self._along:
+            return self._along[key]
         if key in self.numbers.columns:
             found = self._classes[np.asarray(self.numbers.columns[key], dtype=np.int64)]
         else:
@@ -251,9 +260,10 @@ class Widening:
             if key[1] == ENTRY and key[0] in self.dims:
                 shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
                 found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1).max(1)
-        return self._alive(found, live)
+        self._along[key] = found
+        return found
 
-    def _alive(self, classes: NDArray[np.int64], live: Sequence[int]) -> NDArray[np.int64]:
+    def _alive(self, classes: NDArray[np.int64], live: Iterable[int]) -> NDArray[np.int64]:
         """Classes of live spaces, -1 for the others."""
         alive = np.zeros(len(self.spaces) + 1, dtype=bool)
         alive[list(live)] = True
@@ -296,18 +306,43 @@ class Widening:
         """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
         space, units = self.spaces[number], self._units
         more = [*units[:number], units[number] + 1, *units[number + 1 :]]
-        try:
-            for key in space.counts:
-                runs = self._runs(key, [number])
-                if key[0] in self._groups and not self._equal_groups(key, runs, units, more):
-                    return False
-        except Torn:
-            return False
+        for key in space.counts:
+            if self._runs(key, [number])[number] is None:
+                return False
+            if key[0] in self._groups and not self._equal_groups(key, self._merged(key, [number]), units, more):
+                return False
         return True
 
-    def _runs(self, key: Key, live: Sequence[int]) -> tuple[Run, ...]:
-        codes = self._codes(self._axis(key, live))
-        return self._parse(codes, key, {number: self.spaces[number].units for number in _spaces(codes)})
+    def _runs(self, key: Key, live: Iterable[int]) -> dict[int, list[tuple[int, Run]] | None]:
+        """Per space its runs along an axis at the present widths, with the entry that each starts at; None: torn."""
+        known = self._known.setdefault(key, {})
+        missing = set(live) - known.keys()
+        while missing:
+            codes = self._codes(self._alive(self._axis(key), missing))
+            try:
+                runs = self._parse(codes, key, self._units)
+            except Torn as torn:
+                known[torn.space] = None
+                missing.remove(torn.space)
+                continue
+            found: dict[int, list[tuple[int, Run]]] = {number: [] for number in missing}
+            at = 0
+            for run in runs:
+                if run.space is not None:
+                    found[run.space].append((at, run))
+                at += run.length(self._units)
+            known |= found
+            break
+        return known
+
+    def _merged(self, key: Key, live: Iterable[int]) -> tuple[Run, ...]:
+        """The runs of an axis at the present widths where only some spaces grow, none of which is torn."""
+        known, units, at, found = self._runs(key, live), self._units, 0, list[Run]()
+        for start, run in sorted((each for n in live for each in known[n] or ()), key=lambda each: each[0]):
+            found += [Run(None, start - at), run] if start > at else [run]
+            at = start + run.length(units)
+        length = len(self._axis(key))
+        return (*found, Run(None, length - at)) if length > at else tuple(found)
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int] | Mapping[int, int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
@@ -320,12 +355,20 @@ class Widening:
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
         """The runs of every axis at the present widths; the spaces that have none."""
         self.axes, culprits = {}, {}
-        for key in dict.fromkeys(key for number in live for key in self.spaces[number].counts):
-            try:
-                self.axes[key] = self._runs(key, live)
-            except Torn as torn:
-                culprits[torn.space] = "its channels are interleaved with others in a way that is not followed"
+        for key, own in self._owners(live).items():
+            torn = [number for number in own if self._runs(key, own)[number] is None]
+            culprits |= dict.fromkeys(torn, "its channels are interleaved with others in a way that is not followed")
+            if not torn:
+                self.axes[key] = self._merged(key, own)
         return culprits
+
+    def _owners(self, live: Iterable[int]) -> dict[Key, list[int]]:
+        """The axes that some spaces lie on, and which of them on each."""
+        found: dict[Key, list[int]] = {}
+        for number in live:
+            for key in self.spaces[number].counts:
+                found.setdefault(key, []).append(number)
+        return found
 
     def _equal_groups(self, key: Key, runs: tuple[Run, ...], units: Sequence[int], more: Sequence[int]) -> bool:
         """Whether every group of a convolution keeps its old channels and gets as many new ones as the others."""
@@ -353,6 +396,8 @@ class Widening:
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
             space.blocks, space.neighbours = blocks, neighbours
+            for known in self._known.values():
+                known.pop(number, None)
             if self._fits(number):
                 return
             space.tried.add((blocks, neighbours))
@@ -446,11 +491,11 @@ class Widening:
         place = next(number for number, space in enumerate(before) if any(space is member for member in members))
         self.spaces[:] = [space for space in before if all(space is not member for member in members)]
         self.spaces.insert(place, joint)
-        self._classes = self._classes_of()
+        self._count_classes()
         if self._fits(place):
             return True
         self.spaces[:] = before
-        self._classes = self._classes_of()
+        self._count_classes()
         return False
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
@@ -520,7 +565,8 @@ class Widening:
                     continue
                 np.minimum.at(low, roots[numbers.start : numbers.stop], codes)
                 np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
-        for first, last in {(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True) if b >= 0 and a != b}:
+        apart = np.flatnonzero((high >= 0) & (low != high))
+        for first, last in set(zip(low[apart].tolist(), high[apart].tolist(), strict=True)):
             own = {each // _SPACE for each in (first, last) if each >= 0}
             text = "its channels are tied to others once there are more"
             if len(own) == 1:
@@ -571,14 +617,17 @@ class Widening:
 
     def _expected(self, layout: Layout, key: Key, units: Sequence[int]) -> Codes:
         """Space, unit and block of every entry of an axis as the layout has it."""
-        owners = owners_of(layout.axes[key], units)
-        codes = np.full(len(owners), -1, dtype=np.int64)
-        for number in np.unique(owners[owners[:, 0] >= 0, 0]).tolist():
-            own, space = owners[:, 0] == number, self.spaces[number]
-            place = owners[own, 2] // max(1, space.counts.get(key, 1))
+        parts = [np.empty(0, dtype=np.int64)]
+        for run in layout.axes[key]:
+            if run.space is None:
+                parts.append(np.full(run.outer, -1, dtype=np.int64))
+                continue
+            space = self.spaces[run.space]
+            place = np.reshape(run.slots, (run.outer, 1, run.inner)) // max(1, space.counts.get(key, 1))
             blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
-            codes[own] = number * _SPACE + owners[own, 1] * _UNIT + blocks[np.minimum(place, len(blocks) - 1)]
-        return codes
+            unit = np.arange(units[run.space])[:, None] * _UNIT
+            parts.append((run.space * _SPACE + unit + blocks[np.minimum(place, len(blocks) - 1)]).ravel())
+        return np.concatenate(parts)
 
     def _arrivals(self, key: Key, actual: Codes, expected: Codes, units: Sequence[int]) -> dict[int, str]:
         """Read off where channels arrive, for spaces of one unit, which do not tell it before; else who is to blame."""
@@ -609,7 +658,7 @@ def _spaces(codes: Codes) -> set[int]:
 
 
 class Pretender:
-    """A model whose layers give outputs of the right shape and compute nothing, at any width.
+    """A model whose layers give outputs of the right shape and compute nothing, at any width, for a while.
 
     Args:
         model: a copy that may be changed.
@@ -618,11 +667,12 @@ class Pretender:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._widths: dict[str, int] = {}
+        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         for path, module in model.named_modules():
             if layers.is_norm(module):
-                module.forward = lambda x, *_args, **_kwargs: x.clone()
+                self._forwards.append((module, lambda x, *_args, **_kwargs: x.clone()))
             elif layers.is_weighted(module):
-                module.forward = self._forward(path, module)
+                self._forwards.append((module, self._forward(path, module)))
 
     def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
@@ -635,25 +685,30 @@ class Pretender:
 
     @contextmanager
     def widened(self, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
-        """Inside, producers have other numbers of outputs, bare parameters repeated entries, attributes other sizes.
+        """Inside, layers pretend, at other numbers of outputs; bare parameters repeat entries, attributes follow.
 
         Args:
             layout: where the channels lie.
             now: units of every space as the model has them.
             units: units that they are to have.
         """
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], object]] = []
+        for module, forward in self._forwards:
+            own, before = vars(module), vars(module).get("forward")
+            undo.append(partial(own.pop, "forward") if before is None else partial(own.update, forward=before))
+            own["forward"] = forward
         added, made = dict[str, dict[str, int]](), dict[tuple[int, int, int], Tensor]()
         for key, runs in layout.axes.items():
-            old, new = owners_of(runs, now), owners_of(runs, units)
             if key[0] in layout.dims:
-                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], old, new))
-            elif key[1] != FILL:
-                added.setdefault(key[0], {})[key[1]] = len(new) - len(old)
+                owners = owners_of(runs, now), owners_of(runs, units)
+                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], *owners))
+            width = sum(run.length(units) for run in runs)
+            if key[0] not in layout.dims and key[1] != FILL:
+                added.setdefault(key[0], {})[key[1]] = width - sum(run.length(now) for run in runs)
             if key[1] == OUT:
-                self._widths[key[0]] = len(new)
+                self._widths[key[0]] = width
         for path, more in added.items():
-            undo += _count(self.model.get_submodule(path), more, made)
+            undo += _count(module_at(self.model, path), more, made)
         for each in layout.attributes:
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
             undo.append(resize_attribute(self.model, each, more))
@@ -698,7 +753,7 @@ def _count(
 
 def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> Callable[[], None]:
     """Add to a size that a module keeps; gives back what undoes it."""
-    module = model.get_submodule(attribute.path)
+    module = module_at(model, attribute.path)
     before = getattr(module, attribute.name)
     setattr(module, attribute.name, attribute.enlarged(before, more))
     return lambda: setattr(module, attribute.name, before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from growconv.errors import SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
-from growconv.network.model import attribute, found_at, unwrapped
+from growconv.network.model import attribute, found_at, module_at, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
 
@@ -222,7 +222,7 @@ class GrowthSite(Site):
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
         for path, side in (*((path, OUT) for path in self.producers), *((path, IN) for path in self.consumers)):
-            module = self.model.get_submodule(path)
+            module = module_at(self.model, path)
             if layers.is_transposed(module):
                 return f"{path} is a transposed convolution"
             if layers.groups_of(module) > 1:
@@ -302,7 +302,7 @@ class GrowthSite(Site):
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
         for path in (*site.producers, *site.consumers) if trains else ():
-            parameters = [p for name, p in site.model.get_submodule(path).named_parameters() if "weight" in name]
+            parameters = [p for name, p in module_at(site.model, path).named_parameters() if "weight" in name]
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 raise SiteError(
                     f"the weight of {path} is frozen (requires_grad=False)",
@@ -337,6 +337,6 @@ def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
         path, side = key
         if side == ENTRY and path in layout.dims:
             return int(cast(Tensor, attribute(model, path)).shape[layout.dims[path]])
-        return layers.size(model.get_submodule(path), side)
+        return layers.size(module_at(model, path), side)
 
     return Sizes(length)

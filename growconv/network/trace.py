@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from growconv.errors import TraceError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
-from growconv.network.model import Arguments, one_run, tensors_in
+from growconv.network.model import Arguments, module_at, one_run, tensors_in
 from growconv.network.watch import Watch
 
 NONE = -1
@@ -231,7 +231,7 @@ def look(
 def _note_trained(model: nn.Module, numbers: Numbers, mode: "_Mode", output: object) -> None:
     """Note which of the layers that were called get a gradient."""
     outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-    weights = {path: list(model.get_submodule(path).parameters()) for path in mode.calls}
+    weights = {path: list(module_at(model, path).parameters()) for path in mode.calls}
     leaves = _leaves(outputs)
     for path, own in weights.items():
         if any(parameter.requires_grad for parameter in own):
@@ -794,8 +794,8 @@ def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[
                 earlier = weights.setdefault(id(tensor), path)
                 if (
                     earlier != path
-                    and layers.size(module, OUT) == layers.size(model.get_submodule(earlier), OUT)
-                    and type(module) is type(model.get_submodule(earlier))
+                    and layers.size(module, OUT) == layers.size(module_at(model, earlier), OUT)
+                    and type(module) is type(module_at(model, earlier))
                 ):
                     alias[path] = earlier
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -184,4 +184,4 @@ class PReLU(Norm):
 
 
 def _picked(values: Tensor | None, place: Place) -> Tensor | None:
-    return None if values is None else values[list(place.entries)]
+    return None if values is None else place.of(values)

@@ -227,7 +227,7 @@ class Weighted(Adapter):
         for position, shares in self._shares(side, places).items():
             insertion = Insertion(0 if self._listed(side) else 1, position, len(shares[0].entries))
             blocks = [] if weight is None else [self._block(side, place, places, weight) for place in shares]
-            parts.append(Part("weight", insertion, torch.cat(blocks) if blocks else None))
+            parts.append(Part("weight", insertion, torch.cat(blocks) if len(blocks) > 1 else next(iter(blocks), None)))
         return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
@@ -306,7 +306,7 @@ class Weighted(Adapter):
             insertion, entries = Insertion(0, place.position, len(place.entries)), list(place.entries)
             if self.bias() is not None:
                 bias = values.get("bias")
-                parts.append(Part("bias", insertion, None if bias is None else bias[entries]))
+                parts.append(Part("bias", insertion, None if bias is None else place.of(bias)))
             for name, tensor in self._extras():
                 parts.append(
                     Part(name, insertion, _widened(tensor.detach(), len(tensor) + len(entries))[len(tensor) :])
@@ -324,9 +324,11 @@ class Weighted(Adapter):
             group, rows = self._group(IN, place), self.size(OUT) // self.groups
             own = sorted(entry for each in places if self._group(IN, each) == group for entry in each.entries)
             column = {entry: index for index, entry in enumerate(own)}
-            found = weight[group * rows : (group + 1) * rows, [column[entry] for entry in entries]]
+            found = weight[group * rows : (group + 1) * rows]
+            if entries != own or len(own) < found.shape[1]:
+                found = found[:, [column[entry] for entry in entries]]
         else:
-            found = weight[entries]
+            found = place.of(weight)
         return found.transpose(0, 1) if self.transposed else found
 
     def _shares(self, side: str, places: Sequence[Place]) -> dict[int, list[Place]]:
