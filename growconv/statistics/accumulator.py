@@ -10,7 +10,6 @@ from growconv.errors import StatisticsError
 from growconv.statistics.constants import with_constants
 from growconv.statistics.dense import dense_sums
 from growconv.statistics.offset_path import OffsetPath, axis_problems
-from growconv.statistics.offsets import MAPS
 from growconv.statistics.problem import PairProblem, folded
 from growconv.statistics.sums import Totals
 from growconv.statistics.unfolded import add_unfolded_sums
@@ -70,8 +69,7 @@ def choose_paths(
         if reason:
             choices[name] = Choice("unfold", reason)
             continue
-        candidate = OffsetPath(problem, (name,), 1)
-        offset = candidate.cost(candidate.correlations[MAPS[name]], samples)
+        offset = OffsetPath(problem, (name,), 1).cost(samples)
         best = "offset" if offset < unfold else "unfold"
         choices[name] = Choice(best, f"offset {offset:.2g}, unfold {unfold:.2g} multiply-adds a batch")
     return choices

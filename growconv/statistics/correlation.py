@@ -1,17 +1,28 @@
-"""Correlations of two stacks of maps: at given offsets, by one product each or through their spectra, and at pairs."""
+"""Correlations of two stacks of maps: along whole diagonals of some axes, at pairs of locations of the others."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from growconv.statistics.offsets import Pair
+from growconv.statistics import spectra
+from growconv.statistics.offsets import Diagonal, Pair
+
+SPECTRA_BYTES = 8 * 2**20
+"""Spectra made at a time, about: memory that stays in the cache and with the process is not paged in again."""
+TRANSFORM = 1.5
+"""Price of a multiply-add of a transform, in those of a large product."""
+PRODUCT = 1.3
+"""Price of one of a product of the spectra."""
+FIXED = 3e6
+"""Price of all calls that a strip takes, whatever its size."""
 
 
 def split_phases(maps: Float[Tensor, "n c *size"], steps: Sequence[int]) -> Float[Tensor, "n c *phases_and_size"]:
@@ -31,188 +42,6 @@ def split_phases(maps: Float[Tensor, "n c *size"], steps: Sequence[int]) -> Floa
         shape += [size // step, step]
     view = padded.view(shape) if padded.is_contiguous() else padded.reshape(shape)
     return view.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
-
-
-def shifted_products(
-    first: Float[Tensor, "k c n *size"],
-    second: Float[Tensor, "k d n *other"],
-    offsets: Sequence[tuple[int, ...]],
-) -> Float[Tensor, "o k c d"]:
-    """Σ over samples and positions j of first[j + offset]·second[j]: one matrix product per offset.
-
-    The maps are flattened with zeros between rows and samples that are as wide as the largest offset, so that a shift
-    of the flattened index is a shift of the maps.
-
-    Args:
-        first: maps, channels c, in k independent groups.
-        second: maps, channels d.
-        offsets: one tuple per correlation, an entry per axis.
-    """
-    axes = first.dim() - 3
-    sizes = [max(a, b) for a, b in zip(first.shape[3:], second.shape[3:], strict=True)]
-    gaps = [max(abs(offset[axis]) for offset in offsets) for axis in range(axes)]
-    common = [size + gap for size, gap in zip(sizes, gaps, strict=True)]
-
-    def flat(maps: Tensor) -> Tensor:
-        sides: list[int] = []
-        for have, want in zip(reversed(maps.shape[3:]), reversed(common), strict=True):
-            sides += [0, want - have]
-        padded = F.pad(maps, sides) if any(sides) else maps
-        return padded.reshape(*maps.shape[:2], -1)
-
-    a, b = flat(first), flat(second)
-    length = a.shape[2]
-    result = a.new_empty(len(offsets), a.shape[0], a.shape[1], b.shape[1])
-    strides = [math.prod(common[axis + 1 :]) for axis in range(axes)]
-    for number, offset in enumerate(offsets):
-        shift = sum(step * stride for step, stride in zip(offset, strides, strict=True))
-        moved = a[:, :, max(shift, 0) : length + min(shift, 0)]
-        still = b[:, :, max(-shift, 0) : length - max(shift, 0)]
-        torch.bmm(moved, still.transpose(1, 2), out=result[number])
-    return result
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How maps are cut for their spectra on each axis.
-
-    Attributes:
-        lengths: length F of the transform.
-        tile: locations of the second map per tile; the first map's tile has the offsets' span more.
-        tiles: number of tiles.
-        lowest: offset that the transform's lag 0 stands for; 0 where there is one tile.
-    """
-
-    lengths: tuple[int, ...]
-    tile: tuple[int, ...]
-    tiles: tuple[int, ...]
-    lowest: tuple[int, ...]
-
-    @property
-    def frequencies(self) -> int:
-        """Number of independent frequencies of real maps."""
-        return math.prod(self.lengths[:-1]) * (self.lengths[-1] // 2 + 1)
-
-    @property
-    def parts(self) -> int:
-        """Number of tiles of a map."""
-        return math.prod(self.tiles)
-
-
-def fast_length(least: int) -> int:
-    """The next even length whose prime factors are 2, 3 and 5."""
-    length = least + least % 2
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 2
-
-
-def plan_tiling(
-    sizes: Sequence[int], lowest: Sequence[int], highest: Sequence[int], longest: int, cut_to: int
-) -> Tiling:
-    """Transform lengths for maps of some size and the offsets between them.
-
-    Args:
-        sizes: locations per axis, of the larger map.
-        lowest: smallest offset per axis.
-        highest: largest offset per axis.
-        longest: length of a transform above which maps are cut into tiles.
-        cut_to: length of a tile's transform, about.
-    """
-    lengths, tile, tiles, origin = [], [], [], []
-    for size, low, high in zip(sizes, lowest, highest, strict=True):
-        whole = fast_length(size + max(-low, high, 0))
-        span = high - low
-        count = 1 if whole <= longest else math.ceil(size / max(1, cut_to - span))
-        if count == 1:
-            lengths.append(whole)
-            tile.append(size)
-            origin.append(0)
-        else:
-            tile.append(math.ceil(size / count))
-            lengths.append(fast_length(tile[-1] + span))
-            origin.append(low)
-        tiles.append(count)
-    return Tiling(tuple(lengths), tuple(tile), tuple(tiles), tuple(origin))
-
-
-def spectrum(maps: Float[Tensor, "n c *size"], tiling: Tiling, halo: bool) -> Complex[Tensor, "f c i"]:
-    """Fourier transform of maps, frequencies first: (frequencies, channels, samples·tiles), complex.
-
-    Args:
-        maps: real maps.
-        tiling: how they are cut.
-        halo: whether tiles reach over their neighbours, as the first map of a correlation needs.
-    """
-    axes = len(tiling.lengths)
-    maps = _tiles(maps, tiling, halo) if tiling.parts > 1 else maps.transpose(0, 1)
-    transformed = torch.fft.rfftn(maps, s=tiling.lengths, dim=tuple(range(-axes, 0)))
-    flat = transformed.reshape(maps.shape[0] * maps.shape[1], -1)
-    return flat.T.contiguous().view(-1, maps.shape[0], maps.shape[1])
-
-
-def _tiles(maps: Tensor, tiling: Tiling, halo: bool) -> Tensor:
-    """(channels, samples·tiles, *tile)."""
-    axes = len(tiling.lengths)
-    sides: list[int] = []
-    widths = []
-    for axis in reversed(range(axes)):
-        size, tile, count = maps.shape[2 + axis], tiling.tile[axis], tiling.tiles[axis]
-        single = count == 1
-        width = size if single else (tiling.lengths[axis] if halo else tile)
-        low = -tiling.lowest[axis] if halo and not single else 0
-        high = 0 if single else (count - 1) * tile + width - low - size
-        sides += [low, high]
-        widths.insert(0, width)
-    view = F.pad(maps, sides)
-    for axis in range(axes):
-        step = tiling.tile[axis] if tiling.tiles[axis] > 1 else 1
-        view = view.unfold(2 + axis, widths[axis], step)
-    # (n, c, *tiles, *width) to (c, n, *tiles, *width)
-    return view.transpose(0, 1).flatten(1, 1 + axes)
-
-
-def spectral_products(products: Tensor, tiling: Tiling, offsets: Sequence[Sequence[int]]) -> Float[Tensor, "o c d"]:
-    """Correlations at a grid of offsets from the cross spectrum: a Fourier sum per axis, of the wanted offsets only.
-
-    Args:
-        products: cross spectrum Σ_i F_i(ω)·conj(G_i(ω)), (frequencies, c, d), complex.
-        tiling: of the spectra.
-        offsets: the offsets per axis; the result has all their combinations, row-major.
-    """
-    lengths = tiling.lengths
-    halves = [*lengths[:-1], lengths[-1] // 2 + 1]
-    value = products.reshape(*halves, -1)
-    for axis, wanted in enumerate(offsets):
-        lags = torch.tensor([offset - tiling.lowest[axis] for offset in wanted], device=products.device)
-        frequencies = torch.arange(halves[axis], device=products.device)
-        turns = (lags[:, None] * frequencies % lengths[axis]).double() * (2 * math.pi / lengths[axis])
-        weights = torch.polar(torch.full_like(turns, 1 / lengths[axis]), turns)
-        if axis == len(lengths) - 1:
-            inner = (frequencies > 0) & (frequencies < lengths[axis] / 2)
-            weights = weights * (1 + inner.double())
-        weights = weights.to(products.dtype)
-        done = math.prod(len(part) for part in offsets[:axis])
-        value = torch.matmul(weights, value.reshape(done, halves[axis], -1))
-    return value.real.reshape(-1, *products.shape[1:])
-
-
-def along_axis(matrix: Float[Tensor, "rows columns"], value: Tensor, axis: int) -> Tensor:
-    """Multiply one axis of a tensor by a matrix.
-
-    Args:
-        matrix: (rows, columns).
-        value: with `columns` entries on the axis.
-        axis: which one; it has `rows` entries in the result.
-    """
-    moved = value.movedim(axis, 0)
-    product = matrix @ moved.flatten(1)
-    return product.view(matrix.shape[0], *moved.shape[1:]).movedim(0, axis)
 
 
 DENSE_BLOCK = 2
@@ -281,75 +110,223 @@ def _components(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int], list[
 
 @dataclass(frozen=True)
 class Strip:
-    """Products along whole diagonals of some axes, at the pairs of one block on each of the others.
+    """Correlations along whole diagonals of some axes, at the pairs of one block on each of the others.
 
     Attributes:
         blocks: by axis, where it has pairs.
-        diagonals: by axis, where it has diagonals: (phase of the first map, of the second), indices, offsets.
+        diagonals: by axis, where it has diagonals.
         steps: by axis of diagonals, the steps of both maps.
+        symmetric: whether both maps are the same.
     """
 
     blocks: dict[int, Block]
-    diagonals: dict[int, tuple[tuple[int, int], list[int], list[int]]]
+    diagonals: dict[int, tuple[Diagonal, ...]]
     steps: dict[int, tuple[int, int]]
+    symmetric: bool
 
-    def products(self, first: Tensor, second: Tensor) -> Tensor:
-        """(offsets, groups, locations·c, locations·d), summed over samples.
+    @cached_property
+    def alike(self) -> bool:
+        """Whether both maps are cut alike: what is correlated is then the same twice."""
+        return self.symmetric and all(each.locations[0] == each.locations[1] for each in self.blocks.values())
+
+    @cached_property
+    def transformed(self) -> list[int]:
+        """Axes of several offsets; the locations of the others are like further samples."""
+        return [axis for axis, found in self.diagonals.items() if any(offset for _, _, offset in found)]
+
+    @cached_property
+    def phases(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Phases that occur, of the first and of the second map: one for each axis of diagonals."""
+        first, second = (
+            list(itertools.product(*(sorted({each[side] for each in found}) for found in self.diagonals.values())))
+            for side in (0, 1)
+        )
+        return first, second
+
+    @cached_property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """Offsets to be summed; where one phase of a map meets itself, half of them, of which the others follow."""
+        found = spectra.grid([sorted({offset for _, _, offset in self.diagonals[axis]}) for axis in self.transformed])
+        return tuple(each for each in found if each >= (0,) * len(each)) if self._halved else found
+
+    @property
+    def _halved(self) -> bool:
+        return self.alike and len(self.phases[0]) == 1
+
+    def products(self, first: Tensor, second: Tensor, scratch_bytes: int) -> list[Tensor]:
+        """For each phase of the first map (offsets, groups, locations·c, phases·locations·d), summed over samples.
+
+        Of a map that meets itself, phase p meets only phases from p on.
 
         Args:
             first: maps (n, c, *size).
             second: maps (n, d, *other).
+            scratch_bytes: bound on temporary memory.
         """
-        offsets = list(itertools.product(*(offsets for _, _, offsets in self.diagonals.values())))
-        left = self._cut(first, 0)
-        right = left if second is first and self._alike else self._cut(second, 1)
-        return shifted_products(left, right, offsets)
+        sizes = self._coarse(first.shape[2:], second.shape[2:])
+        left = self._cut(first, 0, sizes)
+        right = left if second is first and self.alike else self._cut(second, 1, sizes)
+        if self.transformed:
+            tiling = self._tiling(sizes)
+            halo = tiling.parts > 1
+            same = right is left and not halo
+            left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
+            right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
+        p, q = (len(each) for each in self.phases)
+        width, other = left.shape[-1] // p, right.shape[-1] // q
+        found = []
+        for phase in range(p):
+            one = left if p == 1 else left[..., phase * width : (phase + 1) * width]
+            rest = right if not (self.alike and phase) else right[..., phase * other :]
+            if self.transformed:
+                inverse = spectra.inverse(tiling, self.offsets, one.dtype, one.device)
+                sums = [
+                    spectra.correlate(a, a if rest is one else b, inverse, scratch_bytes // 2)
+                    for a, b in zip(one, rest, strict=True)
+                ]
+                found.append(torch.stack(sums, dim=1))
+            else:
+                found.append(torch.bmm(one.mT, rest).unsqueeze(0))
+        return found
 
-    @property
-    def _alike(self) -> bool:
-        return all(each.locations[0] == each.locations[1] for each in self.blocks.values()) and all(
-            phases[0] == phases[1] for phases, _, _ in self.diagonals.values()
-        )
+    def _coarse(self, size: Sequence[int], other: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Locations of both maps on the axes of diagonals, phase by phase."""
+        return {
+            axis: (-(-size[axis] // first), -(-other[axis] // second)) for axis, (first, second) in self.steps.items()
+        }
 
-    def _cut(self, maps: Tensor, side: int) -> Tensor:
-        """(groups, locations·c, n, *size of the other axes), one phase of these."""
+    def _tiling(self, sizes: dict[int, tuple[int, int]]) -> spectra.Tiling:
+        return spectra.plan_tiling([sizes[axis] for axis in self.transformed], self._reach)
+
+    @cached_property
+    def _reach(self) -> list[tuple[int, int]]:
+        offsets = [[offset for _, _, offset in self.diagonals[axis]] for axis in self.transformed]
+        if self._halved:
+            offsets = [[*each, *(-offset for offset in each)] for each in offsets]
+        return [(min(each), max(each)) for each in offsets]
+
+    def _cut(self, maps: Tensor, side: int, sizes: dict[int, tuple[int, int]]) -> Tensor:
+        """(groups, n·locations of axes without offsets, phases·locations·c, *size of transformed axes).
+
+        Without transformed axes the last dimension is the channels'.
+        """
         axes = maps.dim() - 2
         for axis, block in self.blocks.items():
             where = torch.tensor(block.locations[side], dtype=torch.long, device=maps.device)
             maps = maps.index_select(2 + axis, where)
-        if self.diagonals:
-            steps = [self.steps[axis][side] if axis in self.steps else 1 for axis in range(axes)]
-            phases = [self.diagonals[axis][0][side] if axis in self.diagonals else 0 for axis in range(axes)]
-            if math.prod(steps) > 1:
-                maps = split_phases(maps, steps)[(slice(None), slice(None), *phases)]
+        steps = [self.steps[axis][side] if axis in self.steps else 1 for axis in range(axes)]
+        view = split_phases(maps, steps)  # (n, c, *phases, *coarse)
+        for axis, found in self.diagonals.items():
+            phases = sorted({each[side] for each in found})
+            if phases != list(range(steps[axis])):
+                view = view.index_select(2 + axis, torch.tensor(phases, device=maps.device))
+            if axis not in self.transformed:
+                view = view.narrow(2 + axes + axis, 0, min(sizes[axis]))
         for place, axis in enumerate(self.blocks):
-            maps = maps.unflatten(2 + axis + place, (self.blocks[axis].groups, -1))
-        # (n, c, axes ..., with two for each axis of pairs) to (groups ..., locations ..., c, n, other axes ...)
-        starts, at = {}, 2
+            view = view.unflatten(2 + axes + axis + place, (self.blocks[axis].groups, -1))
+        starts, at = {}, 2 + axes
         for axis in range(axes):
             starts[axis] = at
             at += 1 + (axis in self.blocks)
-        order = [starts[axis] for axis in self.blocks] + [starts[axis] + 1 for axis in self.blocks] + [1, 0]
-        order += [starts[axis] for axis in self.diagonals]
-        cut = maps.permute(order)
-        groups = math.prod(block.groups for block in self.blocks.values())
-        size = math.prod(block.size(side) for block in self.blocks.values())
-        return cut.reshape(groups, size * maps.shape[1], maps.shape[0], *cut.shape[2 + 2 * len(self.blocks) :])
+        folded = [starts[axis] for axis in self.diagonals if axis not in self.transformed]
+        groups = [starts[axis] for axis in self.blocks]
+        order = [*groups, 0, *folded, *range(2, 2 + axes), *(each + 1 for each in groups), 1]
+        cut = view.permute(*order, *(starts[axis] for axis in self.transformed))
+        count, rows = len(groups), len(groups) + 1 + len(folded)
+        shape = [math.prod(part) for part in (cut.shape[:count], cut.shape[count:rows], cut.shape[rows : len(order)])]
+        return cut.reshape(*shape, *cut.shape[len(order) :])
 
-    def enter(self, result: Tensor, products: Tensor) -> None:
+    def samples_at_once(self, shape: Sequence[int], other: Sequence[int], itemsize: int, scratch_bytes: int) -> int:
+        """How many samples to take together: enough for large products, as far as their spectra stay small.
+
+        Args:
+            shape: of the first maps.
+            other: of the second maps.
+            itemsize: bytes of an entry.
+            scratch_bytes: bound on temporary memory.
+        """
+        entries = 0.0
+        sizes = self._coarse(shape[2:], other[2:])
+        spectral = 1.0
+        if self.transformed:
+            tiling = self._tiling(sizes)
+            spectral = 4.0 * tiling.frequencies * tiling.parts
+        for side, channels in enumerate((shape[1], other[1])):
+            folded = math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
+            entries += spectral * folded * self._channels(side, channels) * self._groups
+        per_sample = int(itemsize * entries)
+        enough = max(8, max(shape[1], other[1]) // 4)
+        return max(1, min(max(enough, SPECTRA_BYTES // per_sample), scratch_bytes // 2 // per_sample))
+
+    @property
+    def _groups(self) -> int:
+        return math.prod(block.groups for block in self.blocks.values())
+
+    def _channels(self, side: int, channels: int) -> int:
+        """Channels of a map with its phases and the locations of a block stacked."""
+        return channels * len(self.phases[side]) * math.prod(block.size(side) for block in self.blocks.values())
+
+    def cost(self, shape: Sequence[int], other: Sequence[int]) -> float:
+        """Price for a batch, in multiply-adds of a large product.
+
+        Args:
+            shape: of the first maps.
+            other: of the second maps.
+        """
+        sizes, samples = self._coarse(shape[2:], other[2:]), shape[0]
+        first, second = (self._channels(side, channels) for side, channels in enumerate((shape[1], other[1])))
+        samples *= math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
+        share = (1 + 1 / len(self.phases[0])) / 2 if self.alike else 1.0  # of the pairs of phases
+        products = samples * share * first * second
+        if not self.transformed:
+            return FIXED + PRODUCT * self._groups * products
+        tiling = self._tiling(sizes)
+        products *= (3 if self._halved else 4) * tiling.frequencies * tiling.parts
+        transforms = 0.0
+        for side, channels in list(enumerate((first, second)))[: 1 if self.alike else 2]:
+            own = [sizes[axis][side] for axis in self.transformed]
+            transforms += samples * spectra.multiply_adds(tiling, own, channels)
+        inverse = 2.0 * tiling.frequencies * len(self.offsets) * share * first * second
+        return FIXED + self._groups * (PRODUCT * products + TRANSFORM * transforms + inverse)
+
+    def enter(self, result: Tensor, found: list[Tensor]) -> None:
         """Put summed products where they belong.
 
         Args:
             result: (features of each axis ..., c, d).
-            products: as `products` gives them.
+            found: as `products` gives them.
         """
+        places = {offset: row for row, offset in enumerate(self.offsets)}
+        for (p, phase), (q, other) in itertools.product(*(list(enumerate(each)) for each in self.phases)):
+            features: dict[int, list[int]] = {}
+            offsets: dict[int, list[int]] = {}
+            for (axis, diagonals), pair in zip(self.diagonals.items(), zip(phase, other, strict=True), strict=True):
+                meant = [(index, each[2]) for index, each in enumerate(diagonals) if each[:2] == pair]
+                features[axis], offsets[axis] = [index for index, _ in meant], [offset for _, offset in meant]
+            if not all(features.values()):
+                continue
+            turned = self.alike and q < p  # the same products with the maps exchanged
+            source, partner = (q, p - q) if turned else (p, q - p if self.alike else q)
+            width = found[source].shape[-1] // (len(self.phases[1]) - (source if self.alike else 0))
+            part = found[source][..., partner * width : (partner + 1) * width]
+            wanted = spectra.grid([offsets[axis] for axis in self.transformed])
+            reverse = [tuple(-entry for entry in each) for each in wanted]
+            turns = [turned or each not in places for each in wanted]
+            rows = [places[back if turn else each] for each, back, turn in zip(wanted, reverse, turns, strict=True)]
+            value = part.index_select(0, torch.tensor(rows, device=part.device))
+            if any(turns):
+                flags = torch.tensor(turns, device=part.device).view(-1, 1, 1, 1)
+                value = torch.where(flags, value.mT, value)
+            self._enter_pair(result, value, features)
+
+    def _enter_pair(self, result: Tensor, value: Tensor, features: dict[int, list[int]]) -> None:
+        """Enter what two phases have: (offsets, groups, locations·c, locations·d)."""
         first, second = result.shape[-2:]
-        blocks, diagonals = list(self.blocks.values()), list(self.diagonals.values())
-        counts = [len(indices) for _, indices, _ in diagonals]
+        blocks, count, start = list(self.blocks.values()), len(self.blocks), len(self.diagonals)
+        counts = [len(indices) for indices in features.values()]
         sizes = [[block.size(side) for block in blocks] for side in (0, 1)]
         groups = [block.groups for block in blocks]
-        value = products.view(*counts, *groups, *sizes[0], first, *sizes[1], second)
-        start, count = len(counts), len(blocks)
+        value = value.reshape(*counts, *groups, *sizes[0], first, *sizes[1], second)
         order = list(range(start))
         for number in range(count):
             order += [start + number, start + count + number, start + 2 * count + 1 + number]
@@ -361,7 +338,19 @@ class Strip:
             value = value.index_select(start + number, places)
         axes = [*self.diagonals, *self.blocks]
         value = value.permute(*(axes.index(axis) for axis in range(len(axes))), len(axes), len(axes) + 1)
-        features = {axis: indices for axis, (_, indices, _) in self.diagonals.items()}
         features |= {axis: list(block.features) for axis, block in self.blocks.items()}
         index = np.ix_(*(features[axis] for axis in range(len(axes))))
         result[tuple(torch.from_numpy(part).to(result.device) for part in index)] = value
+
+
+def along_axis(matrix: Float[Tensor, "rows columns"], value: Tensor, axis: int) -> Tensor:
+    """Multiply one axis of a tensor by a matrix.
+
+    Args:
+        matrix: (rows, columns).
+        value: with `columns` entries on the axis.
+        axis: which one; it has `rows` entries in the result.
+    """
+    moved = value.movedim(axis, 0)
+    product = matrix @ moved.flatten(1)
+    return product.view(matrix.shape[0], *moved.shape[1:]).movedim(0, axis)

@@ -85,9 +85,9 @@ def unfolded(problem, names, x, h, v, scratch=1 << 28) -> dict[str, Tensor]:
     return _finished(problem, dict(totals), x, h, v)
 
 
-def by_offsets(problem, names, x, h, v, scratch=1 << 28, spectral=None) -> dict[str, Tensor]:
+def by_offsets(problem, names, x, h, v, scratch=1 << 28) -> dict[str, Tensor]:
     """The offset path, in two batches."""
-    path, totals = OffsetPath(problem, names, scratch, spectral), Totals()
+    path, totals = OffsetPath(problem, names, scratch), Totals()
     for part in (slice(None, 1), slice(1, None)):
         path.add(totals, x[part], h[part], v[part])
     return _finished(problem, path.expand(totals), x, h, v)

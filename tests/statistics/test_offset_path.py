@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.convolution.geometry import Geometry
-from growconv.statistics import offset_path
+from growconv.statistics import spectra
 from growconv.statistics.problem import PairProblem
 from tests.statistics import cases
 
@@ -15,37 +15,28 @@ SCRATCH = st.sampled_from([1 << 28, 1 << 28, 30_000, 3_000, 100])
 
 
 @settings(max_examples=220)
-@given(cases.pairs(), SCRATCH, st.booleans(), st.sampled_from([72, 72, 10, 6, 4]))
-def test_all_paths_agree_in_float64(pair, scratch, spectral, longest):
+@given(cases.pairs(), SCRATCH, st.sampled_from([72, 72, 10, 6, 4]))
+def test_all_paths_agree_in_float64(pair, scratch, longest):
     problem = cases.problem_of(pair)
     names = cases.statistics_of(problem)
     x, h, v = cases.tensors(problem)
     expected = cases.dense(problem, names, x, h, v)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offset_path, "LONGEST_TRANSFORM", longest)  # small: maps are cut into tiles
-        patch.setattr(offset_path, "TILE_TRANSFORM", longest)
-        cases.assert_equal(cases.by_offsets(problem, names, x, h, v, scratch, spectral), expected, 1e-10)
+        patch.setattr(spectra, "LONGEST_TRANSFORM", longest)  # small: maps are cut into tiles
+        patch.setattr(spectra, "TILE_TRANSFORM", longest)
+        cases.assert_equal(cases.by_offsets(problem, names, x, h, v, scratch), expected, 1e-10)
     cases.assert_equal(cases.unfolded(problem, names, x, h, v, scratch), expected, 1e-10)
 
 
 @settings(max_examples=60)
-@given(cases.pairs(), st.booleans())
-def test_float32_stays_within_its_precision(pair, spectral):
+@given(cases.pairs())
+def test_float32_stays_within_its_precision(pair):
     problem = cases.problem_of(pair)
     names = cases.statistics_of(problem)
     x, h, v = cases.tensors(problem, dtype=torch.float32)
     expected = cases.dense(problem, names, x.double(), h.double(), v.double())
-    cases.assert_equal(cases.by_offsets(problem, names, x, h, v, spectral=spectral), expected, 1e-4)
+    cases.assert_equal(cases.by_offsets(problem, names, x, h, v), expected, 1e-4)
     cases.assert_equal(cases.unfolded(problem, names, x, h, v), expected, 1e-4)
-
-
-@settings(max_examples=25)
-@given(cases.pairs(axes=(2,), plain=True))
-def test_the_path_chosen_by_cost_agrees(pair):
-    problem = cases.problem_of(pair)
-    names = cases.statistics_of(problem)
-    x, h, v = cases.tensors(problem)
-    cases.assert_equal(cases.by_offsets(problem, names, x, h, v), cases.dense(problem, names, x, h, v), 1e-10)
 
 
 def test_a_constant_background_sums_up_in_float32():
