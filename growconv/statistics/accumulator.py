@@ -85,7 +85,7 @@ def unfold_cost(problem: PairProblem, name: str) -> float:
         "S": 0.75 * a * a * hidden + patches,
         "patch_gram": 0.75 * a * a * math.prod(problem.first_output_size) + patches,
         "S_full": 0.75 * (a * b) ** 2 * outputs + UNFOLD * a * b * outputs,
-        "N_raw": a * b * c * outputs + patches,
+        "N_raw": a * b * c * outputs + 3 * patches,
         "P": a * b * d * outputs + patches + own,
         "S2": 0.75 * d * d * outputs + own,
         "M": 1.0 * d * c * outputs,

@@ -538,7 +538,7 @@ class StatisticsCollector:
     ) -> bool:
         named = [(f"the input of {path}", tensor) for path, tensor in x.items()]
         named += [(f"the input of {consumer.path}", h), (f"the gradient at the output of {consumer.path}", v)]
-        bad = [name for name, tensor in named if not bool(torch.isfinite(tensor.sum(dim=0)).all())]
+        bad = [name for name, tensor in named if not math.isfinite(tensor.sum())]
         if not bad:
             return True
         if self.nonfinite == "skip":

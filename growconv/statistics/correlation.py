@@ -15,14 +15,16 @@ from torch import Tensor
 from growconv.statistics import spectra
 from growconv.statistics.offsets import Diagonal, Pair
 
-SPECTRA_BYTES = 8 * 2**20
+SPECTRA_BYTES = 16 * 2**20
 """Spectra made at a time, about: memory that stays in the cache and with the process is not paged in again."""
-TRANSFORM = 1.5
-"""Price of a multiply-add of a transform, in those of a large product."""
-PRODUCT = 1.3
-"""Price of one of a product of the spectra."""
-FIXED = 3e6
-"""Price of all calls that a strip takes, whatever its size."""
+SPECTRAL = 2.0
+"""Price of a multiply-add of a transform or of a product of spectra, in those of a large product."""
+SEVERAL_CALLS = 6e6
+"""Price of the calls that spectra take, whatever their size."""
+FEW_CALLS = 1.5e6
+"""Price of the calls that one product takes."""
+MOVE = 30.0
+"""Price of an entry that is moved."""
 
 
 def split_phases(maps: Float[Tensor, "n c *size"], steps: Sequence[int]) -> Float[Tensor, "n c *phases_and_size"]:
@@ -145,18 +147,12 @@ class Strip:
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
-        """Offsets to be summed; where one phase of a map meets itself, half of them, of which the others follow."""
+        """Offsets to be summed; half of them where a map meets itself: the others exchange its channels."""
         found = spectra.grid([sorted({offset for _, _, offset in self.diagonals[axis]}) for axis in self.transformed])
-        return tuple(each for each in found if each >= (0,) * len(each)) if self._halved else found
+        return tuple(each for each in found if each >= (0,) * len(each)) if self.alike else found
 
-    @property
-    def _halved(self) -> bool:
-        return self.alike and len(self.phases[0]) == 1
-
-    def products(self, first: Tensor, second: Tensor, scratch_bytes: int) -> list[Tensor]:
-        """For each phase of the first map (offsets, groups, locations·c, phases·locations·d), summed over samples.
-
-        Of a map that meets itself, phase p meets only phases from p on.
+    def products(self, first: Tensor, second: Tensor, scratch_bytes: int) -> Tensor:
+        """(offsets, groups, phases·locations·c, phases·locations·d), summed over samples.
 
         Args:
             first: maps (n, c, *size).
@@ -166,28 +162,14 @@ class Strip:
         sizes = self._coarse(first.shape[2:], second.shape[2:])
         left = self._cut(first, 0, sizes)
         right = left if second is first and self.alike else self._cut(second, 1, sizes)
-        if self.transformed:
-            tiling = self._tiling(sizes)
-            halo = tiling.parts > 1
-            same = right is left and not halo
-            left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
-            right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
-        p, q = (len(each) for each in self.phases)
-        width, other = left.shape[-1] // p, right.shape[-1] // q
-        found = []
-        for phase in range(p):
-            one = left if p == 1 else left[..., phase * width : (phase + 1) * width]
-            rest = right if not (self.alike and phase) else right[..., phase * other :]
-            if self.transformed:
-                inverse = spectra.inverse(tiling, self.offsets, one.dtype, one.device)
-                sums = [
-                    spectra.correlate(a, a if rest is one else b, inverse, scratch_bytes // 2)
-                    for a, b in zip(one, rest, strict=True)
-                ]
-                found.append(torch.stack(sums, dim=1))
-            else:
-                found.append(torch.bmm(one.mT, rest).unsqueeze(0))
-        return found
+        if not self.transformed:
+            return torch.bmm(left.mT, right).unsqueeze(0)
+        tiling = self._tiling(sizes)
+        same = right is left and tiling.parts == 1
+        left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
+        right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
+        inverse = spectra.inverse(tiling, self.offsets, left.dtype, left.device)
+        return spectra.correlate(left, right, inverse, scratch_bytes // 2)
 
     def _coarse(self, size: Sequence[int], other: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Locations of both maps on the axes of diagonals, phase by phase."""
@@ -201,7 +183,7 @@ class Strip:
     @cached_property
     def _reach(self) -> list[tuple[int, int]]:
         offsets = [[offset for _, _, offset in self.diagonals[axis]] for axis in self.transformed]
-        if self._halved:
+        if self.alike:
             offsets = [[*each, *(-offset for offset in each)] for each in offsets]
         return [(min(each), max(each)) for each in offsets]
 
@@ -250,7 +232,7 @@ class Strip:
         spectral = 1.0
         if self.transformed:
             tiling = self._tiling(sizes)
-            spectral = 4.0 * tiling.frequencies * tiling.parts
+            spectral = 2.0 * tiling.frequencies * tiling.parts
         for side, channels in enumerate((shape[1], other[1])):
             folded = math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
             entries += spectral * folded * self._channels(side, channels) * self._groups
@@ -276,47 +258,48 @@ class Strip:
         sizes, samples = self._coarse(shape[2:], other[2:]), shape[0]
         first, second = (self._channels(side, channels) for side, channels in enumerate((shape[1], other[1])))
         samples *= math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
-        share = (1 + 1 / len(self.phases[0])) / 2 if self.alike else 1.0  # of the pairs of phases
-        products = samples * share * first * second
+        products = float(samples * first * second)
         if not self.transformed:
-            return FIXED + PRODUCT * self._groups * products
+            return FEW_CALLS + self._groups * (products + MOVE * samples * (first + (0 if self.alike else second)))
         tiling = self._tiling(sizes)
-        products *= (3 if self._halved else 4) * tiling.frequencies * tiling.parts
+        products *= (3 if self.alike else 4) * tiling.frequencies * tiling.parts
         transforms = 0.0
         for side, channels in list(enumerate((first, second)))[: 1 if self.alike else 2]:
             own = [sizes[axis][side] for axis in self.transformed]
             transforms += samples * spectra.multiply_adds(tiling, own, channels)
-        inverse = 2.0 * tiling.frequencies * len(self.offsets) * share * first * second
-        return FIXED + self._groups * (PRODUCT * products + TRANSFORM * transforms + inverse)
+        inverse = 2.0 * tiling.frequencies * len(self.offsets) * first * second
+        return SEVERAL_CALLS + SPECTRAL * self._groups * (products + transforms + inverse)
 
-    def enter(self, result: Tensor, found: list[Tensor]) -> None:
+    def enter(self, result: Tensor, products: Tensor) -> None:
         """Put summed products where they belong.
 
         Args:
             result: (features of each axis ..., c, d).
-            found: as `products` gives them.
+            products: as `products` gives them.
         """
         places = {offset: row for row, offset in enumerate(self.offsets)}
-        for (p, phase), (q, other) in itertools.product(*(list(enumerate(each)) for each in self.phases)):
+        phases = [list(enumerate(each)) for each in self.phases]
+        by_phase = products.unflatten(3, (len(phases[1]), -1)).unflatten(2, (len(phases[0]), -1))
+        for (p, phase), (q, other) in itertools.product(*phases):
             features: dict[int, list[int]] = {}
-            offsets: dict[int, list[int]] = {}
+            offsets: list[list[int]] = []
             for (axis, diagonals), pair in zip(self.diagonals.items(), zip(phase, other, strict=True), strict=True):
                 meant = [(index, each[2]) for index, each in enumerate(diagonals) if each[:2] == pair]
-                features[axis], offsets[axis] = [index for index, _ in meant], [offset for _, offset in meant]
+                features[axis] = [index for index, _ in meant]
+                if axis in self.transformed:
+                    offsets.append([offset for _, offset in meant])
             if not all(features.values()):
                 continue
-            turned = self.alike and q < p  # the same products with the maps exchanged
-            source, partner = (q, p - q) if turned else (p, q - p if self.alike else q)
-            width = found[source].shape[-1] // (len(self.phases[1]) - (source if self.alike else 0))
-            part = found[source][..., partner * width : (partner + 1) * width]
-            wanted = spectra.grid([offsets[axis] for axis in self.transformed])
-            reverse = [tuple(-entry for entry in each) for each in wanted]
-            turns = [turned or each not in places for each in wanted]
-            rows = [places[back if turn else each] for each, back, turn in zip(wanted, reverse, turns, strict=True)]
-            value = part.index_select(0, torch.tensor(rows, device=part.device))
-            if any(turns):
-                flags = torch.tensor(turns, device=part.device).view(-1, 1, 1, 1)
-                value = torch.where(flags, value.mT, value)
+            wanted = spectra.grid(offsets)
+            turned = [each not in places for each in wanted]  # the same products with the maps exchanged
+            rows = [
+                places[tuple(-e for e in each) if turn else each] for each, turn in zip(wanted, turned, strict=True)
+            ]
+            where = torch.tensor(rows, device=products.device)
+            value = by_phase[:, :, p, :, q].index_select(0, where)
+            if any(turned):
+                flags = torch.tensor(turned, device=products.device).view(-1, 1, 1, 1)
+                value = torch.where(flags, by_phase[:, :, q, :, p].index_select(0, where).mT, value)
             self._enter_pair(result, value, features)
 
     def _enter_pair(self, result: Tensor, value: Tensor, features: dict[int, list[int]]) -> None:

@@ -56,7 +56,7 @@ class Correlation:
 
     @cached_property
     def kinds(self) -> list[str]:
-        """Whether each axis takes its diagonals or its singles: all combinations that are not empty, diagonals first."""
+        """Whether each axis takes its diagonals or its singles: all combinations that are not empty."""
         return [
             "".join(kinds)
             for kinds in itertools.product("ds", repeat=len(self.axes))
@@ -112,11 +112,13 @@ class OffsetPath:
             for kinds, strips in correlation.strips.items():
                 for number, strip in enumerate(strips):
                     samples = strip.samples_at_once(first.shape, second.shape, x.element_size(), self.scratch_bytes)
-                    for start in range(0, len(first), samples):
-                        part = first[start : start + samples]
-                        other = part if second is first else second[start : start + samples]
-                        for phase, value in enumerate(strip.products(part, other, self.scratch_bytes)):
-                            totals.add(f"{correlation.maps}:{kinds}:{number}:{phase}", value)
+                    chunks = math.ceil(len(first) / samples)
+                    parts = first.tensor_split(chunks)
+                    for part, other in zip(
+                        parts, parts if second is first else second.tensor_split(chunks), strict=True
+                    ):
+                        products = strip.products(part, other, self.scratch_bytes)
+                        totals.add(f"{correlation.maps}:{kinds}:{number}", products)
 
     def cost(self, samples: int) -> float:
         """Price of a batch, in multiply-adds of a large product."""
@@ -193,9 +195,9 @@ class OffsetPath:
             counts = [correlation.count(axis, kind) for axis, kind in enumerate(kinds)]
             found[kinds] = like.new_zeros(*counts, c, d, dtype=torch.float64)
             for number, strip in enumerate(strips):
-                keys = [f"{correlation.maps}:{kinds}:{number}:{phase}" for phase in range(len(strip.phases[0]))]
-                if keys[0] in totals:
-                    strip.enter(found[kinds], [totals[key] for key in keys])
+                key = f"{correlation.maps}:{kinds}:{number}"
+                if key in totals:
+                    strip.enter(found[kinds], totals[key])
         return found
 
     @staticmethod

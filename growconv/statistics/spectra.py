@@ -20,7 +20,7 @@ LONGEST_TRANSFORM = 48
 """Maps that need a longer transform are cut into tiles."""
 TILE_TRANSFORM = 32
 """Length of a tile's transform, about."""
-PRODUCT_BYTES = 4 * 2**20
+PRODUCT_BYTES = 2 * 2**20
 """Products of some frequencies that are held at a time: they stay in the cache."""
 
 
@@ -150,11 +150,11 @@ def inverse(
 
 
 def correlate(
-    first: Float[Tensor, "f 2 n c"],
-    second: Float[Tensor, "f 2 n d"],
+    first: Float[Tensor, "g f 2 n c"],
+    second: Float[Tensor, "g f 2 n d"],
     inverse: Float[Tensor, "2 o f"],
     product_bytes: int,
-) -> Float[Tensor, "o c d"]:
+) -> Float[Tensor, "o g c d"]:
     """Σ over samples and locations j of first[j + offset]·second[j] from the maps' spectra.
 
     Args:
@@ -163,22 +163,28 @@ def correlate(
         inverse: of the offsets.
         product_bytes: bound on the products that are held at a time.
     """
-    channels, others = first.shape[-1], second.shape[-1]
-    block = max(1, min(PRODUCT_BYTES, product_bytes) // (2 * channels * others * first.element_size()))
-    result = first.new_zeros(inverse.shape[1], channels * others)
-    odd = torch.zeros_like(result) if second is first else result
-    for start in range(0, first.shape[0], block):
-        a, b = first[start : start + block], second[start : start + block]
-        real = torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2))
-        imaginary = torch.bmm(a[:, 1].mT, b[:, 0])
-        if second is not first:
-            imaginary.baddbmm_(a[:, 0].mT, b[:, 1], alpha=-1)
-        result.addmm_(inverse[0, :, start : start + block], real.flatten(1))
-        odd.addmm_(inverse[1, :, start : start + block], imaginary.flatten(1))
-    shape = (inverse.shape[1], channels, others)
-    if second is first:  # the imaginary part is its product less the transposed one
-        return result.view(shape) + odd.view(shape) - odd.view(shape).mT
-    return result.view(shape)
+    groups, count, _, _, channels = first.shape
+    same, others = second is first, second.shape[-1]
+    at_once = max(1, min(PRODUCT_BYTES, product_bytes) // (2 * channels * others * first.element_size()))
+    together = max(1, at_once // count)  # groups; frequencies are cut only where one group is too large
+    result = first.new_zeros(groups, inverse.shape[1], channels * others)
+    odd = torch.zeros_like(result) if same else result
+    for group in range(0, groups, together):
+        part = slice(group, group + together)
+        for start in range(0, count, at_once):
+            waves = inverse[:, None, :, start : start + at_once].expand(-1, result[part].shape[0], -1, -1)
+            a, b = (each[part, start : start + at_once].flatten(0, 1) for each in (first, second))
+            real = torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2))
+            imaginary = torch.bmm(a[:, 1].mT, b[:, 0])
+            if not same:
+                imaginary.baddbmm_(a[:, 0].mT, b[:, 1], alpha=-1)
+            shape = (*waves.shape[1:2], waves.shape[3], -1)
+            result[part].baddbmm_(waves[0], real.view(shape))
+            odd[part].baddbmm_(waves[1], imaginary.view(shape))
+    shape = (groups, inverse.shape[1], channels, others)
+    if same:  # the imaginary part is its product less the transposed one
+        return (result.view(shape) + odd.view(shape) - odd.view(shape).mT).transpose(0, 1)
+    return result.view(shape).transpose(0, 1)
 
 
 def multiply_adds(tiling: Tiling, sizes: Sequence[int], channels: int) -> float:
