@@ -29,10 +29,9 @@ import growconv
 from experiments.benchmarks.table import write_section
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers import exact, tiny
+from growconv.solvers import Request, exact, tiny
 from growconv.solvers.assembly import assemble
 from growconv.solvers.energy import captured_energy
-from growconv.solvers.request import Request
 from growconv.statistics import PairStatistics, collect_statistics
 from growconv.training.data import load_data
 
@@ -90,7 +89,7 @@ def proposal(method: str, subject: PairStatistics, site: GrowthSite, model: nn.M
     if method == "gromo":
         alpha, omega, values = gromo_solution(subject, channels)
         plain = replace(subject, samples_kept=None)
-        growth = assemble(Request(site.of(model), channels, plain), "gromo", alpha, [omega], values.square())
+        growth = assemble(Request(site.of(model), channels, plain), "gromo", alpha, omega.flatten(1), values.square())
         return at_scale(growth, alpha.norm(dim=1))
     options = {"random": {"outgoing": 1.0}, "gradmax": {}}.get(method, {})
     return growconv.solve(

@@ -166,7 +166,7 @@ def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CA
         return strongest * own
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
     new = _outgoing_norms(weight.unflatten(1, (units, -1)) for weight in growth.outgoing.values())
-    old = _outgoing_norms(columns_of(site, site.model, path) for path in site.consumers)
+    old = _outgoing_norms(columns_of(site, path) for path in site.consumers)
     largest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
     if largest <= 0:
         return 0.0

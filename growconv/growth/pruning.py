@@ -153,8 +153,8 @@ def norm_scores(site: GrowthSite) -> Tensor:
     It does not change when one side is scaled up and the other down. Behind a norm layer, which erases the incoming
     scale, the layer's |γ| takes the incoming norm's place.
     """
-    incoming = sum(_squares(filters_of(site.model, path, site), site) for path in site.producers)
-    columns = [columns_of(site, site.model, path).transpose(0, 1) for path in site.consumers]
+    incoming = sum(_squares(filters_of(site, path, own=True), site) for path in site.producers)
+    columns = [columns_of(site, path).transpose(0, 1) for path in site.consumers]
     outgoing = sum(_squares(each.movedim(2, 1).flatten(0, 1), site) for each in columns)
     gamma: list[Tensor] = []
     for path in site.followers:

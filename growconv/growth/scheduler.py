@@ -44,8 +44,7 @@ from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.base import Solver, get_solver, require_count
-from growconv.solvers.request import Channels
+from growconv.solvers.base import Channels, Solver, get_solver, require_count
 
 logger = logging.getLogger("growconv.growth")
 

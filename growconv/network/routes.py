@@ -95,6 +95,12 @@ class Route:
     dead_above_zero: bool = False
 
     @property
+    def norm(self) -> str | None:
+        """Path of the norm layer that directly follows the producer; None where something else does."""
+        first = self.steps[0] if self.steps else None
+        return first.path if isinstance(first, Norm) else None
+
+    @property
     def local(self) -> bool:
         """True when no step changes the grid: only norms and elementwise functions."""
         return self.problem is None and all(isinstance(step, (Norm, Activation)) for step in self.steps)

@@ -123,6 +123,10 @@ class Site(ABC):
         """Every axis that the channels lie on: (path, side)."""
         return self.layout.keys(self.space)
 
+    def layer(self, path: str) -> layers.Weighted:
+        """What knows a convolution or linear layer of the site's model."""
+        return layers.weighted(self.model.get_submodule(path))
+
     def ratio(self, path: str, side: str = IN) -> Fraction:
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
         return self.layout.ratio((path, side), self.space)

@@ -3,8 +3,16 @@
 `tiny`, `gradmax` and `exact` are the methods on bare tensors; the classes are what `solve` looks up by name.
 """
 
-from growconv.solvers.base import SOLVERS, LinearisationWarning, Solver, get_solver, register, solve
-from growconv.solvers.counting import MeasuredGains, measure_gains
+from growconv.solvers.base import (
+    SOLVERS,
+    Channels,
+    LinearisationWarning,
+    Request,
+    Solver,
+    get_solver,
+    register,
+    solve,
+)
 from growconv.solvers.energy import captured_energy, expected_decrease
 from growconv.solvers.exact import Exact, ExactChannels, exact
 from growconv.solvers.firefly import Firefly
@@ -13,8 +21,7 @@ from growconv.solvers.gradmax import GradMax, GradMaxChannels, gradmax
 from growconv.solvers.net2net import Net2Net
 from growconv.solvers.north import North
 from growconv.solvers.random import Random
-from growconv.solvers.request import Channels, Request
-from growconv.solvers.sampling import collect_until_known
+from growconv.solvers.sampling import MeasuredGains, collect_until_known, measure_gains
 from growconv.solvers.senn import Senn
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.tiny import Tiny, TinyChannels, tiny

@@ -1,20 +1,21 @@
 """From factors to weights: the last step that every method on statistics shares."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, StatisticsError
 from growconv.linalg import fix_signs
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Activation, Norm, Other
+from growconv.network.routes import Activation, Other
 from growconv.network.site import GrowthSite
+from growconv.solvers.base import Request
 from growconv.solvers.energy import choose_signs, expected_decrease, require_samples
-from growconv.solvers.request import Request
 from growconv.solvers.weights import at_old_scale, bias_of, filters_of, homogeneous
 from growconv.statistics.pair import PairStatistics
 
@@ -43,8 +44,9 @@ def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tenso
             where=where,
             fix="run at least one batch with a backward pass inside the collector",
         )
+    found: tuple[list[Tensor], ...] = tuple([] for _ in names)
     for consumer in subject.consumers:
-        for name in names:
+        for values, name in zip(found, names, strict=True):
             value = getattr(consumer, name)
             if value is None:
                 raise StatisticsError(
@@ -59,7 +61,8 @@ def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tenso
                     where=f"{where}, consumer {consumer.consumer}",
                     fix="look for an overflow in the loss, or lower the loss scale",
                 )
-    return tuple([getattr(consumer, name) for consumer in subject.consumers] for name in names)
+            values.append(value)
+    return found
 
 
 def require_moments(channels: int, N: Tensor, **squares: Tensor) -> None:
@@ -117,7 +120,7 @@ def assemble(
     request: Request,
     method: str,
     left: Float[Tensor, "k a"],
-    rights: Sequence[Tensor],
+    right: Float[Tensor, "k columns"],
     gains: Float[Tensor, " k"],
     reason: str | None = None,
     signs: bool = False,
@@ -129,7 +132,7 @@ def assemble(
             norm layer behind the producer its moments; the kept samples the signs and the expected decrease.
         method: name of the solver.
         left: (k, a), the new filters of all producers, each with its bias last where it has one.
-        rights: per consumer (k, b, c2), in the order of `subject.consumers`.
+        right: (k, columns), the weights (b, c2) of one consumer after the other, in the order of `subject.consumers`.
         gains: (k,) captured energy.
         reason: why there are fewer than asked for.
         signs: choose the sign of each channel on the kept samples, where there are any.
@@ -137,21 +140,20 @@ def assemble(
     Returns:
         The proposal, its signs fixed or chosen.
     """
-    subject, model, channels = request.subject, request.model, left.shape[0]
+    subject, site, channels = request.subject, request.site, len(left)
     if channels:
-        left, joined = fix_signs(left, torch.cat([right.flatten(1) for right in rights], 1))
-        parts = joined.split([right[0].numel() for right in rights], 1)
-        rights = [part.reshape(right.shape) for part, right in zip(parts, rights, strict=True)]
-    incoming, biases = filters_in(subject.growth_site, model, left)
-    outgoing = {}
-    for consumer, right in zip(subject.consumers, rights, strict=True):
-        weight = filters_of(model, consumer.consumer)
+        left, right = fix_signs(left, right)
+    incoming, biases = filters_in(site, left)
+    outgoing, start = {}, 0
+    for path in site.consumers:
+        weight, ratio = filters_of(site, path), int(site.ratio(path))
+        end = start + len(weight) * ratio * math.prod(weight.shape[2:])
+        own = right[:, start:end].unflatten(1, (-1, len(weight)))
         # (k, b, c) to (c, k·ratio, *kernel): a flattening consumer has its grid where a convolution has its kernel.
-        entries_per_channel = int(subject.growth_site.ratio(consumer.consumer))
-        shape = (right.shape[2], channels * entries_per_channel, *weight.shape[2:])
-        outgoing[consumer.consumer] = right.permute(2, 0, 1).reshape(shape).to(weight).contiguous()
+        shape = (len(weight), channels * ratio, *weight.shape[2:])
+        outgoing[path], start = own.permute(2, 0, 1).reshape(shape).to(weight).contiguous(), end
     growth = ChannelGrowth(
-        site=subject.growth_site.name,
+        site=site.name,
         method=method,
         incoming=incoming,
         incoming_bias=biases,
@@ -161,22 +163,20 @@ def assemble(
         reason=reason,
         norms=norm_moments(subject, left, incoming, biases),
     )
-    if channels and not homogeneous(subject.growth_site) and bool((left != 0).any(1).all()):
+    if channels and not homogeneous(site) and bool((left != 0).any(1).all()):
         # The linear theory leaves the channels' scale open, a curved activation does not: that of the old channels is
         # one at which it works, and at which the gradients on the outgoing weights are of the usual size.
-        growth = at_old_scale(subject.growth_site, growth)
+        growth = at_old_scale(site, growth)
     if channels and signs and subject.samples_kept is not None:
         return choose_signs(subject, growth)
     return replace(growth, expected_decrease=_decrease(subject, growth))
 
 
-def filters_in(
-    site: GrowthSite, model: nn.Module, left: Float[Tensor, "k a"]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def filters_in(site: GrowthSite, left: Float[Tensor, "k a"]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Filters and biases of every producer, from rows that have one producer after the other, its bias last."""
     incoming, biases, start = {}, {}, 0
     for path in site.producers:
-        kernel, end = filters_of(model, path), start + entries_of(model, path)
+        kernel, end = filters_of(site, path), start + entries_of(site, path)
         own = left[:, start:end].to(kernel)
         incoming[path] = own[:, : kernel[0].numel()].reshape(len(left), *kernel.shape[1:]).contiguous()
         if own.shape[1] > kernel[0].numel():
@@ -185,9 +185,9 @@ def filters_in(
     return incoming, biases
 
 
-def entries_of(model: nn.Module, path: str) -> int:
+def entries_of(site: GrowthSite, path: str) -> int:
     """Entries of a producer's patches, the constant one of a bias included."""
-    return filters_of(model, path)[0].numel() + (bias_of(model, path) is not None)
+    return filters_of(site, path)[0].numel() + (bias_of(site, path) is not None)
 
 
 def mean_gram(request: Request, grams: Sequence[Tensor]) -> Float[Tensor, "a a"]:
@@ -195,20 +195,18 @@ def mean_gram(request: Request, grams: Sequence[Tensor]) -> Float[Tensor, "a a"]
 
     The consumers' forms add up; entry (a, a') of the sum is divided by √(c_a·c_a'), which keeps it positive.
     """
-    counts, routes = [], request.site.routes
+    counts, producers = [], [route.producer for route in request.site.routes]
     for path in request.site.producers:
-        counts += [sum(route.producer == path for route in routes)] * entries_of(request.model, path)
+        counts += [producers.count(path)] * entries_of(request.site, path)
     root = torch.tensor(counts).to(grams[0]).sqrt()
     return torch.stack(list(grams)).sum(0) / (root[:, None] * root)
 
 
 def empty(request: Request, method: str, reason: str) -> ChannelGrowth:
     """A proposal of no channels, with the reason."""
-    subject, model = request.subject, request.model
-    kernel = filters_of(model, request.site.producers[0])
-    left = kernel.new_zeros(0, sum(entries_of(model, path) for path in request.site.producers))
-    rights = [kernel.new_zeros(0, 1, consumer.outgoing_shape[0]) for consumer in subject.consumers]
-    return assemble(request, method, left, rights, kernel.new_zeros(0), reason)
+    like = filters_of(request.site, request.site.producers[0])
+    left = like.new_zeros(0, sum(entries_of(request.site, path) for path in request.site.producers))
+    return assemble(request, method, left, like.new_zeros(0, 0), like.new_zeros(0), reason)
 
 
 def norm_moments(
@@ -222,26 +220,24 @@ def norm_moments(
     The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean². Those behind several
     producers are measured on the kept samples.
     """
-    site = subject.growth_site
-    firsts = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
+    site, norms = subject.growth_site, {}
+    firsts = {route.norm: layers.norm(site.model.get_submodule(route.norm)) for route in site.routes if route.norm}
     if len(site.producers) > 1 and firsts and bool((left != 0).any()):
         like, found = next(iter(incoming.values())), require_samples(subject, "a norm layer").moments(incoming, biases)
-        by_sample = {path for path in firsts if layers.norm(site.model.get_submodule(path)).by_sample}
-        return {path: (found[path][0].to(like), found[path][1].to(like)) for path in firsts - by_sample}
-    if subject.patch_mean is None or subject.patch_gram is None or left.shape[0] == 0:
+        for path, norm in firsts.items():
+            if not norm.by_sample:
+                norms[path] = (found[path][0].to(like), found[path][1].to(like))
+        return norms
+    if subject.patch_mean is None or subject.patch_gram is None or len(left) == 0:
         return {}
     mean = left @ subject.patch_mean
     variance = (torch.einsum("ka,ad,kd->k", left, subject.patch_gram, left) - mean.square()).clamp_min(0)
-    norms = {}
-    for route in site.routes:
-        first = next(iter(route.steps), None)
-        if isinstance(first, Norm):
-            norm = layers.norm(site.model.get_submodule(first.path))
-            if norm.by_sample and subject.samples_kept is not None:
-                continue  # depends on the signs of the whole group: measured once they are chosen
-            weight = filters_of(site.model, route.producer)
+    weight = next(iter(incoming.values()))
+    for path, norm in firsts.items():
+        # where it depends on the signs of the whole group, it is measured once they are chosen
+        if not norm.by_sample or subject.samples_kept is None:
             pooled = norm.pooled(mean, variance)
-            norms[first.path] = (pooled[0].to(weight), pooled[1].to(weight))
+            norms[path] = (pooled[0].to(weight), pooled[1].to(weight))
     return norms
 
 

@@ -1,4 +1,4 @@
-"""What a growth method is, the registry of all of them, and `solve`, the one way to call them."""
+"""What a growth method is and is asked for, the registry of all of them, and `solve`, the one way to call them."""
 
 import difflib
 import importlib
@@ -6,7 +6,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SolverError
 from growconv.limits import require_limits
-from growconv.network import layers
 from growconv.network.apply import shrink
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Norm
 from growconv.network.site import REFUSALS, GrowthSite, Site
-from growconv.solvers.request import Channels, Request
 from growconv.statistics.pair import PairStatistics
 
 SOLVERS: dict[str, type["Solver"]] = {}
 """Every registered method by name; fill it through `register`."""
+
+
+Channels = int | Literal["auto"]
+"""A number of new channels, or "auto": as many as the samples can tell from noise."""
 
 
 class LinearisationWarning(UserWarning):
@@ -35,6 +36,39 @@ class LinearisationWarning(UserWarning):
 GainUnit = Literal["energy", "score", "loss", "rank"]
 
 SolverClass = TypeVar("SolverClass", bound="type[Solver]")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The request for new channels at one site, with what is known about it.
+
+    Attributes:
+        site: the site.
+        channels: how many; validated, a multiple of the site's granularity. "auto" only for a method that `counts`.
+        statistics: statistics of the site; None if there are none, which never happens for a method with non-empty
+            `reads`.
+        generator: source of randomness; None: torch's global generator, unused by a deterministic method.
+    """
+
+    site: GrowthSite
+    channels: Channels
+    statistics: PairStatistics | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the site belongs to; do not change it."""
+        return self.site.model
+
+    @property
+    def number(self) -> int:
+        """`channels` as a number."""
+        return cast(int, self.channels)
+
+    @property
+    def subject(self) -> PairStatistics:
+        """`statistics`, for a method that reads them."""
+        return cast(PairStatistics, self.statistics)
 
 
 class Solver(ABC):
@@ -80,7 +114,7 @@ class Solver(ABC):
         """
         if not self.needs_closed_form or not site.closed_form:
             return site.no_closed_form if self.needs_closed_form else None
-        normed = any(isinstance(step, Norm) for route in site.routes for step in route.steps[:1])
+        normed = any(route.norm for route in site.routes)
         if len(site.producers) > 1 and normed and "patch" in self.reads and "samples" not in self.reads:
             return "norm layers behind several producers take their moments from kept samples: signs=True"
         return None
@@ -246,9 +280,7 @@ def solve(
     requested = _validated_channels(channels, site, solver)
     current = None if statistics is None else as_collected(statistics, site)
     there = site if current is None else current.growth_site
-    growth = solver.solve(Request(there, requested, current, generator))
-    _require_finite(growth)
-    growth = _stored_as(growth, there)
+    growth = _stored_as(solver.solve(Request(there, requested, current, generator)), there)
     note = linearisation_note(site) if solver.linearises and growth.channels else None
     if note is not None:
         warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
@@ -304,20 +336,23 @@ def require_count(solver: Solver, where: str, error: type[GrowthError]) -> None:
 
 
 def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
-    """The proposal in the precision of the layers, with the widths that it belongs to."""
-    paths = (*site.producers, *site.consumers)
-    weights = {path: layers.weighted(site.model.get_submodule(path)).filters() for path in paths}
-
-    def stored(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {path: each.to(weights[path]) for path, each in given.items()}
-
-    return replace(
-        growth,
-        incoming=stored(growth.incoming),
-        incoming_bias=stored(growth.incoming_bias),
-        outgoing=stored(growth.outgoing),
-        units=growth.units or site.units,
-    )
+    """The proposal in the precision of the layers, with the widths that it belongs to; refused if it is not finite."""
+    stored: list[dict[str, Tensor]] = []
+    for given in (growth.incoming, growth.incoming_bias, growth.outgoing):
+        stored.append({})
+        for path, weight in given.items():
+            finite = torch.isfinite(weight)
+            if not bool(finite.all()):
+                raise SolverError(
+                    f"{growth.method} proposed weights that are not finite",
+                    got=f"{int((~finite).sum())} such entries",
+                    where=f"{growth.site}, {path}",
+                    fix="check the statistics: growth.gains and stats.S should be finite and of moderate size",
+                )
+            stored[-1][path] = weight.to(site.layer(path).filters())
+    incoming, biases, outgoing = stored
+    units = growth.units or site.units
+    return replace(growth, incoming=incoming, incoming_bias=biases, outgoing=outgoing, units=units)
 
 
 def linearisation_note(site: GrowthSite) -> str | None:
@@ -346,17 +381,6 @@ def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) ->
     return site.growable_channels(channels)
 
 
-def _require_finite(growth: ChannelGrowth) -> None:
-    for path, weight in [*growth.incoming.items(), *growth.incoming_bias.items(), *growth.outgoing.items()]:
-        if not bool(torch.isfinite(weight).all()):
-            raise SolverError(
-                f"{growth.method} proposed weights that are not finite",
-                got=f"{int((~torch.isfinite(weight)).sum())} such entries",
-                where=f"{growth.site}, {path}",
-                fix="check the statistics: growth.gains and stats.S should be finite and of moderate size",
-            )
-
-
 def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics:
     """The same statistics on a model of the widths at which they were collected.
 
@@ -373,39 +397,26 @@ def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics
     """
     now, then = site.units, statistics.units
     changed = {space: (then[space], now[space]) for space in now if then.get(space, now[space]) != now[space]}
-    if not changed:
-        return statistics if statistics.growth_site.model is site.model else _of(statistics, site)
+    if not changed and statistics.growth_site.model is site.model:
+        return statistics
+    if changed:
+        site = site.of(copied(site.model))
     for space, (before, after) in changed.items():
+        roles: dict[str, tuple[str, ...]] = dict.fromkeys((OUT, IN, ENTRY), ())
+        for path, side in site.layout.keys(space):
+            roles[side] = (*roles.get(side, ()), path)
+        name = " + ".join(roles[OUT])
         if after < before:
             raise SolverError(
                 "channels have been taken away since these statistics were collected",
                 where=site.name,
-                expected=f"at least {before} units of {_name(site, space)}",
+                expected=f"at least {before} units of {name}",
                 got=after,
                 fix="collect them again: growconv.collect_statistics(model, [site], batches, loss)",
             )
-    narrow = site.of(copied(site.model))
-    for space, (before, after) in changed.items():
-        one = _site_of(narrow, space)
-        shrink(narrow.model, one, range(before * one.granularity, after * one.granularity))
-    return _of(statistics, narrow)
-
-
-def _of(statistics: PairStatistics, site: GrowthSite) -> PairStatistics:
-    """The same statistics with the site of another model of the same names and widths."""
+        layers = {"producers": roles[OUT], "consumers": roles[IN], "followers": roles[ENTRY]}
+        neighbour = replace(site, space=space, name=name, routes=(), **layers)
+        size = neighbour.granularity
+        shrink(site.model, neighbour, range(before * size, after * size))
     kept = statistics.samples_kept
     return replace(statistics, growth_site=site, samples_kept=None if kept is None else kept.of(site))
-
-
-def _site_of(site: GrowthSite, space: int) -> GrowthSite:
-    """What can be said of another space of the same layout."""
-    keys = site.layout.keys(space)
-    roles = {role: tuple(path for path, side in keys if side == role) for role in (OUT, IN, ENTRY)}
-    return replace(
-        site, space=space, name=_name(site, space), routes=(), producers=roles[OUT], consumers=roles[IN],
-        followers=roles[ENTRY],
-    )  # fmt: skip
-
-
-def _name(site: GrowthSite, space: int) -> str:
-    return " + ".join(path for path, side in site.layout.keys(space) if side == OUT)

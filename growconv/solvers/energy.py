@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.errors import SolverError, StatisticsError
-from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.weights import scaled_columns, scaled_rows
+from growconv.solvers.weights import scaled
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps, by_sample
@@ -190,7 +189,7 @@ def _agreements(read: Maps, piece: KeptPass, pulled: Maps, channels: int) -> lis
     """⟨v, δz_k⟩ of every row, per consumer and call."""
     found = []
     for path, calls in read.items():
-        layer = layers.weighted(piece.region.site.model.get_submodule(path))
+        layer = piece.region.site.layer(path)
         for values, back in zip(calls, pulled[path], strict=True):
             product = (values * back).movedim(layer.channel_axis(values.dim()), 1).unflatten(1, (channels, -1))
             found.append(product.flatten(2).sum(2, dtype=torch.float64))
@@ -229,10 +228,12 @@ def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowt
         The proposal with its signs, `expected_decrease` and the moments of norm layers that were not known before.
     """
     kept = require_samples(subject, growth.method)
-    both = (growth, _scaled(growth, -growth.gains.new_ones(growth.channels)))
+    turned = -growth.gains.new_ones(growth.channels)
+    both = (growth, scaled(growth, turned, turned))
     scores = _scores(kept.projected(), both)
     flip = scores[1] > scores[0] * (1 + 1e-6)  # an exact tie, as behind a linear activation, keeps the fixed sign
-    chosen = _scaled(growth, torch.where(flip, -1.0, 1.0))
+    signs = torch.where(flip, -1.0, 1.0)
+    chosen = scaled(growth, signs, signs)
     like = next(iter(growth.incoming.values()))
     measured = kept.moments(chosen.incoming, chosen.incoming_bias)
     norms = {path: (mean.to(like), variance.to(like)) for path, (mean, variance) in measured.items()}
@@ -262,14 +263,3 @@ def _scores(projected: KeptSamples, growths: tuple[ChannelGrowth, ChannelGrowth]
                 captured[index] += sign * each.sum(0)
             energy[index] += _energies(piece, read, growth.outgoing, channels)
     return captured.clamp_min(0).square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-
-
-def _scaled(growth: ChannelGrowth, signs: Tensor) -> ChannelGrowth:
-    """Both sides of every channel times a sign."""
-    return replace(
-        growth,
-        incoming={path: scaled_rows(weight, signs) for path, weight in growth.incoming.items()},
-        incoming_bias={path: scaled_rows(bias, signs) for path, bias in growth.incoming_bias.items()},
-        outgoing={path: scaled_columns(weight, signs) for path, weight in growth.outgoing.items()},
-        norms={path: (scaled_rows(mean, signs), variance) for path, (mean, variance) in growth.norms.items()},
-    )

@@ -23,10 +23,9 @@ from growconv.linalg import (
 )
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.assembly import assemble, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Solver, register
-from growconv.solvers.counting import worthwhile
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.request import Request
+from growconv.solvers.sampling import worthwhile
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held_out import sample_averages, sample_batches
 from growconv.statistics.pair import PairStatistics
@@ -300,7 +299,8 @@ class Exact(Solver):
             energy=subject.bottleneck_energy,
         )
         reason = shortfall(found.alpha.shape[0], channels, "the best Θ")
-        return assemble(request, self.name, found.alpha, found.omega, found.gains, reason, self.signs)
+        omega = torch.cat([each.flatten(1) for each in found.omega], 1)
+        return assemble(request, self.name, found.alpha, omega, found.gains, reason, self.signs)
 
     def _term(self, subject: PairStatistics, consumer: ConsumerStatistics) -> tuple[BilinearMetric, Tensor]:
         full = consumer.S_full

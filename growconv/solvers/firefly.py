@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from growconv.limits import limited
@@ -21,10 +21,9 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted, Moments
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import Filters, random_filters
-from growconv.solvers.request import Request
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import (
     columns_of,
@@ -72,7 +71,7 @@ class Firefly(Solver):
         """
         requested, size, generator = request.number, request.site.granularity, request.generator
         kept = require_samples(request.subject, self.name)
-        candidates = Candidates(kept, request.model, requested * self.candidates, generator)
+        candidates = Candidates(kept, requested * self.candidates, generator)
         candidates.train(self.steps, self.learning_rate)
         gains = candidates.taylor_gains()
         if self.splits:
@@ -86,21 +85,21 @@ class Firefly(Solver):
 
     def _mixed(self, candidates: "Candidates", gains: Tensor, request: Request) -> ChannelGrowth:
         """The best of new channels and halves of old ones, compared by what they take off the loss."""
-        model, requested = request.model, request.number
+        requested = request.number
         kept, site = candidates.kept, candidates.kept.site
         splitting = Splitting(step=self.step, tolerance=0.01)  # their gains are compared with those of others
-        values, vectors = splitting.curvatures(kept, model, request.generator)
+        values, vectors = splitting.curvatures(kept, request.generator)
         units, size = units_of(site), site.granularity
-        old = [columns_of(site, model, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
+        old = [columns_of(site, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
         strength = self.strength * torch.cat(old, 1).norm(dim=1).mean()
-        halves = (self.step * filter_norms(site, model)).square() * -values / 2
+        halves = (self.step * filter_norms(site)).square() * -values / 2
         worth = torch.cat([strength * gains.abs(), halves.clamp_min(0)])
         best = [int(index) for index in worth.argsort(descending=True)[: requested // size] if worth[index] > 0]
         fresh, split = ([i for i in best if i < len(gains)], [i - len(gains) for i in best if i >= len(gains)])
         new = candidates.keep(fresh, gains, requested, strength)
         if split:
             order = torch.tensor(split, device=values.device)
-            new = _joined(new, splitting.split(site, model, order, values, vectors, requested))
+            new = _joined(new, splitting.split(site, order, values, vectors, requested))
         if not best:
             return new
         taken = worth[[*fresh, *(i + len(gains) for i in split)]].repeat_interleave(size) / size
@@ -143,15 +142,15 @@ class Candidates:
         generator: source of randomness.
     """
 
-    def __init__(self, kept: KeptSamples, model: nn.Module, channels: int, generator: torch.Generator | None) -> None:
+    def __init__(self, kept: KeptSamples, channels: int, generator: torch.Generator | None) -> None:
         site = kept.site
         self.kept = kept
         self.count = channels // site.granularity
-        self.norm = float(filter_norms(site, model).mean())
-        self.filters = random_filters(site, model, channels, generator).each(torch.Tensor.requires_grad_)
+        self.norm = float(filter_norms(site).mean())
+        self.filters = random_filters(site, channels, generator).each(torch.Tensor.requires_grad_)
         self.outgoing: dict[str, Tensor] = {}
-        for path, zeros in silent_outgoing(site, model, channels).items():
-            drawn = normal(tuple(zeros.shape), zeros, generator) / math.sqrt(columns_of(site, model, path).numel())
+        for path, zeros in silent_outgoing(site, channels).items():
+            drawn = normal(tuple(zeros.shape), zeros, generator) / math.sqrt(columns_of(site, path).numel())
             self.outgoing[path] = drawn.requires_grad_()
 
     def weights(self) -> tuple[Filters, dict[str, Tensor]]:

@@ -5,20 +5,18 @@ matrix of what the consumers read, and its correlation with v⊥ (variable proje
 left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.linalg import QuasiNewton, solve_psd
-from growconv.network import layers
-from growconv.network.seats import Calls
+from growconv.network.seats import Calls, Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.exact import descending
-from growconv.solvers.filters import Filters
-from growconv.solvers.parametrization import Parametrization
+from growconv.solvers.filters import Coordinates, Filters
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 COLUMN_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
@@ -30,13 +28,6 @@ RIDGE = 1e-6
 Weights = dict[str, Tensor]
 Path = tuple[str, int]
 """A consumer, and one of its groups."""
-Reads = Callable[[KeptPass, Filters], Mapping[str, Calls]]
-"""What the consumers would read of new channels with some filters, on one piece of the samples."""
-
-
-def through_the_model(piece: KeptPass, filters: Filters) -> Mapping[str, Calls]:
-    """What they read through the model's own operations, norm layers being as for values of mean 0 and variance 1."""
-    return piece.read(filters.incoming, filters.biases)
 
 
 @dataclass(frozen=True)
@@ -45,29 +36,29 @@ class Fit:
 
     Attributes:
         samples: the samples.
-        reads: the way.
+        inserted: what comes in between; None: norm layers are as for values of mean 0 and variance 1.
     """
 
     samples: KeptSamples
-    reads: Reads = through_the_model
+    inserted: Inserted | None = None
 
     @property
     def site(self) -> GrowthSite:
         """The site."""
         return self.samples.site
 
-    def module(self, path: str) -> nn.Module:
-        """A layer of the site."""
-        return self.site.model.get_submodule(path)
+    def reads(self, piece: KeptPass, filters: Filters) -> Mapping[str, Calls]:
+        """What the consumers would read of new channels with some filters, on one piece of the samples."""
+        return piece.read(filters.incoming, filters.biases, self.inserted)
 
     def pieces(self, filters: Filters) -> Iterator[KeptPass]:
         """The samples in pieces whose columns fit into the scratch memory."""
         first, like = self.samples.passes[0], filters.like
         with torch.no_grad():
             one = first.part(slice(0, 1)) if first.region.divisible else first
-            size = sum(
-                each.numel() for path, read in self.reads(one, filters).items() for each in one.design(path, read)
-            )
+            size = 0
+            for path, read in self.reads(one, filters).items():
+                size += sum(each.numel() for each in one.design(path, read))
         room = COLUMN_BYTES.get(like.device.type, COLUMN_BYTES["cuda"]) // like.element_size()
         return self.samples.pieces(size // one.samples, room)
 
@@ -145,9 +136,8 @@ def best_outgoing(equations: Mapping[Path, Normal], site: GrowthSite, like: Tens
     """
     rows: dict[str, list[Tensor]] = {}
     for (path, _), normal in equations.items():
-        kernel = layers.weighted(site.model.get_submodule(path)).kernel_size
         weights = normal.solve(ridge)
-        weights = weights.mT.reshape(weights.shape[1], -1, *kernel)
+        weights = weights.mT.reshape(weights.shape[1], -1, *site.layer(path).kernel_size)
         rows.setdefault(path, []).append(weights.to(like))
     # in torch's own layout: a convolution picks its algorithm by the strides of its weights
     return {path: torch.cat(parts).contiguous() for path, parts in rows.items()}
@@ -196,19 +186,19 @@ class Objective:
 
     Attributes:
         fit: what to fit.
-        parametrization: from parameters to filters.
+        coordinates: from parameters to filters.
         ridge: added to the diagonal of the scaled Gram matrix; small, it keeps the solve finite.
     """
 
     fit: Fit
-    parametrization: Parametrization
+    coordinates: Coordinates
     ridge: float = RIDGE
 
     def __call__(self, theta: Tensor) -> Point:
         """Loss and gradient at one place."""
         fit, energy = self.fit, self.fit.samples.energy
         theta = theta.detach().requires_grad_()
-        filters = self.parametrization.filters(theta)
+        filters = self.coordinates.filters(theta)
         leaves = filters.each(lambda tensor: tensor.detach().requires_grad_())
         # what the consumers read is kept between the two uses: about as much as the samples themselves
         reads = [(piece, fit.reads(piece, leaves)) for piece in fit.pieces(leaves)]
@@ -297,7 +287,7 @@ class Search:
         if self._judge is None:
             return -self.point.loss
         with torch.no_grad():
-            filters = self.objective.parametrization.filters(self.point.theta)
+            filters = self.objective.coordinates.filters(self.point.theta)
         return captured_share(self._judge, filters, self.point.outgoing)
 
 

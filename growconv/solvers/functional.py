@@ -17,15 +17,14 @@ from torch import Tensor
 from growconv.errors import SolverError
 from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, leading_svd
-from growconv.network import layers
-from growconv.network.layout import IN, OUT
+from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOTHING_TO_GAIN
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import expected_decrease, require_samples
-from growconv.solvers.filters import Filters, joined
+from growconv.solvers.filters import Coordinates, Filters, joined, whitened
 from growconv.solvers.fitting import (
     Fit,
     Normal,
@@ -36,9 +35,7 @@ from growconv.solvers.fitting import (
     is_homogeneous,
     normal_equations,
 )
-from growconv.solvers.parametrization import Bounded, Parametrization, whitened
-from growconv.solvers.request import Request
-from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness
+from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness, silent_outgoing
 from growconv.statistics.held_out import sample_averages
 from growconv.statistics.samples import KeptSamples, by_sample
 
@@ -84,13 +81,13 @@ class Functional(Solver):
         self._warn(samples, site, most)
         rest, judge = split(samples, self.held_out)
         fit, held_out = Fit(rest), Fit(judge)
-        coordinates: Parametrization = whitened(rest, self.damping)
+        coordinates = whitened(rest, self.damping)
         free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
-        longest = float((filter_norms(site, request.model) if free else old_steepness(site)).mean())
+        longest = float((filter_norms(site) if free else old_steepness(site)).mean())
         if not free and longest > 0:
-            coordinates = Bounded(coordinates, longest)
+            coordinates = replace(coordinates, longest=longest)
         search = self._search(fit, held_out, coordinates, most // size, request.generator)
         with torch.no_grad():
             filters = coordinates.filters(search.best.theta)
@@ -107,7 +104,7 @@ class Functional(Solver):
         return self._assembled(request, samples, filters, reason)
 
     def _search(
-        self, fit: Fit, held_out: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
+        self, fit: Fit, held_out: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None
     ) -> Search:
         """Try every start on a part of the samples, and go on with the best."""
         # a quarter tells the starts apart; below a few hundred samples their ranking would be noise
@@ -138,14 +135,13 @@ class Functional(Solver):
         """The proposal: norms measured, and outgoing weights solved for on all samples, the best channel first."""
         site, size, count = samples.site, samples.site.granularity, filters.units
         measured = samples.moments(filters.incoming, filters.biases)
-        inserted = Inserted(norms=measured)
-        fit = Fit(samples, lambda piece, new: piece.read(new.incoming, new.biases, inserted))
+        fit = Fit(samples, Inserted(norms=measured))
         equations = normal_equations(fit, filters)
         order, gains = greedy_order(equations, count)
         outgoing = best_outgoing(equations, site, filters.like)
 
         def shaped(path: str, tensor: Tensor) -> Tensor:
-            return tensor.detach().to(filters_of(request.model, path)).contiguous()
+            return tensor.detach().to(filters_of(site, path)).contiguous()
 
         growth = ChannelGrowth(
             site=site.name,
@@ -162,20 +158,18 @@ class Functional(Solver):
 
     def _nothing(self, samples: KeptSamples, requested: int, reason: str) -> ChannelGrowth:
         """No channels, and why."""
-        incoming, biases, outgoing, like = {}, {}, {}, samples.like
-        for path in samples.site.producers:
-            layer = layers.weighted(samples.site.model.get_submodule(path))
+        site, incoming, biases, like = samples.site, {}, {}, samples.like
+        for path in site.producers:
+            layer = site.layer(path)
             incoming[path] = like.new_zeros(layer.shape(OUT, 0))
             if layer.bias() is not None:
                 biases[path] = like.new_zeros(0)
-        for path in samples.site.consumers:
-            outgoing[path] = like.new_zeros(layers.weighted(samples.site.model.get_submodule(path)).shape(IN, 0))
         return ChannelGrowth(
-            site=samples.site.name,
+            site=site.name,
             method=self.name,
             incoming=incoming,
             incoming_bias=biases,
-            outgoing=outgoing,
+            outgoing=silent_outgoing(site, 0),
             gains=like.new_zeros(0, dtype=torch.float64),
             requested=requested,
             reason=reason,
@@ -186,12 +180,10 @@ class Functional(Solver):
         """Say how many samples the fit would need: one a parameter."""
         needed = 0
         for path in site.producers:
-            layer = layers.weighted(site.model.get_submodule(path))
+            layer = site.layer(path)
             shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
             needed += shape[0] * (math.prod(shape[1:]) + (layer.bias() is not None))
-        for path in site.consumers:
-            shape = layers.weighted(site.model.get_submodule(path)).shape(IN, int(channels * site.ratio(path, IN)))
-            needed += math.prod(shape)
+        needed += sum(weight.numel() for weight in silent_outgoing(site, channels).values())
         if len(samples) < needed:
             warnings.warn(
                 f"{site.name}: fewer kept samples than parameters of the fit, {len(samples)} for {needed}: what it "
@@ -245,7 +237,7 @@ def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> 
 
 
 def _starts(
-    fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None
+    fit: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None
 ) -> list[tuple[str, Filters]]:
     """The closed form with the better signs, where there is one, and the best of three times as many random filters."""
     result: list[tuple[str, Filters]] = []
@@ -260,7 +252,7 @@ def _starts(
     return [*result, ("random", _best_of(fit, pool, units))]
 
 
-def tiny_filters(fit: Fit, channels: int, coordinates: Parametrization) -> Filters:
+def tiny_filters(fit: Fit, channels: int, coordinates: Coordinates) -> Filters:
     """Filters of the closed form in whitened coordinates, of norm one there.
 
     Args:
@@ -276,7 +268,7 @@ def tiny_filters(fit: Fit, channels: int, coordinates: Parametrization) -> Filte
     return Filters(len(rows), {producer.path: producer.unflatten(rows @ producer.root)})
 
 
-def random_filters(fit: Fit, coordinates: Parametrization, units: int, generator: torch.Generator | None) -> Filters:
+def random_filters(fit: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None) -> Filters:
     """Filters of unit size with random directions, all those that the patches take being alike."""
     found = {}
     for producer in coordinates.producers:

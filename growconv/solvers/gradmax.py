@@ -14,9 +14,8 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, entries_of, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import expected_decrease
-from growconv.solvers.request import Request
 from growconv.solvers.weights import bias_of, columns_of, filter_norms, filters_of, normal, not_plain
 
 
@@ -97,7 +96,7 @@ class GradMax(Solver):
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
-        subject, site, model, requested = request.subject, request.site, request.model, request.number
+        subject, site, requested = request.subject, request.site, request.number
         (raw,) = require_statistics(subject, "N_raw")
         stacked = torch.cat([each.flatten(1) for each in raw], 1)
         if self.directions == "random":
@@ -109,33 +108,31 @@ class GradMax(Solver):
         else:
             every = gradmax(stacked, requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
-        found = omega.shape[0]
-        parts = omega.split([each[0].numel() for each in raw], 1)
-        old = [columns_of(site, model, consumer.consumer) for consumer in subject.consumers]
-        norm = float(torch.cat([each.transpose(0, 1).flatten(1) for each in old], 1).norm(dim=1).mean()) * self.outgoing
-        rights = [norm * part.reshape(found, *each.shape[1:]) for part, each in zip(parts, raw, strict=True)]
+        found = len(omega)
+        old = [columns_of(site, path).transpose(0, 1).flatten(1) for path in site.consumers]
+        norm = float(torch.cat(old, 1).norm(dim=1).mean()) * self.outgoing
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
         if found and any(route.dead_at_zero for route in site.routes):
             alpha, moved = self._lifted(request, alpha)
-        growth = assemble(request, self.name, alpha, rights, gains, shortfall(found, requested, "N_raw"))
+        growth = assemble(request, self.name, alpha, norm * omega, gains, shortfall(found, requested, "N_raw"))
         growth.norms.update(moved)
         if moved and growth.expected_decrease is not None:
             # A batch norm on the batch's own statistics puts its bias in the place of zeros, as a producer's bias does.
-            norms = {path: model.get_submodule(path) for path in moved}
-            own = any(norm.training or getattr(norm, "running_mean", None) is None for norm in norms.values())
-            heights = {r.producer: moved[s.path][0] for r in site.routes for s in r.steps[:1] if isinstance(s, Norm)}
+            norms = [site.model.get_submodule(path) for path in moved]
+            own = any(norm.training or getattr(norm, "running_mean", None) is None for norm in norms)
+            heights = {route.producer: moved[route.norm][0] for route in site.routes if route.norm}
             biases = heights if own else growth.incoming_bias
             decrease = expected_decrease(subject, replace(growth, incoming_bias=biases))
             growth = replace(growth, expected_decrease=decrease)
         return replace(growth, spectrum=every.gains)
 
     def _lifted(self, request: Request, alpha: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        site, model = request.site, request.model
-        height = self.lift * float(filter_norms(site, model).mean())
-        norms = {step.path for route in site.routes for step in route.steps[:1] if isinstance(step, Norm)}
-        biased = [getattr(model.get_submodule(path), "bias", None) is not None for path in norms]
-        with_bias = [path for path in site.producers if bias_of(model, path) is not None]
+        site = request.site
+        height = self.lift * float(filter_norms(site).mean())
+        norms = {route.norm for route in site.routes if route.norm}
+        biased = [getattr(site.model.get_submodule(path), "bias", None) is not None for path in norms]
+        with_bias = [path for path in site.producers if bias_of(site, path) is not None]
         liftable = height > 0 and (all(biased) if norms else bool(with_bias))
         if not liftable or any(route.dead_above_zero for route in site.routes):
             raise SolverError(
@@ -144,12 +141,12 @@ class GradMax(Solver):
                 where=site.name,
                 fix="set lift > 0 (the producer, or the norm layer behind it, needs a bias), or use another method",
             )
-        mean = filters_of(model, site.producers[0]).new_full((alpha.shape[0],), height)
+        mean = filters_of(site, site.producers[0]).new_full((alpha.shape[0],), height)
         if norms:
             return alpha, {path: (mean, torch.zeros_like(mean)) for path in norms}
         alpha, end = alpha.clone(), 0
         for path in site.producers:
-            end += entries_of(model, path)
+            end += entries_of(site, path)
             if path == with_bias[0]:
                 alpha[:, end - 1] = height
         return alpha, {}

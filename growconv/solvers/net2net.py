@@ -19,8 +19,7 @@ from torch import Tensor
 from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Solver, register
-from growconv.solvers.request import Request
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -114,7 +113,7 @@ class Net2Net(Solver):
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; the old outgoing weights are reduced to their share."""
-        site, model, requested, generator = request.site, request.model, request.number, request.generator
+        site, requested, generator = request.site, request.number, request.generator
         source = draw_copies(site.width, requested, site.granularity, generator)
         power = 1 if self.keeps == "function" else 2
         kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator, power)
@@ -122,20 +121,19 @@ class Net2Net(Solver):
         units = (source[::size] // size).tolist()
         incoming, biases = {}, {}
         for path in site.producers:
-            old = filters_of(model, path, site)
-            filters = picked_rows(old, units, units_of(site))
+            filters = picked_rows(filters_of(site, path, own=True), units, units_of(site))
             if self.noise:
                 scale = filters.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (filters.dim() - 1))
                 filters = filters + self.noise * scale * normal(tuple(filters.shape), filters, generator)
             incoming[path] = filters.contiguous()
-            bias = bias_of(model, path, site)
+            bias = bias_of(site, path, own=True)
             if bias is not None:
                 biases[path] = picked_rows(bias, units, units_of(site))
         outgoing, revised = {}, {}
         for path in site.consumers:
-            old = columns_of(site, model, path)
+            old = columns_of(site, path)
             outgoing[path] = scaled_columns(old[:, units].flatten(1, 2), _by_unit(shared, new)).contiguous()
-            revised[f"{path}.weight"] = with_scaled_columns(site, model, path, _by_unit(kept, units_of(site)))
+            revised[f"{path}.weight"] = with_scaled_columns(site, path, _by_unit(kept, units_of(site)))
         like = next(iter(incoming.values()))
         return ChannelGrowth(
             site=site.name,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import SolverError
 from growconv.limits import limited
@@ -26,11 +26,9 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Calls, Inserted, Moments
 from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, Weights, flattened, random_filters
-from growconv.solvers.parametrization import patch_gram
-from growconv.solvers.request import Request
+from growconv.solvers.filters import Filters, flattened, patch_gram, random_filters
 from growconv.solvers.weights import (
     bias_of,
     filter_norms,
@@ -152,7 +150,7 @@ class North(Solver):
         if self.variant == "select":
             return self._select(request)
         site, requested = request.site, request.number
-        old = {path: flattened(*_exact(request.model, path, site)) for path in site.producers}
+        old = {path: flattened(*_exact(site, path)) for path in site.producers}
         grams = {path: self._gram(request, path, rows) for path, rows in old.items()}
         found: dict[str, Tensor] = {}
         units = requested // site.granularity
@@ -170,9 +168,9 @@ class North(Solver):
 
     def _measured(self, request: Request) -> dict[str, float]:
         """The share of directions that the consumers read of the old units; in variant "weight", that filters span."""
-        site, model, subject = request.site, request.model, request.statistics
+        site, subject = request.site, request.statistics
         if self.variant == "weight":
-            rows = [flattened(*_exact(model, path, site)).unflatten(0, (units_of(site), -1)) for path in site.producers]
+            rows = [flattened(*_exact(site, path)).unflatten(0, (units_of(site), -1)) for path in site.producers]
             responses = torch.cat([each.flatten(1) for each in rows], 1)
         elif subject is not None and subject.samples_kept is not None:
             responses = _old_responses(subject.samples_kept)
@@ -200,19 +198,19 @@ class North(Solver):
 
     def _grown(self, request: Request, rows: dict[str, Tensor], reason: str | None) -> ChannelGrowth:
         """A proposal from one row a filter, its bias last, brought to the old units' mean norm."""
-        site, model, subject = request.site, request.model, request.statistics
-        found: dict[str, Weights] = {}
+        site, subject = request.site, request.statistics
+        found = {}
         for path, each in rows.items():
-            like = filters_of(model, path)
+            like = filters_of(site, path)
             entries = like[0].numel()
-            bias = None if bias_of(model, path) is None else each[:, entries].contiguous()
+            bias = None if bias_of(site, path) is None else each[:, entries].contiguous()
             found[path] = (each[:, :entries].reshape(-1, *like.shape[1:]).contiguous(), bias)
         first = next(iter(rows))
         ratio = int(site.granularity * site.ratio(first, OUT))
         units = len(rows[first]) // ratio
         filters = Filters(units, found)
         if units:
-            filters = filters.at_norm(float(filter_norms(site, model).mean()))
+            filters = filters.at_norm(float(filter_norms(site).mean()))
         norms: dict[str, Moments] = {}
         if subject is not None and units:
             kept = subject.samples_kept
@@ -220,12 +218,12 @@ class North(Solver):
                 norms = norm_moments(subject, flattened(*filters[first]), filters.incoming, filters.biases)
             elif kept is not None:
                 norms = kept.moments(filters.incoming, filters.biases)
-        outgoing = silent_outgoing(site, model, units * site.granularity)
+        outgoing = silent_outgoing(site, units * site.granularity)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: each.to(filters_of(model, path)) for path, each in filters.incoming.items()},
-            incoming_bias={path: each.to(filters_of(model, path)) for path, each in filters.biases.items()},
+            incoming=filters.incoming,
+            incoming_bias=filters.biases,
             outgoing=outgoing,
             gains=next(iter(outgoing.values())).new_zeros(units * site.granularity),
             requested=request.number,
@@ -237,10 +235,10 @@ class North(Solver):
     def _select(self, request: Request) -> ChannelGrowth:
         """NORTH-Select: responses after everything in between, as the consumers see them."""
         kept = require_samples(request.subject, self.name)
-        site, size, model, requested = kept.site, kept.site.granularity, request.model, request.number
+        site, size, requested = kept.site, kept.site.granularity, request.number
         units, pool = requested // size, requested // size * self.candidates
-        drawn = random_filters(site, model, pool * size, request.generator)
-        drawn = drawn.at_norm(float(filter_norms(site, model).mean()))
+        drawn = random_filters(site, pool * size, request.generator)
+        drawn = drawn.at_norm(float(filter_norms(site).mean()))
         measured = kept.moments(drawn.incoming, drawn.biases)
         parts = []
         with torch.no_grad():
@@ -254,7 +252,7 @@ class North(Solver):
             method=self.name,
             incoming=drawn.incoming,
             incoming_bias=drawn.biases,
-            outgoing=silent_outgoing(site, model, pool * size),
+            outgoing=silent_outgoing(site, pool * size),
             gains=new.new_zeros(pool * size),
             requested=requested,
             measured=self._measured(request),
@@ -281,7 +279,7 @@ def _responses(piece: KeptPass, path: str, read: Calls, units: int) -> Tensor:
     return torch.cat([each.movedim(axis, 0).unflatten(0, (units, -1)).flatten(1) for each in read], 1)
 
 
-def _exact(model: nn.Module, path: str, site: GrowthSite) -> tuple[Tensor, Tensor | None]:
+def _exact(site: GrowthSite, path: str) -> tuple[Tensor, Tensor | None]:
     """A producer's filters and biases of the site's channels in float64."""
-    bias = bias_of(model, path, site)
-    return filters_of(model, path, site).double(), None if bias is None else bias.double()
+    bias = bias_of(site, path, own=True)
+    return filters_of(site, path, own=True).double(), None if bias is None else bias.double()

@@ -6,9 +6,8 @@ import torch
 
 from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.filters import random_filters
-from growconv.solvers.request import Request
 from growconv.solvers.weights import columns_of, normal, scaled_columns, silent_outgoing
 
 
@@ -34,12 +33,12 @@ class Random(Solver):
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`."""
-        site, model, count, generator = request.site, request.model, request.number, request.generator
-        filters = random_filters(site, model, count, generator)
-        outgoing = silent_outgoing(site, model, count)
+        site, count, generator = request.site, request.number, request.generator
+        filters = random_filters(site, count, generator)
+        outgoing = silent_outgoing(site, count)
         if self.outgoing > 0:
             for path, zeros in outgoing.items():
-                old = columns_of(site, model, path)
+                old = columns_of(site, path)
                 norm = old.transpose(0, 1).flatten(1).norm(dim=1).mean() * self.outgoing
                 drawn = normal(tuple(zeros.shape), zeros, generator)
                 units = drawn.unflatten(1, (count // site.granularity, -1)).transpose(0, 1).flatten(1)

@@ -18,18 +18,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, random_filters
+from growconv.solvers.filters import Filters, random_filters, whitened
 from growconv.solvers.fitting import Fit, Objective, Search, is_homogeneous
-from growconv.solvers.parametrization import Bounded, Parametrization, whitened
-from growconv.solvers.request import Request
 from growconv.solvers.weights import filter_norms, of_units, silent_outgoing
 from growconv.statistics.samples import KeptPass, KeptSamples
 
@@ -101,24 +99,24 @@ class Senn(Solver):
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; `gains` are the scores of the channels, best first, each as if it were added alone."""
-        site, model, requested = request.site, request.model, request.number
+        site, requested = request.site, request.number
         kept = require_samples(request.subject, self.name)
         consumers = [
             _Consumer(path, group, precision)
             for path in site.consumers
             for group, precision in enumerate(self._precisions(kept, path))
         ]
-        norm = float(filter_norms(site, model).mean())
-        filters = random_filters(site, model, requested, request.generator).at_norm(norm)
+        norm = float(filter_norms(site).mean())
+        filters = random_filters(site, requested, request.generator).at_norm(norm)
         fit = Fit(_weighed(kept.projected(), consumers))
         if self.steps and fit.samples.energy > 0 and norm > 0:
-            coordinates: Parametrization = whitened(fit.samples, WHITENING)
+            coordinates = whitened(fit.samples, WHITENING)
             if not is_homogeneous(fit, filters.picked(range(min(filters.units, 2)))):
-                coordinates = Bounded(coordinates, norm)
+                coordinates = replace(coordinates, longest=norm)
             objective = Objective(fit, coordinates, self.damping)
             search = Search(objective, None, coordinates.encode(filters), self.steps + 1).run(self.steps)
             filters = coordinates.filters(search.best.theta).at_norm(norm)
-        return self._growth(kept, filters, consumers, requested, model)
+        return self._growth(kept, filters, consumers, requested)
 
     def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:
         """Γ⁻¹ of a consumer, one for each of its groups."""
@@ -161,12 +159,7 @@ class Senn(Solver):
 
     @torch.no_grad()
     def _growth(
-        self,
-        kept: KeptSamples,
-        filters: Filters,
-        consumers: Sequence["_Consumer"],
-        requested: int,
-        model: nn.Module,
+        self, kept: KeptSamples, filters: Filters, consumers: Sequence["_Consumer"], requested: int
     ) -> ChannelGrowth:
         site, size, units = kept.site, kept.site.granularity, filters.units
         measured = kept.moments(filters.incoming, filters.biases)
@@ -178,7 +171,7 @@ class Senn(Solver):
             method=self.name,
             incoming=filters.incoming,
             incoming_bias=filters.biases,
-            outgoing=silent_outgoing(site, model, requested),
+            outgoing=silent_outgoing(site, requested),
             gains=alone.repeat_interleave(size) / size,
             requested=requested,
             measured={"score": float(self._old_score(kept, consumers))},

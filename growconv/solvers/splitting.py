@@ -18,19 +18,17 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from growconv.limits import limited
-from growconv.network import layers
 from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import flattened
-from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -123,7 +121,7 @@ def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:
     return {"relu": softplus, "leaky_relu": leaky}
 
 
-def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) -> tuple[Product, Float[Tensor, "u a"]]:
+def splitting_matrices(kept: KeptSamples, smoothing: float) -> tuple[Product, Float[Tensor, "u a"]]:
     """Products with the splitting matrices of all old units (mostly one channel each).
 
     Args:
@@ -134,8 +132,8 @@ def splitting_matrices(kept: KeptSamples, model: nn.Module, smoothing: float) ->
         The products (u, a) → (u, a), a over all producers' filter entries and biases of a unit, and the old filters.
     """
     site, units = kept.site, units_of(kept.site)
-    old = {path: (filters_of(model, path, site), bias_of(model, path, site)) for path in site.producers}
-    columns = {path: columns_of(site, model, path).flatten(1, 2) for path in site.consumers}
+    old = {path: (filters_of(site, path, own=True), bias_of(site, path, own=True)) for path in site.producers}
+    columns = {path: columns_of(site, path).flatten(1, 2) for path in site.consumers}
     inserted = Inserted(copied=torch.arange(units), instead=smooth_kinks(smoothing))
     theta = torch.cat([flattened(*pair).reshape(units, -1) for pair in old.values()], 1).detach().requires_grad_()
 
@@ -202,19 +200,19 @@ class Splitting(Solver):
 
         "auto" asks for every channel that is not splitting-stable.
         """
-        site, model, size = request.site, request.model, request.site.granularity
+        site, size = request.site, request.site.granularity
         requested = site.width if request.channels == "auto" else request.channels
         wanted = min(requested // size, units_of(site))
-        values, vectors = self.curvatures(require_samples(request.subject, self.name), model, request.generator, wanted)
+        values, vectors = self.curvatures(require_samples(request.subject, self.name), request.generator, wanted)
         order = values.argsort()[:wanted]
         order = order[values[order] < -1e-7 * values.abs().max().clamp_min(0)]
-        return self.split(site, model, order, values, vectors, requested)
+        return self.split(site, order, values, vectors, requested)
 
     def curvatures(
-        self, kept: KeptSamples, model: nn.Module, generator: torch.Generator | None, wanted: int | None = None
+        self, kept: KeptSamples, generator: torch.Generator | None, wanted: int | None = None
     ) -> tuple[Float[Tensor, " u"], Float[Tensor, "u a"]]:
         """Lowest eigenvalue of every old unit's splitting matrix and its eigenvector, exact for the `wanted` lowest."""
-        product, start = splitting_matrices(kept, model, self.smoothing)
+        product, start = splitting_matrices(kept, self.smoothing)
         drawn = normal(tuple(start.shape), start, generator)
         return lowest_eigenpairs(product, drawn, self.iterations, self.tolerance, wanted)
 
@@ -222,9 +220,7 @@ class Splitting(Solver):
         """Where old weights are computed from other tensors, so that the old half cannot be moved."""
         return not_rewritable(site, *site.producers, *site.consumers)
 
-    def split(
-        self, site: GrowthSite, model: nn.Module, order: Tensor, values: Tensor, vectors: Tensor, requested: int
-    ) -> ChannelGrowth:
+    def split(self, site: GrowthSite, order: Tensor, values: Tensor, vectors: Tensor, requested: int) -> ChannelGrowth:
         """The proposal that splits some units, by their `curvatures`.
 
         Args:
@@ -233,29 +229,28 @@ class Splitting(Solver):
             vectors: their eigenvectors.
             requested: number of channels requested.
         """
-        norms = filter_norms(site, model)
+        norms = filter_norms(site)
         step = self.step * norms if self.relative else torch.full_like(norms, self.step)
-        old = {path: (filters_of(model, path, site), bias_of(model, path, site)) for path in site.producers}
+        old = {path: (filters_of(site, path, own=True), bias_of(site, path, own=True)) for path in site.producers}
         moves, shifts = unflattened(vectors * step[:, None], old)
         units, size, chosen = units_of(site), site.granularity, order.tolist()
         split_now = torch.zeros_like(values, dtype=torch.bool).index_fill(0, order, value=True).to(values)
         incoming, biases, revised, outgoing = {}, {}, {}, {}
         for path, (filters, bias) in old.items():
-            entries = torch.tensor(site.of(model).entries(path, OUT), device=filters.device)
+            entries = torch.tensor(site.entries(path, OUT), device=filters.device)
             incoming[path] = picked_rows(filters - moves[path].to(filters), chosen, units)
-            whole = filters_of(model, path)
             moved = filters + scaled_rows(moves[path].to(filters), split_now)
-            stored = layers.weighted(model.get_submodule(path)).as_stored(whole.index_copy(0, entries, moved))
+            stored = site.layer(path).as_stored(filters_of(site, path).index_copy(0, entries, moved))
             revised[f"{path}.weight"] = stored
-            everything = bias_of(model, path)
+            everything = bias_of(site, path)
             if bias is not None and everything is not None:
                 biases[path] = picked_rows(bias - shifts[path].to(bias), chosen, units)
                 moved = bias + scaled_rows(shifts[path].to(bias), split_now)
                 revised[f"{path}.bias"] = everything.index_copy(0, entries, moved)
         for path in site.consumers:
-            outgoing[path] = (columns_of(site, model, path)[:, order] / 2).flatten(1, 2).contiguous()
+            outgoing[path] = (columns_of(site, path)[:, order] / 2).flatten(1, 2).contiguous()
             name = f"{path}.weight"
-            revised[name] = with_scaled_columns(site, model, path, 1 - split_now / 2, revised.get(name))
+            revised[name] = with_scaled_columns(site, path, 1 - split_now / 2, revised.get(name))
         found = len(order)
         reason = None
         if found * size < requested:

@@ -12,9 +12,8 @@ from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.assembly import NOT_TAKEN, assemble, mean_gram, require_moments, require_statistics, shortfall
-from growconv.solvers.base import Solver, register
-from growconv.solvers.counting import worthwhile
-from growconv.solvers.request import Request
+from growconv.solvers.base import Request, Solver, register
+from growconv.solvers.sampling import worthwhile
 
 
 class TinyChannels(NamedTuple):
@@ -108,9 +107,6 @@ class Tiny(Solver):
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
         every = tiny(S, columns, channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = (part[:channels] for part in every)
-        found = alpha.shape[0]
-        parts = omega.split([each[0].numel() for each in correlations], 1)
-        rights = [part.reshape(found, *each.shape[1:]) for part, each in zip(parts, correlations, strict=True)]
-        reason = shortfall(found, channels, "S^(-1/2)·N")
-        growth = assemble(request, self.name, alpha, rights, gains, reason, self.signs)
+        reason = shortfall(len(alpha), channels, "S^(-1/2)·N")
+        growth = assemble(request, self.name, alpha, omega, gains, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Norm, Step
+from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.base import Solver, register
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.filters import random_filters
-from growconv.solvers.request import Request
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -63,26 +62,26 @@ class VarianceTransfer(Solver):
 
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; of an odd number of channels (or groups) the last gets zero outgoing weights."""
-        site, model, requested, generator = request.site, request.model, request.number, request.generator
+        site, requested, generator = request.site, request.number, request.generator
         size = site.granularity
-        unknown = [path for path in self.output_layers if path not in dict(model.named_modules())]
+        unknown = [path for path in self.output_layers if path not in dict(site.model.named_modules())]
         if unknown:
             raise SolverError("the model has no such output layer", got=unknown[0], where="output_layers")
         units = requested // size
         pairs = units // 2
         single = units - 2 * pairs
-        drawn = random_filters(site, model, (pairs + single) * size, generator)
+        drawn = random_filters(site, (pairs + single) * size, generator)
         filters = drawn.picked([*range(pairs), *range(pairs + single)])
         outgoing = {}
         for path in site.consumers:
-            old = columns_of(site, model, path)
-            fan_in = filters_of(model, path).shape[1] + units * old.shape[2]
+            old = columns_of(site, path)
+            fan_in = filters_of(site, path).shape[1] + units * old.shape[2]
             fan_in *= old[0, 0, 0].numel()
             half = normal((old.shape[0], pairs, *old.shape[2:]), old, generator)
             half = half / fan_in ** (1.0 if path in self.output_layers else 0.5)
             rest = old.new_zeros(old.shape[0], single, *old.shape[2:])
             outgoing[path] = torch.cat([half, -half, rest], 1).flatten(1, 2)
-        revised, reason = self._rescaled(site, model, requested) if self.rescale else ({}, None)
+        revised, reason = self._rescaled(site, requested) if self.rescale else ({}, None)
         return ChannelGrowth(
             site=site.name,
             method=self.name,
@@ -95,18 +94,16 @@ class VarianceTransfer(Solver):
             revised=revised,
         )
 
-    def _rescaled(self, site: GrowthSite, model: nn.Module, channels: int) -> tuple[dict[str, Tensor], str | None]:
+    def _rescaled(self, site: GrowthSite, channels: int) -> tuple[dict[str, Tensor], str | None]:
         fixed = not_rewritable(site, *site.producers, *site.consumers)
         if fixed is not None:
             return {}, f"old weights not rescaled: {fixed}"
         ratio = site.width / (site.width + channels)
         heads = [path for path in site.consumers if path in self.output_layers]
         others = [path for path in site.consumers if path not in heads]
-        behind = {path: batch_norm_behind(site, model, path) for path in others}
+        behind = {path: batch_norm_behind(site, path) for path in others}
         if all(norm is not None for norm in behind.values()):
-            return _rescaled_columns(site, model, heads, ratio) | _rescaled_consumers(
-                site, model, channels, behind
-            ), None
+            return _rescaled_columns(site, heads, ratio) | _rescaled_consumers(site, channels, behind), None
         own = (key for key in site.axes if key[1] != IN)
         mixed = next((path for path, side in own if len(site.layout.axes[path, side]) > 1), None)
         obstacle = not_homogeneous(site, behind_norms=True)
@@ -117,31 +114,29 @@ class VarianceTransfer(Solver):
         if obstacle is not None:
             return {}, f"old weights not rescaled: {obstacle}, and no BatchNorm follows every consumer"
         # what they read is scaled up by the root, for the output layers too
-        scaled = _rescaled_columns(site, model, others, ratio**0.5) | _rescaled_columns(site, model, heads, ratio**1.5)
-        return scaled | _scaled_up(site, model, ratio**-0.5), None
+        scaled = _rescaled_columns(site, others, ratio**0.5) | _rescaled_columns(site, heads, ratio**1.5)
+        return scaled | _scaled_up(site, ratio**-0.5), None
 
 
-def batch_norm_behind(site: GrowthSite, model: nn.Module, path: str) -> str | None:
+def batch_norm_behind(site: GrowthSite, path: str) -> str | None:
     """Path of the BatchNorm with running statistics that alone takes what a consumer gives; None: there is none."""
     norm = next((route.behind for route in site.routes if route.consumer == path), None)
-    module = None if norm is None else model.get_submodule(norm)
+    module = None if norm is None else site.model.get_submodule(norm)
     return norm if layers.is_batch_norm(module) else None
 
 
-def _rescaled_consumers(
-    site: GrowthSite, model: nn.Module, channels: int, behind: dict[str, str | None]
-) -> dict[str, Tensor]:
+def _rescaled_consumers(site: GrowthSite, channels: int, behind: dict[str, str | None]) -> dict[str, Tensor]:
     """Every consumer's old weights and bias scaled for its larger fan-in, and the BatchNorm behind it to match."""
     revised = {}
     for path in behind:
-        layer = layers.weighted(model.get_submodule(path))
-        width = filters_of(model, path).shape[1]
+        layer, filters = site.layer(path), filters_of(site, path)
+        width = filters.shape[1]
         scale = (width / (width + int(channels * site.ratio(path)) // layer.groups)) ** 0.5
-        revised[f"{path}.weight"] = layer.as_stored(filters_of(model, path) * scale)
-        bias = bias_of(model, path)
+        revised[f"{path}.weight"] = layer.as_stored(filters * scale)
+        bias = bias_of(site, path)
         if bias is not None:
             revised[f"{path}.bias"] = bias * scale
-        norm = model.get_submodule(str(behind[path]))
+        norm = site.model.get_submodule(str(behind[path]))
         mean, variance = (norm.get_buffer(name) for name in ("running_mean", "running_var"))
         revised[f"{behind[path]}.running_mean"] = mean * scale
         # the root that eval mode divides by, with its eps, scales exactly
@@ -150,28 +145,20 @@ def _rescaled_consumers(
     return revised
 
 
-def _rescaled_columns(site: GrowthSite, model: nn.Module, paths: Sequence[str], scale: float) -> dict[str, Tensor]:
+def _rescaled_columns(site: GrowthSite, paths: Sequence[str], scale: float) -> dict[str, Tensor]:
     """Old outgoing weights of some consumers times a factor."""
     factor = torch.full((units_of(site),), scale, dtype=torch.float64)
-    return {f"{path}.weight": with_scaled_columns(site, model, path, factor) for path in paths}
+    return {f"{path}.weight": with_scaled_columns(site, path, factor) for path in paths}
 
 
-def _scaled_up(site: GrowthSite, model: nn.Module, scale: float) -> dict[str, Tensor]:
-    """What sets the scale of what the consumers read, times a factor."""
+def _scaled_up(site: GrowthSite, scale: float) -> dict[str, Tensor]:
+    """What sets the scale of what the consumers read, times a factor: the last norm of each route, or its producer."""
     revised = {}
-    for path in _scaled_layers(site):
-        module = model.get_submodule(path)
+    for route in site.routes:
+        path = next((step.path for step in reversed(route.steps) if isinstance(step, Norm)), route.producer)
+        module = site.model.get_submodule(path)
         for name in ("weight", "bias"):
             value = getattr(module, name, None)
             if isinstance(value, Tensor):
                 revised[f"{path}.{name}"] = value.detach() * scale
     return revised
-
-
-def _scaled_layers(site: GrowthSite) -> tuple[str, ...]:
-    """The layers that set the scale of what the consumers read: the last norm of each route, or the producers."""
-    return tuple(dict.fromkeys(_last_norm(route.steps) or route.producer for route in site.routes))
-
-
-def _last_norm(steps: Sequence[Step]) -> str | None:
-    return next((step.path for step in reversed(steps) if isinstance(step, Norm)), None)

@@ -9,12 +9,12 @@ norm layer stays small until the norm's weight has grown. So new channels are gi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from growconv.network import layers
 from growconv.network.layout import ENTRY, IN, OUT
@@ -23,22 +23,21 @@ from growconv.network.routes import Activation, Depthwise, Norm, Other
 from growconv.network.site import GrowthSite
 
 
-def filters_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor:
-    """Filters (out, in/groups, *kernel) of a layer, detached; with a site only those of its channels, one by one.
+def filters_of(site: GrowthSite, path: str, own: bool = False) -> Tensor:
+    """Filters (out, in/groups, *kernel) of a layer, detached; with `own` those of the site's channels, one by one.
 
     At least in float32: that is what methods compute in, and `solve` brings proposals back to the model's precision.
     """
-    filters = _exact(layers.weighted(model.get_submodule(path)).filters().detach())
-    return filters if site is None else filters[site.of(model).entries(path, OUT)]
+    filters = _exact(site.layer(path).filters().detach())
+    return filters[site.entries(path, OUT)] if own else filters
 
 
-def bias_of(model: nn.Module, path: str, site: GrowthSite | None = None) -> Tensor | None:
-    """Bias of a layer, detached; None where it has none; with a site only the entries of its channels."""
-    bias = layers.weighted(model.get_submodule(path)).bias()
+def bias_of(site: GrowthSite, path: str, own: bool = False) -> Tensor | None:
+    """Bias of a layer, detached; None where it has none; with `own` the entries of the site's channels."""
+    bias = site.layer(path).bias()
     if bias is None:
         return None
-    bias = _exact(bias.detach())
-    return bias if site is None else bias[site.of(model).entries(path, OUT)]
+    return _exact(bias.detach())[site.entries(path, OUT)] if own else _exact(bias.detach())
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -50,18 +49,16 @@ def units_of(site: GrowthSite) -> int:
     return site.width // site.granularity
 
 
-def columns_of(site: GrowthSite, model: nn.Module, path: str) -> Tensor:
+def columns_of(site: GrowthSite, path: str) -> Tensor:
     """A consumer's weights on the site's old channels, (out, units, entries, *kernel), detached.
 
     The entries are those of a unit within a group, for a grouped consumer those that the output's own group reads.
     """
-    filters = filters_of(model, path)
-    rows = [filters[own][:, inside] for own, inside in _groups(site.of(model), path)]
-    return torch.cat(rows).unflatten(1, (units_of(site.of(model)), -1))
+    return filters_of(site, path)[_columns(site, path)].unflatten(1, (units_of(site), -1))
 
 
 def with_scaled_columns(
-    site: GrowthSite, model: nn.Module, path: str, factor: Float[Tensor, " units"], revised: Tensor | None = None
+    site: GrowthSite, path: str, factor: Float[Tensor, " units"], revised: Tensor | None = None
 ) -> Tensor:
     """A consumer's whole weight as it stores it, the columns on each old unit times a number.
 
@@ -69,37 +66,33 @@ def with_scaled_columns(
         factor: per old unit.
         revised: other values of the layer's stored weight, where it is a producer of the site too; None: its own.
     """
-    layer = layers.weighted(model.get_submodule(path))
-    filters = (filters_of(model, path) if revised is None else layer.as_stored(revised)).clone()
-    for own, inside in _groups(site.of(model), path):
-        index = torch.tensor(inside, device=filters.device)
-        filters[own] = filters[own].index_copy(1, index, scaled_columns(filters[own][:, index], factor))
+    layer, at = site.layer(path), _columns(site, path)
+    filters = (filters_of(site, path) if revised is None else layer.as_stored(revised)).clone()
+    filters[at] = scaled_columns(filters[at], factor)
     return layer.as_stored(filters)
 
 
-def _groups(site: GrowthSite, path: str) -> list[tuple[slice, list[int]]]:
-    """Per group of a consumer its outputs, and the columns of the channels among those that they read."""
-    layer = layers.weighted(site.model.get_submodule(path))
+def _columns(site: GrowthSite, path: str) -> tuple[Tensor, Tensor]:
+    """Index of a consumer's filters at the channels: per output the columns of those that its group reads."""
+    layer, entries, columns = site.layer(path), torch.tensor(site.entries(path, IN)), []
     rows, inputs = layer.size(OUT) // layer.groups, layer.size(IN) // layer.groups
-    entries = site.entries(path, IN)
-    return [
-        (slice(group * rows, (group + 1) * rows), [each % inputs for each in entries if each // inputs == group])
-        for group in range(layer.groups)
-    ]
+    for group in range(layer.groups):
+        columns.append((entries[entries // inputs == group] % inputs).expand(rows, -1))
+    return torch.arange(layer.size(OUT))[:, None], torch.cat(columns)
 
 
-def filter_norms(site: GrowthSite, model: nn.Module) -> Float[Tensor, " units"]:
+def filter_norms(site: GrowthSite) -> Float[Tensor, " units"]:
     """Norm of each old unit's incoming weights, biases included, over all producers."""
-    incoming = {path: filters_of(model, path, site) for path in site.producers}
-    biases = {path: bias for path in site.producers if (bias := bias_of(model, path, site)) is not None}
-    return norms_of(incoming, biases, units_of(site.of(model)))
+    tensors = [filters_of(site, path, own=True) for path in site.producers]
+    for path in site.producers:
+        bias = bias_of(site, path, own=True)
+        tensors += [] if bias is None else [bias]
+    return norms_of(tensors, units_of(site))
 
 
-def norms_of(incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor], units: int) -> Float[Tensor, " units"]:
-    """Norm of each unit's filters, biases included, over all producers."""
-    rows = [tensor.flatten(1) for tensor in incoming.values()] + [bias[:, None] for bias in biases.values()]
-    squares = [row.unflatten(0, (units, -1)).flatten(1).square().sum(1) for row in rows]
-    return torch.stack(squares).sum(0).sqrt()
+def norms_of(tensors: Iterable[Tensor], units: int) -> Float[Tensor, " units"]:
+    """Norm of each unit's part of some tensors, whose first axes list entries unit by unit."""
+    return torch.stack([each.reshape(units, -1).square().sum(1) for each in tensors]).sum(0).sqrt()
 
 
 def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
@@ -124,12 +117,12 @@ def picked_rows(weight: Tensor, order: Sequence[int], units: int) -> Tensor:
     return weight[of_units(order, len(weight) // units)].contiguous()
 
 
-def silent_outgoing(site: GrowthSite, model: nn.Module, channels: int) -> dict[str, Tensor]:
+def silent_outgoing(site: GrowthSite, channels: int) -> dict[str, Tensor]:
     """Outgoing weights of zero, (out, K·ratio/groups, *kernel) per consumer."""
     found = {}
     for path in site.consumers:
-        layer = layers.weighted(model.get_submodule(path))
-        found[path] = filters_of(model, path).new_zeros(layer.shape(IN, int(channels * site.ratio(path, IN))))
+        shape = site.layer(path).shape(IN, int(channels * site.ratio(path)))
+        found[path] = filters_of(site, path).new_zeros(shape)
     return found
 
 
@@ -142,15 +135,17 @@ def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
 def not_rewritable(site: GrowthSite, *paths: str) -> str | None:
     """Why old weights of some layers cannot be given other values; None where they can."""
     for path in paths:
-        if not layers.weighted(site.model.get_submodule(path)).rewritable:
+        if not site.layer(path).rewritable:
             return f"the weight of {path} is computed from others, and the method gives old weights other values"
     return not_plain(site, *paths)
 
 
 def not_plain(site: GrowthSite, *paths: str) -> str | None:
     """Which of some layers does not multiply with its weight as it is; None where all do."""
-    found = next((path for path in paths if not layers.weighted(site.model.get_submodule(path)).plain), None)
-    return None if found is None else f"{found} has a forward of its own, which makes another weight of the stored one"
+    for path in paths:
+        if not site.layer(path).plain:
+            return f"{path} has a forward of its own, which makes another weight of the stored one"
+    return None
 
 
 FASTER = 1 / 8
@@ -207,7 +202,7 @@ def old_sizes(site: GrowthSite) -> Float[Tensor, " units"]:
     """
     paths = scaling_norms(site)
     if not paths:
-        return filter_norms(site, site.model).double()
+        return filter_norms(site).double()
     squares = []
     for path in paths:
         module = site.model.get_submodule(path)
@@ -223,7 +218,7 @@ def old_steepness(site: GrowthSite) -> Float[Tensor, " units"]:
 
     The steepest slope of the channel over its inputs. New channels come with transparent norms: theirs is ‖α‖.
     """
-    norms = filter_norms(site, site.model).double()
+    norms = filter_norms(site).double()
     factors = []
     for path in scaling_norms(site):
         module = site.model.get_submodule(path)
@@ -250,6 +245,22 @@ def new_sizes(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"
     return size if scale is None else size * scale.to(size).unflatten(0, (len(size), -1)).mean(1)
 
 
+def scaled(
+    growth: ChannelGrowth, factor: Float[Tensor, " units"], outgoing: Float[Tensor, " units"] | None = None
+) -> ChannelGrowth:
+    """A proposal with each unit's filters times a number, norms to match, and its outgoing weights times another."""
+    incoming, biases, norms, columns = {}, {}, {}, growth.outgoing
+    for path, weight in growth.incoming.items():
+        incoming[path] = scaled_rows(weight, factor)
+    for path, bias in growth.incoming_bias.items():
+        biases[path] = scaled_rows(bias, factor)
+    for path, (mean, variance) in growth.norms.items():
+        norms[path] = (scaled_rows(mean, factor), scaled_rows(variance, factor.square()))
+    if outgoing is not None:
+        columns = {path: scaled_columns(weight, outgoing) for path, weight in columns.items()}
+    return replace(growth, incoming=incoming, incoming_bias=biases, norms=norms, outgoing=columns)
+
+
 def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     """New filters at the mean norm of the old ones, new channels behind a norm layer at up to the old ones' mean size.
 
@@ -264,16 +275,8 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
         The proposal at the old channels' scale; behind norm layers whose weights are all zero at its own.
     """
     norms = _norms(site, growth)
-    factor = filter_norms(site, site.model).double().mean().to(norms) / norms
-    changed = replace(
-        growth,
-        incoming={path: scaled_rows(weight, factor) for path, weight in growth.incoming.items()},
-        incoming_bias={path: scaled_rows(bias, factor) for path, bias in growth.incoming_bias.items()},
-        norms={
-            path: (scaled_rows(mean, factor), scaled_rows(variance, factor.square()))
-            for path, (mean, variance) in growth.norms.items()
-        },
-    )
+    factor = filter_norms(site).double().mean().to(norms) / norms
+    changed = scaled(growth, factor)
     typical = float(old_sizes(site).mean()) * min(1.0, math.sqrt(FASTER * site.width / growth.channels))
     if scaling_norms(site) and typical > 0:
         scale = typical / new_sizes(site, changed)
@@ -288,6 +291,5 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
 
 def _norms(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:
     """Norm of each new unit's incoming weights, biases included, over all producers."""
-    incoming = {path: weight.double() for path, weight in growth.incoming.items()}
-    biases = {path: bias.double() for path, bias in growth.incoming_bias.items()}
-    return norms_of(incoming, biases, growth.channels // site.granularity)
+    tensors = (*growth.incoming.values(), *growth.incoming_bias.values())
+    return norms_of([each.double() for each in tensors], growth.channels // site.granularity)

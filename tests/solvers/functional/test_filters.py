@@ -8,6 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import growconv
 from growconv.solvers import solve
+from tests.solvers.functional.test_fitting import coordinates, inputs, problem
 from tests.solvers.functional.test_functional import kept, seed, student_and_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::growconv.solvers.FewSamplesWarning")
@@ -42,3 +43,19 @@ def test_filters_behind_a_curved_activation_are_no_steeper_than_the_old_ones(nor
     assert growth.alpha_bias is not None
     norms = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1).norm(dim=1)
     assert float(norms.max()) <= float((slope * own).mean()) * (1 + 1e-5)
+
+
+def test_whitened_coordinates_come_back() -> None:
+    fit, _ = problem()
+    space, size = coordinates(fit, 1e-3)
+    theta = torch.randn(4, size, dtype=torch.float64)
+    torch.testing.assert_close(space.encode(space.filters(theta)), theta)
+
+
+def test_patches_are_white_in_the_coordinates() -> None:
+    fit, _ = problem(samples=200)
+    space, size = coordinates(fit, 1e-9)
+    theta = torch.eye(size, dtype=torch.float64)
+    weight, bias = space.filters(theta)["w"]
+    outputs = F.conv2d(inputs(fit), weight, bias, padding=1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs @ outputs.mT / outputs.shape[1], theta, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from growconv.network.layout import IN, OUT
 from growconv.network.seats import region_of
 from growconv.network.tape import Tape
-from growconv.solvers.filters import Filters
+from growconv.solvers.filters import Coordinates, Filters, whitened
 from growconv.solvers.fitting import (
     Fit,
     Objective,
@@ -20,7 +20,6 @@ from growconv.solvers.fitting import (
     greedy_order,
     normal_equations,
 )
-from growconv.solvers.parametrization import Whitened, patch_gram
 from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
 from tests.network import hand
 
@@ -53,19 +52,20 @@ def of(weight: Tensor, bias: Tensor | None) -> Filters:
     return Filters(len(weight), {"w": (weight, bias)})
 
 
-def coordinates(fit: Fit, damping: float = 0.1) -> Whitened:
-    grams = {"w": patch_gram(fit.module("w"), [inputs(fit)])}
-    return Whitened(grams, {"w": (fit.module("w"), 1)}, damping, torch.float64)
+def coordinates(fit: Fit, damping: float = 0.1) -> tuple[Coordinates, int]:
+    """Whitened coordinates, and how many parameters a channel has in them."""
+    found = whitened(fit.samples, damping)
+    return found, found.producers[0].size
 
 
 def test_gradient_is_that_of_the_projected_loss() -> None:
     fit, _ = problem()
-    whitened = coordinates(fit)
-    theta = torch.randn(2, whitened.size, dtype=torch.float64)
-    point = Objective(fit, whitened, ridge=1e-13)(theta)
+    space, size = coordinates(fit)
+    theta = torch.randn(2, size, dtype=torch.float64)
+    point = Objective(fit, space, ridge=1e-13)(theta)
 
     def slow(theta: Tensor) -> Tensor:
-        weight, bias = whitened.filters(theta)["w"]
+        weight, bias = space.filters(theta)["w"]
         h = torch.tanh(F.conv2d(inputs(fit), weight, bias, padding=1))
         design = F.unfold(F.pad(h, (1, 1, 1, 1)), (3, 2), stride=(1, 2)).transpose(0, 1).flatten(1)
         target = targets(fit).transpose(0, 1).flatten(1)
@@ -118,9 +118,9 @@ def test_captured_share_is_what_the_best_single_scale_takes_away() -> None:
 @pytest.mark.parametrize("activation", [torch.relu, F.leaky_relu, F.gelu, F.silu, F.selu, torch.tanh])
 def test_the_search_never_loses_ground(activation) -> None:
     fit, _ = problem(activation, samples=40)
-    whitened = coordinates(fit)
-    start = torch.nn.functional.normalize(torch.randn(2, whitened.size, dtype=torch.float64), dim=1)
-    found = Search(Objective(fit, whitened), fit, start, patience=20).run(12)
+    space, size = coordinates(fit)
+    start = torch.nn.functional.normalize(torch.randn(2, size, dtype=torch.float64), dim=1)
+    found = Search(Objective(fit, space), fit, start, patience=20).run(12)
     fitted = [share for share, _ in found.history]
     assert fitted == sorted(fitted)
     assert fitted[-1] > 1.2 * fitted[0]
@@ -130,9 +130,9 @@ def test_the_search_never_loses_ground(activation) -> None:
 def test_the_search_stops_where_held_out_samples_gain_nothing() -> None:
     fit, _ = problem(torch.relu, samples=6)
     other, _ = problem(torch.relu, samples=60, seed=1)  # nothing in common: all that is fitted is noise
-    whitened = coordinates(fit)
-    start = torch.randn(4, whitened.size, dtype=torch.float64)
-    found = Search(Objective(fit, whitened), other, start, patience=3).run(100)
+    space, size = coordinates(fit)
+    start = torch.randn(4, size, dtype=torch.float64)
+    found = Search(Objective(fit, space), other, start, patience=3).run(100)
     assert found.iterations < 60
     assert found.held_out >= found.history[-1][1]
 

@@ -9,9 +9,8 @@ from torch.nn import functional
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.apply import grow
 from growconv.network.find import find_sites
-from growconv.solvers import get_solver, solve
+from growconv.solvers import Request, get_solver, solve
 from growconv.solvers.firefly import Candidates
-from growconv.solvers.request import Request
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import filter_norms
 
@@ -30,7 +29,7 @@ def test_halves_of_old_channels_compete_with_new_ones(make, collect, name):
     alone = Splitting(step=0.05, tolerance=0.0).solve(
         Request(site, "auto", statistics, torch.Generator().manual_seed(0))
     )
-    norms = filter_norms(site, model)
+    norms = filter_norms(site)
     for index, channel in enumerate(every.copied_from.tolist()):
         if channel >= 0:  # what a split takes off the loss: ε²/2·|λ|
             half = alone.copied_from.tolist().index(channel)
@@ -70,7 +69,7 @@ def test_the_prediction_is_the_derivative_of_the_true_loss(make, collect, name):
 def test_taylor_gains_are_derivatives_by_each_candidates_strength(make, collect):
     model, x, y = make("relu")
     statistics = collect(model, x, y, {"samples"})
-    candidates = Candidates(statistics.samples_kept, model, 5, torch.Generator().manual_seed(0))
+    candidates = Candidates(statistics.samples_kept, 5, torch.Generator().manual_seed(0))
     gains = candidates.taylor_gains()
     filters, outgoing = candidates.weights()
     hidden = functional.relu(functional.conv2d(x, *filters["0"], padding=1))
@@ -84,7 +83,7 @@ def test_the_kept_candidates_are_those_with_the_largest_gains(make, collect):
     model, x, y = make("relu")
     statistics = collect(model, x, y, {"samples"})
     growth = solve(statistics, "firefly", 4, candidates=6, steps=2, generator=torch.Generator().manual_seed(5))
-    candidates = Candidates(statistics.samples_kept, model, 24, torch.Generator().manual_seed(5))
+    candidates = Candidates(statistics.samples_kept, 24, torch.Generator().manual_seed(5))
     candidates.train(2, get_solver("firefly").learning_rate)
     gains = candidates.taylor_gains().abs()
     torch.testing.assert_close(growth.gains, gains.sort(descending=True).values[:4])
@@ -95,13 +94,13 @@ def test_the_kept_candidates_are_those_with_the_largest_gains(make, collect):
 def test_training_raises_every_candidates_gain_and_they_do_not_see_each_other(make, collect):
     model, x, y = make("relu")
     kept = collect(model, x, y, {"samples"}).samples_kept
-    candidates = Candidates(kept, model, 16, torch.Generator().manual_seed(0))
+    candidates = Candidates(kept, 16, torch.Generator().manual_seed(0))
     before = candidates.taylor_gains()
     candidates.train(30, 0.1)
     after = candidates.taylor_gains()
     assert (after > before).all()
     assert (after > 0).all()
-    alone = Candidates(kept, model, 16, torch.Generator().manual_seed(0))
+    alone = Candidates(kept, 16, torch.Generator().manual_seed(0))
     alone.filters = alone.filters.each(lambda tensor: tensor.detach()[:1].requires_grad_(), units=1)
     alone.outgoing = {path: tensor.detach()[:, :1].requires_grad_() for path, tensor in alone.outgoing.items()}
     alone.count = 1

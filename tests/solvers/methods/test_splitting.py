@@ -86,7 +86,7 @@ def test_products_are_those_of_the_splitting_matrices(make, collect, name):
     model, x, y = make(name)
     model.eval()
     statistics = collect(model, x, y, {"samples"})
-    product, theta = splitting_matrices(statistics.samples_kept, model, smoothing=0.25)
+    product, theta = splitting_matrices(statistics.samples_kept, smoothing=0.25)
     vectors = torch.randn(theta.shape, dtype=torch.float64)
     found = product(vectors)
     for channel in range(4):

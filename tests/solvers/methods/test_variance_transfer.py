@@ -57,7 +57,7 @@ def test_old_weights_take_the_larger_fan_in_and_the_batch_norm_behind_follows(ma
     model, x, _ = make("norm behind")
     site = find_sites(model, x)[0]
     old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert batch_norm_behind(site, model, "2") == "3"
+    assert batch_norm_behind(site, "2") == "3"
     grow(model, site, solve(site, "variance_transfer", 5))
     new, scale = model.state_dict(), (4 / 9) ** 0.5
     torch.testing.assert_close(new["2.weight"][:, :4], scale * old["2.weight"])
