@@ -15,7 +15,7 @@ from growconv.growth.where import Measure, Where
 from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
-from growconv.network.optimizer import as_optimizers
+from growconv.network.optimizer import as_optimizers, owned_by
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.base import SOLVERS, Solver, refusal_of
 from growconv.solvers.sampling import require_known_gains
@@ -114,7 +114,7 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
         SurgeryError: naming the first weight that none of them owns.
     """
     optimizers = as_optimizers(optimizer)
-    owned = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    owned = owned_by(optimizers)
     for site in sites:
         for path in (*site.producers, *site.consumers):
             value = attribute(site.model, path)

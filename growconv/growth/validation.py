@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, SurgeryError
 from growconv.growth.decision import Policy
-from growconv.network.event import GrowthHistory, apply_edits, count_parameters
+from growconv.network import layers
+from growconv.network.event import GrowthHistory, apply_edit, count_parameters
+from growconv.network.model import found_at
+from growconv.network.optimizer import refresh
 
 Kind = TypeVar("Kind")
 
@@ -104,16 +107,20 @@ def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.M
             where=type(model).__name__,
             fix=fix,
         )
-    edits = [edit for event in history for edit in event.edits]
-    check_edits(model, edits, most)
-    kernels = any("split" in edit or "merge" in edit for edit in edits)  # computed from those that are there
-    twin = _copied(model, {}) if kernels else without_data(model)
+    edits: list[Any] = [edit for event in history for edit in event.edits]
+    kernels = any(isinstance(edit, Mapping) and edit.keys() & {"split", "merge"} for edit in edits)
+    twin = _copied(model, {}) if kernels else without_data(model)  # new kernels are computed from those that are there
     try:
         for event in history:
-            apply_edits(twin, event.edits)
+            for edit in event.edits:
+                _check_edit(twin, edit, most)
+                apply_edit(twin, edit)
             if count_parameters(twin) > most or sum("copy" in edit for edit in event.edits) > 1:
                 raise SurgeryError("it asks for more parameters than the saved tensors could fill", where=event.site)
-    except (SurgeryError, TypeError, ValueError, NotImplementedError) as error:
+        refresh(twin)
+    except CheckpointError:
+        raise
+    except (SurgeryError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             "The history does not fit this model.", got=error, where=type(model).__name__, fix=fix
         ) from error
@@ -137,81 +144,74 @@ def check_event(record: object) -> None:
             raise _refused("A gain of a growth event is no number.", got=_short(gain))
 
 
-def check_edits(model: nn.Module, edits: Iterable[object], most: int = MOST) -> None:
-    """Follow the edits of a history on the shapes of a model's tensors, without the tensors.
+def _check_edit(model: nn.Module, edit: object, most: int) -> None:
+    """Refuse an edit that growing could not have written for a model as it is when the edit comes.
 
     Args:
-        model: as it was before the edits; it is left as it is.
-        edits: those of all events, in order.
-        most: entries that a tensor may have at any moment.
+        model: its tensors need no data; it is left as it is.
+        edit: of a history.
+        most: entries that a tensor may have.
 
     Raises:
-        CheckpointError: names the first edit that growing could not have written for this model.
+        CheckpointError: names the edit.
     """
-    now = shapes_of(model)
-    changed: list[str] = []  # modules that are others than before, with tensors of their own
-    for edit in edits:
-        if not isinstance(edit, Mapping) or not isinstance(edit.get("module"), str):
-            raise _refused("An edit of the history names no module.", got=_short(edit))
-        path = edit["module"]
-        if "attribute" in edit:
-            _check_attribute(edit, most, None if _within(path, changed) else model)
-        elif "tensor" in edit:
-            name = f"{path}.{edit['tensor']}".removeprefix(".")
-            if name not in now and not _within(path, changed):
-                raise _refused("An edit of the history is about a tensor that the model does not have.", edit)
-            _resize(now.get(name), edit, most)
-        else:
-            _check_block(now, edit, most, changed)
+    if not isinstance(edit, Mapping) or not isinstance(edit.get("module"), str):
+        raise _refused("An edit of the history names no module.", got=_short(edit))
+    module = found_at(model, edit["module"])
+    if not isinstance(module, nn.Module):
+        raise _refused("An edit of the history is about a module that the model does not have.", edit)
+    if "attribute" in edit:
+        _check_attribute(module, edit, most)
+    elif "tensor" in edit:
+        tensor = layers.stored(module, str(edit["tensor"]))
+        if tensor is None:
+            raise _refused("An edit of the history is about a tensor that the model does not have.", edit)
+        _check_resize(tensor.shape, edit, most)
+    else:
+        kind = next((each for each in BLOCKS if each in edit), None)
+        if kind is None or set(edit) != {"module", kind}:
+            raise _refused("An edit of the history does nothing that is known.", edit, expected=", ".join(BLOCKS))
+        if kind == "insert":
+            _check_insertion(edit, most)
+        elif kind == "split":
+            _check_split(edit, most)
+        elif not (isinstance(edit[kind], str) or (kind == "copy" and edit[kind] is None)):
+            raise _refused("An edit of the history names no layer.", edit)
 
 
-def _within(path: str, modules: Iterable[str]) -> bool:
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
-
-
-def _resize(shape: list[int] | None, edit: Mapping[str, Any], most: int) -> None:
-    """One insertion or removal; the shape is None where the tensor belongs to an inserted layer."""
+def _check_resize(shape: Sequence[int], edit: Mapping[str, Any], most: int) -> None:
+    """One insertion or removal."""
     axis = edit.get("axis")
-    if not _is(axis, int) or not 0 <= axis < (8 if shape is None else len(shape)):
+    if not _is(axis, int) or not 0 <= axis < len(shape):
         raise _refused("An edit of the history is about an axis that the tensor does not have.", edit)
-    size = None if shape is None else shape[axis]
+    size = shape[axis]
     if "removed" in edit:
         removed = edit["removed"]
         whole = isinstance(removed, list | tuple) and all(_is(entry, int) and entry >= 0 for entry in removed)
         if not whole or len(set(removed)) != len(removed) or not removed:
             raise _refused("An edit of the history removes what is no list of entries.", edit)
-        if size is not None and (max(removed) >= size or len(removed) >= size):
+        if max(removed) >= size or len(removed) >= size:
             raise _refused("An edit of the history removes more than there is.", edit, expected=f"of {size} entries")
-        change = -len(removed)
-    else:
-        position, change = edit.get("position"), edit.get("count")
-        if not _is(position, int) or not _is(change, int) or position < 0 or change < 1:
-            raise _refused("An edit of the history inserts nothing anywhere.", edit)
-        if size is not None and position > size:
-            raise _refused("An edit of the history inserts behind the end.", edit, expected=f"at most {size}")
-        entries = change if shape is None else math.prod(shape) // max(shape[axis], 1) * (shape[axis] + change)
-        if entries > most:
-            raise _refused(
-                "An edit of the history asks for more than the saved tensors could fill.",
-                edit,
-                expected=f"at most {most} entries",
-            )
-    if shape is not None:
-        shape[axis] += change
+        return
+    position, count = edit.get("position"), edit.get("count")
+    if not _is(position, int) or not _is(count, int) or position < 0 or count < 1:
+        raise _refused("An edit of the history inserts nothing anywhere.", edit)
+    if position > size:
+        raise _refused("An edit of the history inserts behind the end.", edit, expected=f"at most {size}")
+    if math.prod(shape) // max(size, 1) * (size + count) > most:
+        problem = "An edit of the history asks for more than the saved tensors could fill."
+        raise _refused(problem, edit, expected=f"at most {most} entries")
 
 
-def _check_attribute(edit: Mapping[str, Any], most: int, model: nn.Module | None) -> None:
-    """A size of a layer, or one that a module's own code keeps; `model` None for modules that are not known yet."""
+def _check_attribute(module: nn.Module, edit: Mapping[str, Any], most: int) -> None:
+    """A size of a layer, or one that a module's own code keeps."""
     value, name = edit.get("value"), edit["attribute"]
     values = value if isinstance(value, list | tuple) else [value]
     if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
         raise _refused("An edit of the history sets a width that is none.", edit)
-    if name in SETTABLE or model is None:
+    if name in SETTABLE:
         return
-    try:
-        kept = vars(model.get_submodule(edit["module"])).get(name)
-    except AttributeError:
-        kept = None
+    kept = vars(module).get(name)
     several = isinstance(kept, list | tuple) and len(kept) == len(values) and all(_is(each, int) for each in kept)
     if not isinstance(name, str) or name.startswith("__") or not (several or (_is(kept, int) and _is(value, int))):
         raise _refused(
@@ -219,27 +219,6 @@ def _check_attribute(edit: Mapping[str, Any], most: int, model: nn.Module | None
             edit,
             expected=f"{', '.join(sorted(SETTABLE))}, or a size that the module has",
         )
-
-
-def _check_block(now: dict[str, list[int]], edit: Mapping[str, Any], most: int, changed: list[str]) -> None:
-    """A layer put in front, a block copied, a convolution split or two merged: tensors there have other names then."""
-    path = edit["module"]
-    kind = next((each for each in BLOCKS if each in edit), None)
-    paths = [path, edit["merge"]] if kind == "merge" and isinstance(edit["merge"], str) else [path]
-    for each in paths:
-        if not each or not (_within(each, changed) or any(name.startswith(f"{each}.") for name in now)):
-            raise _refused("An edit of the history is about a module that the model does not have.", edit)
-    if kind is None or set(edit) != {"module", kind}:
-        raise _refused("An edit of the history does nothing that is known.", edit, expected=", ".join(BLOCKS))
-    if kind == "insert":
-        _check_insertion(edit, most)
-    elif kind == "split":
-        _check_split(edit, most)
-    elif not (isinstance(edit[kind], str) or (kind == "copy" and edit[kind] is None)):
-        raise _refused("An edit of the history names no layer.", edit)
-    changed += paths
-    for name in [name for name in now if _within(name.rpartition(".")[0], paths)]:
-        del now[name]
 
 
 def _check_insertion(edit: Mapping[str, Any], most: int) -> None:
@@ -261,13 +240,6 @@ def _check_split(edit: Mapping[str, Any], most: int) -> None:
         raise _refused("An edit of the history splits a convolution into no sizes.", edit)
     if not _is(values["hidden"], int) or not 1 <= values["hidden"] <= min(most, 2**20):
         raise _refused("An edit of the history splits a convolution over no possible number of channels.", edit)
-
-
-def shapes_of(model: nn.Module) -> dict[str, list[int]]:
-    """Shapes by name as `check_edits` reads them."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    lists = {id(tensor): list(tensor.shape) for _, tensor in tensors}
-    return {name: lists[id(tensor)] for name, tensor in tensors}
 
 
 def without_data(model: nn.Module) -> nn.Module:
@@ -303,7 +275,7 @@ def check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
         model: after the edits; its tensors need no data.
-        edits: as in `check_edits`.
+        edits: all of them, in order.
 
     Raises:
         CheckpointError: names the module.

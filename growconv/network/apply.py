@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 from torch import nn
 from torch.optim import Optimizer
@@ -57,26 +57,19 @@ def _grown(
     if not isinstance(growth, ChannelGrowth):
         raise ArgumentTypeError("a proposal is needed", expected="ChannelGrowth", got=type(growth).__name__)
     site, amplitude = _site_of(site, model, trains), _finite(amplitude)
-    optimizers = as_optimizers(optimizer)
-    plan = plan_growth(site, growth, amplitude)
-    check_optimizers(optimizers, plan.parameters())
-    before, width, decrease = count_parameters(model), site.width, growth.expected_decrease
-    event = GrowthEvent(
-        site=site.name,
+    decrease = growth.expected_decrease
+    return _carried_out(
+        site,
+        plan_growth(site, growth, amplitude),
+        as_optimizers(optimizer),
         method=growth.method,
         channels=growth.channels,
-        width_before=width,
-        width_after=width + growth.channels,
         amplitude=amplitude,
         gains=tuple(growth.gains.tolist()),
         reason=growth.reason,
-        edits=tuple(plan.edits()),
-        parameters_before=before,
-        parameters_after=before + plan.added_parameters(),
         predicted_decrease=None if decrease is None else decrease * amplitude,
-        recipe=partial(_grow_again, site, growth, amplitude, width),
+        recipe=partial(_grow_again, site, growth, amplitude, site.width),
     )
-    return _carried_out(model, plan, optimizers, event)
 
 
 def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Optimizers = None) -> GrowthEvent:
@@ -98,31 +91,35 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
         >>> growconv.shrink(model, sites[0], [0, 1], optimizer=optimizer).width_after
         2
     """
-    model = unwrapped(model)
-    site, optimizers = _site_of(site, model, trains=False), as_optimizers(optimizer)
-    plan = plan_removal(site, channels)
-    check_optimizers(optimizers, plan.parameters())
-    before, width, gone = count_parameters(model), site.width, len({int(channel) for channel in channels})
-    event = GrowthEvent(
-        site=site.name,
+    site = _site_of(site, unwrapped(model), trains=False)
+    return _carried_out(
+        site,
+        plan_removal(site, channels),
+        as_optimizers(optimizer),
         method="shrink",
-        channels=-gone,
-        width_before=width,
-        width_after=width - gone,
+        channels=-len(set(map(int, channels))),
         amplitude=0.0,
         gains=(),
         reason=None,
+        recipe=partial(_shrink_again, site, tuple(channels), site.width),
+    )
+
+
+def _carried_out(site: Site, plan: Plan, optimizers: Sequence[Optimizer], channels: int, **told: Any) -> GrowthEvent:
+    """Do what is planned, all or nothing; `told` are the event's own entries."""
+    check_optimizers(optimizers, plan.parameters())
+    model, width, before = site.model, site.width, count_parameters(site.model)
+    event = GrowthEvent(
+        site=site.name,
+        channels=channels,
+        width_before=width,
+        width_after=width + channels,
         edits=tuple(plan.edits()),
         parameters_before=before,
         parameters_after=before + plan.added_parameters(),
-        recipe=partial(_shrink_again, site, tuple(channels), width),
+        **told,
     )
-    return _carried_out(model, plan, optimizers, event)
-
-
-def _carried_out(model: nn.Module, plan: Plan, optimizers: Sequence[Optimizer], event: GrowthEvent) -> GrowthEvent:
-    overwritten = [change.tensor for change in plan.changes if not change.resizes]
-    journal = Journal(model, optimizers, overwritten)
+    journal = Journal(model, optimizers, [change.tensor for change in plan.changes if not change.resizes])
     try:
         exchange(model, plan.changes, plan.attributes, optimizers)
         refresh(model)

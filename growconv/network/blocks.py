@@ -11,7 +11,7 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.kernels import compose_convs, make_conv
 from growconv.convolution.split import split_kernel
 from growconv.errors import SiteError, SurgeryError
-from growconv.network.optimizer import add_parameters, check_optimizers, replace_parameters
+from growconv.network.optimizer import add_parameters, check_optimizers, owned_by, replace_parameters
 
 IDEMPOTENT = {"relu": nn.ReLU, "relu6": nn.ReLU6}  # f(f(x)) = f(x)
 IN_FRONT = ".inserted"
@@ -176,7 +176,7 @@ def _copy(model: nn.Module, path: str, silent: str | None, optimizers: Sequence[
     if silent is not None:
         silence(twin.get_submodule(silent))
     _pair(model, path, {"original": original, "inserted": twin})
-    owned = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    owned = owned_by(optimizers)
     for old, new in zip(original.parameters(), twin.parameters(), strict=True):
         new.grad = None
         if id(old) in owned or old.requires_grad:

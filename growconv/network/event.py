@@ -174,7 +174,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
     journal = Journal(model, optimizers)
     try:
         for edit in edits:
-            _apply_edit(model, edit, optimizers)
+            apply_edit(model, edit, optimizers)
         refresh(model)
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         journal.restore()
@@ -189,7 +189,8 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
         raise
 
 
-def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+def apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Do one edit; where it does not fit, the model may be left half changed."""
     where = str(edit["module"])
     if "attribute" in edit:
         module, name, value = model.get_submodule(where), str(edit["attribute"]), edit["value"]
@@ -209,7 +210,6 @@ def _apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer]) -
         else:
             position = _integer(edit["position"], tensor.shape[axis])
             change.insertions.append(Insertion(axis, position, _integer(edit["count"])))
-            change.values.append(None)
         if isinstance(tensor, nn.Parameter):
             check_optimizers(optimizers, [(path, tensor)])
         exchange(model, [change], {}, optimizers)

@@ -15,7 +15,6 @@ positions of old and new channels from that. It is plain data; it can be copied,
 the same names.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -142,28 +141,34 @@ class Layout:
     attributes: tuple[SizeAttribute, ...] = ()
 
     @cached_property
+    def _rates(self) -> dict[Key, dict[int, int]]:
+        """Per axis the entries of one unit of each space on it."""
+        found: dict[Key, dict[int, int]] = {}
+        for key, runs in self.axes.items():
+            rates = found.setdefault(key, {})
+            for run in runs:
+                if run.space is not None:
+                    rates[run.space] = rates.get(run.space, 0) + run.outer * run.inner
+        return found
+
+    @cached_property
     def _index(self) -> dict[int, list[Key]]:
         """Per space the axes that its channels lie on."""
         found: dict[int, list[Key]] = {}
-        for key in self.axes:
-            for space in self._spaces(key):
+        for key, rates in self._rates.items():
+            for space in rates:
                 found.setdefault(space, []).append(key)
         return found
-
-    def _spaces(self, key: Key) -> set[int]:
-        """The spaces that have entries along an axis."""
-        return {run.space for run in self.axes.get(key, ()) if run.space is not None}
 
     @cached_property
     def _telling(self) -> dict[int, Key]:
         """Per space the axis that tells its units once those of its other spaces are known; most have none."""
-        waiting = {key: self._spaces(key) for key in self.axes}
         told: dict[int, Key] = {}
         changed = True
         while changed:
             changed = False
-            for key, spaces in waiting.items():
-                unknown = spaces - told.keys()
+            for key, rates in self._rates.items():
+                unknown = rates.keys() - told.keys()
                 if len(unknown) == 1:
                     told[unknown.pop()] = key
                     changed = True
@@ -175,15 +180,14 @@ class Layout:
 
     def per_unit(self, key: Key, space: int) -> int:
         """Entries of one unit along an axis."""
-        return self._per_unit.get((key, space), 0)
+        return self._rates[key].get(space, 0)
 
-    @cached_property
-    def _per_unit(self) -> Counter[tuple[Key, int | None]]:
-        found = Counter[tuple[Key, int | None]]()
-        for key, runs in self.axes.items():
-            for run in runs:
-                found[key, run.space] += run.outer * run.inner
-        return found
+    def length(self, key: Key, units: Mapping[int, int]) -> int:
+        """Entries along an axis at a number of units of each space on it."""
+        total = 0
+        for run in self.axes[key]:
+            total += run.length(units)
+        return total
 
     def ratio(self, key: Key, space: int) -> Fraction:
         """Entries of one channel along an axis."""
@@ -202,15 +206,17 @@ class Layout:
     def units_along(self, key: Key, sizes: Sizes) -> dict[int, int]:
         """How many units every space on an axis has now; none for an axis that no channels lie on."""
         if key not in sizes.along:
-            sizes.along[key] = {space: self.units(space, sizes) for space in self._spaces(key)}
+            sizes.along[key] = {space: self.units(space, sizes) for space in self._rates.get(key, ())}
         return sizes.along[key]
 
     def _alone(self, space: int, sizes: Sizes) -> int:
         """The units of a space that one axis tells."""
-        key = self._telling[space]
-        others = {each: self.units(each, sizes) for each in self._spaces(key) - {space}}
-        rest = sum(run.length(others) for run in self.axes[key] if run.space != space)
-        units, left = divmod(sizes(key) - rest, self.per_unit(key, space))
+        key, others = self._telling[space], {space: 0}
+        for other in self._rates[key]:
+            if other != space:
+                others[other] = self.units(other, sizes)
+        rest = sizes(key) - self.length(key, others)
+        units, left = divmod(rest, self.per_unit(key, space))
         if left or units < 0:
             raise SiteError(
                 "this axis does not hold whole channels any more",
@@ -242,7 +248,7 @@ class Layout:
         for each in spaces:
             for key in self._index.get(each, ()):
                 keys[key] = None
-                spaces += self._spaces(key) - set(spaces)
+                spaces += self._rates[key].keys() - set(spaces)
         rates = np.array([[self.per_unit(key, each) for each in spaces] for key in keys], dtype=np.float64)
         wanted = np.zeros(len(spaces))
         wanted[0] = 1.0
@@ -253,7 +259,7 @@ class Layout:
         for _ in range(30):
             weights = np.abs(shares)
             shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
-        fixed = [sum(run.outer for run in self.axes[key] if run.space is None) for key in keys]
+        fixed = [self.length(key, dict.fromkeys(spaces, 0)) for key in keys]
         return [(k, float(s), f) for k, s, f in zip(keys, shares, fixed, strict=True) if abs(s) > 1e-9]
 
     def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
@@ -269,8 +275,9 @@ class Layout:
             if run.space == space:
                 for outer in range(run.outer):
                     slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
-                    entries = tuple(unit * per_unit + slot for unit in range(units) for slot in slots)
-                    found.append(Place(start + (outer + 1) * now[space] * run.inner, entries))
+                    entries = np.arange(units)[:, None] * per_unit + np.array(slots)
+                    position = start + (outer + 1) * now[space] * run.inner
+                    found.append(Place(position, tuple(entries.ravel().tolist())))
             start += run.length(now)
         return found
 

@@ -7,6 +7,7 @@ this cannot be noticed: pass all of them (a list for several), or build them aft
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[s
     """
     if not optimizers:
         return
-    owned = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    owned = owned_by(optimizers)
     for path, parameter in replaced:
         if parameter.requires_grad and id(parameter) not in owned:
             raise SurgeryError(
@@ -70,8 +71,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[s
                     got="LBFGS after its first step",
                     fix="grow with optimizer=None and build the LBFGS again; its history would not fit anyway",
                 )
-            for name, value in _state(each, parameter).items():
-                if _axes_like(value, parameter) is None:
+            for name, value in each.state.get(parameter, {}).items():
+                if name != AGES and _axes_like(value, parameter) is None:
                     raise SurgeryError(
                         f"the state {name} of {type(each).__name__} cannot be enlarged",
                         where=path,
@@ -79,6 +80,15 @@ def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[s
                         got=f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__,
                         fix="grow with optimizer=None and build the optimizer again",
                     )
+
+
+def owned_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The identities of all parameters that optimizers train."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found.update(map(id, group["params"]))
+    return found
 
 
 def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, change: Change) -> None:
@@ -96,7 +106,9 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
     for each in optimizers:
         groups = _groups(each, old)
         for group in groups:
-            group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+            for index, parameter in enumerate(group["params"]):
+                if parameter is old:
+                    group["params"][index] = new
         state = each.state.pop(old, None) if old in each.state else None
         if not state:
             continue
@@ -157,7 +169,7 @@ def replace_parameters(
     gone = {id(parameter) for _, parameter in removed}
     added = list(added)
     for each in optimizers:
-        known = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        known = owned_by([each])
         more = [parameter for parameter in added if id(parameter) not in known]
         for group in each.param_groups:
             members: list[nn.Parameter] = group["params"]
@@ -176,11 +188,7 @@ def replace_parameters(
 
 
 def _groups(optimizer: Optimizer, parameter: nn.Parameter) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if any(member is parameter for member in group["params"])]
-
-
-def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if name != AGES}
+    return [group for group in optimizer.param_groups if id(parameter) in map(id, group["params"])]
 
 
 def _axes_like(value: object, parameter: Tensor) -> tuple[bool, ...] | None:
@@ -210,7 +218,7 @@ def _sources(change: Change) -> list[list[int | None]]:
     found: list[list[int | None]] = []
     for axis, size in enumerate(change.tensor.shape):
         entries: list[int | None] = list(range(size))
-        for each in sorted(change.insertions, key=lambda each: -each.position):
+        for each in sorted(change.insertions, key=attrgetter("position"), reverse=True):
             if each.axis == axis:
                 entries[each.position : each.position] = [None] * each.count
         gone = set(change.removed.get(axis, ()))
@@ -230,27 +238,22 @@ class Journal:
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[Tensor] = ()) -> None:
-        self._mappings: list[tuple[dict, dict]] = []
-        self._lists: list[tuple[list, list]] = []
-        for module in model.modules():
-            inside = [value for value in vars(module).values() if isinstance(value, dict)]  # hooks among them
-            self._mappings += [(mapping, dict(mapping)) for mapping in (vars(module), *inside)]
+        optimizers, parameters = list(optimizers), list(model.parameters())
+        mappings: list[dict] = []
+        lists: list[list] = []
+        for owner in (*model.modules(), *optimizers):
+            attributes = vars(owner)
+            mappings += [attributes, *(value for value in attributes.values() if isinstance(value, dict))]  # with hooks
         for optimizer in optimizers:
-            self._remember(optimizer)
-        parameters = list(model.parameters())
-        self._mappings += [(vars(each), dict(vars(each))) for each in parameters]
+            mappings += [state for state in optimizer.state.values() if isinstance(state, dict)]
+            mappings += optimizer.param_groups
+            lists += [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+        self._mappings = [(each, dict(each)) for each in (*mappings, *map(vars, parameters))]
+        self._lists = [(each, list(each)) for each in lists]
         self._gradients = [(each, each.grad, each.requires_grad) for each in parameters]
         self._values = [(tensor, tensor.detach().clone()) for tensor in values]
         self._grad_mode = torch.is_grad_enabled()
         self._dispatch_modes = len(_get_current_dispatch_mode_stack())
-
-    def _remember(self, optimizer: Optimizer) -> None:
-        attributes = vars(optimizer)
-        inside = [value for value in attributes.values() if isinstance(value, dict)]
-        inside += [state for state in optimizer.state.values() if isinstance(state, dict)]
-        self._mappings += [(mapping, dict(mapping)) for mapping in (attributes, *inside, *optimizer.param_groups)]
-        lists = (optimizer.param_groups, *(group["params"] for group in optimizer.param_groups))
-        self._lists += [(each, list(each)) for each in lists]
 
     def restore(self) -> None:
         """Put everything back. Doing it twice does no harm."""
@@ -258,7 +261,7 @@ class Journal:
             _pop_mode()
         for mapping, saved in self._mappings:
             mapping.update(saved)
-            if [id(key) for key in mapping] != [id(key) for key in saved]:  # more than before, or in another order
+            if list(map(id, mapping)) != list(map(id, saved)):  # more than before, or in another order
                 mapping.clear()
                 mapping.update(saved)
         for entries, saved_entries in self._lists:
@@ -289,7 +292,10 @@ def exchange(
         for registered in (module._parameters, module._buffers):
             for name, value in registered.items():
                 places.setdefault(id(value), []).append((registered, name))
-    built = [(change, _successor(change)) for change in changes if change.resizes]
+    built = []
+    for change in changes:
+        if change.resizes:
+            built.append((change, _successor(change)))
     for change, new in built:
         for registered, name in places[id(change.tensor)]:
             registered[name] = new

@@ -1,10 +1,11 @@
 """What a growth or removal will change: every tensor with its new entries, every attribute. Nothing is changed here."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
@@ -14,7 +15,7 @@ from growconv.network.model import module_at
 from growconv.network.new_entries import NewEntries, check_proposal, revision, tensor_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
-from growconv.network.tensors import Insertion, enlarge, enlarged_shape, without
+from growconv.network.tensors import Insertion, enlarge, without
 
 
 @dataclass
@@ -25,7 +26,6 @@ class Change:
         path: module path and tensor name.
         tensor: the tensor as it is now.
         insertions: what comes in, where.
-        values: per insertion its entries; None for zeros.
         removed: per axis the entries that go.
         revised: other values for the old entries, or None.
     """
@@ -33,7 +33,6 @@ class Change:
     path: str
     tensor: Tensor
     insertions: list[Insertion] = field(default_factory=list)
-    values: list[Tensor | None] = field(default_factory=list)
     removed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     revised: Tensor | None = None
 
@@ -49,10 +48,9 @@ class Change:
             fill: put the new values in; else new entries are zero.
             axes: which axes a tensor of optimizer state shares with this one; None: all.
         """
-        own = [at for at, each in enumerate(self.insertions) if axes is None or axes[each.axis]]
+        own = [each for each in self.insertions if axes is None or axes[each.axis]]
         if own:
-            values = [self.values[at] if fill else None for at in own]
-            tensor = enlarge(tensor, [self.insertions[at] for at in own], values)
+            tensor = enlarge(tensor, own, fill)
         for axis, entries in self.removed.items():
             if axes is None or axes[axis]:
                 tensor = without(tensor, axis, entries)
@@ -102,13 +100,12 @@ class Plan:
         """The lengths of the axes of a site's layout, which nothing changes as long as the plan is being made."""
         return self._sizes.setdefault(id(site.layout), (site.layout, site.sizes))[1]
 
-    def insert(self, path: str, insertion: Insertion, values: Tensor | None) -> None:
+    def insert(self, path: str, insertion: Insertion) -> None:
         """Add an insertion, unless a shared tensor has it already."""
         change = self.change(path)
         if (id(change), insertion) not in self._inserted:
             self._inserted.add((id(change), insertion))
             change.insertions.append(insertion)
-            change.values.append(values)
 
     def add(
         self, path: str, parts: Sequence[layers.Part], removals: Sequence[layers.Removal], added: Mapping[str, int]
@@ -122,8 +119,8 @@ class Plan:
             added: per side how many more entries it has afterwards.
         """
         adapter = self.adapter(path)
-        for part in parts:
-            self.insert(f"{path}.{part.name}", part.insertion, part.values)
+        for name, insertion in parts:
+            self.insert(f"{path}.{name}", insertion)
         for removal in removals:
             self.change(f"{path}.{removal.name}").removed[removal.axis] = removal.entries
         all_parts = self._parts.setdefault(path, [])
@@ -132,7 +129,8 @@ class Plan:
             self.change(f"{path}.{name}").revised = values
         all_added = self._added.setdefault(path, Counter())
         all_added.update(added)
-        self.attributes |= {(path, name): value for name, value in adapter.counts(all_added).items()}
+        for name, value in adapter.counts(all_added).items():
+            self.attributes[path, name] = value
 
     def follow(self, site: Site, units: int) -> None:
         """Let the sizes follow that the code of modules keeps beside their tensors."""
@@ -147,14 +145,13 @@ class Plan:
         edits: list[dict[str, object]] = []
         for change in self.changes:
             module, _, name = change.path.rpartition(".")
-            for each in sorted(change.insertions, key=lambda each: -each.position):
+            for each in sorted(change.insertions, key=attrgetter("position"), reverse=True):
                 place = {"axis": each.axis, "position": each.position, "count": each.count}
                 edits.append({"module": module, "tensor": name, **place})
             for axis, entries in change.removed.items():
                 edits.append({"module": module, "tensor": name, "axis": axis, "removed": sorted(entries)})
-        edits += [
-            {"module": path, "attribute": name, "value": value} for (path, name), value in self.attributes.items()
-        ]
+        for (path, name), value in self.attributes.items():
+            edits.append({"module": path, "attribute": name, "value": value})
         return edits
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -166,10 +163,12 @@ class Plan:
         total = 0
         for change in self.changes:
             if isinstance(change.tensor, nn.Parameter):
-                shape = list(enlarged_shape(change.tensor.shape, change.insertions))
+                shape = list(change.tensor.shape)
+                for each in change.insertions:
+                    shape[each.axis] += each.count
                 for axis, entries in change.removed.items():
                     shape[axis] -= len(entries)
-                total += int(torch.Size(shape).numel()) - change.tensor.numel()
+                total += math.prod(shape) - change.tensor.numel()
         return total
 
 
@@ -301,19 +300,20 @@ def _sides(site: Site) -> dict[str, list[str]]:
 
 def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
     """New channels for every layer and bare tensor of a site."""
-    sizes = plan.sizes(site)
+    sizes, units = plan.sizes(site), channels // site.granularity
     for path, sides in _sides(site).items():
-        places = {side: site.places(path, side, channels, sizes) for side in sides}
+        places = {side: site.layout.places((path, side), site.space, units, sizes) for side in sides}
         if path in site.layout.dims:
             axis, own = site.layout.dims[path], values(path, ENTRY).get("")
             for place in places[ENTRY]:
-                part = None if own is None else own[list(place.entries)].movedim(0, axis)
-                plan.insert(path, Insertion(axis, place.position, len(place.entries)), part)
+                part = None if own is None else place.of(own).movedim(0, axis)
+                plan.insert(path, Insertion(axis, place.position, len(place.entries), part))
             continue
-        adapter = plan.adapter(path)
+        adapter, parts = plan.adapter(path), list[layers.Part]()
         if isinstance(adapter, layers.Weighted) and GROUP_OUT in sides:
-            parts = adapter.group_insertions(places[GROUP_IN], places[GROUP_OUT], values(path, GROUP_OUT))
+            parts += adapter.group_insertions(places[GROUP_IN], places[GROUP_OUT], values(path, GROUP_OUT))
         else:
-            parts = [each for side in sides for each in adapter.insertions(side, places[side], values(path, side))]
-        plan.add(path, parts, [], {side: sum(len(place.entries) for place in places[side]) for side in sides})
-    plan.follow(site, channels // site.granularity)
+            for side in sides:
+                parts += adapter.insertions(side, places[side], values(path, side))
+        plan.add(path, parts, [], {side: units * site.layout.per_unit((path, side), site.space) for side in sides})
+    plan.follow(site, units)

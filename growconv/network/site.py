@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Place, Sizes
+from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Sizes
 from growconv.network.model import attribute, found_at, module_at, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Depthwise, Other, Pool, Route
@@ -112,10 +112,10 @@ class Site(ABC):
     @property
     def units(self) -> dict[int, int]:
         """Units now of every channel space on an axis of a producer or consumer: what weights are made for."""
-        sides = [(path, side) for path in (*self.producers, *self.consumers) for side in (OUT, IN, ENTRY)]
         sizes, found = self.sizes, {}
-        for key in sides:
-            found |= self.layout.units_along(key, sizes)
+        for path in (*self.producers, *self.consumers):
+            for side in (OUT, IN, ENTRY):
+                found |= self.layout.units_along((path, side), sizes)
         return found
 
     @property
@@ -125,7 +125,7 @@ class Site(ABC):
 
     def layer(self, path: str) -> layers.Weighted:
         """What knows a convolution or linear layer of the site's model."""
-        return layers.weighted(self.model.get_submodule(path))
+        return layers.weighted(module_at(self.model, path))
 
     def ratio(self, path: str, side: str = IN) -> Fraction:
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
@@ -134,17 +134,6 @@ class Site(ABC):
     def entries(self, path: str, side: str = IN, sizes: Sizes | None = None) -> list[int]:
         """The positions of the channels along an axis of a layer, now, channel by channel; `sizes` if known."""
         return self.layout.entries((path, side), self.space, sizes or self.sizes)
-
-    def places(self, path: str, side: str, channels: int, sizes: Sizes | None = None) -> list[Place]:
-        """Where so many new channels come along an axis of a layer, now.
-
-        Args:
-            path: module path, or path of a bare parameter.
-            side: a side of `network.layout`.
-            channels: a multiple of the granularity.
-            sizes: the lengths of the axes, if they are known.
-        """
-        return self.layout.places((path, side), self.space, channels // self.granularity, sizes or self.sizes)
 
     def growable_channels(self, channels: int) -> int:
         """The next number of channels that whole units allow, at least `channels`."""
@@ -296,7 +285,7 @@ class GrowthSite(Site):
         sizes = sizes or site.sizes
         for key in site.axes:
             units = site.layout.units_along(key, sizes)
-            expected = sum(run.length(units) for run in site.layout.axes[key])
+            expected = site.layout.length(key, units)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",

@@ -1,7 +1,8 @@
 """Enlarging and shrinking tensors along several axes at once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -9,50 +10,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Insertion:
-    """New entries of one tensor along one axis.
+    """New entries of one tensor along one axis; two that come to the same place are equal.
 
     Attributes:
         axis: the axis that gets longer.
         position: the old entry before which the new ones come; the axis' length for the end.
         count: number of new entries.
+        values: the entries, shaped like the tensor but with `count` of them along the axis; None for zeros.
     """
 
     axis: int
     position: int
     count: int
+    values: Tensor | None = field(default=None, compare=False)
 
 
-def enlarged_shape(shape: Sequence[int], insertions: Sequence[Insertion]) -> tuple[int, ...]:
-    """The shape after all insertions."""
-    added = [sum(each.count for each in insertions if each.axis == axis) for axis in range(len(shape))]
-    return tuple(size + more for size, more in zip(shape, added, strict=True))
-
-
-def enlarge(tensor: Tensor, insertions: Sequence[Insertion], values: Sequence[Tensor | None]) -> Tensor:
+def enlarge(tensor: Tensor, insertions: Iterable[Insertion], fill: bool = True) -> Tensor:
     """A longer tensor with the old entries in place.
 
     Args:
         tensor: the old tensor; its dtype, device and memory format are kept.
-        insertions: what is put in where, at least one; positions count old entries.
-        values: per insertion its entries, shaped like `tensor` but with `count` entries along the insertion's axis;
-            None for zeros. Where new entries of two axes meet, the result is zero.
+        insertions: what is put in where; positions count old entries. Where new entries of two axes meet, the result is
+            zero.
+        fill: put in their values; else new entries are zero.
 
     Returns:
         A new tensor.
     """
     longer, done = tensor, list[Insertion]()
+    in_order = sorted(insertions, key=attrgetter("axis", "position"))
     for axis in range(tensor.dim()):
-        own = [pair for pair in zip(insertions, values, strict=True) if pair[0].axis == axis]
-        pieces, start = [], 0
-        for each, value in sorted(own, key=lambda pair: pair[0].position):
+        pieces, own, start = [], [each for each in in_order if each.axis == axis], 0
+        for each in own:
             shape = (*tensor.shape[:axis], each.count, *tensor.shape[axis + 1 :])
-            new = tensor.new_zeros(shape) if value is None else value.to(tensor).expand(shape)
-            new = enlarge(new, done, [None] * len(done)) if done else new
+            values = each.values if fill else None
+            new = tensor.new_zeros(shape) if values is None else values.to(tensor).expand(shape)
+            new = enlarge(new, done, fill=False) if done else new
             pieces += [longer.narrow(axis, start, each.position - start), new]
             start = each.position
         if own:
             longer = torch.cat([*pieces, longer.narrow(axis, start, tensor.shape[axis] - start)], axis)
-        done += [each for each, _ in own]
+        done += own
     return keep_format(longer, tensor)
 
 

@@ -239,7 +239,7 @@ def grown_parameter(build: Callable, rows: int, columns: int, steps: int, new: i
         for parameter, each in ((old, optimizer), (same, other)):
             parameter.grad = gradient.clone()
             each.step()
-    change = Change("weight", old, [Insertion(0, rows, new), Insertion(1, 0, new)], [None, None])
+    change = Change("weight", old, [Insertion(0, rows, new), Insertion(1, 0, new)])
     data = torch.randn(rows + new, columns + new, generator=generator)
     data[:rows, new:] = old.detach()
     parameter = nn.Parameter(data)
@@ -315,7 +315,7 @@ def test_sparse_gradients() -> None:
         old.grad = sparse(3)
         optimizer.step()
     new = nn.Parameter(torch.cat([old.detach(), torch.randn(6, 2, generator=generator, dtype=torch.float64)], 1))
-    migrate([optimizer], old, new, Change("weight", old, [Insertion(1, 3, 2)], [None]))
+    migrate([optimizer], old, new, Change("weight", old, [Insertion(1, 3, 2)]))
     follow_ages([optimizer])
     fresh = nn.Parameter(new.detach()[:, 3:].clone())
     new_optimizer = build([fresh])

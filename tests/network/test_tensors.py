@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as draw
 
-from growconv.network.tensors import Insertion, enlarge, enlarged_shape, keep_format, without
+from growconv.network.tensors import Insertion, enlarge, keep_format, without
 
 
 def old_entry(index: tuple[int, ...], insertions: list[Insertion]) -> list[int | None]:
@@ -40,8 +40,9 @@ def cases(sample: Any) -> tuple[torch.Tensor, list[Insertion]]:
 @given(cases())
 def test_old_entries_keep_their_order_and_new_ones_are_zero(case: tuple[torch.Tensor, list[Insertion]]) -> None:
     tensor, insertions = case
-    longer = enlarge(tensor, insertions, [None] * len(insertions))
-    assert longer.shape == enlarged_shape(tensor.shape, insertions)
+    longer = enlarge(tensor, insertions)
+    for axis, size in enumerate(tensor.shape):
+        assert longer.shape[axis] == size + sum(each.count for each in insertions if each.axis == axis)
     for index in itertools.product(*(range(size) for size in longer.shape)):
         old = old_entry(index, insertions)
         assert longer[index] == (0 if None in old else tensor[tuple(entry for entry in old if entry is not None)])
@@ -54,16 +55,17 @@ def test_old_entries_keep_their_order_and_new_ones_are_zero(case: tuple[torch.Te
 
 def test_values_come_between_and_meet_in_zeros() -> None:
     tensor, rows, columns = torch.ones(2, 2), torch.full((1, 2), 2.0), torch.full((2, 1), 3.0)
-    both = enlarge(tensor, [Insertion(0, 1, 1), Insertion(1, 2, 1)], [rows, columns])
+    both = enlarge(tensor, [Insertion(0, 1, 1, rows), Insertion(1, 2, 1, columns)])
     assert both.tolist() == [[1, 1, 3], [2, 2, 0], [1, 1, 3]]
+    assert enlarge(tensor, [Insertion(0, 1, 1, rows)], fill=False).tolist() == [[1, 1], [0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_dtype_and_memory_format_stay(memory_format: torch.memory_format) -> None:
     tensor = torch.ones(2, 3, 4, 4, dtype=torch.float64).to(memory_format=memory_format)
     for result in (
-        enlarge(tensor, [Insertion(0, 0, 2), Insertion(1, 3, 1)], [None, None]),
-        enlarge(tensor, [Insertion(1, 3, 1)], [torch.ones(2, 1, 4, 4)]),
+        enlarge(tensor, [Insertion(0, 0, 2), Insertion(1, 3, 1)]),
+        enlarge(tensor, [Insertion(1, 3, 1, torch.ones(2, 1, 4, 4))]),
         without(tensor, 1, [0]),
         keep_format(torch.ones(1, 2, 3, 3, dtype=torch.float64), tensor),
     ):

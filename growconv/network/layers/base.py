@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from growconv.network.layout import Place
 from growconv.network.tensors import Insertion
 
+Part = tuple[str, Insertion]
+"""New entries of a stored tensor: its name from the layer, and what comes where."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -17,15 +20,6 @@ class Slot:
 
     name: str
     axis: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """New entries of a stored tensor: its name from the layer, where they come, and their values (None: zeros)."""
-
-    name: str
-    insertion: Insertion
-    values: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ entries of w stay as they are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,30 +50,32 @@ class NormalizedWeight:
 
     def parts(self, parts: Sequence[Part]) -> list[Part]:
         """New entries of the stored tensors instead of those of the weight."""
-        return [each for part in parts for each in (self._parts(part) if part.name == "weight" else [part])]
-
-    def _parts(self, part: Part) -> list[Part]:
-        values, along = part.values, part.insertion.axis == self.dim
-        if values is None:
-            return [Part(slot.name, part.insertion, None) for slot in self.slots(part.insertion.axis)]
-        values = values.to(self._g())
-        if along:
-            length = _norms(values, self.dim)
-            direction = torch.where(length > 0, values, torch.ones_like(values))  # zeros have no direction: v/‖v‖
-            return [Part(self.direction, part.insertion, direction), Part(self.length, part.insertion, length)]
-        g, v = self._g().detach(), self._v().detach()
-        scale = torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
-        return [Part(self.direction, part.insertion, values * scale)]
+        found: list[Part] = []
+        for name, each in parts:
+            if name != "weight":
+                found.append((name, each))
+            elif each.values is None:
+                found += [(slot.name, each) for slot in self.slots(each.axis)]
+            elif each.axis == self.dim:
+                values = each.values.to(self._g())
+                length = _norms(values, self.dim)
+                direction = torch.where(length > 0, values, torch.ones_like(values))  # zeros have no direction: v/‖v‖
+                found += [
+                    (self.direction, replace(each, values=direction)),
+                    (self.length, replace(each, values=length)),
+                ]
+            else:
+                g, v = self._g().detach(), self._v().detach()
+                scale = torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
+                found.append((self.direction, replace(each, values=each.values.to(g) * scale)))
+        return found
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
         """Lengths of the old slices that leave the old entries of the weight alone; no direction where it was zero."""
         g, v = self._g().detach(), self._v().detach()
         old = _norms(v, self.dim)
-        inside = [
-            p.values
-            for p in parts
-            if p.name == self.direction and p.insertion.axis != self.dim and p.values is not None
-        ]
+        own = [each for name, each in parts if name == self.direction and each.axis != self.dim]
+        inside = [each.values for each in own if each.values is not None]
         gone = [each for each in removals if each.name == self.direction and each.axis != self.dim]
         if gone:
             return {self.length: g * _norms(without(v, gone[0].axis, gone[0].entries), self.dim) / old}

@@ -43,11 +43,13 @@ class Norm(Adapter):
 
     def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
         """New entries of every tensor; `values` per tensor (entries,)."""
-        return [
-            Part(slot.name, Insertion(0, place.position, len(place.entries)), _picked(values.get(slot.name), place))
-            for slot in self.slots(side)
-            for place in places
-        ]
+        parts = []
+        for slot in self.slots(side):
+            given = values.get(slot.name)
+            for place in places:
+                own = None if given is None else place.of(given)
+                parts.append((slot.name, Insertion(0, place.position, len(place.entries), own)))
+        return parts
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """The number of channels."""
@@ -181,7 +183,3 @@ class PReLU(Norm):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
     ) -> Tensor:
         return x if weight is None else F.prelu(x, weight)
-
-
-def _picked(values: Tensor | None, place: Place) -> Tensor | None:
-    return None if values is None else place.of(values)

@@ -6,6 +6,7 @@ stored lists all channels of one side, group after group, and the other has thos
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -223,11 +224,13 @@ class Weighted(Adapter):
             places: where they come, along all channels of that side; inside every group for a grouped convolution.
             values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
         """
-        weight, parts = values.get("weight"), []
+        weight, axis, parts = values.get("weight"), 0 if self._listed(side) else 1, list[Part]()
         for position, shares in self._shares(side, places).items():
-            insertion = Insertion(0 if self._listed(side) else 1, position, len(shares[0].entries))
-            blocks = [] if weight is None else [self._block(side, place, places, weight) for place in shares]
-            parts.append(Part("weight", insertion, torch.cat(blocks) if len(blocks) > 1 else next(iter(blocks), None)))
+            new = None
+            if weight is not None:
+                blocks = [self._block(side, place, places, weight) for place in shares]
+                new = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+            parts.append(("weight", Insertion(axis, position, len(shares[0].entries), new)))
         return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
@@ -248,13 +251,13 @@ class Weighted(Adapter):
                 raise SurgeryError("groups come as a whole, between others", expected=expected, got=places)
         if not self.transposed:
             return self.insertions(OUT, places_out, values)
-        weight, parts = values.get("weight"), []
+        weight, parts = values.get("weight"), list[Part]()
         written = [entry for place in places_out for entry in place.entries]
         for place in places_in:
             count = len(place.entries) // inputs
             own, written = written[: count * outputs], written[count * outputs :]
             rows = None if weight is None else self._turned(weight[own], count)
-            parts.append(Part("weight", Insertion(0, place.position, len(place.entries)), rows))
+            parts.append(("weight", Insertion(0, place.position, len(place.entries), rows)))
         return self._as_stored(parts) + self._per_output(places_out, values)
 
     def _as_stored(self, parts: list[Part]) -> list[Part]:
@@ -263,10 +266,10 @@ class Weighted(Adapter):
             return self._normalized.parts(parts)
         beside = []
         for name, tensor in self._alike():
-            for part in parts:
+            for _, each in parts:
                 shape = list(tensor.shape)
-                shape[part.insertion.axis] = part.insertion.count
-                beside.append(Part(name, part.insertion, _spread(tensor.detach(), shape)))
+                shape[each.axis] = each.count
+                beside.append((name, replace(each, values=_spread(tensor.detach(), shape))))
         return parts + beside
 
     def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
@@ -303,14 +306,13 @@ class Weighted(Adapter):
         """New entries of the bias, and of whatever else a subclass has for each output: the mean of the old ones."""
         parts = []
         for place in places:
-            insertion, entries = Insertion(0, place.position, len(place.entries)), list(place.entries)
+            count, own = len(place.entries), values.get("bias")
+            insertion = Insertion(0, place.position, count, None if own is None else place.of(own))
             if self.bias() is not None:
-                bias = values.get("bias")
-                parts.append(Part("bias", insertion, None if bias is None else place.of(bias)))
+                parts.append(("bias", insertion))
             for name, tensor in self._extras():
-                parts.append(
-                    Part(name, insertion, _widened(tensor.detach(), len(tensor) + len(entries))[len(tensor) :])
-                )
+                new = _widened(tensor.detach(), len(tensor) + count)[len(tensor) :]
+                parts.append((name, replace(insertion, values=new)))
         return parts
 
     def _group(self, side: str, place: Place) -> int:

@@ -161,7 +161,7 @@ def test_masks_of_weights_stay_what_they_are_at_every_tap() -> None:
     module = Causal()
     for side, new in ((OUT, (2, 3, 3)), (IN, (4, 2, 3))):
         parts = layers.weighted(module).insertions(side, [Place(3, (0, 1))], {"weight": torch.randn(new)})
-        (values,) = (part.values for part in parts if part.name == "mask")
+        (values,) = (each.values for name, each in parts if name == "mask")
         torch.testing.assert_close(values, module.mask[:1, :1].expand(new))
 
 
