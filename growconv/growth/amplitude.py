@@ -1,13 +1,12 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, StatisticsError
@@ -18,7 +17,7 @@ from growconv.network.model import example_arguments, undisturbed
 from growconv.network.optimizer import Journal, refresh
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, old_sizes
+from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, norms_of, old_sizes, units_of
 
 CAP = 1.0
 """Default limit on the strength of the strongest new channel, relative to the mean old one: of 1/8, 1/4, 1/2, 1 and no
@@ -165,8 +164,8 @@ def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CA
     if own is not None:
         return strongest * own
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
-    new = _outgoing_norms(weight.unflatten(1, (units, -1)) for weight in growth.outgoing.values())
-    old = _outgoing_norms(columns_of(site, path) for path in site.consumers)
+    new = norms_of([weight.double().transpose(0, 1) for weight in growth.outgoing.values()], units)
+    old = norms_of([columns_of(site, path).double().transpose(0, 1) for path in site.consumers], units_of(site))
     largest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
     if largest <= 0:
         return 0.0
@@ -184,8 +183,7 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     if site.own_method or growth.channels == 0 or growth.revised or growth.copied_from is not None:
         return growth
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
-    rows = [(weight == 0).unflatten(0, (units, -1)).flatten(1).all(1) for weight in growth.incoming.values()]
-    silent = torch.stack(rows).all(0)
+    silent = norms_of([each.double() for each in growth.incoming.values()], units) == 0
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
@@ -212,13 +210,15 @@ class _Trials:
                 self.units.append(amplitude_cap(own, growth, 1.0))
                 self.growths.append((site, growth))
                 grow(self.model, own, growth, amplitude=0.0)
-            silent = {name: tensor.clone() for name, tensor in _tensors(self.model).items()}
+            silent = {name: tensor.clone() for name, tensor in _tensors(self.model)}
             self._grow_anew(1.0)
-            strong = _tensors(self.model)
-            changed = {name: tensor != silent[name] for name, tensor in strong.items()}
-            changed = {name: mask for name, mask in changed.items() if bool(mask.any())}
-            if not any(bool(silent[name][mask].any()) for name, mask in changed.items()):
-                self._scaled = [(strong[name], strong[name].clone(), mask) for name, mask in changed.items()]
+            plain, scaled = True, []
+            for name, tensor in _tensors(self.model):
+                mask = tensor != silent[name]
+                if bool(mask.any()):
+                    plain = plain and not bool(silent[name][mask].any())
+                    scaled.append((tensor, tensor.clone(), mask))
+            self._scaled = scaled if plain else None
             return self
         except BaseException:
             self._journal.restore()
@@ -244,9 +244,10 @@ class _Trials:
             grow(self.model, site, growth, amplitude=strength * unit)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, by name."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name, tensor.detach()
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
@@ -268,17 +269,6 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
     return total / len(batches)
 
 
-def _outgoing_norms(weights: Iterable[Tensor]) -> Float[Tensor, " units"]:
-    """Norm of the weights on each unit of channels in all consumers, (out, units, entries, *kernel) each."""
-    squares = [weight.double().transpose(0, 1).flatten(1).square().sum(1) for weight in weights]
-    return torch.stack(squares).sum(0).sqrt()
-
-
 def _best(losses: dict[float, float]) -> float:
-    """The amplitude of the lowest loss, the smallest where several have it."""
-    return min(sorted(losses), key=lambda amplitude: _rank(losses[amplitude]))
-
-
-def _rank(loss: float) -> float:
-    """The loss, with an undefined one as the worst of all."""
-    return loss if loss == loss else float("inf")
+    """The amplitude of the lowest loss, the smallest where several have it; an undefined loss is worse than any."""
+    return min(sorted(losses), key=lambda amplitude: (math.isnan(losses[amplitude]), losses[amplitude]))

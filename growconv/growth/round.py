@@ -151,6 +151,7 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
     data = list(batches)
     if not data:
         raise ScheduleError("no growth batches", expected="at least one (inputs, targets) pair", where="grow")
+    pairs = []
     for index, batch in enumerate(data):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentTypeError(
@@ -160,7 +161,8 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
                 where=f"growth batch {index}",
                 fix="if the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
             )
-    return [(inputs, targets) for inputs, targets in data]
+        pairs.append((batch[0], batch[1]))
+    return pairs
 
 
 def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
@@ -243,12 +245,15 @@ class Round:
             if ranks:
                 with self.stopwatch.phase("collect"):
                     moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
-            for part, room in from_first(lambda: parts_of(growing, self.cost, reads, kept, self.fitting), device):
+            for part, room in from_first(partial(parts_of, growing, self.cost, reads, kept, self.fitting), device):
                 statistics: Found = {}  # those of the part before are gone now
-                own: dict[Site, Channels] = {growing[index]: sites[growing[index]] for index in part}
-                wanted: dict[GrowthSite, Channels] = {
-                    cast(GrowthSite, site): asked for site, asked in own.items() if site.own_method is None
-                }
+                own: dict[Site, Channels] = {}
+                wanted: dict[GrowthSite, Channels] = {}
+                for index in part:
+                    site = growing[index]
+                    own[site] = sites[site]
+                    if site.own_method is None:
+                        wanted[cast(GrowthSite, site)] = sites[site]
                 if reads and wanted:
                     with self.stopwatch.phase("collect"):
                         statistics = self._collected(wanted, reads, room)
@@ -327,9 +332,10 @@ class Round:
         Args:
             chosen: proposals of this round, each with the reason why it was chosen.
         """
-        first = len(self.events)
-        searched = [each for each in chosen if self._is_searched(each[0])]
-        self._take_as_they_are([each for each in chosen if not self._is_searched(each[0])])
+        first, searched, others = len(self.events), [], []
+        for each in chosen:
+            (searched if self._is_searched(each[0]) else others).append(each)
+        self._take_as_they_are(others)
         if searched:
             self._take_at_best(searched)
         for event in self.events[first:]:
@@ -346,7 +352,7 @@ class Round:
 
     def _take_as_they_are(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
         first = len(self.events)
-        measured = bool(self.held_out) and any(not self._silent(proposal) for proposal, _ in chosen)
+        measured = bool(self.held_out) and not all(self._silent(proposal) for proposal, _ in chosen)
         before = self._held_out_loss() if measured else None
         for proposal, reason in chosen:
             growth = self._current(proposal)
@@ -395,7 +401,7 @@ class Round:
             event,
             step=self.step,
             details={**event.details, **details, **what_was_seen(growth, self.solver, proposal)},
-            reason="; ".join(part for part in (reason, growth.reason) if part),
+            reason="; ".join(filter(None, (reason, growth.reason))),
         )
         self.events.append(event)
 
@@ -448,11 +454,11 @@ class Round:
         flops_per_channel = self.cost.channel(proposal.site)[1] if flops < float("inf") else 0.0
         most = float("inf") if self.maximum is None else self.maximum
         limits = {
-            "the budget of parameters": bisect_right(groups, parameters, key=lambda k: plan_size(proposal.site, k)),
+            "the budget of parameters": bisect_right(groups, parameters, key=partial(plan_size, proposal.site)),
             "the budget of FLOPs": bisect_right(groups, flops, key=lambda k: k * flops_per_channel),
             "the maximum of a round": bisect_right(groups, most),
         }
-        limit = min(limits, key=lambda name: limits[name])
+        limit = min(limits, key=limits.__getitem__)
         if limits[limit] == len(groups):
             return growth
         fitting = limits[limit] * size

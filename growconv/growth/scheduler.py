@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -254,7 +255,7 @@ class GrowthScheduler:
         before = _Before(self)
         try:
             self._step = self._step if step is None else step
-            fitting, held_out, cost = agreed(lambda: self._divided(batches))
+            fitting, held_out, cost = agreed(partial(self._divided, batches))
             require_same((len(fitting), len(held_out)), "numbers of growth batches")
             work = self._round(fitting, held_out, loss, cost)
             with FlopMeter() as spent:
@@ -443,8 +444,11 @@ class GrowthScheduler:
     @property
     def _rate(self) -> float:
         """The highest learning rate of the optimizers now."""
-        groups = [group for each in as_optimizers(self.optimizer) for group in each.param_groups]
-        return max((float(group["lr"]) for group in groups), default=0.0)
+        highest = 0.0
+        for optimizer in as_optimizers(self.optimizer):
+            for group in optimizer.param_groups:
+                highest = max(highest, float(group["lr"]))
+        return highest
 
     @property
     def _device(self) -> torch.device:
@@ -463,7 +467,9 @@ class GrowthScheduler:
             named["learning_rate"] = self.learning_rate
         if self.pruning is not None:
             named["pruning"] = self.pruning
-        return named | {f"stop{index}": policy for index, policy in enumerate(self.stops)}
+        for index, policy in enumerate(self.stops):
+            named[f"stop{index}"] = policy
+        return named
 
     def _situation(self) -> Situation:
         return Situation(
@@ -526,7 +532,7 @@ class GrowthScheduler:
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self._rounds),
             step=self._step,
             maximum=self.amount.maximum,
-            room=lambda: self._room(self._situation()),
+            room=self._room,
             note=self._note,
             stopwatch=Stopwatch(self._device),
         )
@@ -540,7 +546,7 @@ class GrowthScheduler:
             admitted = self._admitted(work.ask(asked), situation)
             if self.measured == "decrease":
                 admitted = work.measured(admitted)
-            work.take(self.where.choose(admitted, *self._room(situation)))
+            work.take(self.where.choose(admitted, *self._room()))
         return asked
 
     def _asked(self, situation: Situation) -> dict[Site, Channels]:
@@ -558,10 +564,11 @@ class GrowthScheduler:
         """The proposals that no policy but `where`, which chooses among them, has anything against."""
         for policy in self.stops:
             policy.observe(proposals)
-        over = next((answer for policy in self.stops if (answer := policy.decide(situation))), None)
-        if over is not None:
-            self._note(f"nothing grows: {over.reason}")
-            return []
+        for policy in self.stops:
+            over = policy.decide(situation)
+            if over:
+                self._note(f"nothing grows: {over.reason}")
+                return []
         admitted = []
         for proposal in proposals:
             if not proposal.growth.channels:
@@ -574,18 +581,21 @@ class GrowthScheduler:
                 admitted.append(proposal)
         return admitted
 
-    def _room(self, situation: Situation) -> tuple[float | int, float | int]:
-        rooms = [policy.room(situation) for policy in self.stops] or [(math.inf, math.inf)]
-        return min(room[0] for room in rooms), min(room[1] for room in rooms)
+    def _room(self) -> tuple[float | int, float | int]:
+        """The parameters and FLOPs that may still be added."""
+        situation, parameters, flops = self._situation(), math.inf, math.inf
+        for policy in self.stops:
+            room = policy.room(situation)
+            parameters, flops = min(parameters, room[0]), min(flops, room[1])
+        return parameters, flops
 
     def _record(self, work: Round, asked: Iterable[Site], flops: float | int) -> list[GrowthEvent]:
         """Close the round: its seconds are shared evenly among its events."""
         shares = {phase: value / max(len(work.events), 1) for phase, value in work.stopwatch.seconds.items()}
-        events = [
-            replace(event, seconds=sum(shares.values()), details={**event.details, "seconds": shares})
-            for event in work.events
-        ]
-        for event in events:
+        events = []
+        for event in work.events:
+            event = replace(event, seconds=sum(shares.values()), details={**event.details, "seconds": shares})
+            events.append(event)
             self.history.append(replace(event, recipe=None))
             self._caution(too_wide(event.site, event.width_before, event.width_after))
         self._caution(fallen(self._rate, self._top_rate) if events and not self._prunes else None)
@@ -628,29 +638,17 @@ def _ends(site: Site, model: nn.Module) -> tuple[frozenset[str], frozenset[str]]
 class _Before:
     """A scheduler, its model and its optimizers as they are, random numbers included, to be put back."""
 
-    CHANGES = (
-        "spent",
-        "flops_spent",
-        "decisions",
-        "_visits",
-        "_rounds",
-        "_step",
-        "_last_step",
-        "_last_epoch",
-        "_last_pruning",
-        "_prunes",
-        "_cost",
-    )
-
     def __init__(self, scheduler: GrowthScheduler) -> None:
         model = scheduler.model
         self.scheduler = scheduler
         self.journal = Journal(model, as_optimizers(scheduler.optimizer), [*model.parameters(), *model.buffers()])
-        self.own = {name: copy.copy(getattr(scheduler, name)) for name in self.CHANGES}
+        self.own = dict(vars(scheduler))
+        for name in ("spent", "decisions", "_visits"):  # what a round changes in place
+            self.own[name] = copy.copy(self.own[name])
         self.events = list(scheduler.history.events)
         self.policies = [(policy, copy.deepcopy(policy.state_dict())) for policy in scheduler._policies().values()]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        self.stages = None if scheduler.learning_rate is None else dict(scheduler.learning_rate._stages)
+        self.stages = None if scheduler.learning_rate is None else scheduler.learning_rate._stages
 
     def restore(self) -> None:
         """Put everything back."""
