@@ -69,6 +69,7 @@ class Bench:
         self.x = torch.randn(self.batch, c, self.image, self.image, device=self.device)
         self.gradient = torch.randn_like(self.model(self.x).detach()) / self.x[0].numel()
         self.site = growconv.site(self.model, "0", "2", example_input=self.x[:1])
+        self.options: dict[str, Any] = {}
         self.compared = shape in TARGETS and TARGETS[shape][1] is not None
 
     def train_step(self) -> None:
@@ -98,7 +99,7 @@ class TimedCollector(StatisticsCollector):
     """A collector that adds up the time spent in its own work."""
 
     def __init__(self, bench: Bench, site: growconv.GrowthSite, path: str) -> None:
-        super().__init__(bench.model, site, reduction="sum", path=path)
+        super().__init__(bench.model, site, reduction="sum", path=path, **bench.options)
         self.bench = bench
         self.seconds = 0.0
 

@@ -56,6 +56,7 @@ def target(bench: Bench) -> float:
 
 def measured(bench: Bench, repeats: int) -> tuple[float, float]:
     """A batch more and the rest of a collection, in forward and backward passes."""
+    more = max(2, bench.options.get("moments_every", 1))
     bench.train_step()
     collection(bench, 1)
     steps, ones, batches = [], [], []
@@ -63,7 +64,7 @@ def measured(bench: Bench, repeats: int) -> tuple[float, float]:
         steps.append(bench.timed(bench.train_step))
         ones.append(collection(bench, 1))
         steps.append(bench.timed(bench.train_step))
-        batches.append((collection(bench, 3) - ones[-1]) / 2)
+        batches.append((collection(bench, 1 + more) - ones[-1]) / more)
     step, batch = median(steps), median(batches)
     return batch / step, (median(ones) - batch) / step
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help="channels x image x batch, with k and s: 64x16x32k5s2")
     parser.add_argument("--all", action="store_true", help="every combination")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--moments-every", type=int, default=1, help="an option of the collector; with --no-write")
     parser.add_argument("--save", type=Path, help="write the ratios to a file, and no table")
     parser.add_argument("--before", type=Path, help="read the ratios of another state of the package")
     parser.add_argument("--no-write", action="store_true", help="print the table only")
@@ -91,6 +93,7 @@ def main() -> None:
     ]  # fmt: skip
     for shape in options.shapes or (shapes() if options.all else QUICK):
         bench = Bench(shape, "cpu", time.process_time)
+        bench.options["moments_every"] = options.moments_every
         found[shape] = measured(bench, options.repeats)
         before = json.loads(options.before.read_text()) if options.before else {}
         cells = [str(bench.channels), f"{bench.image}²", str(bench.batch), str(bench.kernel), str(bench.stride)]

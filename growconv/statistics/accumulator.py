@@ -128,6 +128,8 @@ QUANTITIES: dict[str, frozenset[str]] = {
 PATHS = ("auto", "dense", "unfold", "offset")
 SCRATCH_BYTES = 256 * 2**20
 
+SECOND_MOMENTS = frozenset({"S", "S_full", "S2", "patch_gram", "patch_mean"})
+"""What settles long before the correlations with v do, and may be taken from fewer samples."""
 TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})
 """What is summed; patch_mean comes with patch_gram."""
 
@@ -141,6 +143,8 @@ class ConsumerSums:
         quantities: which of TENSOR_STATISTICS to sum.
         path: "auto", "dense", "unfold" or "offset".
         scratch_bytes: bound on temporary memory.
+        samples: how many samples were summed.
+        moment_samples: how many of them for second moments too.
     """
 
     where: str
@@ -148,13 +152,14 @@ class ConsumerSums:
     path: str
     scratch_bytes: int
     samples: int = 0
+    moment_samples: int = 0
     energy: float = 0.0
     closed: Totals = field(default_factory=Totals)
     choices: dict[str, Choice] = field(default_factory=dict)
     _open: "dict[frozenset[str], _SizedSums]" = field(default_factory=dict)
     _problem: PairProblem | None = None
 
-    def add(self, problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, samples: int) -> None:
+    def add(self, problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, samples: int, moments: bool = True) -> None:
         """Add a batch.
 
         Args:
@@ -163,9 +168,11 @@ class ConsumerSums:
             h: input of the consumer (n, C1, *grid).
             v: desired change of the consumer's output (n, C2, *out).
             samples: how many new samples these are; 0 for a further call on the same ones.
+            moments: whether to sum second moments.
         """
-        self.add_only(self.quantities, problem, x, h, v)
+        self.add_only(self.quantities if moments else self.quantities - SECOND_MOMENTS, problem, x, h, v)
         self.count(v, samples)
+        self.moment_samples += samples if moments else 0
 
     def add_only(self, names: frozenset[str], problem: PairProblem, x: Tensor, h: Tensor, v: Tensor) -> None:
         """Add to some sums what a batch, whose samples are counted already, has for them.
@@ -177,6 +184,8 @@ class ConsumerSums:
             h: input of the consumer.
             v: desired change of the consumer's output.
         """
+        if not names:
+            return
         if self._problem != problem:
             self.close()
             self._problem = problem
@@ -241,7 +250,10 @@ class ConsumerSums:
         for part in self._open.values():
             found = part.finish()
             totals |= {name: value + totals[name] if name in totals else value for name, value in found.items()}
-        return {name: value / self.samples for name, value in totals.items()}
+        return {
+            name: value / (self.moment_samples if name in SECOND_MOMENTS else self.samples)
+            for name, value in totals.items()
+        }
 
 
 class _SizedSums:

@@ -82,6 +82,8 @@ class StatisticsCollector:
             Batches beyond that take a second pass, see `second_pass`. None: as `scratch_bytes`; beyond that N uses P,
             which costs about as much as everything else together, and the second pass only if P does not fit either.
             0 holds nothing, which several processes need, since they share W*.
+        moments_every: of how many losses one gives the second moments S, S_full, S2 and those of patches, which settle
+            long before the correlations with v do and are the larger part of the cost. 1: all do.
         loss_scale: factor that the loss was multiplied by before backward(): a number, or a GradScaler.
         nonfinite: "error" raises an error if an activation or gradient is infinite or NaN, "skip" leaves the batch out.
 
@@ -110,6 +112,7 @@ class StatisticsCollector:
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
         hold_bytes: int | None = None,
+        moments_every: int = 1,
         loss_scale: float | Scaler = 1.0,
         nonfinite: str = "error",
     ) -> None:
@@ -127,11 +130,14 @@ class StatisticsCollector:
             raise ArgumentValueError("scratch_bytes must be positive", got=scratch_bytes)
         if hold_bytes is not None and hold_bytes < 0:
             raise ArgumentValueError("hold_bytes must not be negative", got=hold_bytes)
+        if moments_every < 1:
+            raise ArgumentValueError("moments_every must be positive", got=moments_every, fix="1 takes every loss")
         self.reduction = reduction
         self.keep_samples = keep_samples
         self.path = path
         self.scratch_bytes = scratch_bytes
         self.hold_bytes = hold_bytes
+        self.moments_every = moments_every
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
         self._collected = [self._prepare(site) for site in given]
@@ -315,7 +321,7 @@ class StatisticsCollector:
         for path in site.consumers:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
             sums = ConsumerSums(where, wanted, self.path, self.scratch_bytes)
-            consumers[path] = Measurement(path, sums)
+            consumers[path] = Measurement(path, sums, self.moments_every)
             if wanted:
                 consumers[path].wait_for(self.quantities)
         return _Site(site, consumers)

@@ -49,6 +49,7 @@ class HeldBatch:
         v: desired change of the consumer's output (n, C2, *out).
         samples: how many new samples these are; 0 for a further call on the same ones.
         made_from: what the function makes the inputs from.
+        moments: whether second moments are summed of it too.
     """
 
     problem: PairProblem
@@ -57,6 +58,7 @@ class HeldBatch:
     v: Tensor
     samples: int
     made_from: tuple[Tensor, ...] = ()
+    moments: bool = True
 
     @property
     def x(self) -> Tensor:
@@ -95,7 +97,7 @@ def _joined(batches: list[HeldBatch]) -> HeldBatch:
     if len(batches) == 1:
         return batches[0]
     x, h, v = (torch.cat([getattr(each, name) for each in batches]) for name in "xhv")
-    return HeldBatch(batches[0].problem, x, h, v, sum(each.samples for each in batches))
+    return replace(batches[0], inputs=x, h=h, v=v, samples=sum(each.samples for each in batches))
 
 
 @dataclass(frozen=True, eq=False)

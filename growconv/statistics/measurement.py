@@ -1,6 +1,6 @@
 """What one consumer's samples add up to, and how N is freed from what an update of the existing weights can give."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Measurement:
     Attributes:
         path: module path of the consumer.
         sums: the sums over samples.
+        moments_every: of how many losses one gives second moments.
+        losses: how many have been seen.
         waiting: what is not summed as long as batches are held.
         held: these batches.
         held_bytes: what they take beyond kept samples.
@@ -32,6 +34,8 @@ class Measurement:
 
     path: str
     sums: ConsumerSums
+    moments_every: int = 1
+    losses: int = 0
     waiting: frozenset[str] = frozenset()
     held: list[HeldBatch] = field(default_factory=list)
     held_bytes: int = 0
@@ -58,6 +62,8 @@ class Measurement:
             size: bytes that holding it takes; None where it must not be held.
             projects: whether P may be summed in the place of held batches.
         """
+        self.losses += batch.samples > 0  # none are new in a further call
+        batch = replace(batch, moments=(self.losses - 1) % self.moments_every == 0)
         if self.waiting and size is not None:
             self.held.append(batch)
             self.held_bytes += size
@@ -72,9 +78,10 @@ class Measurement:
     def sum_up(self) -> None:
         """Sum what has waited for more."""
         small, self.small = self.small, []
-        for each in grouped(small):
-            with full_precision(each.v.device):
-                self.sums.add(each.problem, each.x, each.h, each.v, samples=each.samples)
+        for moments in (True, False):
+            for each in grouped(batch for batch in small if batch.moments == moments):
+                with full_precision(each.v.device):
+                    self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments)
 
     def _settle(self, entries: int, projects: bool) -> None:
         """Hold no longer: sum P, or leave N to a second pass."""
