@@ -180,7 +180,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple[str, int | str] | None:
         """What stands for a tensor or module."""
         if isinstance(value, Tensor):
-            self.tensors.append(value.detach().cpu())
+            self.tensors.append(value.detach().cpu().clone())  # of a view the memory of all would travel
             return "tensor", len(self.tensors) - 1
         return ("module", self.paths[id(value)]) if id(value) in self.paths else None
 

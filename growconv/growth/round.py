@@ -36,7 +36,7 @@ from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics
 
-ROOM_BYTES = 2**25
+ROOM_BYTES = 2**23
 """What statistics and samples may take in any case. Beyond this, and beyond half of what a training step holds, sites
 are collected and solved in several parts, each from its own passes over the batches."""
 
@@ -103,20 +103,22 @@ def parts_of(
         batches: one of them stands for a training batch.
 
     Returns:
-        For each part the indices of its sites, and how many bytes of further batches it has room for.
+        For each part the indices of its sites, and how many bytes of further batches may be held: 1, so none but kept
+        samples, where there is no room for all of them.
     """
     samples = sum(batch_size(inputs) for inputs, _ in batches)
     kept = min(kept, samples) if "samples" in reads else 0
     room = max(cost.activations() * batch_size(batches[0][0]) / 2, ROOM_BYTES)
     parts: list[tuple[list[int], int]] = []
-    taken = math.inf
+    taken = further = math.inf
     for index, site in enumerate(sites):
-        own = 0.0 if site.own_method else kept * cost.held(site) + moment_bytes(cast(GrowthSite, site), reads)
+        held = 0.0 if site.own_method else cost.held(site)
+        own = 0.0 if site.own_method else kept * held + moment_bytes(cast(GrowthSite, site), reads)
         if taken + own > room:
             parts.append(([], 0))
-            taken = 0.0
-        taken += own
-        parts[-1] = ([*parts[-1][0], index], max(0, int(room - taken)))
+            taken = further = 0.0
+        taken, further = taken + own, further + (samples - kept) * held
+        parts[-1] = ([*parts[-1][0], index], max(1, int(room - taken)) if taken + further <= room else 1)
     return parts
 
 

@@ -25,7 +25,7 @@ def collect_statistics(
     average: Average | None = None,
     **options: Any,
 ) -> dict[str, PairStatistics]:
-    """Statistics of some batches, with a second pass over them if P is too large to hold.
+    """Statistics of some batches, with a second pass over those that N cannot do without.
 
     Norm layers keep their mode and buffers, dropout is off, and the parameters' gradients stay as they are.
 
@@ -70,15 +70,22 @@ def collect_statistics(
             run(lambda: _run(collector, batches, loss))
         if collector.needs_second_pass:
             with collector.second_pass(average):
-                run(lambda: _run(collector, batches, loss))
-    return collector.statistics
+                run(lambda: _run(collector, batches, loss, collector.misses))
+    return collector.finished()
 
 
-def _run(collector: StatisticsCollector, batches: Iterable[object], loss: Callable[..., Tensor]) -> None:
+def _run(
+    collector: StatisticsCollector,
+    batches: Iterable[object],
+    loss: Callable[..., Tensor],
+    wanted: Callable[[int], bool] = lambda number: True,
+) -> None:
     count = 0
     for count, batch in enumerate(batches, start=1):
+        if not wanted(count):
+            continue
         x, y = _pair(batch, count)
-        collector.next_loss()
+        collector.next_loss(number=count)
         with torch.enable_grad():
             arguments, keywords = example_arguments(x)
             value = loss(collector.model(*arguments, **keywords), y)

@@ -28,6 +28,7 @@ from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
 from growconv.statistics.problem import batched, pair_problem
 from growconv.statistics.producers import site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
+from growconv.statistics.shelf import Shelf
 from growconv.statistics.sums import full_precision
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
@@ -147,14 +148,17 @@ class StatisticsCollector:
         self._pass: Pass | None = None
         self._tape: Tape | None = None
         self._outputs: list[GradientEdge] = []
+        self._shelf = Shelf()
         self._finished: dict[str, PairStatistics] | None = None
         self._second = False
+        self._complete = False
+        self._losses = 0
         self._updates: dict[tuple[str, str], Tensor] = {}
-        self._measurements: list[Measurement] = []
+        self._pairs = [(collected, each) for collected in self._collected for each in collected.consumers.values()]
+        self._measurements = [consumer for _, consumer in self._pairs]
         self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
         self._waiting: dict[str, int] = {}  # per layer how often a call's input is asked for
         for collected in self._collected:
-            self._measurements += collected.consumers.values()
             for path, consumer in collected.consumers.items():
                 self._consumed.setdefault(path, []).append((collected, consumer))
                 self._waiting[path] = self._waiting.get(path, 0) + 1
@@ -167,6 +171,8 @@ class StatisticsCollector:
         """Put the hooks in place."""
         if self._handles:
             raise StatisticsError("this collector is already collecting", fix="enter it once at a time")
+        if self._complete and not self._second:
+            raise StatisticsError("this collector has made its second pass", fix="collect further batches with another")
         self._handles.append(self.model.register_forward_pre_hook(self._begin))
         self._handles.append(self.model.register_forward_hook(self._stop_tape, always_call=True))
         self._handles.append(self.model.register_forward_hook(self._end))
@@ -189,7 +195,8 @@ class StatisticsCollector:
     def second_pass(self, average: Average | None = None) -> Iterator["StatisticsCollector"]:
         """Collect N from v⊥ = v − W*·Hp, if P was too large to hold.
 
-        Run the same batches through the model inside this context, with the same weights.
+        Run the same batches through the model inside this context, with the same weights. Nothing can be collected
+        after that.
 
         Args:
             average: maps the statistics of the first pass to those whose W* is projected off: with several processes,
@@ -200,20 +207,23 @@ class StatisticsCollector:
         """
         if not self.needs_second_pass:
             raise StatisticsError("no second pass is needed", fix="read collector.statistics")
-        own = self.statistics
+        own = self.finished()
         self._updates = {
             (name, consumer.consumer): consumer.best_update
             for name, stats in (own if average is None else average(own)).items()
             for consumer in stats.consumers
             if consumer.best_update is not None
         }
-        for consumer in self._measurements:
-            consumer.begin_second_pass()
-        self._second = True
+        for collected, consumer in self._pairs:
+            consumer.begin_second_pass(self._updates.get((collected.site.name, consumer.path)))
+        self._second, self._losses = True, 0
         try:
             with self:
                 yield self
-            self._finished = self._build()
+            for collected in self._collected:
+                found = own[collected.site.name].consumers
+                for consumer, statistics in zip(collected.consumers.values(), found, strict=True):
+                    consumer.end_second_pass(statistics)
         except BaseException:
             for consumer in self._measurements:
                 consumer.projected = None
@@ -221,6 +231,10 @@ class StatisticsCollector:
         finally:
             self._second = False
             self._updates = {}
+
+    def misses(self, loss: int) -> bool:
+        """Whether a second pass is to see what belongs to a loss; see `next_loss`."""
+        return any(consumer.misses(loss) for consumer in self._measurements)
 
     @property
     def needs_second_pass(self) -> bool:
@@ -244,7 +258,14 @@ class StatisticsCollector:
         if self._loss.differentiated:
             self.next_loss(told=False)
         if self._finished is None:
-            self._finished = self._build()
+            self._finished = self._build(last=False)
+        return self._finished
+
+    def finished(self) -> dict[str, PairStatistics]:
+        """The same once nothing more is collected: what they were summed up in is let go."""
+        self._complete = True
+        if self._finished is None:
+            self._finished = self._build(last=True)
         return self._finished
 
     def explain(self) -> str:
@@ -255,7 +276,7 @@ class StatisticsCollector:
             lines += [f"  {line}" for line in consumer.describe()]
         return "\n".join(lines)
 
-    def _build(self) -> dict[str, PairStatistics]:
+    def _build(self, last: bool) -> dict[str, PairStatistics]:
         result = {}
         for collected in self._collected:
             site = collected.site
@@ -265,6 +286,8 @@ class StatisticsCollector:
                 statistics, found = consumer.statistics(self.model.get_submodule(consumer.path))
                 patches = patches or found
                 consumers.append(statistics)
+                if last:
+                    consumer.let_go()
             kept = None
             if self.keep_samples:
                 kept = KeptSamples(site, tuple(collected.kept), {each.consumer: each for each in consumers})
@@ -328,7 +351,7 @@ class StatisticsCollector:
 
     # ---------------------------------------------------------------------------------------------- hooks
 
-    def next_loss(self, told: bool = True) -> None:
+    def next_loss(self, told: bool = True, number: int | None = None) -> None:
         """Count everything that runs from here on as part of a new loss.
 
         A loop that knows where a loss begins calls this there. Otherwise the first forward pass after a backward pass
@@ -336,8 +359,9 @@ class StatisticsCollector:
 
         Args:
             told: whether the caller knows this, rather than guesses it.
+            number: which of all losses it is, for a second pass that leaves some of them out; None: they are counted.
         """
-        loss, self._loss, self._pass = self._loss, Loss(told=told), None
+        loss, self._loss, self._pass = self._loss, Loss(told=told, number=number), None
         self._outputs = []
         for collected in self._collected:
             missing = self.keep_samples - collected.samples_kept
@@ -461,16 +485,20 @@ class StatisticsCollector:
         if not self._second:
             self._finished = None
         sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
-        kept = copied_calls(each, site, self.model)
+        if loss.number is None:
+            loss.number, self._losses = self._losses, self._losses + 1
+        kept = copied_calls(each, site, self.model, self._shelf)
         h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
         if sums is None or h is None:
             return
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
-        copy = own is None and not self._second and bool(sums.quantities)  # what waits must stay as it is
+        several = len(site.producers) > 1
+        copy = several and own is None and not self._second and bool(sums.quantities)  # inputs may be made from it later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
         v = batched(gradient, module).to(exact)
-        v = v * (-(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale())
+        scale = -(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale()
+        v = v * scale if own is None else torch.mul(v, scale, out=self._shelf.empty(v, exact))
         x: dict[str, Tensor] = {}
         for path, found in zip(site.producers, inputs, strict=True) if sums.quantities else ():
             if found is None:
@@ -490,25 +518,27 @@ class StatisticsCollector:
         if not sums.quantities:
             sums.count(v, count)
             return
-        several = len(site.producers) > 1
-        for batch in self._batches(site, consumer.path, x, h, v, count):
+        for part, batch in enumerate(self._batches(site, consumer.path, x, (h, v), count, own is not None)):
+            place = (loss.number, each.number, index, part)
             if self._second:
-                consumer.add_projected(batch, self._updates[site.name, consumer.path])
+                if place in consumer.missed:
+                    consumer.add_projected(batch, self._updates[site.name, consumer.path])
                 continue
-            size = batch.size if several or own is None else 0  # kept samples are there anyway
             held = sum(each.held_bytes for each in self._measurements)
             room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
-            consumer.add(batch, size if room and held + size <= room else None, self.hold_bytes is None)
+            fits = room > 0 and held + batch.extra <= room
+            consumer.add(place, batch, fits, self.hold_bytes is None, self._shelf)
 
     def _batches(
-        self, site: GrowthSite, path: str, x: dict[str, Tensor], h: Tensor, v: Tensor, count: int
+        self, site: GrowthSite, path: str, x: dict[str, Tensor], maps: tuple[Tensor, Tensor], count: int, kept: bool
     ) -> Iterator[HeldBatch]:
         """One call of a consumer; of several producers in parts whose common input takes a quarter of the scratch.
 
         That input is made when it is needed: where it is their patches, it is many times as large as their inputs.
         """
+        h, v = maps
         if len(site.producers) == 1:
-            yield HeldBatch(*site_problem(site, path, x, h, v), samples=count)
+            yield HeldBatch(*site_problem(site, path, x, h, v), samples=count, kept=kept)
             return
         problem, one, *_ = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])
         step = max(1, self.scratch_bytes // (4 * one.numel() * one.element_size()))

@@ -12,6 +12,7 @@ from torch import Tensor
 from growconv.convolution.unfold import pad
 from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.problem import PairProblem
+from growconv.statistics.shelf import Shelf
 from growconv.statistics.sums import full_precision
 
 GROUP_BYTES = 6 * 2**20
@@ -50,6 +51,7 @@ class HeldBatch:
         samples: how many new samples these are; 0 for a further call on the same ones.
         made_from: what the function makes the inputs from.
         moments: whether second moments are summed of it too.
+        kept: whether the tensors are kept samples, which stay as they are.
     """
 
     problem: PairProblem
@@ -59,6 +61,7 @@ class HeldBatch:
     samples: int
     made_from: tuple[Tensor, ...] = ()
     moments: bool = True
+    kept: bool = False
 
     @property
     def x(self) -> Tensor:
@@ -70,6 +73,17 @@ class HeldBatch:
         """Bytes."""
         own = self.made_from or (self.x,)
         return sum(each.numel() * each.element_size() for each in (*own, self.h, self.v))
+
+    @property
+    def extra(self) -> int:
+        """Bytes that holding it takes beyond kept samples."""
+        return 0 if self.kept else self.size
+
+    def copied(self, shelf: Shelf) -> "HeldBatch":
+        """A batch that nobody else changes; one whose inputs are made when they are needed is that already."""
+        if self.kept or not isinstance(self.inputs, Tensor):
+            return self
+        return replace(self, inputs=shelf.copy(self.inputs), h=shelf.copy(self.h), v=shelf.copy(self.v))
 
 
 def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:

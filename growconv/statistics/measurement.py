@@ -9,7 +9,12 @@ from growconv.network import layers
 from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
+from growconv.statistics.shelf import Shelf
 from growconv.statistics.sums import entries_text, full_precision
+
+
+Place = tuple[int, int, int, int]
+"""Of a batch: the number of the loss, of the forward pass, of the call, and of the part of it."""
 
 
 @dataclass(eq=False)
@@ -17,7 +22,7 @@ class Measurement:
     """One consumer of one site.
 
     N takes W*, which is known at the end. Batches are held for it while there is room; beyond that P is summed, or N
-    comes from a second pass over the same batches.
+    comes from a second pass over the batches that are not held.
 
     Attributes:
         path: module path of the consumer.
@@ -26,10 +31,10 @@ class Measurement:
         losses: how many have been seen.
         waiting: what is not summed as long as batches are held.
         held: these batches.
-        held_bytes: what they take beyond kept samples.
         small: batches that are to be summed together with the next ones.
         projected: sums of the second pass.
         second_pass: why there is to be one.
+        missed: the batches that it is to see.
     """
 
     path: str
@@ -37,11 +42,11 @@ class Measurement:
     moments_every: int = 1
     losses: int = 0
     waiting: frozenset[str] = frozenset()
-    held: list[HeldBatch] = field(default_factory=list)
-    held_bytes: int = 0
+    held: dict[Place, HeldBatch] = field(default_factory=dict)
     small: list[HeldBatch] = field(default_factory=list)
     projected: ConsumerSums | None = None
     second_pass: str | None = None
+    missed: set[Place] = field(default_factory=set)
 
     def wait_for(self, quantities: frozenset[str]) -> None:
         """Let what only N asks for wait, where it has a choice.
@@ -54,26 +59,36 @@ class Measurement:
             self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
             self.sums.quantities -= self.waiting
 
-    def add(self, batch: HeldBatch, size: int | None, projects: bool) -> None:
+    @property
+    def held_bytes(self) -> int:
+        """What held batches take beyond kept samples."""
+        return sum(batch.extra for batch in self.held.values())
+
+    def add(self, place: Place, batch: HeldBatch, fits: bool, projects: bool, shelf: Shelf) -> None:
         """Add a batch.
 
         Args:
-            batch: its tensors; they stay as they are.
-            size: bytes that holding it takes; None where it must not be held.
+            place: which one.
+            batch: its tensors, which are copied where they are needed later.
+            fits: whether there is room to hold it.
             projects: whether P may be summed in the place of held batches.
+            shelf: for copies.
         """
         self.losses += batch.samples > 0  # none are new in a further call
         batch = replace(batch, moments=(self.losses - 1) % self.moments_every == 0)
-        if self.waiting and size is not None:
-            self.held.append(batch)
-            self.held_bytes += size
-        elif self.waiting:
-            self._settle(batch.problem.projection_entries, projects)
+        if fits and (self.waiting or (self.second_pass and batch.kept)):
+            self.held[place] = batch = batch.copied(shelf)
+        else:
+            if self.waiting:
+                self._settle(batch.problem.projection_entries, projects)
+            if self.second_pass:
+                self.missed.add(place)
         if sum(each.size for each in (*self.small, batch)) > GROUP_BYTES:
             self.sum_up()
-        self.small.append(batch)
-        if self.second_pass:
-            self.sum_up()  # for want of room
+        alone = bool(self.second_pass) or batch.size > GROUP_BYTES  # for want of room, or since no other would join it
+        self.small.append(batch if alone or place in self.held else batch.copied(shelf))
+        if alone:
+            self.sum_up()
 
     def sum_up(self) -> None:
         """Sum what has waited for more."""
@@ -87,14 +102,16 @@ class Measurement:
         """Hold no longer: sum P, or leave N to a second pass."""
         self.sum_up()
         names, self.waiting = self.waiting, frozenset()
-        held, self.held, self.held_bytes = self.held, [], 0
+        held, self.held = self.held, {}
         if not projects or 8 * entries > self.sums.scratch_bytes:
             reason = (
                 f"P would have {entries_text(entries)}, more than scratch_bytes" if projects else "hold_bytes are full"
             )
             self.second_pass = f"{reason}: N comes from a second pass over the same batches"
+            self.held = {place: batch for place, batch in held.items() if not batch.extra}
+            self.missed.update(held.keys() - self.held.keys())
             return
-        for each in grouped(held):
+        for each in grouped(held.values()):
             self.sums.add_only(names, each.problem, each.x, each.h, each.v)
         self.sums.quantities |= names
 
@@ -105,12 +122,22 @@ class Measurement:
         """Whether N is still to come."""
         return self.second_pass is not None and self.projected is None
 
-    def begin_second_pass(self) -> None:
-        """Sum N from now on, where it waits."""
-        if self.second_pass is not None:
-            self.projected = ConsumerSums(
-                self.sums.where, frozenset({"N_raw"}), self.sums.path, self.sums.scratch_bytes
-            )
+    def misses(self, loss: int) -> bool:
+        """Whether a second pass is to see batches of a loss."""
+        return any(place[0] == loss for place in self.missed)
+
+    def begin_second_pass(self, update: Tensor | None) -> None:
+        """Sum N from now on, where it waits, and right now over the batches that are held.
+
+        Args:
+            update: W*.
+        """
+        if self.second_pass is None or update is None:
+            return
+        self.projected = ConsumerSums(self.sums.where, frozenset({"N_raw"}), self.sums.path, self.sums.scratch_bytes)
+        for batch in grouped(self.held.values()):
+            with full_precision(batch.v.device):
+                self.add_projected(batch, update)
 
     def add_projected(self, batch: HeldBatch, update: Tensor) -> None:
         """Add a batch of the second pass.
@@ -123,6 +150,16 @@ class Measurement:
             v = batch.v - applied_update(batch.problem, batch.h, update)
             self.projected.add(batch.problem, batch.x, batch.h, v, samples=batch.samples)
 
+    def end_second_pass(self, statistics: ConsumerStatistics) -> None:
+        """Give N to the statistics of the first pass, which then are complete."""
+        if self.projected is None:
+            return
+        with full_precision(torch.device("cpu")):
+            N = self.projected.averages()["N_raw"]
+        energy = N.new_tensor(self.projected.energy / self.projected.samples)
+        statistics.moments |= {"N": N, "N_energy": energy}
+        statistics.pending = None
+
     # ------------------------------------------------------------------------------------------- results
 
     def describe(self) -> list[str]:
@@ -130,9 +167,16 @@ class Measurement:
         self.sum_up()
         lines = self.sums.describe()
         if self.held:
-            size = sum(each.size for each in self.held) / 2**20
+            size = sum(batch.size for batch in self.held.values()) / 2**20
             lines.append(f"N from x, h and v, held of {len(self.held)} calls ({size:.3g} MiB)")
         return [*lines, *([self.second_pass] if self.second_pass else [])]
+
+    def let_go(self) -> None:
+        """Let go of the sums, once their averages are known."""
+        own = self.sums
+        self.sums = ConsumerSums(
+            own.where, own.quantities, own.path, own.scratch_bytes, own.samples, own.energy, choices=own.choices
+        )
 
     def statistics(self, layer: nn.Module) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
         """Averages over the samples so far, and those of the producer's patches.
@@ -143,13 +187,10 @@ class Measurement:
         self.sum_up()
         with full_precision(torch.device("cpu")):
             averages = self.sums.averages()
-            if self.projected is not None:
-                averages["N"] = self.projected.averages()["N_raw"]
-                averages["N_energy"] = averages["N"].new_tensor(self.projected.energy / self.projected.samples)
         patches = {name: averages.pop(name) for name in ("patch_mean", "patch_gram") if name in averages}
         held, weights, pending = None, layers.weighted(layer), None
-        if self.held:
-            held = Held(self.sums.where, self.sums.path, self.sums.scratch_bytes, tuple(self.held))
+        if self.held and not self.second_pass:
+            held = Held(self.sums.where, self.sums.path, self.sums.scratch_bytes, tuple(self.held.values()))
         if self.waits_for_second_pass:
             pending = f"{self.second_pass}: run the batches again inside `with collector.second_pass():`"
         found = ConsumerStatistics(

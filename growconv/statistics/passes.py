@@ -11,6 +11,7 @@ from growconv.network.seats import Region
 from growconv.network.site import GrowthSite
 from growconv.statistics.problem import batched
 from growconv.statistics.samples import KeptBatch, KeptPass
+from growconv.statistics.shelf import Shelf
 
 
 @dataclass(eq=False)
@@ -62,6 +63,7 @@ class Loss:
         differentiated: whether a gradient has arrived.
         told: whether a loop has said that here a loss begins.
         ready: whether it has said that the loss is computed, so that gradients may come.
+        number: which of all losses it is; the same in a second pass over the same batches.
     """
 
     passes: list[Pass] = field(default_factory=list)
@@ -70,6 +72,7 @@ class Loss:
     differentiated: bool = False
     told: bool = False
     ready: bool = False
+    number: int | None = None
 
     def new_pass(self) -> Pass:
         """Begin a further forward pass."""
@@ -86,7 +89,7 @@ class KeptCalls:
     v: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
-def copied_calls(each: Pass, site: GrowthSite, model: nn.Module) -> KeptCalls | None:
+def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -> KeptCalls | None:
     """What the layers of a site were given, copied with the first gradient; None where it is not to be kept."""
     if site.name not in each.regions:
         return None
@@ -94,7 +97,7 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module) -> KeptCalls | 
         calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
         x, h = (
             {
-                path: [_copied(path, tensor, model) for tensor in each.inputs.get(path, [])[: calls[path]]]
+                path: [_copied(path, tensor, model, shelf) for tensor in each.inputs.get(path, [])[: calls[path]]]
                 for path in paths
             }
             for paths in (site.producers, site.consumers)
@@ -103,11 +106,11 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module) -> KeptCalls | 
     return each.kept[site.name]
 
 
-def _copied(path: str, tensor: Tensor | None, model: nn.Module) -> Tensor:
+def _copied(path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf) -> Tensor:
     if tensor is None:
         raise StatisticsError("an input of this layer has already been freed", where=path)
     exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-    return batched(tensor, model.get_submodule(path)).to(exact, copy=True)
+    return shelf.copy(batched(tensor, model.get_submodule(path)), exact)
 
 
 def kept_batch(loss: Loss, site: GrowthSite, model: nn.Module, separate: bool) -> KeptBatch | None:
