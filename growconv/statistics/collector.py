@@ -493,7 +493,7 @@ class StatisticsCollector:
             return
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
         several = len(site.producers) > 1
-        copy = several and own is None and not self._second and bool(sums.quantities)  # inputs may be made from it later
+        copy = several and own is None and not self._second and bool(sums.quantities)  # for inputs made later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
         v = batched(gradient, module).to(exact)

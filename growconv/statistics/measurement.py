@@ -10,8 +10,7 @@ from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
 from growconv.statistics.shelf import Shelf
-from growconv.statistics.sums import entries_text, full_precision
-
+from growconv.statistics.sums import Totals, entries_text, full_precision
 
 Place = tuple[int, int, int, int]
 """Of a batch: the number of the loss, of the forward pass, of the call, and of the part of it."""
@@ -173,10 +172,7 @@ class Measurement:
 
     def let_go(self) -> None:
         """Let go of the sums, once their averages are known."""
-        own = self.sums
-        self.sums = ConsumerSums(
-            own.where, own.quantities, own.path, own.scratch_bytes, own.samples, own.energy, choices=own.choices
-        )
+        self.sums = replace(self.sums, closed=Totals(), _open={})
 
     def statistics(self, layer: nn.Module) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
         """Averages over the samples so far, and those of the producer's patches.

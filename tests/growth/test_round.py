@@ -101,6 +101,9 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
     ((everything, room),) = rounds.parts_of(sites, cost, frozenset(), 0, batches)
     assert everything == list(range(len(sites)))
     assert room == rounds.ROOM_BYTES
+    monkeypatch.setattr(rounds, "ROOM_BYTES", 1000)
+    ((_, room),) = rounds.parts_of(sites, cost, frozenset(), 0, batches)
+    assert room == 1  # not all batches can be held, so none is
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
     parts = rounds.parts_of(sites, cost, frozenset({"samples"}), 512, batches)
     assert [index for part, _ in parts for index in part] == everything

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from growconv.errors import StatisticsError
 from growconv.statistics import StatisticsCollector, collect_statistics
 from tests.statistics.test_collector import X, Y, network, site_of
 
@@ -47,6 +48,34 @@ def test_beyond_hold_bytes_n_comes_from_a_second_pass(room):
     for name in ("S", "S2", "M", "N"):
         torch.testing.assert_close(getattr(found, name), getattr(reference, name), rtol=1e-9, atol=1e-12)
     assert found.bottleneck_energy == pytest.approx(reference.bottleneck_energy)
+
+
+@pytest.mark.parametrize(("keep", "again"), [(0, 3), (len(X), 2), (2 * len(X), 1)])
+def test_a_second_pass_leaves_out_batches_whose_samples_are_kept(keep, again):
+    model = network(norm=True).double().eval()
+    site = site_of(model)
+    batches = [(X.double() + number, Y) for number in range(3)]
+    quantities, seen = {"S", "N"} | ({"samples"} if keep else set()), []
+
+    def loss(z, y):
+        seen.append(float(z.detach().sum()))
+        return F.cross_entropy(z, y)
+
+    found = collect_statistics(model, site, batches, loss, quantities=quantities, keep_samples=keep, hold_bytes=1)
+    assert seen == seen[:3] + seen[3 - again : 3]
+    reference = collect_statistics(model, site, batches, F.cross_entropy, quantities={"S", "N", "P"})[site.name]
+    torch.testing.assert_close(found[site.name].N, reference.N, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_collected_after_a_second_pass():
+    model = network()
+    collector = StatisticsCollector(model, site_of(model), hold_bytes=0)
+    with collector:
+        F.cross_entropy(model(X), Y).backward()
+    with collector.second_pass():
+        F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(StatisticsError, match="has made its second pass"), collector:
+        pass
 
 
 @pytest.mark.parametrize("keep", [0, 2])
