@@ -32,8 +32,8 @@ from growconv.statistics.pair import PairStatistics
 from growconv.statistics.problem import PairProblem
 
 ROUTES = ("auto", "dense", "samples")
-CHUNK_ENTRIES = 1 << 23
-"""Entries of the new channels' patches held at once (64 MiB)."""
+CHUNK_ENTRIES = 1 << 21
+"""Entries of patches held at once (16 MiB): larger blocks are taken from the system anew each time, and cleared."""
 DENSE_ENTRIES = 1 << 22
 """Entries of S_full up to which the route "auto" forms it from kept samples (32 MiB): descents then cost little."""
 
@@ -226,7 +226,8 @@ class SampleMetric:
 
     def _chunks(self, left: Tensor) -> Iterator[tuple[PairProblem, Tensor]]:
         for problem, padded in self._parts:
-            per_sample = len(left) * problem.second.taps * math.prod(problem.output_size)
+            new = len(left) * problem.second.taps * math.prod(problem.output_size)
+            per_sample = max(new, problem.patch_entries * math.prod(problem.first_output_size))
             for chunk in padded.split(max(1, CHUNK_ENTRIES // per_sample)):
                 yield problem, chunk
 
