@@ -118,12 +118,14 @@ class Strip:
         blocks: by axis, where it has pairs.
         diagonals: by axis, where it has diagonals.
         steps: by axis of diagonals, the steps of both maps.
+        sizes: by axis of diagonals, the locations of one phase of both maps.
         symmetric: whether both maps are the same.
     """
 
     blocks: dict[int, Block]
     diagonals: dict[int, tuple[Diagonal, ...]]
     steps: dict[int, tuple[int, int]]
+    sizes: dict[int, tuple[int, int]]
     symmetric: bool
 
     @cached_property
@@ -159,35 +161,25 @@ class Strip:
             second: maps (n, d, *other).
             scratch_bytes: bound on temporary memory.
         """
-        sizes = self._coarse(first.shape[2:], second.shape[2:])
-        left = self._cut(first, 0, sizes)
-        right = left if second is first and self.alike else self._cut(second, 1, sizes)
+        left = self._cut(first, 0)
+        right = left if second is first and self.alike else self._cut(second, 1)
         if not self.transformed:
             return torch.bmm(left.mT, right).unsqueeze(0)
-        tiling = self._tiling(sizes)
+        tiling = self.tiling
         same = right is left and tiling.parts == 1
         left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
         right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
         inverse = spectra.inverse(tiling, self.offsets, left.dtype, left.device)
         return spectra.correlate(left, right, inverse, scratch_bytes // 2)
 
-    def _coarse(self, size: Sequence[int], other: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Locations of both maps on the axes of diagonals, phase by phase."""
-        return {
-            axis: (-(-size[axis] // first), -(-other[axis] // second)) for axis, (first, second) in self.steps.items()
-        }
-
-    def _tiling(self, sizes: dict[int, tuple[int, int]]) -> spectra.Tiling:
-        return spectra.plan_tiling([sizes[axis] for axis in self.transformed], self._reach)
-
     @cached_property
-    def _reach(self) -> list[tuple[int, int]]:
+    def tiling(self) -> spectra.Tiling:
+        """How the transformed axes are cut."""
         offsets = [[offset for _, _, offset in self.diagonals[axis]] for axis in self.transformed]
-        if self.alike:
-            offsets = [[*each, *(-offset for offset in each)] for each in offsets]
-        return [(min(each), max(each)) for each in offsets]
+        reach = [(min(each), max(each)) for each in offsets]
+        return spectra.plan_tiling([self.sizes[axis] for axis in self.transformed], reach)
 
-    def _cut(self, maps: Tensor, side: int, sizes: dict[int, tuple[int, int]]) -> Tensor:
+    def _cut(self, maps: Tensor, side: int) -> Tensor:
         """(groups, n·locations of axes without offsets, phases·locations·c, *size of transformed axes).
 
         Without transformed axes the last dimension is the channels'.
@@ -203,7 +195,7 @@ class Strip:
             if phases != list(range(steps[axis])):
                 view = view.index_select(2 + axis, torch.tensor(phases, device=maps.device))
             if axis not in self.transformed:
-                view = view.narrow(2 + axes + axis, 0, min(sizes[axis]))
+                view = view.narrow(2 + axes + axis, 0, min(self.sizes[axis]))
         for place, axis in enumerate(self.blocks):
             view = view.unflatten(2 + axes + axis + place, (self.blocks[axis].groups, -1))
         starts, at = {}, 2 + axes
@@ -218,56 +210,55 @@ class Strip:
         shape = [math.prod(part) for part in (cut.shape[:count], cut.shape[count:rows], cut.shape[rows : len(order)])]
         return cut.reshape(*shape, *cut.shape[len(order) :])
 
-    def samples_at_once(self, shape: Sequence[int], other: Sequence[int], itemsize: int, scratch_bytes: int) -> int:
+    def samples_at_once(self, channels: tuple[int, int], itemsize: int, scratch_bytes: int) -> int:
         """How many samples to take together: enough for large products, as far as their spectra stay small.
 
         Args:
-            shape: of the first maps.
-            other: of the second maps.
+            channels: of both maps.
             itemsize: bytes of an entry.
             scratch_bytes: bound on temporary memory.
         """
-        entries = 0.0
-        sizes = self._coarse(shape[2:], other[2:])
-        spectral = 1.0
-        if self.transformed:
-            tiling = self._tiling(sizes)
-            spectral = 2.0 * tiling.frequencies * tiling.parts
-        for side, channels in enumerate((shape[1], other[1])):
-            folded = math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
-            entries += spectral * folded * self._channels(side, channels) * self._groups
-        per_sample = int(itemsize * entries)
-        enough = max(8, max(shape[1], other[1]) // 4)
-        return max(1, min(max(enough, SPECTRA_BYTES // per_sample), scratch_bytes // 2 // per_sample))
+        spectral = 2 * self.tiling.frequencies * self.tiling.parts if self.transformed else 1
+        entries = spectral * self._folded * self._groups * sum(self._stacked(channels))
+        enough = max(8, max(channels) // 4)
+        most = scratch_bytes // 2 // (itemsize * entries)
+        return max(1, min(max(enough, SPECTRA_BYTES // (itemsize * entries)), most))
 
     @property
     def _groups(self) -> int:
         return math.prod(block.groups for block in self.blocks.values())
 
-    def _channels(self, side: int, channels: int) -> int:
-        """Channels of a map with its phases and the locations of a block stacked."""
-        return channels * len(self.phases[side]) * math.prod(block.size(side) for block in self.blocks.values())
+    @property
+    def _folded(self) -> int:
+        """Locations on the axes without offsets."""
+        return math.prod(min(size) for axis, size in self.sizes.items() if axis not in self.transformed)
 
-    def cost(self, shape: Sequence[int], other: Sequence[int]) -> float:
+    def _stacked(self, channels: tuple[int, int]) -> list[int]:
+        """Channels of both maps with their phases and the locations of a block stacked."""
+        return [
+            count * len(self.phases[side]) * math.prod(block.size(side) for block in self.blocks.values())
+            for side, count in enumerate(channels)
+        ]
+
+    def cost(self, channels: tuple[int, int], samples: int) -> float:
         """Price for a batch, in multiply-adds of a large product.
 
         Args:
-            shape: of the first maps.
-            other: of the second maps.
+            channels: of both maps.
+            samples: of the batch.
         """
-        sizes, samples = self._coarse(shape[2:], other[2:]), shape[0]
-        first, second = (self._channels(side, channels) for side, channels in enumerate((shape[1], other[1])))
-        samples *= math.prod(min(sizes[axis]) for axis in self.diagonals if axis not in self.transformed)
-        products = float(samples * first * second)
+        first, second = self._stacked(channels)
+        rows = samples * self._folded
+        products = float(rows * first * second)
         if not self.transformed:
-            return FEW_CALLS + self._groups * (products + MOVE * samples * (first + (0 if self.alike else second)))
-        tiling = self._tiling(sizes)
-        products *= (3 if self.alike else 4) * tiling.frequencies * tiling.parts
+            return FEW_CALLS + self._groups * (products + MOVE * rows * (first + (0 if self.alike else second)))
+        frequencies = self.tiling.frequencies
+        products *= (3 if self.alike else 4) * frequencies * self.tiling.parts
         transforms = 0.0
-        for side, channels in list(enumerate((first, second)))[: 1 if self.alike else 2]:
-            own = [sizes[axis][side] for axis in self.transformed]
-            transforms += samples * spectra.multiply_adds(tiling, own, channels)
-        inverse = 2.0 * tiling.frequencies * len(self.offsets) * first * second
+        for side, count in enumerate((first,) if self.alike else (first, second)):
+            own = [self.sizes[axis][side] for axis in self.transformed]
+            transforms += rows * spectra.multiply_adds(self.tiling, own, count)
+        inverse = 2.0 * frequencies * len(self.offsets) * first * second
         return SEVERAL_CALLS + SPECTRAL * self._groups * (products + transforms + inverse)
 
     def enter(self, result: Tensor, products: Tensor) -> None:

@@ -54,6 +54,13 @@ class Correlation:
         features = self.features[axis]
         return len(features.diagonals if kind == "d" else features.singles)
 
+    def coarse(self, axis: int) -> tuple[int, int]:
+        """Locations of one phase of both maps on an axis."""
+        first, second = (
+            -(-self.axes[axis].size(which) // step) for which, step in zip(self.maps, self.steps[axis], strict=True)
+        )
+        return first, second
+
     @cached_property
     def kinds(self) -> list[str]:
         """Whether each axis takes its diagonals or its singles: all combinations that are not empty."""
@@ -71,8 +78,9 @@ class Correlation:
             pairs = [axis for axis, kind in enumerate(kinds) if kind == "s"]
             diagonals = {axis: self.features[axis].diagonals for axis, kind in enumerate(kinds) if kind == "d"}
             steps = {axis: self.steps[axis] for axis in diagonals}
+            sizes = {axis: self.coarse(axis) for axis in diagonals}
             found[kinds] = [
-                Strip(dict(zip(pairs, blocks, strict=True)), diagonals, steps, self.symmetric)
+                Strip(dict(zip(pairs, blocks, strict=True)), diagonals, steps, sizes, self.symmetric)
                 for blocks in itertools.product(*(blocks_of(self.features[axis].singles) for axis in pairs))
             ]
         return found
@@ -111,24 +119,23 @@ class OffsetPath:
             first, second = (maps[which] for which in correlation.maps)
             for kinds, strips in correlation.strips.items():
                 for number, strip in enumerate(strips):
-                    samples = strip.samples_at_once(first.shape, second.shape, x.element_size(), self.scratch_bytes)
-                    chunks = math.ceil(len(first) / samples)
+                    channels = first.shape[1], second.shape[1]
+                    chunks = math.ceil(
+                        len(first) / strip.samples_at_once(channels, x.element_size(), self.scratch_bytes)
+                    )
                     parts = first.tensor_split(chunks)
-                    for part, other in zip(
-                        parts, parts if second is first else second.tensor_split(chunks), strict=True
-                    ):
+                    others = parts if second is first else second.tensor_split(chunks)
+                    for part, other in zip(parts, others, strict=True):
                         products = strip.products(part, other, self.scratch_bytes)
                         totals.add(f"{correlation.maps}:{kinds}:{number}", products)
 
     def cost(self, samples: int) -> float:
         """Price of a batch, in multiply-adds of a large product."""
-        sizes = dict(
-            zip("xhv", (self.problem.input_size, self.problem.hidden_size, self.problem.output_size), strict=True)
-        )
         total = 0.0
         for correlation in self.correlations.values():
-            shape, other = ((samples, self.channels[which], *sizes[which]) for which in correlation.maps)
-            total += sum(strip.cost(shape, other) for strips in correlation.strips.values() for strip in strips)
+            first, second = correlation.maps
+            channels = self.channels[first], self.channels[second]
+            total += sum(strip.cost(channels, samples) for strips in correlation.strips.values() for strip in strips)
         return total
 
     # ------------------------------------------------------------------------------------ statistics from correlations
