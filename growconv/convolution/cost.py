@@ -173,7 +173,4 @@ def _along(geometry: Geometry, axis: int) -> Geometry:
 
 def _reads(geometry: Geometry, size: tuple[int, ...]) -> int:
     """Number of (output location, tap) that read a real input location."""
-    return math.prod(
-        sum(location >= 0 for taps in geometry.reads(axis, length) for location in taps)
-        for axis, length in enumerate(size)
-    )
+    return math.prod(int((geometry.reads(axis, length) >= 0).sum()) for axis, length in enumerate(size))

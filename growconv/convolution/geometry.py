@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from growconv.errors import ArgumentTypeError, GeometryError
@@ -59,7 +62,7 @@ class Geometry:
             ("kernel size", self.kernel_size, 1),
             ("stride", self.stride, 1),
             ("dilation", self.dilation, 1),
-            ("padding", tuple(side for pair in self.padding for side in pair), 0),
+            ("padding", tuple(chain(*self.padding)), 0),
         ):
             if min(entries) < least:
                 raise GeometryError(f"{label} too small", expected=f"entries of at least {least}", got=entries)
@@ -204,7 +207,7 @@ class Geometry:
             self.ceil_mode,
         )
 
-    def reads(self, axis: int, size: int) -> list[list[int]]:
+    def reads(self, axis: int, size: int) -> NDArray[np.int64]:
         """Input location that each output location of one axis reads with each tap.
 
         Args:
@@ -212,26 +215,18 @@ class Geometry:
             size: number of input locations on that axis.
 
         Returns:
-            One list per output location, with the input location of each tap, −1 where it falls into zero padding.
+            (output locations, taps), −1 where a tap falls into zero padding.
         """
-        low = self.padding[axis][0]
         (count,) = self.along(axis).output_size((size,))
-        return [
-            [
-                self._location(self.stride[axis] * m + self.dilation[axis] * b - low, size)
-                for b in range(self.kernel_size[axis])
-            ]
-            for m in range(count)
-        ]
-
-    def _location(self, position: int, size: int) -> int:
-        """Input location that stands at a position of the padded axis."""
-        if 0 <= position < size:
-            return position
+        starts, taps = self.stride[axis] * np.arange(count), self.dilation[axis] * np.arange(self.kernel_size[axis])
+        at = starts[:, None] + taps - self.padding[axis][0]
         if self.padding_mode == "circular":
-            return position % size
-        if self.padding_mode == "reflect" and -size < position < 2 * size - 1:
-            return -position if position < 0 else 2 * (size - 1) - position
-        if self.padding_mode == "replicate":
-            return min(max(position, 0), size - 1)
-        return -1
+            at %= size
+        elif self.padding_mode == "reflect":
+            at = size - 1 - np.abs(size - 1 - np.abs(at))
+        elif self.padding_mode == "replicate":
+            at = at.clip(0, size - 1)
+        else:
+            at[at >= size] = -1
+            at[at < 0] = -1
+        return at

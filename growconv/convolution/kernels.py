@@ -314,7 +314,7 @@ def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[in
     hidden = Geometry.of(before).output_size(input_size)
     result = torch.ones((), dtype=torch.bool)
     for axis, size in enumerate(hidden):
-        inside = torch.tensor([min(taps) >= 0 for taps in geometry.reads(axis, size)])
+        inside = torch.from_numpy((geometry.reads(axis, size) >= 0).all(1))
         result = result.unsqueeze(-1) & inside
     return result
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -152,10 +153,7 @@ def tap_multiplicities(
     geometry.output_size(input_size)
     result = torch.ones((), dtype=dtype or torch.get_default_dtype(), device=device)
     for axis, size in enumerate(input_size):
-        counts = [0] * size
-        for taps in geometry.reads(axis, size):
-            for location in taps:
-                if location >= 0:
-                    counts[location] += 1
-        result = result.unsqueeze(-1) * torch.tensor(counts, dtype=result.dtype, device=device)
+        reads = geometry.reads(axis, size)
+        counts = torch.from_numpy(np.bincount(reads[reads >= 0], minlength=size))
+        result = result.unsqueeze(-1) * counts.to(result)
     return result

@@ -1,7 +1,7 @@
 """The cost of a model, updated through growth without a new forward pass; and a counter of the FLOPs spent."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -103,8 +103,10 @@ class ModelCost:
             locations[path] = locations.get(path, 0.0) + layers.weighted(module).locations(x, output) / samples
 
         arguments, keywords = example_arguments(inputs)
-        counted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
-        hooks = [module.register_forward_hook(partial(note, path)) for path, module in counted]
+        hooks = []
+        for path, module in model.named_modules():
+            if layers.is_weighted(module):
+                hooks.append(module.register_forward_hook(partial(note, path)))
         try:
             with undisturbed(model), torch.no_grad():
                 model.eval()
@@ -121,19 +123,20 @@ class ModelCost:
     def activations(self) -> float:
         """Approximate bytes that a training step keeps per sample: the outputs of each layer and norm."""
         norms = sum(map(layers.is_norm, self.model.modules()))
-        entries = sum(self._entries(path, OUT) for path in self.locations)
-        return 4 * entries * (1 + norms / max(1, len(self.locations)))
+        return 4 * self._entries(self.locations, OUT) * (1 + norms / max(1, len(self.locations)))
 
     def held(self, site: Site) -> float:
         """Approximate bytes of a site's x, h and v, per sample."""
-        entries = sum(self._entries(path, IN) for path in (*site.producers, *site.consumers))
-        return 4 * (entries + sum(self._entries(path, OUT) for path in site.consumers))
+        return 4 * (self._entries((*site.producers, *site.consumers), IN) + self._entries(site.consumers, OUT))
 
-    def _entries(self, path: str, side: str) -> float:
-        """Entries that a layer reads or gives, per sample."""
-        layer = layers.weighted(self.model.get_submodule(path))
-        stride = getattr(layer.module, "stride", ()) if side == IN and not layers.is_transposed(layer.module) else ()
-        return self.locations.get(path, 0.0) * math.prod(stride) * layer.size(side)
+    def _entries(self, paths: Iterable[str], side: str) -> float:
+        """Entries that layers read or give, per sample."""
+        total = 0.0
+        for path in paths:
+            layer = layers.weighted(self.model.get_submodule(path))
+            stride = getattr(layer.module, "stride", ()) if side == IN and not layer.transposed else ()
+            total += self.locations.get(path, 0.0) * math.prod(stride) * layer.size(side)
+        return total
 
     def channel(self, site: Site) -> tuple[float, float]:
         """What one more channel costs at the site's present shapes.
@@ -146,8 +149,10 @@ class ModelCost:
         """
         if site.room == 0:
             return 0.0, 0.0
-        parameters = plan_size(site, site.granularity) / site.granularity
-        return parameters, sum(self.layer(path, entries) for path, entries in site.multiplications.items())
+        parameters, flops = plan_size(site, site.granularity) / site.granularity, 0.0
+        for path, entries in site.multiplications.items():
+            flops += self.layer(path, entries)
+        return parameters, flops
 
     def flops(self) -> int:
         """FLOPs (2 × MACs) of one sample's forward pass with the model's present shapes."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from growconv.errors import SolverError, StatisticsError
 from growconv.network.proposal import ChannelGrowth
@@ -178,11 +179,11 @@ def captured_by_sample(subject: PairStatistics, growth: ChannelGrowth) -> Float[
 def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> Maps:
     """∂⟨v, δz⟩/∂(what the consumers read of the new channels), which does not depend on what they read."""
     with torch.enable_grad():
-        leaves = {path: tuple(each.detach().requires_grad_() for each in calls) for path, calls in read.items()}
-        pairs = piece.beside_v(piece.added(leaves, outgoing))
+        calls, layout = tree_flatten(read)
+        leaves = [each.detach().requires_grad_() for each in calls]
+        pairs = piece.beside_v(piece.added(tree_unflatten(leaves, layout), outgoing))
         total = torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
-    found = iter(torch.autograd.grad(total, [each for calls in leaves.values() for each in calls]))
-    return {path: tuple(next(found) for _ in calls) for path, calls in leaves.items()}
+        return tree_unflatten(torch.autograd.grad(total, leaves), layout)
 
 
 def _agreements(read: Maps, piece: KeptPass, pulled: Maps, channels: int) -> list[Float[Tensor, "rows k"]]:
@@ -248,11 +249,10 @@ def _scores(projected: KeptSamples, growths: tuple[ChannelGrowth, ChannelGrowth]
     inserted = [_inserted(projected, each) for each in growths]
     captured = torch.zeros(2, channels, dtype=torch.float64, device=projected.like.device)
     energy = torch.zeros_like(captured)
-    entries = sum(
-        each[:1].numel() * weight[0].numel() // weight.shape[0]  # locations times columns
-        for path, weight in growths[0].outgoing.items()
-        for each in projected.passes[0].v[path]
-    )
+    entries = 0
+    for path, weight in growths[0].outgoing.items():
+        for each in projected.passes[0].v[path]:
+            entries += each[:1].numel() * weight[0].numel() // len(weight)  # locations times columns
     for piece in projected.pieces(entries, DESIGN_ENTRIES):
         pulled: Maps = {}
         for index, (growth, between) in enumerate(zip(growths, inserted, strict=True)):

@@ -106,7 +106,7 @@ class Tiny(Solver):
         S = shrink(mean_gram(request, grams), self.shrinkage, subject.samples)[0]
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
         every = tiny(S, columns, channels + NOT_TAKEN, self.rank_tolerance)
-        alpha, omega, gains = (part[:channels] for part in every)
+        alpha, omega, gains = every.alpha[:channels], every.omega[:channels], every.gains[:channels]
         reason = shortfall(len(alpha), channels, "S^(-1/2)·N")
         growth = assemble(request, self.name, alpha, omega, gains, reason, self.signs)
         return replace(growth, spectrum=every.gains)

@@ -170,11 +170,13 @@ def not_homogeneous(site: GrowthSite, behind_norms: bool = False) -> str | None:
     for route in site.routes:
         if route.problem:
             return route.problem
-        last = max((at for at, step in enumerate(route.steps) if isinstance(step, Norm)), default=-1)
-        norm = route.steps[last] if behind_norms and last >= 0 else None
-        if isinstance(norm, Norm) and getattr(site.model.get_submodule(norm.path), "weight", None) is None:
-            return f"{norm.path} has no scale of its own"
-        for step in route.steps if norm is None else route.steps[last + 1 :]:
+        steps, last = route.steps, None
+        for at, step in enumerate(route.steps if behind_norms else ()):
+            if isinstance(step, Norm):
+                steps, last = route.steps[at + 1 :], step.path
+        if last is not None and getattr(site.model.get_submodule(last), "weight", None) is None:
+            return f"{last} has no scale of its own"
+        for step in steps:
             if isinstance(step, Other) or (isinstance(step, Activation) and not step.homogeneous):
                 return f"{step.name} lies in between"
             if isinstance(step, Depthwise) and behind_norms:
@@ -291,5 +293,5 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
 
 def _norms(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:
     """Norm of each new unit's incoming weights, biases included, over all producers."""
-    tensors = (*growth.incoming.values(), *growth.incoming_bias.values())
-    return norms_of([each.double() for each in tensors], growth.channels // site.granularity)
+    tensors = map(Tensor.double, (*growth.incoming.values(), *growth.incoming_bias.values()))
+    return norms_of(tensors, growth.channels // site.granularity)

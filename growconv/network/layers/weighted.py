@@ -5,9 +5,10 @@ layer's kernel has no axes. Torch stores a transposed convolution as (in, out/gr
 stored lists all channels of one side, group after group, and the other has those of the other side within a group.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -115,15 +116,13 @@ class Weighted(Adapter):
         twin = object.__new__(kind)
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
-        extras = {name: _widened(tensor, len(weight)) for name, tensor in self._extras()}
-        shape = self._turned(weight, groups).shape
-        extras |= {name: tensor if tensor.shape == shape else _spread(tensor, shape) for name, tensor in self._alike()}
-        twin.__dict__["_parameters"] = {
-            **self.module._parameters,
-            **extras,
-            "weight": self._turned(weight, groups),
-            "bias": bias,
-        }
+        turned, (per_output, per_weight) = self._turned(weight, groups), self._beside
+        parameters = {**self.module._parameters, "weight": turned, "bias": bias}
+        for name, tensor in per_output.items():
+            parameters[name] = _widened(tensor, len(weight))
+        for name, tensor in per_weight.items():
+            parameters[name] = tensor if tensor.shape == turned.shape else _spread(tensor, turned.shape)
+        twin.__dict__["_parameters"] = parameters
         twin.__dict__.update(zip(self.names, (weight.shape[0], weight.shape[1] * groups), strict=True))
         if groups != self.groups:
             twin.__dict__["groups"] = groups
@@ -175,35 +174,33 @@ class Weighted(Adapter):
     def slots(self, side: str) -> list[Slot]:
         """The weight; for outputs also the bias, and whatever else a subclass has for each output."""
         own = [Slot("bias", 0)] if self.bias() is not None else []
-        own += [Slot(name, 0) for name, _ in self._extras()]
+        own += [Slot(name, 0) for name in self._beside[0]]
         if side == GROUP_IN and not self.transposed:
             return []
         if side == GROUP_OUT and self.transposed:
             return own
         axis = 0 if self._listed(side) else 1
         weights = [Slot("weight", axis)] if self._normalized is None else self._normalized.slots(axis)
-        weights += [Slot(name, axis) for name, _ in self._alike()]
+        weights += [Slot(name, axis) for name in self._beside[1]]
         return weights if side in (IN, GROUP_IN) else [*weights, *own]
 
-    def _extras(self) -> Iterable[tuple[str, Tensor]]:
-        """Further tensors of a subclass with one entry for each output, as the gain of a standardised convolution."""
-        for name, tensor in self._beside():
+    @cached_property
+    def _beside(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What a subclass stores beside weight and bias, by name.
+
+        First tensors with one entry for each output, as the gain of a standardised convolution, then those with one for
+        each weight, as the mask of a pruned convolution.
+        """
+        weight, per_output, per_weight = stored(self.module, "weight"), {}, {}
+        named = () if self._normalized is not None else (self.module._parameters, self.module._buffers)
+        for name, tensor in chain.from_iterable(map(dict.items, named)):
+            if tensor is None or name in ("weight", "bias") or not tensor.is_floating_point():
+                continue
             if tensor.dim() and tensor.numel() == len(tensor) == self.size(OUT):
-                yield name, tensor
-
-    def _alike(self) -> Iterable[tuple[str, Tensor]]:
-        """Further tensors of a subclass with one entry for each weight, as the mask of a pruned convolution."""
-        weight = stored(self.module, "weight")
-        for name, tensor in self._beside():
+                per_output[name] = tensor
             if weight is not None and tensor is not weight and tensor.dim() > 1 and tensor.shape == weight.shape:
-                yield name, tensor
-
-    def _beside(self) -> Iterable[tuple[str, Tensor]]:
-        """What a subclass stores beside weight and bias."""
-        if self._normalized is None:
-            for name, tensor in (*self.module._parameters.items(), *self.module._buffers.items()):
-                if tensor is not None and name not in ("weight", "bias") and tensor.is_floating_point():
-                    yield name, tensor
+                per_weight[name] = tensor
+        return per_output, per_weight
 
     def problem(self) -> str | None:
         """Also: parameters that are not known to belong to the outputs."""
@@ -265,7 +262,7 @@ class Weighted(Adapter):
         if self._normalized is not None:
             return self._normalized.parts(parts)
         beside = []
-        for name, tensor in self._alike():
+        for name, tensor in self._beside[1].items():
             for _, each in parts:
                 shape = list(tensor.shape)
                 shape[each.axis] = each.count
@@ -297,7 +294,9 @@ class Weighted(Adapter):
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Numbers of channels, and of groups where whole groups come or go."""
-        found = {self.names[side in (IN, GROUP_IN)]: self.size(side) + more for side, more in added.items()}
+        found = {}
+        for side, more in added.items():
+            found[self.names[side in (IN, GROUP_IN)]] = self.size(side) + more
         if added.get(GROUP_IN):
             found["groups"] = self.groups + added[GROUP_IN] * self.groups // self.size(IN)
         return found
@@ -310,7 +309,7 @@ class Weighted(Adapter):
             insertion = Insertion(0, place.position, count, None if own is None else place.of(own))
             if self.bias() is not None:
                 parts.append(("bias", insertion))
-            for name, tensor in self._extras():
+            for name, tensor in self._beside[0].items():
                 new = _widened(tensor.detach(), len(tensor) + count)[len(tensor) :]
                 parts.append((name, replace(insertion, values=new)))
         return parts
