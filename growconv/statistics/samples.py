@@ -58,13 +58,13 @@ class KeptPass:
 
     def produced(self, incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Calls]:
         """What new filters (K·ratio, in/groups, *kernel) give, per producer and call."""
-        return {
-            path: [
-                self.region.produced(path, x, _as(weight, x), None if path not in biases else _as(biases[path], x))
-                for x in self.x[path]
-            ]
-            for path, weight in incoming.items()
-        }
+        found: dict[str, Calls] = {}
+        for path, weight in incoming.items():
+            bias, calls = biases.get(path), []
+            for x in self.x[path]:
+                calls.append(self.region.produced(path, x, _as(weight, x), None if bias is None else _as(bias, x)))
+            found[path] = calls
+        return found
 
     def read(
         self,
@@ -78,10 +78,13 @@ class KeptPass:
 
     def added(self, read: Mapping[str, Calls], outgoing: Mapping[str, Tensor]) -> Maps:
         """δz, what columns (out, K·ratio/groups, *kernel) on new channels add, per consumer and call."""
-        return {
-            path: tuple(self.region.consumed(path, each, _as(weight, each)) for each in read[path])
-            for path, weight in outgoing.items()
-        }
+        found: Maps = {}
+        for path, weight in outgoing.items():
+            calls = []
+            for each in read[path]:
+                calls.append(self.region.consumed(path, each, _as(weight, each)))
+            found[path] = tuple(calls)
+        return found
 
     def beside_v(self, changes: Mapping[str, Calls]) -> Iterator[tuple[Tensor, Tensor]]:
         """Changes of the consumers' outputs, call by call, each with its v."""
@@ -290,24 +293,24 @@ class KeptSamples:
 
     @cached_property
     def _projected(self) -> "KeptSamples":
-        updates = {path: self._update(path) for path in self.consumers}
+        updates = {}
+        for path, statistics in self.consumers.items():
+            layer, weight, bias = self.site.layer(path), statistics.update, statistics.update_bias
+            if weight is None:
+                pairs = [pair for each in self.passes for pair in zip(each.h[path], each.v[path], strict=True)]
+                weight, bias = best_update(layer.module, pairs)
+            updates[path] = layer, weight, bias
 
         def projected(each: KeptPass) -> KeptPass:
-            v = {
-                path: tuple(v - updates[path](h) for h, v in zip(each.h[path], each.v[path], strict=True))
-                for path in each.v
-            }
-            return replace(each, v=v)
+            found: Maps = {}
+            for path, calls in each.v.items():
+                (layer, weight, bias), left = updates[path], []
+                for h, v in zip(each.h[path], calls, strict=True):
+                    left.append(v - layer.apply(h, _as(weight, h), None if bias is None else _as(bias, h)))
+                found[path] = tuple(left)
+            return replace(each, v=found)
 
         return self.changed(projected)
-
-    def _update(self, path: str) -> "_Update":
-        statistics, layer = self.consumers[path], layers.weighted(self.site.model.get_submodule(path))
-        if statistics.best_update is not None:
-            weight = statistics.update
-            return _Update(layer, torch.as_tensor(weight), statistics.update_bias)
-        pairs = [pair for each in self.passes for pair in zip(each.h[path], each.v[path], strict=True)]
-        return _Update(layer, *best_update(layer.module, pairs))
 
     def v_perp(self, consumer: str) -> Tensor:
         """v⊥ of one consumer; rows as those of `v`.
@@ -368,18 +371,6 @@ class KeptSamples:
         """The samples of both, with the statistics that belong to all of them."""
         by_path = {each.consumer: each for each in consumers}
         return KeptSamples(self.site, (*self.batches, *other.batches), by_path)
-
-
-@dataclass(frozen=True, eq=False)
-class _Update:
-    """A change of a consumer's own weights, applied to what it reads."""
-
-    layer: layers.Weighted
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, h: Tensor) -> Tensor:
-        return self.layer.apply(h, _as(self.weight, h), None if self.bias is None else _as(self.bias, h))
 
 
 def _as(weight: Tensor, like: Tensor) -> Tensor:
