@@ -201,14 +201,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=gpus):
             yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
         for module, training in modes.items():
             module.training = training
         _put_back(buffers)
         for parameter, (gradient, needed) in gradients.items():
             parameter.grad = gradient
             parameter.requires_grad_(needed)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _foreign(value: object) -> Iterator[object]:
