@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError, TrainingError
+from growconv.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from growconv.reporting.terminal import printable, shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
@@ -240,8 +240,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             name, _, value = text.partition("=")
             name = FLAGS.get(name, name)
             if name not in KNOWN_FLAGS:
-                meant = near(name, KNOWN_FLAGS)
-                fix = f"did you mean {meant}?" if meant else "growconv --help lists them"
+                fix = did_you_mean(name, KNOWN_FLAGS) or "growconv --help lists them"
                 raise ConfigError(f"there is no flag {text!r}", fix=fix)
             flags[name] = value or (next(waiting, "") if name in WITH_VALUE else "")
         elif "=" in text or text.startswith("~"):

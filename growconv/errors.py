@@ -4,6 +4,21 @@ Each class is a `GrowthError` and also the built-in error that fits, so that bot
 ``except ValueError`` work. An error is raised before anything has changed.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[object], form: str = "{}") -> str | None:
+    """For `fix` of an error: a question about the known word that was probably meant; None where none is close.
+
+    Args:
+        word: what was given.
+        known: what could have been.
+        form: how the word is written, with braces in its place.
+    """
+    found = difflib.get_close_matches(str(word), map(str, known), n=1)
+    return f"did you mean {form.format(found[0])}?" if found else None
+
 
 class GrowthError(Exception):
     """Base of all errors of growconv.

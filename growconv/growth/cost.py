@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from growconv.network import layers
 from growconv.network.layout import IN, OUT
-from growconv.network.model import example_arguments, undisturbed
+from growconv.network.model import copied, example_arguments, undisturbed
 from growconv.network.plan import plan_size
 from growconv.network.site import Site
 
@@ -168,3 +168,24 @@ def batch_size(inputs: object) -> int:
         return inputs.shape[0] if inputs.dim() else 0
     values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else ()
     return next((size for value in values if (size := batch_size(value))), 0)
+
+
+def training_flops(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> float:
+    """Operations of the forward and backward pass of one sample.
+
+    They are counted on a copy of the model, as it runs. Meta tensors would need no arithmetic, but their first use
+    imports torch._dynamo, which takes longer than a few samples.
+
+    Args:
+        model: the model; left as it is.
+        inputs: (n, channels, height, width), a few samples.
+        targets: their targets.
+        loss: loss(output, targets), a scalar.
+
+    Returns:
+        FLOPs per sample; 2 × MACs.
+    """
+    twin = copied(model).train()
+    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), FlopMeter() as meter:
+        loss(twin(inputs), targets).backward()
+    return meter.flops / len(inputs)

@@ -1,6 +1,5 @@
 """What a growth method is and is asked for, the registry of all of them, and `solve`, the one way to call them."""
 
-import difflib
 import importlib
 import inspect
 import warnings
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SolverError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SolverError, did_you_mean
 from growconv.limits import require_limits
 from growconv.network.apply import shrink
 from growconv.network.layout import ENTRY, IN, OUT
@@ -184,25 +183,23 @@ def get_solver(method: "str | Solver", **hyperparameters: Any) -> Solver:
     if "." in method:
         method = _imported(method)
     if method not in SOLVERS:
-        near = difflib.get_close_matches(method, SOLVERS, n=1)
         raise SolverError(
             "there is no such growth method",
             expected=f"one of {', '.join(sorted(SOLVERS))}",
             got=repr(method),
             where="method",
-            fix=f"did you mean {near[0]!r}?" if near else None,
+            fix=did_you_mean(method, SOLVERS, "'{}'"),
         )
     solver = SOLVERS[method]
     known = list(inspect.signature(solver).parameters)
     unknown = [key for key in hyperparameters if key not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
         raise SolverError(
             f"this method has no hyperparameter {unknown[0]!r}",
             expected=", ".join(known) or "none",
             got=", ".join(unknown),
             where=method,
-            fix=f"did you mean {near[0]!r}?" if near else None,
+            fix=did_you_mean(unknown[0], known, "'{}'"),
         )
     return solver(**hyperparameters)
 

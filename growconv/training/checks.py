@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from growconv.errors import ConfigError
+from growconv.errors import ConfigError, did_you_mean
 
 # What omegaconf says of a value of the wrong type, and what it wanted.
 _TYPES = {
@@ -61,13 +61,12 @@ def check_options(node: DictConfig, prefix: str = "") -> None:
         limits = known[name].metadata.get("limits") if known is not None else None
         if limits is not None and not limits.allow(node[name]):
             got = node[name]
-            meant = near(got, limits.choices) if isinstance(got, str) else None
             raise ConfigError(
                 "this value cannot be used",
                 where=path,
                 expected=limits,
                 got=got,
-                fix=f"did you mean {path}={meant}?" if meant else None,
+                fix=did_you_mean(got, limits.choices, f"{path}={{}}") if isinstance(got, str) else None,
             )
 
 
@@ -148,8 +147,7 @@ def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) ->
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in loader.get_group_options(group) if not option.endswith("_schema")]
         if options:
-            meant = near(name, options)
-            fix = f"did you mean {group}={meant}?" if meant else None
+            fix = did_you_mean(name, options, f"{group}={{}}")
             return ConfigError(
                 f"there is no {group} called {name!r}", where=group, expected=", ".join(options), got=name, fix=fix
             )

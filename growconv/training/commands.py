@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from growconv.errors import ConfigError
-from growconv.training.checks import near
+from growconv.errors import ConfigError, did_you_mean
 from growconv.training.usage import COMMANDS
 
 
@@ -28,9 +27,8 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say it as growconv says it, with what was probably meant."""
         _, _, strange = message.partition("unrecognized arguments: ")
-        meant = near(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
-        fix = f"did you mean {meant}?" if meant else f"{self.prog} --help lists them"
-        raise ConfigError(message, where=self.prog.split()[-1], fix=fix)
+        fix = did_you_mean(strange.split("=")[0].split(" ")[0], self._option_string_actions) if strange else None
+        raise ConfigError(message, where=self.prog.split()[-1], fix=fix or f"{self.prog} --help lists them")
 
 
 def compare_parser() -> CommandParser:

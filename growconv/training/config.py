@@ -1,6 +1,5 @@
 """How a config is composed, checked, compared and read again, and what its dotted paths name."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from growconv.errors import CheckpointError, ConfigError
+from growconv.errors import CheckpointError, ConfigError, did_you_mean
 from growconv.reporting.records import flatten
 from growconv.training.checks import check_options, check_together, explain
 from growconv.training.options import SCHEMAS, RunConfig, schema_of
@@ -174,8 +173,7 @@ def locate(target: str, where: str) -> Any:
         names = dir(home)
         found = getattr(home, name)
     except (ImportError, AttributeError, ValueError) as error:
-        near = difflib.get_close_matches(name, names, n=1)
-        fix = f"did you mean {module}.{near[0]}?" if near else str(error)
+        fix = did_you_mean(name, names, f"{module}.{{}}") or str(error)
         raise ConfigError(
             "this names no class or function", where=where, got=target, expected="package.module.Name", fix=fix
         ) from error
@@ -201,13 +199,12 @@ def call_target(target: Any, given: Mapping[str, Any], offered: Mapping[str, Any
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     unknown = [name for name in given if name not in known and not anything]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ConfigError(
             f"there is no option {unknown[0]!r}",
             where=where,
             expected=", ".join(known) or "none",
             got=", ".join(unknown),
-            fix=f"did you mean {near[0]!r}?" if near else None,
+            fix=did_you_mean(unknown[0], known, "'{}'"),
         )
     arguments = {**{name: value for name, value in offered.items() if anything or name in known}, **given}
     lacking = [p.name for p in parameters if p.default is p.empty and p.name in known and p.name not in arguments]

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from growconv.errors import CheckpointError, ConfigError
-from growconv.training.checks import near
+from growconv.errors import CheckpointError, ConfigError, did_you_mean
 
 Options = Mapping[str, Any]
 
@@ -178,11 +177,10 @@ def _refusals(name: str) -> Iterator[None]:
 def _require_name(name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
-        meant = near(name, known)
         raise ConfigError(
             "the library has no such model",
             where="model.name",
             expected=f"one of {len(known)}",
             got=name,
-            fix=f"did you mean {meant}?" if meant else None,
+            fix=did_you_mean(name, known),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, ConfigError, TrainingError
+from growconv.growth.cost import training_flops
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
@@ -31,7 +32,6 @@ from growconv.training.devices import (
     sum_over_ranks,
 )
 from growconv.training.failures import Stopped, noted_signals
-from growconv.training.flops import training_flops
 from growconv.training.mixing import mix
 from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress

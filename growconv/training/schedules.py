@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from growconv.errors import ConfigError
+from growconv.errors import ConfigError, did_you_mean
 from growconv.linalg.optimizers import SGD, AdamW
-from growconv.training.checks import OWN_SCHEDULES, near
+from growconv.training.checks import OWN_SCHEDULES
 from growconv.training.config import locate
 
 _OTHER_OPTIMIZERS = {
@@ -202,11 +202,9 @@ def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapp
     if name in others:
         raise ConfigError("this one cannot be used here", where=where, got=name, expected=others[name])
     if name not in found:
-        known, meant = [key for key in found if key not in others], near(str(name), found)
-        fix = f"did you mean {where}={meant}?" if meant else None
-        raise ConfigError(
-            f"{module.__name__} has no such class", where=where, expected=", ".join(sorted(known)), got=name, fix=fix
-        )
+        expected = ", ".join(sorted(key for key in found if key not in others))
+        fix = did_you_mean(name, found, f"{where}={{}}")
+        raise ConfigError(f"{module.__name__} has no such class", where=where, expected=expected, got=name, fix=fix)
     return found[name]
 
 

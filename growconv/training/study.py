@@ -22,13 +22,12 @@ from typing import Any
 
 import yaml
 
-from growconv.errors import ConfigError, TrainingError
+from growconv.errors import ConfigError, TrainingError, did_you_mean
 from growconv.reporting.compare import to_markdown, write_comparison
 from growconv.reporting.comparison import compare
 from growconv.reporting.records import read_yaml
 from growconv.reporting.terminal import shown
 from growconv.training import config as settings
-from growconv.training.checks import near
 
 SAME_FOR_ALL = ("report=false", "baselines=[]", "trainer.progress=none", "logger=none")
 
@@ -87,8 +86,7 @@ class Study:
             ConfigError: names those that are.
         """
         if variant not in self.variants:
-            meant = near(variant, self.variants)
-            fix = f"did you mean {meant}?" if meant else None
+            fix = did_you_mean(variant, self.variants)
             raise ConfigError(
                 "there is no such variant", where=where, expected=", ".join(self.variants), got=variant, fix=fix
             )
@@ -248,13 +246,12 @@ def _check_entries(entries: object, path: Path) -> None:
     unknown = [str(name) for name in entries if name not in known]
     missing = [name for name in known if name not in entries and name != "equal_flops"]
     if unknown or missing:
-        meant = near(unknown[0], known) if unknown else None
         raise ConfigError(
             "this is not a study" if missing else "there is no such entry",
             where=str(path),
             expected=example,
             got=f"without {', '.join(missing)}" if missing else ", ".join(unknown),
-            fix=f"did you mean {meant}?" if meant else None,
+            fix=did_you_mean(unknown[0], known) if unknown else None,
         )
 
     def texts(value: object) -> bool:
