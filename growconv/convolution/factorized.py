@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from growconv.convolution.arguments import PerAxis, geometry
 from growconv.convolution.decomposition import Fit
+from growconv.convolution.geometry import Geometry, PerAxis
 from growconv.convolution.kernels import Conv, make_conv
 from growconv.convolution.ranks import Rank
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
@@ -75,7 +75,7 @@ class FactorizedConv(nn.Module, ABC):
         self.in_channels = _positive(in_channels, "in_channels", name)
         self.out_channels = _positive(out_channels, "out_channels", name)
         self.axes = type(self).axes or _order(kernel_size, name)
-        self.geometry = geometry(kernel_size, stride, padding, dilation, padding_mode, axes=self.axes, where=name)
+        self.geometry = Geometry.read(kernel_size, stride, padding, dilation, padding_mode, axes=self.axes, where=name)
         self.kernel_size = self.geometry.kernel_size
         self.stride = self.geometry.stride
         self.dilation = self.geometry.dilation

@@ -1,10 +1,11 @@
-"""Geometry of a convolution: kernel, stride, dilation and padding on any number of axes."""
+"""Geometry of a convolution: kernel, stride, dilation and padding on any number of axes, also as users write them."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,36 @@ _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
-    """Spread a number over the axes, as torch does."""
-    return (int(value),) * axes if not isinstance(value, Sequence) else tuple(int(entry) for entry in value)
+PerAxis = int | Sequence[int]
+Padding = int | str | Sequence[int] | Sequence[tuple[int, int]]
+
+
+def per_axis(value: PerAxis, axes: int, what: str, least: int, where: str | None = None) -> tuple[int, ...]:
+    """One integer per axis.
+
+    Args:
+        value: one number for all axes, or one per axis.
+        axes: number of axes.
+        what: name of the argument, for messages.
+        least: smallest value allowed.
+        where: function or module path, for messages.
+
+    Returns:
+        A tuple with one entry per axis.
+    """
+    given = value if isinstance(value, Sequence) else (value,) * axes
+    values: tuple[int, ...] | None = None
+    with suppress(TypeError):
+        values = tuple(map(index, given))
+    if values is None or bool in map(type, given):
+        raise ArgumentTypeError(f"{what} is not made of integers", got=repr(value), where=where)
+    if len(values) != axes:
+        raise GeometryError(
+            f"{what} has {len(values)} entries", expected=f"one number, or {axes} of them", got=values, where=where
+        )
+    if min(values) < least:
+        raise GeometryError(f"{what} too small", expected=f"entries of at least {least}", got=values, where=where)
+    return values
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,38 @@ class Geometry:
             )
 
     @classmethod
+    def read(
+        cls,
+        kernel_size: PerAxis,
+        stride: PerAxis = 1,
+        padding: Padding = 0,
+        dilation: PerAxis = 1,
+        padding_mode: str = "zeros",
+        *,
+        axes: int | None = None,
+        where: str | None = None,
+    ) -> "Geometry":
+        """Geometry from the arguments that `nn.Conv2d` takes.
+
+        Args:
+            kernel_size: taps per axis.
+            stride: step per output location.
+            padding: one number, one per axis, a (low, high) pair per axis, "same" (stride 1 only) or "valid".
+            dilation: step between taps.
+            padding_mode: what stands in the padding.
+            axes: number of axes; None takes the length of `kernel_size`.
+            where: function or module path, for messages.
+
+        Returns:
+            The geometry, with padding resolved into (low, high) per axis.
+        """
+        count = axes or (1 if isinstance(kernel_size, int) else len(tuple(kernel_size)))
+        sizes = per_axis(kernel_size, count, "kernel_size", 1, where)
+        strides = per_axis(stride, count, "stride", 1, where)
+        dilations = per_axis(dilation, count, "dilation", 1, where)
+        return cls(sizes, strides, dilations, _sides(padding, sizes, strides, dilations, where), padding_mode)
+
+    @classmethod
     def of(cls, module: nn.Module) -> "Geometry":
         """Geometry of a layer.
 
@@ -92,23 +152,13 @@ class Geometry:
         if isinstance(module, nn.Linear):
             return cls((1,), (1,), (1,), ((0, 0),))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            kernel_size = tuple(module.kernel_size)
-            dilation = tuple(module.dilation)
-            if module.padding == "valid":
-                padding = ((0, 0),) * len(kernel_size)
-            elif module.padding == "same":
-                totals = [step * (taps - 1) for taps, step in zip(kernel_size, dilation, strict=True)]
-                padding = tuple((total // 2, total - total // 2) for total in totals)
-            else:
-                padding = tuple((int(side), int(side)) for side in module.padding)
-            return cls(kernel_size, tuple(module.stride), dilation, padding, module.padding_mode)
+            return cls.read(module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
         for kinds, axes in _POOLS:
             if isinstance(module, kinds):
-                kernel_size = _per_axis(module.kernel_size, axes)
-                stride = kernel_size if module.stride is None else _per_axis(module.stride, axes)
-                dilation = (1,) * axes if isinstance(module, _AVERAGE_POOLS) else _per_axis(module.dilation, axes)
-                padding = tuple((side, side) for side in _per_axis(module.padding, axes))
-                return cls(kernel_size, stride, dilation, padding, ceil_mode=bool(module.ceil_mode))
+                stride = module.kernel_size if module.stride is None else module.stride
+                dilation = 1 if isinstance(module, _AVERAGE_POOLS) else module.dilation
+                own = cls.read(module.kernel_size, stride, module.padding, dilation, axes=axes)
+                return replace(own, ceil_mode=bool(module.ceil_mode))
         if isinstance(module, _TRANSPOSED):
             raise GeometryError(
                 "a transposed convolution has no windows to unfold",
@@ -230,3 +280,29 @@ class Geometry:
             at[at >= size] = -1
             at[at < 0] = -1
         return at
+
+
+def _sides(
+    padding: Padding, sizes: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], where: str | None
+) -> tuple[tuple[int, int], ...]:
+    if padding == "valid":
+        padding = 0
+    if isinstance(padding, str):
+        if padding != "same" or max(strides) > 1:
+            raise GeometryError(
+                "this named padding is not possible here",
+                expected="'valid', or 'same' with stride 1",
+                got=f"padding={padding!r}, stride={strides}",
+                where=where,
+            )
+        totals = [step * (size - 1) for step, size in zip(dilations, sizes, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if isinstance(padding, Sequence) and any(isinstance(entry, Sequence) for entry in padding):
+        if len(padding) != len(sizes):
+            raise GeometryError(
+                "the padding has the wrong number of axes", expected=f"{len(sizes)} pairs", got=padding, where=where
+            )
+        pairs = [per_axis(entry, 2, "a padding pair", 0, where) for entry in padding]
+        return tuple((low, high) for low, high in pairs)
+    amounts = per_axis(padding, len(sizes), "padding", 0, where)  # pyright: ignore[reportArgumentType]
+    return tuple((amount, amount) for amount in amounts)

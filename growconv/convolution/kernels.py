@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from growconv.convolution.arguments import PerAxis, per_axis
-from growconv.convolution.geometry import Geometry
+from growconv.convolution.geometry import Geometry, PerAxis, per_axis
 from growconv.convolution.toeplitz import regroup, toeplitz_matrix
 from growconv.errors import ArgumentTypeError, GeometryError
 

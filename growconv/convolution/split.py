@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.convolution.arguments import PerAxis, per_axis
+from growconv.convolution.geometry import PerAxis, per_axis
 from growconv.convolution.kernels import compose_kernels
 from growconv.errors import ArgumentValueError, GeometryError
 from growconv.linalg import bilinear_least_squares

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from growconv.convolution.arguments import Padding, PerAxis, geometry, per_axis
-from growconv.convolution.geometry import Geometry
+from growconv.convolution.geometry import Geometry, Padding, PerAxis, per_axis
 from growconv.convolution.memory import require_memory
 from growconv.convolution.unfold import mask_tensor, unfold
 from growconv.errors import GeometryError
@@ -49,7 +48,7 @@ def toeplitz_matrix(
         >>> growconv.toeplitz_matrix(torch.randn(2, 1, 3, 3), (6, 6)).shape
         torch.Size([32, 36])
     """
-    shape = geometry(tuple(weight.shape[2:]), stride, padding, dilation, padding_mode, where="toeplitz_matrix")
+    shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, padding_mode, where="toeplitz_matrix")
     input_size = per_axis(input_size, shape.axes, "input_size", 1, "toeplitz_matrix")
     weight = regroup(weight, groups)
     rows, columns, taps = (math.prod(shape.output_size(input_size)), math.prod(input_size), shape.taps)
@@ -136,7 +135,7 @@ def unfolded_conv(
     Returns:
         (n, C2, *output size).
     """
-    shape = geometry(tuple(weight.shape[2:]), stride, padding, dilation, where="unfolded_conv")
+    shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, where="unfolded_conv")
     _require_channels(x, weight, "unfolded_conv")
     size = tuple(x.shape[2:])
     result = torch.einsum("cd,idm->icm", weight.flatten(1), unfold(x, shape))
@@ -162,7 +161,7 @@ def masked_conv(
     Returns:
         (n, C2, *output size).
     """
-    shape = geometry(tuple(weight.shape[2:]), stride, padding, dilation, where="masked_conv")
+    shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, where="masked_conv")
     _require_channels(x, weight, "masked_conv")
     size = tuple(x.shape[2:])
     mask = mask_tensor(size, shape, dtype=x.dtype, device=x.device)

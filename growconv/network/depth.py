@@ -13,8 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from growconv.convolution.arguments import PerAxis, per_axis
-from growconv.convolution.geometry import Geometry
+from growconv.convolution.geometry import Geometry, PerAxis, per_axis
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
 from growconv.network import blocks, layers
 from growconv.network.event import Edit, GrowthEvent, Optimizers, count_parameters

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from growconv.convolution.geometry import Geometry
+from growconv.convolution.toeplitz import toeplitz_matrix
 from growconv.errors import ArgumentTypeError, GeometryError
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -97,3 +98,19 @@ def test_unknown_padding_mode_is_named():
 def test_images_that_do_not_fit_are_refused(size):
     with pytest.raises(GeometryError):
         Geometry.of(nn.Conv2d(1, 1, 3)).output_size(size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"input_size": (2, 2)}, "does not fit"),
+        ({"input_size": (5, 5, 5)}, "input_size has 3 entries"),
+        ({"input_size": (5, 5), "stride": 0}, "stride"),
+        ({"input_size": (5, 5), "padding": "full"}, "this named padding"),
+        ({"input_size": (5, 5), "padding": (1, 1, 1)}, "padding"),
+        ({"input_size": (5, 5), "groups": 3}, "groups"),
+    ],
+)
+def test_impossible_geometries_are_named(settings, words):
+    with pytest.raises(GeometryError, match=words):
+        toeplitz_matrix(torch.randn(4, 2, 3, 3), **settings)
