@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import index
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ _POOLS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
     ((nn.MaxPool2d, nn.AvgPool2d), 2),
     ((nn.MaxPool3d, nn.AvgPool3d), 3),
 )
-_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -155,10 +155,10 @@ class Geometry:
             return cls.read(module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
         for kinds, axes in _POOLS:
             if isinstance(module, kinds):
-                stride = module.kernel_size if module.stride is None else module.stride
-                dilation = 1 if isinstance(module, _AVERAGE_POOLS) else module.dilation
-                own = cls.read(module.kernel_size, stride, module.padding, dilation, axes=axes)
-                return replace(own, ceil_mode=bool(module.ceil_mode))
+                pool: Any = module
+                stride = pool.kernel_size if pool.stride is None else pool.stride
+                own = cls.read(pool.kernel_size, stride, pool.padding, getattr(pool, "dilation", 1), axes=axes)
+                return replace(own, ceil_mode=bool(pool.ceil_mode))
         if isinstance(module, _TRANSPOSED):
             raise GeometryError(
                 "a transposed convolution has no windows to unfold",

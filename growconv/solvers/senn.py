@@ -13,7 +13,7 @@ explains, so the search of `functional` can be used. For a convolution the avera
 for convolutions; Γ is the average over locations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ from growconv.network.seats import Inserted
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.filters import Filters, random_filters, whitened
-from growconv.solvers.fitting import Fit, Objective, Search, is_homogeneous
+from growconv.solvers.fitting import Fit, Objective, Path, Search, is_homogeneous
 from growconv.solvers.weights import filter_norms, of_units, silent_outgoing
 from growconv.statistics.samples import KeptPass, KeptSamples
 
@@ -101,14 +101,14 @@ class Senn(Solver):
         """See `Solver.solve`; `gains` are the scores of the channels, best first, each as if it were added alone."""
         site, requested = request.site, request.number
         kept = require_samples(request.subject, self.name)
-        consumers = [
-            _Consumer(path, group, precision)
-            for path in site.consumers
-            for group, precision in enumerate(self._precisions(kept, path))
-        ]
+        precisions: dict[Path, Tensor] = {}
+        for path in site.consumers:
+            parts = zip(*(each.targets(path) for each in kept.passes), strict=True)
+            for group, part in enumerate(parts):
+                precisions[path, group] = output_precision(torch.cat(part, 1)[None], self.damping)
         norm = float(filter_norms(site).mean())
         filters = random_filters(site, requested, request.generator).at_norm(norm)
-        fit = Fit(_weighed(kept.projected(), consumers))
+        fit = Fit(_weighed(kept.projected(), precisions))
         if self.steps and fit.samples.energy > 0 and norm > 0:
             coordinates = whitened(fit.samples, WHITENING)
             if not is_homogeneous(fit, filters.picked(range(min(filters.units, 2)))):
@@ -116,55 +116,41 @@ class Senn(Solver):
             objective = Objective(fit, coordinates, self.damping)
             search = Search(objective, None, coordinates.encode(filters), self.steps + 1).run(self.steps)
             filters = coordinates.filters(search.best.theta).at_norm(norm)
-        return self._growth(kept, filters, consumers, requested)
+        return self._growth(kept, filters, precisions, requested)
 
-    def _precisions(self, kept: KeptSamples, path: str) -> list[Tensor]:
-        """Γ⁻¹ of a consumer, one for each of its groups."""
-        parts = zip(*(each.targets(path) for each in kept.passes), strict=True)
-        return [output_precision(torch.cat(part, 1)[None], self.damping) for part in parts]
-
-    def _designs(self, kept: KeptSamples, filters: Filters, inserted: Inserted) -> dict[tuple[str, int], Tensor]:
+    def _designs(self, kept: KeptSamples, filters: Filters, inserted: Inserted) -> dict[Path, Tensor]:
         """What the consumers multiply new columns with, (d, p), per consumer and group."""
-        found: dict[tuple[str, int], list[Tensor]] = {}
+        found: dict[Path, list[Tensor]] = {}
         for each in kept.passes:
             for path, read in each.read(filters.incoming, filters.biases, inserted).items():
                 for group, design in enumerate(each.design(path, read)):
                     found.setdefault((path, group), []).append(design)
         return {key: torch.cat(parts, 1) for key, parts in found.items()}
 
-    def _score(
-        self,
-        designs: dict[tuple[str, int], Tensor],
-        kept: KeptSamples,
-        consumers: Sequence["_Consumer"],
-        units: int,
-        chosen: Sequence[int],
-    ) -> Tensor:
-        """Δη' of some of the proposed units, summed over the consumers."""
-        scores, projected = [], kept.projected()
-        for each in consumers:
-            design = designs[each.path, each.group].unflatten(0, (units, -1))[list(chosen)].flatten(0, 1)
-            residual = torch.cat([one.targets(each.path)[each.group] for one in projected.passes], 1)
-            scores.append(expansion_score(design[None], residual[None], each.precision, self.damping) / len(kept))
-        return torch.stack(scores).sum()
-
-    def _old_score(self, kept: KeptSamples, consumers: Sequence["_Consumer"]) -> Tensor:
-        """η of the consumers' old weights without their biases (equation 3), in the unit of Δη'."""
-        scores = []
-        for each in consumers:
-            read = torch.cat([one.own_design(each.path)[each.group] for one in kept.passes], 1)
-            wanted = torch.cat([one.targets(each.path)[each.group] for one in kept.passes], 1)
-            scores.append(expansion_score(read[None], wanted[None], each.precision, self.damping) / len(kept))
-        return torch.stack(scores).sum()
+    def _score(self, kept: KeptSamples, precisions: Mapping[Path, Tensor], designs: Mapping[Path, Tensor]) -> Tensor:
+        """Δη' of what some designs would explain of the samples' v, summed over the consumers."""
+        total = kept.like.new_zeros(())
+        for (path, group), precision in precisions.items():
+            wanted = torch.cat([one.targets(path)[group] for one in kept.passes], 1)
+            score = expansion_score(designs[path, group][None], wanted[None], precision, self.damping)
+            total = total + score / len(kept)
+        return total
 
     @torch.no_grad()
     def _growth(
-        self, kept: KeptSamples, filters: Filters, consumers: Sequence["_Consumer"], requested: int
+        self, kept: KeptSamples, filters: Filters, precisions: Mapping[Path, Tensor], requested: int
     ) -> ChannelGrowth:
-        site, size, units = kept.site, kept.site.granularity, filters.units
+        site, size, units, projected = kept.site, kept.site.granularity, filters.units, kept.projected()
         measured = kept.moments(filters.incoming, filters.biases)
-        designs = self._designs(kept, filters, Inserted(norms=measured))
-        alone = torch.stack([self._score(designs, kept, consumers, units, [index]) for index in range(units)])
+        blocks, own = {}, {}
+        for key, design in self._designs(kept, filters, Inserted(norms=measured)).items():
+            blocks[key] = design.unflatten(0, (units, -1))
+        for path, group in precisions:
+            own[path, group] = torch.cat([one.own_design(path)[group] for one in kept.passes], 1)
+        scores = []
+        for unit in range(units):
+            scores.append(self._score(projected, precisions, {key: block[unit] for key, block in blocks.items()}))
+        alone = torch.stack(scores)
         order = alone.argsort(descending=True).tolist()
         growth = ChannelGrowth(
             site=site.name,
@@ -174,18 +160,17 @@ class Senn(Solver):
             outgoing=silent_outgoing(site, requested),
             gains=alone.repeat_interleave(size) / size,
             requested=requested,
-            measured={"score": float(self._old_score(kept, consumers))},
+            measured={"score": float(self._score(kept, precisions, own))},  # η (equation 3), biases left out
             norms=measured,
         )
         return growth.subset(of_units(order, size))
 
 
-def _weighed(kept: KeptSamples, consumers: Sequence["_Consumer"]) -> KeptSamples:
+def _weighed(kept: KeptSamples, precisions: Mapping[Path, Tensor]) -> KeptSamples:
     """The samples with v times a root of Γ⁻¹: Δη' is what least squares take off ‖v‖² then, on average."""
-    roots = {
-        path: torch.block_diag(*[_root(each.precision) for each in consumers if each.path == path])
-        for path in kept.passes[0].v
-    }
+    roots = {}
+    for path in kept.passes[0].v:
+        roots[path] = torch.block_diag(*[_root(each) for key, each in precisions.items() if key[0] == path])
 
     def weighed(path: str, v: Tensor) -> Tensor:
         axis = layers.channel_axis(kept.site.model.get_submodule(path), v.dim())
@@ -201,12 +186,3 @@ def _root(precision: Tensor) -> Tensor:
     """L with L·Lᵀ = Γ⁻¹; zeros where there is no gradient."""
     factor, failed = torch.linalg.cholesky_ex(precision)
     return torch.zeros_like(precision) if bool(failed) else factor
-
-
-@dataclass(frozen=True, eq=False)
-class _Consumer:
-    """A group of a consumer, and Γ⁻¹ of its outputs."""
-
-    path: str
-    group: int
-    precision: Tensor
