@@ -46,7 +46,7 @@ def test_limits(limits: Limits, allowed: list[Any], refused: list[Any], words: s
         (RankTrigger, {"gamma": 2.0}, "above 0, up to 1", ScheduleError),
         (Tiny, {"shrinkage": 1.5}, "auto or a number 0 to 1", ArgumentValueError),
         (Firefly, {"candidates": 0}, "1 or more", ArgumentValueError),
-        (Functional, {"held_out": 1}, "above 0, below 1", ArgumentValueError),
+        (Functional, {"held_out": 1.0}, "above 0, below 1", ArgumentValueError),
         (Net2Net, {"keeps": "nothing"}, "function or rms", ArgumentValueError),
     ],
 )
