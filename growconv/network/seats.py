@@ -18,6 +18,7 @@ from growconv.errors import SiteError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
+from growconv.network.routes import Activation, Depthwise, Norm, Pool
 from growconv.network.site import GrowthSite
 from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values
 
@@ -489,6 +490,18 @@ class _Go:
 # ------------------------------------------------------------------------------------------ from a tape
 
 
+def is_plain(site: GrowthSite) -> bool:
+    """Whether a region of a site needs no values of its pass, since its steps are run on new channels alone.
+
+    Args:
+        site: with routes as they were when it was found.
+    """
+    steps = [step for route in site.routes for step in route.steps]
+    chains = bool(site.routes) and all(route.problem is None for route in site.routes)
+    plain = chains and all(isinstance(step, Activation | Depthwise | Norm | Pool) for step in steps)
+    return plain and _in_order(_places(site, site.sizes), site.sizes)
+
+
 def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Region:
     """The part of a recording that lies between the producers and consumers of a site.
 
@@ -500,7 +513,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         The region; it holds only what it needs of the tape.
 
     Raises:
-        SiteError: a consumer was called that reads nothing from the producers.
+        SiteError: a consumer was called that reads nothing from the producers; the tape does not hold what is needed.
     """
     hot, made = hot_values(tape, site)
     outputs = {
@@ -522,7 +535,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
     return Region(
         site=site,
         steps=tuple(steps),
-        constants={number: _constant(tape, number) for number in kept},
+        constants={number: _constant(tape, number, site) for number in kept},
         bare=_bare(tape, kept, site, sizes),
         created=frozenset(written),
         outputs=outputs,
@@ -564,10 +577,16 @@ def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tupl
     return steps[::-1], needed - inside
 
 
-def _constant(tape: Tape, number: int) -> Tensor:
+def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
     """A value as a constant, at least in float32; parameters are copied, since they will be trained."""
     value = tape.values[number]
     tensor = value.tensor.detach()
+    if tensor.device.type == "meta":
+        raise SiteError(
+            "what lies between the layers is not what it was when the site was found",
+            where=site.name,
+            fix="find the sites of the model as it is now: growconv.find_sites(model, example_input)",
+        )
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor.float()
     return tensor if value.source is None else tensor.clone()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_gradtrackingtensor
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.network import layers, operations
@@ -122,7 +123,8 @@ class Value:
     """What a tensor held at one moment.
 
     Attributes:
-        tensor: the tensor; a copy once an operation in place is about to change it.
+        tensor: the tensor; a copy once an operation in place is about to change it. One without entries, on the meta
+            device, where the tape holds none.
         storage: which memory it was on.
         source: path of the parameter or buffer that it is; None for other tensors.
         noise: whether it is random numbers that a dropout multiplies with.
@@ -136,28 +138,30 @@ class Value:
 
 @dataclass(eq=False)
 class _Known:
-    """The present values of all tensors on one memory; a tensor on it is held, so that it is not given to others."""
+    """The present values of all tensors on one memory; a reference keeps its address from being given to others."""
 
-    holder: Tensor
+    holder: StorageWeakRef
     values: dict[Memory, int] = field(default_factory=dict)
 
 
 class Tape(Watch):
     """Records what runs inside a `with` block.
 
-    Dropout is recorded as what it is without training: the identity. Every tensor stays alive as long as the tape does;
-    what is needed later is taken out of it (`network.seats.Region`), and the tape is let go.
+    Dropout is recorded as what it is without training: the identity. What is needed later is taken out of a tape
+    (`network.seats.Region`), and the tape is let go.
 
     Args:
         model: the model that will be called.
+        holds: whether every tensor stays alive as long as the tape does; else parameters, buffers and single numbers.
 
     Attributes:
         steps: what has run, in order.
         values: all values, by their numbers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, holds: bool = True) -> None:
         super().__init__(model)
+        self.holds = holds
         self.steps: list[Step] = []
         self.values: list[Value] = []
         self._known: dict[int, _Known] = {}
@@ -234,8 +238,12 @@ class Tape(Watch):
     def _add(self, tensor: Tensor, source: str | None = None) -> int:
         memory = _memory(tensor)
         number = len(self.values)
+        if memory[0] not in self._known:
+            self._known[memory[0]] = _Known(StorageWeakRef(tensor.untyped_storage()))
+        self._known[memory[0]].values[memory] = number
+        if not self.holds and source is None and tensor.dim():
+            tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         self.values.append(Value(tensor, memory[0], source))
-        self._known.setdefault(memory[0], _Known(tensor)).values[memory] = number
         return number
 
     def _secure(self, tensor: Tensor) -> dict[int, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.network import layers
 from growconv.network.model import tensors_in, unwrapped
-from growconv.network.seats import region_of
+from growconv.network.seats import is_plain, region_of
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
@@ -383,8 +383,9 @@ class StatisticsCollector:
         if self._loss.differentiated:
             self.next_loss(told=False)
         self._pass = self._loss.new_pass()
-        if not self._second and any(self._wants_samples(collected) for collected in self._collected):
-            self._tape = Tape(self.model)
+        wanted = [] if self._second else [each.site for each in self._collected if self._wants_samples(each)]
+        if wanted:
+            self._tape = Tape(self.model, holds=not all(map(is_plain, wanted)))
             self._tape.__enter__()
 
     def _stop_tape(self, *_: object) -> None:
