@@ -23,7 +23,7 @@ from growconv.network.model import (
 )
 from growconv.network.plan import shared_names, tied_weights
 from growconv.network.proof import Proof, awake
-from growconv.network.rehearsal import Example, Widening
+from growconv.network.rehearsal import Example, Pretender, Widening
 from growconv.network.routes import Route
 from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.steps import routes_of
@@ -238,8 +238,7 @@ def analyse(
                 where=type(model).__name__,
                 fix="give an example or a mode in which it returns tensors, also inside of mappings or objects",
             )
-        numbers = _numbered(twin, examples, Numbers(repeated=True))[0] if collapsed(strict) else strict
-        numbers.trained = strict.trained
+        numbers = _repeated(twin, examples, strict) if collapsed(strict) else strict
         spaces, outputs = spaces_of(numbers)
         if numbers is not strict:
             mark_copied(strict, numbers, spaces)
@@ -260,7 +259,9 @@ def analyse(
     return found
 
 
-def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -> tuple[Numbers, tuple[Example, ...]]:
+def _numbered(
+    model: nn.Module, examples: Sequence[Example], numbers: Numbers, pretending: bool = False
+) -> tuple[Numbers, tuple[Example, ...]]:
     """The numbers of a copy, from every example in every mode; of the examples one for each way through the model."""
     ways: dict[tuple[int, tuple[str, ...]], Example] = {}
     for example in examples:
@@ -268,17 +269,35 @@ def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -
         same_chance()
         before = len(numbers.cuts)
         try:
-            trail = look(model, example.arguments, numbers)
-            if ways.setdefault((id(example.arguments), trail), example) is not example:
+            example.trail = look(model, example.arguments, numbers, pretending)
+            names = tuple(ran.name for ran in example.trail)
+            if ways.setdefault((id(example.arguments), names), example) is not example:
                 del numbers.cuts[before:]
         except LookFailed as failure:
-            if isinstance(failure.error, TraceError):
-                raise failure.error from None
+            error = failure.failures[0].error
+            if isinstance(error, TraceError):
+                raise error from None
             if example.training and numbers.order:  # a batch of one in front of a batch norm, mostly
                 ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
                 continue
-            raise _no_run(model, example.arguments, failure.error) from failure.error
+            raise _no_run(model, example.arguments, error) from error
     return numbers, tuple(ways.values())
+
+
+def _repeated(model: nn.Module, examples: Sequence[Example], strict: Numbers) -> Numbers:
+    """Numbers that operations over several channels have not tied; the model pretends, if that leads the same way."""
+    numbers, names = Numbers(repeated=True), [[ran.name for ran in example.trail] for example in examples]
+    try:
+        with Pretender(model).widened(Layout({}, (), {}), (), ()):
+            ways = [Example(each.arguments, each.training) for each in examples]
+            _numbered(model, ways, numbers, pretending=True)
+        alike = names == [[ran.name for ran in way.trail] for way in ways]
+    except TraceError:
+        alike = False
+    if not alike:
+        numbers = _numbered(model, examples, Numbers(repeated=True))[0]
+    numbers.trained = strict.trained
+    return numbers
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:

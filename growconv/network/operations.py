@@ -186,6 +186,8 @@ NORMALIZING = frozenset(
 """One scale and shift for each entry of axis 1; the arguments after the first are per entry, or None."""
 
 LAYER_NORMS = frozenset(["native_layer_norm", "layer_norm", "_fused_rms_norm"])
+TOLD_ALL_SIZES = VIEWS | LAYER_NORMS | {"split_with_sizes", "expand"}
+"""Operations that are told how many entries there are, not only where to part them."""
 """One scale and shift for each entry of the last axes, which are normalised together."""
 
 CREATING = frozenset(

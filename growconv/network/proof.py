@@ -118,6 +118,7 @@ class Proof:
         """The sites whose new channels change what the model gives; `before` is what it gave."""
         numbers = list(self.sites)
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(numbers)}
+        more |= {number: 1 for number, site in self.sites.items() if site.copied}  # twice as wide is dear enough
         reasons: dict[tuple[int, ...], str] = {}
 
         def fails(part: Sequence[int]) -> bool:

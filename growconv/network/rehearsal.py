@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
 from typing import cast
@@ -24,7 +24,7 @@ from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
-from growconv.network.trace import LookFailed, Numbers, look
+from growconv.network.trace import Attribute, LookFailed, Numbers, Ran, look
 
 MORE_UNITS = (1, 2, 3)
 """Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
@@ -37,15 +37,16 @@ Codes = NDArray[np.int64]
 INTERLEAVED = "its channels are interleaved in a way that is not followed"
 Signature = frozenset[tuple[Key, int]]
 """The axes that a class lies on, with its entries on each."""
-_UNIT, _SPACE = 1 << 12, 1 << 36
+_UNIT, _SPACE = 1 << 18, 1 << 36
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Example:
-    """One way in which the model is run: its arguments and its mode."""
+    """One way in which the model is run: its arguments and its mode, and what ran when numbers were sent through it."""
 
     arguments: Arguments
     training: bool
+    trail: list[Ran] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,13 @@ class Widening:
         self.sizes |= {key: len(numbers.range_of(key)) for key in numbers.axes}
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
-        self.bound: set[tuple[str, str, int | None]] = set()
+        self.bound: set[Attribute] = set()
         self._bound_once, self._bound_alone = False, set[int]()
         self._reached = self._rehearsals = 0
+        self._guilty = set[int]()  # spaces that failed in the last rehearsal and would do so without the others
+        self._led = dict[int, int]()  # spaces that failed since sizes had followed another, and which
+        self._cleared = set[int]()  # spaces that failed only together with others
+        self._fixed = set[int]()  # spaces on which an operation failed that takes one width only
         self._along: dict[Key, NDArray[np.int64]] = {}
         self._known: dict[Key, dict[int, list[tuple[int, Run]] | None]] = {}
         self._groups = {
@@ -111,17 +116,20 @@ class Widening:
         self._guess_all()
         self._join([number for number, space in enumerate(self.spaces) if space.reason == INTERLEAVED])
         while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
+            self._fixed = set()
             culprits = self._bind_all(live, self._attempt(live))
             if not culprits:
                 break
-            if self._join_all(culprits):
+            if self._join_copied(culprits) or self._join_all(culprits):
                 continue
             if len(culprits) > 1 and self._rehearsals < PATIENCE:
                 culprits = self._alone(culprits)
             for number, reason in culprits.items():
-                if self._rehearsals >= PATIENCE:
+                if self._rehearsals < PATIENCE and self._bind(number):
+                    continue
+                if self._rehearsals >= PATIENCE or number in self._fixed:
                     self.spaces[number].reason = self.spaces[number].first or reason
-                elif not self._bind(number):
+                else:
                     self._next_guess(number, reason)
         return self.relay()
 
@@ -157,17 +165,21 @@ class Widening:
     def _alone(self, culprits: Mapping[int, str]) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
         found: dict[int, str] = {}
-        waiting = [sorted(culprits)[: (len(culprits) + 1) // 2], sorted(culprits)[(len(culprits) + 1) // 2 :]]
+        waiting = [sorted(culprits.keys() - self._cleared) or sorted(culprits)]
         while waiting:
             part = waiting.pop()
             if self._rehearsals >= PATIENCE:
                 found |= {number: culprits[number] for number in part}
                 continue
             failed = self._attempt(part)
+            self._cleared |= set() if failed else set(part)
             if failed and len(part) == 1:
                 found[part[0]] = failed.get(part[0], next(iter(failed.values())))
             elif failed:
-                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+                found |= {number: failed[number] for number in self._guilty}
+                rest = [number for number in part if number not in self._guilty]
+                half = (len(rest) + 1) // 2
+                waiting += [each for each in (rest[:half], rest[half:]) if each]
         return found or {
             number: f"it only grows together with others ({reason})" for number, reason in culprits.items()
         }
@@ -184,6 +196,7 @@ class Widening:
 
     def _attempt(self, live: Sequence[int]) -> dict[int, str]:
         """One rehearsal of some spaces: those that failed, and why."""
+        self._guilty, self._led = set(), {}
         culprits = self._lay_out(live)
         if culprits or not live:
             return culprits
@@ -191,7 +204,7 @@ class Widening:
         if len(live) == 1:
             more = {live[0]: 2}
         culprits = self._rehearse(live, more)
-        cut = self._cut() & set(live)
+        cut = {number for number in self._cut() & set(live) if self.spaces[number].units > more[number]}
         if not culprits and cut:  # a part of them, such as a quarter, is another only once there are many more
             culprits = self._rehearse(live, {number: self.spaces[number].units for number in cut})
         return culprits
@@ -201,39 +214,70 @@ class Widening:
         self._rehearsals += 1
         units = [now + more.get(number, 0) for number, now in enumerate(self._units)]
         layout = self.layout()
-        found = Numbers(self.numbers.repeated)
+        found = Numbers(self.numbers.repeated, widths=False)
         try:
             with self.pretender.widened(layout, self._units, units):
-                self._look(found)
-        except LookFailed as failure:
-            self._reached = len(found.order)
-            line = (str(failure.error).splitlines() or [""])[0][:160]
-            text = f"the code takes no other width: {type(failure.error).__name__}: {line}"
-            return dict.fromkeys(self._met(failure, found, layout, units) & set(live) or live, text)
+                self._look(found, on=len(live) > 2)
+        except LookFailed as failed:
+            self._reached = failed.reached
+            self._promote(failed.stopped)
+            return self._blamed(failed, found, layout, units, live)
         self._reached = len(self.numbers.order) + 1
         return self._compare(found, layout, units, live)
 
-    def _look(self, found: Numbers) -> None:
-        """Send numbers through the pretending model, in every way."""
+    def _promote(self, stopped: str | None) -> None:
+        """Take attributes of modules for counts of channels where code of their kind refused other numbers of them."""
+        if stopped is not None:
+            kind = type(module_at(self.pretender.model, stopped))
+            for place, counted in self.numbers.compared.items():
+                if type(module_at(self.pretender.model, place[0])) is kind:
+                    self.numbers.literals.setdefault(place, counted)
+
+    def _look(self, found: Numbers, on: bool = False) -> None:
+        """Send numbers through the pretending model, in every way; `on` tells whether to go on where the code fails."""
         for example in self.examples:
             self.pretender.model.train(example.training)
             same_chance()
-            look(self.pretender.model, example.arguments, found, pretending=True)
+            look(self.pretender.model, example.arguments, found, True, example.trail if on else ())
+
+    def _blamed(
+        self, failed: LookFailed, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
+    ) -> dict[int, str]:
+        """The spaces that failing operations met, with the error; all where none is known to have met any."""
+        culprits: dict[int, str] = {}
+        for each in failed.failures:
+            line = (str(each.error).splitlines() or [""])[0][:160]
+            text = f"the code takes no other width: {type(each.error).__name__}: {line}"
+            spaces = self._met(each.numbers, found, layout, units) & set(live)
+            # sizes that followed other channels than those which it met
+            ahead = {n for n in live if (units[n] - self._units[n]) * self.spaces[n].blocks in each.more} - spaces
+            for number in spaces:
+                size = len(self.spaces[number].roots)
+                alike = [n for n in ahead if self.spaces[n].copied and len(self.spaces[n].roots) == size]
+                if len(alike) == 1:
+                    self._led[number] = alike[0]
+            spaces = spaces or ahead
+            culprits |= dict.fromkeys(spaces - culprits.keys(), text)
+            self._guilty |= spaces if len(spaces) == 1 or each.fixed else set()
+            self._fixed |= spaces if each.fixed else set()
+            if not culprits:
+                return dict.fromkeys(live, text)
+        return culprits
 
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
         cut = np.asarray([number for part in self.numbers.cuts for number in part], dtype=np.int64)
         return _spaces(self._classes[cut]) if len(cut) else set()
 
-    def _met(self, failure: LookFailed, found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
-        """The spaces of the numbers that the failing operation met."""
-        met = set[int]()
-        for key, positions in found.positions(failure.numbers):
+    def _met(self, met: Iterable[int], found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
+        """The spaces of some numbers of the widened model."""
+        spaces = set[int]()
+        for key, positions in found.positions(met):
             if key in layout.axes and key[0] not in self.dims:
                 axis = owners_of(layout.axes[key], units)[:, 0]
                 owners = axis[positions[positions < len(axis)]]
-                met.update(owners[owners >= 0].tolist())
-        return met
+                spaces.update(owners[owners >= 0].tolist())
+        return spaces
 
     # ------------------------------------------------------------------------------------------ runs
 
@@ -245,8 +289,8 @@ class Widening:
                 by_root[root] = number * _SPACE + index
         roots = self.numbers.roots()
         self._classes = np.append(by_root[roots], -1)
-        self._along.clear()
-        self._known.clear()
+        for known in (self._along, self._known, self._cleared, self._bound_alone):
+            known.clear()
 
     def _axis(self, key: Key) -> NDArray[np.int64]:
         """Per entry of an axis at the present widths its class."""
@@ -396,6 +440,7 @@ class Widening:
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
             space.blocks, space.neighbours = blocks, neighbours
+            self._cleared.discard(number)
             for known in self._known.values():
                 known.pop(number, None)
             if self._fits(number):
@@ -408,6 +453,16 @@ class Widening:
     def _join_all(self, culprits: Iterable[int]) -> bool:
         """Join those of the spaces that failed of which splits take parts; each is tried once."""
         return self._join(number for number in sorted(self._cut() & set(culprits)) if not self.spaces[number].alone)
+
+    def _join_copied(self, culprits: Iterable[int]) -> bool:
+        """Join spaces that failed to the ones that their sizes have to follow, where those only grow by copies."""
+        groups: dict[int, list[int]] = {}
+        for number in sorted(self._led.keys() & set(culprits)):
+            groups.setdefault(self._led[number], []).append(number)
+        # the last first, so that along an axis with several of them blocks fall where one ends
+        members = [[self.spaces[each] for each in (*own[::-1], ahead)] for ahead, own in groups.items()]
+        joint = [self._replaced(each, [len(space.roots) for space in each], False) for each in members]
+        return any(joint)
 
     def _join(self, seeds: Iterable[int]) -> bool:
         """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.
@@ -470,7 +525,7 @@ class Widening:
 
     def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
         """The classes of every signature once layers have so many more outputs; none where the code takes no such."""
-        space, found = len(self.spaces), Numbers(self.numbers.repeated)
+        space, found = len(self.spaces), Numbers(self.numbers.repeated, widths=False)
         axes = {key: (Run(None, self.sizes[key]), Run(space, 1, n, tuple(range(n)))) for key, n in more.items()}
         try:
             with self.pretender.widened(Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
@@ -488,6 +543,7 @@ class Widening:
     def _replaced(self, members: Sequence[Space], rates: Sequence[int], last: bool) -> bool:
         """Put one space in the place of several, as `joined` makes it, where its classes form runs."""
         joint, before = joined(members, rates, last, self.numbers.order), list(self.spaces)
+        joint.copied = any(member.copied for member in members)
         place = next(number for number, space in enumerate(before) if any(space is member for member in members))
         self.spaces[:] = [space for space in before if all(space is not member for member in members)]
         self.spaces.insert(place, joint)
@@ -512,7 +568,7 @@ class Widening:
             if rates:
                 yield SizeAttribute(path, name, index, rates)
 
-    def _counting(self, spaces: Iterable[int]) -> list[tuple[str, str, int | None]]:
+    def _counting(self, spaces: Iterable[int]) -> list[Attribute]:
         """Attributes, not bound yet, that count channels of some spaces."""
         wanted = set(spaces)
         return [
@@ -527,11 +583,13 @@ class Widening:
         Returns:
             The spaces that fail now.
         """
-        before, more, reached = self.bound, set(self.numbers.literals), self._reached
+        before, reached = self.bound, self._reached
         if self._bound_once or not self._counting(culprits):
             return culprits
-        self._bound_once, self.bound = True, before | more
-        still = self._attempt(live)
+        self._bound_once, still = True, culprits
+        while still and self.bound != before | self.numbers.literals.keys():  # an error may tell of more of them
+            self.bound = before | self.numbers.literals.keys()
+            still = self._attempt(live)
         if still.keys() < culprits.keys() or self._reached > reached:
             return still
         self.bound = before  # some have the number of the channels by chance

@@ -9,9 +9,11 @@ name is the reason.
 Companions are constant along most axes; there they have stride 0, which keeps them small.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from traceback import walk_tb
 
 import numpy as np
 import torch
@@ -27,9 +29,16 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import Arguments, module_at, one_run, tensors_in
 from growconv.network.watch import Watch
 
-NONE = -1
+NONE, SPOILT = -1, -2
+"""Of an entry that belongs to no channel; of one that comes from an operation which failed."""
 SIZED = operations.VIEWS | {"split_with_sizes", "split", "slice", "expand"}
 """Structural operations that are told sizes."""
+
+
+Attribute = tuple[str, str, int | None]
+"""A number that a module keeps: its path, the name, and the index where that is a list."""
+Literals = dict[Attribute, list[int]]
+"""Attributes that count entries: the numbers of those entries."""
 
 
 class Numbers:
@@ -38,6 +47,7 @@ class Numbers:
     Args:
         repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie
             them then, since it stays as it is.
+        widths: whether those are looked at that the model has, so that its attributes tell them; not in a rehearsal.
         strange: parameters by identity that are not of the model which is looked at, but of the one that it copies.
 
     Attributes:
@@ -47,8 +57,8 @@ class Numbers:
         across: numbers of channels that a layer was given one by one, since it runs along another axis than they.
         used_outside: layers whose weights an operation outside of them read, and which.
         trained: layers that ran although gradients were asked for, and whether their weights got any in some pass.
-        literals: sizes that operations were given and that an attribute of a module on the way has too, as (module
-            path, attribute, index in a list): the numbers of the entries that it counts.
+        literals: attributes of modules on the way that tell a size which an operation was given.
+        compared: the same for sizes of what modules were given, which their code may compare them with.
         cuts: what slices and splits of several channels took, one after the other.
         shapes: of bare parameters and buffers.
         calls: per layer how often it was called in the longest forward pass.
@@ -56,8 +66,9 @@ class Numbers:
         order: paths of the layers in the order of their first call.
     """
 
-    def __init__(self, repeated: bool = False, strange: Iterable[Tensor] = ()) -> None:
+    def __init__(self, repeated: bool = False, strange: Iterable[Tensor] = (), widths: bool = True) -> None:
         self.repeated = repeated
+        self.widths = widths
         self.strange = {id(tensor) for tensor in strange}
         self.count = 0
         self.blocked: dict[int, str] = {}
@@ -69,7 +80,8 @@ class Numbers:
         self.outputs = 0
         self.order: list[str] = []
         self.shapes: dict[str, torch.Size] = {}
-        self.literals: dict[tuple[str, str, int | None], list[int]] = {}
+        self.literals: Literals = {}
+        self.compared: Literals = {}
         self.cuts: list[list[int]] = []
         self._first: dict[Key, tuple[int, int]] = {}
         self._ties: list[NDArray[np.int64]] = []
@@ -118,7 +130,7 @@ class Numbers:
     def tied(self, companion: Tensor) -> Tensor:
         """A companion in which one number stands for all that are tied."""
         narrow = compact(companion)
-        return torch.from_numpy(np.append(self.roots(), NONE))[narrow].expand(companion.shape)
+        return torch.from_numpy(np.append(self.roots(), [SPOILT, NONE]))[narrow].expand(companion.shape)
 
     def unify(self, first: Tensor, second: Tensor) -> None:
         """Tie the numbers of two companions of one shape, entry by entry."""
@@ -177,55 +189,110 @@ class Numbers:
         return found
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """What a tensor looked like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass
-class LookFailed(Exception):
-    """The model's code raised an error while numbers were sent through it.
+class Ran:
+    """What ran: a layer or an operation.
 
     Attributes:
-        error: what it raised.
-        numbers: the numbers that the failing operation met, where it was an operation.
+        name: path of the layer, or name of the operation.
+        sizes: the whole numbers that the operation was given.
+        gave: what it returned, with `Shaped` for each tensor.
+    """
+
+    name: str
+    sizes: list[int] = field(default_factory=list)
+    gave: object = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error in the model's code.
+
+    Attributes:
+        error: what was raised.
+        numbers: those that the failing operation met, where it was an operation.
+        more: by how much sizes that it was given differ from those at other widths.
+        fixed: whether it was told all sizes, and the same ones as there, so that it takes no other width at all.
     """
 
     error: Exception
     numbers: set[int] = field(default_factory=set)
+    more: set[int] = field(default_factory=set)
+    fixed: bool = False
+
+
+class LookFailed(Exception):
+    """The model's code raised errors while numbers were sent through it.
+
+    Attributes:
+        failures: those that are no consequence of earlier ones, in order.
+        reached: how many layers had been called at the first.
+        stopped: path of the module whose code raised the error that ended the run; None where it ran to its end.
+    """
+
+    def __init__(self, failures: Sequence[Failure], reached: int, stopped: str | None = None) -> None:
+        super().__init__(failures[0].error)
+        self.failures = failures
+        self.reached = reached
+        self.stopped = stopped
 
 
 def look(
-    model: nn.Module,
-    arguments: Arguments,
-    numbers: Numbers,
-    pretending: bool = False,
-) -> tuple[str, ...]:
+    model: nn.Module, arguments: Arguments, numbers: Numbers, pretending: bool = False, before: Sequence[Ran] = ()
+) -> list[Ran]:
     """Send numbers through one forward pass.
 
     Args:
         model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
         arguments: of its forward.
         numbers: what is found goes here; those of earlier passes stay.
-        pretending: its layers compute nothing. Else the numbers in its output cannot grow, and it is noted which layers
-            get gradients.
+        pretending: its layers compute nothing. Else it is noted which of them get gradients.
+        before: what ran at other widths. An operation that fails then gives what it gave there, so that the rest of the
+            model runs and shows what else fails.
 
     Returns:
-        The layers and the operations between them that ran, by name.
+        What ran.
 
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers)
+    mode = _Mode(model, numbers, before)
     with torch.set_grad_enabled(not pretending), one_run(model, arguments) as (given, named):
         try:
             with mode:
                 output = model(*given, **named)
         except Exception as error:
-            raise LookFailed(error, mode.met) from error
-        for tensor in [] if pretending else tensors_in(output):
+            mode.fail(Failure(error))
+            raise LookFailed(mode.failures, mode.reached, _raised_in(error, model)) from error
+        if mode.failures:
+            raise LookFailed(mode.failures, mode.reached) from mode.failures[0].error
+        for tensor in tensors_in(output):
             numbers.outputs += 1
             numbers.block(mode.companion(tensor), "it is the model's output")
-        if not pretending and not numbers.repeated:
+        if not pretending:
             _note_trained(model, numbers, mode, output)
     for path, count in mode.calls.items():
         numbers.calls[path] = max(numbers.calls.get(path, 0), count)
-    return tuple(mode.trail)
+    return mode.trail
+
+
+def _raised_in(error: Exception, model: nn.Module) -> str:
+    """Path of the innermost module of a model whose own code an error came through."""
+    frames = walk_tb(error.__traceback__)
+    modules = [
+        frame.f_locals.get("self") for frame, _ in frames if not frame.f_globals["__name__"].startswith("torch.")
+    ]
+    paths = {id(module): path for path, module in model.named_modules()}
+    return next((paths[id(each)] for each in reversed(modules) if id(each) in paths), "")
 
 
 def _note_trained(model: nn.Module, numbers: Numbers, mode: "_Mode", output: object) -> None:
@@ -265,12 +332,14 @@ def _leaves(outputs: Iterable[Tensor]) -> set[int]:
 class _Mode(Watch):
     """Runs every operation on the tensors and on their companions."""
 
-    def __init__(self, model: nn.Module, numbers: Numbers) -> None:
+    def __init__(self, model: nn.Module, numbers: Numbers, before: Sequence[Ran]) -> None:
         super().__init__(model)
         self.numbers = numbers
         self.differentiable: set[str] = set()
-        self.met: set[int] = set()
-        self.trail: list[str] = []
+        self.failures: list[Failure] = []
+        self.reached = 0
+        self.trail: list[Ran] = []
+        self._before = before
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self._bare, self._owned, self._alias = _parameters(model)
@@ -306,7 +375,7 @@ class _Mode(Watch):
             numbers.block(self.companion(given), f"{path} gives no single tensor")
             return
         self.calls[path] = self.calls.get(path, 0) + 1
-        self.trail.append(path)
+        self.trail.append(Ran(path))
         if path not in numbers.order:
             numbers.order.append(path)
         if output.requires_grad:
@@ -368,8 +437,11 @@ class _Mode(Watch):
     def _operated(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         """Run an operation, then on the companions of its tensors."""
         name = operations.name_of(func)
-        self.trail.append(name)
-        sources = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        sources = [item for item in leaves if isinstance(item, Tensor)]
+        ran = Ran(name, [item for item in leaves if type(item) is int])
+        if name not in operations.ALIASES:  # whether gradients are asked for changes those
+            self.trail.append(ran)
         for tensor in sources:
             if id(tensor) in self.numbers.strange:
                 raise TraceError(
@@ -389,11 +461,9 @@ class _Mode(Watch):
                 TorchDispatchMode.__exit__(self, None, None, None)
         try:
             output = func(*args, **kwargs)
-        except Exception:
-            self.met = {
-                n for tensor in sources for n in torch.unique(compact(self.companion(tensor))).tolist() if n >= 0
-            }
-            raise
+        except Exception as error:
+            return self._as_before(error, ran, sources, args[0] if func._schema.is_mutable else None)
+        ran.gave = tree_map(_shaped, output)
         results = [item for item in tree_leaves(output) if isinstance(item, Tensor)]
         if not results or (name in operations.CREATING and name not in ("zero_", "fill_")):
             return output
@@ -401,6 +471,33 @@ class _Mode(Watch):
             return output  # a question about all of a tensor, as whether it is finite
         self._follow(func, name, args, kwargs, sources, results)
         return output
+
+    def fail(self, failure: Failure) -> None:
+        """Note an error, unless an earlier one may have caused it."""
+        if not self.failures:
+            self.reached = len(self.numbers.order)
+        if not self.failures or failure.numbers:
+            self.failures.append(failure)
+
+    def _as_before(self, error: Exception, ran: Ran, sources: Sequence[Tensor], written: Tensor | None) -> object:
+        """What an operation that fails gave at other widths, or what it was to write to."""
+        met = {number for tensor in sources for number in torch.unique(compact(self.companion(tensor))).tolist()}
+        known = self._before[len(self.trail) - 1] if len(self.trail) <= len(self._before) else None
+        if known is None or known.name != ran.name:
+            self.fail(Failure(error, {number for number in met if number >= 0}))
+            raise error
+        if SPOILT not in met:
+            sizes = list(zip(ran.sizes, known.sizes, strict=False))
+            told = ran.name in operations.TOLD_ALL_SIZES and -1 not in ran.sizes and ran.sizes == known.sizes
+            more = {now - before for now, before in sizes if now != before}
+            self.fail(Failure(error, {number for number in met if number >= 0}, more, told))
+        output = tree_map(_zeros, known.gave) if written is None else written
+        self._spoil(tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
+        return output
+
+    def _spoil(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._put(tensor, torch.full((), SPOILT))
 
     def _follow(
         self, func: OpOverload, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
@@ -413,6 +510,8 @@ class _Mode(Watch):
             return
         structural = name in operations.STRUCTURAL
         if not structural and not any(map(_has_numbers, companions.values())):
+            if self.failures and any(bool((compact(each) == SPOILT).any()) for each in companions.values()):
+                self._spoil(results)
             return
         try:
             if structural:
@@ -485,6 +584,15 @@ class _Mode(Watch):
 
     # ------------------------------------------------------------------------------------------ sizes
 
+    def _started(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        """What the code of a module may compare the sizes of its arguments with."""
+        kept = set() if not self.numbers.widths else {value for value in vars(module).values() if type(value) is int}
+        for tensor in tree_leaves((args, kwargs)) if kept else ():
+            for axis, size in enumerate(tensor.shape) if isinstance(tensor, Tensor) else ():
+                along = _along(self.companion(tensor), axis) if size in kept else []
+                if _numbered(along) and _differs(along):
+                    self._note([size], [along], self.numbers.compared, 1)
+
     def _sizes(self, name: str, args: tuple, whole: Tensor, results: list[Tensor]) -> None:
         """Sizes that the operation was given, held against the attributes of the modules that are running."""
         if name in ("split_with_sizes", "split"):
@@ -509,25 +617,33 @@ class _Mode(Watch):
                 if isinstance(size, int) and size > 1 and _numbered(along) and _differs(along):
                     self._note([size], [along])
 
-    def _note(self, sizes: list[int], parts: list[list[int]]) -> None:
-        """Sizes of parts, where an attribute of the innermost module that has such numbers tells them."""
-        for path, module in reversed(self.running):
+    def _note(
+        self, sizes: list[int], parts: list[list[int]], found: Literals | None = None, depth: int | None = None
+    ) -> None:
+        """Sizes of parts, where an attribute of the innermost module that has such numbers tells them.
+
+        Args:
+            found: what they are added to; None for `literals`.
+            depth: how many of the modules that are running, from the innermost on; None for all.
+        """
+        if not self.numbers.widths:
+            return
+        found = self.numbers.literals if found is None else found
+        for path, module in self.running[::-1][:depth]:
             for name, value in vars(module).items():
                 if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
                     for index, part in enumerate(parts):
-                        self.numbers.literals.setdefault((path, name, index), part)
+                        found.setdefault((path, name, index), part)
                     return
             for size, part in zip(sizes, parts, strict=False):
                 for name, value in vars(module).items():
                     if name.startswith("_") or isinstance(value, bool):
                         continue
                     if isinstance(value, int) and value == size:
-                        self.numbers.literals.setdefault((path, name, None), part)
+                        found.setdefault((path, name, None), part)
                     elif isinstance(value, list | tuple) and all(type(v) is int for v in value) and size in value:
-                        self.numbers.literals.setdefault(
-                            (path, name, len(value) - 1 - list(value)[::-1].index(size)), part
-                        )
-            if any(key[0] == path for key in self.numbers.literals):
+                        found.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
+            if any(key[0] == path for key in found):
                 return
 
     def _filled(self, count: int) -> Tensor:
@@ -574,7 +690,7 @@ class _Mode(Watch):
             view = [-1 if d == dim else 1 for d in range(count)]
             parts = [
                 self._filled(part.shape[dim]).view(view).expand(part.shape)
-                if part.shape[dim] and not _has_numbers(part)
+                if part.shape[dim] and bool((compact(part) == NONE).all())
                 else part
                 for part in parts
             ]
@@ -674,7 +790,8 @@ class _Mode(Watch):
         shape = results[0].shape
         base: Tensor | None = None
         fitting = [tensor for tensor in sources if _broadcasts(tensor.shape, shape)]
-        for tensor in sorted(fitting, key=lambda tensor: -tensor.numel()):
+        sizes = {id(tensor): compact(companions[id(tensor)]).numel() for tensor in fitting if tensor.shape != shape}
+        for tensor in sorted(fitting, key=lambda tensor: sizes.get(id(tensor), math.inf), reverse=True):
             own = companions[id(tensor)]
             spread = own.expand(shape)
             if base is None:
@@ -692,9 +809,9 @@ class _Mode(Watch):
                 self.numbers.block(own, "it is multiplied or added to channels along another axis")
                 continue
             self.numbers.unify(base, spread)
-            if bool((compact(base) < 0).any()):
+            if bool((compact(base) == NONE).any()):
                 a, b = _narrowed(base, spread)
-                base = torch.where(a >= 0, a, b).expand(shape)
+                base = torch.where(a == NONE, b, a).expand(shape)
         if base is None:
             return
         if isinstance(args[0], Tensor) and results[0] is args[0]:
@@ -705,6 +822,14 @@ class _Mode(Watch):
         for result in results:
             if result.shape == shape:
                 self._put(result, base)
+
+
+def _shaped(value: object) -> object:
+    return Shaped(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
+
+
+def _zeros(value: object) -> object:
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Shaped) else value
 
 
 def _lowest(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -43,6 +43,9 @@ class Watch(TorchDispatchMode):
     def _is_one_call(self, module: nn.Module) -> bool:
         return layers.is_weighted(module) or layers.is_norm(module)
 
+    def _started(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        """A module that is no layer is about to run."""
+
     @abstractmethod
     def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
         """A layer was called."""
@@ -87,9 +90,11 @@ class Watch(TorchDispatchMode):
         return threading.get_ident() != self._thread
 
     def _pushed(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, *_: object) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
             if not self._foreign():
                 self.running.append((path, module))
+                with torch._C._DisableTorchDispatch():  # what is computed here is not watched
+                    self._started(module, args, kwargs)
 
         return hook
 
@@ -106,8 +111,9 @@ class Watch(TorchDispatchMode):
             if self._foreign() or not self._given:
                 return
             given = self._given[-1]
-            if len(self._given) == 1 and given is not None and output is not None:  # None: it raised an error
-                self._called(path, module, given, output)
-            self._given.pop()  # only now, so that what `_called` computes is not watched
+            self._given.pop()
+            if not self._given and given is not None and output is not None:  # None: it raised an error
+                with torch._C._DisableTorchDispatch():
+                    self._called(path, module, given, output)
 
         return hook

@@ -77,6 +77,57 @@ def test_a_single_size_in_an_attribute_follows() -> None:
     assert referee.check(model, X, [site]).model.width == 7
 
 
+class Checked(nn.Module):
+    """Refuses another number of channels than an attribute tells."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.inside = nn.Conv2d(channels, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.channels:
+            raise ValueError(f"{self.channels} channels are needed")
+        return self.inside(x)
+
+
+def test_an_attribute_that_code_compares_a_size_with_follows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), Checked(4), nn.ReLU(), Checked(5), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    ).double()
+    sites = find_sites(model, X)
+    assert [site.name for site in sites] == ["0 -> 2.inside", "2.inside -> 4.inside", "4.inside -> 6"]
+    grown = referee.check(model, X, sites).model
+    assert [each.channels for each in (grown[2], grown[4])] == [grown[0].out_channels, grown[2].inside.out_channels]
+    assert grown[2].channels > 4
+
+
+class Focal(nn.Module):
+    """A normalised stream; what it gates inside of a block has as many channels, since the code says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.end = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.norm, self.into = nn.LayerNorm(4), nn.Linear(4, 9)
+        self.mix, self.back = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.start(x.flatten(2).transpose(1, 2))
+        query, context, gate = self.into(self.norm(y)).split([y.shape[-1], y.shape[-1], 1], -1)
+        return self.end(y + self.back(query * self.mix(F.gelu(context) * gate)))
+
+
+def test_a_stream_and_what_its_blocks_cut_to_its_width_are_copied_together() -> None:
+    model = referee.prepared(Focal())
+    (found,) = find_sites(model, X)
+    assert found.copied
+    assert found.granularity == found.width == 4
+    assert set(found.producers) == {"start", "into", "mix", "back"}
+    grown = referee.check(model, X, [found], units=[1])
+    assert grown.model.into.out_features == 17
+    assert grown.model.norm.normalized_shape == (8,)
+
+
 def test_an_attribute_that_has_the_number_by_chance_stays() -> None:
     model = Part().double()
     (site,) = find_sites(model, X)
