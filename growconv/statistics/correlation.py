@@ -70,6 +70,17 @@ class Block:
         """Locations of one map in a group."""
         return len(self.locations[side]) // self.groups
 
+    def of(self, maps: Tensor, dim: int, side: int) -> Tensor:
+        """Maps with (groups, locations) in place of a dimension; a view where groups are even runs."""
+        locations, size = self.locations[side], self.size(side)
+        first, step = locations[0], locations[size] - locations[0] if self.groups > 1 else size
+        runs = tuple(first + group * step + place for group in range(self.groups) for place in range(size))
+        if locations == runs and step > 0:
+            span = (self.groups - 1) * step + size
+            return maps.narrow(dim, first, span).unfold(dim, size, step).movedim(-1, dim + 1)
+        where = torch.tensor(locations, dtype=torch.long, device=maps.device)
+        return maps.index_select(dim, where).unflatten(dim, (self.groups, size))
+
 
 def blocks_of(pairs: Sequence[Pair]) -> list[Block]:
     """Pairs that share locations together, groups of one shape side by side.
@@ -185,9 +196,6 @@ class Strip:
         Without transformed axes the last dimension is the channels'.
         """
         axes = maps.dim() - 2
-        for axis, block in self.blocks.items():
-            where = torch.tensor(block.locations[side], dtype=torch.long, device=maps.device)
-            maps = maps.index_select(2 + axis, where)
         steps = [self.steps[axis][side] if axis in self.steps else 1 for axis in range(axes)]
         view = split_phases(maps, steps)  # (n, c, *phases, *coarse)
         for axis, found in self.diagonals.items():
@@ -196,8 +204,8 @@ class Strip:
                 view = view.index_select(2 + axis, torch.tensor(phases, device=maps.device))
             if axis not in self.transformed:
                 view = view.narrow(2 + axes + axis, 0, min(self.sizes[axis]))
-        for place, axis in enumerate(self.blocks):
-            view = view.unflatten(2 + axes + axis + place, (self.blocks[axis].groups, -1))
+        for place, (axis, block) in enumerate(self.blocks.items()):
+            view = block.of(view, 2 + axes + axis + place, side)
         starts, at = {}, 2 + axes
         for axis in range(axes):
             starts[axis] = at
