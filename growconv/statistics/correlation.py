@@ -180,8 +180,7 @@ class Strip:
         same = right is left and tiling.parts == 1
         left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
         right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
-        inverse = spectra.inverse(tiling, self.offsets, left.dtype, left.device)
-        return spectra.correlate(left, right, inverse, scratch_bytes // 2)
+        return spectra.correlate(left, right, self._inverse.to(left), scratch_bytes // 2)
 
     @cached_property
     def tiling(self) -> spectra.Tiling:
@@ -189,6 +188,10 @@ class Strip:
         offsets = [[offset for _, _, offset in self.diagonals[axis]] for axis in self.transformed]
         reach = [(min(each), max(each)) for each in offsets]
         return spectra.plan_tiling([self.sizes[axis] for axis in self.transformed], reach)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return spectra.inverse(self.tiling, self.offsets)
 
     def _cut(self, maps: Tensor, side: int) -> Tensor:
         """(groups, n·locations of axes without offsets, phases·locations·c, *size of transformed axes).

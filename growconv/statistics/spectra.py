@@ -61,7 +61,8 @@ def plan_tiling(sizes: Sequence[tuple[int, int]], reach: Sequence[tuple[int, int
     lengths, tile, tiles, lowest = [], [], [], []
     for (first, second), (low, high) in zip(sizes, reach, strict=True):
         whole = max(first - low, second + high, first, second)
-        span = high - low
+        low = min(low, 0)  # tiles of the first map begin before those of the second
+        span = max(high, 0) - low
         count = 1 if whole <= LONGEST_TRANSFORM else math.ceil(second / max(1, TILE_TRANSFORM - span))
         tile.append(math.ceil(second / count))
         lengths.append(whole if count == 1 else tile[-1] + span)
@@ -94,7 +95,7 @@ def cut_tiles(maps: Float[Tensor, "g n c *size"], tiling: Tiling, first: bool) -
     return view.movedim(2, 2 + axes).flatten(1, 1 + axes)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _waves(length: int, size: int, half: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a transform multiplies real and imaginary parts with: (2·frequencies, size) each, real rows first of two."""
     frequencies = np.arange(length // 2 + 1 if half else length)
@@ -126,10 +127,7 @@ def spectrum(maps: Float[Tensor, "g n c *size"], tiling: Tiling) -> Float[Tensor
     return value.view(groups, count, 2, samples, channels)
 
 
-@lru_cache(maxsize=512)
-def inverse(
-    tiling: Tiling, offsets: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "2 o f"]:
+def inverse(tiling: Tiling, offsets: Sequence[tuple[int, ...]]) -> Float[Tensor, "2 o f"]:
     """What real and imaginary parts of a cross spectrum are multiplied with for the correlation at each offset.
 
     Args:
@@ -145,8 +143,7 @@ def inverse(
         angles = (angles[:, :, None] + turns[:, None, :]).reshape(len(offsets), -1)
         twice = 1 + ((frequencies > 0) & (2 * frequencies < length)) if last else np.ones(length)
         weights = np.outer(weights, twice / length).ravel()
-    found = np.stack([weights * np.cos(angles), -weights * np.sin(angles)])
-    return torch.from_numpy(found).to(device, dtype)
+    return torch.from_numpy(np.stack([weights * np.cos(angles), -weights * np.sin(angles)]))
 
 
 def correlate(

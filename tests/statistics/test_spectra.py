@@ -43,7 +43,7 @@ def test_offsets_of_two_maps(drawn, longest, product_bytes):
     left, right = (
         spectra.spectrum(spectra.cut_tiles(maps, tiling, own), tiling) for maps, own in ((first, True), (second, False))
     )
-    inverse = spectra.inverse(tiling, wanted, torch.float64, torch.device("cpu"))
+    inverse = spectra.inverse(tiling, wanted)
     found = spectra.correlate(left, right, inverse, product_bytes)
     for number, offset in enumerate(wanted):
         for group in (0, 1):
@@ -55,6 +55,6 @@ def test_a_map_with_itself_takes_the_shorter_way():
     tiling = spectra.plan_tiling([(6, 6), (4, 4)], [(-2, 2), (-1, 1)])
     wanted = spectra.grid([[-2, 0, 1], [-1, 0, 1]])
     spectrum = spectra.spectrum(maps, tiling)
-    inverse = spectra.inverse(tiling, wanted, torch.float64, torch.device("cpu"))
+    inverse = spectra.inverse(tiling, wanted)
     for number, found in enumerate(spectra.correlate(spectrum, spectrum, inverse, 1 << 20)):
         torch.testing.assert_close(found[0], by_location(maps[0], maps[0], wanted[number]))
