@@ -127,12 +127,13 @@ class StatisticsCollector:
         ):
             if value not in allowed:
                 raise ArgumentValueError(f"there is no such {label}", expected=" or ".join(allowed), got=repr(value))
-        if scratch_bytes < 1:
-            raise ArgumentValueError("scratch_bytes must be positive", got=scratch_bytes)
-        if hold_bytes is not None and hold_bytes < 0:
-            raise ArgumentValueError("hold_bytes must not be negative", got=hold_bytes)
-        if moments_every < 1:
-            raise ArgumentValueError("moments_every must be positive", got=moments_every, fix="1 takes every loss")
+        for label, value, least in (
+            ("scratch_bytes", scratch_bytes, 1),
+            ("hold_bytes", hold_bytes, 0),
+            ("moments_every", moments_every, 1),
+        ):
+            if value is not None and value < least:
+                raise ArgumentValueError(f"{label} must be at least {least}", got=value)
         self.reduction = reduction
         self.keep_samples = keep_samples
         self.path = path

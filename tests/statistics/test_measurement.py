@@ -69,5 +69,5 @@ def test_second_moments_of_every_second_loss(hold_bytes):
 
 def test_moments_every_is_positive():
     model = network()
-    with pytest.raises(ArgumentValueError, match="moments_every must be positive"):
+    with pytest.raises(ArgumentValueError, match="moments_every must be at least 1"):
         StatisticsCollector(model, site_of(model), moments_every=0)
