@@ -94,7 +94,7 @@ class Widening:
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[Attribute] = set()
-        self._bound_once, self._bound_alone = False, set[int]()
+        self._bound_for, self._bound_alone = set[frozenset[int]](), set[int]()
         self._reached = self._rehearsals = 0
         self._guilty = set[int]()  # spaces that failed in the last rehearsal and would do so without the others
         self._led = dict[int, int]()  # spaces that failed since sizes had followed another, and which
@@ -315,15 +315,12 @@ class Widening:
 
     def _codes(self, classes: NDArray[np.int64]) -> Codes:
         """Classes as space, unit and block."""
-        result = np.full(len(classes), -1, dtype=np.int64)
-        for number in _spaces(classes):
-            own = classes // _SPACE == number
-            space, index = self.spaces[number], classes[own] % _SPACE
-            block, unit = np.divmod(index, space.units)
-            if space.neighbours:
-                unit, block = np.divmod(index, space.blocks)
-            result[own] = number * _SPACE + unit * _UNIT + block
-        return result
+        units, blocks = np.array([*self._units, 1]), np.array([*(space.blocks for space in self.spaces), 1])
+        neighbours = np.array([*(space.neighbours for space in self.spaces), False])
+        number, index = classes // _SPACE, classes % _SPACE  # -1 is the last
+        unit = np.where(neighbours[number], index // blocks[number], index % units[number])
+        block = np.where(neighbours[number], index % blocks[number], index // units[number])
+        return np.where(classes < 0, -1, number * _SPACE + unit * _UNIT + block)
 
     def _bare_axes(self) -> None:
         """Along which of its dimensions a bare parameter has its channels."""
@@ -359,12 +356,12 @@ class Widening:
 
     def _runs(self, key: Key, live: Iterable[int]) -> dict[int, list[tuple[int, Run]] | None]:
         """Per space its runs along an axis at the present widths, with the entry that each starts at; None: torn."""
-        known = self._known.setdefault(key, {})
+        known, units = self._known.setdefault(key, {}), self._units
         missing = set(live) - known.keys()
         while missing:
             codes = self._codes(self._alive(self._axis(key), missing))
             try:
-                runs = self._parse(codes, key, self._units)
+                runs = self._parse(codes, key, units)
             except Torn as torn:
                 known[torn.space] = None
                 missing.remove(torn.space)
@@ -374,7 +371,7 @@ class Widening:
             for run in runs:
                 if run.space is not None:
                     found[run.space].append((at, run))
-                at += run.length(self._units)
+                at += run.length(units)
             known |= found
             break
         return known
@@ -390,10 +387,12 @@ class Widening:
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int] | Mapping[int, int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
-        for number in _spaces(codes):
-            own = axis[:, 0] == number
-            axis[own, 2] = np.searchsorted(self.spaces[number].on(key), axis[own, 2])
-        entries = {number: self.spaces[number].counts.get(key, 0) for number in _spaces(codes)}
+        involved = _spaces(codes)
+        for number in involved:
+            if self.spaces[number].lies:
+                own = axis[:, 0] == number
+                axis[own, 2] = np.searchsorted(self.spaces[number].on(key), axis[own, 2])
+        entries = {number: self.spaces[number].counts.get(key, 0) for number in involved}
         return runs_of(np.where(codes[:, None] < 0, -1, axis), units, entries)
 
     def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
@@ -578,15 +577,16 @@ class Widening:
         ]
 
     def _bind_all(self, live: Sequence[int], culprits: dict[int, str]) -> dict[int, str]:
-        """Let all attributes that count spaces which fail follow the widths, if that gets further; tried once.
+        """Let all attributes follow the widths, if that gets spaces which fail further; tried once for these spaces.
 
         Returns:
             The spaces that fail now.
         """
         before, reached = self.bound, self._reached
-        if self._bound_once or not self._counting(culprits):
+        together, still = frozenset(culprits), culprits
+        if together in self._bound_for or not self._counting(culprits):
             return culprits
-        self._bound_once, still = True, culprits
+        self._bound_for.add(together)
         while still and self.bound != before | self.numbers.literals.keys():  # an error may tell of more of them
             self.bound = before | self.numbers.literals.keys()
             still = self._attempt(live)

@@ -351,7 +351,9 @@ def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
     """
     own, bare = set(site.axes), site.layout.dims
     made = {call.output for path in site.producers if path not in bare for call in tape.calls(path)}
-    hot = made | {n for n, value in enumerate(tape.values) if value.source in bare and (value.source, ENTRY) in own}
+    hot = set(made)
+    if bare:
+        hot |= {n for n, value in enumerate(tape.values) if value.source in bare and (value.source, ENTRY) in own}
     waiting, seen = list(hot), set(hot)
     while waiting:
         for step in tape.users.get(waiting.pop(), ()):

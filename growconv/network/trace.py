@@ -142,6 +142,8 @@ class Numbers:
 
     def unify_rows(self, companion: Tensor) -> Tensor:
         """Tie all numbers along the last axis of a companion; gives one for each row."""
+        if companion.shape[-1] == 1:
+            return companion[..., 0]
         first = companion.amax(-1)
         self.unify(first[..., None].expand_as(companion), companion)
         return first
