@@ -160,11 +160,7 @@ class StatisticsCollector:
         self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
         self._waiting: dict[str, int] = {}  # per layer how often a call's input is asked for
         for collected in self._collected:
-            for path, consumer in collected.consumers.items():
-                self._consumed.setdefault(path, []).append((collected, consumer))
-                self._waiting[path] = self._waiting.get(path, 0) + 1
-            for path in collected.site.producers:
-                self._waiting[path] = self._waiting.get(path, 0) + len(collected.consumers)
+            self._expect(collected)
 
     # ---------------------------------------------------------------------------------------------- context
 
@@ -351,6 +347,14 @@ class StatisticsCollector:
         return _Site(site, consumers)
 
     # ---------------------------------------------------------------------------------------------- hooks
+
+    def _expect(self, collected: _Site) -> None:
+        """Note which layers' calls a site asks for."""
+        for path, consumer in collected.consumers.items():
+            self._consumed.setdefault(path, []).append((collected, consumer))
+            self._waiting[path] = self._waiting.get(path, 0) + 1
+        for path in collected.site.producers:
+            self._waiting[path] = self._waiting.get(path, 0) + len(collected.consumers)
 
     def next_loss(self, told: bool = True, number: int | None = None) -> None:
         """Count everything that runs from here on as part of a new loss.
