@@ -75,7 +75,7 @@ def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description="Solving for the best update.")
     parser.add_argument("channels", nargs="*", type=int, default=[64, 128, 256])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,6 +17,10 @@ RANK_TOLERANCE = 1e-6
 """Eigenvalues below this share of the largest count as zero: sums collected in float32 are only right to about 1e-7."""
 EXACT_SIZE = 256
 """Rows up to which an eigendecomposition costs little enough to solve with."""
+ENOUGH = 1e-8
+"""Share of what a solution explains that a further step would have to be able to add."""
+SOUND = 1000.0
+"""The smallest squared pivot, in units of the ridge, above which a matrix counts as far from singular."""
 BLOCK = 24
 """Columns of a Lanczos block."""
 
@@ -152,8 +156,10 @@ def solve_psd(
     """G⁺·right for a positive semi-definite G, with directions below the relative threshold left out.
 
     Above EXACT_SIZE an iterated Tikhonov solution, which needs no eigenvectors: the factor of G + τ·1, τ being the
-    threshold, with the residual of G itself solved for again. The next residual is τ times that step; a direction of
-    eigenvalue λ then keeps 1 − (τ/(λ + τ))³ of its part: all of it well above, nothing well below.
+    threshold, with what is left solved for again. As (G + τ·1)·x is the right-hand side, that is τ·x, and takes no
+    product with G. A direction of eigenvalue λ keeps at most 1 − (τ/(λ + τ))³ of its part: all of it well above,
+    nothing well below. The factor is in float32; where G is far from singular, a residual in float64 makes up for its
+    rounding, which else costs about 1e-10 of what the solution explains.
 
     Args:
         gram: G (a, a).
@@ -172,26 +178,33 @@ def solve_psd(
     if unit <= 0.0:
         return torch.zeros_like(right)
     factor, ridge = _ridged_factor(gram, unit, rank_tolerance)
+    size = float(right.norm())
+    if size == 0.0:
+        return torch.zeros_like(right)
+    rows = torch.div(right.mT, size, out=factor.new_empty(right.mT.shape))  # rows: solved for faster than columns
 
     def solved(rows: Tensor) -> Tensor:
-        size = max(float(rows.norm()), torch.finfo(rows.dtype).tiny)
-        step = torch.linalg.solve_triangular(factor.mT, (rows / size).to(factor.dtype), upper=True, left=False)
-        step = torch.linalg.solve_triangular(factor, step, upper=False, left=False)
-        return step.to(rows.dtype).mul_(size / unit)
+        step = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
+        return torch.linalg.solve_triangular(factor, step, upper=False, left=False)
 
-    solution = solved(right.mT.contiguous())  # rows: solved for faster than columns
-    step = solved(torch.addmm(right.mT, solution, gram, alpha=-1))  # what rounding and the ridge have left
-    solution += step
-    last, size = float(step.norm()), float(solution.norm())
-    if last * last > 1e-7 * size * size:  # else the next step would be smaller than 1e-7 in the same proportion
-        solution += solved(ridge * unit * step)  # the residual now, but for the rounding of the step
-    return solution.mT
+    rest, share = solved(rows), ridge
+    explained, solution = float(rest.flatten().dot(rows.flatten())), rest.to(right.dtype)
+    if float(factor.diagonal().min()) ** 2 > SOUND * ridge:
+        rest = torch.addmm(right.mT, solution, gram, beta=1 / size, alpha=-1 / unit).to(factor.dtype)
+        share = 1.0
+    for _ in range(2):  # share·rest is what is left
+        rest = solved(rest)
+        solution.add_(rest, alpha=share)
+        if ridge * (share * float(rest.norm())) ** 2 <= ENOUGH * explained:  # at most that much is still to come
+            break
+        share *= ridge
+    return solution.mul_(size / unit).mT
 
 
 def _ridged_factor(gram: Tensor, unit: float, tolerance: float) -> tuple[Tensor, float]:
-    """Cholesky factor of G/unit + τ·1 and τ, in float32 where that is enough: the refinement makes up for it."""
+    """Cholesky factor of G/unit + τ·1 and τ, in float32 where that is enough."""
     for dtype in (torch.float32, torch.float64):
-        scaled = (gram / unit).to(dtype)
+        scaled = torch.div(gram, unit, out=torch.empty_like(gram, dtype=dtype))
         ridge = tolerance * _largest_eigenvalue(scaled, iterations=3)
         scaled.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(scaled)
