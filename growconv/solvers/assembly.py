@@ -16,6 +16,7 @@ from growconv.network.routes import Activation, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request
 from growconv.solvers.energy import choose_signs, expected_decrease, require_samples
+from growconv.solvers.filters import from_rows
 from growconv.solvers.weights import at_old_scale, bias_of, filters_of, homogeneous
 from growconv.statistics.pair import PairStatistics
 
@@ -176,11 +177,11 @@ def filters_in(site: GrowthSite, left: Float[Tensor, "k a"]) -> tuple[dict[str, 
     """Filters and biases of every producer, from rows that have one producer after the other, its bias last."""
     incoming, biases, start = {}, {}, 0
     for path in site.producers:
-        kernel, end = filters_of(site, path), start + entries_of(site, path)
-        own = left[:, start:end].to(kernel)
-        incoming[path] = own[:, : kernel[0].numel()].reshape(len(left), *kernel.shape[1:]).contiguous()
-        if own.shape[1] > kernel[0].numel():
-            biases[path] = own[:, -1].contiguous()
+        kernel, has_bias = filters_of(site, path), bias_of(site, path) is not None
+        end = start + kernel[0].numel() + has_bias
+        incoming[path], bias = from_rows(left[:, start:end].to(kernel), kernel.shape[1:], has_bias)
+        if bias is not None:
+            biases[path] = bias
         start = end
     return incoming, biases
 

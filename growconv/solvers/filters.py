@@ -89,6 +89,12 @@ def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
     return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
 
 
+def from_rows(rows: Float[Tensor, "k a"], shape: Sequence[int], bias: bool) -> Weights:
+    """The inverse of `flattened`, for filters of some shape (in/groups, *kernel), with a bias or without."""
+    weight = rows[:, : math.prod(shape)].reshape(len(rows), *shape).contiguous()
+    return weight, rows[:, -1].contiguous() if bias else None
+
+
 def random_filters(site: GrowthSite, channels: int, generator: torch.Generator | None) -> Filters:
     """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
     found: dict[str, Weights] = {}
@@ -145,8 +151,7 @@ class ProducerCoordinates:
 
     def unflatten(self, flat: Tensor) -> Weights:
         """Filters and biases from rows, one a filter."""
-        weight = flat[:, : math.prod(self.shape)].reshape(-1, *self.shape).contiguous()
-        return weight, flat[:, -1] if self.bias else None
+        return from_rows(flat, self.shape, self.bias)
 
     def embed(self, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
         """Whitened rows of filters, one a filter."""

@@ -21,7 +21,7 @@ from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOTHING_TO_GAIN
+from growconv.solvers.assembly import NOTHING_TO_GAIN, empty
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import expected_decrease, require_samples
 from growconv.solvers.filters import Coordinates, Filters, joined, whitened
@@ -35,7 +35,7 @@ from growconv.solvers.fitting import (
     is_homogeneous,
     normal_equations,
 )
-from growconv.solvers.weights import filter_norms, filters_of, normal, of_units, old_steepness, silent_outgoing
+from growconv.solvers.weights import filter_norms, normal, of_units, old_steepness, silent_outgoing
 from growconv.statistics.held_out import sample_averages
 from growconv.statistics.samples import KeptSamples, by_sample
 
@@ -77,7 +77,7 @@ class Functional(Solver):
         samples, size = kept.projected(), site.granularity
         most = site.growable_channels(min(max(site.width, 4), 32)) if channels == "auto" else channels
         if not samples.energy > 1e-12 * kept.energy:
-            return self._nothing(samples, most, NOTHING_TO_GAIN)
+            return empty(replace(request, channels=most), self.name, NOTHING_TO_GAIN)
         self._warn(samples, site, most)
         rest, judge = split(samples, self.held_out)
         fit, held_out = Fit(rest), Fit(judge)
@@ -99,7 +99,7 @@ class Functional(Solver):
             units = telling_units(fit, held_out, filters)
             reason = f"{units * size} of {most} tried channels have a held-out gain above its error bar"
             if units == 0:
-                return self._nothing(samples, most, reason)
+                return empty(replace(request, channels=most), self.name, reason)
             filters = filters.picked(range(units))
         return self._assembled(request, samples, filters, reason)
 
@@ -139,42 +139,18 @@ class Functional(Solver):
         equations = normal_equations(fit, filters)
         order, gains = greedy_order(equations, count)
         outgoing = best_outgoing(equations, site, filters.like)
-
-        def shaped(path: str, tensor: Tensor) -> Tensor:
-            return tensor.detach().to(filters_of(site, path)).contiguous()
-
         growth = ChannelGrowth(
             site=site.name,
             method=self.name,
-            incoming={path: shaped(path, weight) for path, weight in filters.incoming.items()},
-            incoming_bias={path: shaped(path, bias) for path, bias in filters.biases.items()},
-            outgoing={path: shaped(path, weight) for path, weight in outgoing.items()},
+            incoming=filters.incoming,
+            incoming_bias=filters.biases,
+            outgoing=outgoing,
             gains=(gains / size).repeat_interleave(size) / len(samples),
             requested=count * size,
             norms=measured,
         )
         growth = replace(growth.subset(of_units(order, size), reason), gains=growth.gains)
         return replace(growth, expected_decrease=expected_decrease(request.subject, growth))
-
-    def _nothing(self, samples: KeptSamples, requested: int, reason: str) -> ChannelGrowth:
-        """No channels, and why."""
-        site, incoming, biases, like = samples.site, {}, {}, samples.like
-        for path in site.producers:
-            layer = site.layer(path)
-            incoming[path] = like.new_zeros(layer.shape(OUT, 0))
-            if layer.bias() is not None:
-                biases[path] = like.new_zeros(0)
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=incoming,
-            incoming_bias=biases,
-            outgoing=silent_outgoing(site, 0),
-            gains=like.new_zeros(0, dtype=torch.float64),
-            requested=requested,
-            reason=reason,
-            expected_decrease=0.0,
-        )
 
     def _warn(self, samples: KeptSamples, site: GrowthSite, channels: int) -> None:
         """Say how many samples the fit would need: one a parameter."""

@@ -28,7 +28,7 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, flattened, patch_gram, random_filters
+from growconv.solvers.filters import Filters, flattened, from_rows, patch_gram, random_filters
 from growconv.solvers.weights import (
     bias_of,
     filter_norms,
@@ -201,10 +201,7 @@ class North(Solver):
         site, subject = request.site, request.statistics
         found = {}
         for path, each in rows.items():
-            like = filters_of(site, path)
-            entries = like[0].numel()
-            bias = None if bias_of(site, path) is None else each[:, entries].contiguous()
-            found[path] = (each[:, :entries].reshape(-1, *like.shape[1:]).contiguous(), bias)
+            found[path] = from_rows(each, filters_of(site, path).shape[1:], bias_of(site, path) is not None)
         first = next(iter(rows))
         ratio = int(site.granularity * site.ratio(first, OUT))
         units = len(rows[first]) // ratio

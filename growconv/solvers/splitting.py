@@ -28,7 +28,7 @@ from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import flattened
+from growconv.solvers.filters import flattened, from_rows
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -162,14 +162,13 @@ def unflattened(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Filters and biases by producer from one row a unit, laid out as those that it was made of."""
     incoming, biases, offset = {}, {}, 0
-    for path, (filters, bias) in like.items():
-        entries = filters[0].numel() + (bias is not None)
-        count = len(filters) // len(theta)
-        rows = theta[:, offset : offset + count * entries].reshape(len(filters), entries)
-        offset += count * entries
-        incoming[path] = rows[:, : filters[0].numel()].reshape(filters.shape)
+    for path, (filters, old) in like.items():
+        size = len(filters) // len(theta) * (filters[0].numel() + (old is not None))
+        rows = theta[:, offset : offset + size].reshape(len(filters), -1)
+        incoming[path], bias = from_rows(rows, filters.shape[1:], old is not None)
         if bias is not None:
-            biases[path] = rows[:, -1]
+            biases[path] = bias
+        offset += size
     return incoming, biases
 
 
