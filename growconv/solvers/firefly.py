@@ -30,9 +30,9 @@ from growconv.solvers.weights import (
     filter_norms,
     normal,
     of_units,
+    outgoing_norms,
     scaled_columns,
     silent_outgoing,
-    units_of,
 )
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 
@@ -89,9 +89,8 @@ class Firefly(Solver):
         kept, site = candidates.kept, candidates.kept.site
         splitting = Splitting(step=self.step, tolerance=0.01)  # their gains are compared with those of others
         values, vectors = splitting.curvatures(kept, request.generator)
-        units, size = units_of(site), site.granularity
-        old = [columns_of(site, path).transpose(0, 1).reshape(units, -1) for path in site.consumers]
-        strength = self.strength * torch.cat(old, 1).norm(dim=1).mean()
+        size = site.granularity
+        strength = self.strength * outgoing_norms(site).mean()
         halves = (self.step * filter_norms(site)).square() * -values / 2
         worth = torch.cat([strength * gains.abs(), halves.clamp_min(0)])
         best = [int(index) for index in worth.argsort(descending=True)[: requested // size] if worth[index] > 0]

@@ -16,7 +16,7 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import NOT_TAKEN, assemble, entries_of, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import expected_decrease
-from growconv.solvers.weights import bias_of, columns_of, filter_norms, filters_of, normal, not_plain
+from growconv.solvers.weights import bias_of, filter_norms, filters_of, normal, not_plain, outgoing_norms
 
 
 class GradMaxChannels(NamedTuple):
@@ -109,8 +109,7 @@ class GradMax(Solver):
             every = gradmax(stacked, requested + NOT_TAKEN, self.rank_tolerance)
         omega, gains = (part[:requested] for part in every)
         found = len(omega)
-        old = [columns_of(site, path).transpose(0, 1).flatten(1) for path in site.consumers]
-        norm = float(torch.cat(old, 1).norm(dim=1).mean()) * self.outgoing
+        norm = float(outgoing_norms(site).mean()) * self.outgoing
         alpha = stacked.new_zeros(found, stacked.shape[0])
         moved: dict[str, tuple[Tensor, Tensor]] = {}
         if found and any(route.dead_at_zero for route in site.routes):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -229,10 +229,9 @@ def solve_rank(site: RankSite, statistics: LayerMoments, terms: int) -> ChannelG
         raise SolverError("the loss asks nothing of this layer that its factors cannot provide", where=site.name)
     if isinstance(module, CPConv):
         incoming, outgoing, carried = _cp_terms(residual, gram, module, terms)
-    elif site.side == "in":
-        (incoming, outgoing), carried = _input_terms(residual, gram, module, terms), {}
     else:
-        (incoming, outgoing), carried = _output_terms(residual, gram, module, terms), {}
+        best = _input_terms if site.side == "in" else _output_terms
+        (incoming, outgoing), carried = best(residual, gram, cast(TuckerConv, module), terms), {}
     growth = _growth(site, incoming, outgoing, carried)
     shares = [(residual * site.kernel(growth.subset([term])).flatten(1).T).sum() for term in range(terms)]
     gains = torch.stack(shares).clamp_min(0)  # they add up to the captured energy
@@ -330,9 +329,9 @@ def _beyond_existing(
     return moment - gram @ update
 
 
-def _input_terms(residual: Tensor, gram: Tensor, module: FactorizedConv, terms: int) -> tuple[Tensor, Tensor]:
+def _input_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int) -> tuple[Tensor, Tensor]:
     """Input vectors (K, C1), core slices (r2, K, *kernel_size): bilinear least squares in the output factor's span."""
-    outputs = _tucker(module).out_factor.detach().double()
+    outputs = module.out_factor.detach().double()
     basis, mixing = torch.linalg.qr(outputs)
     target = (residual @ basis).reshape(module.in_channels, -1, basis.shape[1])
     fit = bilinear_least_squares(gram, target, terms, random_starts=2)
@@ -341,9 +340,9 @@ def _input_terms(residual: Tensor, gram: Tensor, module: FactorizedConv, terms: 
     return left, slices.reshape(-1, terms, *module.kernel_size)
 
 
-def _output_terms(residual: Tensor, gram: Tensor, module: FactorizedConv, terms: int) -> tuple[Tensor, Tensor]:
+def _output_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int) -> tuple[Tensor, Tensor]:
     """Core slices (K, r1, *kernel_size) and output vectors (C2, K): a truncated SVD inside the input factor's span."""
-    inputs = _tucker(module).in_factor.detach().double()
+    inputs = module.in_factor.detach().double()
     taps, rank = math.prod(module.kernel_size), inputs.shape[1]
     form = gram.reshape(module.in_channels, taps, module.in_channels, taps)
     inside = torch.einsum("ip,itju,jq->ptqu", inputs, form, inputs).reshape(rank * taps, -1)
@@ -471,9 +470,3 @@ def _filled(part: Tensor, terms: int, live: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     rest = torch.randn(missing, *part.shape[1:], generator=generator, dtype=torch.float64) * float(live)
     return torch.cat([part, rest.to(part)])
-
-
-def _tucker(module: FactorizedConv) -> TuckerConv:
-    if not isinstance(module, TuckerConv):
-        raise ArgumentTypeError("a Tucker convolution is needed", got=type(module).__name__)
-    return module

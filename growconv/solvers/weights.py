@@ -90,6 +90,11 @@ def filter_norms(site: GrowthSite) -> Float[Tensor, " units"]:
     return norms_of(tensors, units_of(site))
 
 
+def outgoing_norms(site: GrowthSite) -> Float[Tensor, " units"]:
+    """Norm of the weights on each old unit, over all consumers."""
+    return torch.cat([columns_of(site, path).transpose(0, 1).flatten(1) for path in site.consumers], 1).norm(dim=1)
+
+
 def norms_of(tensors: Iterable[Tensor], units: int) -> Float[Tensor, " units"]:
     """Norm of each unit's part of some tensors, whose first axes list entries unit by unit."""
     return torch.stack([each.reshape(units, -1).square().sum(1) for each in tensors]).sum(0).sqrt()
