@@ -18,7 +18,6 @@ from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
 from growconv.growth.pruning import PruneBack, norm_scores
-from growconv.network import layers
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
@@ -131,10 +130,10 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
     """
     if not site.closed_form:
         return 0
-    patch = sum(layers.weighted(site.model.get_submodule(path)).filters()[0].numel() + 1 for path in site.producers)
+    patch = sum(site.layer(path).filters()[0].numel() + 1 for path in site.producers)
     entries = patch**2 if "patch" in reads else 0
     for path in site.consumers:
-        second = layers.weighted(site.model.get_submodule(path)).filters()
+        second = site.layer(path).filters()
         own, taps = second[0].numel() + 1, second[0, 0].numel()
         full = (patch * taps) ** 2
         sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}

@@ -37,7 +37,7 @@ class NewEntries:
         return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
 
     def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer, label = layers.weighted(module_at(self.site.model, path)), f"incoming weights of {path}"
+        layer, label = self.site.layer(path), f"incoming weights of {path}"
         weight = self._given(self.growth.incoming, path, label)
         found = {"weight": self._fitted(weight, layer.shape(OUT, entries), label, 1, (path, IN), layer.groups)}
         if layer.bias() is not None:
@@ -50,7 +50,7 @@ class NewEntries:
         return found
 
     def _consumed(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer, label = layers.weighted(module_at(self.site.model, path)), f"outgoing weights of {path}"
+        layer, label = self.site.layer(path), f"outgoing weights of {path}"
         weight = self._given(self.growth.outgoing, path, label)
         weight = self._fitted(weight, layer.shape(IN, entries), label, 0, (path, OUT))
         return {"weight": weight.to(layer.filters().dtype) * self.amplitude}
@@ -76,7 +76,7 @@ class NewEntries:
         return {s.name: _mixed(old, tensor_at(norm.module, s.name), fresh.get(s.name)) for s in norm.slots(ENTRY)}
 
     def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = layers.weighted(module_at(self.site.model, path))
+        layer = self.site.layer(path)
         filters, old, bias = self.growth.carried.get(path), self._copied(path, GROUP_OUT), layer.bias()
         if filters is None:
             filters = layer.identity(entries)
