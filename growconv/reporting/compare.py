@@ -117,41 +117,28 @@ def to_markdown(comparison: Comparison) -> str:
 
 def _write_groups(comparison: Comparison, path: Path) -> None:
     """The table with full precision, a line a group."""
+    standing, rows = {each.group.label: each for each in standings(comparison)}, []
+    for group in comparison.groups:
+        place, difference = standing.get(group.label), comparison.difference(group)
+        row = {"group": csv_cell(group.label), "n": len(group.runs), "seeds": " ".join(map(str, group.seeds))}
+        for figure in FIGURES:
+            row |= {f"{figure}_mean": group.mean(figure), f"{figure}_std": group.std(figure)}
+        row |= {"growth_share": group.growth_share, **_interval("", difference)}
+        row |= {"pairs": difference.pairs if difference else 0}
+        row |= _interval("test_loss_", comparison.difference(group, "test_loss"))
+        row |= {"best_fixed": csv_cell(place.best.label) if place else ""}
+        row |= _interval("frontier_", place.difference if place else None)
+        rows.append({**row, "head_start_kept": place.head_start if place else math.nan})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std")]
-        parts = ("difference", "ci95_low", "ci95_high")
-        differences = [*parts, "pairs", *(f"test_loss_{part}" for part in parts)]
-        against = ["best_fixed", *(f"frontier_{part}" for part in parts), "head_start_kept"]
-        writer.writerow(["group", "n", "seeds", *columns, "growth_share", *differences, *against])
-        standing = {each.group.label: each for each in standings(comparison)}
-        for group in comparison.groups:
-            none = Difference(math.nan, math.nan, math.nan, 0)
-            difference = comparison.difference(group) or none
-            loss = comparison.difference(group, "test_loss") or none
-            place = standing.get(group.label)
-            frontier = (place.difference if place else None) or none
-            writer.writerow(
-                [
-                    csv_cell(group.label),
-                    len(group.runs),
-                    " ".join(map(str, group.seeds)),
-                    *(value for figure in FIGURES for value in (group.mean(figure), group.std(figure))),
-                    group.growth_share,
-                    difference.mean,
-                    difference.low,
-                    difference.high,
-                    difference.pairs,
-                    loss.mean,
-                    loss.low,
-                    loss.high,
-                    csv_cell(place.best.label) if place else "",
-                    frontier.mean,
-                    frontier.low,
-                    frontier.high,
-                    place.head_start if place else math.nan,
-                ]
-            )
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _interval(prefix: str, difference: Difference | None) -> dict[str, float]:
+    """A difference and the ends of its interval by the names of their columns."""
+    values = (math.nan,) * 3 if difference is None else (difference.mean, difference.low, difference.high)
+    return dict(zip((f"{prefix}{name}" for name in ("difference", "ci95_low", "ci95_high")), values, strict=True))
 
 
 def _write_runs(comparison: Comparison, path: Path) -> None:
