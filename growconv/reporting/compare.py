@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from growconv.errors import ArgumentValueError
@@ -23,7 +21,7 @@ from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_d
 from growconv.reporting.frontier import Standing, standings
 from growconv.reporting.records import csv_cell, is_number, plain_text
 from growconv.reporting.style import save_figure
-from growconv.reporting.terminal import make_console, metric, shown
+from growconv.reporting.terminal import make_console, make_table, metric, shown
 
 FIGURE_FILES = {"comparison": draw_differences, "costs": draw_costs, "courses": draw_courses}
 FILES = ("comparison.md", "comparison.csv", "comparison.tex", "runs.csv")
@@ -230,9 +228,6 @@ def _print(comparison: Comparison, output: Path) -> None:
 
 def _table(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> Table:
     """Some columns of the rows, the first of which is the heading."""
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in columns:
-        table.add_column(escape(rows[0][column]), justify="left" if column == 0 else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*(escape(plain_text(row[column])) for column in columns))
-    return table
+    first, *rest = columns
+    body = [[plain_text(row[column]) for column in (first, *rest)] for row in rows[1:]]
+    return make_table([rows[0][first]], [rows[0][column] for column in rest], body)

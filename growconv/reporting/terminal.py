@@ -2,9 +2,13 @@
 
 import errno
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 
 class _Screen(Console):
@@ -29,6 +33,18 @@ def make_console() -> Console:
     console = _Screen()
     width = shutil.get_terminal_size((140, 24)).columns  # of a pipe: what COLUMNS says
     return console if console.is_terminal else _Screen(soft_wrap=True, width=width)
+
+
+def make_table(words: Iterable[str], numbers: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table with columns of words, then columns of numbers; what looks like markup is shown as it stands."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name in words:
+        table.add_column(escape(name), overflow="fold")
+    for name in numbers:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def shown(path: Path) -> Path:

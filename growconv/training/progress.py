@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from growconv.network.event import GrowthEvent
 from growconv.network.find import LayerRow
-from growconv.reporting.terminal import make_console, metric, printable
+from growconv.reporting.terminal import make_console, make_table, metric, printable
 
 
 def si(number: float | int) -> str:
@@ -129,22 +127,22 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
         score: what the accuracies are, "accuracy" or "R²".
     """
     name = "R²" if score == "R²" else "acc"
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for title in (f"test {name} %", f"val {name} %", "parameters", "FLOPs", "seconds", "growing"):
-        table.add_column(title, justify="right", overflow="fold")
+    titles = (f"test {name} %", f"val {name} %", "parameters", "FLOPs", "seconds", "growing")
+    shown = []
     for label, summary in rows:
         growth = summary["growth_seconds"]
-        table.add_row(
-            escape(printable(label)),
-            f"{100 * summary['test_accuracy']:.2f}",
-            f"{100 * summary['best_val_accuracy']:.2f}",
-            f"{summary['parameters']:,}",
-            si(summary["train_flops"]),
-            f"{summary['seconds']:.1f}",
-            f"{growth:.1f}" if growth else "",
+        shown.append(
+            [
+                printable(label),
+                f"{100 * summary['test_accuracy']:.2f}",
+                f"{100 * summary['best_val_accuracy']:.2f}",
+                f"{summary['parameters']:,}",
+                si(summary["train_flops"]),
+                f"{summary['seconds']:.1f}",
+                f"{growth:.1f}" if growth else "",
+            ]
         )
-    return table
+    return make_table(["model"], titles, shown)
 
 
 def sites_table(rows: Sequence[LayerRow], method: str | None = None) -> Table:
@@ -154,17 +152,11 @@ def sites_table(rows: Sequence[LayerRow], method: str | None = None) -> Table:
         rows: as explain_sites gives them.
         method: a growth method, for a column that says which sites it serves.
     """
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("type", overflow="fold")
-    table.add_column("kind", overflow="fold")
-    table.add_column("growable, or why not", overflow="fold")
-    if method is not None:
-        table.add_column(method, overflow="fold")
+    cells = []
     for row in rows:
-        cells = [row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}"]
+        cells.append([row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}"])
         if method is not None:
             refused = None if row.grows is None else row.grows.refusal(method)
-            cells.append("" if row.grows is None else "yes" if refused is None else f"no: {refused}")
-        table.add_row(*map(escape, cells))
-    return table
+            cells[-1].append("" if row.grows is None else "yes" if refused is None else f"no: {refused}")
+    heading = ["layer", "type", "kind", "growable, or why not", *([] if method is None else [method])]
+    return make_table(heading, (), cells)

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -19,8 +17,9 @@ from growconv.network.event import count_parameters
 from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
 from growconv.reporting.records import read_run
-from growconv.reporting.terminal import make_console, shown
+from growconv.reporting.terminal import make_console, make_table, shown
 from growconv.training.build import data_shape, make_model
+from growconv.training.experiment import baseline_config
 from growconv.training.progress import si
 from growconv.training.rundir import RunDirectory, write_atomically
 
@@ -68,9 +67,8 @@ def found_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[s
         config: of the run.
         widths: channels by the name of the site.
     """
-    model, growth = dict(config["model"]), dict(config["growth"])
-    factors = {"width": model["width"] * growth["start_width"], "hidden": model["hidden"] * growth["start"]}
-    return {**config, "model": {**model, **factors, "widths": dict(widths)}, "growth": {**growth, "method": "none"}}
+    small = baseline_config(config, "small")
+    return {**small, "model": {**small["model"], "widths": dict(widths)}}
 
 
 def write_found(directory: Path) -> Path:
@@ -158,22 +156,16 @@ def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int],
         reached: channels at the end of the run, by the name of the site.
         widths: channels that the budget allows in these proportions.
     """
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("site", overflow="fold")
-    listed = list(events)
+    listed, rows = list(events), []
     seen = {name for event in listed for name in event["details"]}
     gained = "gradient²" if "slopes" in seen else "decrease" if "decrease" in seen else "gain"
-    for title in ("start", "reached", "found", "rounds", gained, "parameters"):
-        table.add_column(title, justify="right")
     for site, width in widths.items():
         own = [event for event in listed if event["site"] == site]
         start = own[0]["width_before"] if own else reached[site]
         gain = sum(_gained(event) for event in own)
         added = sum(event["parameters_after"] - event["parameters_before"] for event in own)
-        table.add_row(
-            escape(site), str(start), str(reached[site]), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}"
-        )
-    return table
+        rows.append([site, str(start), str(reached[site]), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}"])
+    return make_table(["site"], ("start", "reached", "found", "rounds", gained, "parameters"), rows)
 
 
 def _gained(event: Mapping[str, Any]) -> float:
