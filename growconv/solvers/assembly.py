@@ -16,8 +16,7 @@ from growconv.network.routes import Activation, Other
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request
 from growconv.solvers.energy import choose_signs, expected_decrease, require_samples
-from growconv.solvers.filters import from_rows
-from growconv.solvers.weights import at_old_scale, bias_of, filters_of, homogeneous
+from growconv.solvers.weights import at_old_scale, bias_of, filters_of, from_rows, homogeneous
 from growconv.statistics.pair import PairStatistics
 
 NOT_TAKEN = 8

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.layout import OUT
 from growconv.network.site import GrowthSite
-from growconv.solvers.weights import filters_of, normal, norms_of, of_units, scaled_rows
+from growconv.solvers.weights import Weights, filters_of, flattened, from_rows, normal, norms_of, of_units, scaled_rows
 from growconv.statistics.columns import columns
 from growconv.statistics.samples import KeptSamples
-
-Weights = tuple[Tensor, Tensor | None]
-"""Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +79,6 @@ class Filters:
         """Every unit scaled to one norm; a unit of zeros stays as it is."""
         own = self.norms
         return self.scaled(torch.where(own > 0, norm / torch.where(own > 0, own, 1.0), 1.0))
-
-
-def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
-    """Filters as rows, the bias last."""
-    return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
-
-
-def from_rows(rows: Float[Tensor, "k a"], shape: Sequence[int], bias: bool) -> Weights:
-    """The inverse of `flattened`, for filters of some shape (in/groups, *kernel), with a bias or without."""
-    weight = rows[:, : math.prod(shape)].reshape(len(rows), *shape).contiguous()
-    return weight, rows[:, -1].contiguous() if bias else None
 
 
 def random_filters(site: GrowthSite, channels: int, generator: torch.Generator | None) -> Filters:

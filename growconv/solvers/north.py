@@ -28,11 +28,13 @@ from growconv.network.site import GrowthSite
 from growconv.solvers.assembly import norm_moments, require_statistics
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, flattened, from_rows, patch_gram, random_filters
+from growconv.solvers.filters import Filters, patch_gram, random_filters
 from growconv.solvers.weights import (
     bias_of,
     filter_norms,
     filters_of,
+    flattened,
+    from_rows,
     normal,
     of_units,
     silent_outgoing,

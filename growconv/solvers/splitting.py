@@ -28,12 +28,13 @@ from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import flattened, from_rows
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
     filter_norms,
     filters_of,
+    flattened,
+    from_rows,
     normal,
     not_rewritable,
     of_units,

@@ -22,6 +22,9 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Depthwise, Norm, Other
 from growconv.network.site import GrowthSite
 
+Weights = tuple[Tensor, Tensor | None]
+"""Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""
+
 
 def filters_of(site: GrowthSite, path: str, own: bool = False) -> Tensor:
     """Filters (out, in/groups, *kernel) of a layer, detached; with `own` those of the site's channels, one by one.
@@ -98,6 +101,17 @@ def outgoing_norms(site: GrowthSite) -> Float[Tensor, " units"]:
 def norms_of(tensors: Iterable[Tensor], units: int) -> Float[Tensor, " units"]:
     """Norm of each unit's part of some tensors, whose first axes list entries unit by unit."""
     return torch.stack([each.reshape(units, -1).square().sum(1) for each in tensors]).sum(0).sqrt()
+
+
+def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
+    """Filters as rows, the bias last."""
+    return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
+
+
+def from_rows(rows: Float[Tensor, "k a"], shape: Sequence[int], bias: bool) -> Weights:
+    """The inverse of `flattened`, for filters of some shape (in/groups, *kernel), with a bias or without."""
+    weight = rows[:, : math.prod(shape)].reshape(len(rows), *shape).contiguous()
+    return weight, rows[:, -1].contiguous() if bias else None
 
 
 def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
