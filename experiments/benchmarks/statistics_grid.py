@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD, whose largest value this is
-        ctypes.CDLL("libc.so.6").mallopt(option, 2**25)
+    for option, value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD, whose largest value this is
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
     found: dict[str, tuple[float, float]] = {}
     rows, notes = [], [
         "S, S2, M and N of a pair of convolutions with biases and a ReLU in between; the stride is that of the first. "
