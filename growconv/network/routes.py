@@ -1,6 +1,6 @@
 """The way from a producer of channels to a consumer, step by step: data only (`network.steps` reads it off a run)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from growconv.convolution.geometry import Geometry
 
@@ -20,11 +20,13 @@ class Activation:
         name: of the operation: "relu", "silu"; "prelu" for a layer with a slope a channel.
         path: of the module that it runs in, where that is a module of its own.
         homogeneous: whether f(sx) = s·f(x) for every s > 0.
+        alone: whether it is one operation that reads no other tensor, such as a slope that all channels share.
     """
 
     name: str
     path: str | None = None
     homogeneous: bool = False
+    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

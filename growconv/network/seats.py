@@ -498,7 +498,9 @@ def is_plain(site: GrowthSite) -> bool:
     """
     steps = [step for route in site.routes for step in route.steps]
     chains = bool(site.routes) and all(route.problem is None for route in site.routes)
-    plain = chains and all(isinstance(step, Activation | Depthwise | Norm | Pool) for step in steps)
+    plain = chains and all(
+        step.alone if isinstance(step, Activation) else isinstance(step, Depthwise | Norm | Pool) for step in steps
+    )
     return plain and _in_order(_places(site, site.sizes), site.sizes)
 
 

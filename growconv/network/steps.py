@@ -218,7 +218,7 @@ class _Walker:
                 return [Other(type(module).__name__)]
             return [Depthwise(call.path, Geometry.of(module))]
         if not layers.norm(module).normalises:
-            return [Activation("prelu", call.path, homogeneous=True)]
+            return [Activation("prelu", call.path, homogeneous=True, alone=True)]
         return [Norm(call.path)]
 
     def _operation(self, step: Operation, source: int, value: int) -> tuple[list[Step], int]:
@@ -234,7 +234,8 @@ class _Walker:
             if any(tensor.numel() > 1 for tensor in others):
                 return [Other(name)], source
             alone = step.module and not list(self.site.model.get_submodule(step.module).children())
-            return [Activation(name, step.module if alone else None, name in _HOMOGENEOUS)], source
+            path = step.module if alone else None
+            return [Activation(name, path, name in _HOMOGENEOUS, alone=all(each.dim() == 0 for each in others))], source
         if name == "squeeze":
             inner = self._one_axis_pool(source)
             if inner is not None:

@@ -122,6 +122,7 @@ def dead(norm: str, activation: str, method: str) -> bool:
 @example("batch, no running", "ReLU", "", "gradmax", False, True, 0)
 @example("one group", "GELU", "", "functional", True, True, 0)
 @example("two groups", "ReLU", "01", "tiny", True, True, 0)
+@example("a group each", "PReLU", "", "tiny", False, False, 0)  # a slope that all channels share
 def test_the_prediction_is_the_slope_of_the_loss(
     norm: str, activation: str, weight_normed: str, method: str, training: bool, first: bool, seed: int
 ) -> None:
