@@ -38,12 +38,7 @@ from growconv.training.checks import near, variants
 from growconv.training.commands import PARSERS
 
 # Ranks above 0 leave no trace of their own.
-SILENT = (
-    "hydra.output_subdir=null",
-    "hydra.run.dir=.",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
-)
+SILENT = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
 # Hydra's flags by the short name, and those of them that a value follows.
 FLAGS = {
     "-h": "--help",

@@ -204,7 +204,7 @@ def main() -> None:
                 f"mean loss with amplitude 0 and the ratios to it, paired over {arguments.seeds} seeds: geometric mean "
                 "and 95 % interval. "
                 '"≤ c" is the line search under the cap c: the strongest new channel has at most c times the mean '
-                'strength of the old ones. Each site has a round of its own; "one strength": both in one round.',
+                'strength of the old ones. Each site has a round of its own; "one strength": both in one round.'
             ],
         )
 

@@ -80,7 +80,7 @@ def main() -> None:
     seconds = clock() - start
     notes = [
         f"Batch {BATCH}, {arguments.device}, {arguments.threads} thread(s), float32, no gradients. A full CP rank has "
-        "as many parameters as the kernel, a full Tucker rank is (128, 64). FLOPs are 2 × multiply-adds per sample.",
+        "as many parameters as the kernel, a full Tucker rank is (128, 64). FLOPs are 2 × multiply-adds per sample."
     ]
     if fit:
         notes.append(

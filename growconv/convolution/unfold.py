@@ -117,13 +117,7 @@ def mask_tensor(
     geometry = conv if isinstance(conv, Geometry) else Geometry.of(conv)
     shape = (math.prod(geometry.output_size(input_size)), geometry.taps, math.prod(input_size))
     entry = (dtype or torch.get_default_dtype()).itemsize
-    require_memory(
-        math.prod(shape) * entry,
-        device,
-        f"the mask tensor {shape}",
-        "mask_tensor",
-        "use unfold instead",
-    )
+    require_memory(math.prod(shape) * entry, device, f"the mask tensor {shape}", "mask_tensor", "use unfold instead")
     result = torch.ones(1, 1, 1, dtype=dtype or torch.get_default_dtype(), device=device)
     for axis, size in enumerate(input_size):
         reads = torch.tensor(geometry.reads(axis, size), device=device)

@@ -23,10 +23,7 @@ from growconv.solvers.sampling import require_known_gains
 LIMITS = {
     "amplitude_cap": (Limits(above=0), "this is no cap of the amplitude"),
     "held_out": (Limits(above=0, below=1), "this is no share of the growth batches"),
-    "optimizer_state": (
-        Limits(choices=("carried", "fresh")),
-        "the optimizer's state can be treated in two ways only",
-    ),
+    "optimizer_state": (Limits(choices=("carried", "fresh")), "the optimizer's state can be treated in two ways only"),
     "relative_error": (Limits(above=0), "an error must be positive"),
     "samples": (Limits(choices=("all", "auto")), "this is no number of samples"),
     "times": (Limits(least=1), "there is no such number of rounds"),

@@ -291,13 +291,7 @@ def split_conv(
 
 
 def _edited(
-    model: nn.Module,
-    edit: Edit,
-    optimizer: Optimizers,
-    site: str,
-    method: str,
-    widths: tuple[int, int],
-    reason: str,
+    model: nn.Module, edit: Edit, optimizer: Optimizers, site: str, method: str, widths: tuple[int, int], reason: str
 ) -> GrowthEvent:
     """Carry out an edit and tell about it."""
     optimizers, before = as_optimizers(optimizer), count_parameters(model)

@@ -160,10 +160,7 @@ def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[s
 
 
 def ages_after(
-    optimizer: Optimizer,
-    group: Mapping[str, Any],
-    state: Mapping[str, Any],
-    resized: Sequence[list[int | None]],
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], resized: Sequence[list[int | None]]
 ) -> dict[str, Any] | None:
     """The record of ages of a resized parameter.
 
@@ -264,10 +261,7 @@ class AgeHooks:
     def __init__(self, optimizer: Optimizer) -> None:
         self._twinned = isinstance(optimizer, _TWINS)
         self.forget()
-        self._handles = [
-            optimizer.register_step_pre_hook(self.before),
-            optimizer.register_step_post_hook(self.after),
-        ]
+        self._handles = [optimizer.register_step_pre_hook(self.before), optimizer.register_step_post_hook(self.after)]
         hooks: Any = optimizer._optimizer_step_post_hooks  # hooks of others shall see a step that is whole
         hooks.move_to_end(self._handles[1].id, last=False)
 

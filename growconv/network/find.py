@@ -59,11 +59,7 @@ class Analysis:
 
 
 def find_sites(
-    model: nn.Module,
-    example_input: object,
-    *,
-    modes: Sequence[str] = ("eval", "train"),
-    rehearse: bool = True,
+    model: nn.Module, example_input: object, *, modes: Sequence[str] = ("eval", "train"), rehearse: bool = True
 ) -> tuple[GrowthSite, ...]:
     """All places where a model can grow, in forward order, each tested on a copy of the model.
 
@@ -95,11 +91,7 @@ def find_sites(
 
 
 def site(
-    model: nn.Module,
-    producers: str | Sequence[str],
-    consumers: str | Sequence[str],
-    *,
-    example_input: object,
+    model: nn.Module, producers: str | Sequence[str], consumers: str | Sequence[str], *, example_input: object
 ) -> GrowthSite:
     """The site between layers that the user names, for models that cannot be traced as a whole.
 

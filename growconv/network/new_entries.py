@@ -161,13 +161,7 @@ def _misshapen(label: str, site: Site, expected: object, got: object) -> Surgery
 
 
 def positions_now(
-    site: Site,
-    key: Key,
-    length: int,
-    units: Mapping[int, int],
-    label: str,
-    groups: int = 1,
-    sizes: Sizes | None = None,
+    site: Site, key: Key, length: int, units: Mapping[int, int], label: str, groups: int = 1, sizes: Sizes | None = None
 ) -> list[int]:
     """Where the entries that an axis had once lie now.
 

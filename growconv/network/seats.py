@@ -119,10 +119,7 @@ class Region:
         return len(next(iter(self.places.values())))
 
     def read(
-        self,
-        new: Mapping[str, Calls],
-        inserted: Inserted | None = None,
-        measured: dict[str, Moments] | None = None,
+        self, new: Mapping[str, Calls], inserted: Inserted | None = None, measured: dict[str, Moments] | None = None
     ) -> dict[str, tuple[Tensor, ...]]:
         """What the consumers read of new channels, differentiable in the values and in what is inserted.
 

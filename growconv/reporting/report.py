@@ -204,16 +204,7 @@ def _results(runs: Mapping[str, RunRecord], broken: Sequence[str]) -> str:
     """Grown and fixed networks as a table; FLOPs also as a share of the dearest run's."""
     first = next(iter(runs.values()))
     score = run_plots.score_name(first)
-    heading = [
-        "network",
-        f"test {score} %",
-        "test loss",
-        "parameters",
-        "training FLOPs",
-        "share",
-        "seconds",
-        "growing",
-    ]
+    heading = ["network", f"test {score} %", "test loss", "parameters", "training FLOPs", "share", "seconds", "growing"]
     most = max((number(run.summary, "train_flops", 0.0) for run in runs.values()), default=0.0)
     rows = []
     for label, run in runs.items():

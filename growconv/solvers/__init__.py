@@ -3,16 +3,7 @@
 `tiny`, `gradmax` and `exact` are the methods on bare tensors; the classes are what `solve` looks up by name.
 """
 
-from growconv.solvers.base import (
-    SOLVERS,
-    Channels,
-    LinearisationWarning,
-    Request,
-    Solver,
-    get_solver,
-    register,
-    solve,
-)
+from growconv.solvers.base import SOLVERS, Channels, LinearisationWarning, Request, Solver, get_solver, register, solve
 from growconv.solvers.energy import captured_energy, expected_decrease
 from growconv.solvers.exact import Exact, ExactChannels, exact
 from growconv.solvers.firefly import Firefly

@@ -210,10 +210,7 @@ def empty(request: Request, method: str, reason: str) -> ChannelGrowth:
 
 
 def norm_moments(
-    subject: PairStatistics,
-    left: Float[Tensor, "k a"],
-    incoming: Mapping[str, Tensor],
-    biases: Mapping[str, Tensor],
+    subject: PairStatistics, left: Float[Tensor, "k a"], incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance of the new channels' own values before the norm layers that directly follow the producers.
 

@@ -14,13 +14,7 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.limits import limited
-from growconv.linalg import (
-    BilinearMetric,
-    DenseMetric,
-    fix_signs,
-    require_finite,
-    shared_left_least_squares,
-)
+from growconv.linalg import BilinearMetric, DenseMetric, fix_signs, require_finite, shared_left_least_squares
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.assembly import assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Request, Solver, register

@@ -69,10 +69,7 @@ class RankStatistics:
 
 
 def collect_rank_statistics(
-    model: nn.Module,
-    sites: Iterable[RankSite],
-    batches: Iterable[tuple[Any, Any]],
-    loss: Callable[[Any, Any], Tensor],
+    model: nn.Module, sites: Iterable[RankSite], batches: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
 ) -> dict[str, RankStatistics]:
     """Moments of factorized convolutions on some batches; parameters and their gradients stay as they are.
 

@@ -479,13 +479,7 @@ class StatisticsCollector:
     # ---------------------------------------------------------------------------------------------- one call
 
     def _measure(
-        self,
-        collected: _Site,
-        consumer: Measurement,
-        module: nn.Module,
-        each: Pass,
-        gradient: Tensor,
-        index: int,
+        self, collected: _Site, consumer: Measurement, module: nn.Module, each: Pass, gradient: Tensor, index: int
     ) -> None:
         """Add what one call of a consumer tells, once its gradient has come."""
         if not self._second:

@@ -14,15 +14,7 @@ import numpy as np
 
 from growconv.convolution.geometry import Geometry
 
-MAPS = {
-    "S": "xx",
-    "S_full": "xx",
-    "patch_gram": "xx",
-    "N_raw": "xv",
-    "P": "xh",
-    "S2": "hh",
-    "M": "hv",
-}
+MAPS = {"S": "xx", "S_full": "xx", "patch_gram": "xx", "N_raw": "xv", "P": "xh", "S2": "hh", "M": "hv"}
 """The two maps of each statistic: x read by the producer, h read by the consumer, v wanted of the consumer's output."""
 
 Diagonal = tuple[int, int, int]

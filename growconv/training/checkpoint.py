@@ -215,10 +215,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    scheduler: GrowthScheduler | None = None,
+    path: str | Path, model: nn.Module, optimizer: Optimizer | None = None, scheduler: GrowthScheduler | None = None
 ) -> Checkpoint:
     """Load a checkpoint into a model, in place; the model may be the small one of the start or have the saved shapes.
 

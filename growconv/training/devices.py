@@ -234,10 +234,7 @@ def random_states(devices: Devices) -> tuple[dict[str, Tensor], dict[str, Any]]:
     own = (
         {"cpu": torch.get_rng_state()}
         | ({"cuda": torch.cuda.get_rng_state()} if devices.device.type == "cuda" else {}),
-        {
-            "python": [python[0], list(python[1]), python[2]],
-            "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
-        },
+        {"python": [python[0], list(python[1]), python[2]], "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]]},
     )
     gathered: list[Any] = [own]
     if devices.world_size > 1:

@@ -34,11 +34,7 @@ from growconv.training.tracking import make_trackers, require_installed
 
 
 def run(
-    config: Mapping[str, Any],
-    directory: str | Path,
-    resume: bool = False,
-    sweep: bool = False,
-    name: str | None = None,
+    config: Mapping[str, Any], directory: str | Path, resume: bool = False, sweep: bool = False, name: str | None = None
 ) -> dict[str, Any]:
     """Train what a config says, and the fixed models that it asks to be compared with.
 

@@ -4,10 +4,7 @@ import logging
 
 from torch import nn
 
-from growconv.growth import (
-    Best,
-    GrowthScheduler,
-)  # fmt: skip
+from growconv.growth import Best, GrowthScheduler  # fmt: skip
 
 
 def test_decisions_are_logged_with_their_reasons(chain, sites_of, batches_of, caplog):

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from growconv.errors import ArgumentValueError
-from growconv.linalg import (
-    DenseMetric,
-    bilinear,
-    bilinear_least_squares,
-    shared_left_least_squares,
-)
+from growconv.linalg import DenseMetric, bilinear, bilinear_least_squares, shared_left_least_squares
 from tests.linalg.test_spectral import gaussian
 
 

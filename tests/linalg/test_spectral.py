@@ -6,13 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.errors import ArgumentValueError
-from growconv.linalg import (
-    fix_signs,
-    leading_svd,
-    shrink,
-    solve_psd,
-    whiten,
-)
+from growconv.linalg import fix_signs, leading_svd, shrink, solve_psd, whiten
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

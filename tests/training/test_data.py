@@ -5,14 +5,7 @@ import pytest
 import torch
 
 from growconv.errors import DataError
-from growconv.training.data import (
-    epoch_order,
-    generator_for,
-    load_data,
-    seed_for,
-    shift_and_flip,
-    steps_per_epoch,
-)
+from growconv.training.data import epoch_order, generator_for, load_data, seed_for, shift_and_flip, steps_per_epoch
 
 COMMON = {"validation": 0.1, "augmentation": "none", "limit": None}
 

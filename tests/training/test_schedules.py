@@ -112,10 +112,7 @@ def test_a_schedule_of_torch_gives_torchs_rates_from_any_step_on(name: str, ever
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (
-            ["lr_schedule=torch", "lr_schedule.name=StepLr", "+lr_schedule.args.step_size=2"],
-            "lr_schedule.name=StepLR?",
-        ),
+        (["lr_schedule=torch", "lr_schedule.name=StepLr", "+lr_schedule.args.step_size=2"], "lr_schedule.name=StepLR?"),
         (["lr_schedule=torch", "lr_schedule.name=ReduceLROnPlateau"], "looks at a metric"),
         (["lr_schedule=torch", "lr_schedule.name=StepLR"], "step_size"),
         (

@@ -16,9 +16,7 @@ from PIL import Image
 
 from growconv.errors import DataError
 from growconv.training import sources
-from growconv.training.data import (
-    load_data,
-)
+from growconv.training.data import load_data
 from growconv.training.options import StoredConfig
 from tests.training.test_data import COMMON
 

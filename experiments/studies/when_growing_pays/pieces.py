@@ -7,12 +7,7 @@ from pathlib import Path
 DECAY = 0.4
 """The last share of a run, in which the rate falls."""
 FIXED = ("growth=none",)
-BASE = (
-    "optimizer=sgd",
-    "trainer.progress=none",
-    "baselines=[]",
-    "report=false",
-)
+BASE = ("optimizer=sgd", "trainer.progress=none", "baselines=[]", "report=false")
 FALLING = ("lr_schedule=trapezoid", f"lr_schedule.decay={DECAY}")
 DATA: dict[str, tuple[str, ...]] = {
     "fashion": ("data=fashion_mnist", "data.validation=0.1", "trainer.batch_size=128"),

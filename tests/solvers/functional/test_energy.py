@@ -24,12 +24,7 @@ def small_model(activation: Callable[[], nn.Module], norm: bool = False, seed: i
     torch.manual_seed(seed)
     between = [nn.BatchNorm2d(3), activation()] if norm else [activation()]
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1),
-        *between,
-        nn.Conv2d(3, 4, 3, stride=2),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(36, 3),
+        nn.Conv2d(2, 3, 3, padding=1), *between, nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
     ).double()
     return model.eval()
 

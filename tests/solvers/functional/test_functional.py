@@ -240,8 +240,7 @@ def test_samples_that_are_not_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"iterations": -1}, {"trial_iterations": -1}, {"patience": 0}, {"held_out": 1.0}, {"damping": 0.0}],
+    "options", [{"iterations": -1}, {"trial_iterations": -1}, {"patience": 0}, {"held_out": 1.0}, {"damping": 0.0}]
 )
 def test_impossible_hyperparameters(options: dict) -> None:
     with pytest.raises(ArgumentValueError):
