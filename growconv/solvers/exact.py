@@ -21,8 +21,7 @@ from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.energy import require_samples
 from growconv.solvers.sampling import worthwhile
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held_out import sample_averages, sample_batches
-from growconv.statistics.pair import PairStatistics
+from growconv.statistics.pair import PairStatistics, sample_averages, sample_batches
 from growconv.statistics.problem import PairProblem
 
 ROUTES = ("auto", "dense", "samples")

@@ -36,7 +36,7 @@ from growconv.solvers.fitting import (
     normal_equations,
 )
 from growconv.solvers.weights import filter_norms, normal, of_units, old_steepness, silent_outgoing
-from growconv.statistics.held_out import sample_averages
+from growconv.statistics.pair import sample_averages
 from growconv.statistics.samples import KeptSamples, by_sample
 
 logger = logging.getLogger("growconv.solvers")

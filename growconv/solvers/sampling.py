@@ -16,7 +16,7 @@ from growconv.solvers.assembly import empty
 from growconv.solvers.base import Channels, Request, Solver, get_solver
 from growconv.solvers.energy import captured_by_sample, require_samples
 from growconv.statistics import PairStatistics, collect_statistics
-from growconv.statistics.held_out import without
+from growconv.statistics.pair import without
 
 Found = dict[str, PairStatistics]
 Solve = Callable[[Request], ChannelGrowth]

@@ -21,14 +21,12 @@ from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held import HeldBatch
+from growconv.statistics.held import HeldBatch, Shelf
 from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem
-from growconv.statistics.producers import site_input, site_problem
+from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
-from growconv.statistics.shelf import Shelf
 from growconv.statistics.sums import full_precision
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]

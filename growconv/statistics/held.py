@@ -1,4 +1,4 @@
-"""Batches held until W* is known: N, N_raw and P from x, h and v themselves."""
+"""Batches held until W* is known: N, N_raw and P from x, h and v themselves; and the memory that copies are held in."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,6 @@ from torch import Tensor
 from growconv.convolution.unfold import pad
 from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.problem import PairProblem
-from growconv.statistics.shelf import Shelf
 from growconv.statistics.sums import full_precision
 
 GROUP_BYTES = 6 * 2**20
@@ -37,6 +36,41 @@ def applied_update(
     if second.padding_mode != "zeros" or any(low != high for low, high in second.padding):
         h, padding = pad(h, second), 0
     return _CONVOLUTIONS[second.axes](h, weight, bias, second.stride, padding, second.dilation)
+
+
+BLOCK_BYTES = 33 * 2**20
+"""Larger than 32 MiB, glibc's greatest limit for memory of its heap: a block is mapped by itself, untouched pages of it
+take nothing, and it goes back to the system as a whole."""
+
+
+class Shelf:
+    """Long-lived copies side by side in large blocks.
+
+    Single ones would lie among the tensors that every pass allocates and frees, and leave gaps between them that an
+    aligned allocation of the same size does not fit. Other devices than the CPU have allocators that reuse such gaps.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A new tensor.
+
+        Args:
+            like: of which shape and on which device.
+            dtype: its type.
+        """
+        size = like.numel() * dtype.itemsize
+        if like.device.type != "cpu":
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
+        if size > len(self._block):
+            self._block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8)
+        part, self._block = self._block[:size], self._block[-(-size // 64) * 64 :]
+        return part.view(dtype).view(like.shape)
+
+    def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of a tensor."""
+        return self.empty(tensor, dtype or tensor.dtype).copy_(tensor)
 
 
 @dataclass(frozen=True, eq=False)

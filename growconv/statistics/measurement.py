@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, applied_update, grouped
-from growconv.statistics.shelf import Shelf
+from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, Shelf, applied_update, grouped
 from growconv.statistics.sums import Totals, entries_text, full_precision
 
 Place = tuple[int, int, int, int]

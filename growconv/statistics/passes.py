@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from growconv.errors import StatisticsError
 from growconv.network.seats import Region
 from growconv.network.site import GrowthSite
+from growconv.statistics.held import Shelf
 from growconv.statistics.problem import batched
 from growconv.statistics.samples import KeptBatch, KeptPass
-from growconv.statistics.shelf import Shelf
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from growconv.errors import ArgumentValueError, ScheduleError, SolverError, Stat
 from growconv.solvers import Request, collect_until_known, get_solver, measure_gains, solve
 from growconv.solvers.energy import captured_by_sample
 from growconv.solvers.sampling import held_out_gains
-from growconv.statistics.held_out import without
+from growconv.statistics.pair import without
 from tests.solvers.closed_forms.test_assembly import SAMPLED
 
 from .pairs import collected, pair, squared_error, teacher_batches
