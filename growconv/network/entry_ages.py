@@ -25,13 +25,16 @@ is exact, SparseAdam but for its ε. A CUDA graph of a step calls no hooks: capt
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import signature
+from itertools import count, groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from growconv.network.plan import Change
 
 AGES = "growconv_ages"
 """The entry of a parameter's optimizer state that says which rows and columns are young."""
@@ -59,18 +62,19 @@ class Average:
     Attributes:
         name: its name in the state.
         power: 1 for an average of gradients, 2 of their squares.
-        own: weight of the newest gradient at an age.
-        shared: the weight that the optimizer gives it at its count of steps.
-        scale: what the optimizer divides the tensor by at its count of steps.
+        own: weight of all gradients before the newest one at an age.
+        shared: the same as the optimizer gives it at its count of steps.
+        scale: what the optimizer divides the tensor by at its count of steps; 0 for a maximum of such tensors, which
+            takes no gradients itself.
         until: age at which the difference no longer matters.
     """
 
     name: str
     power: int
-    own: Callable[[int], float | int]
-    shared: Callable[[int], float | int]
-    scale: Callable[[int], float | int]
-    until: float | int
+    own: Callable[[int], float]
+    shared: Callable[[int], float]
+    scale: Callable[[int], float]
+    until: float
 
     def coefficients(self, age: int, gap: int, now: int) -> tuple[float, float]:
         """(a, b) such that a · state + b · gradient^power before the step gives the right average after it.
@@ -80,70 +84,54 @@ class Average:
             gap: steps since the last one that was corrected.
             now: the parameter's count with this step.
         """
-        kept = math.prod(1 - self.own(age - back) for back in range(gap))
-        kept /= math.prod(1 - self.shared(now - back) for back in range(1, gap))
-        late = 1 - self.shared(now)
-        if late <= 0:
-            return 1.0, 0.0
-        return kept / late, (1 - kept / late) * self.scale(now - 1)
-
-
-@dataclass(frozen=True)
-class Maximum(Average):
-    """AMSGrad's maximum of the second moments, which are divided by 1-β^t only afterwards."""
-
-    def coefficients(self, age: int, gap: int, now: int) -> tuple[float, float]:
-        """Only the scale changes."""
-        scale = self.scale
-        return scale(age - gap) / scale(age) * scale(now) / scale(now - gap), 0.0
+        kept = math.prod(self.own(age - back) / self.shared(now - back) for back in range(gap))
+        return kept, (1 - kept) * self.scale(now - 1)
 
 
 def averages(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[Average]:
     """The averages of a parameter's state that weight gradients by the count of steps; none where a twin is needed."""
 
-    def corrected(name: str, power: int, beta: float, kind: type[Average] = Average) -> Average:
-        def weight(age: int) -> float:
-            return (1 - beta) / (1 - beta**age)
+    def corrected(name: str, power: int, beta: float) -> Average:
+        def sum_of_weights(age: int) -> float:
+            return 1 - beta**age
 
-        return kind(name, power, weight, weight, lambda age: 1 - beta**age, _until(beta))
+        def before(age: int) -> float:
+            return beta * sum_of_weights(age - 1) / sum_of_weights(age)
+
+        return Average(name, power, before, before, sum_of_weights, _until(beta))
 
     if isinstance(optimizer, _TWINS):
         return []
     if isinstance(optimizer, _MATRIX["Adafactor"]):
         power = float(group["beta2_decay"])
 
-        def falling(age: int) -> float:
-            return age**power
+        def before(age: int) -> float:
+            return 1 - age**power
 
         until = (SETTLED**2) ** (1 / power) if power else 0
         names = [name for name in ("row_var", "col_var", "variance") if name in state]
-        return [Average(name, 2, falling, falling, _one, until) for name in names]
+        return [Average(name, 2, before, before, lambda age: 1, until) for name in names]
     if isinstance(optimizer, _MATRIX["Muon"]):
         beta = float(group["momentum"])  # not corrected by Muon, which looks at proportions only
-        return [replace(corrected("momentum_buffer", 1, beta), shared=lambda age: 1 - beta, scale=_one)]
+        return [replace(corrected("momentum_buffer", 1, beta), shared=lambda age: beta, scale=lambda age: 1)]
     betas = group.get("betas")
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not {"step", "exp_avg"} <= set(state):
+    known = {"step", "exp_avg"} <= set(state) and ("exp_avg_sq" in state or isinstance(optimizer, torch.optim.Adamax))
+    if not known or not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return []
     first, second = map(float, betas)
     found = [corrected("exp_avg", 1, first)]
     if "exp_avg_sq" in state:
         found.append(corrected("exp_avg_sq", 2, second))
-        if "max_exp_avg_sq" in state:
-            found.append(corrected("max_exp_avg_sq", 2, second, Maximum))
-    elif not isinstance(optimizer, torch.optim.Adamax):
-        return []
+    if "max_exp_avg_sq" in state:  # AMSGrad's maximum is divided by 1-β^t only afterwards
+        found.append(replace(corrected("max_exp_avg_sq", 2, second), scale=lambda age: 0))
     return found
-
-
-def _one(age: int) -> float:
-    return 1.0
 
 
 def _until(beta: float) -> int:
     return max(EXACT, math.ceil(math.log(SETTLED) / math.log(beta))) if 0 < beta < 1 else 0
 
 
-def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
+def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float:
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
@@ -160,7 +148,7 @@ def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[s
 
 
 def ages_after(
-    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], resized: Sequence[list[int | None]]
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], change: Change
 ) -> dict[str, Any] | None:
     """The record of ages of a resized parameter.
 
@@ -168,20 +156,21 @@ def ages_after(
         optimizer: what trains it.
         group: the parameter's group.
         state: its state before.
-        resized: per axis the old entry that each entry of the new shape was; None for a new one.
+        change: what was put in and taken out along which axis.
 
     Returns:
         {"born": per axis None or the parameter's count of steps at which each entry came, "twins": per birth the
         numbers in the state of its twin, "now": the count of steps, where the state has none}: plain values that every
         way of saving an optimizer keeps. None where no entry needs a correction.
     """
-    before = state.get(AGES, {})
-    now = _count(state)
+    before, now, shape = state.get(AGES, {}), _count(state), change.tensor.shape
     new = now if now and steps_young(optimizer, group, state, now) else 0
     born: list[list[int] | None] = []
-    for axis, sources in enumerate(resized):
-        known = before["born"][axis] if before else None
-        came = [new if old is None else known[old] if known else 0 for old in sources]
+    for axis, size in enumerate(shape):
+        known = torch.tensor(before["born"][axis] if before and before["born"][axis] else [0] * size) + 1
+        along = [other == axis for other in range(len(shape))]
+        came = change.resized(known.view([-1 if own else 1 for own in along]), fill=False, axes=along).flatten()
+        came = torch.where(came == 0, new, came - 1).tolist()
         born.append(came if any(came) else None)
     if not any(born):
         return None
@@ -194,26 +183,22 @@ def _count(state: Mapping[str, Any]) -> int:
     return int(state["step"]) if "step" in state else state.get(AGES, {}).get("now", 1)
 
 
-def boxes(born: Sequence[Sequence[int] | None], shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
+def boxes(born: Sequence[Sequence[int] | None]) -> Iterator[tuple[int, Box]]:
     """The parts of a tensor whose entries came at the same step after the beginning, and that step.
 
     An entry where a new row meets a new column is as young as the younger of the two.
     """
-    latest = [max(came) if came else 0 for came in born]
-
-    def parts(axis: int, birth: int, box: Box) -> Iterator[tuple[int, Box]]:
-        if birth >= max(latest[axis:], default=0):
-            yield from [(birth, box)] if birth else []
-            return
-        came = born[axis] or [0] * shape[axis]
-        start = 0
-        for stop in range(1, len(came) + 1):
-            if stop == len(came) or came[stop] != came[start]:
-                part = ((axis, start, stop - start),) if stop - start < len(came) else ()
-                yield from parts(axis + 1, max(birth, came[start]), box + part)
-                start = stop
-
-    return parts(0, 0, ())
+    found: list[tuple[int, Box]] = [(0, ())]
+    for axis, came in enumerate(born):
+        finer: list[tuple[int, Box]] = []
+        for birth, box in found if came else ():
+            start = 0
+            for latest, run in groupby(max(each, birth) for each in came or ()):
+                length = len(list(run))
+                finer.append((latest, (*box, (axis, start, length))))
+                start += length
+        found = finer or found
+    return ((birth, box) for birth, box in found if birth)
 
 
 def cut(tensor: Tensor, box: Box) -> Tensor:
@@ -237,20 +222,21 @@ class _Batch:
     now: int  # its count of steps
     due: int  # that of the next step whose gradient is weighted by age
     born: int
-    names: tuple[str, ...]
+    names: list[str]
     reduced: tuple[int, ...]  # axes that the averages leave out
-    cells: list[tuple[nn.Parameter, Box]]
-    views: list[list[Tensor]]  # per name, one a cell
-    seen: list[tuple[dict[str, Any], str, Tensor]]  # the tensors that the views are of
+    cells: list[tuple[nn.Parameter, Box]] = field(default_factory=list)
+    views: dict[str, list[Tensor]] = field(default_factory=dict)  # by name, one a cell
+    seen: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # the tensors that the views are of
 
 
 @dataclass
 class _Twin:
     """A copy of some young entries of one parameter, for a new optimizer of the same class to step."""
 
+    group: dict[str, Any]
     parameter: nn.Parameter
     box: Box
-    born: int
+    born: str
     copy: nn.Parameter
     state: dict[str, Any]
 
@@ -273,7 +259,6 @@ class AgeHooks:
         self._young: list[Young] = []  # those
         self._batches: list[_Batch] = []
         self._twins: list[_Twin] = []
-        self._uncounted: list[dict[str, Any]] = []  # states of those whose steps the optimizer does not count
         self._left = 0.0  # steps until the first of the young is old
 
     def before(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
@@ -308,7 +293,7 @@ class AgeHooks:
             with torch.no_grad():
                 for batch in due:
                     _weight_by_age(optimizer, batch)
-                self._twins = list(_make_twins(self._young)) if self._twinned else []
+                self._twins = _make_twins(self._young) if self._twinned else []
 
     def _look(self, optimizer: Optimizer) -> None:
         """Find the young entries."""
@@ -320,9 +305,8 @@ class AgeHooks:
                     self._all.append((group, parameter, optimizer.state[parameter]))
         self._given = [parameter.grad is not None for _, parameter, _ in self._all]
         self._young = [each for each, given in zip(self._all, self._given, strict=True) if given]
-        self._uncounted = [state for _, _, state in self._young if "now" in state[AGES]]
-        self._batches = list(_batches(optimizer, self._young))
-        self._left = min((_steps_left(optimizer, *each) for each in self._young), default=math.inf)
+        self._batches = _batches(optimizer, self._young)
+        self._left = min((_steps_left(optimizer, group, state) for group, _, state in self._young), default=math.inf)
 
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
@@ -330,15 +314,16 @@ class AgeHooks:
             return
         if self._twins:
             _step_twins(optimizer, self._twins)
-        for state in self._uncounted:
-            state[AGES]["now"] += 1
+        for _, _, state in self._young:
+            if "now" in state.get(AGES, ()):  # the optimizer does not count the steps
+                state[AGES]["now"] += 1
         for batch in self._batches:
             batch.now += 1
         self._left -= 1
         if self._left > 0 and self._all:
             return
-        for group, parameter, state in self._young:
-            if _steps_left(optimizer, group, parameter, state) <= 0:
+        for group, _, state in self._young:
+            if _steps_left(optimizer, group, state) <= 0:
                 del state[AGES]
         self.forget()
         if not any(AGES in state for state in optimizer.state.values()):
@@ -368,43 +353,43 @@ def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
         hooks = [getattr(hook, "__self__", None) for hook in inner._optimizer_step_pre_hooks.values()]
         mine = next((hook for hook in hooks if isinstance(hook, AgeHooks)), None)
         if mine is None and any(AGES in state for state in inner.state.values()):
-            mine = AgeHooks(inner)
-        if mine is not None and changed:
+            AgeHooks(inner)
+        elif mine is not None and changed:
             mine.forget()
 
 
-def _steps_left(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]) -> float:
+def _steps_left(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]) -> float:
     newest = max(max(came) for came in state[AGES]["born"] if came)
-    return float(newest + steps_young(optimizer, group, state, newest) - _count(state))
+    return newest + steps_young(optimizer, group, state, newest) - _count(state)
 
 
-def _batches(optimizer: Optimizer, young: Iterable[Young]) -> Iterable[_Batch]:
+def _batches(optimizer: Optimizer, young: Iterable[Young]) -> list[_Batch]:
     found: dict[tuple, _Batch] = {}
     for group, parameter, state in young:
-        kinds: dict[tuple[int, ...], list[str]] = {}
+        now, kinds = _count(state), dict[tuple[int, ...], list[str]]()
         for each in averages(optimizer, group, state):
             shape = state[each.name].shape
             if len(shape) == parameter.dim():
                 reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
                 kinds.setdefault(reduced, []).append(each.name)
         for reduced, names in kinds.items():
-            born = [None if axis in reduced else came for axis, came in enumerate(state[AGES]["born"])]
-            for birth, box in boxes(born, parameter.shape):
-                views = [_real(cut(state[name], box)) for name in names]
-                dense = [view.is_contiguous() for view in views]  # only those that are dense go in one launch on a GPU
-                key = (id(group), birth, _count(state), *names, reduced, parameter.dtype, parameter.device, *dense)
+            for birth, box in boxes([None if axis in reduced else b for axis, b in enumerate(state[AGES]["born"])]):
+                views = {name: _real(cut(state[name], box)) for name in names}
+                dense = [view.is_contiguous() for view in views.values()]  # those go in one launch on a GPU
+                key = (id(group), birth, now, *names, reduced, parameter.dtype, parameter.device, *dense)
                 if key not in found:
-                    rest: Any = (tuple(names), reduced, [], [[] for _ in names], [])
-                    now = _count(state)
-                    ages = range(now + 1 - birth, 2 * (now + 1 - birth) + 1)
-                    every = isinstance(optimizer, torch.optim.SparseAdam)
-                    due = birth + next(age for age in ages if every or age % gap_at(age) == 0)
-                    found[key] = _Batch(group, state, now, due, birth, *rest)
+                    due = birth + next(age for age in count(now + 1 - birth) if age % _gap(optimizer, age) == 0)
+                    found[key] = _Batch(group, state, now, due, birth, names, reduced)
                 found[key].cells.append((parameter, box))
-                for name, view, column in zip(names, views, found[key].views, strict=True):
-                    column.append(view)
+                for name, view in views.items():
+                    found[key].views.setdefault(name, []).append(view)
                     found[key].seen.append((state, name, state[name]))
-    return found.values()
+    return list(found.values())
+
+
+def _gap(optimizer: Optimizer, age: int) -> int:
+    """As `gap_at`; moments of rows without gradient do not fade under SparseAdam."""
+    return 1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age)
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -413,17 +398,14 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
     """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
-    gradients: list[Tensor] = []
-    now = batch.now + 1
+    now, gradients = batch.now + 1, list[Tensor]()
     age = now - batch.born
-    # moments of rows without gradient do not fade under SparseAdam
-    gap = 1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age - 1)
-    batch.due = now + (1 if isinstance(optimizer, torch.optim.SparseAdam) else gap_at(age))
+    batch.due = now + _gap(optimizer, age)
     for each in averages(optimizer, batch.group, batch.state):
-        if each.name not in batch.names or age > each.until:
+        if each.name not in batch.views or age > each.until:
             continue
-        views = batch.views[batch.names.index(each.name)]
-        keep, add = each.coefficients(age, gap, now)
+        views = batch.views[each.name]
+        keep, add = each.coefficients(age, _gap(optimizer, age - 1), now)
         gradients = gradients or _gradients(optimizer, batch)
         if each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
             _batched._foreach_lerp_(views, gradients, add)
@@ -455,17 +437,20 @@ def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
     return found
 
 
-def _make_twins(young: Iterable[Young]) -> Iterator[_Twin]:
-    for _, parameter, state in young:
-        for born, box in boxes(state[AGES]["born"], parameter.shape):
+def _make_twins(young: Iterable[Young]) -> list[_Twin]:
+    twins = []
+    for group, parameter, state in young:
+        for birth, box in boxes(state[AGES]["born"]):
             own: dict[str, Any] = {}
-            numbers = state[AGES]["twins"].get(str(born), {})  # none: it begins with this step
-            for name, value in state.items() if str(born) in state[AGES]["twins"] else ():
+            begun = str(birth) in state[AGES]["twins"]  # else it begins with this step
+            numbers = state[AGES]["twins"].get(str(birth), {})
+            for name, value in state.items() if begun else ():
                 if name in numbers:
                     own[name] = torch.full_like(value, numbers[name])
                 elif isinstance(value, Tensor):
                     own[name] = cut(value, box).clone()
-            yield _Twin(parameter, box, born, nn.Parameter(cut(parameter, box).clone()), own)
+            twins.append(_Twin(group, parameter, box, str(birth), nn.Parameter(cut(parameter, box).clone()), own))
+    return twins
 
 
 @torch.no_grad()
@@ -474,8 +459,7 @@ def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
     kind: Any = next(each for each in type(optimizer).__mro__ if each in _TWINS)
     names = signature(kind).parameters
     for group in optimizer.param_groups:
-        mine = {id(parameter) for parameter in group["params"]}
-        own = [twin for twin in twins if id(twin.parameter) in mine]
+        own = [twin for twin in twins if twin.group is group]
         if not own:
             continue
         options = {name: value for name, value in group.items() if name in names and name != "params"}
@@ -494,4 +478,4 @@ def _step_twins(optimizer: Optimizer, twins: Sequence[_Twin]) -> None:
                     cut(state[name], twin.box).copy_(value)
                 else:
                     numbers[name] = float(value)
-            state[AGES]["twins"][str(twin.born)] = numbers
+            state[AGES]["twins"][twin.born] = numbers

@@ -7,7 +7,6 @@ this cannot be noticed: pass all of them (a list for several), or build them aft
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -84,11 +83,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[s
 
 def owned_by(optimizers: Iterable[Optimizer]) -> set[int]:
     """The identities of all parameters that optimizers train."""
-    found: set[int] = set()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            found.update(map(id, group["params"]))
-    return found
+    return {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
 
 
 def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, change: Change) -> None:
@@ -123,7 +118,7 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
                     moved[name] = torch.where(is_new, begins, moved[name])
             elif name != AGES:
                 moved[name] = value
-        ages = ages_after(each, groups[0], state, _sources(change)) if groups else None
+        ages = ages_after(each, groups[0], state, change) if groups else None
         each.state[new] = moved if ages is None else {**moved, AGES: ages}
 
 
@@ -213,19 +208,6 @@ def _begins_as(optimizer: Optimizer, group: dict[str, Any], name: str, parameter
     return None
 
 
-def _sources(change: Change) -> list[list[int | None]]:
-    """Per axis the old entry that each entry is after the change; None for a new one."""
-    found: list[list[int | None]] = []
-    for axis, size in enumerate(change.tensor.shape):
-        entries: list[int | None] = list(range(size))
-        for each in sorted(change.insertions, key=attrgetter("position"), reverse=True):
-            if each.axis == axis:
-                entries[each.position : each.position] = [None] * each.count
-        gone = set(change.removed.get(axis, ()))
-        found.append([entry for index, entry in enumerate(entries) if index not in gone])
-    return found
-
-
 class Journal:
     """What a model and its optimizers are made of, so that it can be put back.
 
@@ -292,10 +274,7 @@ def exchange(
         for registered in (module._parameters, module._buffers):
             for name, value in registered.items():
                 places.setdefault(id(value), []).append((registered, name))
-    built = []
-    for change in changes:
-        if change.resizes:
-            built.append((change, _successor(change)))
+    built = [(change, _successor(change)) for change in changes if change.resizes]
     for change, new in built:
         for registered, name in places[id(change.tensor)]:
             registered[name] = new

@@ -517,7 +517,7 @@ def test_the_boxes_cover_every_young_entry_once() -> None:
     shape = (6, 3, 4)
     expected = torch.maximum(torch.tensor(born[0]).view(6, 1, 1), torch.tensor(born[2]).view(1, 1, 4)).expand(shape)
     found = torch.zeros(shape, dtype=torch.long)
-    for birth, box in boxes(born, shape):
+    for birth, box in boxes(born):
         assert not cut(found, box).any()
         cut(found, box).fill_(birth)
     assert torch.equal(found, expected)
