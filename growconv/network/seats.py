@@ -27,20 +27,9 @@ Moments = tuple[Tensor, Tensor]
 Calls = Sequence[Tensor]
 """What a layer gives or is given, one tensor for each of its calls."""
 
-_BATCH_NORMS = operations.NORMALIZING
 _REDUCTIONS = frozenset(["mean", "sum", "amax", "amin"])
-_SIZED = operations.VIEWS | {
-    "expand",
-    "repeat",
-    "new_zeros",
-    "new_empty",
-    "new_ones",
-    "new_full",
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-}
+_FILLED = ("zeros", "ones", "empty", "full")
+_SIZED = operations.VIEWS | {"expand", "repeat", *_FILLED, *(f"new_{kind}" for kind in _FILLED)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,6 @@ class Region:
         narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
         samples: how many samples it is run on; None where the first axes of the outputs differ.
         recorded: how many the pass had.
-        cut: whether it is a part of a region that can be run on some of its samples.
     """
 
     site: GrowthSite
@@ -104,7 +92,6 @@ class Region:
     narrow: bool
     samples: int | None
     recorded: int | None
-    cut: bool = False
 
     @property
     def calls(self) -> dict[str, int]:
@@ -155,21 +142,20 @@ class Region:
                 got=new[path][0].shape[self._axis(path, new[path][0])],
             )
         at_once = count if self.narrow else self.units
-        goes = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-        found = [_Go(self, each, count, new, inserted or Inserted(), measured is not None) for each in goes]
-        reads = [go.run() for go in found]
-        if measured is not None:
-            for name in found[0].measured:
-                moments = [go.measured[name] for go in found]
-                measured[name] = (torch.cat([m for m, _ in moments]), torch.cat([v for _, v in moments]))
+        found, reads = None if measured is None else dict[str, list[Moments]](), []
+        for start in range(0, count, at_once):
+            units = range(start, min(start + at_once, count))
+            reads.append(_Go(self, units, count, new, inserted or Inserted(), found).run())
+        for name, moments in (found or {}).items():
+            mean, variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
+            measured[name] = mean, variance  # pyright: ignore[reportOptionalSubscript]
+        return {path: self._joined(path, [each[path] for each in reads]) for path in reads[0]}
+
+    def _joined(self, path: str, reads: Sequence[Calls]) -> tuple[Tensor, ...]:
+        """Per call what was read in several goes."""
         if len(reads) == 1:
-            return reads[0]
-        return {
-            path: tuple(
-                torch.cat(parts, self._axis(path, parts[0])) for parts in zip(*(r[path] for r in reads), strict=True)
-            )
-            for path in reads[0]
-        }
+            return tuple(reads[0])
+        return tuple(torch.cat(parts, self._axis(path, parts[0])) for parts in zip(*reads, strict=True))
 
     def _axis(self, path: str, tensor: Tensor) -> int:
         return layers.channel_axis(self.site.model.get_submodule(path), tensor.dim())
@@ -224,7 +210,7 @@ class Region:
     def divisible(self) -> bool:
         """Whether the region can be run on some of its samples: tried once, on the first half of them."""
         several = self.samples is not None and self.samples > 1
-        return self.cut or (several and (self.narrow or self._half_agrees()))
+        return self.samples != self.recorded or (several and (self.narrow or self._half_agrees()))
 
     def part(self, index: slice | Tensor) -> "Region":
         """The region for some of the samples.
@@ -247,7 +233,7 @@ class Region:
         count = self.samples or 0
         samples = len(torch.empty(count)[index])
         kept = {number: some_of(tensor, index, count) for number, tensor in self.constants.items()}
-        return replace(self, constants=kept, samples=samples, cut=True)
+        return replace(self, constants=kept, samples=samples)
 
     def _half_agrees(self) -> bool:
         """Whether half of the samples alone read what they read among all of them."""
@@ -258,7 +244,7 @@ class Region:
             parts = {path: [tensor[index] for tensor in tensors] for path, tensors in whole.items()}
             with torch.no_grad():
                 alone, among = (
-                    _Go(region, range(self.units), self.units, values, Inserted(), False).run()
+                    _Go(region, range(self.units), self.units, values, Inserted()).run()
                     for region, values in ((half, half._seated(parts)), (self, self._seated(whole)))
                 )
         except (RuntimeError, IndexError, ValueError):
@@ -282,27 +268,32 @@ def some_of(tensor: Tensor, index: slice | Tensor, samples: int) -> Tensor:
 
 
 class _Go:
-    """One run of a region.
+    """One run of a region, on as many units of the new channels as have seats.
 
     Args:
         region: what is run.
-        units: which units of the new channels; as many as have seats.
+        units: which units of the new channels.
         count: units of all new channels.
         new: their values.
         inserted: see `Region.read`.
-        measure: whether norms get what is measured in front of them.
+        measured: gets what is measured in front of norms, which is then inserted there.
     """
 
     def __init__(
-        self, region: Region, units: range, count: int, new: Mapping[str, Calls], inserted: Inserted, measure: bool
+        self,
+        region: Region,
+        units: range,
+        count: int,
+        new: Mapping[str, Calls],
+        inserted: Inserted,
+        measured: dict[str, list[Moments]] | None = None,
     ) -> None:
         self.region = region
         self.units = units
         self.count = count
         self.new = new
         self.inserted = inserted
-        self.measure = measure
-        self.measured: dict[str, Moments] = {}
+        self.measured = measured
         self.env: dict[int, Tensor] = {}
         self.like = next(iter(new.values()))[0]
 
@@ -314,23 +305,25 @@ class _Go:
                 self.env[number] = self._seat(path, number, value)
         for step in region.steps:
             if isinstance(step, Rewritten):
-                self.env[step.new] = self._value(step.old)
+                self.env[step.outputs[0]] = self._value(step.inputs[0])
             elif isinstance(step, Operation):
                 refs = (step.args, dict(step.kwargs))
                 args, kwargs = tree_map(lambda leaf: self._value(leaf.value) if isinstance(leaf, Ref) else leaf, refs)
                 made = [each for each in tree_leaves(self._computed(step, args, kwargs)) if isinstance(each, Tensor)]
                 self.env |= zip(step.outputs, made, strict=True)
             elif step.path in found:
-                found[step.path].append(self._take(step.path, self._value(step.input)))
+                read = self._value(step.inputs[0])
+                if not region.narrow:
+                    read = read.index_select(region._axis(step.path, read), self._seats(step.path, IN).flatten())
+                    read = read if region._axis(step.path, read) else read.unsqueeze(0)  # it was given a single sample
+                found[step.path].append(read)
             else:
-                self.env[step.output] = self._follow(step)
+                self.env[step.outputs[0]] = self._follow(step.path, self._value(step.inputs[0]))
         return {path: tuple(tensors) for path, tensors in found.items()}
 
-    # ------------------------------------------------------------------------------------------ seats
-
-    def _slots(self, path: str, side: str) -> Tensor:
-        """The positions of this go's seats along an axis, channel by channel."""
-        return self.region.places[path, side][: len(self.units)].flatten()
+    def _seats(self, path: str, side: str) -> Tensor:
+        """The positions of this go's seats along an axis, (units, entries of a unit), channel by channel."""
+        return self.region.places[path, side][: len(self.units)]
 
     def _of_go(self, value: Tensor, axis: int = 0) -> Tensor:
         """The share of this go of something with entries for all new channels."""
@@ -339,21 +332,13 @@ class _Go:
 
     def _seat(self, path: str, number: int, value: Tensor) -> Tensor:
         """A producer's output with the new channels in their seats."""
-        own = self._of_go(value, self.region._axis(path, value))
-        if self.region.narrow:
-            return own.clone() if number in self.region.created else own
-        shape = self.region.shapes[number]
-        own = own.squeeze(0) if own.dim() > len(shape) else own
+        region = self.region
+        own = self._of_go(value, region._axis(path, value))
+        if region.narrow:
+            return own.clone() if number in region.created else own
         whole = self._constant(number)
-        return whole.index_copy(self.region._axis(path, own), self._slots(path, OUT), own.to(whole))
-
-    def _take(self, path: str, value: Tensor, side: str = IN) -> Tensor:
-        """What a layer reads of the new channels."""
-        if self.region.narrow:
-            return value
-        read = value.index_select(self.region._axis(path, value), self._slots(path, side))
-        batched = side != IN or self.region._axis(path, read) > 0
-        return read if batched else read.unsqueeze(0)  # a layer that was given a single sample
+        own = own.squeeze(0) if own.dim() > whole.dim() else own
+        return whole.index_copy(region._axis(path, own), self._seats(path, OUT).flatten(), own.to(whole))
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -375,29 +360,20 @@ class _Go:
         old = bare.places[self._of_go(copied)].flatten()
         return value.index_copy(bare.axis, slots, value.index_select(bare.axis, old))
 
-    def _old(self, copied: Tensor, path: str, side: str) -> Tensor:
-        """The positions of the old entries that the new ones of this go copy, in the order that units have them in."""
-        places = self.region.places[path, side]
-        return self._sorted(places[self._of_go(copied).to(places.device)].flatten(), 0, path, side)
-
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
         instead = self.inserted.instead.get(name.rstrip("_"))
         if instead is not None:
             found = instead(*args, **kwargs)
             return args[0].copy_(found) if step.writes else found
-        if (
-            name == "_to_copy"
-            and args[0].is_floating_point()
-            and getattr(kwargs.get("dtype"), "is_floating_point", True)
-        ):
+        to_float = getattr(kwargs.get("dtype"), "is_floating_point", True)
+        if name == "_to_copy" and args[0].is_floating_point() and to_float:
             return args[0].clone()  # the precision of the model is not that of the statistics
         if region.narrow and name in operations.VIEWS:
             return args[0] if args[0].dim() == len(args[1]) else args[0].flatten(1)
-        if name in _BATCH_NORMS:
+        if name in operations.NORMALIZING:  # it writes to its running statistics
             args = tuple(
-                each.clone() if place in (3, 4) and isinstance(each, Tensor) else each
-                for place, each in enumerate(args)
+                each.clone() if i in (3, 4) and isinstance(each, Tensor) else each for i, each in enumerate(args)
             )
         if name in _SIZED and region.samples != region.recorded:
             args = tuple(self._resized(each) if isinstance(each, list) else each for each in args)
@@ -405,12 +381,12 @@ class _Go:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(step.outputs[0])
                 return step.func(*args, **kwargs)
-        if name in operations.VIEWS:
-            try:
-                return step.func(*args, **kwargs)
-            except RuntimeError:
-                return args[0].reshape(args[1])
-        return step.func(*args, **kwargs)
+        try:
+            return step.func(*args, **kwargs)
+        except RuntimeError:
+            if name not in operations.VIEWS:
+                raise
+            return args[0].reshape(args[1])
 
     def _resized(self, sizes: list[int]) -> list[int]:
         """Recorded sizes for another number of samples."""
@@ -419,69 +395,73 @@ class _Go:
             return sizes
         return [sizes[0] // before * now, *sizes[1:]]
 
-    def _follow(self, step: LayerCall) -> Tensor:
-        """A norm layer or grouped convolution: run on the new channels alone, which are then put in their seats."""
-        module, value = self.region.site.model.get_submodule(step.path), self._value(step.input)
+    # ------------------------------------------------------------------------------------------ layers in between
+
+    def _follow(self, path: str, value: Tensor) -> Tensor:
+        """A norm layer or grouped convolution: run on the new channels alone, which are then put in their seats.
+
+        It is given the entries of a unit in the order in which they lie along its axis.
+        """
+        region, module = self.region, self.region.site.model.get_submodule(path)
         carries = layers.is_weighted(module)
-        sides = (GROUP_IN, GROUP_OUT) if carries else (ENTRY, ENTRY)
-        axis = self.region._axis(step.path, value)
-        own = self._sorted(self._take(step.path, value, sides[0]), axis, step.path, sides[0])
-        result = self._carried(step.path, own) if carries else self._normalised(step.path, own)
-        result = self._sorted(result, axis, step.path, sides[1], back=True)
-        if self.region.narrow:
+        sides, axis = (GROUP_IN, GROUP_OUT) if carries else (ENTRY, ENTRY), region._axis(path, value)
+        own = value
+        if not region.narrow:
+            own = value.index_select(axis, self._seats(path, sides[0]).sort(1).values.flatten())
+        result = self._carried(path, own) if carries else self._normalised(path, own)
+        if region.narrow:
             return result
-        whole = value
         if carries:
             shape = list(result.shape)
-            shape[axis] = self.region.places[step.path, GROUP_OUT].numel()
-            whole = result.new_zeros(shape)
-        return whole.index_copy(axis, self._slots(step.path, sides[1]), result.to(whole))
-
-    def _sorted(self, value: Tensor, axis: int, path: str, side: str, back: bool = False) -> Tensor:
-        """Entries channel by channel brought into the order in which a unit has them along a layer's axis, or back."""
-        order = self.region.places[path, side][0].argsort()
-        if bool((order == torch.arange(len(order), device=order.device)).all()):
-            return value
-        order = order.argsort() if back else order
-        return value.unflatten(axis, (-1, len(order))).index_select(axis + 1, order).flatten(axis, axis + 1)
+            shape[axis] = region.places[path, GROUP_OUT].numel()
+            value = result.new_zeros(shape)
+        return value.index_copy(axis, self._seats(path, sides[1]).sort(1).values.flatten(), result.to(value))
 
     def _carried(self, path: str, value: Tensor) -> Tensor:
-        layer = layers.weighted(self.region.site.model.get_submodule(path))
-        entries = len(self.units) * self.region.places[path, GROUP_OUT].shape[1]
-        bias, copied = None, self.inserted.copied
-        if copied is not None:
-            index, bias = self._old(copied, path, GROUP_OUT), layer.bias()
+        layer, axis = layers.weighted(self.region.site.model.get_submodule(path)), self.region._axis(path, value)
+        groups = value.shape[axis] * layer.groups // layer.size(IN)  # growth leaves the inputs of a group alone
+        bias, given = None, self.inserted.carried.get(path)
+        if self.inserted.copied is not None:
+            index, bias = self._copied(path, GROUP_OUT), layer.bias()
             filters, bias = layer.filters().detach()[index], None if bias is None else bias.detach()[index].to(value)
         else:
-            given = self.inserted.carried.get(path)
+            entries = self._seats(path, GROUP_OUT).shape[1] * len(self.units)
             filters = layer.identity(entries) if given is None else self._of_go(given)
-            filters = self._sorted(filters, 0, path, GROUP_OUT)
-        inputs = layer.size(IN) // layer.groups  # of one group, which growth leaves alone
-        return layer.apply(value, filters.to(value), bias, value.shape[self.region._axis(path, value)] // inputs)
+            filters = self._along(filters, path, GROUP_OUT)
+        return layer.apply(value, filters.to(value), bias, groups)
 
     def _normalised(self, path: str, value: Tensor) -> Tensor:
-        norm = layers.norm(self.region.site.model.get_submodule(path))
-        entries, given = value.shape[self.region._axis(path, value)], self.inserted.norms.get(path)
-        if self.inserted.copied is not None:
-            return norm.copied(value, self._old(self.inserted.copied, path, ENTRY))
-        if not norm.normalises:
-            return norm.inserted(value, value.new_zeros(entries), value.new_ones(entries))
-        if self.measure:
-            moments = norm.moments(value)
-            self.measured[path] = tuple(self._sorted(each, 0, path, ENTRY, back=True) for each in moments)  # pyright: ignore
-        elif given is None:
-            moments = value.new_zeros(entries), value.new_ones(entries)
-        else:
-            moments = tuple(self._entries(each, entries, path) for each in given)
-        scale = self.inserted.norm_scale
-        scale = None if scale is None else self._entries(scale, entries, path)
-        mean, variance = (each.to(value) for each in moments)
-        return norm.inserted(value, mean, variance, scale)
+        norm, inserted = layers.norm(self.region.site.model.get_submodule(path)), self.inserted
+        entries = value.shape[self.region._axis(path, value)]
+        if inserted.copied is not None:
+            return norm.copied(value, self._copied(path, ENTRY))
 
-    def _entries(self, value: Tensor, entries: int, path: str) -> Tensor:
-        """One value an entry of this go along a norm, from one a channel or one an entry of all new channels."""
-        own = self._of_go(value)
-        return self._sorted(own.repeat_interleave(entries // len(own)), 0, path, ENTRY)
+        def along(each: Tensor) -> Tensor:
+            """One value an entry of this go, from one a channel or one an entry of all new channels."""
+            own = self._of_go(each)
+            return self._along(own.repeat_interleave(entries // len(own)), path, ENTRY).to(value)
+
+        moments, scale = (value.new_zeros(entries), value.new_ones(entries)), inserted.norm_scale
+        if not norm.normalises:
+            scale = None
+        elif self.measured is not None:
+            moments = norm.moments(value)
+            back = tuple(self._along(each, path, ENTRY, back=True) for each in moments)
+            self.measured.setdefault(path, []).append(back)  # pyright: ignore[reportArgumentType]
+        elif path in inserted.norms:
+            moments = tuple(along(each) for each in inserted.norms[path])
+        mean, variance = (each.to(value) for each in moments)
+        return norm.inserted(value, mean, variance, None if scale is None else along(scale))
+
+    def _copied(self, path: str, side: str) -> Tensor:
+        """The positions of the old entries that the new ones of this go copy, in the order that units have them in."""
+        places, copied = self.region.places[path, side], self.inserted.copied
+        return places[self._of_go(copied).to(places.device)].sort(1).values.flatten()  # pyright: ignore
+
+    def _along(self, value: Tensor, path: str, side: str, back: bool = False) -> Tensor:
+        """Entries channel by channel brought into the order in which a unit has them along a layer's axis, or back."""
+        order = self.region.places[path, side][0].argsort().to(value.device)
+        return value.unflatten(0, (-1, len(order)))[:, order.argsort() if back else order].flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------ from a tape
@@ -515,28 +495,39 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         SiteError: a consumer was called that reads nothing from the producers; the tape does not hold what is needed.
     """
     hot, made = hot_values(tape, site)
-    outputs = {
-        path: tuple(call.output for call in tape.calls(path)) for path in site.producers if path not in site.layout.dims
-    }
-    steps, needed = _needed(tape, site, hot, made)
+    steps: list[Step] = []
+    needed: set[int] = set()
+    inside: set[int] = set()
+    for step in reversed(tape.steps):
+        path = step.path if isinstance(step, LayerCall) else None
+        consumes = path in site.consumers
+        if consumes and not hot.issuperset(step.inputs):
+            raise SiteError("a call of this layer reads nothing of what the producers give", where=path)
+        if consumes or any(number in needed and number in hot and number not in made for number in step.outputs):
+            steps.append(step)
+            inside.update(() if consumes else step.outputs)
+            needed.update(step.inputs)
+    needed -= inside
+    outputs: dict[str, tuple[int, ...]] = {}
+    counts: set[int | None] = set()  # None: a layer was given a single sample
+    for path in site.producers:
+        if path not in site.layout.dims:
+            outputs[path] = tuple(call.outputs[0] for call in tape.calls(path))
+            module, given = site.model.get_submodule(path), [tape.values[n].tensor.shape for n in outputs[path]]
+            counts |= {shape[0] if layers.channel_axis(module, len(shape)) else None for shape in given}
+    samples = next(iter(counts)) if len(counts) == 1 else None
     sizes = sizes or site.sizes
     places = _places(site, sizes)
-    memories = {
-        tape.values[number].storage
-        for step in steps
-        if isinstance(step, Operation) and step.writes
-        for number in step.outputs
-    }
-    written = {number for number in (*needed, *made) if tape.values[number].storage in memories}
     narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
     kept = {number for number in needed if number not in made} | (set() if narrow else made)
-    samples = _samples(tape, site)
+    writing = [step for step in steps if isinstance(step, Operation) and step.writes]
+    memories = {tape.values[number].storage for step in writing for number in step.outputs}
     return Region(
         site=site,
-        steps=tuple(steps),
+        steps=tuple(reversed(steps)),
         constants={number: _constant(tape, number, site) for number in kept},
         bare=_bare(tape, kept, site, sizes),
-        created=frozenset(written),
+        created=frozenset(number for number in (*needed, *made) if tape.values[number].storage in memories),
         outputs=outputs,
         shapes={number: tape.values[number].tensor.shape for number in made},
         places=places,
@@ -545,35 +536,6 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         samples=samples,
         recorded=samples,
     )
-
-
-def _samples(tape: Tape, site: GrowthSite) -> int | None:
-    """How many samples the pass had; None for layers that were given single samples, or calls of several numbers."""
-    counts = set()
-    for path in site.producers:
-        for call in tape.calls(path):
-            shape = tape.values[call.output].tensor.shape
-            alone = layers.channel_axis(site.model.get_submodule(path), len(shape)) == 0
-            counts.add(None if alone else shape[0])
-    return next(iter(counts)) if len(counts) == 1 else None
-
-
-def _needed(tape: Tape, site: GrowthSite, hot: set[int], made: set[int]) -> tuple[list[Step], set[int]]:
-    """The steps that lead from the producers to the consumers, and the values that they start from."""
-    steps: list[Step] = []
-    needed: set[int] = set()
-    inside: set[int] = set()
-    between = hot - made
-    for step in reversed(tape.steps):
-        consumer = step.path if isinstance(step, LayerCall) and step.path in site.consumers else None
-        if consumer is not None and not hot.issuperset(step.inputs):
-            raise SiteError("a call of this layer reads nothing of what the producers give", where=consumer)
-        leads = any(number in needed and number in between for number in step.outputs)
-        if consumer is not None or leads:
-            steps.append(step)
-            inside.update(step.outputs if consumer is None else ())
-            needed.update(step.inputs)
-    return steps[::-1], needed - inside
 
 
 def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
@@ -627,29 +589,21 @@ def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:
 
 def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
     """Whether a step treats channels one by one and names no size of theirs."""
-    if isinstance(step, LayerCall):
-        return True
-    if isinstance(step, Rewritten):
+    if not isinstance(step, Operation):
+        return isinstance(step, LayerCall)
+    name, args, values = step.name, step.args, tape.values
+    channels = [number for number in step.inputs if values[number].tensor.dim()]
+    before, after = values[step.inputs[0]].tensor, values[step.outputs[0]].tensor
+    if any(number not in hot or values[number].source for number in channels) or before.dim() == 0:
         return False
-    tensors = [tape.values[number] for number in step.inputs]
-    before, after = tensors[0].tensor, tape.values[step.outputs[0]].tensor
-    scalars = [each for each in tensors if each.tensor.dim() == 0]
-    channels = [number for number in step.inputs if tape.values[number].tensor.dim()]
-    if any(number not in hot or tape.values[number].source for number in channels) or (scalars and before.dim() == 0):
+    if any(values[number].tensor.shape != before.shape for number in channels):
         return False
-    if any(tape.values[number].tensor.shape != before.shape for number in channels):
-        return False
-    if operations.is_pointwise(step.func) or step.name in ("clone", "_to_copy"):
+    if operations.is_pointwise(step.func) or name in ("clone", "_to_copy"):
         return after.shape == before.shape
     last = any(not layers.weighted(site.model.get_submodule(path)).kernel_size for path in site.producers)
     if (last and before.dim() > 2) or len(channels) != 1:
         return False
-    return _keeps_channels(step, before, after)
-
-
-def _keeps_channels(step: Operation, before: Tensor, after: Tensor) -> bool:
-    """Whether an operation on (n, channels, *grid) changes only the grid, or joins it to the channels."""
-    name, args = step.name, step.args
+    # on (n, channels, *grid): it changes only the grid, or joins it to the channels
     if name in operations.RESIZING:
         return before.dim() > 2 and after.shape[:2] == before.shape[:2]
     if name == "constant_pad_nd":

@@ -7,7 +7,7 @@ read like a program without side effects, and run again with true writes in plac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -82,37 +82,19 @@ class LayerCall:
     """A call of a layer with weights or of a norm layer: its path, the value that it was given, and the one it gave."""
 
     path: str
-    input: int
-    output: int
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The value that it is given."""
-        return (self.input,)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The value that it gives."""
-        return (self.output,)
+    inputs: tuple[int]
+    outputs: tuple[int]
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A tensor has a new value because an operation in place wrote through another tensor on the same memory."""
+    """A tensor has a new value because an operation in place wrote through another tensor on the same memory.
 
-    old: int
-    by: int
-    new: int
+    Its inputs are what the tensor held, and what wrote to it.
+    """
 
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the tensor held, and what wrote to it."""
-        return (self.old, self.by)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """What it holds now."""
-        return (self.new,)
+    inputs: tuple[int, int]
+    outputs: tuple[int]
 
 
 Step = Operation | LayerCall | Rewritten
@@ -136,14 +118,6 @@ class Value:
     noise: bool = False
 
 
-@dataclass(eq=False)
-class _Known:
-    """The present values of all tensors on one memory; a reference keeps its address from being given to others."""
-
-    holder: StorageWeakRef
-    values: dict[Memory, int] = field(default_factory=dict)
-
-
 class Tape(Watch):
     """Records what runs inside a `with` block.
 
@@ -164,7 +138,8 @@ class Tape(Watch):
         self.holds = holds
         self.steps: list[Step] = []
         self.values: list[Value] = []
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, dict[Memory, int]] = {}  # per memory the present values of all tensors on it
+        self._alive: list[StorageWeakRef] = []  # keep the addresses of memories from being given to others
         self._sources = {
             _memory(tensor): path for path, tensor in [*model.named_parameters(), *model.named_buffers()]
             if _has_memory(tensor)
@@ -217,7 +192,7 @@ class Tape(Watch):
             return
         number = self.number(given)
         if not layers.is_dropout(module):
-            self.steps.append(LayerCall(path, number, self._add(output)))
+            self.steps.append(LayerCall(path, (number,), (self._add(output),)))
         elif _memory(output) != _memory(given):
             self._copied(number, output, path)
 
@@ -231,16 +206,16 @@ class Tape(Watch):
     def number(self, tensor: Tensor) -> int:
         """The number of what a tensor holds now; a tensor from outside gets one."""
         memory = _memory(tensor)
-        known = self._known.get(memory[0])
-        found = None if known is None else known.values.get(memory)
+        found = self._known.get(memory[0], {}).get(memory)
         return self._add(tensor, self._sources.get(memory)) if found is None else found
 
     def _add(self, tensor: Tensor, source: str | None = None) -> int:
         memory = _memory(tensor)
         number = len(self.values)
         if memory[0] not in self._known:
-            self._known[memory[0]] = _Known(StorageWeakRef(tensor.untyped_storage()))
-        self._known[memory[0]].values[memory] = number
+            self._known[memory[0]] = {}
+            self._alive.append(StorageWeakRef(tensor.untyped_storage()))
+        self._known[memory[0]][memory] = number
         if not self.holds and source is None and tensor.dim():
             tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         self.values.append(Value(tensor, memory[0], source))
@@ -248,8 +223,8 @@ class Tape(Watch):
 
     def _secure(self, tensor: Tensor) -> dict[int, Tensor]:
         """Copy all values on a memory that is about to be written to; returns the tensors themselves."""
-        known = self._known.get(_memory(tensor)[0])
-        found = {} if known is None else {number: self.values[number].tensor for number in known.values.values()}
+        known = self._known.get(_memory(tensor)[0], {})
+        found = {number: self.values[number].tensor for number in known.values()}
         for number, shown in found.items():
             self.values[number].tensor = shown.clone()
         return found
@@ -257,14 +232,14 @@ class Tape(Watch):
     def _overwrite(self, tensor: Tensor, shown: Mapping[int, Tensor]) -> int:
         """New values of everything on the memory of a tensor that was written to."""
         memory = _memory(tensor)
-        values = self._known[memory[0]].values
+        values = self._known[memory[0]]
         before = values.get(memory)  # none where the operation has set its strides anew
         number = self._add(tensor, None if before is None else self.values[before].source)
         for key, old in values.items():
             if key != memory:
                 values[key] = len(self.values)
                 self.values.append(Value(shown[old], memory[0], self.values[old].source))
-                self.steps.append(Rewritten(old, number, values[key]))
+                self.steps.append(Rewritten((old, number), (values[key],)))
         return number
 
     # ------------------------------------------------------------------------------------------ operations
@@ -280,41 +255,29 @@ class Tape(Watch):
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for tensor in written:
             if not any(_memory(tensor) == _memory(each) for each in outputs):
-                self._known[_memory(tensor)[0]].values.clear()  # as the running statistics of a functional batch norm
+                self._known[_memory(tensor)[0]].clear()  # as the running statistics of a functional batch norm
         if not outputs or not all(map(_has_memory, outputs)):
             return output
-        self._write_down(func, refs, written, outputs, shown)
-        return output
-
-    def _write_down(
-        self, func: OpOverload, refs: tuple, written: list[Tensor], outputs: list[Tensor], shown: Mapping[int, Tensor]
-    ) -> None:
         operation = Operation(func, refs[0], refs[1], (), bool(written), self.running[-1][0])
-        name = operation.name
-        inputs = [self.values[number] for number in operation.inputs]
+        name, inputs = operation.name, [self.values[number] for number in operation.inputs]
         if name in operations.ALIASES and not written:
-            return  # the same memory: the same value
+            return output  # the same memory: the same value
         noisy = name in _RANDOM or (name in _NOISE_STAYS and bool(inputs) and all(each.noise for each in inputs))
-        dropped = name in ("mul", "mul_", "native_dropout") and not noisy
-        if dropped and (name == "native_dropout" or any(each.noise for each in inputs)):
-            self._drop_out(operation, outputs, written)
-            return
-        position = len(self.steps)
-        numbers = []
+        multiplied = name in ("mul", "mul_") and any(each.noise for each in inputs)
+        if not noisy and (multiplied or name == "native_dropout"):  # what comes out without training
+            kept = next(number for number in operation.inputs if not self.values[number].noise)
+            if written:
+                self._known[_memory(outputs[0])[0]][_memory(outputs[0])] = kept
+            else:
+                self._copied(kept, outputs[0], operation.module)
+            return output
+        position, numbers = len(self.steps), []
         for tensor in outputs:
             inplace = any(tensor is each or _memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
-        done = replace(operation, outputs=tuple(numbers))
-        self.steps.insert(position, done)  # in front of what it has rewritten
-
-    def _drop_out(self, operation: Operation, outputs: list[Tensor], written: list[Tensor]) -> None:
-        """Numbers times random ones: what comes out without training."""
-        kept = next(number for number in operation.inputs if not self.values[number].noise)
-        if written:
-            self._known[_memory(outputs[0])[0]].values[_memory(outputs[0])] = kept
-        else:
-            self._copied(kept, outputs[0], operation.module)
+        self.steps.insert(position, replace(operation, outputs=tuple(numbers)))  # in front of what it has rewritten
+        return output
 
 
 def written_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
@@ -335,13 +298,8 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _memory(tensor: Tensor) -> Memory:
-    return (
-        tensor.untyped_storage()._cdata,
-        int(tensor.storage_offset()),
-        tensor.shape,
-        tuple(tensor.stride()),
-        tensor.dtype,
-    )
+    address, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    return address, offset, tensor.shape, tuple(tensor.stride()), tensor.dtype
 
 
 def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
@@ -350,7 +308,7 @@ def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
     Everything on a memory that an operation on such values writes to is among them, from its creation on.
     """
     own, bare = set(site.axes), site.layout.dims
-    made = {call.output for path in site.producers if path not in bare for call in tape.calls(path)}
+    made = {call.outputs[0] for path in site.producers if path not in bare for call in tape.calls(path)}
     hot = set(made)
     if bare:
         hot |= {n for n, value in enumerate(tape.values) if value.source in bare and (value.source, ENTRY) in own}
