@@ -14,7 +14,7 @@ from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
-from growconv.network.model import attribute, unwrapped
+from growconv.network.model import unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -75,18 +75,14 @@ class RankSite(Site):
         model = self.model if model is None else unwrapped(model)
         return self if model is self.model else RankSite(model, self.path, self.side)
 
-    def check(self, model: nn.Module | None = None, *, trains: bool = True) -> None:
-        """Check that a model has such a layer.
-
-        Args:
-            model: None for the site's own.
-            trains: makes no difference here.
+    def check(self, *, trains: bool = True) -> None:
+        """Check that the model has such a layer, trainable or not.
 
         Raises:
             SiteError: it has not, or not any more.
             ArgumentValueError: the layer is of the other kind.
         """
-        RankSite(self.model if model is None else unwrapped(model), self.path, self.side)
+        RankSite(self.model, self.path, self.side)
 
     @property
     def module(self) -> FactorizedConv:
@@ -110,8 +106,8 @@ class RankSite(Site):
     @property
     def multiplications(self) -> dict[str, float]:
         """Multiply-adds that one more term costs: its entries in all factors."""
-        tensors = ((attribute(self.model, path), dim) for path, dim in self.layout.dims.items())
-        return {self.path: sum(each.numel() / each.shape[dim] for each, dim in tensors if isinstance(each, Tensor))}
+        factors = ((self.model.get_parameter(path), dim) for path, dim in self.layout.dims.items())
+        return {self.path: sum(each.numel() / each.shape[dim] for each, dim in factors)}
 
     def require_room(self, terms: int) -> None:
         """Check that so many terms can be asked for.
@@ -119,9 +115,8 @@ class RankSite(Site):
         Raises:
             ArgumentValueError: for none, or more than any kernel of this shape needs.
         """
-        room = self.bound - self.width
-        if isinstance(terms, bool) or not 1 <= terms <= room:
-            expected = f"1 to {room}: the rank is {self.width} of at most {self.bound}"
+        if isinstance(terms, bool) or not 1 <= terms <= self.room:
+            expected = f"1 to {self.room}: the rank is {self.width} of at most {self.bound}"
             raise ArgumentValueError(
                 "this number of new terms is impossible", expected=expected, got=terms, where=self.name
             )
@@ -148,12 +143,11 @@ class RankSite(Site):
 
     def term_norms(self) -> tuple[Tensor, Tensor]:
         """Norms (rank,) of the old terms: on the incoming side, with what carries them, and on the outgoing side."""
-        carried = [self._term_norm(path) for path in (*self.producers, *self.followers)]
-        return torch.stack(carried).prod(0), self._term_norm(self.consumers[0])
-
-    def _term_norm(self, path: str) -> Tensor:
-        tensor = self.model.get_parameter(path).detach().double()
-        return tensor.movedim(self.layout.dims[path], 0).flatten(1).norm(dim=1)
+        norms = []
+        for path in (*self.producers, *self.followers, *self.consumers):
+            tensor = self.model.get_parameter(path).detach().double()
+            norms.append(tensor.movedim(self.layout.dims[path], 0).flatten(1).norm(dim=1))
+        return torch.stack(norms[:-1]).prod(0), norms[-1]
 
     def cap(self, growth: ChannelGrowth) -> float:
         """The amplitude at which the strongest new term is as strong as the mean of the old ones."""

@@ -24,16 +24,8 @@ class Site(ABC):
     """What every place that can grow has in common: data about where its channels lie, and arithmetic on it.
 
     Attributes:
-        model: the model that the site was found in.
-        name: what it is called.
-        kind: what it is.
-        producers: paths of what produces the channels: layers, or bare parameters.
-        followers: paths of the norms, grouped convolutions and bare parameters with entries for the channels.
-        consumers: paths of what consumes them.
-        layout: where the channels lie.
-        space: which of the layout's spaces this site is.
-        by_hand: whether the user named its layers, so that it is never left out in silence.
-        own_method: name of the only method that can serve it; None where those of layers can.
+        own_method: name of the only method that can serve it; None where those of layers can. For the others see
+            GrowthSite; a bare parameter may produce and consume too.
     """
 
     model: nn.Module
@@ -52,11 +44,10 @@ class Site(ABC):
         """The same site of another model with the same names; this one for None or its own model."""
 
     @abstractmethod
-    def check(self, model: nn.Module | None = None, *, trains: bool = True) -> None:
-        """Check that a model has this site.
+    def check(self, *, trains: bool = True) -> None:
+        """Check that the model has this site.
 
         Args:
-            model: None for the site's own.
             trains: whether the weights that new channels need must be trainable.
 
         Raises:
@@ -65,11 +56,7 @@ class Site(ABC):
 
     @abstractmethod
     def refusal(self, method: str) -> str | None:
-        """Why a growth method cannot serve this site; None where it can.
-
-        Args:
-            method: name of a registered method.
-        """
+        """Why a growth method cannot serve this site; None where it can."""
 
     @property
     @abstractmethod
@@ -87,11 +74,7 @@ class Site(ABC):
         return None
 
     def cap(self, growth: ChannelGrowth) -> float | None:
-        """The amplitude at which the strongest new channel is as strong as the mean of the old ones.
-
-        Returns:
-            None where it takes more than the site itself to tell.
-        """
+        """The amplitude that makes the strongest new channel as strong as the mean old one; None: others can tell."""
         return None
 
     @property
@@ -245,10 +228,7 @@ class GrowthSite(Site):
         return None
 
     def refusal(self, method: str) -> str | None:
-        """Why a growth method cannot serve this site; None where it can.
-
-        Args:
-            method: name of a registered method.
+        """Why a growth method, a registered name, cannot serve this site; None where it can.
 
         Raises:
             SiteError: there is no such method.
@@ -260,21 +240,19 @@ class GrowthSite(Site):
             return "its channels depend on each other: only copies of all of them keep the function (net2net)"
         return REFUSALS[method](self)
 
-    def check(self, model: nn.Module | None = None, sizes: Sizes | None = None, *, trains: bool = True) -> None:
-        """Check that a model has this site: its layers by name and kind, their sizes, and weights that can train.
+    def check(self, sizes: Sizes | None = None, *, trains: bool = True) -> None:
+        """Check that the model has this site: its layers by name and kind, their sizes, and weights that can train.
 
         Args:
-            model: None for the site's own.
-            trains: whether the weights that new channels need must be trainable.
             sizes: the lengths of the model's axes, if they are known.
+            trains: whether the weights that new channels need must be trainable.
 
         Raises:
             SiteError: naming the layer that is missing or another, or the frozen weight.
         """
-        site = self.of(model)
-        for path, side in site.axes:
-            found = found_at(site.model, path)
-            if found is None or (path not in site.layout.dims and not layers.has_side(found, side)):
+        for path, side in self.axes:
+            found = found_at(self.model, path)
+            if found is None or (path not in self.layout.dims and not layers.has_side(found, side)):
                 raise SiteError(
                     "the model has no such layer any more",
                     where=path,
@@ -282,10 +260,9 @@ class GrowthSite(Site):
                     got="nothing" if found is None else type(found).__name__,
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        sizes = sizes or site.sizes
-        for key in site.axes:
-            units = site.layout.units_along(key, sizes)
-            expected = site.layout.length(key, units)
+        sizes = sizes or self.sizes
+        for key in self.axes:
+            expected = self.layout.length(key, self.layout.units_along(key, sizes))
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",
@@ -294,12 +271,12 @@ class GrowthSite(Site):
                     got=sizes(key),
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
-        for path in (*site.producers, *site.consumers) if trains else ():
-            parameters = [p for name, p in module_at(site.model, path).named_parameters() if "weight" in name]
+        for path in (*self.producers, *self.consumers) if trains else ():
+            parameters = [p for name, p in module_at(self.model, path).named_parameters() if "weight" in name]
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 raise SiteError(
                     f"the weight of {path} is frozen (requires_grad=False)",
-                    where=site.name,
+                    where=self.name,
                     fix="set requires_grad=True on it, or choose another site",
                 )
 
@@ -310,12 +287,9 @@ class GrowthSite(Site):
     def __str__(self) -> str:
         """Producers, followers and consumers with their widths."""
         lines = [f"{self.name}  ({self.kind}, {self.width} channels)"]
-        for label, paths in (
-            ("produced by", self.producers),
-            ("followed by", self.followers),
-            ("consumed by", self.consumers),
-        ):
-            lines += [f"  {label} {path}  {layers.described(attribute(self.model, path))}" for path in paths]
+        roles = {"produced": self.producers, "followed": self.followers, "consumed": self.consumers}
+        for role, paths in roles.items():
+            lines += [f"  {role} by {path}  {layers.described(attribute(self.model, path))}" for path in paths]
         if self.granularity > 1:
             lines.append(f"  channels come in multiples of {self.granularity}")
         if not self.closed_form:

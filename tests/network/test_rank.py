@@ -120,7 +120,7 @@ def test_sites_of_a_layer_alone_and_refusals() -> None:
             ),
         )
     with pytest.raises(SiteError, match="no such module"):
-        RankSite(nn.Sequential(layer), "0").check(nn.Sequential())
+        RankSite(nn.Sequential(layer), "0").of(nn.Sequential())
     assert "of at most 27" in str(site)
     assert copy.deepcopy(site).width == 3
 

@@ -31,7 +31,7 @@ def test_a_site_serves_any_model_of_the_same_names() -> None:
     assert sites[0].of(None) is sites[0].of(model) is sites[0]
     wrong, _ = zoo.build("residual")
     with pytest.raises(SiteError, match="no such layer"):
-        sites[0].check(wrong)
+        sites[0].of(wrong).check()
     with pytest.raises(SiteError, match=r"no such layer|not have the width"):
         grow(wrong, sites[0], zoo.random_growth(sites[0], 2))
 
