@@ -12,9 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
 from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
-from growconv.network.layers.factorized import Factorized, Rank
 from growconv.network.layers.norms import GroupNorm, Norm, PReLU
-from growconv.network.layers.weighted import Convolution, TransposedConvolution, Weighted
+from growconv.network.layers.weighted import Convolution, Factorized, Rank, TransposedConvolution, Weighted
 from growconv.network.layout import IN, OUT
 
 __all__ = [
@@ -41,36 +40,23 @@ def _find(module: object) -> Adapter | None:
 def _require(module: nn.Module, kind: type[Kind], expected: str) -> Kind:
     found = _find(module)
     if not isinstance(found, kind):
-        raise SiteError(
-            "this module is no layer of the kind that is needed", expected=expected, got=type(module).__name__
-        )
+        got = type(module).__name__
+        raise SiteError("this module is no layer of the kind that is needed", expected=expected, got=got)
     return found
 
 
 def adapter(module: nn.Module) -> Adapter:
-    """What knows a layer that channels can lie on.
-
-    Raises:
-        SiteError: for a module that is no weighted layer, norm or PReLU.
-    """
+    """What knows a layer that channels can lie on; SiteError for a module that is none."""
     return _require(module, Adapter, "a convolution, linear layer, norm or PReLU")
 
 
 def weighted(module: nn.Module) -> Weighted:
-    """What knows a convolution or linear layer.
-
-    Raises:
-        SiteError: for anything else.
-    """
+    """What knows a convolution or linear layer; SiteError for anything else."""
     return _require(module, Weighted, "a convolution or linear layer")
 
 
 def norm(module: nn.Module) -> Norm:
-    """What knows a norm or PReLU.
-
-    Raises:
-        SiteError: for anything else.
-    """
+    """What knows a norm or PReLU; SiteError for anything else."""
     return _require(module, Norm, "a batch, instance or group norm, or PReLU")
 
 
@@ -123,11 +109,7 @@ def has_side(module: object, side: str) -> bool:
 
 
 def size(module: nn.Module, side: str) -> int:
-    """Entries of a layer along an axis, now.
-
-    Raises:
-        SiteError: the layer has no such axis.
-    """
+    """Entries of a layer along an axis, now; SiteError where it has no such axis."""
     found = adapter(module)
     if side not in found.sides:
         expected, got = " or ".join(found.sides), f"{side} of {type(module).__name__}"

@@ -56,37 +56,28 @@ class Norm(Adapter):
         return {self.count: self.size(ENTRY) + added.get(ENTRY, 0)}
 
     def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Entries of new channels that make the layer the identity on values with this mean and variance.
+        """Entries that make the layer the identity on new channels with this mean and variance, times `scale`.
 
-        Args:
-            mean: (entries,) of the values.
-            variance: (entries,) of the values.
-            scale: (entries,) factor on what comes out; None for 1.
+        All are (entries,); no scale is 1.
         """
         weight = (variance + float(getattr(self.module, "eps", 1e-5))).sqrt()
         factor = 1.0 if scale is None else scale.to(weight)
         return {"weight": weight * factor, "bias": mean * factor, "running_mean": mean, "running_var": variance}
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (entries,) of what the layer is given, over samples and locations, in float64."""
+        """Mean and variance (entries,) with which it is the identity on what it is given on average, in float64."""
         dims = [axis for axis in range(x.dim()) if axis != 1]
         exact = x.detach().double()
-        return exact.mean(dims), exact.var(dims, unbiased=False)
+        return self.pooled(exact.mean(dims), exact.var(dims, unbiased=False))
 
     def inserted(self, x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What the layer does to new channels that come with the entries of `transparent`.
+        """What the layer does to the values (n, entries, *grid) of new channels that come with `transparent` entries.
 
         A batch norm is the identity on them; norms over the locations of a sample are run with its own statistics.
-
-        Args:
-            x: (n, entries, *grid), values of the new channels alone, in the order in which they come along the axis.
-            mean: as for `transparent`.
-            variance: as for `transparent`.
-            scale: as for `transparent`.
         """
         values = self.transparent(mean, variance, scale)
         weight, bias = (None if stored(self.module, name) is None else values[name].to(x) for name in TENSORS[:2])
-        return self._applied(x, weight, bias, mean.to(x), variance.to(x))
+        return self._applied(x, [weight, bias, mean.to(x), variance.to(x)])
 
     @property
     def by_sample(self) -> bool:
@@ -94,19 +85,13 @@ class Norm(Adapter):
         return isinstance(self.module, _InstanceNorm) and (self.module.training or not self.module.track_running_stats)
 
     def copied(self, x: Tensor, index: Tensor) -> Tensor:
-        """What the layer does to new channels that copy the entries of old ones, with its running statistics.
-
-        Args:
-            x: as for `inserted`.
-            index: (entries,) the old entries.
-        """
+        """What the layer does to new channels that copy old entries, (entries,), with its running statistics."""
         own = (stored(self.module, name) for name in TENSORS)
-        return self._applied(x, *(None if each is None else each.detach()[index].to(x) for each in own))
+        return self._applied(x, [None if each is None else each.detach()[index].to(x) for each in own])
 
-    def _applied(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
-    ) -> Tensor:
-        """The layer with other tensors; without a mean, the batch's own."""
+    def _applied(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The layer with other TENSORS; without a mean, the batch's own."""
+        weight, bias, mean, variance = tensors
         eps = float(getattr(self.module, "eps", 1e-5))
         if self.by_sample:
             return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -140,10 +125,6 @@ class GroupNorm(Norm):
             )
         return {**super().counts(added), "num_groups": int(self.module.num_groups) + more // size}  # pyright: ignore[reportArgumentType]
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the group that each entry belongs to: with them the layer is the identity on average."""
-        return self.pooled(*super().moments(x))
-
     @property
     def by_sample(self) -> bool:
         """It always does."""
@@ -156,10 +137,8 @@ class GroupNorm(Norm):
         spread = (variance + mean.square()).unflatten(0, (-1, size)).mean(1, keepdim=True) - grouped.square()
         return tuple(each.expand(-1, size).flatten() for each in (grouped, spread.clamp_min(0)))  # pyright: ignore
 
-    def _applied(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
-    ) -> Tensor:
-        return F.group_norm(x, x.shape[1] // self._per_group(), weight, bias, float(self.module.eps))  # pyright: ignore
+    def _applied(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        return F.group_norm(x, x.shape[1] // self._per_group(), *tensors[:2], float(self.module.eps))  # pyright: ignore
 
 
 class PReLU(Norm):
@@ -179,7 +158,5 @@ class PReLU(Norm):
         weight = stored(self.module, "weight")
         return {} if weight is None else {"weight": weight.detach().mean().expand(len(mean))}
 
-    def _applied(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None
-    ) -> Tensor:
-        return x if weight is None else F.prelu(x, weight)
+    def _applied(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        return x if tensors[0] is None else F.prelu(x, tensors[0])

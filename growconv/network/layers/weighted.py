@@ -1,12 +1,15 @@
 """Convolutions, transposed convolutions and linear layers, also with a forward of their own (standardised weights).
 
+CP and Tucker convolutions grow in rank (`network.rank`), not in channels.
+
 Everybody else sees the weight as *filters* (out, in/groups, *kernel), whichever way round the layer stores it; a linear
 layer's kernel has no axes. Torch stores a transposed convolution as (in, out/groups, *kernel). So one axis of what is
 stored lists all channels of one side, group after group, and the other has those of the other side within a group.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -15,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from growconv.convolution.cost import multiplications_per_output
+from growconv.convolution.cp import CPConv
+from growconv.convolution.factorized import FactorizedConv
+from growconv.convolution.tucker import TuckerConv
 from growconv.errors import SurgeryError
 from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
 from growconv.network.layers.normalized import NormalizedWeight, normalized_weight, problem
@@ -320,14 +327,13 @@ class Weighted(Adapter):
 
     def _block(self, side: str, place: Place, places: Sequence[Place], weight: Tensor) -> Tensor:
         """The new filters or columns that come at one place, as stored."""
-        entries = list(place.entries)
         if side == IN:  # columns of its own group, for the outputs that read it
             group, rows = self._group(IN, place), self.size(OUT) // self.groups
             own = sorted(entry for each in places if self._group(IN, each) == group for entry in each.entries)
-            column = {entry: index for index, entry in enumerate(own)}
             found = weight[group * rows : (group + 1) * rows]
-            if entries != own or len(own) < found.shape[1]:
-                found = found[:, [column[entry] for entry in entries]]
+            if list(place.entries) != own:
+                column = {entry: index for index, entry in enumerate(own)}
+                found = found[:, [column[entry] for entry in place.entries]]
         else:
             found = place.of(weight)
         return found.transpose(0, 1) if self.transposed else found
@@ -372,6 +378,67 @@ class TransposedConvolution(Convolution):
     def locations(self, x: Tensor, output: Tensor) -> float:
         """Every input location is multiplied with the whole kernel."""
         return x.numel() / self.size(IN)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a factorized kernel: a number of terms.
+
+    Attributes:
+        producer: the parameter that takes inputs to the terms.
+        consumer: the parameter that takes the terms to outputs.
+        carriers: parameters in between.
+        dims: along which dimension each of them has the terms.
+        bound: the rank above which no kernel of this shape needs another term.
+    """
+
+    producer: str
+    consumer: str
+    carriers: tuple[str, ...]
+    dims: Mapping[str, int]
+    bound: int
+
+
+class Factorized(Weighted):
+    """A convolution whose kernel is stored as factors."""
+
+    kinds = (FactorizedConv,)
+    names = ("out_channels", "in_channels")
+
+    def ranks(self) -> dict[str | None, Rank]:
+        """The ranks by side: of a CP kernel one under None, of a Tucker kernel "out" and "in"."""
+        outputs, inputs, taps = self.size(OUT), self.size(IN), math.prod(self.kernel_size)
+        if isinstance(self.module, CPConv):
+            shape = (outputs, inputs, *self.kernel_size)
+            carriers = [f"axis_factor_{axis}" for axis in range(self.module.axes)]
+            dims = dict.fromkeys(("in_factor", "out_factor", *carriers), 1)
+            return {None: Rank("in_factor", "out_factor", tuple(carriers), dims, math.prod(shape) // max(shape))}
+        if isinstance(self.module, TuckerConv):
+            return {
+                "out": Rank("core", "out_factor", (), {"core": 0, "out_factor": 1}, min(outputs, inputs * taps)),
+                "in": Rank("in_factor", "core", (), {"in_factor": 1, "core": 1}, min(inputs, outputs * taps)),
+            }
+        return {}
+
+    def filters(self) -> Tensor:
+        """The full kernel, differentiable in every factor."""
+        return self.module.weight  # pyright: ignore[reportReturnType]
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
+        """Convolve with a full kernel."""
+        return self.module.convolve(x, weight, bias, groups or 1)  # pyright: ignore[reportCallIssue]
+
+    def multiplications(self) -> float:
+        """Those of the convolutions that it runs; what builds a kernel from factors is left out."""
+        return multiplications_per_output(self.module)  # pyright: ignore[reportArgumentType]
+
+    def slots(self, side: str) -> list[Slot]:
+        """None: its channels stay as they are."""
+        return []
+
+    def problem(self) -> str:
+        """Why it gets no channels."""
+        return "its kernel is stored as factors, which grow in rank (growconv.find_rank_sites) and not in channels"
 
 
 def _spread(tensor: Tensor, shape: Sequence[int]) -> Tensor:
