@@ -1,7 +1,7 @@
 """Putting channels into a running model and its optimizer: plan, validate, apply."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, SupportsFloat
 
@@ -56,19 +56,24 @@ def _grown(
     model = unwrapped(model)
     if not isinstance(growth, ChannelGrowth):
         raise ArgumentTypeError("a proposal is needed", expected="ChannelGrowth", got=type(growth).__name__)
-    site, amplitude = _site_of(site, model, trains), _finite(amplitude)
-    decrease = growth.expected_decrease
+    site = _site_of(site, model, trains)
+    if not isinstance(amplitude, SupportsFloat):
+        raise ArgumentTypeError("the amplitude must be a number", got=type(amplitude).__name__)
+    amplitude, decrease = float(amplitude), growth.expected_decrease
+    if not math.isfinite(amplitude):
+        raise ArgumentValueError("the amplitude must be finite", got=amplitude)
     return _carried_out(
         site,
         plan_growth(site, growth, amplitude),
         as_optimizers(optimizer),
+        # a teacher's weights may be frozen
+        partial(_grown, site=site, growth=growth, amplitude=amplitude, trains=False),
         method=growth.method,
         channels=growth.channels,
         amplitude=amplitude,
         gains=tuple(growth.gains.tolist()),
         reason=growth.reason,
         predicted_decrease=None if decrease is None else decrease * amplitude,
-        recipe=partial(_grow_again, site, growth, amplitude, site.width),
     )
 
 
@@ -96,17 +101,24 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
         site,
         plan_removal(site, channels),
         as_optimizers(optimizer),
+        partial(shrink, site=site, channels=tuple(channels)),
         method="shrink",
         channels=-len(set(map(int, channels))),
         amplitude=0.0,
         gains=(),
         reason=None,
-        recipe=partial(_shrink_again, site, tuple(channels), site.width),
     )
 
 
-def _carried_out(site: Site, plan: Plan, optimizers: Sequence[Optimizer], channels: int, **told: Any) -> GrowthEvent:
-    """Do what is planned, all or nothing; `told` are the event's own entries."""
+def _carried_out(
+    site: Site,
+    plan: Plan,
+    optimizers: Sequence[Optimizer],
+    again: Callable[..., GrowthEvent],
+    channels: int,
+    **told: Any,
+) -> GrowthEvent:
+    """Do what is planned, all or nothing; `told` are the event's own entries, `again` does it to another model."""
     check_optimizers(optimizers, plan.parameters())
     model, width, before = site.model, site.width, count_parameters(site.model)
     event = GrowthEvent(
@@ -117,6 +129,7 @@ def _carried_out(site: Site, plan: Plan, optimizers: Sequence[Optimizer], channe
         edits=tuple(plan.edits()),
         parameters_before=before,
         parameters_after=before + plan.added_parameters(),
+        recipe=partial(_at_same_width, site, width, again),
         **told,
     )
     journal = Journal(model, optimizers, [change.tensor for change in plan.changes if not change.resizes])
@@ -129,24 +142,13 @@ def _carried_out(site: Site, plan: Plan, optimizers: Sequence[Optimizer], channe
         raise
 
 
-def _grow_again(
-    site: Site, growth: ChannelGrowth, amplitude: float, width: int, model: nn.Module, optimizer: Optimizers
+def _at_same_width(
+    site: Site, width: int, again: Callable[..., GrowthEvent], model: nn.Module, optimizer: Optimizers
 ) -> GrowthEvent:
-    _require_width(site, width, model)
-    return _grown(model, site, growth, amplitude, optimizer, trains=False)  # a teacher's weights may be frozen
-
-
-def _shrink_again(
-    site: Site, channels: tuple[int, ...], width: int, model: nn.Module, optimizer: Optimizers
-) -> GrowthEvent:
-    _require_width(site, width, model)
-    return shrink(model, site, channels, optimizer)
-
-
-def _require_width(site: Site, width: int, model: nn.Module) -> None:
     found = _site_of(site, unwrapped(model), trains=False).width
     if found != width:
         raise not_in_step(site.name, f"{width} channels", found)
+    return again(model=model, optimizer=optimizer)
 
 
 def _site_of(site: object, model: nn.Module, trains: bool) -> Site:
@@ -155,12 +157,3 @@ def _site_of(site: object, model: nn.Module, trains: bool) -> Site:
     site = site.of(model)
     site.check(trains=trains)
     return site
-
-
-def _finite(amplitude: object) -> float:
-    if not isinstance(amplitude, SupportsFloat):
-        raise ArgumentTypeError("the amplitude must be a number", got=type(amplitude).__name__)
-    value = float(amplitude)
-    if not math.isfinite(value):
-        raise ArgumentValueError("the amplitude must be finite", got=value)
-    return value

@@ -161,26 +161,20 @@ def apply_block_edit(model: nn.Module, edit: Mapping, optimizers: Sequence[Optim
         _pair(model, path, {"inserted": new, "consumer": module})
         add_parameters(optimizers, weight, new.parameters(), path)
     elif "copy" in edit:
-        _copy(model, path, edit["copy"], optimizers)
+        twin, owned = copy.deepcopy(module), owned_by(optimizers)
+        if edit["copy"] is not None:
+            silence(twin.get_submodule(edit["copy"]))
+        _pair(model, path, {"original": module, "inserted": twin})
+        for old, new in zip(module.parameters(), twin.parameters(), strict=True):
+            new.grad = None
+            if id(old) in owned or old.requires_grad:
+                add_parameters(optimizers, old, [new], path)
     elif "split" in edit:
         _replace(model, path, split(module, **edit["split"])[0], optimizers)
     else:
         second = model.get_submodule(edit["merge"])
         _replace(model, path, merged(module, second), optimizers)
         _replace(model, edit["merge"], nn.Identity().train(second.training), optimizers)
-
-
-def _copy(model: nn.Module, path: str, silent: str | None, optimizers: Sequence[Optimizer]) -> None:
-    original = model.get_submodule(path)
-    twin = copy.deepcopy(original)
-    if silent is not None:
-        silence(twin.get_submodule(silent))
-    _pair(model, path, {"original": original, "inserted": twin})
-    owned = owned_by(optimizers)
-    for old, new in zip(original.parameters(), twin.parameters(), strict=True):
-        new.grad = None
-        if id(old) in owned or old.requires_grad:
-            add_parameters(optimizers, old, [new], path)
 
 
 def _pair(model: nn.Module, path: str, children: dict[str, nn.Module]) -> None:

@@ -176,17 +176,13 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers =
         for edit in edits:
             apply_edit(model, edit, optimizers)
         refresh(model)
-    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+    except BaseException as error:
         journal.restore()
-        raise SurgeryError(
-            f"an edit of the history does not fit this model: {error}",
-            where=str(edit.get("module", "")),
-            got=dict(edit),
-            fix="replay the history on the model that it started from",
-        ) from error
-    except BaseException:
-        journal.restore()
-        raise
+        if not isinstance(error, AttributeError | LookupError | TypeError | RuntimeError):
+            raise
+        problem, where = f"an edit of the history does not fit this model: {error}", str(edit.get("module", ""))
+        fix = "replay the history on the model that it started from"
+        raise SurgeryError(problem, where=where, got=dict(edit), fix=fix) from error
 
 
 def apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -205,8 +201,7 @@ def apply_edit(model: nn.Module, edit: Edit, optimizers: Sequence[Optimizer] = (
         axis = _integer(edit["axis"], tensor.dim() - 1)
         change = Change(path, tensor)
         if "removed" in edit:
-            gone = edit["removed"]
-            change.removed[axis] = tuple(_integer(at, tensor.shape[axis] - 1) for at in gone)  # pyright: ignore
+            change.removed[axis] = tuple(_integer(at, tensor.shape[axis] - 1) for at in edit["removed"])
         else:
             position = _integer(edit["position"], tensor.shape[axis])
             change.insertions.append(Insertion(axis, position, _integer(edit["count"])))

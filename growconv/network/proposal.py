@@ -128,7 +128,19 @@ class ChannelGrowth:
             )
 
         def pick(value: Tensor, axis: int = 0) -> Tensor:
-            return _picked(value, axis, self.channels, index, self.site)
+            """The entries of these channels along an axis that has all of them, channel by channel or unit by unit."""
+            blocks = math.gcd(value.shape[axis], self.channels)
+            size = self.channels // blocks  # channels that share entries: those of one unit
+            picked = [channel // size for channel in index[::size]]
+            if [block * size + offset for block in picked for offset in range(size)] != index:
+                raise SolverError(
+                    "channels of this site come in whole groups",
+                    expected=f"runs of {size} channels that start at a multiple of {size}",
+                    got=index,
+                    where=self.site,
+                )
+            chosen = torch.tensor(picked, device=value.device)
+            return value.unflatten(axis, (blocks, -1)).index_select(axis, chosen).flatten(axis, axis + 1)
 
         return replace(
             self,
@@ -151,22 +163,3 @@ class ChannelGrowth:
         more = ", ..." if self.channels > 4 else ""
         note = f"; {self.reason}" if self.reason else ""
         return f"{self.site}: {self.channels} channels by {self.method}, gains {gains}{more}{note}"
-
-
-def _picked(value: Tensor, axis: int, channels: int, index: Sequence[int], site: str) -> Tensor:
-    """The entries of some channels along an axis that has all of them, channel by channel or unit by unit."""
-    blocks = math.gcd(value.shape[axis], channels)
-    size = channels // blocks  # channels that share entries: those of one unit
-    picked = [channel // size for channel in index[::size]]
-    if [block * size + offset for block in picked for offset in range(size)] != list(index):
-        raise SolverError(
-            "channels of this site come in whole groups",
-            expected=f"runs of {size} channels that start at a multiple of {size}",
-            got=list(index),
-            where=site,
-        )
-    return (
-        value.unflatten(axis, (blocks, -1))
-        .index_select(axis, torch.tensor(picked, device=value.device))
-        .flatten(axis, axis + 1)
-    )
