@@ -37,6 +37,7 @@ class Weighted(Adapter):
 
     Attributes:
         groups: groups of channels; 1 for a linear layer.
+        kernel_size: taps per axis of the kernel; none for a linear layer.
         transposed: whether the stored weight lists inputs first.
     """
 
@@ -48,15 +49,11 @@ class Weighted(Adapter):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.groups = int(getattr(module, "groups", 1))
+        self.kernel_size: tuple[int, ...] = tuple(getattr(module, "kernel_size", ()))
 
     @cached_property
     def _normalized(self) -> NormalizedWeight | None:
         return None if "weight" in self.module._parameters else normalized_weight(self.module)
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Taps per axis of the kernel."""
-        return tuple(getattr(self.module, "kernel_size", ()))
 
     def size(self, side: str) -> int:
         """Channels or features that it writes or reads."""
@@ -73,7 +70,7 @@ class Weighted(Adapter):
         weight = stored(self.module, "weight") if self._normalized is None else self._normalized.effective()
         if weight is None:
             raise SurgeryError("this layer has no weight of its own", where=type(self.module).__name__)
-        return self._turned(weight, self.groups)
+        return self.as_stored(weight)
 
     def bias(self) -> Tensor | None:
         """The bias (out,); None where there is none."""
@@ -106,7 +103,7 @@ class Weighted(Adapter):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Run the layer with other weights: the module's own forward, so that what it does to a weight happens too.
 
-        Hooks are not called, and the module is not touched.
+        What it returns is differentiable in all that is given. Hooks are not called, and the module is not touched.
 
         Args:
             x: what the layer would be given, with as many channels as the weight reads.
@@ -114,16 +111,13 @@ class Weighted(Adapter):
                 are; a layer with a forward of its own treats them as its parameter.
             bias: (outputs,) or None.
             groups: how many groups the weight has; None for the layer's own.
-
-        Returns:
-            What the layer would return, differentiable in x, weight and bias.
         """
         groups = self.groups if groups is None else groups
         kind: type[nn.Module] = parametrize.type_before_parametrizations(self.module)
         twin = object.__new__(kind)
         twin.__dict__.update(self.module.__dict__)
         twin.__dict__.pop("weight", None)  # where an old hook puts the normalized weight
-        turned, (per_output, per_weight) = self._turned(weight, groups), self._beside
+        turned, (per_output, per_weight) = self.as_stored(weight, groups), self._beside
         parameters = {**self.module._parameters, "weight": turned, "bias": bias}
         for name, tensor in per_output.items():
             parameters[name] = _widened(tensor, len(weight))
@@ -135,9 +129,11 @@ class Weighted(Adapter):
             twin.__dict__["groups"] = groups
         return kind.forward(twin, x)
 
-    def as_stored(self, filters: Tensor) -> Tensor:
-        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight."""
-        return self._turned(filters, self.groups)
+    def as_stored(self, filters: Tensor, groups: int | None = None) -> Tensor:
+        """Filters (out, in/groups, *kernel) the way round in which the layer stores its weight, or the reverse."""
+        if not self.transposed:
+            return filters
+        return filters.unflatten(0, (self.groups if groups is None else groups, -1)).transpose(1, 2).flatten(0, 1)
 
     @property
     def plain(self) -> bool:
@@ -151,12 +147,6 @@ class Weighted(Adapter):
         """Whether the weight is a parameter of its own, so that old entries can be given other values."""
         return self.module._parameters.get("weight") is not None
 
-    def _turned(self, weight: Tensor, groups: int) -> Tensor:
-        """Filters from the stored weight, or the other way round."""
-        if not self.transposed:
-            return weight
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
     # ---------------------------------------------------------------------------------------------- cost
 
     def multiplications(self) -> float:
@@ -164,12 +154,7 @@ class Weighted(Adapter):
         return float(self.filters().numel())
 
     def locations(self, x: Tensor, output: Tensor) -> float:
-        """At how many locations the layer applies its kernel, over all samples.
-
-        Args:
-            x: what it was given.
-            output: what it returned.
-        """
+        """At how many locations the layer applies its kernel to x, which gives the output, over all samples."""
         return output.numel() / self.size(OUT)
 
     # ---------------------------------------------------------------------------------------------- surgery
@@ -228,13 +213,33 @@ class Weighted(Adapter):
             places: where they come, along all channels of that side; inside every group for a grouped convolution.
             values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
         """
-        weight, axis, parts = values.get("weight"), 0 if self._listed(side) else 1, list[Part]()
-        for position, shares in self._shares(side, places).items():
+        listed, weight, parts = self._listed(side), values.get("weight"), list[Part]()
+        size, rows = self.size(side) // self.groups, self.size(OUT) // self.groups
+        groups = [
+            (place.position - 1) // size for place in places
+        ]  # new entries come at the end of their group's share
+        shares: dict[int, list[tuple[int, int, Tensor | None]]] = {}  # group, entries and weights, by stored position
+        for group, place in zip(groups, places, strict=True):
             new = None
-            if weight is not None:
-                blocks = [self._block(side, place, places, weight) for place in shares]
-                new = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-            parts.append(("weight", Insertion(axis, position, len(shares[0].entries), new)))
+            if weight is not None and side == IN:  # columns of its own group, for the outputs that read it
+                own = [each.entries for owner, each in zip(groups, places, strict=True) if owner == group]
+                column = {entry: index for index, entry in enumerate(sorted(chain(*own)))}
+                new = weight[group * rows : (group + 1) * rows, [column[entry] for entry in place.entries]]
+            elif weight is not None:
+                new = place.of(weight)
+            new = new.transpose(0, 1) if new is not None and self.transposed else new
+            position = place.position if listed else place.position - group * size
+            shares.setdefault(position, []).append((group, len(place.entries), new))
+        for position, share in shares.items():
+            owners, counts, blocks = zip(*share, strict=True)
+            if not listed and (owners != tuple(range(self.groups)) or len(set(counts)) > 1):
+                raise SurgeryError(
+                    "every group of a grouped convolution has to get the same number of new channels",
+                    expected=f"equal shares for {self.groups} groups",
+                    got={place.position: len(place.entries) for place in places},
+                )
+            new = None if weight is None else torch.cat(blocks)
+            parts.append(("weight", Insertion(0 if listed else 1, position, counts[0], new)))
         return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
@@ -260,7 +265,7 @@ class Weighted(Adapter):
         for place in places_in:
             count = len(place.entries) // inputs
             own, written = written[: count * outputs], written[count * outputs :]
-            rows = None if weight is None else self._turned(weight[own], count)
+            rows = None if weight is None else self.as_stored(weight[own], count)
             parts.append(("weight", Insertion(0, place.position, len(place.entries), rows)))
         return self._as_stored(parts) + self._per_output(places_out, values)
 
@@ -320,44 +325,6 @@ class Weighted(Adapter):
                 new = _widened(tensor.detach(), len(tensor) + count)[len(tensor) :]
                 parts.append((name, replace(insertion, values=new)))
         return parts
-
-    def _group(self, side: str, place: Place) -> int:
-        """The group that new entries at the end of its share belong to."""
-        return (place.position - 1) * self.groups // self.size(side)
-
-    def _block(self, side: str, place: Place, places: Sequence[Place], weight: Tensor) -> Tensor:
-        """The new filters or columns that come at one place, as stored."""
-        if side == IN:  # columns of its own group, for the outputs that read it
-            group, rows = self._group(IN, place), self.size(OUT) // self.groups
-            own = sorted(entry for each in places if self._group(IN, each) == group for entry in each.entries)
-            found = weight[group * rows : (group + 1) * rows]
-            if list(place.entries) != own:
-                column = {entry: index for index, entry in enumerate(own)}
-                found = found[:, [column[entry] for entry in place.entries]]
-        else:
-            found = place.of(weight)
-        return found.transpose(0, 1) if self.transposed else found
-
-    def _shares(self, side: str, places: Sequence[Place]) -> dict[int, list[Place]]:
-        """The places by their position along the stored axis; where groups share that axis, one for each group.
-
-        Raises:
-            SurgeryError: not every group gets the same.
-        """
-        if self._listed(side):
-            return {place.position: [place] for place in places}
-        size, shares = self.size(side) // self.groups, {}
-        for place in places:
-            shares.setdefault(place.position - self._group(side, place) * size, []).append(place)
-        for found in shares.values():
-            owners = [self._group(side, place) for place in found]
-            if owners != list(range(self.groups)) or len({len(place.entries) for place in found}) > 1:
-                raise SurgeryError(
-                    "every group of a grouped convolution has to get the same number of new channels",
-                    expected=f"equal shares for {self.groups} groups",
-                    got={place.position: len(place.entries) for place in places},
-                )
-        return shares
 
 
 class Convolution(Weighted):
