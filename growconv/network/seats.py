@@ -6,7 +6,7 @@ entries where the consumers do. No operation sees another width, and none needs 
 take several goes. Where every operation treats channels one by one, they are run on the new channels alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -53,15 +53,6 @@ class Inserted:
 
 
 @dataclass(frozen=True, eq=False)
-class Bare:
-    """A bare parameter or buffer with entries for the channels: its axis, their positions, and what new ones get."""
-
-    axis: int
-    places: Tensor
-    mean: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Region:
     """A site's part of a recorded forward pass: all that leads from its producers' outputs to its consumers' inputs.
 
@@ -71,8 +62,10 @@ class Region:
         constants: values that do not depend on the producers, by number.
         created: those of them that operations in place write to, so that each run needs a copy.
         outputs: per producer the numbers of the outputs of its calls.
-        bare: bare parameters and buffers with entries for the channels, by the number of their value.
-        shapes: of these outputs.
+        shapes: of these outputs, by number.
+        calls: how often each producer and consumer was called.
+        bare: which of the constants are parameters or buffers: the axis along which they have entries for the channels
+            and their positions, (units, entries of a unit); None where they have none.
         places: per axis (path, side) the positions of the channels, (units, entries of a unit).
         sizes: the length of these axes.
         narrow: whether every step treats channels one by one, so that it can be run on the new ones alone.
@@ -85,20 +78,14 @@ class Region:
     constants: dict[int, Tensor]
     created: frozenset[int]
     outputs: dict[str, tuple[int, ...]]
-    bare: dict[int, Bare]
     shapes: dict[int, torch.Size]
+    calls: Mapping[str, int]
+    bare: dict[int, tuple[int, Tensor] | None]
     places: dict[Key, Tensor]
     sizes: dict[Key, int]
     narrow: bool
     samples: int | None
     recorded: int | None
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """How often each producer and consumer was called."""
-        called = [step.path for step in self.steps if isinstance(step, LayerCall)]
-        consumers = {path: called.count(path) for path, side in self.places if side == IN}
-        return consumers | {path: len(numbers) for path, numbers in self.outputs.items()}
 
     @property
     def units(self) -> int:
@@ -149,13 +136,13 @@ class Region:
         for name, moments in (found or {}).items():
             mean, variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
             measured[name] = mean, variance  # pyright: ignore[reportOptionalSubscript]
-        return {path: self._joined(path, [each[path] for each in reads]) for path in reads[0]}
-
-    def _joined(self, path: str, reads: Sequence[Calls]) -> tuple[Tensor, ...]:
-        """Per call what was read in several goes."""
         if len(reads) == 1:
-            return tuple(reads[0])
-        return tuple(torch.cat(parts, self._axis(path, parts[0])) for parts in zip(*reads, strict=True))
+            return reads[0]
+        joined = {}
+        for path in reads[0]:
+            parts = zip(*(each[path] for each in reads), strict=True)
+            joined[path] = tuple(torch.cat(part, self._axis(path, part[0])) for part in parts)
+        return joined
 
     def _axis(self, path: str, tensor: Tensor) -> int:
         return layers.channel_axis(self.site.model.get_submodule(path), tensor.dim())
@@ -232,7 +219,7 @@ class Region:
     def _cut(self, index: slice | Tensor) -> "Region":
         count = self.samples or 0
         samples = len(torch.empty(count)[index])
-        kept = {number: some_of(tensor, index, count) for number, tensor in self.constants.items()}
+        kept = {n: each if n in self.bare else some_of(each, index, count) for n, each in self.constants.items()}
         return replace(self, constants=kept, samples=samples)
 
     def _half_agrees(self) -> bool:
@@ -267,35 +254,25 @@ def some_of(tensor: Tensor, index: slice | Tensor, samples: int) -> Tensor:
     return tensor.unflatten(0, (samples, -1))[index].flatten(0, 1)
 
 
+@dataclass(eq=False)
 class _Go:
     """One run of a region, on as many units of the new channels as have seats.
 
-    Args:
-        region: what is run.
+    Attributes:
         units: which units of the new channels.
         count: units of all new channels.
-        new: their values.
-        inserted: see `Region.read`.
-        measured: gets what is measured in front of norms, which is then inserted there.
+        new: the values of all, and `inserted` what they find in between, as for `Region.read`.
+        measured: gets what is measured in front of norms, which is then inserted there; None: nothing is.
+        env: values by number.
     """
 
-    def __init__(
-        self,
-        region: Region,
-        units: range,
-        count: int,
-        new: Mapping[str, Calls],
-        inserted: Inserted,
-        measured: dict[str, list[Moments]] | None = None,
-    ) -> None:
-        self.region = region
-        self.units = units
-        self.count = count
-        self.new = new
-        self.inserted = inserted
-        self.measured = measured
-        self.env: dict[int, Tensor] = {}
-        self.like = next(iter(new.values()))[0]
+    region: Region
+    units: range
+    count: int
+    new: Mapping[str, Calls]
+    inserted: Inserted
+    measured: dict[str, list[Moments]] | None = None
+    env: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self) -> dict[str, tuple[Tensor, ...]]:
         """What the consumers read."""
@@ -349,16 +326,19 @@ class _Go:
         return self.env[number]
 
     def _constant(self, number: int) -> Tensor:
-        value = self.region.constants[number]
-        value = value.to(self.like.dtype) if value.is_floating_point() else value
-        bare, copied = self.region.bare.get(number), self.inserted.copied
-        if bare is None:
-            return value
-        slots = bare.places[: len(self.units)].flatten()
-        if copied is None:
-            return value.index_copy(bare.axis, slots, bare.mean.to(value).repeat_interleave(len(slots), bare.axis))
-        old = bare.places[self._of_go(copied)].flatten()
-        return value.index_copy(bare.axis, slots, value.index_select(bare.axis, old))
+        """A constant; a bare parameter's entries of new channels are the mean of the old ones, or copies."""
+        value, copied, along = self.region.constants[number], self.inserted.copied, self.region.bare.get(number)
+        if along is not None:
+            axis, places = along
+            slots = places[: len(self.units)].flatten()
+            if copied is not None:
+                new = value.index_select(axis, places[self._of_go(copied)].flatten())
+            else:
+                own = value.index_select(axis, places.flatten())
+                one = own.mean(axis, keepdim=True) if own.is_floating_point() else value.narrow(axis, -1, 1)
+                new = one.repeat_interleave(len(slots), axis)
+            value = value.index_copy(axis, slots, new)
+        return value.to(next(iter(self.new.values()))[0].dtype) if value.is_floating_point() else value
 
     def _computed(self, step: Operation, args: tuple, kwargs: dict[str, object]) -> Tensor | Sequence[Tensor]:
         name, region = step.name, self.region
@@ -498,43 +478,53 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
     steps: list[Step] = []
     needed: set[int] = set()
     inside: set[int] = set()
+    calls = dict.fromkeys((*site.producers, *site.consumers), 0)
     for step in reversed(tape.steps):
         path = step.path if isinstance(step, LayerCall) else None
-        consumes = path in site.consumers
-        if consumes and not hot.issuperset(step.inputs):
-            raise SiteError("a call of this layer reads nothing of what the producers give", where=path)
-        if consumes or any(number in needed and number in hot and number not in made for number in step.outputs):
-            steps.append(step)
-            inside.update(() if consumes else step.outputs)
-            needed.update(step.inputs)
+        if path in site.consumers:
+            if not hot.issuperset(step.inputs):
+                raise SiteError("a call of this layer reads nothing of what the producers give", where=path)
+            calls[path] += 1
+        elif any(number in needed and number in hot and number not in made for number in step.outputs):
+            inside.update(step.outputs)
+        else:
+            continue
+        steps.append(step)
+        needed.update(step.inputs)
     needed -= inside
     outputs: dict[str, tuple[int, ...]] = {}
-    counts: set[int | None] = set()  # None: a layer was given a single sample
+    shapes: dict[int, torch.Size] = {}
+    samples: set[int | None] = set()  # None: a layer was given a single sample
     for path in site.producers:
-        if path not in site.layout.dims:
-            outputs[path] = tuple(call.outputs[0] for call in tape.calls(path))
-            module, given = site.model.get_submodule(path), [tape.values[n].tensor.shape for n in outputs[path]]
-            counts |= {shape[0] if layers.channel_axis(module, len(shape)) else None for shape in given}
-    samples = next(iter(counts)) if len(counts) == 1 else None
+        if path in site.layout.dims:
+            continue
+        outputs[path] = tuple(call.outputs[0] for call in tape.calls(path))
+        calls[path] = len(outputs[path])
+        for number in outputs[path]:
+            shapes[number] = shape = tape.values[number].tensor.shape
+            batched = layers.channel_axis(site.model.get_submodule(path), len(shape)) > 0
+            samples.add(shape[0] if batched else None)
     sizes = sizes or site.sizes
     places = _places(site, sizes)
     narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
-    kept = {number for number in needed if number not in made} | (set() if narrow else made)
+    kept = needed - made if narrow else needed | made
     writing = [step for step in steps if isinstance(step, Operation) and step.writes]
     memories = {tape.values[number].storage for step in writing for number in step.outputs}
+    recorded = samples.pop() if len(samples) == 1 else None
     return Region(
         site=site,
         steps=tuple(reversed(steps)),
         constants={number: _constant(tape, number, site) for number in kept},
-        bare=_bare(tape, kept, site, sizes),
-        created=frozenset(number for number in (*needed, *made) if tape.values[number].storage in memories),
+        created=frozenset(number for number in needed | made if tape.values[number].storage in memories),
         outputs=outputs,
-        shapes={number: tape.values[number].tensor.shape for number in made},
+        shapes=shapes,
+        calls=calls,
+        bare={number: _along(tape, number, site, sizes) for number in kept if tape.values[number].source},
         places=places,
         sizes={key: sizes(key) for key in places},
         narrow=narrow,
-        samples=samples,
-        recorded=samples,
+        samples=recorded,
+        recorded=recorded,
     )
 
 
@@ -553,20 +543,15 @@ def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
     return tensor if value.source is None else tensor.clone()
 
 
-def _bare(tape: Tape, numbers: Iterable[int], site: GrowthSite, sizes: Sizes) -> dict[int, Bare]:
-    """The bare parameters and buffers with entries of the site among some values."""
-    found = {}
-    for number in numbers:
-        path, tensor = tape.values[number].source, tape.values[number].tensor.detach()
-        if path is None or path not in site.layout.dims or (path, ENTRY) not in site.axes:
-            continue
-        if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
-            continue
-        axis, places = site.layout.dims[path], torch.tensor(site.entries(path, ENTRY, sizes), device=tensor.device)
-        own = tensor.index_select(axis, places)
-        mean = own.mean(axis, keepdim=True) if tensor.is_floating_point() else tensor.narrow(axis, -1, 1)
-        found[number] = Bare(axis, places.view(site.layout.units(site.space, sizes), -1), mean)
-    return found
+def _along(tape: Tape, number: int, site: GrowthSite, sizes: Sizes) -> tuple[int, Tensor] | None:
+    """The axis of a parameter or buffer that has entries of the site, and their positions; None where it has none."""
+    path, tensor = str(tape.values[number].source), tape.values[number].tensor
+    if path not in site.layout.dims or (path, ENTRY) not in site.axes:
+        return None
+    if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    places = torch.tensor(site.entries(path, ENTRY, sizes), device=tensor.device)
+    return site.layout.dims[path], places.view(site.layout.units(site.space, sizes), -1)
 
 
 def _places(site: GrowthSite, sizes: Sizes) -> dict[Key, Tensor]:

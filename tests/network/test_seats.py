@@ -244,6 +244,20 @@ def test_part_of_a_batch(name: str) -> None:
             torch.testing.assert_close(mine, theirs[index])
 
 
+def test_parameters_as_long_as_the_batch_are_no_samples() -> None:
+    torch.manual_seed(0)
+    model, x = used(Zoo(residual).double()), torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    (site,) = (each for each in find_sites(model, x) if "a" in each.producers)
+    region = recorded(model, x, site)
+    assert not region.narrow
+    given, _ = seen(model, x, site)
+    new = {path: [torch.randn_like(each) for each in given[path]] for path in given}
+    part = region.part(slice(2, 5)).read({path: [each[2:5] for each in new[path]] for path in new})
+    for path, calls in region.read(new).items():
+        for whole, some in zip(calls, part[path], strict=True):
+            torch.testing.assert_close(some, whole[2:5])
+
+
 def test_samples_that_are_mixed_need_the_whole_batch() -> None:
     model = hand.Net(lambda m, x: m.b(m.a(x).softmax(0)), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 1))
     x = torch.randn(4, 3, 6, 6)
