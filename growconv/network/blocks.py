@@ -23,11 +23,7 @@ _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Residual(nn.Module):
-    """x + body(x).
-
-    Args:
-        body: what is added; its last layer starts at zero, so that the block starts as the identity.
-    """
+    """x + body(x), whose last layer starts at zero, so that the block starts as the identity."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -39,13 +35,10 @@ class Residual(nn.Module):
 
 
 def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activation: str, seed: int = 0) -> nn.Module:
-    """A new layer that starts as the identity on what its activation leaves alone.
+    """A new "convolution" or "residual" that starts as the identity on what its activation leaves alone.
 
     Args:
-        kind: "convolution" or "residual".
-        channels: channels in and out.
         axes: grid axes; 0 for a linear layer.
-        kernel_size: odd number of taps per axis.
         activation: "relu", "relu6" or "prelu".
         seed: of the random weights, so that a replayed layer has the same.
     """
@@ -85,11 +78,7 @@ def merged(first: nn.Module, second: nn.Module) -> nn.Module:
 
 
 def split(conv: nn.Module, hidden: int, first_size: Sequence[int]) -> tuple[nn.Sequential, float]:
-    """Two convolutions for one: padding to the first, stride to the second.
-
-    Returns:
-        Both, and the relative distance of their composite kernel from the old one.
-    """
+    """Two convolutions for one, padding to the first and stride to the second, and how far their kernel is from it."""
     geometry, found = Geometry.of(conv), split_kernel(conv.weight, hidden, tuple(first_size))  # pyright: ignore
     none, one = (0,) * geometry.axes, (1,) * geometry.axes
     bias = None if conv.bias is None else torch.zeros(hidden).to(conv.bias)  # pyright: ignore
@@ -102,11 +91,7 @@ def split(conv: nn.Module, hidden: int, first_size: Sequence[int]) -> tuple[nn.S
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """A module inside a model that can be replaced.
-
-    Raises:
-        SiteError: there is none, or it is the model itself or registered in several places.
-    """
+    """A module inside a model that can be replaced; SiteError where there is none, or it is in several places."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -119,10 +104,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def check_replaceable(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[tuple[str, nn.Parameter]]:
-    """Check that a module and its parameters can go.
-
-    Returns:
-        Path and Parameter of everything that goes.
+    """Check that a module and its parameters can go, whose paths and Parameters are returned.
 
     Raises:
         SiteError: a module that cannot be replaced.
@@ -189,12 +171,10 @@ def _pair(model: nn.Module, path: str, children: dict[str, nn.Module]) -> None:
 def path_before(path: str, model: nn.Module) -> str:
     """The path that a layer had before anything was put in front of it or behind its block.
 
+    Copies have the path of their original; what was put in front of a layer has that layer's, and IN_FRONT.
+
     Args:
         path: module path in the model as it is now, or as it was at some time before.
-        model: the model as it is now.
-
-    Returns:
-        Copies have the path of their original; what was put in front of a layer has that layer's, and IN_FRONT.
     """
     module, parts = model, []
     for part in path.split("."):

@@ -21,30 +21,19 @@ from growconv.network.plan import Change
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
-    """The optimizers given: none, one or several.
-
-    Raises:
-        ArgumentTypeError: for something without parameter groups and state.
-    """
+    """The optimizers given, none, one or several; ArgumentTypeError for something without groups and state."""
     if optimizer is None:
         return ()
     given = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
     for each in given:
         if not hasattr(each, "param_groups") or not hasattr(each, "state"):
-            raise ArgumentTypeError(
-                "this is no optimizer",
-                expected="a torch.optim.Optimizer, a sequence of them or None",
-                got=type(each).__name__,
-            )
+            expected, got = "a torch.optim.Optimizer, a sequence of them or None", type(each).__name__
+            raise ArgumentTypeError("this is no optimizer", expected=expected, got=got)
     return cast(tuple[Optimizer, ...], given)
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], replaced: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Check that the optimizers own the parameters and that their state can follow.
-
-    Args:
-        optimizers: those that will be changed.
-        replaced: path and Parameter of everything that will be replaced.
+    """Check that the optimizers own the parameters that will be replaced, and that their state can follow.
 
     Raises:
         SurgeryError: for a trainable parameter that no optimizer has, or state of a shape that cannot be enlarged.
@@ -91,12 +80,6 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
 
     New entries of the state begin as in a new optimizer; in one that growconv does not know, tensors begin at zero and
     numbers stay. Call `follow_ages` when all parameters have been moved.
-
-    Args:
-        optimizers: those that may hold the old parameter.
-        old: the replaced parameter.
-        new: its successor.
-        change: what was put in and taken out along which axis.
     """
     for each in optimizers:
         groups = _groups(each, old)
@@ -125,16 +108,10 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
 def add_parameters(
     optimizers: Sequence[Any], like: nn.Parameter, new: Iterable[nn.Parameter], where: str | None = None
 ) -> None:
-    """Let new parameters join the groups that a parameter is in.
-
-    Args:
-        optimizers: all that train the model; none is fine too.
-        like: a parameter that trains as the new ones shall.
-        new: the new parameters, which have no state yet. Pass none to check only.
-        where: path of the parameter, for the error.
+    """Let new parameters, which have no state yet, join the groups that a parameter is in; with none, check only.
 
     Raises:
-        SurgeryError: when no optimizer owns `like`.
+        SurgeryError: when no optimizer owns `like`, which lies at `where`.
     """
     groups = [group for each in optimizers for group in _groups(each, like)]
     if optimizers and not groups:
@@ -154,13 +131,7 @@ def add_parameters(
 def replace_parameters(
     optimizers: Sequence[Any], removed: Sequence[tuple[str, nn.Parameter]], added: Iterable[nn.Parameter]
 ) -> None:
-    """Put new parameters in the place of removed ones, whose state is dropped.
-
-    Args:
-        optimizers: those that may hold the removed parameters.
-        removed: path and Parameter of each that goes.
-        added: those that come, at the place of the first that goes, but for any that the optimizer has already.
-    """
+    """Drop parameters and their state; what comes takes the place of the first, but for what is there already."""
     gone = {id(parameter) for _, parameter in removed}
     added = list(added)
     for each in optimizers:
@@ -262,12 +233,10 @@ def exchange(
     attributes: Mapping[tuple[str, str], object],
     optimizers: Sequence[Optimizer],
 ) -> None:
-    """Carry out validated changes: all new tensors are built first, then put in place.
+    """Carry out validated changes: all new tensors are built first, then put in place; optimizers follow.
 
     Args:
-        changes: of its tensors.
         attributes: per module path and name the value to set.
-        optimizers: their groups and state follow.
     """
     places: dict[int, list[tuple[dict, str]]] = {}
     for module in model.modules():

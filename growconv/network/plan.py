@@ -50,10 +50,9 @@ class Change:
         return bool(self.insertions or self.removed)
 
     def resized(self, tensor: Tensor, fill: bool = True, axes: Sequence[bool] | None = None) -> Tensor:
-        """A tensor of the old shape in the new one.
+        """A tensor of the old shape in the new one, new entries zero without `fill`.
 
         Args:
-            fill: put the new values in; else new entries are zero.
             axes: which axes a tensor of optimizer state shares with this one; None: all.
         """
         own = [each for each in self.insertions if axes is None or axes[each.axis]]
@@ -106,14 +105,7 @@ class Plan:
     def add(
         self, path: str, parts: Sequence[layers.Part], removals: Sequence[layers.Removal], added: Mapping[str, int]
     ) -> None:
-        """Add what happens to one layer.
-
-        Args:
-            path: of the layer.
-            parts: new entries.
-            removals: entries that go.
-            added: per side how many more entries it has afterwards.
-        """
+        """Add what happens to one layer; `added` says per side how many more entries it has afterwards."""
         adapter = layers.adapter(module_at(self.model, path))
         for name, insertion in parts:
             self.insert(f"{path}.{name}", insertion)
@@ -193,11 +185,7 @@ def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan:
 
 
 def plan_size(site: Site, channels: int) -> int:
-    """Parameters that so many new channels would add.
-
-    Args:
-        channels: a multiple of the site's granularity.
-    """
+    """Parameters that so many new channels, a multiple of the site's granularity, would add."""
     plan = Plan(site.model)
     _add(plan, site, channels, lambda path, side: {})
     return plan.added_parameters()
@@ -500,11 +488,7 @@ def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def require_finite(tensor: Tensor, label: str, site: Site) -> None:
-    """Check that a proposed tensor is a tensor of finite numbers.
-
-    Raises:
-        SurgeryError: naming it by `label`.
-    """
+    """Refuse a proposed tensor that is none, or not of finite numbers."""
     if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
         got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
@@ -580,11 +564,7 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
 
 
 def tensor_at(model: nn.Module, path: str) -> Tensor:
-    """A parameter or buffer of a model.
-
-    Raises:
-        SurgeryError: there is none.
-    """
+    """A parameter or buffer of a model; SurgeryError where there is none."""
     found = found_at(model, path)
     if not isinstance(found, Tensor):
         raise SurgeryError("this parameter does not exist", where=path, fix="name parameters or buffers of the model")
