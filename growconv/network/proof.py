@@ -63,7 +63,7 @@ class Proof:
 
     def _watched(self, example: Example, outputs: dict[Example, list[Tensor]]) -> dict[int, str]:
         """The sites whose channels something else reads; the outputs of the undisturbed run are added to `outputs`."""
-        recorded: dict[tuple[str, int], Tensor] = {}
+        recorded: dict[str, list[Tensor]] = {}
         try:
             before = outputs[example] = self._run(example, recorded, ())
         except Exception:
@@ -81,18 +81,19 @@ class Proof:
         return {n: SEEN_TOGETHER if self.sites[n].copied else SEEN for n in _search(seen, list(self.sites))}
 
     def _run(
-        self, example: Example, recorded: dict[tuple[str, int], Tensor], disturbed: Iterable[int], still: bool = False
+        self, example: Example, recorded: dict[str, list[Tensor]], disturbed: Iterable[int], still: bool = False
     ) -> list[Tensor]:
         """The outputs; recorded or, where sites are disturbed, with their consumers given what was recorded.
 
         With `still` nothing is disturbed, but all else is as if it were: the same kernels run on the same layouts.
         """
         chosen = [self.sites[number] for number in disturbed]
-        before = {path: _hand(path, entries, recorded) for path, entries in _gathered(chosen, IN).items()}
+        hooks = {path: _hand(entries, iter(recorded.get(path, ()))) for path, entries in _gathered(chosen, IN).items()}
         if not chosen:
-            before = {path: _record(path, recorded) for site in self.sites.values() for path in site.consumers}
+            consumers = {path for site in self.sites.values() for path in site.consumers}
+            hooks = {path: _record(recorded.setdefault(path, [])) for path in consumers}
         handles = []
-        for path, hook in before.items():
+        for path, hook in hooks.items():
             handles.append(module_at(self.model, path).register_forward_pre_hook(hook, with_kwargs=True))
         for path, entries in _gathered(chosen, OUT).items():
             hook = _disturb(entries, still)
@@ -342,27 +343,16 @@ def _disturb(entries: list[int], still: bool) -> Callable[[nn.Module, tuple, Ten
     return hook
 
 
-def _record(path: str, recorded: dict[tuple[str, int], Tensor]) -> Callable[[nn.Module, tuple, dict], None]:
-    calls = 0
-
+def _record(recorded: list[Tensor]) -> Callable[[nn.Module, tuple, dict], None]:
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal calls
-        recorded[path, calls] = tensors_in([args, kwargs])[0].detach().clone()
-        calls += 1
+        recorded.append(tensors_in([args, kwargs])[0].detach().clone())
 
     return hook
 
 
-def _hand(
-    path: str, entries: list[int], recorded: Mapping[tuple[str, int], Tensor]
-) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
-    calls = 0
-
+def _hand(entries: list[int], recorded: Iterator[Tensor]) -> Callable[[nn.Module, tuple, dict], tuple | None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        nonlocal calls
-        known = recorded.get((path, calls))
-        calls += 1
-        given = tensors_in([args, kwargs])[0]
+        known, given = next(recorded, None), tensors_in([args, kwargs])[0]
         if known is None or known.shape != given.shape:
             return None
         axis = layers.channel_axis(module, given.dim())
