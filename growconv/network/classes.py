@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
-from growconv.network.trace import Numbers
+from growconv.network.numbers import Numbers
 
 
-@dataclass
+@dataclass(eq=False)
 class Space:
     """Classes of one signature: the same number of entries on the same axes.
 
@@ -124,28 +124,13 @@ def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Se
     return Space(roots, dict.fromkeys(keys, 1), len(columns), neighbours=True, lies=lies)
 
 
-def collapsed(numbers: Numbers) -> bool:
-    """Whether several channels of one layer are one class: they depend on each other, or form a group."""
-    roots = numbers.roots()
-    outputs = [numbers.range_of(key) for key in numbers.axes if key[1] == OUT]
-    return any(len(np.unique(roots[each.start : each.stop])) < len(each) for each in outputs)
-
-
-def mark_copied(strict: Numbers, repeated: Numbers, spaces: Sequence[Space]) -> None:
-    """Of spaces found by numbers that are taken to be repeated, those whose channels depend on each other.
-
-    Args:
-        strict: numbers that operations over several channels have tied.
-        repeated: numbers that they have not.
-        spaces: of the second; those that depend on each other across spaces are given a reason.
-    """
-    strictly, freely = strict.roots(), repeated.roots()
+def mark_copied(numbers: Numbers, spaces: Sequence[Space]) -> None:
+    """Mark spaces whose channels are tied loosely; those that depend on each other across spaces get a reason."""
+    loose = numbers.loose_roots()
     owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
     classes: dict[int, set[int]] = {}
-    for key in repeated.axes:  # not number by number: what fills an axis up may differ
-        for first, second in zip(strict.range_of(key), repeated.range_of(key), strict=False):
-            if freely[second] in owner:
-                classes.setdefault(int(strictly[first]), set()).add(int(freely[second]))
+    for root in owner:
+        classes.setdefault(int(loose[root]), set()).add(root)
     for together in classes.values():
         involved = {owner[root] for root in together}
         for number in involved if len(together) > 1 else ():

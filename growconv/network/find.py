@@ -8,7 +8,7 @@ from torch import nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
 from growconv.network import layers
-from growconv.network.classes import Space, collapsed, mark_copied, spaces_of
+from growconv.network.classes import Space, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
 from growconv.network.model import (
     Arguments,
@@ -21,13 +21,14 @@ from growconv.network.model import (
     undisturbed,
     unwrapped,
 )
+from growconv.network.numbers import Numbers
 from growconv.network.plan import shared_names, tied_weights
 from growconv.network.proof import Proof, awake
-from growconv.network.rehearsal import Example, Pretender, Widening
+from growconv.network.rehearsal import Example, Widening
 from growconv.network.routes import Route
 from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.steps import routes_of
-from growconv.network.trace import LookFailed, Numbers, look
+from growconv.network.trace import LookFailed, look
 
 MODES = {"eval": False, "train": True}
 
@@ -223,17 +224,15 @@ def analyse(
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = copied(model)
     with undisturbed(twin):
-        strict, ways = _numbered(twin, examples, Numbers(strange=model.parameters()))
-        if not strict.outputs:
+        numbers, ways = _numbered(twin, examples, Numbers(model.parameters()))
+        if not numbers.outputs:
             raise TraceError(
                 "the model gives no tensor, so that nothing can tell whether growing changes what it does",
                 where=type(model).__name__,
                 fix="give an example or a mode in which it returns tensors, also inside of mappings or objects",
             )
-        numbers = _repeated(twin, examples, strict) if collapsed(strict) else strict
         spaces, outputs = spaces_of(numbers)
-        if numbers is not strict:
-            mark_copied(strict, numbers, spaces)
+        mark_copied(numbers, spaces)
         _refuse_layers(twin, numbers, spaces)
         widening = Widening(twin, ways, numbers, spaces)
         found = Analysis(model, numbers, spaces, widening.prove() if rehearse else widening.presume(), outputs)
@@ -251,9 +250,7 @@ def analyse(
     return found
 
 
-def _numbered(
-    model: nn.Module, examples: Sequence[Example], numbers: Numbers, pretending: bool = False
-) -> tuple[Numbers, tuple[Example, ...]]:
+def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -> tuple[Numbers, tuple[Example, ...]]:
     """The numbers of a copy, from every example in every mode; of the examples one for each way through the model."""
     ways: dict[tuple[int, tuple[str, ...]], Example] = {}
     for example in examples:
@@ -261,7 +258,7 @@ def _numbered(
         same_chance()
         before = len(numbers.cuts)
         try:
-            example.trail = look(model, example.arguments, numbers, pretending)
+            example.trail = look(model, example.arguments, numbers)
             names = tuple(ran.name for ran in example.trail)
             if ways.setdefault((id(example.arguments), names), example) is not example:
                 del numbers.cuts[before:]
@@ -274,22 +271,6 @@ def _numbered(
                 continue
             raise _no_run(model, example.arguments, error) from error
     return numbers, tuple(ways.values())
-
-
-def _repeated(model: nn.Module, examples: Sequence[Example], strict: Numbers) -> Numbers:
-    """Numbers that operations over several channels have not tied; the model pretends, if that leads the same way."""
-    numbers, names = Numbers(repeated=True), [[ran.name for ran in example.trail] for example in examples]
-    try:
-        with Pretender(model).widened(Layout({}, (), {}), (), ()):
-            ways = [Example(each.arguments, each.training) for each in examples]
-            _numbered(model, ways, numbers, pretending=True)
-        alike = names == [[ran.name for ran in way.trail] for way in ways]
-    except TraceError:
-        alike = False
-    if not alike:
-        numbers = _numbered(model, examples, Numbers(repeated=True))[0]
-    numbers.trained = strict.trained
-    return numbers
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:

@@ -7,15 +7,14 @@ must arrive where they did.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -24,7 +23,8 @@ from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
-from growconv.network.trace import Attribute, LookFailed, Numbers, Ran, look
+from growconv.network.numbers import Attribute, Numbers
+from growconv.network.trace import LookFailed, Ran, look
 
 MORE_UNITS = (1, 2, 3)
 """Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
@@ -38,6 +38,7 @@ INTERLEAVED = "its channels are interleaved in a way that is not followed"
 Signature = frozenset[tuple[Key, int]]
 """The axes that a class lies on, with its entries on each."""
 _UNIT, _SPACE = 1 << 18, 1 << 36
+_Value = TypeVar("_Value")
 
 
 @dataclass(eq=False)
@@ -88,7 +89,7 @@ class Widening:
         self.examples = examples
         self.numbers = numbers
         self.spaces = spaces
-        self.pretender = Pretender(model)
+        self.model = model
         self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
         self.sizes |= {key: len(numbers.range_of(key)) for key in numbers.axes}
         self.dims: dict[str, int] = {}
@@ -100,14 +101,12 @@ class Widening:
         self._led = dict[int, int]()  # spaces that failed since sizes had followed another, and which
         self._cleared = set[int]()  # spaces that failed only together with others
         self._fixed = set[int]()  # spaces on which an operation failed that takes one width only
-        self._along: dict[Key, NDArray[np.int64]] = {}
-        self._known: dict[Key, dict[int, list[tuple[int, Run]] | None]] = {}
         self._groups = {
             path: layers.groups_of(module)
             for path, module in model.named_modules()
             if layers.is_weighted(module) and layers.groups_of(module) > 1 and not layers.in_whole_groups(module)
         }
-        self._count_classes()
+        self._recount()
 
     # ------------------------------------------------------------------------------------------ the whole
 
@@ -141,12 +140,8 @@ class Widening:
     def _guess_all(self) -> None:
         """Into how many blocks the classes of each space fall at the present widths."""
         self._bare_axes()
-        live = [number for number, space in enumerate(self.spaces) if space.reason is None]
-        for key, own in self._owners(live).items():
-            self._runs(key, own)  # all at once
-        for number in live:
-            if self.spaces[number].reason is None and not self._fits(number):
-                self._next_guess(number, INTERLEAVED)
+        for number in self._lay_out([n for n, space in enumerate(self.spaces) if space.reason is None]):
+            self._next_guess(number, INTERLEAVED)
 
     def relay(self) -> Layout:
         """The layout of all spaces that have no reason against them now."""
@@ -197,9 +192,7 @@ class Widening:
     def _attempt(self, live: Sequence[int]) -> dict[int, str]:
         """One rehearsal of some spaces: those that failed, and why."""
         self._guilty, self._led = set(), {}
-        culprits = self._lay_out(live)
-        if culprits or not live:
-            return culprits
+        self._lay_out(live)
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
         if len(live) == 1:
             more = {live[0]: 2}
@@ -214,9 +207,9 @@ class Widening:
         self._rehearsals += 1
         units = [now + more.get(number, 0) for number, now in enumerate(self._units)]
         layout = self.layout()
-        found = Numbers(self.numbers.repeated, widths=False)
+        found = Numbers()
         try:
-            with self.pretender.widened(layout, self._units, units):
+            with pretending(self.model, layout, self._units, units):
                 self._look(found, on=len(live) > 2)
         except LookFailed as failed:
             self._reached = failed.reached
@@ -228,17 +221,17 @@ class Widening:
     def _promote(self, stopped: str | None) -> None:
         """Take attributes of modules for counts of channels where code of their kind refused other numbers of them."""
         if stopped is not None:
-            kind = type(module_at(self.pretender.model, stopped))
+            kind = type(module_at(self.model, stopped))
             for place, counted in self.numbers.compared.items():
-                if type(module_at(self.pretender.model, place[0])) is kind:
+                if type(module_at(self.model, place[0])) is kind:
                     self.numbers.literals.setdefault(place, counted)
 
     def _look(self, found: Numbers, on: bool = False) -> None:
         """Send numbers through the pretending model, in every way; `on` tells whether to go on where the code fails."""
         for example in self.examples:
-            self.pretender.model.train(example.training)
+            self.model.train(example.training)
             same_chance()
-            look(self.pretender.model, example.arguments, found, True, example.trail if on else ())
+            look(self.model, example.arguments, found, True, example.trail if on else ())
 
     def _blamed(
         self, failed: LookFailed, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
@@ -267,7 +260,7 @@ class Widening:
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
         cut = np.asarray([number for part in self.numbers.cuts for number in part], dtype=np.int64)
-        return _spaces(self._classes[cut]) if len(cut) else set()
+        return _spaces(self._codes[cut]) if len(cut) else set()
 
     def _met(self, met: Iterable[int], found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
         """The spaces of some numbers of the widened model."""
@@ -281,52 +274,38 @@ class Widening:
 
     # ------------------------------------------------------------------------------------------ runs
 
-    def _count_classes(self) -> None:
-        """Per number its class: space · 2³⁶ + index; -1 for numbers of no space."""
-        by_root = np.full(self.numbers.count + 1, -1, dtype=np.int64)
+    def _recount(self) -> None:
+        """Per number its code; -1 for numbers of no space."""
+        by_root = np.full(self.numbers.count, -1, dtype=np.int64)
         for number, space in enumerate(self.spaces):
-            for index, root in enumerate(space.roots):
-                by_root[root] = number * _SPACE + index
-        roots = self.numbers.roots()
-        self._classes = np.append(by_root[roots], -1)
-        for known in (self._along, self._known, self._cleared, self._bound_alone):
-            known.clear()
+            unit, block = np.divmod(np.arange(len(space.roots)), space.blocks if space.neighbours else space.units)
+            if not space.neighbours:
+                unit, block = block, unit
+            by_root[space.roots] = number * _SPACE + unit * _UNIT + block
+        self._codes = np.append(by_root[self.numbers.roots()], -1)
 
-    def _axis(self, key: Key) -> NDArray[np.int64]:
-        """Per entry of an axis at the present widths its class."""
-        if key in self._along:
-            return self._along[key]
+    def _axis(self, key: Key) -> Codes:
+        """The codes along an axis at the present widths."""
         if key in self.numbers.columns:
-            found = self._classes[np.asarray(self.numbers.columns[key], dtype=np.int64)]
-        else:
-            numbers = self.numbers.range_of(key)
-            found = self._classes[numbers.start : numbers.stop]
-            if key[1] == ENTRY and key[0] in self.dims:
-                shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
-                found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1).max(1)
-        self._along[key] = found
+            return self._codes[self.numbers.columns[key]]
+        numbers = self.numbers.range_of(key)
+        found = self._codes[numbers.start : numbers.stop]
+        if key[1] == ENTRY and key[0] in self.dims:
+            shape, dim = self.numbers.shapes[key[0]], self.dims[key[0]]
+            found = np.moveaxis(found.reshape(shape), dim, 0).reshape(shape[dim], -1).max(1)
         return found
 
-    def _alive(self, classes: NDArray[np.int64], live: Iterable[int]) -> NDArray[np.int64]:
-        """Classes of live spaces, -1 for the others."""
+    def _alive(self, codes: Codes, live: Iterable[int]) -> Codes:
+        """Codes of live spaces, -1 for the others."""
         alive = np.zeros(len(self.spaces) + 1, dtype=bool)
         alive[list(live)] = True
-        return np.where(alive[classes // _SPACE], classes, -1)
-
-    def _codes(self, classes: NDArray[np.int64]) -> Codes:
-        """Classes as space, unit and block."""
-        units, blocks = np.array([*self._units, 1]), np.array([*(space.blocks for space in self.spaces), 1])
-        neighbours = np.array([*(space.neighbours for space in self.spaces), False])
-        number, index = classes // _SPACE, classes % _SPACE  # -1 is the last
-        unit = np.where(neighbours[number], index // blocks[number], index % units[number])
-        block = np.where(neighbours[number], index % blocks[number], index // units[number])
-        return np.where(classes < 0, -1, number * _SPACE + unit * _UNIT + block)
+        return np.where(alive[codes // _SPACE], codes, -1)  # -1 is the last
 
     def _bare_axes(self) -> None:
         """Along which of its dimensions a bare parameter has its channels."""
         for path, shape in self.numbers.shapes.items():
             numbers = self.numbers.range_of((path, ENTRY))
-            grid = self._classes[numbers.start : numbers.stop].reshape(shape)
+            grid = self._codes[numbers.start : numbers.stop].reshape(shape)
             involved = [self.spaces[number] for number in _spaces(grid)]
             if not involved:
                 continue
@@ -344,46 +323,8 @@ class Widening:
                 space.counts[path, ENTRY] = int((along // _SPACE == number).sum()) // len(space.roots)
 
     def _fits(self, number: int) -> bool:
-        """Whether the entries of a space, taken alone, form runs at the present widths, in whole groups."""
-        space, units = self.spaces[number], self._units
-        more = [*units[:number], units[number] + 1, *units[number + 1 :]]
-        for key in space.counts:
-            if self._runs(key, [number])[number] is None:
-                return False
-            if key[0] in self._groups and not self._equal_groups(key, self._merged(key, [number]), units, more):
-                return False
-        return True
-
-    def _runs(self, key: Key, live: Iterable[int]) -> dict[int, list[tuple[int, Run]] | None]:
-        """Per space its runs along an axis at the present widths, with the entry that each starts at; None: torn."""
-        known, units = self._known.setdefault(key, {}), self._units
-        missing = set(live) - known.keys()
-        while missing:
-            codes = self._codes(self._alive(self._axis(key), missing))
-            try:
-                runs = self._parse(codes, key, units)
-            except Torn as torn:
-                known[torn.space] = None
-                missing.remove(torn.space)
-                continue
-            found: dict[int, list[tuple[int, Run]]] = {number: [] for number in missing}
-            at = 0
-            for run in runs:
-                if run.space is not None:
-                    found[run.space].append((at, run))
-                at += run.length(units)
-            known |= found
-            break
-        return known
-
-    def _merged(self, key: Key, live: Iterable[int]) -> tuple[Run, ...]:
-        """The runs of an axis at the present widths where only some spaces grow, none of which is torn."""
-        known, units, at, found = self._runs(key, live), self._units, 0, list[Run]()
-        for start, run in sorted((each for n in live for each in known[n] or ()), key=lambda each: each[0]):
-            found += [Run(None, start - at), run] if start > at else [run]
-            at = start + run.length(units)
-        length = len(self._axis(key))
-        return (*found, Run(None, length - at)) if length > at else tuple(found)
+        """Whether the entries of a space form runs at the present widths, in whole groups."""
+        return not any(self._runs(key, [number])[1] for key in self.spaces[number].counts)
 
     def _parse(self, codes: Codes, key: Key, units: Sequence[int] | Mapping[int, int]) -> tuple[Run, ...]:
         axis = np.stack([codes // _SPACE, codes % _SPACE // _UNIT, codes % _UNIT], axis=1)
@@ -395,33 +336,34 @@ class Widening:
         entries = {number: self.spaces[number].counts.get(key, 0) for number in involved}
         return runs_of(np.where(codes[:, None] < 0, -1, axis), units, entries)
 
-    def _lay_out(self, live: Sequence[int]) -> dict[int, str]:
-        """The runs of every axis at the present widths; the spaces that have none."""
-        self.axes, culprits = {}, {}
-        for key, own in self._owners(live).items():
-            torn = [number for number in own if self._runs(key, own)[number] is None]
-            culprits |= dict.fromkeys(torn, "its channels are interleaved with others in a way that is not followed")
-            if not torn:
-                self.axes[key] = self._merged(key, own)
-        return culprits
+    def _runs(self, key: Key, live: Sequence[int]) -> tuple[tuple[Run, ...], set[int]]:
+        """The runs of an axis at the present widths, and the spaces that form none, or not in whole groups."""
+        units, torn = self._units, set[int]()
+        while True:
+            try:
+                runs = self._parse(self._alive(self._axis(key), set(live) - torn), key, units)
+                break
+            except Torn as error:
+                torn.add(error.space)
+        groups = self._groups.get(key[0], 1)
+        for number in live if groups > 1 else ():  # every group keeps its channels and gets as many new ones
+            more = owners_of(runs, [*units[:number], units[number] + 1, *units[number + 1 :]])
+            old = (more[:, 0] != number) | (more[:, 1] < units[number])
+            before, after = (np.arange(count) * groups // count for count in (np.count_nonzero(old), len(more)))
+            if len(more) % groups or (after[old] != before).any():
+                torn.add(number)
+        return runs, torn
 
-    def _owners(self, live: Iterable[int]) -> dict[Key, list[int]]:
-        """The axes that some spaces lie on, and which of them on each."""
-        found: dict[Key, list[int]] = {}
+    def _lay_out(self, live: Sequence[int]) -> set[int]:
+        """Read off the runs of every axis at the present widths; the spaces that form none."""
+        self.axes, torn, owners = {}, set[int](), dict[Key, list[int]]()
         for number in live:
             for key in self.spaces[number].counts:
-                found.setdefault(key, []).append(number)
-        return found
-
-    def _equal_groups(self, key: Key, runs: tuple[Run, ...], units: Sequence[int], more: Sequence[int]) -> bool:
-        """Whether every group of a convolution keeps its old channels and gets as many new ones as the others."""
-        old, new = owners_of(runs, units), owners_of(runs, more)
-        groups = self._groups[key[0]]
-        if len(new) % groups:
-            return False
-        before = [part.tolist() for part in np.split(old, groups)]
-        after = [[o for o in part.tolist() if o[0] < 0 or o[1] < units[o[0]]] for part in np.split(new, groups)]
-        return before == after
+                owners.setdefault(key, []).append(number)
+        for key, own in owners.items():
+            self.axes[key], left = self._runs(key, own)
+            torn |= left
+        return torn
 
     def _next_guess(self, number: int, reason: str) -> None:
         """Another number of blocks for a space, or the reason why there is none."""
@@ -439,9 +381,8 @@ class Widening:
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
             space.blocks, space.neighbours = blocks, neighbours
+            self._recount()
             self._cleared.discard(number)
-            for known in self._known.values():
-                known.pop(number, None)
             if self._fits(number):
                 return
             space.tried.add((blocks, neighbours))
@@ -524,10 +465,10 @@ class Widening:
 
     def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
         """The classes of every signature once layers have so many more outputs; none where the code takes no such."""
-        space, found = len(self.spaces), Numbers(self.numbers.repeated, widths=False)
+        space, found = len(self.spaces), Numbers()
         axes = {key: (Run(None, self.sizes[key]), Run(space, 1, n, tuple(range(n)))) for key, n in more.items()}
         try:
-            with self.pretender.widened(Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
+            with pretending(self.model, Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
                 self._look(found)
         except LookFailed:
             return Counter()
@@ -546,11 +487,13 @@ class Widening:
         place = next(number for number, space in enumerate(before) if any(space is member for member in members))
         self.spaces[:] = [space for space in before if all(space is not member for member in members)]
         self.spaces.insert(place, joint)
-        self._count_classes()
+        self._recount()
+        self._cleared.clear()
+        self._bound_alone.clear()
         if self._fits(place):
             return True
         self.spaces[:] = before
-        self._count_classes()
+        self._recount()
         return False
 
     # ------------------------------------------------------------------------------------------ sizes in attributes
@@ -558,7 +501,7 @@ class Widening:
     def _attributes(self) -> Iterator[SizeAttribute]:
         for path, name, index in sorted(self.bound, key=str):
             counted = self.numbers.literals[path, name, index]
-            classes = self._classes[np.asarray(counted, dtype=np.int64)]
+            classes = self._codes[np.asarray(counted, dtype=np.int64)]
             rates: dict[int, int] = {}
             for number in _spaces(classes):
                 rate, left = divmod(int((classes // _SPACE == number).sum()), self.spaces[number].units)
@@ -573,7 +516,7 @@ class Widening:
         return [
             place
             for place, counted in sorted(self.numbers.literals.items(), key=str)
-            if place not in self.bound and wanted & _spaces(self._classes[np.asarray(counted, dtype=np.int64)])
+            if place not in self.bound and wanted & _spaces(self._codes[np.asarray(counted, dtype=np.int64)])
         ]
 
     def _bind_all(self, live: Sequence[int], culprits: dict[int, str]) -> dict[int, str]:
@@ -647,14 +590,11 @@ class Widening:
                 numbers = found.range_of(key)
                 actual = high[roots[numbers.start : numbers.stop]]
             else:
-                columns = np.asarray(found.columns.get(key, []), dtype=np.int64)
-                actual = high[np.where(columns >= 0, roots[columns], -1)] if len(columns) else columns
+                columns = found.columns.get(key, np.empty(0, dtype=np.int64))
+                actual = high[np.where(columns >= 0, roots[columns], -1)]
             actual = np.maximum(actual, -1)
             if not np.array_equal(actual, expected):
                 culprits |= self._arrivals(key, actual, expected, units)
-            elif key[0] in self._groups and not self._equal_groups(key, layout.axes[key], self._units, units):
-                text = f"the groups of {key[0]} do not get equal shares of new channels"
-                culprits |= dict.fromkeys(_spaces(actual), text)
         return {number: reason for number, reason in culprits.items() if number in live}
 
     def _cut_otherwise(self, found: Numbers, codes: Codes, live: Sequence[int]) -> dict[int, str]:
@@ -664,7 +604,7 @@ class Widening:
             return culprits
         old_units = np.array(self._units)
         for old, new in zip(self.numbers.cuts, found.cuts, strict=True):
-            before = self._codes(self._alive(self._classes[np.asarray(old, dtype=np.int64)], live))
+            before = self._alive(self._codes[np.asarray(old, dtype=np.int64)], live)
             after = codes[np.asarray(new, dtype=np.int64)]
             before, after = before[before >= 0], after[after >= 0]
             after = after[after % _SPACE // _UNIT < old_units[after // _SPACE]]
@@ -715,125 +655,76 @@ def _spaces(codes: Codes) -> set[int]:
     return set(np.unique(codes[codes >= 0] // _SPACE).tolist())
 
 
-class Pretender:
-    """A model whose layers give outputs of the right shape and compute nothing, at any width, for a while.
+@contextmanager
+def pretending(model: nn.Module, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
+    """Inside, the layers of a model compute nothing but give outputs of the right shape, at other widths.
+
+    Its tensors have the shapes of a wider model too, and sizes in attributes follow.
 
     Args:
         model: a copy that may be changed.
+        layout: where the channels lie.
+        now: units of every space as the model has them.
+        units: units that they are to have.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._widths: dict[str, int] = {}
-        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        for path, module in model.named_modules():
+    added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
+    with ExitStack() as undo:
+        for module in model.modules():
             if layers.is_norm(module):
-                self._forwards.append((module, lambda x, *_args, **_kwargs: x.clone()))
+                _put(undo, vars(module), "forward", lambda x, *_args, **_kwargs: x.clone())
             elif layers.is_weighted(module):
-                self._forwards.append((module, self._forward(path, module)))
-
-    def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-            outputs = self._widths.get(path)
-            if outputs is None and not layers.in_whole_groups(module):
-                outputs = layers.size(module, OUT)
-            return layers.pretended(module, x, outputs)
-
-        return forward
-
-    @contextmanager
-    def widened(self, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
-        """Inside, layers pretend, at other numbers of outputs; bare parameters repeat entries, attributes follow.
-
-        Args:
-            layout: where the channels lie.
-            now: units of every space as the model has them.
-            units: units that they are to have.
-        """
-        undo: list[Callable[[], object]] = []
-        for module, forward in self._forwards:
-            own, before = vars(module), vars(module).get("forward")
-            undo.append(partial(own.pop, "forward") if before is None else partial(own.update, forward=before))
-            own["forward"] = forward
-        added, made = dict[str, dict[str, int]](), dict[tuple[int, int, int], Tensor]()
-        for key, runs in layout.axes.items():
-            if key[0] in layout.dims:
-                owners = owners_of(runs, now), owners_of(runs, units)
-                undo.append(_repeat(self.model, key[0], layout.dims[key[0]], *owners))
-            width = sum(run.length(units) for run in runs)
-            if key[0] not in layout.dims and key[1] != FILL:
-                added.setdefault(key[0], {})[key[1]] = width - sum(run.length(now) for run in runs)
-            if key[1] == OUT:
-                self._widths[key[0]] = width
+                _put(undo, vars(module), "forward", partial(_pretend, module))
+        for (path, side), runs in layout.axes.items():
+            old, new = (sum(run.length(each) for run in runs) for each in (now, units))
+            if path in layout.dims:
+                _lengthen(undo, model, path, layout.dims[path], Fraction(new, old), made)
+            elif side != FILL:
+                added.setdefault(path, {})[side] = new - old
+                for slot in layers.adapter(module_at(model, path)).slots(side):
+                    _lengthen(undo, model, f"{path}.{slot.name}", slot.axis, Fraction(new, old), made)
         for path, more in added.items():
-            undo += _count(module_at(self.model, path), more, made)
+            module = module_at(model, path)
+            try:
+                counts = layers.adapter(module).counts(more)
+            except SurgeryError:  # no whole groups of a norm: its numbers tell
+                continue
+            for name, count in counts.items():
+                _put(undo, vars(module), name, count)
         for each in layout.attributes:
+            kept = vars(module_at(model, each.path))
             more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
-            undo.append(resize_attribute(self.model, each, more))
-        try:
-            yield
-        finally:
-            self._widths = {}
-            for each in reversed(undo):
-                each()
+            _put(undo, kept, each.name, each.enlarged(kept[each.name], more))
+        yield
 
 
-def _count(
-    module: nn.Module, added: Mapping[str, int], made: dict[tuple[int, int, int], Tensor]
-) -> Iterator[Callable[[], None]]:
-    """Let a layer and its tensors look as if it had so many more entries along its sides; gives what undoes it.
-
-    Args:
-        module: the layer.
-        added: entries by side.
-        made: the tensors that stand for others already; those that layers share stay shared.
-    """
-    adapter = layers.adapter(module)
-    for side, more in added.items():
-        factor = Fraction(adapter.size(side) + more, adapter.size(side))
-        for slot in adapter.slots(side):
-            owner, name = module.get_submodule(slot.name.rpartition(".")[0]), slot.name.rpartition(".")[2]
-            learnt = name in owner._parameters
-            registered = cast(dict[str, Tensor], owner._parameters if learnt else owner._buffers)
-            tensor = registered[name]
-            shape = list(tensor.shape)
-            shape[slot.axis] = int(shape[slot.axis] * factor)
-            zeros = nn.Parameter(tensor.new_zeros(()).expand(shape), False) if learnt else tensor.new_zeros(shape)
-            registered[name] = made.setdefault((id(tensor), slot.axis, shape[slot.axis]), zeros)
-            yield partial(registered.__setitem__, name, tensor)
-    try:
-        after = adapter.counts(added)
-    except SurgeryError:  # no whole groups of a norm: its numbers tell
-        return
-    yield partial(vars(module).update, {name: getattr(module, name) for name in after})
-    vars(module).update(after)
+def _pretend(module: nn.Module, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return layers.pretended(module, x, None if layers.in_whole_groups(module) else layers.size(module, OUT))
 
 
-def resize_attribute(model: nn.Module, attribute: SizeAttribute, more: int) -> Callable[[], None]:
-    """Add to a size that a module keeps; gives back what undoes it."""
-    module = module_at(model, attribute.path)
-    before = getattr(module, attribute.name)
-    setattr(module, attribute.name, attribute.enlarged(before, more))
-    return lambda: setattr(module, attribute.name, before)
+def _put(undo: ExitStack, holder: dict[str, _Value], name: str, value: _Value) -> None:
+    """Put a value in the place of another, for as long as the stack is open."""
+    if name in holder:
+        undo.callback(holder.__setitem__, name, holder[name])
+    else:
+        undo.callback(holder.pop, name)
+    holder[name] = value
 
 
-def _repeat(
-    model: nn.Module, path: str, dim: int, old: NDArray[np.int64], new: NDArray[np.int64]
-) -> Callable[[], None]:
-    """Give a bare parameter or buffer more entries, copies of old ones; gives back what undoes it."""
+def _lengthen(
+    undo: ExitStack,
+    model: nn.Module,
+    path: str,
+    axis: int,
+    factor: Fraction,
+    made: dict[tuple[int, int, Fraction], Tensor],
+) -> None:
+    """Let a parameter or buffer look as if it had so many times the entries; those that layers share stay shared."""
     parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    tensors = module._parameters if name in module._parameters else module._buffers
-    registered = cast(dict[str, Tensor | None], tensors)
-    tensor = registered[name]
-    place = {tuple(owner): index for index, owner in enumerate(old.tolist()) if owner[0] >= 0}
-    fixed: Iterable[int] = iter(np.flatnonzero(old[:, 0] < 0).tolist())
-    index = [next(iter(fixed)) if owner[0] < 0 else place.get(tuple(owner), 0) for owner in new.tolist()]
-    if tensor is not None:
-        longer = tensor.detach().index_select(dim, torch.tensor(index, device=tensor.device))
-        registered[name] = nn.Parameter(longer, requires_grad=False) if isinstance(tensor, nn.Parameter) else longer
-
-    def undo() -> None:
-        registered[name] = tensor
-
-    return undo
+    module = module_at(model, parent)
+    learnt = name in module._parameters
+    holder = cast(dict[str, Tensor], module._parameters if learnt else module._buffers)
+    tensor = holder[name]
+    longer = tensor.detach().narrow(axis, 0, 1)  # the first entry again and again takes no memory
+    longer = longer.expand(*tensor.shape[:axis], int(tensor.shape[axis] * factor), *tensor.shape[axis + 1 :])
+    longer = nn.Parameter(longer, False) if learnt else longer.clone()
+    _put(undo, holder, name, made.setdefault((id(tensor), axis, factor), longer))

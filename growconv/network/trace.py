@@ -1,23 +1,21 @@
 """Channels, found by sending their numbers through the model.
 
-While a model runs, every tensor has a companion of its shape that holds, for each entry, the number of the channel that
-it belongs to (-1: none). Weighted layers cut: what they are given is consumed, and their outputs get fresh numbers.
-Structural operations are run on the companions themselves, so that no operation needs a rule of its own; elementwise
-operations and reductions unify the numbers that they compute together; whatever else meets a number blocks it, and its
-name is the reason.
-
-Companions are constant along most axes; there they have stride 0, which keeps them small.
+While a model runs, every tensor has a companion that holds the numbers of its entries. Weighted layers cut: what they
+are given is consumed, and their outputs get fresh numbers. Structural operations are run on the companions themselves,
+so that no operation needs a rule of its own; elementwise operations and reductions unify the numbers that they compute
+together; whatever else meets a number blocks it, and its name is the reason.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from traceback import walk_tb
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,179 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from growconv.errors import TraceError
 from growconv.network import layers, operations
-from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT
 from growconv.network.model import Arguments, module_at, one_run, tensors_in
+from growconv.network.numbers import NONE, SPOILT, Literals, Numbers, compact, narrowed
 from growconv.network.watch import Watch
 
-NONE, SPOILT = -1, -2
-"""Of an entry that belongs to no channel; of one that comes from an operation which failed."""
 SIZED = operations.VIEWS | {"split_with_sizes", "split", "slice", "expand"}
 """Structural operations that are told sizes."""
-
-
-Attribute = tuple[str, str, int | None]
-"""A number that a module keeps: its path, the name, and the index where that is a list."""
-Literals = dict[Attribute, list[int]]
-"""Attributes that count entries: the numbers of those entries."""
-
-
-class Numbers:
-    """Numbers of channels and bare parameters' entries, and which of them live and die together.
-
-    Args:
-        repeated: take it that all channels come several times, if any do: a mean over the channels, say, does not tie
-            them then, since it stays as it is.
-        widths: whether those are looked at that the model has, so that its attributes tell them; not in a rehearsal.
-        strange: parameters by identity that are not of the model which is looked at, but of the one that it copies.
-
-    Attributes:
-        count: how many there are.
-        blocked: per number why it cannot grow.
-        columns: per axis of consumers, followers and carried inputs, the number that each position was given.
-        across: numbers of channels that a layer was given one by one, since it runs along another axis than they.
-        used_outside: layers whose weights an operation outside of them read, and which.
-        trained: layers that ran although gradients were asked for, and whether their weights got any in some pass.
-        literals: attributes of modules on the way that tell a size which an operation was given.
-        compared: the same for sizes of what modules were given, which their code may compare them with.
-        cuts: what slices and splits of several channels took, one after the other.
-        shapes: of bare parameters and buffers.
-        calls: per layer how often it was called in the longest forward pass.
-        outputs: tensors that the model gave, in all passes.
-        order: paths of the layers in the order of their first call.
-    """
-
-    def __init__(self, repeated: bool = False, strange: Iterable[Tensor] = (), widths: bool = True) -> None:
-        self.repeated = repeated
-        self.widths = widths
-        self.strange = {id(tensor) for tensor in strange}
-        self.count = 0
-        self.blocked: dict[int, str] = {}
-        self.across: dict[int, str] = {}
-        self.used_outside: dict[str, str] = {}
-        self.trained: dict[str, bool] = {}
-        self.columns: dict[Key, list[int]] = {}
-        self.calls: dict[str, int] = {}
-        self.outputs = 0
-        self.order: list[str] = []
-        self.shapes: dict[str, torch.Size] = {}
-        self.literals: Literals = {}
-        self.compared: Literals = {}
-        self.cuts: list[list[int]] = []
-        self._first: dict[Key, tuple[int, int]] = {}
-        self._ties: list[NDArray[np.int64]] = []
-        self._roots = np.empty(0, dtype=np.int64)
-
-    def fresh(self, key: Key, count: int) -> int:
-        """The first of the numbers of an axis; those of the first time for one that was seen before."""
-        if key not in self._first:
-            self._first[key] = self.count, count
-            self.count += count
-        return self._first[key][0]
-
-    @property
-    def axes(self) -> Iterable[Key]:
-        """The axes that have numbers."""
-        return self._first.keys()
-
-    def range_of(self, key: Key) -> range:
-        """The numbers of an axis; empty for one that was not met."""
-        first, count = self._first.get(key, (0, 0))
-        return range(first, first + count)
-
-    def positions(self, numbers: Iterable[int]) -> Iterator[tuple[Key, NDArray[np.int64]]]:
-        """The axes that some numbers stand for, with the positions along them."""
-        ordered = np.sort(np.fromiter(numbers, np.int64))
-        for key, (first, count) in self._first.items():
-            start, stop = np.searchsorted(ordered, (first, first + count))
-            if start < stop:
-                yield key, ordered[start:stop] - first
-
-    def tie(self, first: ArrayLike, second: ArrayLike) -> None:
-        """Let numbers live and die together, pair by pair."""
-        pairs = np.asarray([first, second], dtype=np.int64)
-        if pairs.size:
-            self._ties.append(pairs)
-
-    def roots(self) -> NDArray[np.int64]:
-        """Per number the lowest of all that are tied to it."""
-        if self._ties or len(self._roots) < self.count:
-            known = np.arange(self.count)
-            known[: len(self._roots)] = self._roots
-            pairs = np.concatenate([np.empty((2, 0), dtype=np.int64), *self._ties], 1)
-            self._roots, self._ties = _lowest(known, pairs), []
-        return self._roots
-
-    def tied(self, companion: Tensor) -> Tensor:
-        """A companion in which one number stands for all that are tied."""
-        narrow = compact(companion)
-        return torch.from_numpy(np.append(self.roots(), [SPOILT, NONE]))[narrow].expand(companion.shape)
-
-    def unify(self, first: Tensor, second: Tensor) -> None:
-        """Tie the numbers of two companions of one shape, entry by entry."""
-        first, second = _narrowed(first, second)
-        both = (first != second) & (first >= 0) & (second >= 0)
-        if bool(both.any()):
-            keys = torch.unique(first[both] * self.count + second[both]).cpu().numpy()
-            self.tie(keys // self.count, keys % self.count)
-
-    def unify_rows(self, companion: Tensor) -> Tensor:
-        """Tie all numbers along the last axis of a companion; gives one for each row."""
-        if companion.shape[-1] == 1:
-            return companion[..., 0]
-        first = companion.amax(-1)
-        self.unify(first[..., None].expand_as(companion), companion)
-        return first
-
-    def block(self, companion: Tensor, reason: str) -> None:
-        """Let the numbers of a companion not grow."""
-        for number in torch.unique(compact(companion)).tolist():
-            if number >= 0:
-                self.blocked.setdefault(number, reason)
-
-    def consume(self, key: Key, columns: Tensor) -> None:
-        """Note what an axis was given: columns (positions, uses)."""
-        new = self.unify_rows(columns).cpu().numpy()
-        if key in self.columns:
-            length = min(len(new), len(self.columns[key]))
-            old, new = np.asarray(self.columns[key][:length], dtype=np.int64), new[:length]
-            both = (old >= 0) & (new >= 0)
-            self.tie(old[both], new[both])
-            new = np.where(old >= 0, old, new)
-        self.columns[key] = new.tolist()
-
-    def reasons(self) -> dict[int, str]:
-        """Why classes are blocked, by root."""
-        found: dict[int, str] = {}
-        roots = self.roots()
-        for number, reason in self.blocked.items():
-            found.setdefault(int(roots[number]), reason)
-        return found
-
-    def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
-        """Per class, by its root, the axes that it lies on, with the number of its entries and the first of them."""
-        roots = self.roots()
-        keys = [*self._first, *self.columns]
-        parts = [roots[first : first + count] for first, count in self._first.values()]
-        for numbers in self.columns.values():
-            known = np.asarray(numbers, dtype=np.int64)
-            parts.append(np.where(known >= 0, roots[np.maximum(known, 0)] if len(roots) else known, NONE))
-        found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
-        for key, part in zip(keys, parts, strict=True):
-            for root, first, count in zip(
-                *(each.tolist() for each in np.unique(part, return_index=True, return_counts=True)), strict=True
-            ):
-                if root >= 0:
-                    found[root].append((key, count, first))
-        return found
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """What a tensor looked like."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass
@@ -207,7 +39,7 @@ class Ran:
     Attributes:
         name: path of the layer, or name of the operation.
         sizes: the whole numbers that the operation was given.
-        gave: what it returned, with `Shaped` for each tensor.
+        gave: what it returned, with what makes zeros of its shape for each tensor.
     """
 
     name: str
@@ -257,7 +89,8 @@ def look(
         model: in the mode that is to be looked at; hooks are put on its layers and taken off again.
         arguments: of its forward.
         numbers: what is found goes here; those of earlier passes stay.
-        pretending: its layers compute nothing. Else it is noted which of them get gradients.
+        pretending: its layers compute nothing. Else it is noted which of them get gradients, and which attributes of
+            modules tell sizes.
         before: what ran at other widths. An operation that fails then gives what it gave there, so that the rest of the
             model runs and shows what else fails.
 
@@ -267,7 +100,7 @@ def look(
     Raises:
         LookFailed: the model's code raised an error.
     """
-    mode = _Mode(model, numbers, before)
+    mode = _Mode(model, numbers, before, pretending)
     with torch.set_grad_enabled(not pretending), one_run(model, arguments) as (given, named):
         try:
             with mode:
@@ -289,12 +122,11 @@ def look(
 
 def _raised_in(error: Exception, model: nn.Module) -> str:
     """Path of the innermost module of a model whose own code an error came through."""
-    frames = walk_tb(error.__traceback__)
-    modules = [
-        frame.f_locals.get("self") for frame, _ in frames if not frame.f_globals["__name__"].startswith("torch.")
-    ]
-    paths = {id(module): path for path, module in model.named_modules()}
-    return next((paths[id(each)] for each in reversed(modules) if id(each) in paths), "")
+    paths, found = {id(module): path for path, module in model.named_modules()}, ""
+    for frame, _ in walk_tb(error.__traceback__):
+        if not frame.f_globals["__name__"].startswith("torch."):
+            found = paths.get(id(frame.f_locals.get("self")), found)
+    return found
 
 
 def _note_trained(model: nn.Module, numbers: Numbers, mode: "_Mode", output: object) -> None:
@@ -334,9 +166,10 @@ def _leaves(outputs: Iterable[Tensor]) -> set[int]:
 class _Mode(Watch):
     """Runs every operation on the tensors and on their companions."""
 
-    def __init__(self, model: nn.Module, numbers: Numbers, before: Sequence[Ran]) -> None:
+    def __init__(self, model: nn.Module, numbers: Numbers, before: Sequence[Ran], pretending: bool) -> None:
         super().__init__(model)
         self.numbers = numbers
+        self.pretending = pretending
         self.differentiable: set[str] = set()
         self.failures: list[Failure] = []
         self.reached = 0
@@ -413,26 +246,24 @@ class _Mode(Watch):
         own = numbers.range_of((path, out))
         first = numbers.fresh((earlier, out), len(own))
         numbers.tie(range(first, first + len(own)), own)
-        numbers.consume((earlier, into), torch.tensor(numbers.columns[path, into])[:, None])
+        numbers.consume((earlier, into), torch.from_numpy(numbers.columns[path, into])[:, None])
 
     def _normalize(self, path: str, module: nn.Module, columns: Tensor) -> None:
         self.numbers.consume((path, ENTRY), columns)
         for group in layers.norm(module).groups(columns.shape[0]):
-            known = [number for number in self.numbers.columns[path, ENTRY][group] if number >= 0]
+            known = self.numbers.columns[path, ENTRY][group]
+            known = known[known >= 0]
             self.numbers.tie(known[:-1], known[1:])
 
-    def _carry(self, groups: int, given: list[int], first: int, count: int, path: str) -> None:
+    def _carry(self, groups: int, given: NDArray[np.int64], first: int, count: int, path: str) -> None:
         """Tie what every group reads to what it writes."""
-        read = np.asarray(given, dtype=np.int64)[: len(given) // groups * groups].reshape(groups, -1)
+        read = given[: len(given) // groups * groups].reshape(groups, -1)
         written = np.arange(first, first + count // groups * groups).reshape(groups, -1)
-        together, ahead = (
-            np.concatenate([read, written], 1),
-            np.repeat(written[:, :1], read.shape[1] + written.shape[1], 1),
-        )
-        known = together >= 0
+        together = np.concatenate([read, written], 1)
+        known, ahead = together >= 0, np.broadcast_to(written[:, :1], together.shape)
         self.numbers.tie(together[known], ahead[known])
-        for number in together[(~known).any(1)][known[(~known).any(1)]].tolist():
-            self.numbers.blocked.setdefault(number, f"the grouped {path} reads channels that cannot grow")
+        partly = torch.from_numpy(together[~known.all(1)])
+        self.numbers.block(partly, f"the grouped {path} reads channels that cannot grow")
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -465,13 +296,13 @@ class _Mode(Watch):
             output = func(*args, **kwargs)
         except Exception as error:
             return self._as_before(error, ran, sources, args[0] if func._schema.is_mutable else None)
-        ran.gave = tree_map(_shaped, output)
+        ran.gave = tree_map(lambda leaf: _zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
         results = [item for item in tree_leaves(output) if isinstance(item, Tensor)]
-        if not results or (name in operations.CREATING and name not in ("zero_", "fill_")):
-            return output
-        if all(result.dim() == 0 and result.dtype is torch.bool for result in results):
-            return output  # a question about all of a tensor, as whether it is finite
-        self._follow(func, name, args, kwargs, sources, results)
+        question = all(
+            result.dim() == 0 and result.dtype is torch.bool for result in results
+        )  # as whether all is finite
+        if not question and name not in operations.CREATING:
+            self._follow(func, name, args, kwargs, sources, results)
         return output
 
     def fail(self, failure: Failure) -> None:
@@ -493,7 +324,9 @@ class _Mode(Watch):
             told = ran.name in operations.TOLD_ALL_SIZES and -1 not in ran.sizes and ran.sizes == known.sizes
             more = {now - before for now, before in sizes if now != before}
             self.fail(Failure(error, {number for number in met if number >= 0}, more, told))
-        output = tree_map(_zeros, known.gave) if written is None else written
+        output = written
+        if output is None:
+            output = tree_map(lambda leaf: leaf() if isinstance(leaf, partial) else leaf, known.gave)
         self._spoil(tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
         return output
 
@@ -532,7 +365,7 @@ class _Mode(Watch):
             elif name in operations.NORMALIZING:
                 self._scale(args, companions, results)
             elif name in operations.LAYER_NORMS:
-                self._normalize_layers(name, args, companions, results)
+                self._normalize_layers(args, companions, results)
             elif name in operations.PRODUCTS:
                 self._multiply(name, args, companions, results)
             elif operations.is_pointwise(func):
@@ -549,12 +382,12 @@ class _Mode(Watch):
     def _structural(
         self, func: Callable, name: str, args: tuple, kwargs: dict, companions: dict[int, Tensor], results: list[Tensor]
     ) -> None:
-        if name in ("index", "gather", "index_select", "take_along_dim"):
+        if name in ("index", "gather", "index_select"):
             whole = companions[id(args[0])]
             if any(_has_numbers(each) for key, each in companions.items() if key != id(args[0])):
                 self._block(companions.values(), f"{name} chooses entries by their values")
             found: object = func(whole, *args[1:], **kwargs)
-        elif name in operations.ALIASES or name in ("clone", "_to_copy", "contiguous"):
+        elif name in operations.ALIASES or name in ("clone", "_to_copy"):
             own = companions[id(args[0])]
             found = own if name in operations.ALIASES or 0 in own.stride() else own.clone()
         elif name == "constant_pad_nd":
@@ -566,13 +399,7 @@ class _Mode(Watch):
             dim = args[1] if args[1:] else kwargs.get("dim", 0)
             found = self._joined([companions[id(tensor)] for tensor in args[0]], dim, results[0].shape, name)
         elif name in operations.VIEWS:
-            own = companions[id(args[0])]
-            found = own.view(args[0].dtype) if isinstance(args[1], torch.dtype) else None
-            if found is None:
-                try:
-                    found = own.view(results[0].shape)
-                except RuntimeError:
-                    found = own.reshape(results[0].shape)
+            found = companions[id(args[0])].reshape(results[0].shape)
         else:
 
             def swap(item: object) -> object:
@@ -588,11 +415,11 @@ class _Mode(Watch):
 
     def _started(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """What the code of a module may compare the sizes of its arguments with."""
-        kept = set() if not self.numbers.widths else {value for value in vars(module).values() if type(value) is int}
+        kept = set() if self.pretending else {value for value in vars(module).values() if type(value) is int}
         for tensor in tree_leaves((args, kwargs)) if kept else ():
             for axis, size in enumerate(tensor.shape) if isinstance(tensor, Tensor) else ():
                 along = _along(self.companion(tensor), axis) if size in kept else []
-                if _numbered(along) and _differs(along):
+                if _several(along):
                     self._note([size], [along], self.numbers.compared, 1)
 
     def _sizes(self, name: str, args: tuple, whole: Tensor, results: list[Tensor]) -> None:
@@ -601,22 +428,22 @@ class _Mode(Watch):
             given = list(args[1]) if isinstance(args[1], list | tuple) else [int(args[1])]
             dim = args[2] if args[2:] else 0
             parts = [_along(self.companion(each), dim % each.dim()) for each in results]
-            if any(map(_numbered, parts)):
+            if any(max(part, default=NONE) >= 0 for part in parts):
                 self.numbers.cuts += parts
                 self._note(given, parts)
         elif name == "slice":
             dim = args[1] if args[1:] else 0
             start, end = (*args[2:4], None, None)[:2]
             along = _along(whole, dim % whole.dim())
-            if _numbered(along) and _differs(along):
+            if _several(along):
                 self.numbers.cuts.append(_along(self.companion(results[0]), dim % whole.dim()))
             for edge in (start, end):
-                if isinstance(edge, int) and 0 < edge < len(along) and _numbered(along):
+                if isinstance(edge, int) and 0 < edge < len(along) and max(along) >= 0:
                     self._note([edge], [along[:edge]])
         else:
             for axis, size in enumerate(args[1] if isinstance(args[1], list | tuple) else ()):
                 along = _along(self.companion(results[0]), axis)
-                if isinstance(size, int) and size > 1 and _numbered(along) and _differs(along):
+                if isinstance(size, int) and _several(along):
                     self._note([size], [along])
 
     def _note(
@@ -628,10 +455,8 @@ class _Mode(Watch):
             found: what they are added to; None for `literals`.
             depth: how many of the modules that are running, from the innermost on; None for all.
         """
-        if not self.numbers.widths:
-            return
         found = self.numbers.literals if found is None else found
-        for path, module in self.running[::-1][:depth]:
+        for path, module in () if self.pretending else self.running[::-1][:depth]:
             for name, value in vars(module).items():
                 if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
                     for index, part in enumerate(parts):
@@ -648,40 +473,34 @@ class _Mode(Watch):
             if any(key[0] == path for key in found):
                 return
 
-    def _filled(self, count: int) -> Tensor:
-        """Fresh numbers for entries that come from no channel: zeros that fill an axis up."""
+    def _filled(self, shape: Sequence[int], axis: int) -> Tensor:
+        """Fresh numbers along an axis, for entries that come from no channel: zeros that fill it up."""
         path = self.running[-1][0]
-        key = (f"{path} #{self._fills[path]}", FILL)
         self._fills[path] += 1
-        first = self.numbers.fresh(key, count)
-        numbers = list(range(first, first + count))
-        self._note([count], [numbers])
-        return torch.arange(first, first + count)
+        first = self.numbers.fresh((f"{path} #{self._fills[path]}", FILL), shape[axis])
+        numbers = torch.arange(first, first + shape[axis])
+        self._note([shape[axis]], [numbers.tolist()])
+        return numbers.view(-1, *[1] * (len(shape) - 1 - axis)).expand(*shape)
 
     def _padded(self, companion: Tensor, pads: Sequence[int]) -> Tensor:
         """Padding along an axis that is constant belongs to the channel; elsewhere new entries get new numbers."""
-        for index in range(len(pads) // 2):
+        for index, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
             axis = companion.dim() - 1 - index
-            low, high = pads[2 * index], pads[2 * index + 1]
             shape = list(companion.shape)
             shape[axis] += low + high
             if companion.stride(axis) == 0 or (companion.shape[axis] == 1 and axis > 1):
                 companion = companion.narrow(axis, 0, 1).expand(shape)
-            elif low < 0 or high < 0:
-                companion = companion.narrow(axis, -min(low, 0), companion.shape[axis] + min(low, 0) + min(high, 0))
-                companion = self._padded(companion, [0, 0] * index + [max(low, 0), max(high, 0)])
-            else:
-                view = [-1 if d == axis else 1 for d in range(companion.dim())]
-                space = axis > 1 and _varies(companion, 1)  # as behind a PixelShuffle
-                make = (lambda count: torch.full((count,), NONE)) if space else self._filled
-                sides = [make(count).view(view) if count else None for count in (low, high)]
-                around = list(companion.shape)
-                parts = [
-                    side.expand([*around[:axis], side.shape[axis], *around[axis + 1 :]])
-                    for side in (sides[0], companion, sides[1])
-                    if side is not None
-                ]
-                companion = self._joined(parts, axis, torch.Size(shape), "pad")
+                continue
+            companion = companion.narrow(axis, max(-low, 0), companion.shape[axis] + min(low, 0) + min(high, 0))
+            space = axis > 1 and _varies(companion, 1)  # as behind a PixelShuffle
+            around = [[*companion.shape[:axis], count, *companion.shape[axis + 1 :]] for count in (low, high)]
+            sides = [
+                torch.full((), NONE).expand(each) if space else self._filled(each, axis)
+                for each in around
+                if each[axis] > 0
+            ]
+            parts = [*sides[: low > 0], companion, *sides[low > 0 :]]
+            companion = self._joined(parts, axis, torch.Size(shape), "pad")
         return companion
 
     def _joined(self, parts: list[Tensor], dim: int, shape: torch.Size, name: str) -> Tensor:
@@ -689,11 +508,8 @@ class _Mode(Watch):
         count = parts[0].dim()
         dim = dim % (count + (name == "stack"))
         if name == "cat" and any(map(_has_numbers, parts)):
-            view = [-1 if d == dim else 1 for d in range(count)]
             parts = [
-                self._filled(part.shape[dim]).view(view).expand(part.shape)
-                if part.shape[dim] and bool((compact(part) == NONE).all())
-                else part
+                self._filled(part.shape, dim) if part.shape[dim] and bool((compact(part) == NONE).all()) else part
                 for part in parts
             ]
         for axis in range(count):
@@ -724,11 +540,10 @@ class _Mode(Watch):
 
     def _resize(self, companion: Tensor, results: list[Tensor]) -> None:
         leading = _same_leading(companion.shape, results[0].shape)
-        narrow = compact(companion, keep=range(leading))
-        first = self.numbers.unify_rows(narrow.flatten(leading))
+        first = self.numbers.unify_along(range(leading, companion.dim()), compact(companion))
         for result in results:
             if result.dim() == results[0].dim():
-                self._put(result, first.view(*first.shape, *[1] * (result.dim() - leading)))
+                self._put(result, first)
 
     def _reduce(self, name: str, args: tuple, kwargs: dict, companion: Tensor, results: list[Tensor]) -> None:
         position = operations.REDUCING[name]
@@ -738,19 +553,18 @@ class _Mode(Watch):
         dims = [dim % max(companion.dim(), 1) for dim in ([dims] if isinstance(dims, int) else dims)]
         narrow = compact(companion)
         value = narrow.amax(dims, keepdim=True) if dims else narrow
-        together = self.numbers.repeated and name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
-        if together and not any(_varies(value, axis) for axis in range(value.dim())):
-            return  # of all channels; where some of each remain, they are taken pair by pair
-        self.numbers.unify(value.expand_as(narrow), narrow)
-        kept = [1 if dim in dims else size for dim, size in enumerate(companion.shape)]
-        for result in results:
-            self._put(result, value if result.dim() == companion.dim() else value.expand(kept).reshape(result.shape))
+        several = name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
+        # where some of each remain, they are taken pair by pair; what is made of all channels is of none
+        loosely = several and not any(_varies(value, axis) for axis in range(value.dim()))
+        self.numbers.unify_along(dims, narrow, loosely)
+        for result in results if not loosely else ():
+            self._put(result, value if result.dim() == companion.dim() else value.squeeze(dims))
 
     def _scale(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A functional batch norm: one entry of every further tensor for each entry of axis 1."""
         own = companions[id(args[0])]
         columns = compact(own.movedim(1, 0), keep=(0,)).flatten(1)
-        first = self.numbers.unify_rows(columns)
+        first = self.numbers.unify_along([1], columns).flatten()
         for other in args[1:5]:
             if isinstance(other, Tensor):
                 self.numbers.unify(companions[id(other)], first)
@@ -760,18 +574,18 @@ class _Mode(Watch):
             elif result.dim() == 1 and len(result) == len(first):
                 self._put(result, first)
 
-    def _normalize_layers(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
+    def _normalize_layers(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A layer norm: all entries of the last axes together, with a scale and a shift for each."""
-        own, count = companions[id(args[0])], len(args[1])
+        own = companions[id(args[0])]
         for other in args[2:4]:
             if isinstance(other, Tensor):
                 self.numbers.unify(own, companions[id(other)].expand(own.shape))
-        if not (self.numbers.repeated and name in operations.REPEATABLE):
-            self.numbers.unify_rows(compact(own, keep=range(own.dim() - count, own.dim())).flatten(own.dim() - count))
-        for axis, size in enumerate(args[1]):
-            along = _along(own, own.dim() - count + axis)
-            if _numbered(along) and len(along) > 1:
-                self._note([size], [along])
+        axes = range(own.dim() - len(args[1]), own.dim())
+        self.numbers.unify_along(axes, compact(own), loosely=True)
+        for axis in axes:
+            along = _along(own, axis)
+            if max(along) >= 0 and len(along) > 1:
+                self._note([len(along)], [along])
         self._put(results[0], own)
 
     def _multiply(self, name: str, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
@@ -803,16 +617,20 @@ class _Mode(Watch):
                 continue
             lead = len(shape) - own.dim()
             repeated = [d for d in range(len(shape)) if shape[d] > 1 and (d < lead or own.shape[d - lead] == 1)]
-            if any(_varies(base, d) for d in repeated) and any(_varies(self.numbers.tied(base), d) for d in repeated):
-                self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
-                continue
+            if any(_varies(base, d) for d in repeated):
+                # several entries of one channel may share it; where there is but one channel, those to come may too
+                tied = self.numbers.tied(base)
+                kept = [d for d in range(len(shape)) if _varies(tied, d)]
+                if not kept or set(kept) & set(repeated):
+                    self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
+                    continue
             axes = [(_varies(base, d), _varies(spread, d)) for d in range(len(shape))]
             if (True, False) in axes and (False, True) in axes:
                 self.numbers.block(own, "it is multiplied or added to channels along another axis")
                 continue
             self.numbers.unify(base, spread)
             if bool((compact(base) == NONE).any()):
-                a, b = _narrowed(base, spread)
+                a, b = narrowed(base, spread)
                 base = torch.where(a == NONE, b, a).expand(shape)
         if base is None:
             return
@@ -826,42 +644,8 @@ class _Mode(Watch):
                 self._put(result, base)
 
 
-def _shaped(value: object) -> object:
-    return Shaped(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
-
-
-def _zeros(value: object) -> object:
-    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Shaped) else value
-
-
-def _lowest(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Per label the lowest that pairs (2, n) lead to: the components of a graph, by hooking and jumping."""
-    while True:
-        first, second = labels[pairs]
-        apart = first != second
-        if not apart.any():
-            return labels
-        pairs, first, second = pairs[:, apart], first[apart], second[apart]
-        np.minimum.at(labels, np.maximum(first, second), np.minimum(first, second))
-        while (further := labels[labels]).tobytes() != labels.tobytes():
-            labels = further
-
-
-def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:
-    """The companion with every axis along which it is constant by stride 0 cut to one entry, but for those to keep."""
-    kept = set(keep)
-    for axis in range(companion.dim()):
-        if axis not in kept and companion.shape[axis] > 1 and companion.stride(axis) == 0:
-            companion = companion.narrow(axis, 0, 1)
-    return companion
-
-
-def _narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two companions of one shape, axes along which both are constant cut to one entry."""
-    for axis in range(first.dim()):
-        if first.shape[axis] > 1 and first.stride(axis) == 0 and second.stride(axis) == 0:
-            first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
-    return first, second
+def _zeros_like(tensor: Tensor) -> Callable[[], Tensor]:
+    return partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _has_numbers(companion: Tensor) -> bool:
@@ -898,12 +682,9 @@ def _along(companion: Tensor, axis: int) -> list[int]:
     return companion.flatten().tolist()
 
 
-def _numbered(numbers: Sequence[int]) -> bool:
-    return any(number >= 0 for number in numbers)
-
-
-def _differs(numbers: Sequence[int]) -> bool:
-    return len(set(numbers)) > 1
+def _several(numbers: Sequence[int]) -> bool:
+    """Whether they are of more than one channel."""
+    return max(numbers, default=NONE) >= 0 and len(set(numbers)) > 1
 
 
 def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:

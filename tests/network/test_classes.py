@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from growconv.network.classes import Torn, collapsed, mark_copied, runs_of, spaces_of
+from growconv.network.classes import Torn, mark_copied, runs_of, spaces_of
 from growconv.network.layout import ENTRY, IN, OUT, Run, owners_of
-from growconv.network.trace import Numbers, look
+from growconv.network.numbers import Numbers
+from growconv.network.trace import look
 from tests.network.hand import Net
 
 
-def numbers_of(model: nn.Module, repeated: bool = False) -> Numbers:
-    numbers = Numbers(repeated)
+def numbers_of(model: nn.Module) -> Numbers:
+    numbers = Numbers()
     look(model, ((torch.randn(2, 3, 4, 4),), {}), numbers)
     return numbers
 
@@ -53,11 +54,9 @@ def test_channels_that_depend_on_each_other_are_marked() -> None:
         return m.c(F.relu(m.b(F.layer_norm(y, y.shape[1:]))))
 
     model = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 5, 1), c=nn.Conv2d(5, 2, 1))
-    strict, repeated = numbers_of(model), numbers_of(model, repeated=True)
-    assert collapsed(strict)
-    assert not collapsed(repeated)
-    spaces, _ = spaces_of(repeated)
-    mark_copied(strict, repeated, spaces)
+    numbers = numbers_of(model)
+    spaces, _ = spaces_of(numbers)
+    mark_copied(numbers, spaces)
     assert [(space.copied, space.blocks, space.units) for space in spaces] == [(True, 4, 1), (False, 1, 5)]
 
 
@@ -67,9 +66,9 @@ def test_channels_that_depend_on_those_of_other_spaces_have_a_reason() -> None:
         return m.c(y - y.mean(1, keepdim=True)) + m.d(m.b(x))
 
     model = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), c=nn.Conv2d(8, 2, 1), d=nn.Conv2d(4, 2, 1))
-    strict, repeated = numbers_of(model), numbers_of(model, repeated=True)
-    spaces, _ = spaces_of(repeated)
-    mark_copied(strict, repeated, spaces)
+    numbers = numbers_of(model)
+    spaces, _ = spaces_of(numbers)
+    mark_copied(numbers, spaces)
     assert {space.reason for space in spaces} == {"its channels depend on each other and on others"}
 
 

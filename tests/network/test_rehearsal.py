@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.find import analyse, explain_sites, find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
-from growconv.network.rehearsal import Pretender, resize_attribute
-from growconv.network.trace import Numbers, look
+from growconv.network.numbers import Numbers
+from growconv.network.rehearsal import pretending
+from growconv.network.trace import look
 from tests.network import between_layers, referee
 from tests.network.hand import Net
 
@@ -228,24 +229,32 @@ def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
     layout = Layout(
         {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
     )
-    pretender = Pretender(copy.deepcopy(model))
-    numbers = Numbers()
-    with pretender.widened(layout, [4], [6]):
-        assert pretender.model.scale.shape == (6, 1, 1)
-        assert pretender.model.a.out_channels == 6
-        look(pretender.model, ((torch.randn(1, 3, 5, 5),), {}), numbers)
+    twin, numbers = copy.deepcopy(model), Numbers()
+    with pretending(twin, layout, [4], [6]):
+        assert twin.scale.shape == (6, 1, 1)
+        assert twin.a.out_channels == 6
+        assert twin.a.weight.shape == (6, 3, 3, 3)
+        look(twin, ((torch.randn(1, 3, 5, 5),), {}), numbers)
         assert len(numbers.columns["b", IN]) == len(numbers.columns["n", ENTRY]) == 6
-    assert pretender.model.scale.shape == (4, 1, 1)
-    assert pretender.model.a.out_channels == 4
+    assert twin.a.out_channels == 4
+    assert all(torch.equal(new, old) for new, old in zip(twin.parameters(), model.parameters(), strict=True))
+    assert torch.equal(twin(X.float()[..., :5, :5]), model(X.float()[..., :5, :5]))
     assert model(torch.randn(1, 3, 5, 5)).shape == (1, 18)
 
 
 def test_sizes_are_put_back() -> None:
     model = Split()
-    undo = resize_attribute(model, SizeAttribute("", "sizes", 1, {0: 1}), 4)
-    assert model.sizes == [2, 7]
-    undo()
+    with pretending(model, Layout({}, (1,), {}, (SizeAttribute("", "sizes", 1, {0: 2}),)), [3], [5]):
+        assert model.sizes == [2, 7]
     assert model.sizes == [2, 3]
+
+
+def test_a_shared_slope_beside_a_norm_over_all_channels_keeps_no_site_back() -> None:
+    for middle in ([nn.GroupNorm(1, 4), nn.PReLU()], [nn.PReLU(), nn.GroupNorm(1, 4), nn.PReLU()]):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), *middle, nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
+        sites = find_sites(model, X)
+        assert [(site.producers, site.granularity) for site in sites] == [(("0",), 4), ((str(len(middle) + 1),), 1)]
+        referee.check(model, X, sites)
 
 
 def test_a_space_of_one_channel_is_laid_out_by_where_new_ones_arrive() -> None:

@@ -12,22 +12,21 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
-from growconv.network.trace import LookFailed, Numbers, look
+from growconv.network.numbers import Numbers
+from growconv.network.trace import LookFailed, look
 from tests.network.hand import Net
 
 
-def looked(model: nn.Module, *inputs: Tensor, repeated: bool = False) -> Numbers:
-    numbers = Numbers(repeated)
+def looked(model: nn.Module, *inputs: Tensor) -> Numbers:
+    numbers = Numbers()
     look(model, (inputs, {}), numbers)
     return numbers
 
 
-def through(
-    operation: Callable[[Tensor], Tensor], outputs: int = 4, inputs: int = 4, repeated: bool = False
-) -> Numbers:
+def through(operation: Callable[[Tensor], Tensor], outputs: int = 4, inputs: int = 4) -> Numbers:
     """The numbers of `a`, an operation, `b`."""
     model = Net(lambda m, x: m.b(operation(m.a(x))), a=nn.Conv2d(3, outputs, 1), b=nn.Conv2d(inputs, 2, 1))
-    return looked(model, torch.randn(2, 3, 4, 4), repeated=repeated)
+    return looked(model, torch.randn(2, 3, 4, 4))
 
 
 def arrivals(numbers: Numbers, key: tuple[str, str] = ("b", IN)) -> list[int]:
@@ -36,11 +35,12 @@ def arrivals(numbers: Numbers, key: tuple[str, str] = ("b", IN)) -> list[int]:
     return [number - own.start if number in own else -1 for number in numbers.columns[key]]
 
 
-def classes(numbers: Numbers, key: tuple[str, str] = ("a", OUT)) -> list[list[int]]:
-    """The outputs of a layer that live and die together."""
+def classes(numbers: Numbers, key: tuple[str, str] = ("a", OUT), loosely: bool = False) -> list[list[int]]:
+    """The outputs of a layer that live and die together, or depend on each other in other ways too."""
     found: dict[int, list[int]] = {}
+    roots = numbers.loose_roots() if loosely else numbers.roots()
     for position, number in enumerate(numbers.range_of(key)):
-        found.setdefault(int(numbers.roots()[number]), []).append(position)
+        found.setdefault(int(roots[number]), []).append(position)
     return list(found.values())
 
 
@@ -102,8 +102,6 @@ def test_channels_arrive_where_they_are_moved(operation: Callable[[Tensor], Tens
         (lambda y: y + y.flip(1), 4, [[0, 3], [1, 2]]),
         (lambda y: torch.stack([y, y.roll(2, 1)]).mean(0), 4, [[0, 2], [1, 3]]),
         (lambda y: y.softmax(1), 4, [[0, 1, 2, 3]]),
-        (lambda y: y - y.mean(1, keepdim=True), 4, [[0, 1, 2, 3]]),
-        (lambda y: F.layer_norm(y, y.shape[1:]), 4, [[0, 1, 2, 3]]),
         (lambda y: y.unflatten(1, (2, 2)).amax(2), 2, [[0, 1], [2, 3]]),
     ],
 )
@@ -129,10 +127,27 @@ def test_what_is_not_followed_blocks(operation: Callable[[Tensor], Tensor], reas
         raise AssertionError(said)
 
 
-def test_a_mean_over_channels_that_all_come_twice_ties_none() -> None:
-    assert classes(through(lambda y: y - y.mean(1, keepdim=True), repeated=True)) == APART
-    tied = through(lambda y: torch.stack([y, y.roll(2, 1)]).mean(0), repeated=True)
-    assert classes(tied) == [[0, 2], [1, 3]]
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda y: y - y.mean(1, keepdim=True),
+        lambda y: F.layer_norm(y, y.shape[1:]),
+        lambda y: y / (y.square().mean(1, keepdim=True) + 1).sqrt(),
+    ],
+)
+def test_what_stays_where_all_channels_come_twice_ties_loosely(operation: Callable[[Tensor], Tensor]) -> None:
+    numbers = through(operation)
+    assert classes(numbers) == APART
+    assert classes(numbers, loosely=True) == [[0, 1, 2, 3]]
+
+
+def test_a_slope_that_all_channels_share_is_of_none_of_them() -> None:
+    """Also where a group norm over all of them makes them one class."""
+    slope, norm = nn.PReLU(), nn.GroupNorm(1, 4)
+    for middle in ([slope], [slope, norm], [norm, slope]):
+        numbers = looked(nn.Sequential(nn.Conv2d(3, 4, 1), *middle, nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 4, 4))
+        (shared,) = (numbers.range_of(key) for key in numbers.axes if key[1] == ENTRY)
+        assert numbers.roots()[shared[0]] not in numbers.roots()[numbers.range_of(("0", OUT))]
 
 
 def test_what_is_written_through_views_is_seen() -> None:
@@ -215,7 +230,7 @@ def test_an_operation_that_fails_hides_no_later_one_but_those_that_it_causes() -
     model, x = Net(run, **layers), torch.randn(1, 3, 2, 2)
     ran = look(model, ((x,), {}), Numbers())
     wider = Net(run, **(layers | {"a": nn.Conv2d(3, 5, 1), "b": nn.Conv2d(4, 8, 1)}))
-    numbers = Numbers(widths=False)
+    numbers = Numbers()
     with pytest.raises(LookFailed) as caught:
         look(wider, ((x,), {}), numbers, before=ran)
     first, second = caught.value.failures
@@ -237,7 +252,7 @@ def test_sizes_that_followed_other_channels_are_told() -> None:
     ran = look(Net(run, **layers), ((x,), {}), Numbers())
     wider = layers | {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 5, 1)}
     with pytest.raises(LookFailed) as caught:
-        look(Net(run, **wider), ((x,), {}), Numbers(widths=False), before=ran)
+        look(Net(run, **wider), ((x,), {}), Numbers(), before=ran)
     (failure,) = caught.value.failures
     assert failure.more == {2}
     assert not failure.fixed

@@ -1,0 +1,202 @@
+"""Numbers of channels, and which of them live and die together.
+
+Every tensor of a model that runs has a companion of its shape that holds, for each entry, the number of the channel
+that it belongs to (`network.trace`). Companions are constant along most axes; there they have stride 0, which keeps
+them small.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from growconv.network.layout import Key
+
+NONE, SPOILT = -1, -2
+"""Of an entry that belongs to no channel; of one that comes from an operation which failed."""
+Attribute = tuple[str, str, int | None]
+"""A number that a module keeps: its path, the name, and the index where that is a list."""
+Literals = dict[Attribute, list[int]]
+"""Attributes that count entries: the numbers of those entries."""
+
+
+class Numbers:
+    """Numbers of channels and bare parameters' entries, and which of them live and die together.
+
+    Args:
+        strange: parameters by identity that are not of the model which is looked at, but of the one that it copies.
+
+    Attributes:
+        count: how many there are.
+        blocked: per number why it cannot grow.
+        columns: per axis of consumers, followers and carried inputs, the number that each position was given.
+        across: numbers of channels that a layer was given one by one, since it runs along another axis than they.
+        used_outside: layers whose weights an operation outside of them read, and which.
+        trained: layers that ran although gradients were asked for, and whether their weights got any in some pass.
+        literals: attributes of modules on the way that tell a size which an operation was given.
+        compared: the same for sizes of what modules were given, which their code may compare them with.
+        cuts: what slices and splits of several channels took, one after the other.
+        shapes: of bare parameters and buffers.
+        calls: per layer how often it was called in the longest forward pass.
+        outputs: tensors that the model gave, in all passes.
+        order: paths of the layers in the order of their first call.
+    """
+
+    def __init__(self, strange: Iterable[Tensor] = ()) -> None:
+        self.strange = {id(tensor) for tensor in strange}
+        self.count = 0
+        self.blocked: dict[int, str] = {}
+        self.across: dict[int, str] = {}
+        self.used_outside: dict[str, str] = {}
+        self.trained: dict[str, bool] = {}
+        self.columns: dict[Key, NDArray[np.int64]] = {}
+        self.calls: dict[str, int] = {}
+        self.outputs = 0
+        self.order: list[str] = []
+        self.shapes: dict[str, torch.Size] = {}
+        self.literals: Literals = {}
+        self.compared: Literals = {}
+        self.cuts: list[list[int]] = []
+        self._first: dict[Key, tuple[int, int]] = {}
+        self._ties: list[NDArray[np.int64]] = []
+        self._loose: list[NDArray[np.int64]] = []
+        self._roots = np.empty(0, dtype=np.int64)
+
+    def fresh(self, key: Key, count: int) -> int:
+        """The first of the numbers of an axis; those of the first time for one that was seen before."""
+        if key not in self._first:
+            self._first[key] = self.count, count
+            self.count += count
+        return self._first[key][0]
+
+    @property
+    def axes(self) -> Iterable[Key]:
+        """The axes that have numbers."""
+        return self._first.keys()
+
+    def range_of(self, key: Key) -> range:
+        """The numbers of an axis; empty for one that was not met."""
+        first, count = self._first.get(key, (0, 0))
+        return range(first, first + count)
+
+    def positions(self, numbers: Iterable[int]) -> Iterator[tuple[Key, NDArray[np.int64]]]:
+        """The axes that some numbers stand for, with the positions along them."""
+        ordered = np.sort(np.fromiter(numbers, np.int64))
+        for key, (first, count) in self._first.items():
+            start, stop = np.searchsorted(ordered, (first, first + count))
+            if start < stop:
+                yield key, ordered[start:stop] - first
+
+    def tie(self, first: ArrayLike, second: ArrayLike, loosely: bool = False) -> None:
+        """Let numbers live and die together, pair by pair.
+
+        Args:
+            loosely: what is computed of all of them stays as it is where each comes several times, as a mean: so they
+                only depend on each other.
+        """
+        pairs = np.asarray([first, second], dtype=np.int64)
+        if pairs.size:
+            (self._loose if loosely else self._ties).append(pairs)
+
+    def roots(self) -> NDArray[np.int64]:
+        """Per number the lowest of all that are tied to it."""
+        if self._ties or len(self._roots) < self.count:
+            known = np.arange(self.count)
+            known[: len(self._roots)] = self._roots
+            self._roots, self._ties = _lowest(known, self._ties), []
+        return self._roots
+
+    def loose_roots(self) -> NDArray[np.int64]:
+        """Per number the lowest of all that are tied to it, loosely or not."""
+        return _lowest(self.roots().copy(), self._loose)
+
+    def tied(self, companion: Tensor) -> Tensor:
+        """A companion in which one number stands for all that are tied."""
+        narrow = compact(companion)
+        return torch.from_numpy(np.append(self.roots(), [SPOILT, NONE]))[narrow].expand(companion.shape)
+
+    def unify(self, first: Tensor, second: Tensor, loosely: bool = False) -> None:
+        """Tie the numbers of two companions of one shape, entry by entry."""
+        first, second = narrowed(first, second)
+        both = (first != second) & (first >= 0) & (second >= 0)
+        if bool(both.any()):
+            keys = torch.unique(first[both] * self.count + second[both]).cpu().numpy()
+            self.tie(keys // self.count, keys % self.count, loosely)
+
+    def unify_along(self, axes: Sequence[int], companion: Tensor, loosely: bool = False) -> Tensor:
+        """Tie the numbers along some axes of a companion; one of each is left there."""
+        first = companion.amax(tuple(axes), keepdim=True) if axes else companion
+        self.unify(first.expand_as(companion), companion, loosely)
+        return first
+
+    def block(self, companion: Tensor, reason: str) -> None:
+        """Let the numbers of a companion not grow."""
+        for number in torch.unique(compact(companion)).tolist():
+            if number >= 0:
+                self.blocked.setdefault(number, reason)
+
+    def consume(self, key: Key, columns: Tensor) -> None:
+        """Note what an axis was given: columns (positions, uses)."""
+        new = self.unify_along([1], columns).flatten().cpu().numpy()
+        if key in self.columns:
+            length = min(len(new), len(self.columns[key]))
+            old, new = self.columns[key][:length], new[:length]
+            both = (old >= 0) & (new >= 0)
+            self.tie(old[both], new[both])
+            new = np.where(old >= 0, old, new)
+        self.columns[key] = new
+
+    def reasons(self) -> dict[int, str]:
+        """Why classes are blocked, by root."""
+        found: dict[int, str] = {}
+        roots = self.roots()
+        for number, reason in self.blocked.items():
+            found.setdefault(int(roots[number]), reason)
+        return found
+
+    def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
+        """Per class, by its root, the axes that it lies on, with the number of its entries and the first of them."""
+        roots = np.append(self.roots(), NONE)  # of the number -1 too
+        parts = {key: roots[first : first + count] for key, (first, count) in self._first.items()}
+        columns = {key: roots[np.maximum(numbers, NONE)] for key, numbers in self.columns.items()}
+        found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
+        for key, part in (*parts.items(), *columns.items()):
+            classes = np.unique(part, return_index=True, return_counts=True)
+            for root, first, count in zip(*(each.tolist() for each in classes), strict=True):
+                if root >= 0:
+                    found[root].append((key, count, first))
+        return found
+
+
+def _lowest(labels: NDArray[np.int64], ties: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Per label the lowest that pairs (2, n) lead to: the components of a graph, by hooking and jumping."""
+    pairs = np.concatenate([np.empty((2, 0), dtype=np.int64), *ties], 1)
+    while True:
+        first, second = labels[pairs]
+        apart = first != second
+        if not apart.any():
+            return labels
+        pairs, first, second = pairs[:, apart], first[apart], second[apart]
+        np.minimum.at(labels, np.maximum(first, second), np.minimum(first, second))
+        while (further := labels[labels]).tobytes() != labels.tobytes():
+            labels = further
+
+
+def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:
+    """The companion with every axis along which it is constant by stride 0 cut to one entry, but for those to keep."""
+    kept = set(keep)
+    for axis in range(companion.dim()):
+        if axis not in kept and companion.shape[axis] > 1 and companion.stride(axis) == 0:
+            companion = companion.narrow(axis, 0, 1)
+    return companion
+
+
+def narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two companions of one shape, axes along which both are constant cut to one entry."""
+    for axis in range(first.dim()):
+        if first.shape[axis] > 1 and first.stride(axis) == 0 and second.stride(axis) == 0:
+            first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
+    return first, second
