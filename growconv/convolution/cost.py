@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
 
 from growconv.convolution.cp import CPConv
-from growconv.convolution.factorized import FactorizedConv
+from growconv.convolution.factorized import FactorizedConv, Stage
 from growconv.convolution.geometry import Geometry
 from growconv.convolution.kernels import Conv
 from growconv.convolution.tucker import TuckerConv
@@ -44,16 +45,6 @@ class ConvCost:
         return ConvCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One conv of a layer: channels read and written, groups, and the geometry."""
-
-    inputs: int
-    outputs: int
-    groups: int
-    geometry: Geometry
-
-
 def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> ConvCost:
     """Cost of a convolution on inputs of a given size, counted, not measured.
 
@@ -84,93 +75,47 @@ def conv_cost(conv: nn.Module, input_size: Sequence[int], batch: int = 1) -> Con
             got=type(conv).__name__,
             where="conv_cost",
         )
-    counts = dict.fromkeys((field.name for field in fields(ConvCost)), 0)
     size, outputs = tuple(input_size), 0
-    for stage in _stages(conv):
-        output = stage.geometry.output_size(size)
-        outputs = batch * stage.outputs * math.prod(output)
-        products = outputs * (stage.inputs // stage.groups) * stage.geometry.taps
-        real = batch * stage.outputs * (stage.inputs // stage.groups) * _reads(stage.geometry, size)
-        counts["multiplications"] += products
-        counts["additions"] += products - outputs
-        counts["padding_multiplications"] += products - real
+    elementwise, products = _building(conv)
+    cost = ConvCost(elementwise + products, products, 0, elementwise)
+    for weight, geometry, _ in _stages(conv):
+        output = geometry.output_size(size)
+        outputs, filters = batch * weight.shape[0] * math.prod(output), batch * weight.shape[0] * weight.shape[1]
+        reads = math.prod(int((geometry.reads(axis, length) >= 0).sum()) for axis, length in enumerate(size))
+        products = outputs * weight[0].numel()
+        cost += ConvCost(products, products - outputs, products - filters * reads, 0)
         size = output
-    if conv.bias is not None:
-        counts["additions"] += outputs
-    if isinstance(conv, FactorizedConv):
-        elementwise, products = _building(conv)
-        counts["elementwise_multiplications"] = elementwise
-        counts["multiplications"] += elementwise + products
-        counts["additions"] += products
-    return ConvCost(**counts)
+    return cost if conv.bias is None else cost + ConvCost(0, outputs, 0, 0)
 
 
-def multiplications_per_output(conv: Conv | FactorizedConv) -> float:
+def multiplications_per_output(conv: FactorizedConv) -> float:
     """Multiply-adds per output location; what builds a kernel from factors is left out.
 
-    Args:
-        conv: nn.Conv1d/2d/3d, or a CP or Tucker convolution. A conv that it runs before its stride counts as often as
-            it runs per output location.
+    A convolution that it runs before its stride counts as often as it runs per output location.
     """
     total, left = 0.0, math.prod(conv.stride)
-    for stage in _stages(conv):
-        left /= math.prod(stage.geometry.stride)
-        total += left * stage.outputs * (stage.inputs // stage.groups) * stage.geometry.taps
+    for weight, geometry, _ in _stages(conv):
+        left /= math.prod(geometry.stride)
+        total += left * weight.numel()
     return total
 
 
-def _stages(conv: Conv | FactorizedConv) -> list[_Stage]:
-    """The convs that a layer runs, in order."""
-    geometry = Geometry.of(conv)
-    if isinstance(conv, Conv) or conv.implementation == "reconstructed":
-        return [_Stage(conv.in_channels, conv.out_channels, conv.groups, geometry)]
-    one = Geometry.covering((1,) * geometry.axes)
-    if isinstance(conv, TuckerConv):
-        outputs, inputs = conv.rank
-        middle = [_Stage(inputs, outputs, 1, geometry)]
-    elif isinstance(conv, CPConv):
-        inputs = outputs = conv.rank
-        windows = [_along(geometry, axis) for axis in range(geometry.axes)]
-        middle = [
-            _Stage(inputs, inputs, inputs, window)
-            for window in (windows if conv.implementation == "mobilenet" else [geometry])
-        ]
-    else:
-        raise ArgumentTypeError("this factorized convolution is not known", got=type(conv).__name__, where="conv_cost")
-    return [_Stage(conv.in_channels, inputs, 1, one), *middle, _Stage(outputs, conv.out_channels, 1, one)]
+@torch.no_grad()
+def _stages(conv: Conv | FactorizedConv) -> list[Stage]:
+    """The convolutions that a layer runs, in order."""
+    return conv.stages() if isinstance(conv, FactorizedConv) else [Stage(conv.weight, Geometry.of(conv), conv.groups)]
 
 
-def _building(conv: FactorizedConv) -> tuple[int, int]:
+def _building(conv: Conv | FactorizedConv) -> tuple[int, int]:
     """What builds kernels out of factors on every call: elementwise products and multiply-adds."""
+    reconstructed = isinstance(conv, FactorizedConv) and conv.implementation == "reconstructed"
     taps = math.prod(conv.kernel_size)
-    if conv.implementation == "reconstructed" and isinstance(conv, TuckerConv):
+    if isinstance(conv, TuckerConv) and reconstructed:
         outputs, inputs = conv.rank
         return 0, outputs * conv.in_channels * taps * (inputs + conv.out_channels)
     if not isinstance(conv, CPConv) or conv.implementation == "mobilenet":
         return 0, 0
     # Outer products, axis by axis: of the window alone, or of input channel and window.
-    reconstructed = conv.implementation == "reconstructed"
     sizes = [conv.in_channels, *conv.kernel_size] if reconstructed else list(conv.kernel_size)
     partial = sum(math.prod(sizes[: count + 1]) for count in range(1, len(sizes)))
-    full = conv.out_channels * math.prod(sizes) if reconstructed else 0
-    return partial * conv.rank, full * conv.rank
-
-
-def _along(geometry: Geometry, axis: int) -> Geometry:
-    """The part of a separable window on one axis."""
-
-    def only(values: tuple, neutral: object) -> tuple:
-        return tuple(value if index == axis else neutral for index, value in enumerate(values))
-
-    return Geometry(
-        only(geometry.kernel_size, 1),
-        only(geometry.stride, 1),
-        only(geometry.dilation, 1),
-        only(geometry.padding, (0, 0)),
-        geometry.padding_mode,
-    )
-
-
-def _reads(geometry: Geometry, size: tuple[int, ...]) -> int:
-    """Number of (output location, tap) that read a real input location."""
-    return math.prod(int((geometry.reads(axis, length) >= 0).sum()) for axis, length in enumerate(size))
+    return partial * conv.rank, conv.out_channels * math.prod(sizes) * conv.rank if reconstructed else 0

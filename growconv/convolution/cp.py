@@ -1,5 +1,6 @@
 """Convolutions with a CP kernel: a sum of R rank-one terms, W[o,i,*t] = Σ_r out[o,r]·in[i,r]·∏ axis[t,r]."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -7,8 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from growconv.convolution.decomposition import Fit, cp_kernel, decompose_cp
-from growconv.convolution.factorized import FactorizedConv
-from growconv.convolution.ranks import Rank, cp_rank
+from growconv.convolution.factorized import FactorizedConv, Rank, Stage, one_tap, share_of, whole_ranks
+from growconv.convolution.geometry import Geometry
+from growconv.errors import ArgumentValueError
+
+
+def cp_rank(shape: tuple[int, ...], rank: Rank = "same", where: str | None = None) -> int:
+    """Number of rank-one terms of a CP kernel.
+
+    Args:
+        shape: of the full kernel (C2, C1, *kernel_size).
+        rank: a number of terms; a float for a share of the full kernel's parameters; "same" for (at most) as many
+            parameters as the full kernel has.
+        where: module path or name for error messages.
+
+    Returns:
+        A number from 1 to the bound ∏ shape / max(shape), above which no kernel of this shape needs another term.
+    """
+    bound, share = math.prod(shape) // max(shape), share_of(rank, where)
+    if share is None:
+        return whole_ranks(rank, [bound], where)[0]
+    terms = max(1, int(share * math.prod(shape) / sum(shape)))
+    if terms > bound:
+        raise ArgumentValueError(
+            "this share of the parameters gives more terms than any kernel of this shape needs",
+            expected=f"at most {bound * sum(shape) / math.prod(shape):.3g}, that is {bound} terms",
+            got=rank,
+            where=where,
+        )
+    return terms
 
 
 class CPConv(FactorizedConv):
@@ -60,23 +88,29 @@ class CPConv(FactorizedConv):
             return None
         return tuple(each.shape[0] for each in factors), factors[0].shape[1]
 
-    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
-        factors, fit = decompose_cp(kernel, self.rank, **options)
-        for parameter, factor in zip((self.out_factor, self.in_factor, *self.axis_factors), factors, strict=True):
-            parameter.copy_(factor)
-        return fit
+    def _decomposed(self, kernel: Tensor, **options: Any) -> tuple[tuple[Tensor, ...], Fit]:
+        return decompose_cp(kernel, self.rank, **options)
 
-    def _chain(self, x: Tensor) -> Tensor:
-        x = self._mix(x, self.in_factor.T)
+    def _chain(self) -> list[Stage]:
+        first, *rest = self.axis_factors
         if self.implementation == "mobilenet":
-            for axis, factor in enumerate(self.axis_factors):
-                x = self._convolve_axis(x, axis, factor.T)
+            windows = [self._along(axis) for axis in range(self.axes)]
         else:
-            window = self.axis_factors[0].T
-            for factor in self.axis_factors[1:]:
+            window = first.T
+            for factor in rest:
                 window = window.unsqueeze(-1) * factor.T.reshape(self.rank, *[1] * (window.dim() - 1), -1)
-            x = self.convolve(x, window.unsqueeze(1), groups=self.rank)
-        return self._mix(x, self.out_factor, self.bias)
+            windows = [Stage(window.unsqueeze(1), self.geometry, self.rank)]
+        return [one_tap(self.in_factor.T, self.axes), *windows, one_tap(self.out_factor, self.axes)]
+
+    def _along(self, axis: int) -> Stage:
+        """The depthwise convolution along one axis."""
+        whole, one = self.geometry, Geometry.covering((1,) * self.axes)
+        settings = {
+            name: tuple(getattr(whole if each == axis else one, name)[each] for each in range(self.axes))
+            for name in ("kernel_size", "stride", "dilation", "padding")
+        }
+        geometry = Geometry(**settings, padding_mode=whole.padding_mode)
+        return Stage(self.axis_factors[axis].T.reshape(self.rank, 1, *geometry.kernel_size), geometry, self.rank)
 
 
 class CPConv1d(CPConv):

@@ -67,8 +67,7 @@ def decompose_cp(
     if not search.flat:
         search.run(work, floor=1e-12)
     factors = _balance([factor.double() for factor in search.best])
-    fit = Fit(_relative_error(work, cp_kernel(factors)), search.iterations, search.flat)
-    _warn_unless_converged("CP", fit, where)
+    fit = _fit("CP", work, cp_kernel(factors), search.iterations, search.flat, where)
     return tuple(factor.to(kernel.dtype) for factor in factors), fit
 
 
@@ -119,7 +118,7 @@ def decompose_tucker(
     iterations: int = 100,
     tolerance: float = 1e-4,
     where: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Fit]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Fit]:
     """Tucker-2 decomposition of a kernel: higher-order orthogonal iteration on both channel axes (Kim et al. 2016).
 
     The kernel's own axes stay whole: they are short, and the core is convolved over them anyway.
@@ -142,26 +141,21 @@ def decompose_tucker(
     if not work.any():
         core = work.new_zeros(ranks + tuple(work.shape[2:]))
         outputs, inputs = (torch.eye(work.shape[axis], ranks[axis]).to(kernel) for axis in (0, 1))
-        return core.to(kernel.dtype), outputs, inputs, Fit(0.0, 0, True)
+        return (core.to(kernel.dtype), outputs, inputs), Fit(0.0, 0, True)
     with BackendManager.backend_context("pytorch", local_threadsafe=True):
         (core, (outputs, inputs)), errors = partial_tucker(
             work, rank=list(ranks), modes=[0, 1], n_iter_max=iterations, tol=tolerance, random_state=0
         )
     # Fewer sweeps than allowed means that TensorLy's own test stopped them.
     change = abs(float(errors[-1]) - float(errors[-2])) if len(errors) > 1 else float("inf")
-    fit = Fit(_relative_error(work, tucker_kernel(core, outputs, inputs)), len(errors), change < tolerance)
-    _warn_unless_converged("Tucker", fit, where)
-    return core.to(kernel.dtype), outputs.to(kernel.dtype), inputs.to(kernel.dtype), fit
+    fit = _fit("Tucker", work, tucker_kernel(core, outputs, inputs), len(errors), change < tolerance, where)
+    return (core.to(kernel.dtype), outputs.to(kernel.dtype), inputs.to(kernel.dtype)), fit
 
 
 def cp_kernel(factors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """Full kernel (C2, C1, *kernel_size) of CP factors (size, R).
+    """Full kernel (C2, C1, *kernel_size) of CP factors (size, R): of outputs, of inputs, then one per axis.
 
-    Args:
-        factors: output factor, input factor, then one factor per axis of the kernel.
-
-    Returns:
-        W[o,i,*t] = Σ_r out[o,r]·in[i,r]·∏ axis[t,r], by one matrix product.
+    W[o,i,*t] = Σ_r out[o,r]·in[i,r]·∏ axis[t,r], by one matrix product.
     """
     columns = factors[1]
     for factor in factors[2:]:
@@ -171,15 +165,9 @@ def cp_kernel(factors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def tucker_kernel(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Full kernel (C2, C1, *kernel_size) of a Tucker core (r2, r1, *kernel_size) and its two channel factors.
+    """Full kernel (C2, C1, *kernel_size) of a Tucker core (r2, r1, *kernel_size), outputs (C2, r2) and inputs (C1, r1).
 
-    Args:
-        core: (r2, r1, *kernel_size).
-        outputs: (C2, r2).
-        inputs: (C1, r1).
-
-    Returns:
-        W[o,i,*t] = Σ_pq out[o,p]·in[i,q]·core[p,q,*t].
+    W[o,i,*t] = Σ_pq out[o,p]·in[i,q]·core[p,q,*t].
     """
     half = inputs @ core.flatten(2)  # (r2, C1, taps)
     return (outputs @ half.flatten(1)).reshape(outputs.shape[0], inputs.shape[0], *core.shape[2:])
@@ -207,10 +195,6 @@ def _balance(factors: list[Tensor]) -> list[Tensor]:
     return [factor * row for factor, row in zip(factors, scale, strict=True)]
 
 
-def _relative_error(kernel: Tensor, approximation: Tensor) -> float:
-    return float((kernel - approximation).norm() / kernel.norm())
-
-
 def _require_finite(kernel: Tensor, where: str | None) -> None:
     if not bool(torch.isfinite(kernel).all()):
         raise ArgumentValueError(
@@ -221,11 +205,14 @@ def _require_finite(kernel: Tensor, where: str | None) -> None:
         )
 
 
-def _warn_unless_converged(name: str, fit: Fit, where: str | None) -> None:
-    if not fit.converged:
+def _fit(name: str, kernel: Tensor, again: Tensor, iterations: int, converged: bool, where: str | None) -> Fit:
+    """How well a decomposition stands for a kernel, with a warning where it could be better."""
+    fit = Fit(float((kernel - again).norm() / kernel.norm()), iterations, converged)
+    if not converged:
         warnings.warn(
-            f"{where or 'kernel'}: the {name} decomposition had not converged after {fit.iterations} iterations. "
+            f"{where or 'kernel'}: the {name} decomposition had not converged after {iterations} iterations. "
             f"Its best result, of relative error {fit.error:.3g}, is kept; ask for more iterations or another rank.",
             ConvergenceWarning,
             stacklevel=4,
         )
+    return fit

@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from operator import index
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,36 @@ from torch.nn import functional
 
 from growconv.convolution.decomposition import Fit
 from growconv.convolution.geometry import Geometry, PerAxis
-from growconv.convolution.kernels import Conv, make_conv
-from growconv.convolution.ranks import Rank
+from growconv.convolution.kernels import CONVS, Conv, make_conv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Rank = int | float | str | tuple[int, ...] | list[int]
+"""What a user may ask for: a number of terms, a share of the full kernel's parameters, or "same" for all of them."""
+
 _FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class Stage(NamedTuple):
+    """One of the convolutions that a layer runs, without a bias.
+
+    Attributes:
+        weight: (outputs, inputs / groups, *taps).
+        geometry: of its window.
+        groups: as in `nn.Conv2d`.
+    """
+
+    weight: Tensor
+    geometry: Geometry
+    groups: int = 1
+
+    def run(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve; what a convolution cannot pad itself is padded before."""
+        geometry, padding = self.geometry, [low for low, _ in self.geometry.padding]
+        if geometry.padding_mode != "zeros" or any(low != high for low, high in geometry.padding):
+            mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+            x = functional.pad(x, [amount for pair in reversed(geometry.padding) for amount in pair], mode)
+            padding = [0] * geometry.axes
+        return _FORWARD[geometry.axes](x, self.weight, bias, geometry.stride, padding, geometry.dilation, self.groups)
 
 
 class FactorizedConv(nn.Module, ABC):
@@ -72,9 +97,19 @@ class FactorizedConv(nn.Module, ABC):
             raise ArgumentValueError(
                 "a factorized kernel mixes all channels", expected="groups=1", got=f"groups={groups}", where=name
             )
-        self.in_channels = _positive(in_channels, "in_channels", name)
-        self.out_channels = _positive(out_channels, "out_channels", name)
-        self.axes = type(self).axes or _order(kernel_size, name)
+        for what, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+                raise ArgumentValueError(f"{what} is invalid", expected="1 or more", got=repr(channels), where=name)
+        if not self.axes and (isinstance(kernel_size, int) or len(kernel_size) not in CONVS):
+            raise GeometryError(
+                "the kernel size does not say how many axes the convolution has",
+                expected="one to three entries, one per axis",
+                got=kernel_size,
+                where=name,
+                fix=f"write (3, 3) for 3, or use {name}2d",
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.axes = self.axes or len(tuple(kernel_size))  # pyright: ignore[reportArgumentType]
         self.geometry = Geometry.read(kernel_size, stride, padding, dilation, padding_mode, axes=self.axes, where=name)
         self.kernel_size = self.geometry.kernel_size
         self.stride = self.geometry.stride
@@ -101,12 +136,12 @@ class FactorizedConv(nn.Module, ABC):
         """Shape (C2, C1, *kernel_size) and rank of these factors' kernel; None where they do not fit together."""
 
     @abstractmethod
-    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
-        """Set the factors to a decomposition of a kernel."""
+    def _decomposed(self, kernel: Tensor, **options: Any) -> tuple[tuple[Tensor, ...], Fit]:
+        """Factors for a kernel, in the order of `factors()`."""
 
     @abstractmethod
-    def _chain(self, x: Tensor) -> Tensor:
-        """The output by the chosen chain of small convs."""
+    def _chain(self) -> list[Stage]:
+        """The small convolutions of the chosen implementation."""
 
     def reset_parameters(self) -> None:
         """Draw random factors whose kernel has the variance of an `nn.Conv2d`'s own start, 1 / (3·C1·taps)."""
@@ -153,9 +188,14 @@ class FactorizedConv(nn.Module, ABC):
         Returns:
             (n, C2, *output size).
         """
-        if self.implementation == "reconstructed":
-            return self.convolve(x, self.weight, self.bias)
-        return self._chain(x)
+        *before, last = self.stages()
+        for stage in before:
+            x = stage.run(x)
+        return last.run(x, self.bias)
+
+    def stages(self) -> list[Stage]:
+        """The convolutions that it runs, in order; the bias is added behind the last."""
+        return [Stage(self.weight, self.geometry)] if self.implementation == "reconstructed" else self._chain()
 
     @classmethod
     def from_conv(
@@ -181,7 +221,7 @@ class FactorizedConv(nn.Module, ABC):
             of the kernel, the sweeps, and whether they converged; None where nothing was decomposed. A
             `ConvergenceWarning` says when the decomposition was still improving.
         """
-        expected = (_CONVS[cls.axes],) if cls.axes else tuple(_CONVS.values())
+        expected = (CONVS[cls.axes],) if cls.axes else tuple(CONVS.values())
         if not isinstance(conv, Conv) or not isinstance(conv, expected):
             raise ArgumentTypeError(
                 "this class cannot replace this layer",
@@ -204,12 +244,11 @@ class FactorizedConv(nn.Module, ABC):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        with torch.no_grad():
-            if decompose_weights:
-                options = {} if iterations is None else {"iterations": iterations}
-                module.fit = module._load_kernel(conv.weight, where=f"{cls.__name__}.from_conv", **options)
-            if module.bias is not None and conv.bias is not None:
-                module.bias.copy_(conv.bias)
+        factors: Sequence[Tensor] = module.factors()
+        if decompose_weights:
+            options = {} if iterations is None else {"iterations": iterations}
+            factors, module.fit = module._decomposed(conv.weight, where=f"{cls.__name__}.from_conv", **options)
+        module._fill(factors, conv.bias)
         for parameter in module.factors():
             parameter.requires_grad_(conv.weight.requires_grad)
         if module.bias is not None and conv.bias is not None:
@@ -235,7 +274,7 @@ class FactorizedConv(nn.Module, ABC):
         where = f"{cls.__name__}.from_factors"
         alike = len({(each.dtype, each.device) for each in factors}) == 1 and factors[0].is_floating_point()
         meant = cls._meant_by(factors) if alike else None
-        if meant is None or len(meant[0]) - 2 not in ((cls.axes,) if cls.axes else _CONVS):
+        if meant is None or len(meant[0]) - 2 not in ((cls.axes,) if cls.axes else CONVS):
             raise ArgumentValueError(
                 "these factors do not form a kernel of this class",
                 expected=f"{cls.expected_factors}, of one dtype on one device",
@@ -247,12 +286,16 @@ class FactorizedConv(nn.Module, ABC):
             raise ArgumentValueError("the bias does not fit", expected=(outputs,), got=tuple(bias.shape), where=where)
         options |= {"rank": rank, "device": factors[0].device, "dtype": factors[0].dtype, "bias": bias is not None}
         module = cls(inputs, outputs, tuple(kernel_size), **options)
-        with torch.no_grad():
-            for parameter, factor in zip(module.factors(), factors, strict=True):
-                parameter.copy_(factor)
-            if module.bias is not None and bias is not None:
-                module.bias.copy_(bias)
+        module._fill(factors, bias)
         return module
+
+    @torch.no_grad()
+    def _fill(self, factors: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Copy values into the factors, and into the bias where there is one."""
+        for parameter, factor in zip(self.factors(), factors, strict=True):
+            parameter.copy_(factor)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     def to_conv(self) -> Conv:
         """The ordinary convolution with the reconstructed kernel; its parameters are copies."""
@@ -274,46 +317,41 @@ class FactorizedConv(nn.Module, ABC):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """A conv over the module's own geometry; `weight` may be any kernel with this module's taps."""
-        x, padding = self._padded(x, range(self.axes))
-        return _FORWARD[self.axes](x, weight, bias, self.stride, padding, self.dilation, groups)
-
-    def _convolve_axis(self, x: Tensor, axis: int, weight: Tensor) -> Tensor:
-        """A depthwise conv along one axis; `weight` (channels, taps of that axis)."""
-        x, padding = self._padded(x, (axis,))
-        shape, stride, dilation = [1] * self.axes, [1] * self.axes, [1] * self.axes
-        shape[axis], stride[axis], dilation[axis] = weight.shape[1], self.stride[axis], self.dilation[axis]
-        kernel = weight.reshape(weight.shape[0], 1, *shape)
-        return _FORWARD[self.axes](x, kernel, None, stride, padding, dilation, weight.shape[0])
-
-    def _mix(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A conv of one tap; `weight` (outputs, inputs)."""
-        return _FORWARD[self.axes](x, weight.reshape(*weight.shape, *[1] * self.axes), bias)
-
-    def _padded(self, x: Tensor, along: range | tuple[int, ...]) -> tuple[Tensor, list[int]]:
-        """The input with what a conv cannot pad itself, and the padding left for the conv."""
-        sides = [self.geometry.padding[axis] if axis in along else (0, 0) for axis in range(self.axes)]
-        if self.padding_mode == "zeros" and all(low == high for low, high in sides):
-            return x, [low for low, _ in sides]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        amounts = [amount for pair in reversed(sides) for amount in pair]
-        return functional.pad(x, amounts, mode), [0] * self.axes
+        return Stage(weight, self.geometry, groups).run(x, bias)
 
 
-def _order(kernel_size: PerAxis, where: str) -> int:
-    if isinstance(kernel_size, int) or len(kernel_size) not in _CONVS:
-        raise GeometryError(
-            "the kernel size does not say how many axes the convolution has",
-            expected="one to three entries, one per axis",
-            got=kernel_size,
+def one_tap(weight: Tensor, axes: int) -> Stage:
+    """The convolution that mixes channels location by location; `weight` (outputs, inputs)."""
+    return Stage(weight.reshape(*weight.shape, *[1] * axes), Geometry.covering((1,) * axes))
+
+
+def share_of(rank: Rank, where: str | None) -> float | None:
+    """The share of parameters that a float or "same" stands for; None for integers."""
+    if rank == "same":
+        return 1.0
+    if isinstance(rank, str) or (isinstance(rank, float) and not (math.isfinite(rank) and rank > 0)):
+        raise ArgumentValueError(
+            "this is no rank",
+            expected="an integer, a positive share of the parameters or 'same'",
+            got=repr(rank),
             where=where,
-            fix=f"write (3, 3) for 3, or use {where}2d",
         )
-    return len(kernel_size)
+    return rank if isinstance(rank, float) else None
 
 
-def _positive(value: object, what: str, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{what} is not an integer", got=repr(value), where=where)
-    if value < 1:
-        raise ArgumentValueError(f"{what} is invalid", expected="1 or more", got=value, where=where)
-    return value
+def whole_ranks(rank: object, bounds: Sequence[int], where: str | None) -> list[int]:
+    """One integer for all ranks of a kernel, or one for each, within the bounds above which no kernel needs more."""
+    given = rank if isinstance(rank, tuple | list) else (rank,) * len(bounds)
+    try:
+        if len(given) != len(bounds) or bool in map(type, given):
+            raise TypeError
+        ranks = [index(each) for each in given]
+    except TypeError:
+        kind = "an integer" if len(bounds) == 1 else "an integer, or one of each of (output rank, input rank)"
+        raise ArgumentTypeError(
+            "this is no rank of such a kernel", expected=f"{kind}; a share; or 'same'", got=repr(rank), where=where
+        ) from None
+    if not all(1 <= each <= bound for each, bound in zip(ranks, bounds, strict=True)):
+        expected = " and ".join(f"1 to {bound}" for bound in bounds)
+        raise ArgumentValueError("the rank is out of bounds", expected=expected, got=rank, where=where)
+    return ranks

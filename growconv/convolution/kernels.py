@@ -20,7 +20,7 @@ from growconv.convolution.toeplitz import regroup, toeplitz_matrix
 from growconv.errors import ArgumentTypeError, GeometryError
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVS: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVS: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -54,12 +54,21 @@ def composite_size(
     axes = next((len(size) for size in (first_size, second_size) if not isinstance(size, int)), 1)
     first = per_axis(first_size, axes, "first_size", 1, "composite_size")
     second = per_axis(second_size, axes, "second_size", 1, "composite_size")
-    stride = per_axis(first_stride, axes, "first_stride", 1, "composite_size")
-    inner = per_axis(first_dilation, axes, "first_dilation", 1, "composite_size")
-    outer = per_axis(second_dilation, axes, "second_dilation", 1, "composite_size")
+    steps = pair_steps(axes, first_stride, first_dilation, second_dilation, "composite_size")
     return tuple(
-        inner[axis] * (first[axis] - 1) + 1 + stride[axis] * outer[axis] * (second[axis] - 1) for axis in range(axes)
+        dilation * (taps1 - 1) + 1 + reach * (taps2 - 1)
+        for taps1, taps2, dilation, reach in zip(first, second, *steps, strict=True)
     )
+
+
+def pair_steps(
+    axes: int, first_stride: PerAxis, first_dilation: PerAxis, second_dilation: PerAxis, where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Per axis the distance between taps of the first convolution, and that between taps of the second in its input."""
+    stride = per_axis(first_stride, axes, "first_stride", 1, where)
+    inner = per_axis(first_dilation, axes, "first_dilation", 1, where)
+    outer = per_axis(second_dilation, axes, "second_dilation", 1, where)
+    return inner, tuple(step * dilation for step, dilation in zip(stride, outer, strict=True))
 
 
 def compose_kernels(
@@ -109,10 +118,7 @@ def compose_kernels(
             got=f"{tuple(first.shape)} then {tuple(second.shape)}",
             where="compose_kernels",
         )
-    stride = per_axis(first_stride, axes, "first_stride", 1, "compose_kernels")
-    inner = per_axis(first_dilation, axes, "first_dilation", 1, "compose_kernels")
-    outer = per_axis(second_dilation, axes, "second_dilation", 1, "compose_kernels")
-    reach = [step * dilation for step, dilation in zip(stride, outer, strict=True)]
+    inner, reach = pair_steps(axes, first_stride, first_dilation, second_dilation, "compose_kernels")
     # A transposed convolution of the first kernel (its inputs as samples) by the second one is the full convolution.
     blocks = second.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (C1, C2 / groups, *taps2)
     composite = _TRANSPOSED[axes](first.transpose(0, 1), blocks, None, inner, 0, 0, groups, reach)
@@ -205,19 +211,9 @@ def make_conv(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> Conv:
-    """A convolution with these weights; tensors are copied into new Parameters, Parameters are shared.
+    """A convolution with these weights (C2, C1 / groups, *kernel_size), on their device and with their dtype.
 
-    Args:
-        weight: (C2, C1 / groups, *kernel_size) on one to three axes.
-        bias: (C2,) or None.
-        stride: one entry per axis, as all that follow.
-        padding: per axis, or "same".
-        dilation: per axis.
-        groups: number of groups.
-        padding_mode: as in `nn.Conv2d`.
-
-    Returns:
-        nn.Conv1d, nn.Conv2d or nn.Conv3d on the weights' device, with their dtype.
+    Tensors are copied into new Parameters, Parameters are shared. Settings have one entry per axis.
     """
     settings: dict[str, Any] = {
         "kernel_size": tuple(weight.shape[2:]),
@@ -229,7 +225,7 @@ def make_conv(
         "padding_mode": padding_mode,
         "device": "meta",
     }
-    conv = _CONVS[weight.dim() - 2](weight.shape[1] * groups, weight.shape[0], **settings)
+    conv = CONVS[weight.dim() - 2](weight.shape[1] * groups, weight.shape[0], **settings)
     conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
     if bias is not None:
         conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
@@ -266,7 +262,7 @@ def conv_pair(
         torch.Size([1, 5, 4, 4])
     """
     where, axes = "conv_pair", len(incoming_shape) - 1
-    if axes not in _CONVS:
+    if axes not in CONVS:
         raise GeometryError("filters (C0, *kernel size) have one to three axes", got=incoming_shape, where=where)
     entries, taps = math.prod(incoming_shape), per_axis(kernel_size, axes, "kernel_size", 1, where)
     channels, bias = len(alpha), alpha.shape[1] == entries + 1
@@ -281,8 +277,8 @@ def conv_pair(
     common: dict[str, Any] = {"groups": 1, "dtype": alpha.dtype, "device": alpha.device}
     sizes: list[dict[str, Any]] = [{"kernel_size": tuple(incoming_shape[1:])}, {"kernel_size": taps}]
     convs = (
-        _CONVS[axes](incoming_shape[0], channels, bias=bias, **sizes[0], **common, **(first or {})),
-        _CONVS[axes](channels, len(outgoing), bias=False, **sizes[1], **common, **(second or {})),
+        CONVS[axes](incoming_shape[0], channels, bias=bias, **sizes[0], **common, **(first or {})),
+        CONVS[axes](channels, len(outgoing), bias=False, **sizes[1], **common, **(second or {})),
     )
     with torch.no_grad():
         convs[0].weight.copy_(alpha[:, :entries].view_as(convs[0].weight))

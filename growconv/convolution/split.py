@@ -7,7 +7,9 @@ always suffice: with C0·taps1 of them the first kernel can pass on every entry 
 one can place every entry of its output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.convolution.geometry import PerAxis, per_axis
-from growconv.convolution.kernels import compose_kernels
+from growconv.convolution.kernels import compose_kernels, pair_steps
 from growconv.errors import ArgumentValueError, GeometryError
 from growconv.linalg import bilinear_least_squares
+
+Pair = tuple[Tensor, Tensor]
 
 
 class SplitKernel(NamedTuple):
@@ -74,10 +78,7 @@ def split_kernel(
     axes = kernel.dim() - 2
     size = tuple(kernel.shape[2:])
     taps1 = per_axis(first_size, axes, "first_size", 1, where)
-    inner = per_axis(first_dilation, axes, "first_dilation", 1, where)
-    stride = per_axis(first_stride, axes, "first_stride", 1, where)
-    outer = per_axis(second_dilation, axes, "second_dilation", 1, where)
-    reach = tuple(step * dilation for step, dilation in zip(stride, outer, strict=True))
+    inner, reach = pair_steps(axes, first_stride, first_dilation, second_dilation, where)
     rest = [full - (d * (k - 1) + 1) for full, k, d in zip(size, taps1, inner, strict=True)]
     if any(left < 0 or left % step for left, step in zip(rest, reach, strict=True)):
         raise GeometryError(
@@ -92,21 +93,17 @@ def split_kernel(
     work = kernel.detach().double()
     composition = _Composition(size, taps1, taps2, inner, reach, work.shape[1], work.device)
     shapes = ((hidden, work.shape[1], *taps1), (work.shape[0], hidden, *taps2))
-    pairs = []
+    target = _Target(work, partial(compose_kernels, first_dilation=inner, second_dilation=reach))
+    pairs: list[Pair] = []
     for first, second in _candidates(work, hidden, composition):
-        pair = _Pair(work, first.reshape(shapes[0]), second.reshape(shapes[1]), stride, inner, outer)
-        if pair.residual() > 0:
-            pair.polish()
-        pairs.append(pair)
-        if pair.residual() < 1e-9:
+        pairs.append(target.polished((first.reshape(shapes[0]), second.reshape(shapes[1]))))
+        if target.residual(pairs[-1]) < 1e-9:
             break
-    best = min(pairs, key=_Pair.residual)
-    best.balance()
-    best.round_to(kernel.dtype)
-    return SplitKernel(best.first.to(kernel.dtype), best.second.to(kernel.dtype), best.residual())
+    first, second = (part.to(kernel.dtype) for part in _balanced(min(pairs, key=target.residual)))
+    return SplitKernel(first, second, target.residual((first.double(), second.double())))
 
 
-def _candidates(kernel: Tensor, hidden: int, composition: "_Composition") -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(kernel: Tensor, hidden: int, composition: "_Composition") -> Iterator[Pair]:
     """First (K, C0·taps1) and second (C2, K·taps2) kernels as matrices; more of them until one splits exactly."""
     outputs = kernel.shape[0]
     taps1, taps2 = composition.position.shape
@@ -234,88 +231,69 @@ class _Composition:
         return left.new_zeros(*kernels.shape[:3], self.length).scatter(3, index, kernels)
 
 
-class _Pair:
-    """Two kernels and the one they should compose to, in double precision."""
+@dataclass
+class _Target:
+    """The kernel that two kernels should compose to, in double precision."""
 
-    def __init__(
-        self,
-        kernel: Tensor,
-        first: Tensor,
-        second: Tensor,
-        stride: tuple[int, ...],
-        inner: tuple[int, ...],
-        outer: tuple[int, ...],
-    ) -> None:
-        self.kernel, self.first, self.second = kernel, first, second
-        self._stride, self._inner, self._outer = stride, inner, outer
+    kernel: Tensor
+    compose: Callable[[Tensor, Tensor], Tensor]
 
-    def composite(self, first: Tensor, second: Tensor) -> Tensor:
-        """One kernel for two."""
-        return compose_kernels(
-            first, second, first_stride=self._stride, first_dilation=self._inner, second_dilation=self._outer
-        )
-
-    def residual(self) -> float:
+    def residual(self, pair: Pair) -> float:
         """Relative distance of the composite."""
         norm = float(self.kernel.norm())
-        return float((self.kernel - self.composite(self.first, self.second)).norm()) / norm if norm else 0.0
+        return float((self.kernel - self.compose(*pair)).norm()) / norm if norm else 0.0
 
-    def polish(self, steps: int = 20) -> None:
+    def polished(self, pair: Pair) -> Pair:
         """Damped Gauss–Newton by conjugate gradients, as long as it helps."""
-        damping, best = 1e-6, self.residual()
-        for _ in range(steps):
-            self.balance()
-            step = self._step(damping * float(self.first.square().mean()))
-            before = self.first, self.second
-            self.first, self.second = self.first + step[0], self.second + step[1]
-            value = self.residual()
+        damping, best = 1e-6, self.residual(pair)
+        for _ in range(20 if best > 0 else 0):
+            pair = _balanced(pair)
+            first, second = pair
+            step1, step2 = self._step(pair, damping * float(first.square().mean()))
+            moved = first + step1, second + step2
+            value = self.residual(moved)
             if value >= best:
-                self.first, self.second = before
                 damping *= 100
                 if damping > 1e3:
-                    return
+                    break
                 continue
-            damping, best, previous = damping * min(0.1, value / best), value, best
+            pair, damping, best, previous = moved, damping * min(0.1, value / best), value, best
             if best < 1e-14 or best > 0.999 * previous:
-                return
+                break
+        return pair
 
-    def _step(self, damping: float) -> tuple[Tensor, Tensor]:
-        first, second = (part.clone().requires_grad_() for part in (self.first, self.second))
-        composed = self.composite(first, second)
+    def _step(self, pair: Pair, damping: float) -> Pair:
+        first, second = pair
+        composed, transposed = torch.func.vjp(self.compose, first, second)
 
-        def transposed(output: Tensor) -> Tensor:
-            parts = torch.autograd.grad(composed, (first, second), output, retain_graph=True)
+        def normal(one: Tensor, two: Tensor) -> Tensor:
+            image = transposed(self.compose(one, second) + self.compose(first, two))
+            return flat(image) + damping * flat((one, two))
+
+        def flat(parts: Pair) -> Tensor:
             return torch.cat([part.flatten() for part in parts])
 
-        def forward(flat: Tensor) -> Tensor:
-            one, two = self._unflatten(flat)
-            return self.composite(one, self.second) + self.composite(self.first, two)
+        def pair_of(vector: Tensor) -> Pair:
+            return vector[: first.numel()].view_as(first), vector[first.numel() :].view_as(second)
 
-        residual = transposed(self.kernel - composed.detach())
+        residual = flat(transposed(self.kernel - composed))
         solution, direction = torch.zeros_like(residual), residual.clone()
         energy = goal = residual @ residual
         for _ in range(300):
-            image = transposed(forward(direction)) + damping * direction
+            image = normal(*pair_of(direction))
             length = energy / (direction @ image).clamp_min(torch.finfo(image.dtype).tiny)
             solution, residual = solution + length * direction, residual - length * image
             previous, energy = energy, residual @ residual
             if energy <= 1e-20 * goal:
                 break
             direction = residual + (energy / previous) * direction
-        return self._unflatten(solution)
+        return pair_of(solution)
 
-    def _unflatten(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        count = self.first.numel()
-        return flat[:count].view_as(self.first), flat[count:].view_as(self.second)
 
-    def balance(self) -> None:
-        """Equal norms on both sides of every hidden channel."""
-        one, two = self.first.flatten(1).norm(dim=1), self.second.transpose(0, 1).flatten(1).norm(dim=1)
-        ratio = torch.where((one > 0) & (two > 0), two / one.clamp_min(torch.finfo(one.dtype).tiny), 1.0).sqrt()
-        shape = [1] * (self.first.dim() - 2)
-        self.first = self.first * ratio.view(-1, 1, *shape)
-        self.second = self.second / ratio.view(1, -1, *shape)
-
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Keep only what a dtype holds, so that the residual is that of the kernels handed out."""
-        self.first, self.second = self.first.to(dtype).double(), self.second.to(dtype).double()
+def _balanced(pair: Pair) -> Pair:
+    """The same composite, with equal norms on both sides of every hidden channel."""
+    first, second = pair
+    one, two = first.flatten(1).norm(dim=1), second.transpose(0, 1).flatten(1).norm(dim=1)
+    ratio = torch.where((one > 0) & (two > 0), two / one.clamp_min(torch.finfo(one.dtype).tiny), 1.0).sqrt()
+    shape = [1] * (first.dim() - 2)
+    return first * ratio.view(-1, 1, *shape), second / ratio.view(1, -1, *shape)

@@ -1,5 +1,6 @@
 """Convolutions with a Tucker kernel: W[o,i,*t] = Σ_pq out[o,p]·in[i,q]·core[p,q,*t]."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -7,8 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from growconv.convolution.decomposition import Fit, decompose_tucker, tucker_kernel
-from growconv.convolution.factorized import FactorizedConv
-from growconv.convolution.ranks import Rank, tucker_ranks
+from growconv.convolution.factorized import FactorizedConv, Rank, Stage, one_tap, share_of, whole_ranks
+from growconv.errors import ArgumentValueError
+
+
+def tucker_ranks(shape: tuple[int, ...], rank: Rank = "same", where: str | None = None) -> tuple[int, int]:
+    """Ranks (output, input) of a Tucker kernel.
+
+    Args:
+        shape: of the full kernel (C2, C1, *kernel_size).
+        rank: one integer for both, a pair (output rank, input rank), a float for a share of the full kernel's
+            parameters, or "same" for (at most) as many parameters. A share keeps output rank / C2 = input rank / C1.
+        where: module path or name for error messages.
+
+    Returns:
+        The pair, each at least 1 and at most its bound: min(C2, C1·taps) and min(C1, C2·taps).
+    """
+    outputs, inputs, taps = shape[0], shape[1], math.prod(shape[2:])
+    bounds, share = (min(outputs, inputs * taps), min(inputs, outputs * taps)), share_of(rank, where)
+    if share is None:
+        ranks = whole_ranks(rank, bounds, where)
+        return ranks[0], ranks[1]
+    # r2 = ρ·C2 and r1 = ρ·C1 give ρ·(C2² + C1²) + ρ²·C2·C1·taps parameters.
+    linear, square = outputs**2 + inputs**2, outputs * inputs * taps
+    scale = (math.sqrt(linear**2 + 4 * square**2 * share) - linear) / (2 * square)
+    if scale > 1:
+        raise ArgumentValueError(
+            "this share of the parameters gives ranks above the number of channels",
+            expected=f"at most {(linear + square) / square:.3g}",
+            got=rank,
+            where=where,
+        )
+    return max(1, min(bounds[0], int(scale * outputs))), max(1, min(bounds[1], int(scale * inputs)))
 
 
 class TuckerConv(FactorizedConv):
@@ -58,17 +89,12 @@ class TuckerConv(FactorizedConv):
         fits = ranks == (outputs.shape[1], inputs.shape[1])
         return ((outputs.shape[0], inputs.shape[0], *core.shape[2:]), ranks) if fits else None
 
-    def _load_kernel(self, kernel: Tensor, **options: Any) -> Fit:
-        core, outputs, inputs, fit = decompose_tucker(kernel, self.rank, **options)
-        self.core.copy_(core)
-        self.out_factor.copy_(outputs)
-        self.in_factor.copy_(inputs)
-        return fit
+    def _decomposed(self, kernel: Tensor, **options: Any) -> tuple[tuple[Tensor, ...], Fit]:
+        return decompose_tucker(kernel, self.rank, **options)
 
-    def _chain(self, x: Tensor) -> Tensor:
-        x = self._mix(x, self.in_factor.T)
-        x = self.convolve(x, self.core)
-        return self._mix(x, self.out_factor, self.bias)
+    def _chain(self) -> list[Stage]:
+        core = Stage(self.core, self.geometry)
+        return [one_tap(self.in_factor.T, self.axes), core, one_tap(self.out_factor, self.axes)]
 
 
 class TuckerConv1d(TuckerConv):

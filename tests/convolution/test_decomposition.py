@@ -61,7 +61,7 @@ def test_decompositions_leave_tensorly_alone_and_repeat():
     backend = tensorly.get_backend()
     numbers = torch.random.get_rng_state()
     first, _ = decompose_cp(kernel, 7, iterations=500)
-    core, outputs, inputs, _ = decompose_tucker(kernel, (3, 3))
+    (core, outputs, inputs), _ = decompose_tucker(kernel, (3, 3))
     assert tensorly.get_backend() == backend
     assert torch.equal(torch.random.get_rng_state(), numbers)
     second, _ = decompose_cp(kernel, 7, iterations=500)
@@ -73,6 +73,6 @@ def test_decompositions_leave_tensorly_alone_and_repeat():
 
 @pytest.mark.parametrize("decompose", [lambda k: decompose_cp(k, 3), lambda k: decompose_tucker(k, (2, 2))])
 def test_zero_kernels(decompose):
-    *_, fit = decompose(torch.zeros(4, 5, 3, 3))
+    _, fit = decompose(torch.zeros(4, 5, 3, 3))
     assert fit.error == 0
     assert fit.converged
