@@ -15,7 +15,6 @@ from torch import nn
 from growconv.errors import ArgumentTypeError, GeometryError
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
 _POOLS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
     ((nn.MaxPool1d, nn.AvgPool1d), 1),
     ((nn.MaxPool2d, nn.AvgPool2d), 2),
@@ -23,24 +22,12 @@ _POOLS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
 )
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-
 PerAxis = int | Sequence[int]
 Padding = int | str | Sequence[int] | Sequence[tuple[int, int]]
 
 
 def per_axis(value: PerAxis, axes: int, what: str, least: int, where: str | None = None) -> tuple[int, ...]:
-    """One integer per axis.
-
-    Args:
-        value: one number for all axes, or one per axis.
-        axes: number of axes.
-        what: name of the argument, for messages.
-        least: smallest value allowed.
-        where: function or module path, for messages.
-
-    Returns:
-        A tuple with one entry per axis.
-    """
+    """One integer of at least `least` per axis, from one number for all axes or one for each; `what` names it."""
     given = value if isinstance(value, Sequence) else (value,) * axes
     values: tuple[int, ...] | None = None
     with suppress(TypeError):
@@ -81,19 +68,17 @@ class Geometry:
     def __post_init__(self) -> None:
         """Check that the settings belong together."""
         axes = len(self.kernel_size)
-        if axes == 0 or not axes == len(self.stride) == len(self.dilation) == len(self.padding):
+        parts = (self.kernel_size, self.stride, self.dilation, self.padding)
+        if axes == 0 or {len(part) for part in parts} != {axes}:
             raise GeometryError(
-                "kernel size, stride, dilation and padding need one entry per axis, and at least one axis",
-                got=f"{self.kernel_size}, {self.stride}, {self.dilation}, {self.padding}",
+                "kernel size, stride, dilation and padding need one entry per axis, and at least one axis", got=parts
             )
-        for label, entries, least in (
-            ("kernel size", self.kernel_size, 1),
-            ("stride", self.stride, 1),
-            ("dilation", self.dilation, 1),
-            ("padding", tuple(chain(*self.padding)), 0),
-        ):
-            if min(entries) < least:
-                raise GeometryError(f"{label} too small", expected=f"entries of at least {least}", got=entries)
+        if min(*self.kernel_size, *self.stride, *self.dilation) < 1 or min(chain(*self.padding)) < 0:
+            raise GeometryError(
+                "kernel size, stride, dilation or padding are too small",
+                expected="at least 1, and a padding of at least 0",
+                got=parts,
+            )
         if self.padding_mode not in PADDING_MODES:
             raise GeometryError(
                 "there is no such padding mode", expected=" or ".join(PADDING_MODES), got=self.padding_mode
@@ -133,14 +118,11 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Geometry":
-        """Geometry of a layer.
+        """Geometry of a layer, with padding="same" resolved into numbers.
 
         Args:
-            module: nn.Conv1d/2d/3d, nn.MaxPool or nn.AvgPool of 1 to 3 axes, or nn.Linear, which is a convolution of
-                one tap on a grid of one axis, or a CP or Tucker convolution.
-
-        Returns:
-            The geometry, with padding="same" resolved into numbers.
+            module: nn.Conv1d/2d/3d, nn.MaxPool or nn.AvgPool of 1 to 3 axes, a CP or Tucker convolution, or nn.Linear,
+                which is a convolution of one tap on a grid of one axis.
 
         Raises:
             GeometryError: for a transposed convolution, whose outputs do not read windows.
@@ -173,14 +155,7 @@ class Geometry:
 
     @classmethod
     def covering(cls, size: Sequence[int]) -> "Geometry":
-        """Geometry of a kernel as large as its input grid: a linear layer that reads a flattened feature map.
-
-        Args:
-            size: the grid that was flattened.
-
-        Returns:
-            A geometry without padding and with a single output location.
-        """
+        """Geometry of a kernel as large as its input grid: a linear layer that reads a flattened feature map."""
         axes = len(size)
         return cls(tuple(size), (1,) * axes, (1,) * axes, ((0, 0),) * axes)
 
@@ -205,13 +180,7 @@ class Geometry:
         return tuple((taps - 1) // 2 for taps in self.kernel_size)
 
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
-        """Size of the output grid.
-
-        Args:
-            input_size: size of the input grid, one entry per axis.
-
-        Returns:
-            Number of output locations per axis.
+        """Number of output locations per axis, for an input grid of some size.
 
         Raises:
             GeometryError: when the number of axes differs, or the kernel does not fit into the padded input.
@@ -258,11 +227,7 @@ class Geometry:
         )
 
     def reads(self, axis: int, size: int) -> NDArray[np.int64]:
-        """Input location that each output location of one axis reads with each tap.
-
-        Args:
-            axis: which axis.
-            size: number of input locations on that axis.
+        """Input location, of `size` on one axis, that each of its output locations reads with each tap.
 
         Returns:
             (output locations, taps), −1 where a tap falls into zero padding.

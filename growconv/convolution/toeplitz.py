@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from growconv.convolution.geometry import Geometry, Padding, PerAxis, per_axis
-from growconv.convolution.memory import require_memory
-from growconv.convolution.unfold import mask_tensor, unfold
+from growconv.convolution.unfold import mask_tensor, require_memory, unfold
 from growconv.errors import GeometryError
 
 
@@ -51,14 +50,14 @@ def toeplitz_matrix(
     shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, padding_mode, where="toeplitz_matrix")
     input_size = per_axis(input_size, shape.axes, "input_size", 1, "toeplitz_matrix")
     weight = regroup(weight, groups)
-    rows, columns, taps = (math.prod(shape.output_size(input_size)), math.prod(input_size), shape.taps)
     outputs, inputs = weight.shape[:2]
-    bytes_per_entry = weight.element_size()
-    entries = outputs * inputs * rows * taps if sparse else outputs * rows * inputs * columns
+    rows, columns = math.prod(shape.output_size(input_size)), math.prod(input_size)
+    size = (outputs * rows, inputs * columns)
+    taken = outputs * inputs * rows * shape.taps * (weight.element_size() + 16)  # two indices beside each value
     require_memory(
-        entries * (bytes_per_entry + 16 if sparse else bytes_per_entry),
+        taken if sparse else math.prod(size) * weight.element_size(),
         weight.device,
-        f"the {'sparse ' if sparse else ''}Toeplitz matrix ({outputs * rows}, {inputs * columns})",
+        f"the {'sparse ' if sparse else ''}Toeplitz matrix {size}",
         "toeplitz_matrix",
         "use F.conv2d, a smaller input" + ("" if sparse else ", or sparse=True"),
     )
@@ -67,16 +66,10 @@ def toeplitz_matrix(
     if not sparse:
         matrix = weight.new_zeros(outputs, rows, inputs, columns)
         matrix.permute(1, 3, 0, 2).index_put_((m, location), values.permute(2, 0, 1), accumulate=True)
-        return matrix.reshape(outputs * rows, inputs * columns)
-    channel_out = torch.arange(outputs, device=weight.device)[:, None, None]
-    channel_in = torch.arange(inputs, device=weight.device)[None, :, None]
-    index = torch.stack(
-        [
-            (channel_out * rows + m).expand(values.shape).flatten(),
-            (channel_in * columns + location).expand(values.shape).flatten(),
-        ]
-    )
-    size = (outputs * rows, inputs * columns)
+        return matrix.reshape(size)
+    row = torch.arange(outputs, device=weight.device)[:, None, None] * rows + m
+    column = torch.arange(inputs, device=weight.device)[None, :, None] * columns + location
+    index = torch.stack([each.expand(values.shape).flatten() for each in (row, column)])
     return torch.sparse_coo_tensor(index, values.flatten(), size, check_invariants=False).coalesce()
 
 
@@ -135,11 +128,9 @@ def unfolded_conv(
     Returns:
         (n, C2, *output size).
     """
-    shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, where="unfolded_conv")
-    _require_channels(x, weight, "unfolded_conv")
-    size = tuple(x.shape[2:])
+    shape = _geometry(x, weight, stride, padding, dilation, "unfolded_conv")
     result = torch.einsum("cd,idm->icm", weight.flatten(1), unfold(x, shape))
-    return result.unflatten(2, shape.output_size(size))
+    return result.unflatten(2, shape.output_size(x.shape[2:]))
 
 
 def masked_conv(
@@ -151,18 +142,9 @@ def masked_conv(
 ) -> Float[Tensor, "n outputs *output_size"]:
     """The same convolution through the mask tensor: z_icm = Σ_kbl W_ckb T_mbl x_ikl, k being the channel that is read.
 
-    Args:
-        x: (n, C1, *size).
-        weight: (C2, C1, *kernel_size).
-        stride: as in `F.conv2d`.
-        padding: as in `F.conv2d`, or (low, high) pairs per axis.
-        dilation: as in `F.conv2d`.
-
-    Returns:
-        (n, C2, *output size).
+    Arguments and result are those of `unfolded_conv`.
     """
-    shape = Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, where="masked_conv")
-    _require_channels(x, weight, "masked_conv")
+    shape = _geometry(x, weight, stride, padding, dilation, "masked_conv")
     size = tuple(x.shape[2:])
     mask = mask_tensor(size, shape, dtype=x.dtype, device=x.device)
     patches = torch.einsum("mbl,ikl->ikbm", mask, x.flatten(2))
@@ -206,7 +188,8 @@ def _reads(
     return combined[0], combined[1], combined[2]
 
 
-def _require_channels(x: Tensor, weight: Tensor, where: str) -> None:
+def _geometry(x: Tensor, weight: Tensor, stride: PerAxis, padding: Padding, dilation: PerAxis, where: str) -> Geometry:
+    """Of a convolution whose kernel has to fit its input."""
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1]:
         raise GeometryError(
             "input and kernel do not fit",
@@ -214,3 +197,4 @@ def _require_channels(x: Tensor, weight: Tensor, where: str) -> None:
             got=tuple(x.shape),
             where=where,
         )
+    return Geometry.read(tuple(weight.shape[2:]), stride, padding, dilation, where=where)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,19 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
-from growconv.convolution.memory import require_memory
+from growconv.errors import GeometryError
 
 
 def pad(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "n c *padded"]:
-    """Input with the padding of a geometry put around it.
-
-    Args:
-        x: feature maps.
-        geometry: whose padding and padding mode.
-
-    Returns:
-        The padded maps; with ceil_mode also the zeros that the last windows reach.
-    """
+    """Feature maps with the padding of a geometry, with ceil_mode also the zeros that the last windows reach."""
     size = tuple(x.shape[2:])
     output = geometry.output_size(size)
     sides: list[int] = []
@@ -38,20 +31,11 @@ def pad(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "n c
 
 
 def windows(padded: Float[Tensor, "n c *padded"], geometry: Geometry) -> Float[Tensor, "n c *kernel_and_output"]:
-    """View of an already padded input as (n, c, *kernel, *output); copies nothing.
-
-    Args:
-        padded: feature maps with their padding.
-        geometry: kernel, stride and dilation; its padding is not looked at.
-
-    Returns:
-        The view.
-    """
-    view = padded
-    for axis in range(geometry.axes):
+    """View of feature maps with their padding as (n, c, *kernel, *output); copies nothing."""
+    view, axes = padded, geometry.axes
+    for axis in range(axes):
         view = view.unfold(2 + axis, geometry.effective_size[axis], geometry.stride[axis])
         view = view[..., :: geometry.dilation[axis]]
-    axes = geometry.axes
     return view.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
 
 
@@ -144,10 +128,40 @@ def tap_multiplicities(
     Returns:
         The counts on the input grid. They are a product of one factor per axis.
     """
-    geometry.output_size(input_size)
+    geometry.output_size(input_size)  # refuses what does not fit
     result = torch.ones((), dtype=dtype or torch.get_default_dtype(), device=device)
     for axis, size in enumerate(input_size):
         reads = geometry.reads(axis, size)
         counts = torch.from_numpy(np.bincount(reads[reads >= 0], minlength=size))
         result = result.unsqueeze(-1) * counts.to(result)
     return result
+
+
+def available_bytes(device: torch.device | str | None = None) -> int | None:
+    """Bytes that could be allocated now on a device, None being the CPU; None where that is not known."""
+    kind = torch.device(device or "cpu")
+    if kind.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(kind)
+        return free + torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
+    file = Path("/proc/meminfo")
+    if kind.type != "cpu" or not file.exists():
+        return None
+    lines = file.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def require_memory(needed: int, device: torch.device | str | None, what: str, where: str, fix: str) -> None:
+    """Refuse a tensor that would not fit, before it is allocated.
+
+    Raises:
+        GeometryError: saying the bytes it would take.
+    """
+    limit = available_bytes(device)
+    if limit is not None and needed > limit:
+        raise GeometryError(
+            f"{what} would not fit into memory",
+            expected=f"at most {limit / 2**30:.3g} GiB on {torch.device(device or 'cpu')}",
+            got=f"{needed} bytes ({needed / 2**30:.3g} GiB)",
+            where=where,
+            fix=fix,
+        )

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
 
+import growconv
 from growconv.convolution.geometry import Geometry
-from growconv.convolution.unfold import fold, mask_tensor, tap_multiplicities, unfold
+from growconv.convolution.toeplitz import toeplitz_matrix
+from growconv.convolution.unfold import available_bytes, fold, mask_tensor, tap_multiplicities, unfold
 from growconv.errors import GeometryError
 from tests.convolution.test_geometry import convolutions
 
@@ -86,3 +88,15 @@ def test_kernel_larger_than_the_image_is_refused():
         mask_tensor((2, 2), nn.Conv2d(1, 1, 3))
     with pytest.raises(GeometryError, match="does not fit"):
         unfold(torch.zeros(1, 1, 2, 2), Geometry.of(nn.Conv2d(1, 1, 3)))
+
+
+def test_bytes_are_told_before_allocating():
+    weight = torch.randn(64, 64, 3, 3)
+    needed = (64 * 1022 * 1022) * (64 * 1024 * 1024) * 4
+    with pytest.raises(GeometryError, match=f"{needed} bytes"):
+        toeplitz_matrix(weight, (1024, 1024))
+    with pytest.raises(GeometryError, match="sparse Toeplitz matrix"):
+        toeplitz_matrix(torch.randn(1, 1, 1, 1).expand(4096, 4096, 1, 1), (1024, 1024), sparse=True)
+    with pytest.raises(GeometryError, match=f"{224**4 * 9 * 4} bytes"):
+        growconv.mask_tensor((224, 224), nn.Conv2d(1, 1, 3, padding=1))
+    assert available_bytes() > 0
