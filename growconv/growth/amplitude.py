@@ -1,9 +1,9 @@
 """How strongly new channels start: an amplitude γ for their outgoing weights, chosen by the true loss."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import cast
 
 import torch
@@ -35,6 +35,9 @@ cap they are shares of a cap of 1, and the amplitude is doubled as long as the l
 MOST = 24
 """The most losses that are measured."""
 
+Growth = tuple[Site, ChannelGrowth]
+To = Callable[[float], None]
+
 
 @dataclass(frozen=True)
 class AmplitudeChoice:
@@ -49,7 +52,7 @@ class AmplitudeChoice:
         reason: why this strength was chosen, one line.
     """
 
-    growths: tuple[tuple[Site, ChannelGrowth], ...]
+    growths: tuple[Growth, ...]
     units: tuple[float, ...]
     strength: float
     losses: dict[float, float]
@@ -69,7 +72,7 @@ class AmplitudeChoice:
 
 def choose_amplitudes(
     model: nn.Module,
-    growths: Iterable[tuple[Site, ChannelGrowth]],
+    growths: Iterable[Growth],
     batches: Sequence[Batch],
     loss: Loss,
     strongest: float | int | None = CAP,
@@ -103,18 +106,18 @@ def choose_amplitudes(
         )
     cap = math.inf if strongest is None else float(strongest)
     losses: dict[float, float] = {}
-    with torch.no_grad(), _Trials(model, growths) as trials:
+    with torch.no_grad(), _trials(model, growths) as (taken, units, grow_to):
 
         def measure(strength: float) -> None:
             if strength not in losses:
-                trials.grow_to(strength)
+                grow_to(strength)
                 losses[strength] = mean_loss(model, batches, loss)
 
         measure(0.0)
         if not math.isfinite(losses[0.0]):
-            where = ", ".join(site.name for site, _ in trials.growths)
+            where = ", ".join(site.name for site, _ in taken)
             raise StatisticsError("the loss on the held-out batches is not finite", got=losses[0.0], where=where)
-        if any(trials.units):
+        if any(units):
             for share in COARSE:
                 measure(share * min(cap, 1.0))
             best = _best(losses)
@@ -124,12 +127,10 @@ def choose_amplitudes(
             while (best := _best(losses)) == max(losses) and best < cap and len(losses) < MOST:
                 measure(min(2 * best, cap))
     best = _best(losses)
-    change = f"held-out loss {losses[0.0]:.4g} → {losses[best]:.4g}"
+    reason = f"held-out loss {losses[0.0]:.4g} → {losses[best]:.4g}{', at the cap' if best == cap else ''}"
     if best == 0.0:
         reason = "no amplitude lowers the held-out loss: the channels start silent"
-    else:
-        reason = f"{change}, at the cap" if best == cap else change
-    return AmplitudeChoice(tuple(trials.growths), tuple(trials.units), best, losses, cap, reason)
+    return AmplitudeChoice(tuple(taken), tuple(units), best, losses, cap, reason)
 
 
 def _check(site: Site, growth: ChannelGrowth) -> None:
@@ -187,77 +188,54 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
 
 
-class _Trials:
-    """A model that is grown for a while, with new channels of any strength.
+@contextmanager
+def _trials(model: nn.Module, growths: Iterable[Growth]) -> Iterator[tuple[list[Growth], list[float], To]]:
+    """Inside, the model has new channels, silent first; gives them, their units, and what gives them a strength.
 
-    It grows twice, with silent channels and with those of strength 1; another strength multiplies the entries in which
-    the two differ. Where a layer stores its weight otherwise (as a length and a direction), it grows anew each time.
+    The model grows twice, with silent channels and with those of strength 1; another strength lies on the line through
+    both. Where a layer stores its weight otherwise (as a length and a direction), it grows anew each time.
     """
+    journal = Journal(model, values=[*model.parameters(), *model.buffers()])
+    taken: list[Growth] = []
+    units: list[float] = []
 
-    def __init__(self, model: nn.Module, growths: Iterable[tuple[Site, ChannelGrowth]]) -> None:
-        self.model, self._given = model, growths
-        self._journal = Journal(model, values=[*model.parameters(), *model.buffers()])
-        self.growths: list[tuple[Site, ChannelGrowth]] = []
-        self.units: list[float] = []
-        self._scaled: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    def tensors() -> list[Tensor]:
+        return [each.detach() for each in (*model.parameters(), *model.buffers())]
 
-    def __enter__(self) -> "_Trials":
-        try:
-            for site, growth in self._given:
-                _check(site, growth)
-                own = site.of(self.model)
-                own.check()
-                self.units.append(amplitude_cap(own, growth, 1.0))
-                self.growths.append((site, growth))
-                grow(self.model, own, growth, amplitude=0.0)
-            silent = {name: tensor.clone() for name, tensor in _tensors(self.model)}
-            self._grow_anew(1.0)
-            plain, scaled = True, []
-            for name, tensor in _tensors(self.model):
-                mask = tensor != silent[name]
-                if bool(mask.any()):
-                    plain = plain and not bool(silent[name][mask].any())
-                    scaled.append((tensor, tensor.clone(), mask))
-            self._scaled = scaled if plain else None
-            return self
-        except BaseException:
-            self._journal.restore()
-            raise
+    def grow_anew(strength: float) -> None:
+        journal.restore()
+        for (site, growth), unit in zip(taken, units, strict=True):
+            grow(model, site, growth, amplitude=strength * unit)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._journal.restore()
+    try:
+        for site, growth in growths:
+            _check(site, growth)
+            own = site.of(model)
+            own.check()
+            units.append(amplitude_cap(own, growth, 1.0))
+            taken.append((site, growth))
+            grow(model, own, growth, amplitude=0.0)
+        silent = [tensor.clone() for tensor in tensors()]
+        grow_anew(1.0)
+        pairs = zip(tensors(), silent, strict=True)
+        lines = [(strong, start, strong - start) for strong, start in pairs if not torch.equal(strong, start)]
+        straight = not any(bool(start[step != 0].any()) for _, start, step in lines)
 
-    def grow_to(self, strength: float) -> None:
-        """Give the new channels another strength."""
-        if self._scaled is None:
-            self._grow_anew(strength)
-            return
-        for tensor, strong, mask in self._scaled:
-            tensor.copy_(torch.where(mask, strong * strength, strong))
-        refresh(self.model)
+        def grow_to(strength: float) -> None:
+            if not straight:
+                grow_anew(strength)
+                return
+            for tensor, start, step in lines:
+                tensor.copy_(start + strength * step)
+            refresh(model)
 
-    def _grow_anew(self, strength: float) -> None:
-        self._journal.restore()
-        for (site, growth), unit in zip(self.growths, self.units, strict=True):
-            grow(self.model, site, growth, amplitude=strength * unit)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, by name."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name, tensor.detach()
+        yield taken, units, grow_to
+    finally:
+        journal.restore()
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
-    """Mean over some batches, dropout off; the model and all random numbers stay as they are.
-
-    Args:
-        model: the model, its norm layers in the mode that they are in.
-        batches: (inputs, targets) pairs.
-        loss: loss(output, targets), averaged over the batch.
-    """
+    """Mean over some batches, dropout off; norm layers keep their mode, and all random numbers stay as they are."""
     total = 0.0
     with torch.no_grad(), undisturbed(model):
         for module in model.modules():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ScheduleError
-from growconv.growth.amplitude import choose_amplitudes, mean_loss, rescaled
+from growconv.growth.amplitude import AmplitudeChoice, choose_amplitudes, mean_loss, rescaled
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
@@ -43,43 +43,6 @@ Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
 """What a site is offered, ‖v‖²/n there, the samples behind it, and `Proposal.slopes`."""
 
 PHASES = ("collect", "solve", "amplitude", "surgery")
-
-
-@dataclass(frozen=True)
-class Collection:
-    """How statistics are collected.
-
-    Attributes:
-        options: further options of `collect_statistics`.
-        relative_error: collect only until the sum of the gains is known this well at every site; None: all batches.
-        slopes: measure the slopes of proposals too; every site has closed-form statistics then.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    relative_error: float | None = None
-    slopes: bool = False
-
-
-class Stopwatch:
-    """Wall-clock seconds of each phase of a growth round, device work included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[name] += self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def _slopes(subject: PairStatistics, channels: int) -> Tensor:
@@ -122,12 +85,7 @@ def parts_of(
 
 
 def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
-    """What the averages of a site take, in float64.
-
-    Args:
-        site: a site; one without closed form has none.
-        reads: the statistics that are collected.
-    """
+    """What the averages of a site that are read take, in float64; one without closed form has none."""
     if not site.closed_form:
         return 0
     patch = sum(site.layer(path).filters()[0].numel() + 1 for path in site.producers)
@@ -152,7 +110,6 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
     data = list(batches)
     if not data:
         raise ScheduleError("no growth batches", expected="at least one (inputs, targets) pair", where="grow")
-    pairs = []
     for index, batch in enumerate(data):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentTypeError(
@@ -162,20 +119,11 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
                 where=f"growth batch {index}",
                 fix="if the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
             )
-        pairs.append((batch[0], batch[1]))
-    return pairs
+    return [(inputs, targets) for inputs, targets in data]
 
 
-def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
-    """Growth batches for the statistics, and others for the amplitude.
-
-    Args:
-        batches: at least two.
-        held_out: share of the batches to hold out; at least one is, and one is not.
-
-    Returns:
-        (fitting, held out), in the order in which they came.
-    """
+def split(batches: Sequence[Batch], held_out: float) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Growth batches for the statistics, and a share of them, at least one of each, held out for the amplitude."""
     if len(batches) < 2:
         raise ScheduleError(
             "the amplitude needs samples that the solver has not seen",
@@ -185,7 +133,7 @@ def split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[
             fix="pass more batches, or give the scheduler a fixed amplitude such as amplitude=1.0",
         )
     count = min(len(batches) - 1, max(1, round(held_out * len(batches))))
-    return list(batches[:-count]), list(batches[-count:])
+    return batches[:-count], batches[-count:]
 
 
 @dataclass
@@ -197,10 +145,12 @@ class Round:
         optimizer: its optimizer, a list of them, or None.
         solver: the growth method.
         amplitude: of new channels whose amplitude is not searched.
-        collection: how statistics are collected.
+        amplitude_cap: how far the search may go, see `choose_amplitudes`.
+        statistics: further options of `collect_statistics`.
+        relative_error: collect only until the sum of the gains is known this well at every site; None: all batches.
+        slopes: measure the slopes of proposals too; every site has closed-form statistics then.
         fitting: growth batches of this process that statistics are collected on.
         held_out: those that the amplitude is chosen on; none: it is not searched.
-        amplitude_cap: how far the search may go, see `choose_amplitudes`.
         loss: loss(output, targets).
         cost: the model's cost meter.
         generator: randomness of methods that draw.
@@ -208,7 +158,7 @@ class Round:
         maximum: channels that a site may get; None: as many as asked for.
         room: gives the parameters and FLOPs that may still be added.
         note: takes one line about each decision.
-        stopwatch: of the phases.
+        seconds: wall-clock seconds so far by phase, device work included.
         events: what was changed so far.
     """
 
@@ -216,10 +166,12 @@ class Round:
     optimizer: Optimizers
     solver: Solver
     amplitude: float
-    collection: Collection
+    amplitude_cap: float | None
+    statistics: Mapping[str, Any]
+    relative_error: float | None
+    slopes: bool
     fitting: Sequence[Batch]
     held_out: Sequence[Batch]
-    amplitude_cap: float | None
     loss: Loss
     cost: ModelCost
     generator: torch.Generator
@@ -227,39 +179,53 @@ class Round:
     maximum: int | None
     room: Callable[[], tuple[float, float]]
     note: Callable[[str], None]
-    stopwatch: Stopwatch
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     events: list[GrowthEvent] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda device: None
+        wait(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            wait(self.device)
+            self.seconds[name] += time.perf_counter() - start
 
     def ask(self, sites: Mapping[Site, Channels]) -> list[Proposal]:
         """Proposals for some sites, each with how many channels are wanted; with several processes the same on each.
 
         The model is as before afterwards.
         """
-        growing, device = [site for site in sites if site.room != 0], next(self.model.parameters()).device
+        growing = [site for site in sites if site.room != 0]
         ranks = [cast(RankSite, site) for site in growing if site.own_method == "rank"]
         moments: dict[str, RankStatistics] = {}
-        kept = self.collection.options.get("keep_samples", self.solver.keep_samples)
-        reads = self.solver.reads | (set() if self.collection.relative_error is None else {"samples"})
-        reads |= {"N_raw"} if self.collection.slopes else set()
+        kept = self.statistics.get("keep_samples", self.solver.keep_samples)
+        reads = self.solver.reads | (set() if self.relative_error is None else {"samples"})
+        reads |= {"N_raw"} if self.slopes else set()
         answers: list[Answer] = []
         with undisturbed(self.model):
             if ranks:
-                with self.stopwatch.phase("collect"):
+                with self.phase("collect"):
                     moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
-            for part, room in from_first(partial(parts_of, growing, self.cost, reads, kept, self.fitting), device):
-                statistics: Found = {}  # those of the part before are gone now
-                own: dict[Site, Channels] = {}
-                wanted: dict[GrowthSite, Channels] = {}
-                for index in part:
-                    site = growing[index]
-                    own[site] = sites[site]
-                    if site.own_method is None:
-                        wanted[cast(GrowthSite, site)] = sites[site]
+            for part, room in from_first(partial(parts_of, growing, self.cost, reads, kept, self.fitting), self.device):
+                found: Found = {}  # those of the part before are gone now
+                asked: dict[Site, Channels] = {growing[index]: sites[growing[index]] for index in part}
+                wanted: dict[GrowthSite, Channels] = {
+                    cast(GrowthSite, site): count for site, count in asked.items() if site.own_method is None
+                }
                 if reads and wanted:
-                    with self.stopwatch.phase("collect"):
-                        statistics = self._collected(wanted, reads, room)
-                with self.stopwatch.phase("solve"):
-                    answers += from_first(partial(self._answers, own, statistics, moments), device)
+                    with self.phase("collect"):
+                        found = self._collected(wanted, reads, room)
+                with self.phase("solve"):
+                    answers += from_first(partial(self._answers, asked, found, moments), self.device)
         return [
             Proposal(site, growth, energy, *self.cost.channel(site), samples, slopes)
             for site, (growth, energy, samples, slopes) in zip(growing, answers, strict=True)
@@ -267,11 +233,10 @@ class Round:
 
     def _collected(self, asked: Mapping[GrowthSite, Channels], reads: Set[str], room: int) -> Found:
         """Statistics over all processes: of all batches, or of as many as make the gains known."""
-        model, solver, collection = self.model, self.solver, self.collection
-        error = collection.relative_error
+        model, solver, error = self.model, self.solver, self.relative_error
         keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
         hold = room if world_size() == 1 else 0
-        settings = {"quantities": reads, "hold_bytes": hold, **keep, **collection.options}
+        settings = {"quantities": reads, "hold_bytes": hold, **keep, **self.statistics}
 
         def collect(part: Sequence[Batch]) -> Found:
             own = collect_statistics(model, asked, part, self.loss, run=agreed, average=reduce_statistics, **settings)
@@ -279,10 +244,9 @@ class Round:
 
         if error is None:
             return collect(self.fitting)
-        device = next(model.parameters()).device
 
         def known(found: Found) -> bool:
-            return from_first(lambda: gains_known(found, asked, solver, error, model, self.generator), device)
+            return from_first(lambda: gains_known(found, asked, solver, error, model, self.generator), self.device)
 
         return until_known(collect, self.fitting, known)
 
@@ -299,28 +263,23 @@ class Round:
                 continue
             given = statistics.get(site.name) if self.solver.reads else None
             growth = solve(given or cast(GrowthSite, site), self.solver, channels, self.model, self.generator)
-            slopes = _slopes(statistics[site.name], growth.channels) if self.collection.slopes else None
+            slopes = _slopes(statistics[site.name], growth.channels) if self.slopes else None
             energy, samples = (None, None) if given is None else (given.gradient_energy, given.samples)
             answers.append((growth, energy, samples, slopes))
         return answers
 
-    def measured(self, proposals: Sequence[Proposal]) -> list[Proposal]:
-        """The same proposals with their `decrease`; the model is as before afterwards."""
-        return [replace(proposal, decrease=self._decrease(proposal)) for proposal in proposals]
-
-    def _decrease(self, proposal: Proposal) -> float:
+    def decrease(self, proposal: Proposal) -> float:
+        """How much a proposal alone lowers the held-out loss; the model is as before afterwards."""
         site, growth = proposal.site, rescaled(proposal.site, proposal.growth)
-        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
+        with self.phase("amplitude"), undisturbed(self.model):
             if self._is_searched(proposal):
-                one = [(site, growth)]
-                choice = choose_amplitudes(self.model, one, self.held_out, self._shared_loss(), self.amplitude_cap)
-                before, after = choice.held_out
+                before, after = self._choice([(site, growth)]).held_out
                 return before - after
-            before = mean_loss(self.model, self.held_out, self._shared_loss())
+            before = self._held_out_loss()
             journal = Journal(self.model, values=[*self.model.parameters(), *self.model.buffers()])
             try:
                 grow(self.model, site, growth)
-                return before - mean_loss(self.model, self.held_out, self._shared_loss())
+                return before - self._held_out_loss()
             finally:
                 journal.restore()
 
@@ -354,20 +313,18 @@ class Round:
     def _take_as_they_are(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
         first = len(self.events)
         measured = bool(self.held_out) and not all(self._silent(proposal) for proposal, _ in chosen)
-        before = self._held_out_loss() if measured else None
+        with self.phase("amplitude"):
+            before = self._held_out_loss() if measured else None
         for proposal, reason in chosen:
             growth = self._current(proposal)
             if growth is not None:
-                growth = rescaled(proposal.site, growth)
-                own = 1.0 if growth.revised else self.amplitude
+                amplitude = 1.0 if growth.revised else self.amplitude
                 details = {"unchanged": True} if self._silent(proposal) else {}
-                self._put(proposal, growth, own, reason, details)
+                self._put(proposal, rescaled(proposal.site, growth), amplitude, reason, details)
         if before is not None and len(self.events) > first:
-            after = self._held_out_loss()
+            with self.phase("amplitude"):
+                after = self._held_out_loss()
             self._tell(first, before, after)
-            for index, event in enumerate(self.events[first:], start=first):
-                losses = [[0.0, before], [event.amplitude, after]]
-                self.events[index] = replace(event, details={**event.details, "losses": losses})
 
     def _take_at_best(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
         first, taken = len(self.events), []
@@ -379,8 +336,8 @@ class Round:
                     taken.append((proposal, reason))
                     yield proposal.site, rescaled(proposal.site, growth)
 
-        with self.stopwatch.phase("amplitude"), undisturbed(self.model):
-            choice = choose_amplitudes(self.model, cut(), self.held_out, self._shared_loss(), self.amplitude_cap)
+        with self.phase("amplitude"), undisturbed(self.model):
+            choice = self._choice(cut())
         if taken:
             sites = f"{len(taken)} sites" if len(taken) > 1 else taken[0][0].site.name
             self.note(f"{sites}: strength {choice.strength:.3g}, {choice.reason}")
@@ -396,19 +353,29 @@ class Round:
     def _put(
         self, proposal: Proposal, growth: ChannelGrowth, amplitude: float, reason: str, details: dict[str, Any]
     ) -> None:
-        with self.stopwatch.phase("surgery"):
+        """Grow; the event also holds what a report shows of the proposal besides its gains, as JSON-able values."""
+        with self.phase("surgery"):
             event = grow(self.model, proposal.site, growth, amplitude=amplitude, optimizer=self.optimizer)
-        event = replace(
-            event,
-            step=self.step,
-            details={**event.details, **details, **what_was_seen(growth, self.solver, proposal)},
-            reason="; ".join(filter(None, (reason, growth.reason))),
-        )
-        self.events.append(event)
+        seen: dict[str, Any] = {"samples": proposal.samples, "decrease": proposal.decrease}
+        if growth.spectrum is not None:  # the gains of all candidates, where there were more than were taken
+            seen["spectrum"] = growth.spectrum.tolist()
+        if self.solver.gain_unit == "energy" and proposal.gradient_energy:
+            seen["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
+        if proposal.slopes is not None:
+            seen["slopes"] = proposal.slopes[: growth.channels].tolist()
+        details |= {name: value for name, value in seen.items() if value is not None}
+        told = "; ".join(filter(None, (reason, growth.reason)))
+        self.events.append(replace(event, step=self.step, details={**event.details, **details}, reason=told))
+
+    def _choice(self, growths: Iterable[tuple[Site, ChannelGrowth]]) -> AmplitudeChoice:
+        return choose_amplitudes(self.model, growths, self.held_out, self._shared_loss, self.amplitude_cap)
 
     def _held_out_loss(self) -> float:
-        with self.stopwatch.phase("amplitude"):
-            return mean_loss(self.model, self.held_out, self._shared_loss())
+        return mean_loss(self.model, self.held_out, self._shared_loss)
+
+    def _shared_loss(self, output: Any, targets: Any) -> Tensor:
+        """The loss averaged over the processes, so that all of them choose the same amplitude."""
+        return mean_over_ranks(self.loss(output, targets))
 
     def _tell(self, first: int, before: float, after: float) -> None:
         """Enter the held-out loss before and after into the events from `first` on.
@@ -420,14 +387,16 @@ class Round:
         total = sum(predicted)
         for index, (event, own) in enumerate(zip(events, predicted, strict=True), start=first):
             share = own / total if total > 0 else 1 / len(events)
-            self.events[index] = replace(event, realised_decrease=(before - after) * share)
+            losses = event.details.get("losses", [[0.0, before], [event.amplitude, after]])
+            details = {**event.details, "losses": losses}
+            self.events[index] = replace(event, realised_decrease=(before - after) * share, details=details)
 
     def prune(self, pruning: PruneBack, sites: Sequence[Site]) -> None:
         """Shrink to a pruning policy's budget."""
         prunable = [cast(GrowthSite, site) for site in sites if site.own_method is None]
-        with self.stopwatch.phase("collect"), undisturbed(self.model):
+        with self.phase("collect"), undisturbed(self.model):
             chosen = pruning.choose(self.model, prunable, {site: norm_scores(site) for site in prunable}, self.cost)
-        with self.stopwatch.phase("surgery"):
+        with self.phase("surgery"):
             for site, channels in chosen.items():
                 event = shrink(self.model, site, channels, optimizer=self.optimizer)
                 self.events.append(replace(event, step=self.step, reason="pruned back by norm"))
@@ -467,34 +436,3 @@ class Round:
             self.note(f"{proposal.site.name}: {limit} has no room for {size} more channel{'s' if size > 1 else ''}")
             return None
         return growth.subset(range(fitting), f"{limit} has room for {fitting} of {growth.channels} channels")
-
-    def _shared_loss(self) -> Loss:
-        """The loss averaged over the processes, so that all of them choose the same amplitude."""
-        if world_size() == 1:
-            return self.loss
-        return lambda output, targets: mean_over_ranks(self.loss(output, targets))
-
-
-def what_was_seen(growth: ChannelGrowth, solver: Solver, proposal: Proposal) -> dict[str, Any]:
-    """What a report shows of a proposal besides its gains, as JSON-able values.
-
-    Args:
-        growth: what was taken of the proposal.
-
-    Returns:
-        `spectrum`, the gains of all candidates, where there were more than were taken; `captured_energy`, the share of
-        ‖v‖²/n that the channels capture, where the method's gains are energies; `samples`, how many the statistics
-        were collected on; `slopes` of the channels and `decrease` of the proposal, where sites were compared by them.
-    """
-    shown: dict[str, Any] = {}
-    if growth.spectrum is not None:
-        shown["spectrum"] = growth.spectrum.tolist()
-    if solver.gain_unit == "energy" and proposal.gradient_energy:
-        shown["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
-    if proposal.samples is not None:
-        shown["samples"] = proposal.samples
-    if proposal.slopes is not None:
-        shown["slopes"] = proposal.slopes[: growth.channels].tolist()
-    if proposal.decrease is not None:
-        shown["decrease"] = proposal.decrease
-    return shown

@@ -18,12 +18,11 @@ from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.amount import Amount, Auto, as_amount
 from growconv.growth.amplitude import CAP
 from growconv.growth.cost import FlopMeter, ModelCost
-from growconv.growth.decision import Batch, Loss, Policy, Proposal, Situation
+from growconv.growth.decision import Batch, Decision, Loss, Policy, Proposal, Situation
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
 from growconv.growth.pruning import PruneBack
-from growconv.growth.recipe import fallen, too_wide
-from growconv.growth.round import PHASES, Collection, Round, Stopwatch, checked_batches, split
+from growconv.growth.round import PHASES, Round, checked_batches, split
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
@@ -33,7 +32,9 @@ from growconv.growth.settings import (
     check_limits,
     check_owner,
     checked_sites,
+    fallen,
     measured_of,
+    too_wide,
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
@@ -166,9 +167,9 @@ class GrowthScheduler:
         self.optimizer_state = optimizer_state
         self.pruning = pruning
         self.held_out = float(held_out)
-        error = as_relative_error(samples, relative_error, self.solver, self.sites)
+        self.relative_error = as_relative_error(samples, relative_error, self.solver, self.sites)
         self.measured = measured_of(self.where, self.solver, self.amplitude, self.sites)
-        self.collection = Collection(dict(statistics or {}), error, self.measured == "slopes")
+        self.statistics = dict(statistics or {})
         self.seed = seed
         check_owner(optimizer, self.sites)
         compared = [each for each in self._policies().values() if each is not self.where or self.measured is None]
@@ -181,28 +182,22 @@ class GrowthScheduler:
 
     def _begin(self) -> None:
         """Nothing has happened yet."""
+        widths = {site.name: site.width for site in self.sites}
+        self.now = Situation(0, {}, self.model, self.sites, widths, visits=dict.fromkeys(widths, 0))
         self.history = GrowthHistory()
         self.spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.flops_spent = 0.0
         self.decisions: list[str] = []
-        self._initial_widths = {site.name: site.width for site in self.sites}
-        self._visits = dict.fromkeys(self._initial_widths, 0)
-        self._rounds = 0
-        self._step = 0
-        self._metrics: dict[str, float | int] = {}
-        self._last_step: int | None = None
-        self._last_epoch: int | None = None
         self._last_pruning: int | None = None
         self._prunes = False
         self._top_rate = 0.0
-        self._cost: ModelCost | None = None
         self._began = time.monotonic()
         self._seconds_before = 0.0
 
     @property
     def rounds(self) -> int:
         """Growth rounds so far, including those that added nothing."""
-        return self._rounds
+        return self.now.rounds
 
     @property
     def seconds(self) -> float:
@@ -225,15 +220,13 @@ class GrowthScheduler:
         """
         self.require_schedule("due() asks a schedule")
         follow_ages(as_optimizers(self.optimizer), changed=False)  # an optimizer that was loaded meanwhile
-        self._step, self._metrics = step, dict(metrics or {})
+        self.now = replace(self.now, step=step, metrics=dict(metrics or {}), seconds=self.seconds)
         self._top_rate = max(self._top_rate, self._rate)
-        situation = self._situation()
-        yes, self.decisions = self._decide(situation)
-        self._prunes = self._pruning_due(situation)
-        if world_size() > 1 and self._personal:
-            yes, self._prunes = from_first(lambda: (yes, self._prunes), self._device)
-        yes = yes or self._prunes
-        if yes:
+        yes, self._prunes, self.decisions = self._decide()
+        if world_size() > 1 and any(policy.personal for policy in self._policies().values()):
+            device = next(self.model.parameters()).device
+            yes, self._prunes = from_first(lambda: (yes, self._prunes), device)
+        if yes := yes or self._prunes:
             logger.info("growth is due at step %d: %s", step, "; ".join(self.decisions))
         return yes
 
@@ -254,15 +247,17 @@ class GrowthScheduler:
         """
         before = _Before(self)
         try:
-            self._step = self._step if step is None else step
+            self.now = replace(self.now, step=self.now.step if step is None else step, seconds=self.seconds)
             fitting, held_out, cost = agreed(partial(self._divided, batches))
+            self.now = replace(self.now, cost=cost)
             require_same((len(fitting), len(held_out)), "numbers of growth batches")
-            work = self._round(fitting, held_out, loss, cost)
+            work, asked = self._round(fitting, held_out, loss, cost), {}
+            self.decisions = []
             with FlopMeter() as spent:
-                asked = {} if self._prunes else self._grown(work)
                 if self._prunes and self.pruning is not None:
-                    self.decisions = []
                     work.prune(self.pruning, self.sites)
+                else:
+                    asked = self._grown(work)
             require_equal_parameters(self.model)
             return self._record(work, asked, spent.flops)
         except BaseException:
@@ -300,10 +295,11 @@ class GrowthScheduler:
         sites = [site for site, before in found if before is not None]
         self.sites, self.left_out = checked_sites(sites, self.model, self.solver)
         names = {site.name: before for site, before in found if before is not None}
-        old = {site.name: names[site.name] for site in self.sites}
-        self._initial_widths = {name: self._initial_widths[before] for name, before in old.items()}
-        self._visits = {name: self._visits[before] for name, before in old.items()}
-        self._cost = None
+        widths, visits = (
+            {site.name: known[names[site.name]] for site in self.sites}
+            for known in (self.now.initial_widths, self.now.visits)
+        )
+        self.now = replace(self.now, sites=self.sites, initial_widths=widths, visits=visits, cost=None)
         for event in events:
             self.history.append(replace(event, recipe=None))
         if self.learning_rate is not None:
@@ -320,8 +316,7 @@ class GrowthScheduler:
 
     def cautions(self) -> list[str]:
         """Warnings about the next round, as far as they are known beforehand; one line each."""
-        situation = self._situation()
-        asked = {site: self.amount.channels(site, situation) for site in self.sites}
+        asked = {site: self.amount.channels(site, self.now) for site in self.sites}
         wider = {site: site.width + channels for site, channels in asked.items() if isinstance(channels, int)}
         found = [text for site, width in wider.items() if (text := too_wide(site.name, site.width, width))]
         against: dict[str, list[str]] = {}
@@ -337,18 +332,18 @@ class GrowthScheduler:
         """The schedule, warnings about it, and what was decided last; one line each."""
         rates = "the optimizer's learning rate" if self.learning_rate is None else repr(self.learning_rate)
         recipe = [repr(self), f"new entries train at {rates}; the optimizer's state is {self.optimizer_state}"]
-        cautions = [] if self.times is not None and self._rounds >= self.times else self.cautions()
+        cautions = [] if self.times is not None and self.rounds >= self.times else self.cautions()
         return "\n".join([*recipe, *(f"caution: {text}" for text in cautions), *self.decisions])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides model and optimizer, as JSON-able values."""
         return {
-            "initial_widths": dict(self._initial_widths),
+            "initial_widths": dict(self.now.initial_widths),
             "widths": {site.name: site.width for site in self.sites},
-            "visits": dict(self._visits),
-            "rounds": self._rounds,
-            "last_step": self._last_step,
-            "last_epoch": self._last_epoch,
+            "visits": dict(self.now.visits),
+            "rounds": self.rounds,
+            "last_step": self.now.last_step,
+            "last_epoch": self.now.last_epoch,
             "last_pruning": self._last_pruning,
             "seconds": self.seconds,
             "spent": dict(self.spent),
@@ -370,12 +365,9 @@ class GrowthScheduler:
         for name, policy in self._policies().items():
             policy.load_state_dict(state["policies"][name])
         self.history = history_from(state["history"])
-        self.spent = {phase: float(state["spent"][phase]) for phase in PHASES}
-        self.flops_spent = float(state["flops_spent"])
-        self._initial_widths = dict(state["initial_widths"])
-        self._visits = dict(state["visits"])
-        self._rounds = int(state["rounds"])
-        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
+        self.spent, self.flops_spent = dict(state["spent"]), float(state["flops_spent"])
+        kept = ("initial_widths", "visits", "rounds", "last_step", "last_epoch")
+        self.now = replace(self.now, **{name: state[name] for name in kept})
         self._last_pruning = state["last_pruning"]
         if self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
@@ -391,15 +383,14 @@ class GrowthScheduler:
         Raises:
             CheckpointError: the state does not fit; the message says what.
         """
-        policies = self._policies()
-        check_schedule(state, PHASES, policies)
+        check_schedule(state, self._policies())
         history_from(state["history"])
-        for what, expected, got in (
-            ("sites", sorted(self._initial_widths), sorted(state["initial_widths"])),
-            ("visits", sorted(self._visits), sorted(state["visits"])),
-            ("policies", sorted(policies), sorted(state["policies"])),
-            ("widths", {site.name: site.width for site in self.sites}, dict(state["widths"])),
-        ):
+        own = self.state_dict()
+        names = {"sites": "initial_widths", "visits": "visits", "policies": "policies", "phases": "spent"}
+        for what in (*names, "widths"):
+            expected, got = (
+                dict(each[what]) if what == "widths" else sorted(each[names[what]]) for each in (own, state)
+            )
             if expected != got:
                 raise CheckpointError(
                     f"the saved schedule has other {what}",
@@ -435,11 +426,9 @@ class GrowthScheduler:
         return f"GrowthScheduler(method {self.solver.name!r}, {', '.join(parts)}; {sites})"
 
     def __str__(self) -> str:
-        widths = ", ".join(f"{site.name}: {self._initial_widths[site.name]} → {site.width}" for site in self.sites)
+        widths = ", ".join(f"{site.name}: {self.now.initial_widths[site.name]} → {site.width}" for site in self.sites)
         limit = "" if self.times is None else f" of {self.times}"
-        return (
-            f"GrowthScheduler({self.solver.name}): {self._rounds}{limit} rounds, {len(self.history)} events; {widths}"
-        )
+        return f"GrowthScheduler({self.solver.name}): {self.rounds}{limit} rounds, {len(self.history)} events; {widths}"
 
     @property
     def _rate(self) -> float:
@@ -449,15 +438,6 @@ class GrowthScheduler:
             for group in optimizer.param_groups:
                 highest = max(highest, float(group["lr"]))
         return highest
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def _personal(self) -> bool:
-        """Whether a policy reads the clock or metrics, which differ from rank to rank."""
-        return any(policy.personal for policy in self._policies().values())
 
     def _policies(self) -> dict[str, Policy]:
         named: dict[str, Policy] = {"amount": self.amount, "where": self.where}
@@ -471,51 +451,29 @@ class GrowthScheduler:
             named[f"stop{index}"] = policy
         return named
 
-    def _situation(self) -> Situation:
-        return Situation(
-            step=self._step,
-            metrics=self._metrics,
-            model=self.model,
-            sites=self.sites,
-            initial_widths=self._initial_widths,
-            visits=self._visits,
-            rounds=self._rounds,
-            last_step=self._last_step,
-            last_epoch=self._last_epoch,
-            seconds=self.seconds,
-            cost=self._cost,
+    def _decide(self) -> tuple[bool, bool, list[str]]:
+        """Whether to grow, whether to prune, and why; every policy is asked, so that each one sees every report."""
+        stops = [policy.decide(self.now) for policy in self.stops]
+        answer = (
+            Decision(False, "no schedule for growth was given") if self.when is None else self.when.decide(self.now)
         )
+        answer = next((Decision(False, stop.reason) for stop in stops if stop), answer)
+        if self.times is not None and self.rounds >= self.times:
+            answer = Decision(False, f"all {self.times} rounds are done")
+        if self.pruning is not None:
+            pruning = self.pruning.when.decide(replace(self.now, last_step=self._last_pruning))
+            if pruning:
+                return answer.yes, True, [f"prune: {pruning.reason}"]
+        return answer.yes, False, [answer.reason]
 
-    def _decide(self, situation: Situation) -> tuple[bool, list[str]]:
-        """Ask every policy, so that each one sees every report."""
-        stops = [policy.decide(situation) for policy in self.stops]
-        when = None if self.when is None else self.when.decide(situation)
-        over = next((stop for stop in stops if stop), None)
-        if self.times is not None and self._rounds >= self.times:
-            return False, [f"all {self.times} rounds are done"]
-        if over is not None:
-            return False, [over.reason]
-        if when is None:
-            return False, ["no schedule for growth was given"]
-        return when.yes, [when.reason]
-
-    def _divided(self, batches: Iterable[Any]) -> tuple[list[Batch], list[Batch], ModelCost]:
+    def _divided(self, batches: Iterable[Any]) -> tuple[Sequence[Batch], Sequence[Batch], ModelCost]:
         """Growth batches to fit and to choose the amplitude on, and the cost meter, which the first of them sets up."""
         with undisturbed(self.model):
             data = checked_batches(batches)
-        if self._cost is None:
-            self._cost = ModelCost.measure(self.model, data[0][0])
+        cost = self.now.cost or ModelCost.measure(self.model, data[0][0])
         searching = self.amplitude == "line_search" and not self.solver.function_preserving and not self._prunes
-        fitting, held_out = split(data, self.held_out) if searching else (data, [])
-        return fitting, held_out, self._cost
-
-    def _pruning_due(self, situation: Situation) -> bool:
-        if self.pruning is None:
-            return False
-        answer = self.pruning.when.decide(replace(situation, last_step=self._last_pruning))
-        if answer:
-            self.decisions = [f"prune: {answer.reason}"]
-        return answer.yes
+        fitting, held_out = split(data, self.held_out) if searching else (data, ())
+        return fitting, held_out, cost
 
     def _round(self, fitting: Sequence[Batch], held_out: Sequence[Batch], loss: Loss, cost: ModelCost) -> Round:
         return Round(
@@ -523,49 +481,43 @@ class GrowthScheduler:
             optimizer=self.optimizer,
             solver=self.solver,
             amplitude=self.amplitude if isinstance(self.amplitude, float) else 1.0,
-            collection=self.collection,
+            amplitude_cap=self.amplitude_cap,
+            statistics=self.statistics,
+            relative_error=self.relative_error,
+            slopes=self.measured == "slopes",
             fitting=fitting,
             held_out=held_out,
-            amplitude_cap=self.amplitude_cap,
             loss=loss,
             cost=cost,
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self._rounds),
-            step=self._step,
+            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.rounds),
+            step=self.now.step,
             maximum=self.amount.maximum,
             room=self._room,
             note=self._note,
-            stopwatch=Stopwatch(self._device),
         )
 
     def _grown(self, work: Round) -> dict[Site, Channels]:
         """Ask, choose and apply; gives the sites that were asked."""
-        self.decisions = []
-        situation = self._situation()
-        asked = self._asked(situation)
-        if asked:
-            admitted = self._admitted(work.ask(asked), situation)
-            if self.measured == "decrease":
-                admitted = work.measured(admitted)
-            work.take(self.where.choose(admitted, *self._room()))
-        return asked
-
-    def _asked(self, situation: Situation) -> dict[Site, Channels]:
-        """How many channels to ask for at which sites of this round."""
         asked: dict[Site, Channels] = {}
-        for site in self.where.candidates(self.sites, situation):
-            channels = self.amount.channels(site, situation)
+        for site in self.where.candidates(self.sites, self.now):
+            channels = self.amount.channels(site, self.now)
             if channels == 0:
                 self._note(f"{site.name}: has the width that was asked for, {site.width}")
             else:
                 asked[site] = channels
+        if asked:
+            admitted = self._admitted(work.ask(asked))
+            if self.measured == "decrease":
+                admitted = [replace(proposal, decrease=work.decrease(proposal)) for proposal in admitted]
+            work.take(self.where.choose(admitted, *self._room()))
         return asked
 
-    def _admitted(self, proposals: Sequence[Proposal], situation: Situation) -> list[Proposal]:
+    def _admitted(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals that no policy but `where`, which chooses among them, has anything against."""
         for policy in self.stops:
             policy.observe(proposals)
         for policy in self.stops:
-            over = policy.decide(situation)
+            over = policy.decide(self.now)
             if over:
                 self._note(f"nothing grows: {over.reason}")
                 return []
@@ -574,24 +526,21 @@ class GrowthScheduler:
             if not proposal.growth.channels:
                 self._note(f"{proposal.site.name}: no channel is worth adding, {proposal.growth.reason}")
                 continue
-            answer = self.when.admits(proposal) if self.when is not None else None
-            if answer is not None and not answer:
-                self._note(f"{proposal.site.name}: {answer.reason}")
-            else:
+            answer = Decision(True, "") if self.when is None else self.when.admits(proposal)
+            if answer:
                 admitted.append(proposal)
+            else:
+                self._note(f"{proposal.site.name}: {answer.reason}")
         return admitted
 
     def _room(self) -> tuple[float | int, float | int]:
         """The parameters and FLOPs that may still be added."""
-        situation, parameters, flops = self._situation(), math.inf, math.inf
-        for policy in self.stops:
-            room = policy.room(situation)
-            parameters, flops = min(parameters, room[0]), min(flops, room[1])
-        return parameters, flops
+        rooms = [policy.room(self.now) for policy in self.stops] or [(math.inf, math.inf)]
+        return min(parameters for parameters, _ in rooms), min(flops for _, flops in rooms)
 
     def _record(self, work: Round, asked: Iterable[Site], flops: float | int) -> list[GrowthEvent]:
         """Close the round: its seconds are shared evenly among its events."""
-        shares = {phase: value / max(len(work.events), 1) for phase, value in work.stopwatch.seconds.items()}
+        shares = {phase: value / max(len(work.events), 1) for phase, value in work.seconds.items()}
         events = []
         for event in work.events:
             event = replace(event, seconds=sum(shares.values()), details={**event.details, "seconds": shares})
@@ -599,17 +548,15 @@ class GrowthScheduler:
             self.history.append(replace(event, recipe=None))
             self._caution(too_wide(event.site, event.width_before, event.width_after))
         self._caution(fallen(self._rate, self._top_rate) if events and not self._prunes else None)
-        for phase, value in work.stopwatch.seconds.items():
-            self.spent[phase] += value
+        self.spent = {phase: self.spent[phase] + value for phase, value in work.seconds.items()}
         self.flops_spent += flops
+        now, names = self.now, {site.name for site in asked}
         if self._prunes:
-            self._last_pruning, self._prunes = self._step, False
+            self._last_pruning, self._prunes = now.step, False
         else:
-            for site in asked:
-                self._visits[site.name] += 1
-            self._rounds += 1
-            self._last_step = self._step
-            self._last_epoch = int(self._metrics["epoch"]) if "epoch" in self._metrics else self._last_epoch
+            visits = {name: count + (name in names) for name, count in now.visits.items()}
+            epoch = int(now.metrics["epoch"]) if "epoch" in now.metrics else now.last_epoch
+            self.now = replace(now, visits=visits, rounds=now.rounds + 1, last_step=now.step, last_epoch=epoch)
         if events and self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
         if events and self.optimizer_state == "fresh":
@@ -643,8 +590,6 @@ class _Before:
         self.scheduler = scheduler
         self.journal = Journal(model, as_optimizers(scheduler.optimizer), [*model.parameters(), *model.buffers()])
         self.own = dict(vars(scheduler))
-        for name in ("spent", "decisions", "_visits"):  # what a round changes in place
-            self.own[name] = copy.copy(self.own[name])
         self.events = list(scheduler.history.events)
         self.policies = [(policy, copy.deepcopy(policy.state_dict())) for policy in scheduler._policies().values()]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The settings of a GrowthScheduler, read and checked before anything is trained."""
+"""The settings of a GrowthScheduler, read and checked before anything is trained, and what speaks against some."""
 
 import math
 import warnings
@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError, SurgeryError
+from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
 from growconv.growth.where import Measure, Where
 from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
-from growconv.network.optimizer import as_optimizers, owned_by
+from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.base import SOLVERS, Solver, refusal_of
 from growconv.solvers.sampling import require_known_gains
@@ -29,6 +29,12 @@ LIMITS = {
     "times": (Limits(least=1), "there is no such number of rounds"),
 }
 """What settings of a schedule may be, and what is said of others."""
+
+WIDEST = 2.0
+"""Times as wide in one step that sped training up most reliably (Mallik et al. 2026, arXiv 2605.13405)."""
+
+FALLEN = 0.95
+"""Share of the highest learning rate so far below which the rate counts as falling."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +116,13 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
     Raises:
         SurgeryError: naming the first weight that none of them owns.
     """
-    optimizers = as_optimizers(optimizer)
-    owned = owned_by(optimizers)
+    weights = []
     for site in sites:
         for path in (*site.producers, *site.consumers):
-            value = attribute(site.model, path)
-            named = [("", value)] if isinstance(value, Tensor) else value.named_parameters()
-            weights = [each for name, each in named if name != "bias"]
-            if optimizers and any(each.requires_grad and id(each) not in owned for each in weights):
-                raise SurgeryError(
-                    "the optimizer does not own this layer's weight, so it would never train the new channels",
-                    where=path,
-                    fix="build the optimizer from model.parameters(), or pass all optimizers as a list",
-                )
+            found = attribute(site.model, path)
+            named = found.named_parameters() if isinstance(found, nn.Module) else [("", cast(nn.Parameter, found))]
+            weights += [(path, each) for name, each in named if name != "bias"]
+    check_optimizers(as_optimizers(optimizer), weights)
 
 
 def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:
@@ -230,3 +230,37 @@ def as_relative_error(samples: str, relative_error: float | int, solver: Solver,
         return None
     require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])
     return float(relative_error)
+
+
+def too_wide(site: str, before: int, after: int) -> str | None:
+    """What speaks against a step that widens a site more than twofold; None where it does not."""
+    if after <= WIDEST * before:
+        return None
+    times = f"{site}: {before} to {after} channels is {after / before:.3g} times as wide in one step"
+    return f"{times}; above {WIDEST:g} growing was no faster than training the wide network from scratch"
+
+
+def too_late(growth: float, decay: float) -> str | None:
+    """What speaks against a last growth that comes when the learning rate falls already; None where it comes before.
+
+    Args:
+        growth: where the last growth comes, as a share of the run.
+        decay: where the learning rate begins to fall, as a share of the run.
+    """
+    if growth < decay:
+        return None
+    return (
+        f"the last growth comes at {growth:.0%} of the run, and the learning rate falls from {decay:.0%} on: new "
+        "channels learn best in a long stretch of constant rate; grow earlier, or let the rate fall later "
+        "(lr_schedule=trapezoid)"
+    )
+
+
+def fallen(rate: float, top: float) -> str | None:
+    """What speaks against growing at a learning rate that has fallen from its highest so far; None where it has not."""
+    if rate >= FALLEN * top:
+        return None
+    return (
+        f"the learning rate has fallen to {rate / top:.0%} of its top before this growth: new channels learn best in a "
+        "long stretch of constant rate; grow earlier, or let the rate fall later"
+    )

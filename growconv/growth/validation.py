@@ -2,69 +2,41 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from growconv.errors import CheckpointError, SurgeryError
 from growconv.growth.decision import Policy
-from growconv.network import layers
 from growconv.network.event import GrowthHistory, apply_edit, count_parameters
-from growconv.network.model import found_at
+from growconv.network.model import attribute, found_at
 from growconv.network.optimizer import refresh
 
 Kind = TypeVar("Kind")
 
-SETTABLE = frozenset(
-    {
-        "in_channels",
-        "out_channels",
-        "in_features",
-        "out_features",
-        "groups",
-        "num_features",
-        "num_channels",
-        "num_groups",
-        "num_parameters",
-        "normalized_shape",
-        "rank",
-    }
+SETTABLE = (
+    *("in_channels", "out_channels", "in_features", "out_features", "groups", "rank"),
+    *("num_features", "num_channels", "num_groups", "num_parameters", "normalized_shape"),
 )
 """Attributes of torch's and growconv's own layers that growing sets; of other modules, sizes that are there already."""
 
-INSERTS = ("convolution", "residual")
-BLOCKS = ("insert", "copy", "split", "merge")
-"""Edits that put other modules in the place of old ones."""
+SLACK = 64
+"""How many times the entries of all saved tensors one tensor may have had at a moment of its history (pruned back)."""
 
-MOST = 2**40
-"""Entries of one tensor that no model has; what is too big for the machine's memory is torch's to say."""
-
-_NUMBER, _OPTIONAL = (int, float), (int, float, type(None))
+_NUMBER, _TEXT, _LIST, _NONE = (int, float), (str,), (list, tuple), (type(None),)
 EVENT: dict[str, tuple[type, ...]] = {
-    "site": (str,),
-    "method": (str,),
-    "channels": (int,),
-    "width_before": (int,),
-    "width_after": (int,),
+    **dict.fromkeys(("site", "method"), _TEXT),
+    **dict.fromkeys(("channels", "width_before", "width_after", "parameters_before", "parameters_after"), (int,)),
+    **dict.fromkeys(("seconds", "predicted_decrease", "realised_decrease"), _NUMBER + _NONE),
+    **dict.fromkeys(("gains", "edits"), _LIST),
     "amplitude": _NUMBER,
-    "gains": (list, tuple),
-    "reason": (str, type(None)),
-    "edits": (list, tuple),
-    "parameters_before": (int,),
-    "parameters_after": (int,),
-    "step": (int, type(None)),
-    "seconds": _OPTIONAL,
-    "predicted_decrease": _OPTIONAL,
-    "realised_decrease": _OPTIONAL,
+    "reason": _TEXT + _NONE,
+    "step": (int, *_NONE),
     "details": (dict,),
 }
 """Fields of a growth event's record, with the types that JSON gives them."""
-
-
-SLACK = 64
-"""How many times the entries of all saved tensors one tensor may have had at a moment of its history (pruned back)."""
 
 
 def most_entries(saved: Iterable[Tensor]) -> int:
@@ -73,24 +45,28 @@ def most_entries(saved: Iterable[Tensor]) -> int:
 
 
 def history_from(records: Iterable[Mapping[str, Any]]) -> GrowthHistory:
-    """The history that records of a file tell, each field compared with its type.
+    """The history that records of a file tell, each field compared with its type; which there are, GrowthEvent knows.
 
     Raises:
-        CheckpointError: a record misses a field, or has one that no event has.
+        CheckpointError: a record misses a field, or has one that no event has, or not of this type.
     """
     listed = list(records)
     for record in listed:
-        check_event(record)
+        if not isinstance(record, Mapping):
+            raise _refused("A growth event is no record.", type(record).__name__)
+        wrong = next((name for name, value in record.items() if name in EVENT and not _is(value, *EVENT[name])), None)
+        if wrong is not None or not all(_is(gain, *_NUMBER) for gain in record.get("gains", ())):
+            raise _refused(f"A growth event has no such {wrong or 'gains'}.", record[wrong or "gains"])
     return GrowthHistory.from_records(listed)
 
 
-def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.Module:
+def rehearse(history: GrowthHistory, model: nn.Module, saved: Iterable[Tensor]) -> nn.Module:
     """Replay a history on a copy of the model, whose tensors have no memory wherever that can be.
 
     Args:
         history: from a file.
         model: as it was built at the start of the run; it is left as it is.
-        most: entries that a tensor may have at any moment.
+        saved: tensors of the grown model, which say how large one may ever have been.
 
     Returns:
         The copy, with the shapes of the grown model.
@@ -98,6 +74,7 @@ def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.M
     Raises:
         CheckpointError: the model is not the one that the history began with, or the history is forged or damaged.
     """
+    most = most_entries(saved)
     fix = "build the model with the run's own settings, before any growth and before its optimizer"
     if not history.starts_from(model):
         raise CheckpointError(
@@ -109,7 +86,7 @@ def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.M
         )
     edits: list[Any] = [edit for event in history for edit in event.edits]
     kernels = any(isinstance(edit, Mapping) and edit.keys() & {"split", "merge"} for edit in edits)
-    twin = _copied(model, {}) if kernels else without_data(model)  # new kernels are computed from those that are there
+    twin = _copied(model, with_data=kernels)  # new kernels are computed from those that are there
     try:
         for event in history:
             for edit in event.edits:
@@ -120,92 +97,38 @@ def rehearse(history: GrowthHistory, model: nn.Module, most: int = MOST) -> nn.M
         refresh(twin)
     except CheckpointError:
         raise
-    except (SurgeryError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (SurgeryError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
             "The history does not fit this model.", got=error, where=type(model).__name__, fix=fix
         ) from error
-    check_counts(twin, edits)
+    _check_counts(twin, edits)
     return twin
 
 
-def check_event(record: object) -> None:
-    """Compare the fields of one growth event with the types that they have; which fields there are, GrowthEvent knows.
+def _check_edit(model: nn.Module, edit: Mapping[str, Any], most: int) -> None:
+    """Refuse an edit that would take more than the saved tensors could, or set what growing never sets.
 
-    Raises:
-        CheckpointError: names the field.
+    What else does not fit the model as it is then, `apply_edit` refuses.
     """
-    if not isinstance(record, Mapping):
-        raise _refused("A growth event is no record.", got=type(record).__name__)
-    for name, value in record.items():
-        if name in EVENT and not _is(value, *EVENT[name]):
-            raise _refused(f"A growth event has no such {name}.", got=_short(value))
-    for gain in record.get("gains", ()):
-        if not _is(gain, *_NUMBER):
-            raise _refused("A gain of a growth event is no number.", got=_short(gain))
-
-
-def _check_edit(model: nn.Module, edit: object, most: int) -> None:
-    """Refuse an edit that growing could not have written for a model as it is when the edit comes.
-
-    Args:
-        model: its tensors need no data; it is left as it is.
-        edit: of a history.
-        most: entries that a tensor may have.
-
-    Raises:
-        CheckpointError: names the edit.
-    """
-    if not isinstance(edit, Mapping) or not isinstance(edit.get("module"), str):
-        raise _refused("An edit of the history names no module.", got=_short(edit))
-    module = found_at(model, edit["module"])
-    if not isinstance(module, nn.Module):
-        raise _refused("An edit of the history is about a module that the model does not have.", edit)
     if "attribute" in edit:
-        _check_attribute(module, edit, most)
-    elif "tensor" in edit:
-        tensor = layers.stored(module, str(edit["tensor"]))
-        if tensor is None:
-            raise _refused("An edit of the history is about a tensor that the model does not have.", edit)
-        _check_resize(tensor.shape, edit, most)
-    else:
-        kind = next((each for each in BLOCKS if each in edit), None)
-        if kind is None or set(edit) != {"module", kind}:
-            raise _refused("An edit of the history does nothing that is known.", edit, expected=", ".join(BLOCKS))
-        if kind == "insert":
-            _check_insertion(edit, most)
-        elif kind == "split":
-            _check_split(edit, most)
-        elif not (isinstance(edit[kind], str) or (kind == "copy" and edit[kind] is None)):
-            raise _refused("An edit of the history names no layer.", edit)
-
-
-def _check_resize(shape: Sequence[int], edit: Mapping[str, Any], most: int) -> None:
-    """One insertion or removal."""
-    axis = edit.get("axis")
-    if not _is(axis, int) or not 0 <= axis < len(shape):
-        raise _refused("An edit of the history is about an axis that the tensor does not have.", edit)
-    size = shape[axis]
-    if "removed" in edit:
-        removed = edit["removed"]
-        whole = isinstance(removed, list | tuple) and all(_is(entry, int) and entry >= 0 for entry in removed)
-        if not whole or len(set(removed)) != len(removed) or not removed:
-            raise _refused("An edit of the history removes what is no list of entries.", edit)
-        if max(removed) >= size or len(removed) >= size:
-            raise _refused("An edit of the history removes more than there is.", edit, expected=f"of {size} entries")
+        _check_attribute(model.get_submodule(edit["module"]), edit, most)
         return
-    position, count = edit.get("position"), edit.get("count")
-    if not _is(position, int) or not _is(count, int) or position < 0 or count < 1:
-        raise _refused("An edit of the history inserts nothing anywhere.", edit)
-    if position > size:
-        raise _refused("An edit of the history inserts behind the end.", edit, expected=f"at most {size}")
-    if math.prod(shape) // max(size, 1) * (size + count) > most:
-        problem = "An edit of the history asks for more than the saved tensors could fill."
-        raise _refused(problem, edit, expected=f"at most {most} entries")
+    entries = 0
+    if "count" in edit:
+        shape = cast(Tensor, attribute(model, f"{edit['module']}.{edit['tensor']}".lstrip("."))).shape
+        entries = shape.numel() // max(shape[edit["axis"]], 1) * (shape[edit["axis"]] + edit["count"])
+    elif "insert" in edit:
+        layer = edit["insert"]
+        if layer["kind"] not in ("convolution", "residual") or not 0 <= layer["axes"] <= 3:
+            raise _refused("An edit of the history inserts a layer of no known kind.", edit)
+        entries = layer["channels"] ** 2 * layer["kernel_size"] ** layer["axes"]
+    if entries > most:
+        raise _refused("An edit of the history asks for more than the saved tensors could fill.", edit)
 
 
 def _check_attribute(module: nn.Module, edit: Mapping[str, Any], most: int) -> None:
     """A size of a layer, or one that a module's own code keeps."""
-    value, name = edit.get("value"), edit["attribute"]
+    value, name = edit["value"], edit["attribute"]
     values = value if isinstance(value, list | tuple) else [value]
     if not values or not all(_is(each, int) and 1 <= each <= most for each in values):
         raise _refused("An edit of the history sets a width that is none.", edit)
@@ -214,51 +137,18 @@ def _check_attribute(module: nn.Module, edit: Mapping[str, Any], most: int) -> N
     kept = vars(module).get(name)
     several = isinstance(kept, list | tuple) and len(kept) == len(values) and all(_is(each, int) for each in kept)
     if not isinstance(name, str) or name.startswith("__") or not (several or (_is(kept, int) and _is(value, int))):
-        raise _refused(
-            "An edit of the history sets an attribute that growing never sets.",
-            edit,
-            expected=f"{', '.join(sorted(SETTABLE))}, or a size that the module has",
-        )
+        raise _refused("An edit of the history sets an attribute that growing never sets.", edit)
 
 
-def _check_insertion(edit: Mapping[str, Any], most: int) -> None:
-    layer, numbers = edit["insert"], ("channels", "axes", "kernel_size", "seed")
-    whole = isinstance(layer, Mapping) and set(layer) == {"kind", "activation", *numbers}
-    if not whole or layer["kind"] not in INSERTS or not all(_is(layer[name], int) for name in numbers):
-        raise _refused("An edit of the history inserts a layer of no known kind.", edit, expected=", ".join(INSERTS))
-    channels, axes, taps, seed = (layer[name] for name in numbers)
-    fits = 0 <= axes <= 3 and 1 <= taps <= 255 and channels >= 1 and 0 <= seed < 2**31
-    if not fits or channels**2 * taps**axes > most:
-        raise _refused("An edit of the history inserts a layer of no possible size.", edit)
-
-
-def _check_split(edit: Mapping[str, Any], most: int) -> None:
-    values = edit["split"]
-    whole = isinstance(values, Mapping) and set(values) == {"hidden", "first_size"}
-    sizes = values["first_size"] if whole else None
-    if not isinstance(sizes, list | tuple) or not all(_is(each, int) and 1 <= each <= 255 for each in sizes):
-        raise _refused("An edit of the history splits a convolution into no sizes.", edit)
-    if not _is(values["hidden"], int) or not 1 <= values["hidden"] <= min(most, 2**20):
-        raise _refused("An edit of the history splits a convolution over no possible number of channels.", edit)
-
-
-def without_data(model: nn.Module) -> nn.Module:
-    """A copy of a model whose tensors have shapes but no memory, to try on what is to be done.
-
-    Raises:
-        CheckpointError: the model cannot be copied.
-    """
+def _copied(model: nn.Module, with_data: bool) -> nn.Module:
+    """A copy of a model to try on what is to be done, whose tensors have shapes but no memory unless `with_data`."""
     kept: dict[int, Any] = {}
-    for module in model.modules():
+    for module in () if with_data else model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor) and id(tensor) not in kept:
+            if isinstance(tensor, Tensor):
                 empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                 whole = isinstance(tensor, nn.Parameter)
-                kept[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if whole else empty
-    return _copied(model, kept)
-
-
-def _copied(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
+                kept.setdefault(id(tensor), nn.Parameter(empty, tensor.requires_grad) if whole else empty)
     try:
         return copy.deepcopy(model, kept)
     except Exception as error:  # whatever an attribute of the user's raises
@@ -270,29 +160,20 @@ def _copied(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
-    """Compare the attributes that edits set with the tensors that are there after all of them.
-
-    Args:
-        model: after the edits; its tensors need no data.
-        edits: all of them, in order.
-
-    Raises:
-        CheckpointError: names the module.
-    """
+def _check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
+    """Compare the attributes that edits have set with the tensors that are there after all of them."""
     for path in dict.fromkeys(edit["module"] for edit in edits if "attribute" in edit):
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
+        module = found_at(model, path)
+        if not isinstance(module, nn.Module):
             continue  # a layer inserted later stands there now
         told, there = vars(module), _there(module)
-        wrong = {name: (there[name], told[name]) for name in there if name in told and told[name] != there[name]}
+        wrong = {name: size for name, size in there.items() if told.get(name, size) != size}
         if wrong:
             raise CheckpointError(
                 "The history gives other widths than the tensors have.",
                 where=path,
-                expected={name: pair[0] for name, pair in wrong.items()},
-                got={name: pair[1] for name, pair in wrong.items()},
+                expected=wrong,
+                got={name: told[name] for name in wrong},
             )
 
 
@@ -310,42 +191,35 @@ def _there(module: nn.Module) -> dict[str, int]:
     return {"out_features": outputs, "in_features": inputs, "out_channels": outputs, "in_channels": inputs}
 
 
-def check_schedule(state: object, phases: Sequence[str], policies: Mapping[str, Policy]) -> None:
+def check_schedule(state: object, policies: Mapping[str, Policy]) -> None:
     """Compare the saved state of a GrowthScheduler with what one has, down to the state of each policy.
 
     Args:
         state: what a file holds.
-        phases: the phases whose seconds it counts.
         policies: those of the scheduler that is to take the state; they are left as they are.
 
     Raises:
         CheckpointError: names the entry.
     """
-    count, clock, last = (
-        (lambda v: _is(v, int) and v >= 0),
-        (lambda v: _is(v, *_NUMBER) and 0 <= v < math.inf),
-        (int, type(None)),
-    )
-    widths = lambda v: isinstance(v, Mapping) and all(map(count, v.values()))  # noqa: E731
-    checks = {
-        "initial_widths": widths,
-        "widths": widths,
-        "visits": widths,
-        "rounds": count,
-        "last_step": lambda v: _is(v, *last),
-        "last_epoch": lambda v: _is(v, *last),
-        "last_pruning": lambda v: _is(v, *last),
-        "seconds": clock,
-        "spent": lambda v: isinstance(v, Mapping) and all(clock(v.get(phase)) for phase in phases),
-        "flops_spent": clock,
-        "policies": lambda v: isinstance(v, Mapping),
-        "history": lambda v: isinstance(v, list | tuple),
+
+    def count(value: object) -> bool:
+        return _is(value, *_NUMBER) and 0 <= value < math.inf
+
+    def counts(value: object) -> bool:
+        return isinstance(value, Mapping) and all(map(count, value.values()))
+
+    checks: dict[str, Callable[[object], bool]] = {
+        **dict.fromkeys(("rounds", "seconds", "flops_spent"), count),
+        **dict.fromkeys(("last_step", "last_epoch", "last_pruning"), lambda value: value is None or count(value)),
+        **dict.fromkeys(("initial_widths", "widths", "visits", "spent"), counts),
+        "policies": lambda value: isinstance(value, Mapping),
+        "history": lambda value: isinstance(value, list | tuple),
     }
     if not isinstance(state, Mapping):
-        raise _refused("The saved schedule is no record.", got=type(state).__name__)
+        raise _refused("The saved schedule is no record.", type(state).__name__)
     for name, good in checks.items():
         if name not in state or not good(state[name]):
-            raise _refused(f"The saved schedule has no such {name}.", got=_short(state.get(name, "nothing")))
+            raise _refused(f"The saved schedule has no such {name}.", state.get(name, "nothing"))
     for name, policy in policies.items():
         if name in state["policies"]:
             _check_policy(name, policy, state["policies"][name])
@@ -360,9 +234,9 @@ def _check_policy(name: str, policy: Policy, saved: object) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # a policy of the user's may raise anything
-        raise _refused(f"The saved state of the policy {name} cannot be taken.", got=error) from error
+        raise _refused(f"The saved state of the policy {name} cannot be taken.", error) from error
     if not alike:
-        raise _refused(f"The saved state of the policy {name} is of another kind.", got=_short(saved))
+        raise _refused(f"The saved state of the policy {name} is of another kind.", saved)
 
 
 def _alike(own: object, saved: object) -> bool:
@@ -370,10 +244,10 @@ def _alike(own: object, saved: object) -> bool:
     if isinstance(own, Mapping) and isinstance(saved, Mapping):
         return own.keys() == saved.keys() and all(_alike(own[key], saved[key]) for key in own)
     if isinstance(own, list | tuple) and isinstance(saved, list | tuple):
-        return all(isinstance(each, (*_OPTIONAL, str, bool, Mapping)) for each in saved)
+        return all(isinstance(each, (*_NUMBER, *_NONE, *_TEXT, bool, Mapping)) for each in saved)
     if isinstance(own, bool | str):
         return type(own) is type(saved)
-    return _is(saved, *_OPTIONAL)
+    return _is(saved, *_NUMBER, *_NONE)
 
 
 def _is(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
@@ -381,18 +255,10 @@ def _is(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _short(value: object) -> str:
+def _refused(problem: str, got: object) -> CheckpointError:
     try:
-        return repr(value)[:200]
+        shown = repr(got)[:200]
     except ValueError:  # a number of thousands of digits
-        return f"a {type(value).__name__}"
-
-
-def _refused(problem: str, edit: object = None, *, got: object = None, expected: object = None) -> CheckpointError:
-    return CheckpointError(
-        problem,
-        where="growth history",
-        expected=expected,
-        got=_short(edit) if got is None else got,
-        fix="restore the file; it is damaged, or was not written by growconv for this model",
-    )
+        shown = f"a {type(got).__name__}"
+    fix = "restore the file; it is damaged, or was not written by growconv for this model"
+    return CheckpointError(problem, where="growth history", got=shown, fix=fix)

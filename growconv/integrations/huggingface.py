@@ -20,7 +20,7 @@ from transformers import (
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.growth.validation import history_from, rehearse
 from growconv.integrations.drawing import draw_batches
 from growconv.network.find import find_sites
 from growconv.network.model import undisturbed
@@ -170,7 +170,7 @@ def load_grown(kind: type[Model], folder: str | Path) -> Model:
         ) from error
     model = kind(config)
     history = history_from(records)
-    rehearse(history, model, most_entries(tensors.values()))
+    rehearse(history, model, tensors.values())
     history.replay(model)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.growth.validation import history_from, rehearse
 from growconv.integrations.drawing import draw_batches
 from growconv.network.find import find_sites
 from growconv.network.model import undisturbed
@@ -206,7 +206,7 @@ def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any], avera
             ) from error
         history = history_from(records)
         if history.starts_from(model):
-            rehearse(history, model, most_entries(tensors.values()))
+            rehearse(history, model, tensors.values())
             for each in (model, *(average.get_submodule(states[0]["attribute"]) for average in averages)):
                 history.replay(each)
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, CheckpointError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.validation import history_from, most_entries, rehearse
+from growconv.growth.validation import history_from, rehearse
 from growconv.network.entry_ages import follow_ages
 from growconv.network.event import GrowthHistory
 from growconv.network.optimizer import Journal, as_optimizers
@@ -256,9 +256,8 @@ def restore(
         raise CheckpointError("no optimizer was saved", where=str(found.path), fix="load without one")
     if scheduler is not None and found.scheduler is None:
         raise CheckpointError("no growth scheduler was saved", where=str(found.path), fix="load without one")
-    most = most_entries(found.model.values())
     grown = not _mismatches(model, found.model)
-    wrong = _mismatches(model if grown else rehearse(found.history, model, most), found.model)
+    wrong = _mismatches(model if grown else rehearse(found.history, model, found.model.values()), found.model)
     if wrong:
         raise CheckpointError(
             "the checkpoint belongs to another model",
@@ -298,7 +297,7 @@ def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = No
     Raises:
         CheckpointError: it is another model. Nothing has changed then.
     """
-    rehearse(found.history, model, most_entries(found.model.values()))
+    rehearse(found.history, model, found.model.values())
     found.history.replay(model, optimizer)
 
 

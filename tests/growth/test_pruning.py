@@ -174,7 +174,7 @@ def test_grow_and_prune_to_a_budget_is_one_schedule_that_resumes(chain, sites_of
     sizes = train(model, optimizer, whole, 10)
     assert sizes[4] <= 700 < sizes[3]
     assert sizes[8] <= 700 < sizes[7]
-    assert whole._cost.flops() > 0
+    assert whole.now.flops > 0
     assert any(event.method == "shrink" for event in whole.history)
 
     first, first_optimizer = build()
