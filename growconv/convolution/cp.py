@@ -105,7 +105,7 @@ class CPConv(FactorizedConv):
     def _along(self, axis: int) -> Stage:
         """The depthwise convolution along one axis."""
         whole, one = self.geometry, Geometry.covering((1,) * self.axes)
-        settings = {
+        settings: dict[str, Any] = {
             name: tuple(getattr(whole if each == axis else one, name)[each] for each in range(self.axes))
             for name in ("kernel_size", "stride", "dilation", "padding")
         }

@@ -345,7 +345,7 @@ def whole_ranks(rank: object, bounds: Sequence[int], where: str | None) -> list[
     try:
         if len(given) != len(bounds) or bool in map(type, given):
             raise TypeError
-        ranks = [index(each) for each in given]
+        ranks = [index(each) for each in given]  # pyright: ignore[reportArgumentType]
     except TypeError:
         kind = "an integer" if len(bounds) == 1 else "an integer, or one of each of (output rank, input rank)"
         raise ArgumentTypeError(

@@ -264,7 +264,7 @@ class _Target:
 
     def _step(self, pair: Pair, damping: float) -> Pair:
         first, second = pair
-        composed, transposed = torch.func.vjp(self.compose, first, second)
+        composed, transposed = torch.func.vjp(self.compose, first, second)[:2]
 
         def normal(one: Tensor, two: Tensor) -> Tensor:
             image = transposed(self.compose(one, second) + self.compose(first, two))

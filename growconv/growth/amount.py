@@ -10,6 +10,9 @@ from growconv.growth.decision import Policy, Situation
 from growconv.limits import limited
 from growconv.network.site import Site
 
+WIDEST = 2.0
+"""Times as wide in one step that sped training up most reliably (Mallik et al. 2026, arXiv 2605.13405)."""
+
 
 class Amount(Policy):
     """Says how many channels to ask the solver for; 0 leaves the site out of the round.
@@ -144,3 +147,11 @@ def as_amount(amount: "Amount | int | float | str") -> Amount:
 def target_width(target: int | float, initial: int) -> int:
     """A target in channels: an int as it is, a float times the initial width."""
     return target if isinstance(target, int) else round(target * initial)
+
+
+def too_wide(site: str, before: int, after: int) -> str | None:
+    """What speaks against a step that widens a site more than twofold; None where it does not."""
+    if after <= WIDEST * before:
+        return None
+    times = f"{site}: {before} to {after} channels is {after / before:.3g} times as wide in one step"
+    return f"{times}; above {WIDEST:g} growing was no faster than training the wide network from scratch"

@@ -86,14 +86,11 @@ class ModelCost:
 
     @classmethod
     def measure(cls, model: nn.Module, inputs: object) -> "ModelCost":
-        """Run one forward pass and count the locations at which each layer applies its kernel.
+        """Run one forward pass and count the locations at which each layer applies its kernel, per sample.
 
         Args:
             model: the model; its state is as before afterwards.
             inputs: what the model reads: a tensor, a tuple of positional or a mapping of keyword arguments.
-
-        Returns:
-            The meter, per sample.
         """
         locations: dict[str, float] = {}
         samples = max(batch_size(inputs), 1)
@@ -103,10 +100,8 @@ class ModelCost:
             locations[path] = locations.get(path, 0.0) + layers.weighted(module).locations(x, output) / samples
 
         arguments, keywords = example_arguments(inputs)
-        hooks = []
-        for path, module in model.named_modules():
-            if layers.is_weighted(module):
-                hooks.append(module.register_forward_hook(partial(note, path)))
+        weighted = [(path, module) for path, module in model.named_modules() if layers.is_weighted(module)]
+        hooks = [module.register_forward_hook(partial(note, path)) for path, module in weighted]
         try:
             with undisturbed(model), torch.no_grad():
                 model.eval()
@@ -139,27 +134,16 @@ class ModelCost:
         return total
 
     def channel(self, site: Site) -> tuple[float, float]:
-        """What one more channel costs at the site's present shapes.
-
-        Args:
-            site: a site of the model.
-
-        Returns:
-            (parameters, FLOPs of one sample's forward pass).
-        """
+        """What one more channel costs at the site's present shapes: parameters, FLOPs of a sample's forward pass."""
         if site.room == 0:
             return 0.0, 0.0
-        parameters, flops = plan_size(site, site.granularity) / site.granularity, 0.0
-        for path, entries in site.multiplications.items():
-            flops += self.layer(path, entries)
-        return parameters, flops
+        flops = sum(self.layer(path, entries) for path, entries in site.multiplications.items())
+        return plan_size(site, site.granularity) / site.granularity, flops
 
     def flops(self) -> int:
         """FLOPs (2 × MACs) of one sample's forward pass with the model's present shapes."""
-        total = 0.0
-        for path in self.locations:
-            total += self.layer(path, layers.weighted(self.model.get_submodule(path)).multiplications())
-        return round(total)
+        layer = self.model.get_submodule
+        return round(sum(self.layer(path, layers.weighted(layer(path)).multiplications()) for path in self.locations))
 
 
 def batch_size(inputs: object) -> int:

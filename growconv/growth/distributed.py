@@ -47,15 +47,19 @@ def from_first(compute: Callable[[], T], device: torch.device) -> T:
     box: list[Any] = [None]
     if is_first():
         try:
-            box[0] = compute()
+            answer = compute()
         except GrowthError as error:
-            box[0] = error
+            answer = error
         except Exception as error:
-            box[0] = ScheduleError("rank 0 failed while solving", got=repr(error), where="rank 0")
+            answer = ScheduleError("rank 0 failed while solving", got=repr(error), where="rank 0")
+        stream = io.BytesIO()
+        torch.save(answer, stream)
+        box[0] = stream.getvalue()
     dist.broadcast_object_list(box, src=0, device=device if device.type != "cpu" else None)
-    if isinstance(box[0], GrowthError):
-        raise box[0]
-    return _moved(box[0], device)
+    answer = torch.load(io.BytesIO(box[0]), map_location=device, weights_only=False)
+    if isinstance(answer, GrowthError):
+        raise answer
+    return answer
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -70,9 +74,6 @@ def agreed(compute: Callable[[], T]) -> T:
 
     Args:
         compute: without communication of its own.
-
-    Returns:
-        This rank's answer.
 
     Raises:
         Exception: this rank's own error.
@@ -96,11 +97,7 @@ def agreed(compute: Callable[[], T]) -> T:
 
 
 def require_same(value: object, what: str, fix: str | None = None) -> None:
-    """Check that a value is the same on every rank.
-
-    Args:
-        what: names it, for the message.
-        fix: what to do where it is not.
+    """Check that a value is the same on every rank; `what` names it.
 
     Raises:
         ScheduleError: on every rank, where it is not.
@@ -257,18 +254,3 @@ def rewrap(wrapper: DistributedDataParallel) -> DistributedDataParallel:
         static_graph=wrapper.static_graph,
         **own,
     )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(entry, device) for entry in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
-        )
-    return value

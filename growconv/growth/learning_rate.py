@@ -15,7 +15,7 @@ from growconv.errors import ScheduleError
 from growconv.growth.decision import Policy
 from growconv.limits import limited
 from growconv.network import layers
-from growconv.network.event import GrowthHistory
+from growconv.network.event import GrowthEvent, GrowthHistory
 from growconv.network.layout import IN, OUT
 from growconv.network.model import attribute
 
@@ -54,7 +54,7 @@ class LearningRate(Policy):
     def follow(self, model: nn.Module, history: GrowthHistory) -> None:
         """Look up which entries of which parameters were added when."""
         self._stages = stages_of(model, history)
-        self.grown(len(growth_steps(history)))
+        self.grown(max((stage for stage, _ in staged(history)), default=0))
 
     def _remember(self, optimizer: Optimizer, arguments: object, keywords: object) -> None:
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -215,39 +215,25 @@ def _growth_along(stages: Tensor, axis: int | None) -> float:
     return len(born) / int((born == 0).sum())
 
 
-def growth_steps(history: GrowthHistory) -> list[int | None]:
-    """The training steps at which something was added, one per stage."""
-    return [
-        step for step, events in groupby(history, key=lambda event: event.step) if any(e.channels > 0 for e in events)
-    ]
-
-
 def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Tensor]:
-    """The stage of every entry of every parameter that has grown.
+    """The stage of every entry of every parameter that has grown, as integers that broadcast to it.
 
     Args:
         model: the model with its present shapes.
         history: how it came to them.
-
-    Returns:
-        Per parameter an integer tensor that broadcasts to it.
     """
     edits: dict[tuple[str, int], list[tuple[int, Mapping[str, Any]]]] = {}
-    stage = 0
-    for _, events in groupby(history, key=lambda event: event.step):
-        listed = list(events)
-        stage += any(event.channels > 0 for event in listed)
-        for event in listed:
-            for edit in cast(Sequence[Mapping[str, Any]], event.edits):
-                if "copy" in edit:  # what is inside the block lies one level deeper now
-                    inside, moved = f"{edit['module']}.", f"{edit['module']}.original."
-                    edits = {
-                        (path.replace(inside, moved, 1) if path.startswith(inside) else path, axis): changes
-                        for (path, axis), changes in edits.items()
-                    }
-                elif "tensor" in edit:
-                    path = f"{edit['module']}.{edit['tensor']}".removeprefix(".")
-                    edits.setdefault((path, edit["axis"]), []).append((stage, edit))
+    for stage, event in staged(history):
+        for edit in cast(Sequence[Mapping[str, Any]], event.edits):
+            if "copy" in edit:  # what is inside the block lies one level deeper now
+                inside, moved = f"{edit['module']}.", f"{edit['module']}.original."
+                edits = {
+                    (path.replace(inside, moved, 1) if path.startswith(inside) else path, axis): changes
+                    for (path, axis), changes in edits.items()
+                }
+            elif "tensor" in edit:
+                path = f"{edit['module']}.{edit['tensor']}".removeprefix(".")
+                edits.setdefault((path, edit["axis"]), []).append((stage, edit))
     found: dict[nn.Parameter, Tensor] = {}
     for (path, axis), changes in edits.items():
         parameter = attribute(model, path)
@@ -265,4 +251,15 @@ def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Te
         shape[axis] = len(births)
         stages = torch.tensor(births, device=parameter.device).view(shape)
         found[parameter] = torch.maximum(found[parameter], stages) if parameter in found else stages
+    return found
+
+
+def staged(history: GrowthHistory) -> list[tuple[int, GrowthEvent]]:
+    """The events with their stages: all of a step that added something belong to one."""
+    found: list[tuple[int, GrowthEvent]] = []
+    stage = 0
+    for _, events in groupby(history, key=lambda event: event.step):
+        together = list(events)
+        stage += any(event.channels > 0 for event in together)
+        found += [(stage, event) for event in together]
     return found

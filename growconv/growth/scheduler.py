@@ -5,9 +5,11 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from growconv.errors import CheckpointError, ScheduleError
-from growconv.growth.amount import Amount, Auto, as_amount
+from growconv.growth.amount import Amount, Auto, as_amount, too_wide
 from growconv.growth.amplitude import CAP
 from growconv.growth.cost import FlopMeter, ModelCost
 from growconv.growth.decision import Batch, Decision, Loss, Policy, Proposal, Situation
@@ -32,13 +34,11 @@ from growconv.growth.settings import (
     check_limits,
     check_owner,
     checked_sites,
-    fallen,
     measured_of,
-    too_wide,
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
-from growconv.growth.when import When
+from growconv.growth.when import When, fallen
 from growconv.growth.where import Where, as_where
 from growconv.network.blocks import IN_FRONT, path_before
 from growconv.network.entry_ages import follow_ages
@@ -245,14 +245,31 @@ class GrowthScheduler:
         Raises:
             GrowthError: what went wrong; model, optimizer and history are as before.
         """
-        before = _Before(self)
-        try:
+        with _all_or_nothing(self):
             self.now = replace(self.now, step=self.now.step if step is None else step, seconds=self.seconds)
             fitting, held_out, cost = agreed(partial(self._divided, batches))
-            self.now = replace(self.now, cost=cost)
             require_same((len(fitting), len(held_out)), "numbers of growth batches")
-            work, asked = self._round(fitting, held_out, loss, cost), {}
-            self.decisions = []
+            self.now, self.decisions = replace(self.now, cost=cost), []
+            work = Round(
+                model=self.model,
+                optimizer=self.optimizer,
+                solver=self.solver,
+                amplitude=1.0 if isinstance(self.amplitude, str) else self.amplitude,
+                amplitude_cap=self.amplitude_cap,
+                statistics=self.statistics,
+                relative_error=self.relative_error,
+                slopes=self.measured == "slopes",
+                fitting=fitting,
+                held_out=held_out,
+                loss=loss,
+                cost=cost,
+                generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.rounds),
+                step=self.now.step,
+                maximum=self.amount.maximum,
+                room=self._room,
+                note=self._note,
+            )
+            asked: Iterable[Site] = ()
             with FlopMeter() as spent:
                 if self._prunes and self.pruning is not None:
                     work.prune(self.pruning, self.sites)
@@ -260,9 +277,6 @@ class GrowthScheduler:
                     asked = self._grown(work)
             require_equal_parameters(self.model)
             return self._record(work, asked, spent.flops)
-        except BaseException:
-            before.restore()
-            raise
 
     def require_schedule(self, why: str, growth: bool = False) -> None:
         """Check that something says when to change the model.
@@ -433,23 +447,14 @@ class GrowthScheduler:
     @property
     def _rate(self) -> float:
         """The highest learning rate of the optimizers now."""
-        highest = 0.0
-        for optimizer in as_optimizers(self.optimizer):
-            for group in optimizer.param_groups:
-                highest = max(highest, float(group["lr"]))
-        return highest
+        groups = chain.from_iterable(optimizer.param_groups for optimizer in as_optimizers(self.optimizer))
+        return max((float(group["lr"]) for group in groups), default=0.0)
 
     def _policies(self) -> dict[str, Policy]:
-        named: dict[str, Policy] = {"amount": self.amount, "where": self.where}
-        if self.when is not None:
-            named["when"] = self.when
-        if self.learning_rate is not None:
-            named["learning_rate"] = self.learning_rate
-        if self.pruning is not None:
-            named["pruning"] = self.pruning
-        for index, policy in enumerate(self.stops):
-            named[f"stop{index}"] = policy
-        return named
+        named: dict[str, Policy | None] = {"amount": self.amount, "where": self.where, "when": self.when}
+        named |= {"learning_rate": self.learning_rate, "pruning": self.pruning}
+        named |= {f"stop{index}": policy for index, policy in enumerate(self.stops)}
+        return {name: policy for name, policy in named.items() if policy is not None}
 
     def _decide(self) -> tuple[bool, bool, list[str]]:
         """Whether to grow, whether to prune, and why; every policy is asked, so that each one sees every report."""
@@ -474,27 +479,6 @@ class GrowthScheduler:
         searching = self.amplitude == "line_search" and not self.solver.function_preserving and not self._prunes
         fitting, held_out = split(data, self.held_out) if searching else (data, ())
         return fitting, held_out, cost
-
-    def _round(self, fitting: Sequence[Batch], held_out: Sequence[Batch], loss: Loss, cost: ModelCost) -> Round:
-        return Round(
-            model=self.model,
-            optimizer=self.optimizer,
-            solver=self.solver,
-            amplitude=self.amplitude if isinstance(self.amplitude, float) else 1.0,
-            amplitude_cap=self.amplitude_cap,
-            statistics=self.statistics,
-            relative_error=self.relative_error,
-            slopes=self.measured == "slopes",
-            fitting=fitting,
-            held_out=held_out,
-            loss=loss,
-            cost=cost,
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.rounds),
-            step=self.now.step,
-            maximum=self.amount.maximum,
-            room=self._room,
-            note=self._note,
-        )
 
     def _grown(self, work: Round) -> dict[Site, Channels]:
         """Ask, choose and apply; gives the sites that were asked."""
@@ -582,29 +566,25 @@ def _ends(site: Site, model: nn.Module) -> tuple[frozenset[str], frozenset[str]]
     return producers, consumers
 
 
-class _Before:
-    """A scheduler, its model and its optimizers as they are, random numbers included, to be put back."""
-
-    def __init__(self, scheduler: GrowthScheduler) -> None:
-        model = scheduler.model
-        self.scheduler = scheduler
-        self.journal = Journal(model, as_optimizers(scheduler.optimizer), [*model.parameters(), *model.buffers()])
-        self.own = dict(vars(scheduler))
-        self.events = list(scheduler.history.events)
-        self.policies = [(policy, copy.deepcopy(policy.state_dict())) for policy in scheduler._policies().values()]
-        self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        self.stages = None if scheduler.learning_rate is None else scheduler.learning_rate._stages
-
-    def restore(self) -> None:
-        """Put everything back."""
-        self.journal.restore()
-        vars(self.scheduler).update(self.own)
-        self.scheduler.history.events[:] = self.events
-        for policy, state in self.policies:
+@contextmanager
+def _all_or_nothing(scheduler: GrowthScheduler) -> Iterator[None]:
+    """An error or interrupt inside leaves scheduler, model, optimizers and random numbers as they were."""
+    model, rates, own, events = scheduler.model, scheduler.learning_rate, dict(vars(scheduler)), [*scheduler.history]
+    journal = Journal(model, as_optimizers(scheduler.optimizer), [*model.parameters(), *model.buffers()])
+    policies = [(policy, copy.deepcopy(policy.state_dict())) for policy in scheduler._policies().values()]
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    stages = {} if rates is None else rates._stages
+    try:
+        yield
+    except BaseException:
+        journal.restore()
+        vars(scheduler).update(own)
+        scheduler.history.events[:] = events
+        for policy, state in policies:
             policy.load_state_dict(state)
-        if self.scheduler.learning_rate is not None and self.stages is not None:
-            self.scheduler.learning_rate._stages = self.stages
-        python, numpy, pytorch = self.random
+        if rates is not None:
+            rates._stages = stages
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(pytorch)
+        raise

@@ -4,11 +4,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from growconv.errors import ScheduleError
 from growconv.growth.decision import Decision, Policy, Proposal, Situation
 from growconv.limits import limited
+
+Mark = TypeVar("Mark", int, float)
+
+FALLEN = 0.95
+"""Share of the highest learning rate so far below which the rate counts as falling."""
 
 
 class When(Policy):
@@ -62,14 +67,7 @@ class AtSteps(When):
     steps: Sequence[int]
 
     def __post_init__(self) -> None:
-        self.steps = list(self.steps)
-        if not self.steps or min(self.steps) < 0 or self.steps != sorted(set(self.steps)):
-            raise ScheduleError(
-                "a list of steps must be ascending and not empty",
-                expected="for example [500, 1000, 2000]",
-                got=self.steps,
-                where="AtSteps.steps",
-            )
+        self.steps = _ascending(list(self.steps), -1, "AtSteps.steps", "[500, 1000, 2000]")
 
     def decide(self, situation: Situation) -> Decision:
         """Due at each step of the list, even if the loop asks a little later."""
@@ -92,14 +90,7 @@ class AtFlops(When):
     flops: Sequence[float | int]
 
     def __post_init__(self) -> None:
-        self.flops = [float(mark) for mark in self.flops]
-        if not self.flops or not min(self.flops) > 0 or self.flops != sorted(set(self.flops)):
-            raise ScheduleError(
-                "a list of training FLOPs must be ascending and not empty",
-                expected="for example [1e12, 2e12]",
-                got=self.flops,
-                where="AtFlops.flops",
-            )
+        self.flops = _ascending([float(mark) for mark in self.flops], 0, "AtFlops.flops", "[1e12, 2e12]")
 
     def decide(self, situation: Situation) -> Decision:
         """Due while fewer rounds were made than marks have been passed."""
@@ -282,6 +273,40 @@ class AnyOf(_Combined):
     """
 
     _joined = any
+
+
+def too_late(growth: float, decay: float) -> str | None:
+    """What speaks against a last growth that comes when the learning rate falls already; None where it comes before.
+
+    Args:
+        growth: where the last growth comes, as a share of the run.
+        decay: where the learning rate begins to fall, as a share of the run.
+    """
+    if growth < decay:
+        return None
+    return (
+        f"the last growth comes at {growth:.0%} of the run, and the learning rate falls from {decay:.0%} on: new "
+        "channels learn best in a long stretch of constant rate; grow earlier, or let the rate fall later "
+        "(lr_schedule=trapezoid)"
+    )
+
+
+def fallen(rate: float, top: float) -> str | None:
+    """What speaks against growing at a learning rate that has fallen from its highest so far; None where it has not."""
+    if rate >= FALLEN * top:
+        return None
+    return (
+        f"the learning rate has fallen to {rate / top:.0%} of its top before this growth: new channels learn best in a "
+        "long stretch of constant rate; grow earlier, or let the rate fall later"
+    )
+
+
+def _ascending(marks: list[Mark], above: int, where: str, example: str) -> list[Mark]:
+    if not marks or not marks[0] > above or marks != sorted(set(marks)):
+        raise ScheduleError(
+            "a list of times must be ascending and not empty", expected=f"for example {example}", got=marks, where=where
+        )
+    return marks
 
 
 def _clock(situation: Situation, unit: str) -> tuple[int | None, int | None]:

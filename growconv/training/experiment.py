@@ -16,7 +16,7 @@ from torch import nn
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.settings import too_late
+from growconv.growth.when import too_late
 from growconv.network.event import count_parameters
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import check_output, grows, make_dataset, make_model

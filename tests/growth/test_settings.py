@@ -9,11 +9,10 @@ from torch import nn
 
 from growconv.errors import ScheduleError
 from growconv.growth import AtFlops
-from growconv.growth.amount import Auto, Exponential, Fixed, Fraction, ToWidth, as_amount
+from growconv.growth.amount import Auto, Exponential, Fixed, Fraction, ToWidth, as_amount, too_wide
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.growth.settings import fallen, too_late, too_wide
 from growconv.growth.stop import Budget, NoGain, TargetAccuracy
-from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove
+from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove, fallen, too_late
 from growconv.growth.where import All, Best, Greedy, RankTrigger, RoundRobin, as_where
 from growconv.network.find import find_sites
 from growconv.solvers import SOLVERS
