@@ -68,10 +68,7 @@ class GrowthCallback(TrainerCallback):
                 "growth needs batches", expected="1 or more", got=batches, where="GrowthCallback.batches"
             )
         self.loss = (lambda output, _: output.loss) if loss is None else loss
-        self.batches = batches
-        self.loader = loader
-        self.sites = sites
-        self.schedule = schedule
+        self.batches, self.loader, self.sites, self.schedule = batches, loader, sites, schedule
         self.scheduler: GrowthScheduler | None = None
         self._metrics: dict[str, float | int] = {}
 
@@ -111,23 +108,18 @@ class GrowthCallback(TrainerCallback):
         """Grow when it is due, once per optimizer step."""
         if self.scheduler is None:
             return
-        metrics, self._metrics = {"epoch": int(state.epoch or 0)} | self._metrics, {}
+        model, metrics, self._metrics = given["model"], {"epoch": int(state.epoch or 0)} | self._metrics, {}
         if self.scheduler.due(state.global_step, metrics):
-            model = given["model"]
             with undisturbed(model):
                 data = self._draw(model, given["train_dataloader"], self.batches)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
                 self.scheduler.grow(data, self.loss)
-        self._write(given["model"])
+        setattr(model.config, ENTRY, self.scheduler.state_dict())
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Keep the metrics for the next question."""
-        numbers = {name: value for name, value in given.get("metrics", {}).items() if isinstance(value, int | float)}
-        self._metrics |= numbers
-
-    def _write(self, model: PreTrainedModel) -> None:
-        if self.scheduler is not None:
-            setattr(model.config, ENTRY, self.scheduler.state_dict())
+        metrics = given.get("metrics", {})
+        self._metrics |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
     def _draw(self, model: PreTrainedModel, loader: Any, count: int) -> list[tuple[dict[str, Any], Any]]:
         loader = getattr(loader, "base_dataloader", loader) if self.loader is None else self.loader

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,13 +59,8 @@ class GrowthCallback(Callback):
             raise ScheduleError(
                 "growth needs batches", expected="1 or more", got=batches, where="GrowthCallback.batches"
             )
-        self.loss = loss
-        self.attribute = attribute
-        self.batches = batches
-        self.loader = loader
-        self.prepare = prepare
-        self.sites = sites
-        self.schedule = schedule
+        self.loss, self.attribute, self.prepare = loss, attribute, prepare
+        self.batches, self.loader, self.sites, self.schedule = batches, loader, sites, schedule
         self.scheduler: GrowthScheduler | None = None
         self._state: Mapping[str, Any] | None = None
         self._metrics: dict[str, float | int] = {}
@@ -82,7 +76,13 @@ class GrowthCallback(Callback):
                 where="Trainer.strategy",
             )
         if "on_load_checkpoint" not in pl_module.__dict__:
-            pl_module.on_load_checkpoint = partial(_restore_first, trainer, pl_module, pl_module.on_load_checkpoint)
+            own = pl_module.on_load_checkpoint
+
+            def restore_first(checkpoint: dict[str, Any]) -> None:
+                restore_growth(pl_module, checkpoint, _averages(trainer))
+                own(checkpoint)
+
+            pl_module.on_load_checkpoint = restore_first
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hook as it was."""
@@ -128,12 +128,14 @@ class GrowthCallback(Callback):
             trainer.strategy.configure_ddp()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the validation for the next call of `due`."""
-        self._report(trainer)
+        """Keep the metrics for the next call of `due`."""
+        if not trainer.sanity_checking:
+            values = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+            self._metrics |= {name: float(value) for name, value in values.items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the epoch for the next call of `due`."""
-        self._report(trainer)
+        """Keep the metrics for the next call of `due`."""
+        self.on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into every checkpoint of the Trainer."""
@@ -144,11 +146,6 @@ class GrowthCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called by the Trainer before the schedule exists; used when it does."""
         self._state = state_dict.get("scheduler")
-
-    def _report(self, trainer: Trainer) -> None:
-        if not trainer.sanity_checking:
-            values = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-            self._metrics |= {name: float(value) for name, value in values.items()}
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, count: int) -> list[tuple[Any, Any]]:
         loader: Any = trainer.train_dataloader if self.loader is None else self.loader
@@ -167,13 +164,6 @@ def _averages(trainer: Trainer) -> list[nn.Module]:
         if isinstance(average, LightningModule):
             found.append(average)
     return found
-
-
-def _restore_first(
-    trainer: Trainer, module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
-) -> None:
-    restore_growth(module, checkpoint, _averages(trainer))
-    own(checkpoint)
 
 
 def restore_growth(module: LightningModule, checkpoint: Mapping[str, Any], averages: Iterable[nn.Module] = ()) -> None:
