@@ -7,7 +7,6 @@ and that averages and teachers can follow. Find the sites again afterwards.
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -170,10 +169,8 @@ def copy_blocks(
     fitting = [path for path, (given, returned) in shapes.items() if given.shape == returned.shape]
     if not fitting:
         raise SiteError("no block that can be copied has such a path", got=list(patterns), fix="see named_modules()")
-    return [
-        insert_copy(model, path, example_input=example_input, identity=identity, optimizer=optimizer)
-        for path in fitting
-    ]
+    options = {"example_input": example_input, "identity": identity, "optimizer": optimizer}
+    return [insert_copy(model, path, **options) for path in fitting]
 
 
 def merge_pair(
@@ -227,8 +224,8 @@ def merge_pair(
     for path in (producer, consumer):
         blocks.check_replaceable(model, path, as_optimizers(optimizer))
     edit, reason = {"module": producer, "merge": consumer}, "exact" if exact else "exact but for the borders"
-    details = {"residual": 0.0, "exact": exact}
-    return replace(_edited(model, edit, optimizer, site.name, "merge", (site.width, 0), reason), details=details)
+    widths = (site.width, 0)
+    return _edited(model, edit, optimizer, site.name, "merge", widths, reason, residual=0.0, exact=exact)
 
 
 def split_conv(
@@ -286,19 +283,26 @@ def split_conv(
     exact = residual <= 100 * torch.finfo(next(conv.parameters()).dtype).eps
     reason = "exact" if exact else f"relative residual of the kernel {residual:.3g}"
     edit = {"module": name, "split": {"hidden": hidden, "first_size": list(sizes)}}
-    details = {"residual": residual, "exact": exact}
-    return replace(_edited(model, edit, optimizer, name, "split", (0, hidden), reason), details=details)
+    return _edited(model, edit, optimizer, name, "split", (0, hidden), reason, residual=residual, exact=exact)
 
 
 def _edited(
-    model: nn.Module, edit: Edit, optimizer: Optimizers, site: str, method: str, widths: tuple[int, int], reason: str
+    model: nn.Module,
+    edit: Edit,
+    optimizer: Optimizers,
+    site: str,
+    method: str,
+    widths: tuple[int, int],
+    reason: str,
+    **details: float,
 ) -> GrowthEvent:
     """Carry out an edit and tell about it."""
     optimizers, before = as_optimizers(optimizer), count_parameters(model)
     journal = Journal(model, optimizers)
     try:
         blocks.apply_block_edit(model, edit, optimizers)
-        return GrowthEvent(site, method, 0, *widths, 0.0, (), reason, (edit,), before, count_parameters(model))
+        told, after = (site, method, 0, *widths, 0.0, (), reason, (edit,)), count_parameters(model)
+        return GrowthEvent(*told, before, after, details=details)
     except BaseException:
         journal.restore()
         raise

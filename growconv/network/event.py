@@ -115,11 +115,7 @@ class GrowthEvent:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "GrowthEvent":
-        """The event that to_dict wrote down.
-
-        Raises:
-            ArgumentValueError: for entries that no event has.
-        """
+        """The event that to_dict wrote down; ArgumentValueError for entries that no event has."""
         unknown = set(values) - {each.name for each in fields(cls) if each.name != "recipe"}
         if unknown:
             raise ArgumentValueError("a growth event has unknown entries", got=", ".join(sorted(unknown)))
@@ -248,14 +244,7 @@ class GrowthHistory:
         return self.events[index]
 
     def widths(self, site: str) -> list[tuple[int | None, int]]:
-        """Steps and widths of one site over the run.
-
-        Args:
-            site: the site's name.
-
-        Returns:
-            (step, width after it) per event at the site.
-        """
+        """The widths of a site over the run, by its name: (step, width after it) per event there."""
         return [(event.step, event.width_after) for event in self.events if event.site == site]
 
     def starts_from(self, model: nn.Module) -> bool:
@@ -265,14 +254,11 @@ class GrowthHistory:
     def replay(self, model: nn.Module, optimizer: Optimizers = None) -> nn.Module:
         """Give a fresh small model the shapes of the grown one, in place; all or nothing.
 
-        The new entries are zeros until weights are loaded.
+        The new entries are zeros until weights are loaded. Returns the same model.
 
         Args:
             model: the model as it was built at the start of the run.
             optimizer: its optimizer (or a list), which then has its parameters in the order of the run.
-
-        Returns:
-            The same model.
 
         Raises:
             CheckpointError: the model is not the one that the history began with.
@@ -294,11 +280,7 @@ class GrowthHistory:
 
     @classmethod
     def from_json(cls, text: str) -> "GrowthHistory":
-        """Read what `to_json` wrote.
-
-        Raises:
-            CheckpointError: the text is no growth history.
-        """
+        """Read what `to_json` wrote; CheckpointError for a text that is no growth history."""
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
@@ -310,11 +292,7 @@ class GrowthHistory:
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, object]]) -> "GrowthHistory":
-        """Build a history from the events' dictionaries, for example the lines of a growth.jsonl.
-
-        Raises:
-            CheckpointError: a record lacks a field or has an unknown one.
-        """
+        """The history of the events' dictionaries, as the lines of a growth.jsonl; CheckpointError for other fields."""
         try:
             return cls([GrowthEvent.from_dict(record) for record in records])
         except (KeyError, TypeError, ValueError) as error:

@@ -89,15 +89,6 @@ class RankSite(Site):
         """The layer."""
         return cast(FactorizedConv, self.model.get_submodule(self.path))
 
-    def refusal(self, method: str) -> str | None:
-        """None: whatever method serves the layers beside it, a rank grows by its own."""
-        return None
-
-    @property
-    def closed_form(self) -> bool:
-        """True: the statistics of one layer always apply."""
-        return True
-
     @property
     def room(self) -> int:
         """Terms that it can still get."""
@@ -110,11 +101,7 @@ class RankSite(Site):
         return {self.path: sum(each.numel() / each.shape[dim] for each, dim in factors)}
 
     def require_room(self, terms: int) -> None:
-        """Check that so many terms can be asked for.
-
-        Raises:
-            ArgumentValueError: for none, or more than any kernel of this shape needs.
-        """
+        """Refuse no terms, and more than any kernel of this shape needs, with an ArgumentValueError."""
         if isinstance(terms, bool) or not 1 <= terms <= self.room:
             expected = f"1 to {self.room}: the rank is {self.width} of at most {self.bound}"
             raise ArgumentValueError(
@@ -169,14 +156,9 @@ class RankSite(Site):
 
 
 def find_rank_sites(model: nn.Module) -> tuple[RankSite, ...]:
-    """The ranks of every CP and Tucker convolution of a model.
+    """The ranks of every CP and Tucker convolution of a raw model, in its order, those at their bound left out.
 
-    Args:
-        model: the raw model.
-
-    Returns:
-        One site per CP convolution, two per Tucker convolution (output rank, then input rank), in the model's order,
-        those at their bound left out.
+    A CP convolution has one, a Tucker convolution two: the output rank, then the input rank.
 
     Example:
         >>> net = nn.Sequential(growconv.CPConv2d(1, 4, 3, rank=2))

@@ -54,14 +54,19 @@ class Site(ABC):
             SiteError: it has not, or not any more.
         """
 
-    @abstractmethod
     def refusal(self, method: str) -> str | None:
-        """Why a growth method cannot serve this site; None where it can."""
+        """Why a growth method cannot serve this site; None where it can, or its own method serves it anyway."""
+        return None
 
     @property
-    @abstractmethod
     def closed_form(self) -> bool:
-        """Whether the closed-form statistics (S, N, ...) apply."""
+        """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
+        return self.no_closed_form is None
+
+    @property
+    def no_closed_form(self) -> str | None:
+        """Why the closed-form statistics do not apply; None where they do."""
+        return None
 
     @property
     @abstractmethod
@@ -177,11 +182,6 @@ class GrowthSite(Site):
     def alone(self) -> bool:
         """Whether no axis of a producer or consumer holds other channels too."""
         return all(len(self.layout.axes[key]) == 1 for key in self.axes if key[1] in (OUT, IN))
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether the closed-form statistics (S, N, ...) apply; `no_closed_form` says why not."""
-        return self.no_closed_form is None
 
     @property
     def multiplications(self) -> dict[str, float]:
