@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,8 +99,7 @@ class GrowthEvent:
         if before != self.parameters_before:
             raise not_in_step(self.site, f"{self.parameters_before} parameters", before)
         apply_edits(model, self.edits, optimizer)
-        counts = {"parameters_before": before, "parameters_after": count_parameters(model)}
-        return GrowthEvent(**{**self._values(), **counts})  # pyright: ignore[reportArgumentType]
+        return replace(self, parameters_after=count_parameters(model))
 
     def _values(self) -> dict[str, object]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "recipe"}

@@ -498,7 +498,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
     for path in site.producers:
         if path in site.layout.dims:
             continue
-        outputs[path] = tuple(call.outputs[0] for call in tape.calls(path))
+        outputs[path] = tuple(call.outputs[0] for call in tape.calls[path])
         calls[path] = len(outputs[path])
         for number in outputs[path]:
             shapes[number] = shape = tape.values[number].tensor.shape

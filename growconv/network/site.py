@@ -272,8 +272,8 @@ class GrowthSite(Site):
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
         for path in (*self.producers, *self.consumers) if trains else ():
-            parameters = [p for name, p in module_at(self.model, path).named_parameters() if "weight" in name]
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
+            weights = [p for name, p in module_at(self.model, path).named_parameters() if "weight" in name]
+            if {weight.requires_grad for weight in weights} == {False}:
                 raise SiteError(
                     f"the weight of {path} is frozen (requires_grad=False)",
                     where=self.name,

@@ -59,13 +59,13 @@ def routes_of(
 def _norms_behind(tape: Tape, returned: Iterable[int]) -> dict[str, str]:
     """Per layer the norm layer that alone takes what it gives, in every call, and takes nothing else."""
     found, outside = {}, set(returned)
-    for path, own in tape.layer_calls.items():
-        takers = [tape.users.get(call.outputs[0], []) for call in own]
+    for path, own in tape.calls.items():
+        takers = [tape.users[call.outputs[0]] for call in own]
         norms = {step.path if isinstance(step, LayerCall) else "" for each in takers for step in each}
         if len(norms) != 1 or any(len(each) != 1 for each in takers) or any(call.outputs[0] in outside for call in own):
             continue
         (norm,) = norms
-        if norm and layers.is_norm(tape.model.get_submodule(norm)) and len(tape.layer_calls[norm]) == len(own):
+        if norm and layers.is_norm(tape.model.get_submodule(norm)) and len(tape.calls[norm]) == len(own):
             found[path] = norm
     return found
 
@@ -119,7 +119,7 @@ def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
     walker = _Walker(tape, site)
     found: dict[tuple[str, str], Route] = {}
     for consumer in site.consumers:
-        for call in tape.calls(consumer):
+        for call in tape.calls[consumer]:
             for steps, producer, problem in walker.back(call.inputs[0]):
                 for path in site.producers if producer is None else (producer,):
                     route = Route(path, consumer, steps, problem)

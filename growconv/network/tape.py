@@ -6,6 +6,7 @@ makes a new value of the tensor that it overwrites, and of every other tensor on
 read like a program without side effects, and run again with true writes in place.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -131,6 +132,10 @@ class Tape(Watch):
     Attributes:
         steps: what has run, in order.
         values: all values, by their numbers.
+        calls: the calls of every layer that was called, by its path, in order.
+        users: per value the steps that it is given to.
+        makers: per value the step that made it.
+        on_memory: per memory the values that were on it at any time.
     """
 
     def __init__(self, model: nn.Module, holds: bool = True) -> None:
@@ -138,49 +143,16 @@ class Tape(Watch):
         self.holds = holds
         self.steps: list[Step] = []
         self.values: list[Value] = []
+        self.calls: defaultdict[str, list[LayerCall]] = defaultdict(list)
+        self.users: defaultdict[int, list[Step]] = defaultdict(list)
+        self.makers: dict[int, Step] = {}
+        self.on_memory: defaultdict[int, list[int]] = defaultdict(list)
         self._known: dict[int, dict[Memory, int]] = {}  # per memory the present values of all tensors on it
         self._alive: list[StorageWeakRef] = []  # keep the addresses of memories from being given to others
         self._sources = {
             _memory(tensor): path for path, tensor in [*model.named_parameters(), *model.named_buffers()]
             if _has_memory(tensor)
         }  # fmt: skip
-
-    # ------------------------------------------------------------------------------------------ what was recorded
-
-    def calls(self, path: str) -> list[LayerCall]:
-        """The calls of a layer, in order."""
-        return self.layer_calls.get(path, [])
-
-    @cached_property
-    def layer_calls(self) -> dict[str, list[LayerCall]]:
-        """The calls of every layer that was called, by its path, in order."""
-        found: dict[str, list[LayerCall]] = {}
-        for step in self.steps:
-            if isinstance(step, LayerCall):
-                found.setdefault(step.path, []).append(step)
-        return found
-
-    @cached_property
-    def users(self) -> dict[int, list[Step]]:
-        """Per value the steps that it is given to."""
-        found: dict[int, list[Step]] = {}
-        for step in self.steps:
-            for number in dict.fromkeys(step.inputs):
-                found.setdefault(number, []).append(step)
-        return found
-
-    @cached_property
-    def makers(self) -> dict[int, Step]:
-        """Per value the step that made it."""
-        return {number: step for step in self.steps for number in step.outputs}
-
-    @cached_property
-    def on_memory(self) -> dict[int, list[int]]:
-        """Per memory the values that were on it at any time."""
-        found: dict[int, list[int]] = {}
-        for number, value in enumerate(self.values):
-            found.setdefault(value.storage, []).append(number)
-        return found
 
     # ------------------------------------------------------------------------------------------ layers
 
@@ -192,14 +164,23 @@ class Tape(Watch):
             return
         number = self.number(given)
         if not layers.is_dropout(module):
-            self.steps.append(LayerCall(path, (number,), (self._add(output),)))
+            call = LayerCall(path, (number,), (self._add(output),))
+            self.calls[path].append(call)
+            self._record(call)
         elif _memory(output) != _memory(given):
             self._copied(number, output, path)
 
     def _copied(self, given: int, output: Tensor, path: str) -> None:
         """A dropout: what comes out is what goes in."""
         number = self._add(output)
-        self.steps.append(Operation(torch.ops.aten.clone.default, (Ref(given),), {}, (number,), False, path))
+        self._record(Operation(torch.ops.aten.clone.default, (Ref(given),), {}, (number,), False, path))
+
+    def _record(self, step: Step, position: int | None = None) -> None:
+        """Put down a step, at the end if nothing else is said."""
+        self.steps.insert(len(self.steps) if position is None else position, step)
+        for number in dict.fromkeys(step.inputs):
+            self.users[number].append(step)
+        self.makers |= dict.fromkeys(step.outputs, step)
 
     # ------------------------------------------------------------------------------------------ values
 
@@ -211,14 +192,14 @@ class Tape(Watch):
 
     def _add(self, tensor: Tensor, source: str | None = None) -> int:
         memory = _memory(tensor)
-        number = len(self.values)
         if memory[0] not in self._known:
             self._known[memory[0]] = {}
             self._alive.append(StorageWeakRef(tensor.untyped_storage()))
-        self._known[memory[0]][memory] = number
+        number = self._known[memory[0]][memory] = len(self.values)
         if not self.holds and source is None and tensor.dim():
             tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         self.values.append(Value(tensor, memory[0], source))
+        self.on_memory[memory[0]].append(number)
         return number
 
     def _secure(self, tensor: Tensor) -> dict[int, Tensor]:
@@ -239,7 +220,8 @@ class Tape(Watch):
             if key != memory:
                 values[key] = len(self.values)
                 self.values.append(Value(shown[old], memory[0], self.values[old].source))
-                self.steps.append(Rewritten((old, number), (values[key],)))
+                self.on_memory[memory[0]].append(values[key])
+                self._record(Rewritten((old, number), (values[key],)))
         return number
 
     # ------------------------------------------------------------------------------------------ operations
@@ -276,7 +258,7 @@ class Tape(Watch):
             inplace = any(tensor is each or _memory(tensor) == _memory(each) for each in written)
             numbers.append(self._overwrite(tensor, shown) if inplace else self._add(tensor))
             self.values[numbers[-1]].noise = noisy
-        self.steps.insert(position, replace(operation, outputs=tuple(numbers)))  # in front of what it has rewritten
+        self._record(replace(operation, outputs=tuple(numbers)), position)  # in front of what it has rewritten
         return output
 
 
@@ -308,13 +290,13 @@ def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:
     Everything on a memory that an operation on such values writes to is among them, from its creation on.
     """
     own, bare = set(site.axes), site.layout.dims
-    made = {call.outputs[0] for path in site.producers if path not in bare for call in tape.calls(path)}
+    made = {call.outputs[0] for path in site.producers if path not in bare for call in tape.calls[path]}
     hot = set(made)
     if bare:
         hot |= {n for n, value in enumerate(tape.values) if value.source in bare and (value.source, ENTRY) in own}
     waiting, seen = list(hot), set(hot)
     while waiting:
-        for step in tape.users.get(waiting.pop(), ()):
+        for step in tape.users[waiting.pop()]:
             if isinstance(step, LayerCall) and not {(step.path, ENTRY), (step.path, GROUP_IN)} & own:
                 continue  # layers with weights cut
             hot.update(step.outputs)

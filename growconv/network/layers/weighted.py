@@ -215,9 +215,7 @@ class Weighted(Adapter):
         """
         listed, weight, parts = self._listed(side), values.get("weight"), list[Part]()
         size, rows = self.size(side) // self.groups, self.size(OUT) // self.groups
-        groups = [
-            (place.position - 1) // size for place in places
-        ]  # new entries come at the end of their group's share
+        groups = [(place.position - 1) // size for place in places]  # new entries come behind their group's old ones
         shares: dict[int, list[tuple[int, int, Tensor | None]]] = {}  # group, entries and weights, by stored position
         for group, place in zip(groups, places, strict=True):
             new = None
@@ -240,7 +238,7 @@ class Weighted(Adapter):
                 )
             new = None if weight is None else torch.cat(blocks)
             parts.append(("weight", Insertion(0 if listed else 1, position, counts[0], new)))
-        return self._as_stored(parts) + (self._per_output(places, values) if side == OUT else [])
+        return self._stored_parts(parts) + (self._per_output(places, values) if side == OUT else [])
 
     def group_insertions(
         self, places_in: Sequence[Place], places_out: Sequence[Place], values: Mapping[str, Tensor]
@@ -267,9 +265,9 @@ class Weighted(Adapter):
             own, written = written[: count * outputs], written[count * outputs :]
             rows = None if weight is None else self.as_stored(weight[own], count)
             parts.append(("weight", Insertion(0, place.position, len(place.entries), rows)))
-        return self._as_stored(parts) + self._per_output(places_out, values)
+        return self._stored_parts(parts) + self._per_output(places_out, values)
 
-    def _as_stored(self, parts: list[Part]) -> list[Part]:
+    def _stored_parts(self, parts: list[Part]) -> list[Part]:
         """New entries of the weight as the layer stores them; tensors with an entry for each weight get their mean."""
         if self._normalized is not None:
             return self._normalized.parts(parts)
