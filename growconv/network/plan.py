@@ -323,16 +323,9 @@ class NewEntries:
         return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
 
     def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer, growth = self.site.layer(path), self.growth
-        shape, label = layer.shape(OUT, entries), f"incoming weights of {path}"
+        layer, growth, label = self.site.layer(path), self.growth, f"incoming weights of {path}"
+        shape, bias = layer.shape(OUT, entries), growth.incoming_bias.get(path)
         found = {"weight": self._fitted(growth.incoming[path], shape, label, 1, (path, IN), layer.groups)}
-        problem, bias = None, growth.incoming_bias.get(path)
-        if layer.bias() is None and bias is not None:
-            problem, fix = "a bias was given for a layer without one", "leave it out of incoming_bias"
-        elif layer.bias() is not None and bias is None:
-            problem, fix = f"the proposal has no incoming bias of {path}", "add it to incoming_bias"
-        if problem is not None:
-            raise SurgeryError(problem, where=path, got=", ".join(growth.incoming_bias), fix=fix)
         return found if bias is None else found | {"bias": self._fitted(bias, (entries,), f"incoming bias of {path}")}
 
     def _consumed(self, path: str, entries: int) -> dict[str, Tensor]:
@@ -498,14 +491,19 @@ def check_proposal(site: Site, growth: ChannelGrowth) -> None:
     """Refuse a proposal for another site, for layers that it does not have, or for an impossible number of channels."""
     if growth.site != site.name:
         raise SurgeryError("the proposal is for another site", expected=site.name, got=growth.site)
-    weighted = {"incoming": site.producers, "outgoing": site.consumers}
-    for label in ("incoming", "outgoing", "norms", "carried", "entries"):
-        given, allowed = getattr(growth, label), weighted.get(label, site.followers)
+    layered = [path for path in site.producers if path not in site.layout.dims]
+    needed = {
+        "incoming": ("incoming weights", site.producers),
+        "incoming_bias": ("incoming bias", [path for path in layered if site.layer(path).bias() is not None]),
+        "outgoing": ("outgoing weights", site.consumers),
+    }
+    for label in (*needed, "norms", "carried", "entries"):
+        given, (name, allowed) = getattr(growth, label), needed.get(label, (label, site.followers))
         problem = None
         if set(given) - set(allowed):
-            problem = f"{label} names layers that are not part of the site"
-        elif label in weighted and set(allowed) - set(given):
-            problem = f"the proposal has no {label} weights of some layers"
+            problem = f"{label} names layers that are not part of the site, or without one"
+        elif label in needed and set(allowed) - set(given):
+            problem = f"the proposal has no {name} for some layers"
         if problem is not None:
             expected, got = ", ".join(allowed) or "none", ", ".join(given)
             raise SurgeryError(problem, where=site.name, expected=expected, got=got)

@@ -112,22 +112,17 @@ class Region:
         """
         for path, numbers in self.outputs.items():
             if len(new.get(path, ())) != len(numbers):
-                raise SiteError(
+                problem, expected = (
                     "the values of new channels are needed from every producer",
-                    where=path,
-                    expected=f"{len(numbers)} tensor{'s' if len(numbers) > 1 else ''}",
-                    got=len(new.get(path, ())),
+                    f"{len(numbers)} tensors",
                 )
+                raise SiteError(problem, where=path, expected=expected, got=len(new.get(path, ())))
         path = next(iter(self.outputs))
-        per_unit = self.places[path, OUT].shape[1]
-        count, rest = divmod(new[path][0].shape[self._axis(path, new[path][0])], per_unit)
+        entries, per_unit = new[path][0].shape[self._axis(path, new[path][0])], self.places[path, OUT].shape[1]
+        count, rest = divmod(entries, per_unit)
         if rest or not count:
-            raise SiteError(
-                "new channels come in whole units",
-                where=self.site.name,
-                expected=f"a multiple of {per_unit} entries of {path}",
-                got=new[path][0].shape[self._axis(path, new[path][0])],
-            )
+            expected = f"a multiple of {per_unit} entries of {path}"
+            raise SiteError("new channels come in whole units", where=self.site.name, expected=expected, got=entries)
         at_once = count if self.narrow else self.units
         found, reads = None if measured is None else dict[str, list[Moments]](), []
         for start in range(0, count, at_once):
@@ -224,27 +219,18 @@ class Region:
 
     def _half_agrees(self) -> bool:
         """Whether half of the samples alone read what they read among all of them."""
-        index = slice(0, (self.samples or 0) // 2)
-        whole = {path: [self.constants[number] for number in numbers] for path, numbers in self.outputs.items()}
+        index, own = slice(0, (self.samples or 0) // 2), dict[str, list[Tensor]]()
+        for path, numbers in self.outputs.items():
+            seats, outputs = self.places[path, OUT].flatten(), [self.constants[number] for number in numbers]
+            own[path] = [each.index_select(self._axis(path, each), seats) for each in outputs]
         try:
-            half = self._cut(index)
-            parts = {path: [tensor[index] for tensor in tensors] for path, tensors in whole.items()}
             with torch.no_grad():
-                alone, among = (
-                    _Go(region, range(self.units), self.units, values, Inserted()).run()
-                    for region, values in ((half, half._seated(parts)), (self, self._seated(whole)))
-                )
+                among = self.read(own)
+                alone = self._cut(index).read({path: [each[index] for each in calls] for path, calls in own.items()})
         except (RuntimeError, IndexError, ValueError):
             return False
-        pairs = [(a, b) for path in among for a, b in zip(alone[path], among[path], strict=True)]
-        return all(a.shape == b[index].shape and torch.allclose(a, b[index], 1e-4, 1e-5) for a, b in pairs)
-
-    def _seated(self, outputs: Mapping[str, Calls]) -> dict[str, list[Tensor]]:
-        """The site's own entries of its producers' outputs, as values of new channels."""
-        return {
-            path: [each.index_select(self._axis(path, each), self.places[path, OUT].flatten()) for each in tensors]
-            for path, tensors in outputs.items()
-        }
+        pairs = [(a, b[index]) for path in among for a, b in zip(alone[path], among[path], strict=True)]
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs)
 
 
 def some_of(tensor: Tensor, index: slice | Tensor, samples: int) -> Tensor:
