@@ -13,30 +13,33 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from growconv.convolution.cp import CPConv
 from growconv.convolution.decomposition import cp_kernel, tucker_kernel
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
-from growconv.linalg import bilinear_least_squares, leading_svd, solve_psd, whiten
+from growconv.linalg import bilinear_least_squares, solve_psd
 from growconv.linalg.optimizers import LBFGS
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent, Optimizers
-from growconv.network.model import attribute, example_arguments, unwrapped
+from growconv.network.model import example_arguments, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
+from growconv.solvers.tiny import tiny
 from growconv.statistics.own_update import Equations, own_equations
 
 
 @runtime_checkable
 class LayerMoments(Protocol):
-    """What rank growth reads of one layer; `RankStatistics` and the consumers of `PairStatistics` have it."""
+    """What rank growth reads of one layer: `RankStatistics`, or one of the consumers of `PairStatistics`."""
 
     @property
     def M(self) -> Tensor:
@@ -90,28 +93,48 @@ def collect_rank_statistics(
         >>> found = growconv.collect_rank_statistics(net, growconv.find_rank_sites(net), batches, loss)
     """
     model, sites = unwrapped(model), tuple(sites)
-    sums = {site.path: _Sums(site.module) for site in sites}
+    modules = {site.path: site.module for site in sites}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    count = 0
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    equations: dict[str, Equations] = {}
+    energies, samples, count = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0), 0
+
+    def called(path: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        calls.append((path, arguments[0].detach(), output))
+
     with ExitStack() as hooks:
-        for layer in sums.values():
-            hooks.callback(layer.module.register_forward_hook(layer.note).remove)
+        for path, module in modules.items():
+            hooks.callback(module.register_forward_hook(partial(called, path)).remove)
         for count, (inputs, targets) in enumerate(batches, start=1):
             arguments, keywords = example_arguments(inputs)
+            calls.clear()
             with torch.enable_grad():
                 value = loss(model(*arguments, **keywords), targets)
             if value.numel() != 1 or not math.isfinite(value.item()):
                 raise StatisticsError("the loss must be one finite number", got=value, where=f"batch {count}")
-            outputs = [output for layer in sums.values() for _, output in layer.calls]
-            gradients = torch.autograd.grad(value, outputs, allow_unused=True)
-            for layer in sums.values():
-                gradients = layer.add(gradients)
+            outputs = [output for *_, output in calls]
+            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
+            seen = set()
+            for (path, x, output), gradient in zip(calls, gradients, strict=True):
+                # per sample, of a mean loss
+                v = torch.zeros_like(output).double() if gradient is None else -len(x) * gradient.double()
+                own = own_equations(modules[path], x.double(), v)
+                equations[path] = equations[path] + own if path in equations else own
+                energies[path] += float(v.square().sum())
+                samples[path] += 0 if path in seen else len(x)
+                seen.add(path)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     if not count:
         raise StatisticsError("the statistics have zero samples", fix="pass at least one batch")
-    return {site.name: sums[site.path].statistics(site) for site in sites}
+    found = {}
+    for site in sites:
+        if site.path not in equations:
+            raise StatisticsError("the forward pass does not call this layer", where=site.path)
+        n, (gram,), (moment,) = samples[site.path], equations[site.path].gram, equations[site.path].cross
+        found[site.name] = RankStatistics(site, moment / n, gram / n, energies[site.path] / n, n)
+    return found
 
 
 def grow_rank(
@@ -261,12 +284,11 @@ def _random_terms(site: RankSite, terms: int, generator: torch.Generator | None)
     """Random incoming sides, and nothing on the outgoing side."""
     drawn: list[Tensor] = []
     for path in (*site.producers, *site.followers):
-        factor = attribute(site.model, path)
-        shape = torch.as_tensor(factor).movedim(site.layout.dims[path], 0).shape[1:]
-        values = torch.randn(terms, *shape, dtype=torch.float64, generator=generator)
-        drawn.append(values.to(torch.as_tensor(factor).device))
+        factor = site.model.get_parameter(path)
+        shape = factor.movedim(site.layout.dims[path], 0).shape[1:]
+        drawn.append(torch.randn(terms, *shape, dtype=torch.float64, generator=generator).to(factor.device))
     (path,) = site.consumers
-    shape = list(torch.as_tensor(attribute(site.model, path)).movedim(site.layout.dims[path], 1).shape)
+    shape = site.model.get_parameter(path).movedim(site.layout.dims[path], 1).shape
     outgoing = drawn[0].new_zeros(shape[0], terms, *shape[2:])
     carried = dict(zip(site.followers, drawn[1:], strict=True))
     return replace(_growth(site, drawn[0], outgoing, carried), method="random rank")
@@ -338,17 +360,14 @@ def _input_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int)
 
 
 def _output_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int) -> tuple[Tensor, Tensor]:
-    """Core slices (K, r1, *kernel_size) and output vectors (C2, K): a truncated SVD inside the input factor's span."""
+    """Core slices (K, r1, *kernel_size) and output vectors (C2, K): the closed form inside the input factor's span."""
     inputs = module.in_factor.detach().double()
     taps, rank = math.prod(module.kernel_size), inputs.shape[1]
     form = gram.reshape(module.in_channels, taps, module.in_channels, taps)
     inside = torch.einsum("ip,itju,jq->ptqu", inputs, form, inputs).reshape(rank * taps, -1)
     target = torch.einsum("ip,itc->ptc", inputs, residual.unflatten(0, (module.in_channels, taps))).flatten(0, 1)
-    whitening = whiten(inside)
-    left, values, right = leading_svd(whitening.whiten(target), min(terms, whitening.rank, target.shape[1]))
-    slices, vectors = whitening.unwhiten(left * values.sqrt()).T, right * values.sqrt()[:, None]
-    slices = _filled(slices, terms, live=True).reshape(terms, rank, *module.kernel_size)
-    return slices, _filled(vectors, terms).T
+    slices, vectors, _ = tiny(inside, target, terms)
+    return _filled(slices, terms, live=True).reshape(terms, rank, *module.kernel_size), _filled(vectors, terms).T
 
 
 def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -373,10 +392,8 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
         search.advance(20)
     best = min(searches, key=lambda search: search.lowest)
     best.advance(100)
-    vectors = [part / part.norm(dim=1, keepdim=True) for part in best.best]
-    outgoing = best.partner(vectors)[0]
     names = [f"axis_factor_{axis}" for axis in range(module.axes)]
-    return vectors[0], outgoing.T, dict(zip(names, vectors[1:], strict=True))
+    return best.best[0], best.partner(best.best)[0].T, dict(zip(names, best.best[1:], strict=True))
 
 
 class _Search:
@@ -384,7 +401,7 @@ class _Search:
 
     def __init__(self, start: list[Tensor], residual: Tensor, gram: Tensor) -> None:
         self._residual, self._gram = residual, gram
-        unit = [_unit(part) for part in start]
+        unit = [normalize(part) for part in start]
         self._point = [nn.Parameter(part.clone()) for part in unit]
         self.best, self.lowest = unit, float(self.partner(unit)[1])
         self._scale = abs(self.lowest) or 1.0
@@ -407,56 +424,15 @@ class _Search:
 
         def evaluate() -> Tensor:
             optimizer.zero_grad()
-            value = self.partner([_unit(part) for part in self._point])[1] / self._scale
+            value = self.partner([normalize(part) for part in self._point])[1] / self._scale
             value.backward()
             if float(value.detach()) * self._scale < self.lowest:
                 self.lowest = float(value.detach()) * self._scale
-                self.best = [_unit(part.detach()) for part in self._point]
+                self.best = [normalize(part.detach()) for part in self._point]
             return value
 
         with torch.enable_grad():
             optimizer.step(evaluate)  # pyright: ignore[reportArgumentType]
-
-
-class _Sums:
-    """Running sums of one layer's moments."""
-
-    def __init__(self, module: FactorizedConv) -> None:
-        self.module = module
-        self.calls: list[tuple[Tensor, Tensor]] = []
-        self.equations: Equations | None = None
-        self.energy, self.samples = 0.0, 0
-
-    def note(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        """Remember a call."""
-        self.calls.append((arguments[0].detach(), output))
-
-    @torch.no_grad()
-    def add(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Take in the gradients of this layer's calls; returns those of the layers after it."""
-        for index, (x, output) in enumerate(self.calls):
-            gradient = gradients[index]
-            batch = x.shape[0]
-            self.samples += batch if index == 0 else 0
-            # per sample, of a mean loss
-            v = torch.zeros_like(output.double()) if gradient is None else -batch * gradient.double()
-            self.energy += float(v.square().sum())
-            own = own_equations(self.module, x.double(), v)
-            self.equations = own if self.equations is None else self.equations + own
-        count = len(self.calls)
-        self.calls = []
-        return gradients[count:]
-
-    def statistics(self, site: RankSite) -> RankStatistics:
-        """The averages."""
-        if self.equations is None:
-            raise StatisticsError("the forward pass does not call this layer", where=site.path)
-        n, (gram,), (moment,) = self.samples, self.equations.gram, self.equations.cross
-        return RankStatistics(site, moment / n, gram / n, self.energy / n, n)
-
-
-def _unit(part: Tensor) -> Tensor:
-    return part / part.norm(dim=1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
 
 
 def _filled(part: Tensor, terms: int, live: bool = False) -> Tensor:
