@@ -17,7 +17,7 @@ from growconv.network.model import example_arguments, undisturbed
 from growconv.network.optimizer import Journal, refresh
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.weights import at_old_scale, columns_of, homogeneous, new_sizes, norms_of, old_sizes, units_of
+from growconv.solvers.weights import at_old_scale, columns_of, new_sizes, norms_of, not_homogeneous, old_sizes, units_of
 
 CAP = 1.0
 """Default limit on the strength of the strongest new channel, relative to the mean old one: of 1/8, 1/4, 1/2, 1 and no
@@ -185,7 +185,7 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
         return growth
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
     silent = norms_of([each.double() for each in growth.incoming.values()], units) == 0
-    return growth if bool(silent.any()) or not homogeneous(site) else at_old_scale(site, growth)
+    return growth if bool(silent.any()) or not_homogeneous(site) else at_old_scale(site, growth)
 
 
 @contextmanager

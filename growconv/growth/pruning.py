@@ -17,7 +17,7 @@ from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from growconv.network.model import attribute
 from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
-from growconv.solvers.weights import columns_of, filters_of
+from growconv.solvers.weights import columns_of, old_filters
 
 
 @dataclass
@@ -153,7 +153,7 @@ def norm_scores(site: GrowthSite) -> Tensor:
     It does not change when one side is scaled up and the other down. Behind a norm layer, which erases the incoming
     scale, the layer's |γ| takes the incoming norm's place.
     """
-    incoming = sum(_squares(filters_of(site, path, own=True), site) for path in site.producers)
+    incoming = sum(_squares(filters, site) for filters in old_filters(site).weights[0].values())
     columns = [columns_of(site, path).transpose(0, 1) for path in site.consumers]
     outgoing = sum(_squares(each.movedim(2, 1).flatten(0, 1), site) for each in columns)
     gamma: list[Tensor] = []

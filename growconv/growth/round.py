@@ -28,9 +28,9 @@ from growconv.network.rank import RankSite
 from growconv.network.site import GrowthSite, Site
 from growconv.solvers.assembly import require_statistics
 from growconv.solvers.base import Channels, Solver, solve
+from growconv.solvers.energy import Found, gains_known, until_known
 from growconv.solvers.gradmax import gradmax
 from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
-from growconv.solvers.sampling import Found, gains_known, until_known
 from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import PairStatistics

@@ -18,7 +18,7 @@ from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.solvers.base import SOLVERS, Solver, refusal_of
-from growconv.solvers.sampling import require_known_gains
+from growconv.solvers.energy import require_known_gains
 
 LIMITS = {
     "amplitude_cap": (Limits(above=0), "this is no cap of the amplitude"),

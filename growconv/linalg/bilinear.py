@@ -49,12 +49,7 @@ class BilinearMetric(Protocol):
 
 
 class DenseMetric:
-    """The quadratic form as a matrix (a·b, a·b), entries in the order (a, b).
-
-    Args:
-        matrix: symmetric positive semi-definite G.
-        left_size: size of a.
-    """
+    """The quadratic form as a symmetric positive semi-definite matrix (a·b, a·b), entries in the order (a, b)."""
 
     def __init__(self, matrix: Float[Tensor, "ab ab"], left_size: int) -> None:
         if left_size < 1 or matrix.shape[0] % left_size:

@@ -26,21 +26,13 @@ BLOCK = 24
 
 
 def require_finite(**tensors: Tensor) -> None:
-    """Refuse tensors with an infinite or undefined entry, by name.
-
-    Args:
-        **tensors: name to tensor.
-
-    Raises:
-        ArgumentValueError: naming the first tensor that has such an entry.
-    """
+    """Refuse tensors with an infinite or undefined entry, by name."""
     for name, tensor in tensors.items():
         # One reduction instead of a mask: a finite sum needs finite entries; the mask settles sums that overflow.
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ArgumentValueError(
                 "the matrix has entries that are not finite",
-                expected="finite numbers",
                 got=f"{bad} of {tensor.numel()} entries infinite or undefined",
                 where=name,
                 fix="look for an overflow in the forward or backward pass that filled it",
@@ -223,13 +215,6 @@ def fix_signs(left: Float[Tensor, "k n"], right: Float[Tensor, "k m"]) -> tuple[
 
     The first entry of a left row that comes within a hundredth of its largest magnitude is made positive: rounding does
     not change which one that is, as it would among equal magnitudes. An all-zero left row is judged by its right row.
-
-    Args:
-        left: one row a channel.
-        right: the partner rows.
-
-    Returns:
-        Both, with the product of each pair of rows unchanged.
     """
 
     def leading(rows: Tensor) -> Tensor:
@@ -299,9 +284,7 @@ def _lanczos(matrix: Tensor, count: int, longest: int) -> Tensor | None:
     """Block Lanczos on M·Mᵀ with full reorthogonalisation and thick restarts (Wu & Simon 2000), to about 4e-6.
 
     Narrow blocks, since convergence depends on the degree of the polynomial: the width of the basis over the block.
-
-    Returns:
-        The 2·count leading Ritz vectors (a, ·); None after more products than the full decomposition is worth.
+    Gives the 2·count leading Ritz vectors (a, ·), or None after more products than the full decomposition is worth.
     """
     rows, columns = matrix.shape
     kept, width = 2 * count, 0

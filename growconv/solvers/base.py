@@ -1,7 +1,7 @@
 """What a growth method is and is asked for, the registry of all of them, and `solve`, the one way to call them."""
 
-import importlib
 import inspect
+import pkgutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -106,11 +106,7 @@ class Solver(ABC):
         require_limits(self, ArgumentValueError)
 
     def refusal(self, site: GrowthSite) -> str | None:
-        """Why the method cannot serve a site; None where it can.
-
-        Args:
-            site: the site; nothing is computed on it.
-        """
+        """Why the method cannot serve a site, on which nothing is computed; None where it can."""
         if not self.needs_closed_form or not site.closed_form:
             return site.no_closed_form if self.needs_closed_form else None
         normed = any(route.norm for route in site.routes)
@@ -136,9 +132,6 @@ class Solver(ABC):
 
 def register(name: str) -> Callable[[SolverClass], SolverClass]:
     """Class decorator that makes a `Solver` available by name, in this package or outside it.
-
-    Args:
-        name: what users write as ``method=``.
 
     Raises:
         SolverError: the name already belongs to another class, or the class is no Solver.
@@ -205,25 +198,15 @@ def get_solver(method: "str | Solver", **hyperparameters: Any) -> Solver:
 
 
 def _imported(path: str) -> str:
-    """Import the module of a solver class outside this package; gives the name under which the class is registered."""
-    module, _, name = path.rpartition(".")
+    """The name under which a solver outside this package is registered, by the dotted path of its class."""
+    fix = "give module.Class of a class decorated with growconv.solvers.register, with its folder on PYTHONPATH"
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise SolverError(
-            "the module of this growth method cannot be imported",
-            got=str(error),
-            where=path,
-            fix="install it, or put its folder on PYTHONPATH",
-        ) from error
-    if found is None or SOLVERS.get(getattr(found, "name", "")) is not found:
-        raise SolverError(
-            "this is not a registered growth method",
-            expected="a class decorated with growconv.solvers.register",
-            got=repr(found),
-            where=path,
-        )
-    return str(getattr(found, "name"))  # noqa: B009 (the class is checked above, its type is not known here)
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise SolverError("this growth method cannot be imported", got=str(error), where=path, fix=fix) from error
+    if SOLVERS.get(getattr(found, "name", "")) is not found:
+        raise SolverError("this is not a registered growth method", got=repr(found), where=path, fix=fix)
+    return str(found.name)
 
 
 def solve(
@@ -316,19 +299,15 @@ def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics
 
 
 def require_count(solver: Solver, where: str, error: type[GrowthError]) -> None:
-    """Refuse "auto" channels of a method that cannot tell how many are worth having.
-
-    Args:
-        where: what they are asked for.
-        error: what is raised.
-    """
+    """Refuse, with some error, "auto" channels of a method that cannot tell how many are worth having."""
     if not solver.counts:
+        able = ", ".join(name for name in sorted(SOLVERS) if SOLVERS[name].counts)
         raise error(
             f"the method {solver.name!r} has no measure by which to choose a number of channels",
             expected="an integer of at least 1",
             got="'auto'",
             where=where,
-            fix=f"give a number, or use one of {', '.join(name for name in sorted(SOLVERS) if SOLVERS[name].counts)}",
+            fix=f"give a number, or use one of {able}",
         )
 
 
@@ -385,10 +364,6 @@ def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics
     that have come: what is solved there says in `ChannelGrowth.units` what it belongs to, and surgery fills the new
     neighbours' entries with zeros.
 
-    Args:
-        statistics: of the site.
-        site: the site of the model as it is now.
-
     Raises:
         SolverError: channels have been taken away since, so that the statistics speak of what is no more.
     """
@@ -399,9 +374,8 @@ def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics
     if changed:
         site = site.of(copied(site.model))
     for space, (before, after) in changed.items():
-        roles: dict[str, tuple[str, ...]] = dict.fromkeys((OUT, IN, ENTRY), ())
-        for path, side in site.layout.keys(space):
-            roles[side] = (*roles.get(side, ()), path)
+        keys = site.layout.keys(space)
+        roles = {side: tuple(path for path, own in keys if own == side) for side in (OUT, IN, ENTRY)}
         name = " + ".join(roles[OUT])
         if after < before:
             raise SolverError(

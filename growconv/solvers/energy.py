@@ -1,25 +1,30 @@
-"""New channels on kept samples, through the real activation: captured energy, first-order decrease, signs."""
+"""What new channels capture on kept samples: how much, how surely, and how many channels and samples that justifies."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from growconv.errors import SolverError, StatisticsError
+from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.weights import scaled
-from growconv.statistics.collect import collect_statistics
-from growconv.statistics.pair import PairStatistics
+from growconv.solvers.assembly import added_outputs, agreements, empty, moments_inserted, pulled_back, require_samples
+from growconv.solvers.base import Channels, Request, Solver, get_solver
+from growconv.statistics import PairStatistics, collect_statistics
+from growconv.statistics.pair import without
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps, by_sample
+
+Found = dict[str, PairStatistics]
+Solve = Callable[[Request], ChannelGrowth]
 
 ALL = 2**62
 """More samples than there are."""
+HELD_OUT = 0.5
+CONFIDENCE = 2.0
 
 
 def captured_energy(
@@ -60,100 +65,23 @@ def captured_energy(
     kept = require_samples(collected[site.name], "captured_energy")
     if statistics is not None and all(each.best_update is not None for each in statistics.consumers):
         kept = replace(kept, consumers={each.consumer: each for each in statistics.consumers})
-    agreement, size, energy = 0.0, 0.0, 0.0
-    for piece in _pieces(kept.projected()):
-        for delta, target in piece.beside_v(added_outputs(growth, piece)):
-            agreement += float((target.double() * delta).sum())
-            size += float(delta.double().square().sum())
-            energy += float(target.double().square().sum())
-    return agreement**2 / (size * energy) if agreement > 0 and size > 0 and energy > 0 else 0.0
-
-
-def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float | None:
-    """First-order decrease of the mean loss at amplitude 1: ⟨v, δz⟩ / n, since L(γ) = L(0) − γ⟨v, δz⟩/n + o(γ).
-
-    Args:
-        subject: statistics of the site. With kept samples, δz goes through the real activation; without them, it is
-            taken as linear, ⟨N_raw, Θ⟩.
-
-    Returns:
-        The decrease, negative for a proposal that raises the loss; None if the statistics do not determine it.
-    """
-    if growth.channels == 0:
-        return 0.0
-    kept = subject.samples_kept
-    if kept is not None and len(kept):
-        total = 0.0
-        for piece in _pieces(kept):
-            for delta, wanted in piece.beside_v(added_outputs(growth, piece)):
-                total += float((wanted * delta).sum(dtype=torch.float64))
-        return total / len(kept)
-    if not subject.growth_site.closed_form or any(each.N_raw is None for each in subject.consumers):
-        return None
-    rows = []
-    for path in subject.growth_site.producers:
-        bias = growth.incoming_bias.get(path)
-        rows += [growth.incoming[path].flatten(1), *([] if bias is None else [bias[:, None]])]
-    left = torch.cat(rows, 1)
-    total = 0.0
-    for each in subject.consumers:
-        raw = torch.as_tensor(each.N_raw)
-        right = growth.outgoing[each.consumer].flatten(1).unflatten(1, (growth.channels, -1)).to(raw)
-        total += float(torch.einsum("ka,abc,ckb->", left.to(raw), raw, right))
-    return total
-
-
-def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptSamples:
-    """The kept samples, or an error that says how to keep them.
-
-    Args:
-        what: who asks, for the message.
-        least: how many are needed.
-
-    Raises:
-        StatisticsError: no samples, or fewer.
-    """
-    kept = subject.samples_kept
-    if kept is None or len(kept) < max(least, 1):
-        raise StatisticsError(
-            f"{what} needs kept samples",
-            expected=f"at least {least}",
-            got="none" if kept is None else len(kept),
-            where=subject.site,
-            fix="collect with keep_samples=512, say, on a model whose own forward is called",
-        )
-    return kept
-
-
-def inserted_by(growth: ChannelGrowth, site: GrowthSite) -> Inserted:
-    """What surgery will put between producers and consumers for a proposal."""
-    copied = growth.copied_from
-    if copied is not None and bool((copied < 0).any()):
-        raise SolverError(
-            "a proposal of new channels and halves of old ones has no δz: it changes old weights",
-            got=growth.method,
-            where=site.name,
-            fix="compare the loss before and after growing",
-        )
-    units = None if copied is None else copied[:: site.granularity] // site.granularity
-    return Inserted(growth.norms, growth.norm_scale, growth.carried, units)
+    return captured_share(kept.projected(), added_outputs(kept.projected(), growth))
 
 
 @torch.no_grad()
-def added_outputs(growth: ChannelGrowth, piece: KeptPass) -> Maps:
-    """What new channels at amplitude 1 add to each consumer's output, per call, on one piece of the samples."""
-    read = piece.read(growth.incoming, growth.incoming_bias, inserted_by(growth, piece.region.site))
-    return piece.added(read, growth.outgoing)
+def captured_share(samples: KeptSamples, added: Iterable[tuple[KeptPass, Maps]]) -> float:
+    """⟨v, δz⟩² / (‖δz‖² ‖v‖²) of what is added to the consumers' outputs; 0 where ⟨v, δz⟩ < 0.
 
-
-def _pieces(kept: KeptSamples) -> Iterable[KeptPass]:
-    first = kept.passes[0]
-    entries = sum(each.numel() for maps in (first.x, first.v) for calls in maps.values() for each in calls)
-    return kept.pieces(entries // max(first.samples, 1), 2**25)
-
-
-DESIGN_ENTRIES = 2**22
-"""Entries of what a consumer multiplies its columns with that are held at once."""
+    Args:
+        samples: all of them, whose v is looked at.
+        added: per piece of the samples δz.
+    """
+    agreement = size = 0.0
+    for piece, changes in added:
+        for delta, wanted in piece.beside_v(changes):
+            agreement += float((wanted * delta).sum(dtype=torch.float64))
+            size += float(delta.square().sum(dtype=torch.float64))
+    return agreement**2 / (size * samples.energy) if min(agreement, size, samples.energy) > 0 else 0.0
 
 
 @torch.no_grad()
@@ -165,101 +93,215 @@ def captured_by_sample(subject: PairStatistics, growth: ChannelGrowth) -> Float[
         growth: the proposal; norm layers get its moments, or those that are measured where it has none.
     """
     kept = require_samples(subject, growth.method)
-    inserted, projected, rows = _inserted(kept, growth), kept.projected(), []
+    inserted, projected, rows = moments_inserted(kept, growth), kept.projected(), []
     for batch in projected.batches:
         row = torch.zeros(batch.samples, growth.channels, dtype=torch.float64, device=kept.like.device)
         for piece in batch.passes:
             read = piece.read(growth.incoming, growth.incoming_bias, inserted)
-            for each in _agreements(read, piece, pulled_back(piece, read, growth.outgoing), growth.channels):
+            for each in agreements(piece, read, pulled_back(piece, read, growth.outgoing), growth.channels):
                 row += by_sample(each, batch.samples)
         rows.append(row)
     return torch.cat(rows)
 
 
-def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> Maps:
-    """∂⟨v, δz⟩/∂(what the consumers read of the new channels), which does not depend on what they read."""
-    with torch.enable_grad():
-        calls, layout = tree_flatten(read)
-        leaves = [each.detach().requires_grad_() for each in calls]
-        pairs = piece.beside_v(piece.added(tree_unflatten(leaves, layout), outgoing))
-        total = torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
-        return tree_unflatten(torch.autograd.grad(total, leaves), layout)
+@dataclass(frozen=True, eq=False)
+class MeasuredGains:
+    """First-order gain of every channel on samples, with the standard error of its mean.
+
+    Attributes:
+        gains: (k,) mean of ⟨v⊥, δz_k⟩ over the samples, through the real activation.
+        errors: (k,) its standard error.
+        samples: number of samples.
+    """
+
+    gains: Float[Tensor, " k"]
+    errors: Float[Tensor, " k"]
+    samples: int
+
+    @property
+    def relative_error(self) -> float:
+        """Error of the summed gains (channels taken as independent) over that sum; infinite if the sum is no gain."""
+        total = float(self.gains.sum())
+        return float(self.errors.square().sum().sqrt()) / total if total > 0 else float("inf")
+
+    def __str__(self) -> str:
+        """One channel a line."""
+        lines = [f"gains on {self.samples} samples"]
+        pairs = zip(self.gains.tolist(), self.errors.tolist(), strict=True)
+        lines += [f"  {channel}: {gain:.3g} ± {error:.1g}" for channel, (gain, error) in enumerate(pairs)]
+        return "\n".join(lines)
 
 
-def _agreements(read: Maps, piece: KeptPass, pulled: Maps, channels: int) -> list[Float[Tensor, "rows k"]]:
-    """⟨v, δz_k⟩ of every row, per consumer and call."""
-    found = []
-    for path, calls in read.items():
-        layer = piece.region.site.layer(path)
-        for values, back in zip(calls, pulled[path], strict=True):
-            product = (values * back).movedim(layer.channel_axis(values.dim()), 1).unflatten(1, (channels, -1))
-            found.append(product.flatten(2).sum(2, dtype=torch.float64))
+def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGains:
+    """Gains of a proposal on the kept samples, with error bars.
+
+    Args:
+        subject: statistics with kept samples; the gains are unbiased where the solver has not seen these samples.
+
+    Raises:
+        StatisticsError: fewer than two samples were kept.
+    """
+    kept = require_samples(subject, "an error bar", least=2)
+    captured = captured_by_sample(subject, growth)
+    return MeasuredGains(captured.mean(0), captured.std(0) / len(kept) ** 0.5, len(kept))
+
+
+def held_out_gains(solve: Solve, request: Request) -> tuple[ChannelGrowth, MeasuredGains]:
+    """What a solver proposes without half of the kept samples, and its gains on those.
+
+    Raises:
+        StatisticsError: fewer than four samples were kept, or none are left to solve on.
+    """
+    subject = request.subject
+    fitting, held_out = require_samples(subject, "a held-out gain", least=4).split(1 - HELD_OUT)
+    rest = without(subject, held_out, fitting)
+    proposal = solve(replace(request, statistics=rest))
+    return proposal, measure_gains(replace(rest, samples_kept=held_out), proposal)
+
+
+def worthwhile(solve: Solve, request: Request) -> ChannelGrowth:
+    """As many channels as hold their gain on samples that the solver has not seen.
+
+    The solver proposes up to as many channels as there are (at least 8), and those whose held-out gain is above two
+    error bars are counted. The solver is then asked for that number on all samples; the reason says how many held.
+    """
+    site = request.site
+    most = site.growable_channels(max(8, site.width))
+    candidates, measured = held_out_gains(solve, replace(request, channels=most))
+    if candidates.channels == 0:
+        return candidates
+    count = int((measured.gains > CONFIDENCE * measured.errors).sum()) // site.granularity * site.granularity
+    why = (
+        f"{count} of {candidates.channels} gains exceed {CONFIDENCE:g} error bars "
+        f"on {measured.samples} held-out samples"
+    )
+    asked = replace(request, channels=count)
+    return replace(solve(asked), reason=why) if count else empty(asked, candidates.method, why)
+
+
+def collect_until_known(
+    model: nn.Module,
+    asked: Mapping[GrowthSite, Channels],
+    batches: Iterable[tuple[Any, Any]],
+    loss: Callable[[Any, Any], Tensor],
+    method: str | Solver = "tiny",
+    relative_error: float = 0.1,
+    keep_samples: int = 512,
+    **options: Any,
+) -> Found:
+    """Statistics of as many batches as it takes to know the gains to within a relative error (samples="auto").
+
+    See `until_known` for the rounds, `gains_known` for the criterion.
+
+    Args:
+        model: the model that the sites belong to.
+        asked: number of channels that will be requested from the solver, by site.
+        batches: (input, target) pairs, read only as far as needed.
+        loss: loss(output, target), a mean over samples.
+        method: the solver whose gains are to be known; it must work on statistics of pairs.
+        relative_error: standard error of the summed gains over their sum, at every site.
+        keep_samples: how many samples to keep per site; half of them judge what the others propose.
+        **options: options of `collect_statistics`.
+
+    Returns:
+        Statistics by site name; `samples` says how many it took.
+
+    Raises:
+        ArgumentValueError: a relative error that is not positive.
+        SolverError: a site or a method without such statistics.
+        StatisticsError: no batches.
+    """
+    if not relative_error > 0:
+        raise ArgumentValueError(
+            "the relative error must be positive", expected="> 0", got=relative_error, where="relative_error"
+        )
+    solver = get_solver(method)
+    require_known_gains(solver, asked)
+    settings = {"quantities": solver.reads | {"samples"}, "keep_samples": keep_samples, **options}
+    return until_known(
+        lambda part: collect_statistics(model, asked, part, loss, **settings),
+        batches,
+        lambda found: gains_known(found, asked, solver, relative_error, model),
+    )
+
+
+def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
+    """Refuse what has no gains that more samples would make known.
+
+    Raises:
+        SolverError: a method without statistics of pairs, or a site without closed form.
+    """
+    if solver.gain_unit != "energy":
+        raise SolverError(
+            "this method has no gains to estimate from samples",
+            expected="a method on the statistics of pairs, such as tiny, exact or functional",
+            got=solver.name,
+            where='samples="auto"',
+        )
+    for site in sites:
+        if not site.closed_form:
+            raise SolverError(
+                'samples="auto" judges gains on the statistics of one producer and its consumers',
+                got=site.no_closed_form,
+                where=site.name,
+                fix="give a number of samples for this site",
+            )
+
+
+def until_known(
+    collect: Callable[[list[Any]], Found], batches: Iterable[tuple[Any, Any]], known: Callable[[Found], bool]
+) -> Found:
+    """Collect from 1, 2, 4, 8, … batches until the answer is known or there are no more.
+
+    Every round starts anew, since statistics that took a second pass cannot be added up; all rounds together read at
+    most twice the batches of the last.
+
+    Args:
+        collect: statistics of a list of batches.
+        batches: read only as far as needed.
+        known: whether these statistics are enough.
+
+    Raises:
+        StatisticsError: no batches.
+    """
+    source, used = iter(batches), []
+    found: Found = {}
+    while fresh := list(islice(source, max(1, len(used)))):
+        used += fresh
+        found = collect(used)
+        if known(found):
+            break
+    if not used:
+        raise StatisticsError("there were no batches", fix="pass at least one (input, target) pair")
     return found
 
 
-def _energies(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor], channels: int) -> Float[Tensor, " k"]:
-    """‖δz_k‖² of every channel on a piece, from the second moments of its own columns."""
-    total = torch.zeros(channels, dtype=torch.float64, device=next(iter(outgoing.values())).device)
-    for path, calls in read.items():
-        designs = piece.design(path, calls)
-        for design, weight in zip(designs, outgoing[path].to(designs[0]).chunk(len(designs)), strict=True):
-            own = design.unflatten(0, (channels, -1))
-            columns = weight.flatten(1).unflatten(1, (channels, -1)).transpose(0, 1)
-            total += ((own @ own.mT) * (columns.mT @ columns)).sum((1, 2), dtype=torch.float64)
-    return total
+def gains_known(
+    statistics: Found,
+    asked: Mapping[GrowthSite, Channels],
+    solver: Solver,
+    relative_error: float,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> bool:
+    """Whether the sum of the gains is known to a relative error at every site.
 
-
-def _inserted(kept: KeptSamples, growth: ChannelGrowth) -> Inserted:
-    """What norm layers in between get: the proposal's moments, or measured ones where it has none."""
-    norms = {**kept.moments(growth.incoming, growth.incoming_bias), **growth.norms}
-    return replace(inserted_by(growth, kept.site), norms=norms)
-
-
-def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowth:
-    """Of (α, ω) and (−α, −ω) take per channel the one that captures more through the real activation.
-
-    The linear theory cannot tell them apart; behind ReLU one of them may be dead on most samples. The share captured is
-    ⟨v⊥, δz⟩²/‖δz‖², and nothing where ⟨v⊥, δz⟩ < 0, since channels enter with a positive amplitude.
+    Half of the kept samples are taken out of the statistics; what the solver proposes from the rest is measured on
+    them, through the real activation. Their spread gives the error of an average over all samples.
 
     Args:
-        subject: statistics with kept samples.
-        growth: what a closed form proposes.
-
-    Returns:
-        The proposal with its signs, `expected_decrease` and the moments of norm layers that were not known before.
+        statistics: by name of the site, with kept samples.
+        asked: how many channels to propose, by site; "auto" stands for 8.
+        relative_error: standard error over sum.
+        model: the model that the sites belong to.
+        generator: randomness of the solver.
     """
-    kept = require_samples(subject, growth.method)
-    turned = -growth.gains.new_ones(growth.channels)
-    both = (growth, scaled(growth, turned, turned))
-    scores = _scores(kept.projected(), both)
-    flip = scores[1] > scores[0] * (1 + 1e-6)  # an exact tie, as behind a linear activation, keeps the fixed sign
-    signs = torch.where(flip, -1.0, 1.0)
-    chosen = scaled(growth, signs, signs)
-    like = next(iter(growth.incoming.values()))
-    measured = kept.moments(chosen.incoming, chosen.incoming_bias)
-    norms = {path: (mean.to(like), variance.to(like)) for path, (mean, variance) in measured.items()}
-    chosen = replace(chosen, norms={**norms, **chosen.norms})
-    return replace(chosen, expected_decrease=expected_decrease(subject, chosen))
-
-
-@torch.no_grad()
-def _scores(projected: KeptSamples, growths: tuple[ChannelGrowth, ChannelGrowth]) -> Float[Tensor, "2 k"]:
-    """max(⟨v⊥, δz_k⟩, 0)²/‖δz_k‖² of a proposal and of the one with all signs turned."""
-    channels = growths[0].channels
-    inserted = [_inserted(projected, each) for each in growths]
-    captured = torch.zeros(2, channels, dtype=torch.float64, device=projected.like.device)
-    energy = torch.zeros_like(captured)
-    entries = 0
-    for path, weight in growths[0].outgoing.items():
-        for each in projected.passes[0].v[path]:
-            entries += each[:1].numel() * weight[0].numel() // len(weight)  # locations times columns
-    for piece in projected.pieces(entries, DESIGN_ENTRIES):
-        pulled: Maps = {}
-        for index, (growth, between) in enumerate(zip(growths, inserted, strict=True)):
-            read = piece.read(growth.incoming, growth.incoming_bias, between)
-            pulled = pulled or pulled_back(piece, read, growth.outgoing)
-            sign = 1 - 2 * index  # ω turned turns what is pulled back
-            for each in _agreements(read, piece, pulled, channels):
-                captured[index] += sign * each.sum(0)
-            energy[index] += _energies(piece, read, growth.outgoing, channels)
-    return captured.clamp_min(0).square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    for site, channels in asked.items():
+        subject = statistics[site.name]
+        count = site.growable_channels(8) if channels == "auto" else site.growable_channels(channels)
+        if subject.samples_kept is None or len(subject.samples_kept) < 4:
+            return False
+        proposal, measured = held_out_gains(solver.solve, Request(site.of(model), count, subject, generator))
+        if proposal.channels and measured.relative_error * (measured.samples / subject.samples) ** 0.5 > relative_error:
+            return False
+    return True

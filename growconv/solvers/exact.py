@@ -14,12 +14,11 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.limits import limited
-from growconv.linalg import BilinearMetric, DenseMetric, fix_signs, require_finite, shared_left_least_squares
+from growconv.linalg import BilinearMetric, DenseMetric, fix_signs, shared_left_least_squares
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers.assembly import assemble, require_moments, require_statistics, shortfall
+from growconv.solvers.assembly import assemble, require_moments, require_samples, require_statistics, shortfall
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import require_samples
-from growconv.solvers.sampling import worthwhile
+from growconv.solvers.energy import worthwhile
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.pair import PairStatistics, sample_averages, sample_batches
 from growconv.statistics.problem import PairProblem
@@ -81,7 +80,6 @@ def exact(
             got=f"S_full {tuple(S_full.shape)}, N {tuple(N.shape)}",
             where="S_full",
         )
-    require_finite(S_full=S_full, N=N)
     return minimise([(DenseMetric(S_full, patch), N.reshape(patch, taps, -1))], channels, rank_tolerance, **options)
 
 

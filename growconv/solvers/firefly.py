@@ -18,19 +18,19 @@ from torch.nn import functional
 from growconv.limits import limited
 from growconv.linalg.optimizers import Adam
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.seats import Inserted, Moments
+from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOTHING_TO_GAIN
+from growconv.solvers.assembly import NOTHING_TO_GAIN, require_samples
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, random_filters
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.weights import (
+    Filters,
     columns_of,
     filter_norms,
     normal,
     of_units,
     outgoing_norms,
+    random_filters,
     scaled_columns,
     silent_outgoing,
 )
@@ -116,12 +116,10 @@ def _joined(new: ChannelGrowth, halves: ChannelGrowth) -> ChannelGrowth:
     def both(mine: dict[str, Tensor], others: dict[str, Tensor], axis: int = 0) -> dict[str, Tensor]:
         return {path: torch.cat([each, others[path].to(each)], axis) for path, each in mine.items()}
 
-    ratio = halves.channels / max(new.channels, 1)
-    norms = {
-        path: (functional.pad(mean, (0, int(len(mean) * ratio))), functional.pad(variance, (0, int(len(mean) * ratio))))
-        for path, (mean, variance) in new.norms.items()
-    }
-    copied = torch.as_tensor(halves.copied_from)
+    norms, copied = {}, torch.as_tensor(halves.copied_from)
+    for path, (mean, variance) in new.norms.items():
+        missing = (0, len(mean) * halves.channels // new.channels)
+        norms[path] = (functional.pad(mean, missing), functional.pad(variance, missing))
     return replace(
         new,
         incoming=both(new.incoming, halves.incoming),
@@ -144,7 +142,6 @@ class Candidates:
     def __init__(self, kept: KeptSamples, channels: int, generator: torch.Generator | None) -> None:
         site = kept.site
         self.kept = kept
-        self.count = channels // site.granularity
         self.norm = float(filter_norms(site).mean())
         self.filters = random_filters(site, channels, generator).each(torch.Tensor.requires_grad_)
         self.outgoing: dict[str, Tensor] = {}
@@ -154,26 +151,22 @@ class Candidates:
 
     def weights(self) -> tuple[Filters, dict[str, Tensor]]:
         """α at the old filters' mean norm, ω at norm 1 as (out, entries, *kernel)."""
-        squares = [
-            weight.unflatten(1, (self.count, -1)).transpose(0, 1).flatten(1).square().sum(1)
-            for weight in self.outgoing.values()
-        ]
+        squares, filters = [], self.filters
+        for weight in self.outgoing.values():
+            squares.append(weight.unflatten(1, (filters.units, -1)).transpose(0, 1).flatten(1).square().sum(1))
         total = torch.stack(squares).sum(0)
         factor = 1 / total.sqrt().clamp_min(torch.finfo(total.dtype).tiny)
         outgoing = {path: scaled_columns(weight, factor) for path, weight in self.outgoing.items()}
-        return self.filters.at_norm(self.norm), outgoing
+        return filters.at_norm(self.norm), outgoing
 
-    def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> tuple[Tensor, Tensor]:
-        """⟨v, δz⟩ on a piece of the samples, and ‖δz‖²."""
-        pairs = list(piece.beside_v(piece.added(read, outgoing)))
-        return (
-            torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum(),
-            torch.stack([delta.square().sum() for delta, _ in pairs]).sum(),
-        )
+    def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> Tensor:
+        """⟨v, δz⟩ on a piece of the samples."""
+        pairs = piece.beside_v(piece.added(read, outgoing))
+        return torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
 
     def train(self, steps: int, learning_rate: float) -> None:
         """Step one: gradient ascent on the candidates' summed Taylor gains; they do not see each other."""
-        free = [*self.filters.tensors, *self.outgoing.values()]
+        free = [*self.filters.rows.values(), *self.outgoing.values()]
         optimizer, parts = Adam(free, lr=learning_rate), self.kept.parts(SAMPLES)
         with torch.enable_grad():
             for step in range(steps):
@@ -181,53 +174,49 @@ class Candidates:
                 part = parts[step % len(parts)]
                 for piece in part.passes:
                     filters, outgoing = self.weights()
-                    decrease, _ = self.decrease(piece, outgoing, piece.read(filters.incoming, filters.biases))
+                    decrease = self.decrease(piece, outgoing, piece.read(*filters.weights))
                     (-decrease / len(part)).backward(inputs=free)
                 optimizer.step()
 
     def taylor_gains(self) -> Tensor:
         """−s_l = ∂⟨v, δz⟩/∂ε_l of every candidate, on all samples (equation 7 at ε = 0)."""
-        strength = self.filters.like.new_ones(self.count).requires_grad_()
+        strength = self.filters.like.new_ones(self.filters.units).requires_grad_()
         total = torch.zeros_like(strength)
         for piece in self.kept.passes:
             with torch.no_grad():
                 filters, outgoing = self.weights()
-                read = piece.read(filters.incoming, filters.biases)
+                read = piece.read(*filters.weights)
             with torch.enable_grad():
                 scaled = {path: scaled_columns(weight, strength) for path, weight in outgoing.items()}
-                total += torch.autograd.grad(self.decrease(piece, scaled, read)[0], strength)[0]
+                total += torch.autograd.grad(self.decrease(piece, scaled, read), strength)[0]
         return total.detach() / len(self.kept)
 
     @torch.no_grad()
     def keep(self, order: list[int], gains: Tensor, requested: int, strength: Tensor | None = None) -> ChannelGrowth:
         """The chosen candidates, ω with the sign that lowers the loss and of one norm; None: that which fits v best."""
-        site, size = self.kept.site, self.kept.site.granularity
+        size, signs = self.kept.site.granularity, gains[order].sign()
         filters, outgoing = self.weights()
-        filters = filters.picked(order)
-        columns = {path: of_units(order, weight.shape[1] // self.count) for path, weight in outgoing.items()}
-        signs = gains[order].sign()
-        outgoing = {path: scaled_columns(outgoing[path][:, index], signs) for path, index in columns.items()}
-        measured: dict[str, Moments] = {}
-        expected, reason = 0.0, NOTHING_TO_GAIN
+        for path, weight in outgoing.items():
+            own = weight[:, of_units(order, weight.shape[1] // filters.units)]
+            outgoing[path] = scaled_columns(own, signs).contiguous()
+        filters, measured, expected, reason = filters.picked(order), {}, 0.0, NOTHING_TO_GAIN
         if order:
-            measured = self.kept.moments(filters.incoming, filters.biases)
-            inserted, decrease, energy = Inserted(norms=measured), torch.zeros(()), torch.zeros(())
+            measured = self.kept.moments(*filters.weights)
+            decrease, energy = self.kept.like.new_zeros(2)
             for piece in self.kept.passes:
-                read = piece.read(filters.incoming, filters.biases, inserted)
-                one, other = self.decrease(piece, outgoing, read)
-                decrease, energy = decrease.to(one) + one, energy.to(other) + other
+                added = piece.added(piece.read(*filters.weights, Inserted(norms=measured)), outgoing)
+                for delta, wanted in piece.beside_v(added):
+                    decrease += (delta * wanted).sum()
+                    energy += delta.square().sum()
             scale = decrease / energy if strength is None else strength
             outgoing = {path: weight * scale.to(weight) for path, weight in outgoing.items()}
             expected = float(decrease * scale) / len(self.kept)
             few = f"only {len(order) * size} of {requested} candidates change the loss"
             reason = few if len(order) * size < requested else None
-        return ChannelGrowth(
-            site=site.name,
-            method="firefly",
-            incoming=filters.incoming,
-            incoming_bias=filters.biases,
-            outgoing={path: weight.contiguous() for path, weight in outgoing.items()},
-            gains=gains[order].abs().repeat_interleave(size) / size,
+        return filters.proposed(
+            "firefly",
+            outgoing,
+            gains[order].abs().repeat_interleave(size) / size,
             requested=requested,
             reason=reason,
             norms=measured,

@@ -2,25 +2,33 @@
 
 δz is linear in the outgoing weights ω, so that for given filters the best ω is a small least-squares problem: the Gram
 matrix of what the consumers read, and its correlation with v⊥ (variable projection, Golub and Pereyra 1973). What is
-left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal.
+left is a function of the filters alone, whose gradient needs no derivative of ω, since ω is optimal. All of it looks at
+kept samples whose v is what new channels should give: `kept.projected()`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from growconv.linalg import QuasiNewton, solve_psd
-from growconv.network.seats import Calls, Inserted
+from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
+from growconv.solvers.energy import captured_share
 from growconv.solvers.exact import descending
-from growconv.solvers.filters import Coordinates, Filters
-from growconv.statistics.samples import KeptPass, KeptSamples
+from growconv.solvers.weights import Filters, normal, old_filters
+from growconv.statistics.columns import columns
+from growconv.statistics.own_update import Equations
+from growconv.statistics.samples import KeptPass, KeptSamples, Maps
 
 COLUMN_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 """Memory of the columns of one chunk of samples: what a CPU's cache holds is read back twice as fast."""
+
+POSITIONS = 100_000
+"""Patches whose second moment stands for that of all."""
 
 RIDGE = 1e-6
 """Added to the diagonal of a Gram matrix scaled to ones on it: keeps the solve finite, changes nothing else."""
@@ -31,45 +39,101 @@ Path = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What new channels are fitted to: samples whose v is what they should give, and the way to the consumers.
+class Coordinates:
+    """Filters from a matrix of parameters, one row a unit, in which patches have about one size in every direction.
 
     Attributes:
-        samples: the samples.
-        inserted: what comes in between; None: norm layers are as for values of mean 0 and variance 1.
+        old: the site's own filters, whose shapes new ones have.
+        roots: per producer damped G^(-1/2) of its patches (a, a): a filter is a row of parameters times it.
+        inverses: G^(1/2).
+        longest: largest norm of a unit's filters, biases included, over all producers: longer ones are shortened to it.
     """
 
-    samples: KeptSamples
-    inserted: Inserted | None = None
+    old: Filters
+    roots: dict[str, Tensor]
+    inverses: dict[str, Tensor]
+    longest: float = math.inf
 
-    @property
-    def site(self) -> GrowthSite:
-        """The site."""
-        return self.samples.site
+    def filters(self, theta: Float[Tensor, "k q"]) -> Filters:
+        """The filters that parameters stand for; differentiable."""
+        found = self.old.from_matrix(theta)
+        found = replace(found, rows={path: rows @ self.roots[path] for path, rows in found.rows.items()})
+        return found if math.isinf(self.longest) else found.scaled(self.longest / found.norms.clamp_min(self.longest))
 
-    def reads(self, piece: KeptPass, filters: Filters) -> Mapping[str, Calls]:
-        """What the consumers would read of new channels with some filters, on one piece of the samples."""
-        return piece.read(filters.incoming, filters.biases, self.inserted)
+    def encode(self, filters: Filters) -> Float[Tensor, "k q"]:
+        """Parameters of filters; exact for those that are not too long."""
+        inverses = self.inverses
+        found = {path: rows.to(inverses[path]) @ inverses[path] for path, rows in filters.rows.items()}
+        return replace(filters, rows=found).matrix
 
-    def pieces(self, filters: Filters) -> Iterator[KeptPass]:
-        """The samples in pieces whose columns fit into the scratch memory."""
-        first, like = self.samples.passes[0], filters.like
-        with torch.no_grad():
-            one = first.part(slice(0, 1)) if first.region.divisible else first
-            size = 0
-            for path, read in self.reads(one, filters).items():
-                size += sum(each.numel() for each in one.design(path, read))
-        room = COLUMN_BYTES.get(like.device.type, COLUMN_BYTES["cuda"]) // like.element_size()
-        return self.samples.pieces(size // one.samples, room)
+    def random(self, units: int, generator: torch.Generator | None) -> Filters:
+        """Filters of unit size with random directions, all those that the patches take being alike."""
+        found = {}
+        for path, root in self.roots.items():
+            noise = normal((units * len(self.old.rows[path]) // self.old.units, len(root)), root, generator)
+            found[path] = torch.nn.functional.normalize(noise, dim=1) @ root
+        return Filters(self.old.site, units, found)
+
+
+def whitened(samples: KeptSamples, damping: float) -> Coordinates:
+    """Coordinates that whiten the patches of all producers of a site.
+
+    The damping keeps directions that the data hardly uses short: together with early stopping it is the regulariser.
+
+    Args:
+        samples: of the site.
+        damping: added to the eigenvalues of the patches' second moment, as a share of their mean.
+    """
+    site, roots, inverses = samples.site, {}, {}
+    for path in site.producers:
+        values, vectors = torch.linalg.eigh(patch_gram(samples, path))
+        floor = max(float(values.mean()) * damping, torch.finfo(torch.float32).tiny)
+        size = (values.clamp_min(0) + floor).sqrt()
+        roots[path] = ((vectors / size) @ vectors.mT).to(samples.like.dtype)
+        inverses[path] = ((vectors * size) @ vectors.mT).to(samples.like.dtype)
+    return Coordinates(old_filters(site), roots, inverses)
+
+
+def patch_gram(samples: KeptSamples, path: str) -> Float[Tensor, "a a"]:
+    """Second moment of a producer's patches per location, the constant entry of a bias last.
+
+    With groups it is the mean over them. About POSITIONS patches are looked at: beyond, of evenly spread samples.
+    """
+    layer, inputs = samples.site.layer(path), [x for each in samples.passes for x in each.x[path]]
+    one = columns(layer.module, inputs[0][:1])
+    skip = max(1, sum(len(each) for each in inputs) // max(1, POSITIONS // max(one.shape[1], 1)))
+    total, count = None, 0
+    step = max(1, 2**24 // max(one.numel(), 1))
+    for chunk in (chunk for each in inputs for chunk in each[::skip].split(step)):
+        for own in chunk.chunk(layer.groups, layer.channel_axis(chunk.dim())):
+            patches = columns(layer.module, own)
+            if layer.bias() is not None:
+                patches = torch.cat([patches, torch.ones_like(patches[:1])])
+            product = (patches @ patches.mT).double()
+            total = product if total is None else total + product
+            count += patches.shape[1]
+    return torch.as_tensor(total) / max(count, 1)
+
+
+def pieces(samples: KeptSamples, filters: Filters) -> Iterator[KeptPass]:
+    """The samples in pieces on which the columns of new channels fit into the scratch memory."""
+    first, like = samples.passes[0], filters.like
+    with torch.no_grad():
+        one = first.part(slice(0, 1)) if first.region.divisible else first
+        size = 0
+        for path, read in one.read(*filters.weights).items():
+            size += sum(each.numel() for each in one.design(path, read))
+    room = COLUMN_BYTES.get(like.device.type, COLUMN_BYTES["cuda"]) // like.element_size()
+    return samples.pieces(size // one.samples, room)
 
 
 @torch.no_grad()
-def is_homogeneous(fit: Fit, filters: Filters) -> bool:
+def is_homogeneous(samples: KeptSamples, filters: Filters) -> bool:
     """Whether what lies between is positively homogeneous, as the ReLU family is: a filter's norm can move into ω."""
-    (piece, *_) = fit.samples.few(8).passes
-    once = fit.reads(piece, filters)
+    (piece, *_) = samples.few(8).passes
+    once = piece.read(*filters.weights)
     for factor in (0.5, 4.0):
-        read = fit.reads(piece, filters.each(lambda tensor, factor=factor: tensor * factor))
+        read = piece.read(*filters.each(lambda rows, factor=factor: rows * factor).weights)
         for path, calls in read.items():
             for value, before in zip(calls, once[path], strict=True):
                 if not torch.allclose(value, factor * before, rtol=1e-3, atol=1e-4 * float(value.abs().max())):
@@ -77,88 +141,47 @@ def is_homogeneous(fit: Fit, filters: Filters) -> bool:
     return True
 
 
-@dataclass
-class Normal:
-    """The normal equations of one consumer's outgoing weights.
-
-    Attributes:
-        gram: (d, d) Σ over positions of columns · columnsᵀ, d running over new channels and taps.
-        cross: (d, c) Σ of columns · v⊥.
-    """
-
-    gram: Tensor
-    cross: Tensor
-
-    def solve(self, ridge: float) -> Float[Tensor, "d c"]:
-        """The outgoing weights, each column of the design scaled to the same size; zeros for one that is never read."""
-        scale = self.gram.diagonal().clamp_min(0).sqrt()
-        inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)
-        gram = self.gram * inverse[:, None] * inverse
-        gram.diagonal().add_(ridge)
-        cross = self.cross * inverse[:, None]
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        solution = solve_psd(gram, cross) if bool(failed) else torch.cholesky_solve(cross, factor)
-        return solution * inverse[:, None]
-
-
-def normal_equations(fit: Fit, filters: Filters) -> dict[Path, Normal]:
+def normal_equations(samples: KeptSamples, filters: Filters, inserted: Inserted | None = None) -> dict[Path, Equations]:
     """Gram matrices and correlations of what the consumers would read, per consumer and group; float64.
 
     Args:
-        fit: what to fit.
+        samples: what to fit.
         filters: the new filters.
+        inserted: what comes in between; None: norm layers are as for values of mean 0 and variance 1.
     """
     with torch.no_grad():
-        return _summed((piece, fit.reads(piece, filters)) for piece in fit.pieces(filters))
+        return _summed((piece, piece.read(*filters.weights, inserted)) for piece in pieces(samples, filters))
 
 
-def _summed(reads: Iterable[tuple[KeptPass, Mapping[str, Calls]]]) -> dict[Path, Normal]:
+def _summed(reads: Iterable[tuple[KeptPass, Maps]]) -> dict[Path, Equations]:
     """The normal equations of pieces with what the consumers would read there."""
-    result: dict[Path, Normal] = {}
+    result: dict[Path, Equations] = {}
     for piece, found in reads:
         for path, read in found.items():
             for group, (design, target) in enumerate(zip(piece.design(path, read), piece.targets(path), strict=True)):
-                gram, cross = (design @ design.mT).double(), (design @ target.mT).double()
-                known = result.setdefault((path, group), Normal(torch.zeros_like(gram), torch.zeros_like(cross)))
-                known.gram += gram
-                known.cross += cross
+                key, rows = (path, group), design.shape[1]
+                own = Equations((design @ design.mT).double(), (design @ target.mT).double(), rows)
+                result[key] = result[key] + own if key in result else own
     return result
 
 
-def best_outgoing(equations: Mapping[Path, Normal], site: GrowthSite, like: Tensor, ridge: float = RIDGE) -> Weights:
-    """The weights (out, K·ratio/groups, *kernel) per consumer that take the most off v⊥.
+def best_outgoing(equations: Mapping[Path, Equations], site: GrowthSite, like: Tensor, ridge: float = RIDGE) -> Weights:
+    """The weights (out, K·ratio/groups, *kernel) per consumer that take the most off v⊥, of the dtype of `like`.
 
-    Args:
-        equations: normal equations per consumer and group.
-        site: the site, for the kernels of its consumers.
-        like: a tensor of the dtype and on the device that the weights should have.
-        ridge: see `Normal.solve`.
+    The columns of a design are brought to one size before the ridge is added; one that is never read gets zeros.
     """
     rows: dict[str, list[Tensor]] = {}
-    for (path, _), normal in equations.items():
-        weights = normal.solve(ridge)
+    for (path, _), equation in equations.items():
+        scale = equation.gram.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)[:, None]
+        gram, cross = equation.gram * inverse * inverse[:, 0], equation.cross * inverse
+        gram.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        weights = inverse * (solve_psd(gram, cross) if bool(failed) else torch.cholesky_solve(cross, factor))
         weights = weights.mT.reshape(weights.shape[1], -1, *site.layer(path).kernel_size)
         rows.setdefault(path, []).append(weights.to(like))
     # in torch's own layout: a convolution picks its algorithm by the strides of its weights
     return {path: torch.cat(parts).contiguous() for path, parts in rows.items()}
-
-
-def captured_share(fit: Fit, filters: Filters, outgoing: Weights) -> float:
-    """⟨v⊥, δz⟩² / (‖δz‖² ‖v⊥‖²): the captured energy at the best single scale.
-
-    Args:
-        fit: what to measure on.
-        filters: the new filters.
-        outgoing: per consumer (out, K·ratio/groups, *kernel).
-    """
-    agreement, size = 0.0, 0.0
-    with torch.no_grad():
-        for piece in fit.pieces(filters):
-            for delta, target in piece.beside_v(piece.added(fit.reads(piece, filters), outgoing)):
-                agreement += float((target * delta).sum(dtype=torch.float64))
-                size += float(delta.square().sum(dtype=torch.float64))
-    energy = fit.samples.energy
-    return 0.0 if size <= 0 or energy <= 0 or agreement <= 0 else agreement**2 / (size * energy)
 
 
 @dataclass
@@ -185,50 +208,42 @@ class Objective:
     """The loss as a function of the filters alone.
 
     Attributes:
-        fit: what to fit.
+        samples: what to fit.
         coordinates: from parameters to filters.
         ridge: added to the diagonal of the scaled Gram matrix; small, it keeps the solve finite.
     """
 
-    fit: Fit
+    samples: KeptSamples
     coordinates: Coordinates
     ridge: float = RIDGE
 
     def __call__(self, theta: Tensor) -> Point:
         """Loss and gradient at one place."""
-        fit, energy = self.fit, self.fit.samples.energy
-        theta = theta.detach().requires_grad_()
+        energy, theta = self.samples.energy, theta.detach().requires_grad_()
         filters = self.coordinates.filters(theta)
-        leaves = filters.each(lambda tensor: tensor.detach().requires_grad_())
+        leaves = filters.each(lambda rows: rows.detach().requires_grad_())
         # what the consumers read is kept between the two uses: about as much as the samples themselves
-        reads = [(piece, fit.reads(piece, leaves)) for piece in fit.pieces(leaves)]
+        reads = [(piece, piece.read(*leaves.weights)) for piece in pieces(self.samples, leaves)]
         with torch.no_grad():
             equations = _summed(reads)
-        outgoing = best_outgoing(equations, fit.site, theta, self.ridge)
+        outgoing = best_outgoing(equations, self.samples.site, theta, self.ridge)
         loss = 0.0
-        for normal, weights in zip(equations.values(), _by_group(equations, outgoing), strict=True):
-            loss += float((weights * (normal.gram @ weights - 2 * normal.cross)).sum()) / energy
-        totals = [torch.zeros_like(tensor) for tensor in leaves.tensors]
+        for (path, group), equation in equations.items():
+            outputs = equation.cross.shape[1]
+            weights = outgoing[path].flatten(1)[group * outputs : (group + 1) * outputs].mT.double()
+            loss += equation.loss(weights) / energy
+        free = list(leaves.rows.values())
+        slopes = [torch.zeros_like(rows) for rows in free]
         for piece, read in reads:
             pairs = piece.beside_v(piece.added(read, outgoing))
             left_over = torch.stack([(delta - target).square().sum() for delta, target in pairs]).sum() / energy
-            parts = torch.autograd.grad(left_over, leaves.tensors, allow_unused=True)
-            for total, part in zip(totals, parts, strict=True):
-                total += 0 if part is None else part
-        pulled = torch.stack([(tensor * total).sum() for tensor, total in zip(filters.tensors, totals, strict=True)])
-        (gradient,) = torch.autograd.grad(pulled.sum(), theta)
-        curvature = sum(
-            weights.unflatten(1, (theta.shape[0], -1)).movedim(1, 0).flatten(1).square().sum(1)
-            for weights in outgoing.values()
-        )
-        return Point(theta.detach(), loss, gradient, torch.as_tensor(curvature), outgoing)
-
-
-def _by_group(equations: Mapping[Path, Normal], outgoing: Weights) -> Iterator[Tensor]:
-    """The weights (d, c) of each group, in float64."""
-    groups = {path: sum(each == path for each, _ in equations) for path in outgoing}
-    for path, group in equations:
-        yield outgoing[path].flatten(1).chunk(groups[path])[group].mT.double()
+            for slope, part in zip(slopes, torch.autograd.grad(left_over, free, allow_unused=True), strict=True):
+                slope += 0 if part is None else part
+        (gradient,) = torch.autograd.grad(list(filters.rows.values()), theta, slopes)
+        curvature = torch.zeros_like(theta[:, 0])
+        for weights in outgoing.values():
+            curvature += weights.unflatten(1, (len(theta), -1)).movedim(1, 0).flatten(1).square().sum(1)
+        return Point(theta.detach(), loss, gradient, curvature, outgoing)
 
 
 class Search:
@@ -247,7 +262,7 @@ class Search:
         history: (fitted share, held-out share) of every step.
     """
 
-    def __init__(self, objective: Objective, held_out: Fit | None, start: Tensor, patience: int = 5) -> None:
+    def __init__(self, objective: Objective, held_out: KeptSamples | None, start: Tensor, patience: int = 5) -> None:
         self.objective, self._judge, self.patience = objective, held_out, patience
         self.point = self.best = objective(start)
         self.held_out = self._share()
@@ -284,15 +299,16 @@ class Search:
         return following is not None
 
     def _share(self) -> float:
-        if self._judge is None:
+        judge, outgoing = self._judge, self.point.outgoing
+        if judge is None:
             return -self.point.loss
-        with torch.no_grad():
-            filters = self.objective.coordinates.filters(self.point.theta)
-        return captured_share(self._judge, filters, self.point.outgoing)
+        filters = self.objective.coordinates.filters(self.point.theta)
+        added = ((piece, piece.added(piece.read(*filters.weights), outgoing)) for piece in pieces(judge, filters))
+        return captured_share(judge, added)
 
 
 def greedy_order(
-    equations: Mapping[Path, Normal], channels: int, wanted: int | None = None, ridge: float = 1e-6
+    equations: Mapping[Path, Equations], channels: int, wanted: int | None = None, ridge: float = 1e-6
 ) -> tuple[list[int], Float[Tensor, " k"]]:
     """Order in which each unit adds the most captured energy to those before it, all outgoing weights refitted.
 
@@ -302,19 +318,19 @@ def greedy_order(
         equations: normal equations per consumer and group.
         channels: number of units.
         wanted: how many of them to order; None: all.
-        ridge: as in `Normal.solve`.
+        ridge: share that is added to the diagonal of the Gram matrix.
 
     Returns:
         The order, and what each of the channels adds, in that order, in the unit of ‖v⊥‖² summed over samples. Channels
         that pay only together share their gain evenly, so that the gains descend and keep their sum.
     """
     grams, crosses = [], []
-    for normal in equations.values():
-        size = normal.gram.shape[0] // channels
-        gram = normal.gram.clone()
+    for equation in equations.values():
+        size = equation.gram.shape[0] // channels
+        gram = equation.gram.clone()
         gram.diagonal().mul_(1 + ridge).add_(torch.finfo(gram.dtype).tiny)
         grams.append(gram.view(channels, size, channels, size))
-        crosses.append(normal.cross.view(channels, size, -1).clone())
+        crosses.append(equation.cross.view(channels, size, -1).clone())
     left, order, gains = list(range(channels)), [], []
     while left and len(order) != wanted:
         blocks = [(gram[left, :, left], cross[left]) for gram, cross in zip(grams, crosses, strict=True)]

@@ -14,28 +14,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from growconv.errors import SolverError
 from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, leading_svd
-from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOTHING_TO_GAIN, empty
+from growconv.solvers.assembly import NOTHING_TO_GAIN, empty, expected_decrease, require_samples
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import expected_decrease, require_samples
-from growconv.solvers.filters import Coordinates, Filters, joined, whitened
 from growconv.solvers.fitting import (
-    Fit,
-    Normal,
+    Coordinates,
     Objective,
     Search,
     best_outgoing,
     greedy_order,
     is_homogeneous,
     normal_equations,
+    whitened,
 )
-from growconv.solvers.weights import filter_norms, normal, of_units, old_steepness, silent_outgoing
+from growconv.solvers.weights import Filters, filter_norms, of_units, old_filters, old_steepness, silent_outgoing
 from growconv.statistics.pair import sample_averages
 from growconv.statistics.samples import KeptSamples, by_sample
 
@@ -79,24 +75,22 @@ class Functional(Solver):
         if not samples.energy > 1e-12 * kept.energy:
             return empty(replace(request, channels=most), self.name, NOTHING_TO_GAIN)
         self._warn(samples, site, most)
-        rest, judge = split(samples, self.held_out)
-        fit, held_out = Fit(rest), Fit(judge)
+        rest, judge = samples.split(1 - self.held_out)
         coordinates = whitened(rest, self.damping)
-        free = is_homogeneous(fit, random_filters(fit, coordinates, 2, torch.Generator().manual_seed(0)))
+        free = is_homogeneous(rest, coordinates.random(2, torch.Generator().manual_seed(0)))
         # Behind a curved activation the best filters can be many times as long as the old ones: what they amplify, a
         # step of the layers below changes as much, and training suffers at any amplitude.
         longest = float((filter_norms(site) if free else old_steepness(site)).mean())
         if not free and longest > 0:
             coordinates = replace(coordinates, longest=longest)
-        search = self._search(fit, held_out, coordinates, most // size, request.generator)
-        with torch.no_grad():
-            filters = coordinates.filters(search.best.theta)
-            # where the scale is free, that of the old filters keeps training even
-            filters = filters.at_norm(longest) if free and longest > 0 else filters
-        filters = filters.picked(greedy_order(normal_equations(fit, filters), most // size)[0])
+        search = self._search(rest, judge, coordinates, most // size, request.generator)
+        filters = coordinates.filters(search.best.theta)
+        # where the scale is free, that of the old filters keeps training even
+        filters = filters.at_norm(longest) if free and longest > 0 else filters
+        filters = _best_of(rest, filters, most // size)
         reason = None
         if channels == "auto":
-            units = telling_units(fit, held_out, filters)
+            units = telling_units(rest, judge, filters)
             reason = f"{units * size} of {most} tried channels have a held-out gain above its error bar"
             if units == 0:
                 return empty(replace(request, channels=most), self.name, reason)
@@ -104,20 +98,22 @@ class Functional(Solver):
         return self._assembled(request, samples, filters, reason)
 
     def _search(
-        self, fit: Fit, held_out: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None
+        self,
+        fit: KeptSamples,
+        held_out: KeptSamples,
+        coordinates: Coordinates,
+        units: int,
+        generator: torch.Generator | None,
     ) -> Search:
         """Try every start on a part of the samples, and go on with the best."""
         # a quarter tells the starts apart; below a few hundred samples their ranking would be noise
-        step = max(1, min(4, len(fit.samples) // 200))
-        part = Fit(fit.samples.subset(slice(None, None, step))) if step > 1 else fit
-        trial = Objective(part, coordinates)
-        running = [
-            (name, Search(trial, held_out, coordinates.encode(filters), self.patience))
-            for name, filters in _starts(part, coordinates, units, generator)
-        ]
-        if len(running) > 1:
-            for _, search in running:
-                search.run(self.trial_iterations)
+        step = max(1, min(4, len(fit) // 200))
+        part = fit.subset(slice(None, None, step)) if step > 1 else fit
+        trial, running = Objective(part, coordinates), []
+        for name, filters in _starts(part, coordinates, units, generator):
+            running.append((name, Search(trial, held_out, coordinates.encode(filters), self.patience)))
+        for _, search in running if len(running) > 1 else ():
+            search.run(self.trial_iterations)
         name, search = max(running, key=lambda each: each[1].held_out)
         if step > 1:
             search = search.onto(Objective(fit, coordinates))
@@ -134,31 +130,18 @@ class Functional(Solver):
     def _assembled(self, request: Request, samples: KeptSamples, filters: Filters, reason: str | None) -> ChannelGrowth:
         """The proposal: norms measured, and outgoing weights solved for on all samples, the best channel first."""
         site, size, count = samples.site, samples.site.granularity, filters.units
-        measured = samples.moments(filters.incoming, filters.biases)
-        fit = Fit(samples, Inserted(norms=measured))
-        equations = normal_equations(fit, filters)
+        measured = samples.moments(*filters.weights)
+        equations = normal_equations(samples, filters, Inserted(norms=measured))
         order, gains = greedy_order(equations, count)
         outgoing = best_outgoing(equations, site, filters.like)
-        growth = ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=filters.incoming,
-            incoming_bias=filters.biases,
-            outgoing=outgoing,
-            gains=(gains / size).repeat_interleave(size) / len(samples),
-            requested=count * size,
-            norms=measured,
-        )
-        growth = replace(growth.subset(of_units(order, size), reason), gains=growth.gains)
+        gains = (gains / size).repeat_interleave(size) / len(samples)
+        growth = filters.proposed(self.name, outgoing, gains, requested=count * size, norms=measured)
+        growth = replace(growth.subset(of_units(order, size), reason), gains=gains)
         return replace(growth, expected_decrease=expected_decrease(request.subject, growth))
 
     def _warn(self, samples: KeptSamples, site: GrowthSite, channels: int) -> None:
         """Say how many samples the fit would need: one a parameter."""
-        needed = 0
-        for path in site.producers:
-            layer = site.layer(path)
-            shape = layer.shape(OUT, int(channels * site.ratio(path, OUT)))
-            needed += shape[0] * (math.prod(shape[1:]) + (layer.bias() is not None))
+        needed = channels // site.granularity * old_filters(site).matrix.shape[1]
         needed += sum(weight.numel() for weight in silent_outgoing(site, channels).values())
         if len(samples) < needed:
             warnings.warn(
@@ -170,7 +153,7 @@ class Functional(Solver):
             )
 
 
-def telling_units(fit: Fit, held_out: Fit, filters: Filters) -> int:
+def telling_units(fit: KeptSamples, held_out: KeptSamples, filters: Filters) -> int:
     """How many of the units, in their order, take more off the held-out bottleneck than its error bar.
 
     Args:
@@ -182,12 +165,12 @@ def telling_units(fit: Fit, held_out: Fit, filters: Filters) -> int:
         The number up to the last unit whose mean gain over the held-out samples is above its standard error.
     """
     equations = normal_equations(fit, filters)
-    count, last, before = len(held_out.samples), 0, None
+    count, last, before = len(held_out), 0, None
     for units in range(1, filters.units + 1):
         leading = {}
-        for path, normal_equation in equations.items():
-            rows = units * (normal_equation.gram.shape[0] // filters.units)
-            leading[path] = Normal(normal_equation.gram[:rows, :rows], normal_equation.cross[:rows])
+        for path, equation in equations.items():
+            rows = units * (equation.gram.shape[0] // filters.units)
+            leading[path] = replace(equation, gram=equation.gram[:rows, :rows], cross=equation.cross[:rows])
         outgoing = best_outgoing(leading, fit.site, filters.like)
         gain = _gain_by_sample(held_out, filters.picked(range(units)), outgoing)
         more = gain if before is None else gain - before
@@ -198,79 +181,51 @@ def telling_units(fit: Fit, held_out: Fit, filters: Filters) -> int:
     return last
 
 
-def _gain_by_sample(fit: Fit, filters: Filters, outgoing: dict[str, Tensor]) -> Tensor:
+@torch.no_grad()
+def _gain_by_sample(samples: KeptSamples, filters: Filters, outgoing: dict[str, Tensor]) -> Tensor:
     """What new channels take off ‖v⊥‖² of every sample."""
     found = []
-    with torch.no_grad():
-        for batch in fit.samples.batches:
-            gain = fit.samples.like.new_zeros(batch.samples, dtype=torch.float64)
-            for piece in batch.passes:
-                for delta, target in piece.beside_v(piece.added(fit.reads(piece, filters), outgoing)):
-                    gains = (2 * target * delta - delta.square()).flatten(1).sum(1, dtype=torch.float64)
-                    gain += by_sample(gains, batch.samples)
-            found.append(gain)
+    for batch in samples.batches:
+        gain = samples.like.new_zeros(batch.samples, dtype=torch.float64)
+        for piece in batch.passes:
+            for delta, target in piece.beside_v(piece.added(piece.read(*filters.weights), outgoing)):
+                gains = (2 * target * delta - delta.square()).flatten(1).sum(1, dtype=torch.float64)
+                gain += by_sample(gains, batch.samples)
+        found.append(gain)
     return torch.cat(found)
 
 
 def _starts(
-    fit: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None
+    fit: KeptSamples, coordinates: Coordinates, units: int, generator: torch.Generator | None
 ) -> list[tuple[str, Filters]]:
     """The closed form with the better signs, where there is one, and the best of three times as many random filters."""
     result: list[tuple[str, Filters]] = []
     if fit.site.closed_form and len(fit.site.producers) == 1:
-        tiny = tiny_filters(fit, units * fit.site.granularity, coordinates)
-        tiny = replace(tiny, units=tiny.units // fit.site.granularity)
-        missing = units - tiny.units
-        if missing:
-            tiny = joined([tiny, random_filters(fit, coordinates, missing, generator)])
-        result.append(("tiny", _best_of(fit, joined([tiny, tiny.each(torch.neg)]), units)))
-    pool = random_filters(fit, coordinates, 3 * units, generator)
+        tiny = tiny_filters(fit, units, coordinates).matrix
+        if len(tiny) < units:
+            tiny = torch.cat([tiny, coordinates.random(units - len(tiny), generator).matrix])
+        both = coordinates.old.from_matrix(torch.cat([tiny, -tiny]))
+        result.append(("tiny", _best_of(fit, both, units)))
+    pool = coordinates.random(3 * units, generator)
     return [*result, ("random", _best_of(fit, pool, units))]
 
 
-def tiny_filters(fit: Fit, channels: int, coordinates: Coordinates) -> Filters:
+def tiny_filters(fit: KeptSamples, units: int, coordinates: Coordinates) -> Filters:
     """Filters of the closed form in whitened coordinates, of norm one there.
 
     Args:
-        fit: on a site that has one, of whole channels.
-        channels: how many; fewer come back where N has a lower rank.
+        fit: on a site that has one, of one producer.
+        units: how many; fewer come back where N has a lower rank.
         coordinates: whose damped second moment of the patches stands for S.
     """
-    names, (producer,) = frozenset({"N_raw"}), coordinates.producers
-    averages = [sample_averages(fit.samples, consumer, names)["N_raw"] for consumer in fit.site.consumers]
+    names, ((path, root),), size = frozenset({"N_raw"}), coordinates.roots.items(), fit.site.granularity
+    averages = [sample_averages(fit, consumer, names)["N_raw"] for consumer in fit.site.consumers]
     linear = torch.cat([each.flatten(1) for each in averages], 1)
-    left, values, _ = leading_svd(producer.root.to(linear) @ linear, channels)
-    rows = left[:, values > RANK_TOLERANCE * values[0]].mT.to(producer.root)
-    return Filters(len(rows), {producer.path: producer.unflatten(rows @ producer.root)})
+    left, values, _ = leading_svd(root.to(linear) @ linear, units * size)
+    rows = left[:, values > RANK_TOLERANCE * values[0]].mT.to(root) @ root
+    return Filters(fit.site, len(rows) // size, {path: rows[: len(rows) // size * size]})
 
 
-def random_filters(fit: Fit, coordinates: Coordinates, units: int, generator: torch.Generator | None) -> Filters:
-    """Filters of unit size with random directions, all those that the patches take being alike."""
-    found = {}
-    for producer in coordinates.producers:
-        noise = normal((units * producer.filters, producer.entries), producer.root, generator)
-        found[producer.path] = producer.unflatten(torch.nn.functional.normalize(noise, dim=1) @ producer.root)
-    return Filters(units, found)
-
-
-def _best_of(fit: Fit, filters: Filters, units: int) -> Filters:
+def _best_of(samples: KeptSamples, filters: Filters, units: int) -> Filters:
     """The units that together capture the most, chosen one after the other."""
-    return filters.picked(greedy_order(normal_equations(fit, filters), filters.units, units)[0])
-
-
-def split(samples: KeptSamples, share: float) -> tuple[KeptSamples, KeptSamples]:
-    """All samples but a share, and that share.
-
-    Raises:
-        SolverError: they cannot be divided.
-    """
-    if len(samples) < 2 or (len(samples.batches) == 1 and not samples.batches[0].divisible):
-        raise SolverError(
-            "the fit needs samples that it has not seen",
-            expected="at least 2 kept samples, in 2 batches if the operations between the layers need whole batches",
-            got=f"{len(samples)} samples in {len(samples.batches)} batches",
-            where=samples.site.name,
-            fix="collect with keep_samples=2000, say",
-        )
-    count = min(max(1, round(share * len(samples))), len(samples) - 1)
-    return samples.split((len(samples) - count) / len(samples))
+    return filters.picked(greedy_order(normal_equations(samples, filters), filters.units, units)[0])

@@ -9,14 +9,20 @@ from torch import Tensor
 
 from growconv.errors import SolverError
 from growconv.limits import limited
-from growconv.linalg import RANK_TOLERANCE, leading_svd, require_finite
+from growconv.linalg import RANK_TOLERANCE, leading_svd
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import NOT_TAKEN, assemble, entries_of, require_moments, require_statistics, shortfall
+from growconv.solvers.assembly import (
+    NOT_TAKEN,
+    assemble,
+    expected_decrease,
+    require_moments,
+    require_statistics,
+    shortfall,
+)
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import expected_decrease
-from growconv.solvers.weights import bias_of, filter_norms, filters_of, normal, not_plain, outgoing_norms
+from growconv.solvers.weights import bias_of, entries_of, filter_norms, filters_of, normal, not_plain, outgoing_norms
 
 
 class GradMaxChannels(NamedTuple):
@@ -49,7 +55,6 @@ def gradmax(
         ArgumentValueError: fewer than one channel, a vector instead of a matrix, or entries that are not finite.
     """
     require_moments(channels, N_raw)
-    require_finite(N_raw=N_raw)
     if not bool((N_raw != 0).any()):
         return GradMaxChannels(N_raw.new_zeros(0, *N_raw.shape[1:]), N_raw.new_zeros(0))
     _, sigma, right = leading_svd(N_raw.flatten(1), channels)

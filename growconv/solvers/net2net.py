@@ -21,64 +21,56 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.weights import (
-    bias_of,
     columns_of,
-    filters_of,
     normal,
     not_plain,
     not_rewritable,
-    picked_rows,
+    of_units,
+    old_filters,
     scaled_columns,
-    units_of,
     with_scaled_columns,
 )
 
 
-def draw_copies(
-    width: int, channels: int, granularity: int = 1, generator: torch.Generator | None = None
-) -> Int[Tensor, " channels"]:
-    """Which old channel each new one copies: uniform with replacement (g of section 2.2), whole groups at a time.
+def draw_copies(old: int, new: int, generator: torch.Generator | None = None) -> Int[Tensor, " new"]:
+    """Which old channel each new one copies, both in units: uniform with replacement (g of section 2.2).
 
     Args:
-        width: old channels.
-        channels: new channels, a multiple of `granularity`.
-        granularity: channels per group.
+        old: number of old units.
+        new: number of new units.
         generator: source of randomness; None draws from torch's global one.
     """
     place = generator.device if generator is not None else "cpu"
-    groups = torch.randint(width // granularity, (channels // granularity,), generator=generator, device=place).cpu()
-    return (groups[:, None] * granularity + torch.arange(granularity)).flatten()
+    return torch.randint(old, (new,), generator=generator, device=place).cpu()
 
 
 def draw_shares(
-    copied: Int[Tensor, " channels"],
-    width: int,
-    granularity: int = 1,
+    copied: Int[Tensor, " new"],
+    old: int,
     imbalance: float = 0.0,
     generator: torch.Generator | None = None,
     power: int = 1,
-) -> tuple[Float[Tensor, " width"], Float[Tensor, " channels"]]:
-    """Shares of the outgoing weights: those of all copies of one channel sum to 1, or their squares do.
+) -> tuple[Float[Tensor, " old"], Float[Tensor, " new"]]:
+    """Shares of the outgoing weights: those of all copies of one unit sum to 1, or their squares do.
 
     Args:
-        copied: index of the old channel that each new one copies.
-        width: old channels.
-        granularity: channels per group, which share one draw.
+        copied: index of the old unit that each new one copies.
+        old: number of old units.
         imbalance: 0 gives equal shares, as in the paper; u in (0, 1) draws them within a factor (1 ± u) of each other
             before they are normalised.
         generator: source of randomness.
         power: 1: the shares sum to 1; 2: their squares do.
 
     Returns:
-        Shares of the old channels and of the new ones, float64.
+        Shares of the old units and of the new ones, float64.
     """
-    groups = torch.cat([torch.arange(width), copied]).view(-1, granularity)[:, 0] // granularity
+    source = torch.cat([torch.arange(old), copied])
     place = generator.device if generator is not None else "cpu"
-    drawn = torch.rand(len(groups), generator=generator, dtype=torch.float64, device=place).cpu()
+    drawn = torch.rand(len(source), generator=generator, dtype=torch.float64, device=place).cpu()
     raw = 1 + imbalance * (2 * drawn - 1)
-    total = torch.zeros(width // granularity, dtype=torch.float64).index_add_(0, groups, raw**power)
-    shares = (raw / total[groups] ** (1 / power)).repeat_interleave(granularity)
-    return shares[:width], shares[width:]
+    total = torch.zeros(old, dtype=torch.float64).index_add_(0, source, raw**power)
+    shares = raw / total[source] ** (1 / power)
+    return shares[:old], shares[old:]
 
 
 @register("net2net")
@@ -114,40 +106,23 @@ class Net2Net(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; the old outgoing weights are reduced to their share."""
         site, requested, generator = request.site, request.number, request.generator
-        source = draw_copies(site.width, requested, site.granularity, generator)
-        power = 1 if self.keeps == "function" else 2
-        kept, shared = draw_shares(source, site.width, site.granularity, self.imbalance, generator, power)
-        size, new = site.granularity, requested // site.granularity
-        units = (source[::size] // size).tolist()
-        incoming, biases = {}, {}
-        for path in site.producers:
-            filters = picked_rows(filters_of(site, path, own=True), units, units_of(site))
-            if self.noise:
-                scale = filters.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (filters.dim() - 1))
-                filters = filters + self.noise * scale * normal(tuple(filters.shape), filters, generator)
-            incoming[path] = filters.contiguous()
-            bias = bias_of(site, path, own=True)
-            if bias is not None:
-                biases[path] = picked_rows(bias, units, units_of(site))
-        outgoing, revised = {}, {}
+        old, size = old_filters(site), site.granularity
+        copied = draw_copies(old.units, requested // size, generator)
+        kept, shared = draw_shares(copied, old.units, self.imbalance, generator, 1 if self.keeps == "function" else 2)
+        units, outgoing, revised = copied.tolist(), {}, {}
         for path in site.consumers:
-            old = columns_of(site, path)
-            outgoing[path] = scaled_columns(old[:, units].flatten(1, 2), _by_unit(shared, new)).contiguous()
-            revised[f"{path}.weight"] = with_scaled_columns(site, path, _by_unit(kept, units_of(site)))
-        like = next(iter(incoming.values()))
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=incoming,
-            incoming_bias=biases,
-            outgoing=outgoing,
-            gains=like.new_zeros(requested),
+            outgoing[path] = scaled_columns(columns_of(site, path)[:, units].flatten(1, 2), shared).contiguous()
+            revised[f"{path}.weight"] = with_scaled_columns(site, path, kept)
+        growth = old.picked(units).proposed(
+            self.name,
+            outgoing,
+            old.like.new_zeros(requested),
             requested=requested,
             revised=revised,
-            copied_from=source.to(like.device),
+            copied_from=torch.tensor(of_units(units, size), device=old.like.device),
         )
-
-
-def _by_unit(shares: Float[Tensor, " channels"], units: int) -> Float[Tensor, " units"]:
-    """The shares of units, whose channels all have the same."""
-    return shares.unflatten(0, (units, -1))[:, 0]
+        for path, filters in growth.incoming.items() if self.noise else ():
+            scale = filters.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (filters.dim() - 1))
+            noise = normal(tuple(filters.shape), filters, generator)
+            growth.incoming[path] = filters + self.noise * scale * noise
+        return growth

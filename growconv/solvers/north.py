@@ -13,6 +13,7 @@ NORTH-Random is the method `random`. The effective dimension φ of what the cons
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,24 +22,20 @@ from torch import Tensor
 from growconv.errors import SolverError
 from growconv.limits import limited
 from growconv.network import layers
-from growconv.network.layout import IN, OUT
+from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.seats import Calls, Inserted, Moments
-from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import norm_moments, require_statistics
+from growconv.network.seats import Calls, Inserted
+from growconv.solvers.assembly import norm_moments, require_samples, require_statistics
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, patch_gram, random_filters
+from growconv.solvers.fitting import patch_gram
 from growconv.solvers.weights import (
-    bias_of,
+    Filters,
     filter_norms,
-    filters_of,
-    flattened,
-    from_rows,
     normal,
     of_units,
+    old_filters,
+    random_filters,
     silent_outgoing,
-    units_of,
 )
 from growconv.statistics.samples import KeptPass, KeptSamples
 
@@ -151,35 +148,55 @@ class North(Solver):
         """See `Solver.solve`; every producer's filters are orthogonal to its own old ones."""
         if self.variant == "select":
             return self._select(request)
-        site, requested = request.site, request.number
-        old = {path: flattened(*_exact(site, path)) for path in site.producers}
-        grams = {path: self._gram(request, path, rows) for path, rows in old.items()}
-        found: dict[str, Tensor] = {}
-        units = requested // site.granularity
-        for path, rows in old.items():
-            each = len(rows) // units_of(site)
-            drawn = normal((units * each, rows.shape[1]), grams[path], request.generator)
-            found[path] = orthogonal_filters(drawn, rows, grams[path])
-            units = min(units, len(found[path]) // each)
-        reason = None
-        if units * site.granularity < requested:
-            left = units * site.granularity
-            reason = f"asked for {requested}, got {left}: no more directions are free of the old responses"
-        rows = {path: found[path][: units * (len(old[path]) // units_of(site))] for path in found}
-        return self._grown(request, rows, reason)
+        site, subject, requested = request.site, request.statistics, request.number
+        old, size, found = old_filters(site).each(Tensor.double), site.granularity, {}
+        units = requested // size
+        for path, rows in old.rows.items():
+            gram = self._gram(request, path, rows)
+            drawn = normal((requested // size * (len(rows) // old.units), rows.shape[1]), gram, request.generator)
+            found[path] = orthogonal_filters(drawn, rows, gram)
+            units = min(units, len(found[path]) * old.units // len(rows))
+        reason = f"asked for {requested}, got {units * size}: no more directions are free of the old responses"
+        rows = {path: each[: units * len(old.rows[path]) // old.units] for path, each in found.items()}
+        filters, norms = Filters(site, units, rows), {}
+        if units:
+            filters = filters.at_norm(float(filter_norms(site).mean()))
+            if subject is not None and subject.patch_gram is not None:
+                norms = norm_moments(subject, filters)
+            elif subject is not None and subject.samples_kept is not None:
+                norms = subject.samples_kept.moments(*filters.weights)
+        reason = reason if units * size < requested else None
+        return self._proposed(request, filters, reason=reason, norms=norms)
 
-    def _measured(self, request: Request) -> dict[str, float]:
-        """The share of directions that the consumers read of the old units; in variant "weight", that filters span."""
-        site, subject = request.site, request.statistics
+    def _select(self, request: Request) -> ChannelGrowth:
+        """NORTH-Select: responses after everything in between, as the consumers see them."""
+        kept = require_samples(request.subject, self.name)
+        site, size, requested = kept.site, kept.site.granularity, request.number
+        drawn = random_filters(site, requested * self.candidates, request.generator)
+        drawn = drawn.at_norm(float(filter_norms(site).mean()))
+        measured = kept.moments(*drawn.weights)
+        parts = []
+        with torch.no_grad():
+            for each in kept.passes:
+                read = each.read(*drawn.weights, Inserted(norms=measured))
+                parts += [_responses(each, path, read[path], drawn.units) for path in site.consumers]
+        chosen, _ = most_orthogonal(torch.cat(parts, 1), _old_responses(kept), requested // size)
+        growth = self._proposed(request, drawn, norms=measured)
+        return growth.subset(of_units(chosen, size))
+
+    def _proposed(self, request: Request, filters: Filters, **others: Any) -> ChannelGrowth:
+        """The proposal, with the share of directions that the consumers read of the old units."""
+        site, subject, responses, measured = request.site, request.statistics, None, {}
         if self.variant == "weight":
-            rows = [flattened(*_exact(site, path)).unflatten(0, (units_of(site), -1)) for path in site.producers]
-            responses = torch.cat([each.flatten(1) for each in rows], 1)
+            responses = old_filters(site).each(Tensor.double).matrix
         elif subject is not None and subject.samples_kept is not None:
             responses = _old_responses(subject.samples_kept)
-        else:
-            return {}
-        gram = responses @ responses.mT / responses.shape[1]
-        return {"rank": effective_dimension(gram, self.tolerance, self.relative) / len(gram)}
+        if responses is not None:
+            gram = responses @ responses.mT / responses.shape[1]
+            measured["rank"] = effective_dimension(gram, self.tolerance, self.relative) / len(gram)
+        outgoing = silent_outgoing(site, filters.units * site.granularity)
+        gains = next(iter(outgoing.values())).new_zeros(filters.units * site.granularity)
+        return filters.proposed(self.name, outgoing, gains, requested=request.number, measured=measured, **others)
 
     def _gram(self, request: Request, path: str, old: Tensor) -> Tensor:
         """Second moment of a producer's patches; the identity where responses are not looked at."""
@@ -195,69 +212,7 @@ class North(Solver):
                 where=request.site.name,
                 fix="collect with quantities={'patch', 'samples'}, or solver.reads",
             )
-        inputs = [x for each in require_samples(subject, self.name).passes for x in each.x[path]]
-        return patch_gram(request.model.get_submodule(path), inputs)
-
-    def _grown(self, request: Request, rows: dict[str, Tensor], reason: str | None) -> ChannelGrowth:
-        """A proposal from one row a filter, its bias last, brought to the old units' mean norm."""
-        site, subject = request.site, request.statistics
-        found = {}
-        for path, each in rows.items():
-            found[path] = from_rows(each, filters_of(site, path).shape[1:], bias_of(site, path) is not None)
-        first = next(iter(rows))
-        ratio = int(site.granularity * site.ratio(first, OUT))
-        units = len(rows[first]) // ratio
-        filters = Filters(units, found)
-        if units:
-            filters = filters.at_norm(float(filter_norms(site).mean()))
-        norms: dict[str, Moments] = {}
-        if subject is not None and units:
-            kept = subject.samples_kept
-            if subject.patch_gram is not None:
-                norms = norm_moments(subject, flattened(*filters[first]), filters.incoming, filters.biases)
-            elif kept is not None:
-                norms = kept.moments(filters.incoming, filters.biases)
-        outgoing = silent_outgoing(site, units * site.granularity)
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=filters.incoming,
-            incoming_bias=filters.biases,
-            outgoing=outgoing,
-            gains=next(iter(outgoing.values())).new_zeros(units * site.granularity),
-            requested=request.number,
-            reason=reason,
-            norms=norms,
-            measured=self._measured(request),
-        )
-
-    def _select(self, request: Request) -> ChannelGrowth:
-        """NORTH-Select: responses after everything in between, as the consumers see them."""
-        kept = require_samples(request.subject, self.name)
-        site, size, requested = kept.site, kept.site.granularity, request.number
-        units, pool = requested // size, requested // size * self.candidates
-        drawn = random_filters(site, pool * size, request.generator)
-        drawn = drawn.at_norm(float(filter_norms(site).mean()))
-        measured = kept.moments(drawn.incoming, drawn.biases)
-        parts = []
-        with torch.no_grad():
-            for each in kept.passes:
-                read = each.read(drawn.incoming, drawn.biases, Inserted(norms=measured))
-                parts += [_responses(each, path, read[path], pool) for path in site.consumers]
-        new = torch.cat(parts, 1)
-        chosen, _ = most_orthogonal(new, _old_responses(kept), units)
-        growth = ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=drawn.incoming,
-            incoming_bias=drawn.biases,
-            outgoing=silent_outgoing(site, pool * size),
-            gains=new.new_zeros(pool * size),
-            requested=requested,
-            measured=self._measured(request),
-            norms=measured,
-        )
-        return growth.subset(of_units(chosen, size))
+        return patch_gram(require_samples(subject, self.name), path)
 
 
 def _old_responses(kept: KeptSamples) -> Float[Tensor, "u s"]:
@@ -276,9 +231,3 @@ def _responses(piece: KeptPass, path: str, read: Calls, units: int) -> Tensor:
     """What a consumer reads as one row a unit: (units, entries · samples · locations)."""
     axis = layers.channel_axis(piece.region.site.model.get_submodule(path), read[0].dim())
     return torch.cat([each.movedim(axis, 0).unflatten(0, (units, -1)).flatten(1) for each in read], 1)
-
-
-def _exact(site: GrowthSite, path: str) -> tuple[Tensor, Tensor | None]:
-    """A producer's filters and biases of the site's channels in float64."""
-    bias = bias_of(site, path, own=True)
-    return filters_of(site, path, own=True).double(), None if bias is None else bias.double()

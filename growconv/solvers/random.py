@@ -7,8 +7,7 @@ import torch
 from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.filters import random_filters
-from growconv.solvers.weights import columns_of, normal, scaled_columns, silent_outgoing
+from growconv.solvers.weights import columns_of, normal, random_filters, scaled_columns, silent_outgoing
 
 
 @register("random")
@@ -34,21 +33,12 @@ class Random(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`."""
         site, count, generator = request.site, request.number, request.generator
-        filters = random_filters(site, count, generator)
-        outgoing = silent_outgoing(site, count)
-        if self.outgoing > 0:
-            for path, zeros in outgoing.items():
-                old = columns_of(site, path)
-                norm = old.transpose(0, 1).flatten(1).norm(dim=1).mean() * self.outgoing
-                drawn = normal(tuple(zeros.shape), zeros, generator)
-                units = drawn.unflatten(1, (count // site.granularity, -1)).transpose(0, 1).flatten(1)
-                outgoing[path] = scaled_columns(drawn, norm / units.norm(dim=1))
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming={path: self.gain * weight for path, weight in filters.incoming.items()},
-            incoming_bias=filters.biases,
-            outgoing=outgoing,
-            gains=filters.like.new_zeros(count, dtype=torch.float64),
-            requested=count,
-        )
+        filters, outgoing = random_filters(site, count, generator), silent_outgoing(site, count)
+        for path, zeros in outgoing.items() if self.outgoing > 0 else ():
+            old = columns_of(site, path)
+            norm = old.transpose(0, 1).flatten(1).norm(dim=1).mean() * self.outgoing
+            drawn = normal(tuple(zeros.shape), zeros, generator)
+            units = drawn.unflatten(1, (filters.units, -1)).transpose(0, 1).flatten(1)
+            outgoing[path] = scaled_columns(drawn, norm / units.norm(dim=1))
+        filters, gains = filters.each(lambda rows: self.gain * rows), torch.zeros(count, dtype=torch.float64)
+        return filters.proposed(self.name, outgoing, gains.to(filters.like.device), requested=count)

@@ -24,11 +24,10 @@ from growconv.limits import limited
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
+from growconv.solvers.assembly import require_samples
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import require_samples
-from growconv.solvers.filters import Filters, random_filters, whitened
-from growconv.solvers.fitting import Fit, Objective, Path, Search, is_homogeneous
-from growconv.solvers.weights import filter_norms, of_units, silent_outgoing
+from growconv.solvers.fitting import Objective, Path, Search, is_homogeneous, normal_equations, whitened
+from growconv.solvers.weights import Filters, filter_norms, of_units, random_filters, silent_outgoing
 from growconv.statistics.samples import KeptPass, KeptSamples
 
 WHITENING = 1e-3
@@ -36,44 +35,31 @@ WHITENING = 1e-3
 
 
 def expansion_score(
-    proposed: Float[Tensor, "i p m"],
-    residual: Float[Tensor, "i c m"],
-    precision: Float[Tensor, "c c"],
-    damping: float = 1e-4,
+    moment: Float[Tensor, "p p"], cross: Float[Tensor, "p c"], precision: Float[Tensor, "c c"], damping: float = 1e-4
 ) -> Float[Tensor, ""]:
-    """Δη' of theorem 3.2 for one consumer.
+    """Δη' of theorem 3.2 for one consumer, differentiable; 0 for proposals that are silent on all samples.
 
     Args:
-        proposed: a_p per sample and location, p = new channels times taps.
-        residual: g_r per sample and location.
+        moment: A_p, p = new channels times taps.
+        cross: E[a_p g_rᵀ].
         precision: Γ⁻¹.
         damping: added to A_p, relative to its mean diagonal entry.
-
-    Returns:
-        The score; differentiable.
     """
-    samples = proposed.shape[0]
-    rows = proposed.transpose(0, 1).flatten(1)
-    cross = rows @ residual.transpose(0, 1).flatten(1).mT / samples
-    moment = rows @ rows.mT / samples
-    size = moment.shape[0]
     scale = moment.diagonal().mean().detach()
-    # proposals that are silent on all samples score 0, whatever they are divided by
     scale = torch.where(scale > 0, scale, 1.0)
-    damped = moment + damping * scale * torch.eye(size, dtype=moment.dtype, device=moment.device)
-    factor = torch.linalg.cholesky(damped)
-    whitened = torch.linalg.solve_triangular(factor, cross, upper=False)
+    damped = moment + damping * scale * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), cross, upper=False)
     return torch.einsum("pc,cd,pd->", whitened, precision, whitened)
 
 
-def output_precision(gradient: Float[Tensor, "i c m"], damping: float = 1e-4) -> Float[Tensor, "c c"]:
+def output_precision(gradient: Float[Tensor, "c m"], damping: float = 1e-4) -> Float[Tensor, "c c"]:
     """Γ⁻¹, the inverse second moment of the output gradient averaged over samples and locations.
 
     Args:
-        gradient: v per sample and location.
+        gradient: v, one column per sample and location.
         damping: relative to the mean diagonal entry.
     """
-    moment = torch.einsum("icm,idm->cd", gradient, gradient) / (gradient.shape[0] * gradient.shape[2])
+    moment = torch.einsum("cm,dm->cd", gradient, gradient) / gradient.shape[1]
     scale = moment.diagonal().mean()
     if not bool(scale > 0):
         return torch.zeros_like(moment)
@@ -105,65 +91,46 @@ class Senn(Solver):
         for path in site.consumers:
             parts = zip(*(each.targets(path) for each in kept.passes), strict=True)
             for group, part in enumerate(parts):
-                precisions[path, group] = output_precision(torch.cat(part, 1)[None], self.damping)
+                precisions[path, group] = output_precision(torch.cat(part, 1), self.damping)
         norm = float(filter_norms(site).mean())
         filters = random_filters(site, requested, request.generator).at_norm(norm)
-        fit = Fit(_weighed(kept.projected(), precisions))
-        if self.steps and fit.samples.energy > 0 and norm > 0:
-            coordinates = whitened(fit.samples, WHITENING)
-            if not is_homogeneous(fit, filters.picked(range(min(filters.units, 2)))):
+        samples = _weighed(kept.projected(), precisions)
+        if self.steps and samples.energy > 0 and norm > 0:
+            coordinates = whitened(samples, WHITENING)
+            if not is_homogeneous(samples, filters.picked(range(min(filters.units, 2)))):
                 coordinates = replace(coordinates, longest=norm)
-            objective = Objective(fit, coordinates, self.damping)
+            objective = Objective(samples, coordinates, self.damping)
             search = Search(objective, None, coordinates.encode(filters), self.steps + 1).run(self.steps)
             filters = coordinates.filters(search.best.theta).at_norm(norm)
         return self._growth(kept, filters, precisions, requested)
 
-    def _designs(self, kept: KeptSamples, filters: Filters, inserted: Inserted) -> dict[Path, Tensor]:
-        """What the consumers multiply new columns with, (d, p), per consumer and group."""
-        found: dict[Path, list[Tensor]] = {}
-        for each in kept.passes:
-            for path, read in each.read(filters.incoming, filters.biases, inserted).items():
-                for group, design in enumerate(each.design(path, read)):
-                    found.setdefault((path, group), []).append(design)
-        return {key: torch.cat(parts, 1) for key, parts in found.items()}
-
-    def _score(self, kept: KeptSamples, precisions: Mapping[Path, Tensor], designs: Mapping[Path, Tensor]) -> Tensor:
-        """Δη' of what some designs would explain of the samples' v, summed over the consumers."""
-        total = kept.like.new_zeros(())
-        for (path, group), precision in precisions.items():
-            wanted = torch.cat([one.targets(path)[group] for one in kept.passes], 1)
-            score = expansion_score(designs[path, group][None], wanted[None], precision, self.damping)
-            total = total + score / len(kept)
-        return total
-
     @torch.no_grad()
     def _growth(
-        self, kept: KeptSamples, filters: Filters, precisions: Mapping[Path, Tensor], requested: int
+        self, kept: KeptSamples, filters: Filters, precisions: dict[Path, Tensor], requested: int
     ) -> ChannelGrowth:
-        site, size, units, projected = kept.site, kept.site.granularity, filters.units, kept.projected()
-        measured = kept.moments(filters.incoming, filters.biases)
-        blocks, own = {}, {}
-        for key, design in self._designs(kept, filters, Inserted(norms=measured)).items():
-            blocks[key] = design.unflatten(0, (units, -1))
-        for path, group in precisions:
-            own[path, group] = torch.cat([one.own_design(path)[group] for one in kept.passes], 1)
-        scores = []
-        for unit in range(units):
-            scores.append(self._score(projected, precisions, {key: block[unit] for key, block in blocks.items()}))
-        alone = torch.stack(scores)
-        order = alone.argsort(descending=True).tolist()
-        growth = ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=filters.incoming,
-            incoming_bias=filters.biases,
-            outgoing=silent_outgoing(site, requested),
-            gains=alone.repeat_interleave(size) / size,
+        site, size, units = kept.site, kept.site.granularity, filters.units
+        measured, like = kept.moments(*filters.weights), kept.like.double()
+        alone, own = like.new_zeros(units), 0.0
+        for key, equation in normal_equations(kept.projected(), filters, Inserted(norms=measured)).items():
+            precision = precisions[key].double()
+            moments = (equation.gram / len(kept)).view(units, -1, units, len(equation.gram) // units)
+            crosses = (equation.cross / len(kept)).unflatten(0, (units, -1))
+            for unit in range(units):
+                alone[unit] += expansion_score(moments[unit, :, unit], crosses[unit], precision, self.damping)
+        for (path, group), precision in precisions.items():  # η (equation 3), biases left out
+            design = torch.cat([each.own_design(path)[group] for each in kept.passes], 1)
+            wanted = torch.cat([each.targets(path)[group] for each in kept.passes], 1)
+            moment, cross = design @ design.mT / len(kept), design @ wanted.mT / len(kept)
+            own += float(expansion_score(moment, cross, precision, self.damping))
+        growth = filters.proposed(
+            self.name,
+            silent_outgoing(site, requested),
+            alone.repeat_interleave(size) / size,
             requested=requested,
-            measured={"score": float(self._score(kept, precisions, own))},  # η (equation 3), biases left out
+            measured={"score": own},
             norms=measured,
         )
-        return growth.subset(of_units(order, size))
+        return growth.subset(of_units(alone.argsort(descending=True).tolist(), size))
 
 
 def _weighed(kept: KeptSamples, precisions: Mapping[Path, Tensor]) -> KeptSamples:

@@ -13,7 +13,7 @@ filter, with v fixed. S is never formed: Lanczos' method needs only its products
 once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +26,17 @@ from growconv.network.layout import OUT
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
+from growconv.solvers.assembly import require_samples
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.energy import require_samples
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
     filter_norms,
     filters_of,
-    flattened,
-    from_rows,
     normal,
     not_rewritable,
     of_units,
-    picked_rows,
-    scaled_rows,
+    old_filters,
     units_of,
     with_scaled_columns,
 )
@@ -132,17 +129,15 @@ def splitting_matrices(kept: KeptSamples, smoothing: float) -> tuple[Product, Fl
     Returns:
         The products (u, a) → (u, a), a over all producers' filter entries and biases of a unit, and the old filters.
     """
-    site, units = kept.site, units_of(kept.site)
-    old = {path: (filters_of(site, path, own=True), bias_of(site, path, own=True)) for path in site.producers}
+    site, old = kept.site, old_filters(kept.site)
     columns = {path: columns_of(site, path).flatten(1, 2) for path in site.consumers}
-    inserted = Inserted(copied=torch.arange(units), instead=smooth_kinks(smoothing))
-    theta = torch.cat([flattened(*pair).reshape(units, -1) for pair in old.values()], 1).detach().requires_grad_()
+    inserted = Inserted(copied=torch.arange(old.units), instead=smooth_kinks(smoothing))
+    theta = old.matrix.requires_grad_()
 
     def objective() -> Tensor:
-        incoming, biases = unflattened(theta, old)
-        total = []
+        weights, total = old.from_matrix(theta).weights, []
         for each in kept.passes:
-            changes = each.added(each.read(incoming, biases, inserted), columns)
+            changes = each.added(each.read(*weights, inserted), columns)
             total += [(change * v).sum() for change, v in each.beside_v(changes)]
         return -torch.stack(total).sum() / len(kept)
 
@@ -156,21 +151,6 @@ def splitting_matrices(kept: KeptSamples, smoothing: float) -> tuple[Product, Fl
         return torch.zeros_like(vectors) if found is None else found
 
     return product, theta.detach()
-
-
-def unflattened(
-    theta: Float[Tensor, "u a"], like: Mapping[str, tuple[Tensor, Tensor | None]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Filters and biases by producer from one row a unit, laid out as those that it was made of."""
-    incoming, biases, offset = {}, {}, 0
-    for path, (filters, old) in like.items():
-        size = len(filters) // len(theta) * (filters[0].numel() + (old is not None))
-        rows = theta[:, offset : offset + size].reshape(len(filters), -1)
-        incoming[path], bias = from_rows(rows, filters.shape[1:], old is not None)
-        if bias is not None:
-            biases[path] = bias
-        offset += size
-    return incoming, biases
 
 
 @register("splitting")
@@ -229,47 +209,37 @@ class Splitting(Solver):
             vectors: their eigenvectors.
             requested: number of channels requested.
         """
-        norms = filter_norms(site)
+        old, norms, size, chosen = old_filters(site), filter_norms(site), site.granularity, order.tolist()
         step = self.step * norms if self.relative else torch.full_like(norms, self.step)
-        old = {path: (filters_of(site, path, own=True), bias_of(site, path, own=True)) for path in site.producers}
-        moves, shifts = unflattened(vectors * step[:, None], old)
-        units, size, chosen = units_of(site), site.granularity, order.tolist()
+        moves = vectors * step[:, None]
         split_now = torch.zeros_like(values, dtype=torch.bool).index_fill(0, order, value=True).to(values)
-        incoming, biases, revised, outgoing = {}, {}, {}, {}
-        for path, (filters, bias) in old.items():
-            entries = torch.tensor(site.entries(path, OUT), device=filters.device)
-            incoming[path] = picked_rows(filters - moves[path].to(filters), chosen, units)
-            moved = filters + scaled_rows(moves[path].to(filters), split_now)
-            stored = site.layer(path).as_stored(filters_of(site, path).index_copy(0, entries, moved))
-            revised[f"{path}.weight"] = stored
-            everything = bias_of(site, path)
-            if bias is not None and everything is not None:
-                biases[path] = picked_rows(bias - shifts[path].to(bias), chosen, units)
-                moved = bias + scaled_rows(shifts[path].to(bias), split_now)
-                revised[f"{path}.bias"] = everything.index_copy(0, entries, moved)
+        halves = old.from_matrix(old.matrix - moves).picked(chosen)
+        moved, shifted = old.from_matrix(old.matrix + split_now[:, None] * moves).weights
+        revised, outgoing = {}, {}
+        for path in site.producers:
+            entries, layer = torch.tensor(site.entries(path, OUT), device=old.like.device), site.layer(path)
+            revised[f"{path}.weight"] = layer.as_stored(filters_of(site, path).index_copy(0, entries, moved[path]))
+            bias = bias_of(site, path)
+            if bias is not None:
+                revised[f"{path}.bias"] = bias.index_copy(0, entries, shifted[path])
         for path in site.consumers:
             outgoing[path] = (columns_of(site, path)[:, order] / 2).flatten(1, 2).contiguous()
             name = f"{path}.weight"
             revised[name] = with_scaled_columns(site, path, 1 - split_now / 2, revised.get(name))
-        found = len(order)
-        reason = None
+        found, reason = len(order), None
         if found * size < requested:
             stable = int((values >= 0).sum()) * size
             reason = (
                 f"asked for {requested}, got {found * size}: of {site.width} channels {stable} are splitting-stable"
             )
-        decrease = float((step[order] ** 2 * -values[order]).sum() / 2)
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=incoming,
-            incoming_bias=biases,
-            outgoing=outgoing,
-            gains=(-values[order]).repeat_interleave(size) / size,
+        return halves.proposed(
+            self.name,
+            outgoing,
+            (-values[order]).repeat_interleave(size) / size,
             requested=requested,
             reason=reason,
             revised=revised if found else {},
             copied_from=torch.tensor(of_units(chosen, size), device=order.device, dtype=torch.long),
-            expected_decrease=decrease,
+            expected_decrease=float((step[order] ** 2 * -values[order]).sum() / 2),
             spectrum=(-values).clamp_min(0).sort(descending=True).values.repeat_interleave(size) / size,
         )

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from growconv.errors import ArgumentValueError
 from growconv.limits import limited
-from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, require_finite, shrink, whiten
+from growconv.linalg import RANK_TOLERANCE, fix_signs, leading_svd, shrink, whiten
 from growconv.network.proposal import ChannelGrowth
-from growconv.solvers.assembly import NOT_TAKEN, assemble, mean_gram, require_moments, require_statistics, shortfall
+from growconv.network.site import GrowthSite
+from growconv.solvers.assembly import NOT_TAKEN, assemble, require_moments, require_statistics, shortfall
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.sampling import worthwhile
+from growconv.solvers.energy import worthwhile
+from growconv.solvers.weights import entries_of
 
 
 class TinyChannels(NamedTuple):
@@ -59,7 +61,6 @@ def tiny(
         raise ArgumentValueError(
             "S and N do not belong together", expected=f"N of shape ({S.shape[0]}, ...)", got=tuple(N.shape), where="N"
         )
-    require_finite(S=S, N=N)
     whitening = whiten(S, rank_tolerance)
     if whitening.rank == 0 or not bool((N != 0).any()):
         return TinyChannels(N.new_zeros(0, N.shape[0]), N.new_zeros(0, *N.shape[1:]), N.new_zeros(0))
@@ -103,10 +104,22 @@ class Tiny(Solver):
         if channels == "auto":
             return worthwhile(self.solve, request)
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.
-        S = shrink(mean_gram(request, grams), self.shrinkage, subject.samples)[0]
+        S = shrink(_mean_gram(request.site, grams), self.shrinkage, subject.samples)[0]
         columns = torch.cat([each.flatten(1) for each in correlations], 1)
         every = tiny(S, columns, channels + NOT_TAKEN, self.rank_tolerance)
         alpha, omega, gains = every.alpha[:channels], every.omega[:channels], every.gains[:channels]
         reason = shortfall(len(alpha), channels, "S^(-1/2)·N")
         growth = assemble(request, self.name, alpha, omega, gains, reason, self.signs)
         return replace(growth, spectrum=every.gains)
+
+
+def _mean_gram(site: GrowthSite, grams: list[Tensor]) -> Float[Tensor, "a a"]:
+    """One S for all consumers: that of each producer averaged over the consumers that read it, c of them.
+
+    The consumers' forms add up; entry (a, a') of the sum is divided by √(c_a·c_a'), which keeps it positive.
+    """
+    counts, producers = [], [route.producer for route in site.routes]
+    for path in site.producers:
+        counts += [producers.count(path)] * entries_of(site, path)
+    root = torch.tensor(counts).to(grams[0]).sqrt()
+    return torch.stack(grams).sum(0) / (root[:, None] * root)

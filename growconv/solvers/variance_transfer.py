@@ -23,7 +23,6 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Norm
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.filters import random_filters
 from growconv.solvers.weights import (
     bias_of,
     columns_of,
@@ -31,6 +30,7 @@ from growconv.solvers.weights import (
     normal,
     not_homogeneous,
     not_rewritable,
+    random_filters,
     units_of,
     with_scaled_columns,
 )
@@ -82,17 +82,8 @@ class VarianceTransfer(Solver):
             rest = old.new_zeros(old.shape[0], single, *old.shape[2:])
             outgoing[path] = torch.cat([half, -half, rest], 1).flatten(1, 2)
         revised, reason = self._rescaled(site, requested) if self.rescale else ({}, None)
-        return ChannelGrowth(
-            site=site.name,
-            method=self.name,
-            incoming=filters.incoming,
-            incoming_bias=filters.biases,
-            outgoing=outgoing,
-            gains=filters.like.new_zeros(requested),
-            requested=requested,
-            reason=reason,
-            revised=revised,
-        )
+        gains = filters.like.new_zeros(requested)
+        return filters.proposed(self.name, outgoing, gains, requested=requested, reason=reason, revised=revised)
 
     def _rescaled(self, site: GrowthSite, channels: int) -> tuple[dict[str, Tensor], str | None]:
         fixed = not_rewritable(site, *site.producers, *site.consumers)

@@ -1,4 +1,4 @@
-"""A site's old weights, in one layout for every kind of layer, and the scale of new channels relative to them.
+"""A site's weights in one layout for every kind of layer, and the scale of new channels relative to the old ones.
 
 Weights are filters (out, in/groups, *kernel) for every kind of layer. A site grows by whole *units* (`granularity`
 channels each, mostly one); norms and scales are those of units.
@@ -9,8 +9,9 @@ norm layer stays small until the norm's weight has grown. So new channels are gi
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,34 +23,134 @@ from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Depthwise, Norm, Other
 from growconv.network.site import GrowthSite
 
-Weights = tuple[Tensor, Tensor | None]
-"""Filters (entries, in/groups, *kernel) and biases (entries,), None for a producer without one."""
+FASTER = 1 / 8
+"""What new channels behind a norm layer may add to how fast the layer that reads them learns. That grows with the sum
+of the channels' squared sizes: twice the channels at full size learn twice as fast at once, and the loss of the next
+steps suffers."""
 
 
-def filters_of(site: GrowthSite, path: str, own: bool = False) -> Tensor:
-    """Filters (out, in/groups, *kernel) of a layer, detached; with `own` those of the site's channels, one by one.
+def filters_of(site: GrowthSite, path: str) -> Tensor:
+    """Filters (out, in/groups, *kernel) of a layer, detached.
 
     At least in float32: that is what methods compute in, and `solve` brings proposals back to the model's precision.
     """
-    filters = _exact(site.layer(path).filters().detach())
-    return filters[site.entries(path, OUT)] if own else filters
+    return _exact(site.layer(path).filters())
 
 
-def bias_of(site: GrowthSite, path: str, own: bool = False) -> Tensor | None:
-    """Bias of a layer, detached; None where it has none; with `own` the entries of the site's channels."""
+def bias_of(site: GrowthSite, path: str) -> Tensor | None:
+    """Bias of a layer, detached and at least in float32; None where it has none."""
     bias = site.layer(path).bias()
-    if bias is None:
-        return None
-    return _exact(bias.detach())[site.entries(path, OUT)] if own else _exact(bias.detach())
+    return None if bias is None else _exact(bias)
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).detach()
+
+
+def entries_of(site: GrowthSite, path: str) -> int:
+    """Entries of a producer's patches, the constant one of a bias included."""
+    return filters_of(site, path)[0].numel() + (bias_of(site, path) is not None)
 
 
 def units_of(site: GrowthSite) -> int:
     """Units that the site has now."""
     return site.width // site.granularity
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """Filters of all producers of a site, its own or new ones.
+
+    Attributes:
+        site: the site.
+        units: how many units they are for; every producer has the same number of filters for each.
+        rows: per producer one row a filter, unit by unit: its weights flattened, its bias last where there is one.
+    """
+
+    site: GrowthSite
+    units: int
+    rows: dict[str, Tensor]
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Filters (entries, in/groups, *kernel) by producer, and biases (entries,) of those that have one."""
+        filters, biases = {}, {}
+        for path, rows in self.rows.items():
+            layer = self.site.layer(path)
+            shape = layer.shape(OUT, len(rows))
+            filters[path] = rows[:, : math.prod(shape[1:])].reshape(shape).contiguous()
+            if layer.bias() is not None:
+                biases[path] = rows[:, -1].contiguous()
+        return filters, biases
+
+    @property
+    def matrix(self) -> Float[Tensor, "units q"]:
+        """One row a unit: all its filters, one producer after the other."""
+        return torch.cat([rows.reshape(self.units, -1) for rows in self.rows.values()], 1)
+
+    def from_matrix(self, matrix: Float[Tensor, "k q"]) -> "Filters":
+        """The inverse of `matrix`, for any number of units."""
+        parts = matrix.split([rows.numel() // self.units for rows in self.rows.values()], 1)
+        found = {p: part.reshape(-1, rows.shape[1]) for (p, rows), part in zip(self.rows.items(), parts, strict=True)}
+        return Filters(self.site, len(matrix), found)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Filters":
+        """The same function applied to all rows."""
+        return replace(self, rows={path: change(rows) for path, rows in self.rows.items()})
+
+    def picked(self, units: Sequence[int]) -> "Filters":
+        """Some of the units, in the order given."""
+        found = self.each(lambda rows: rows[of_units(units, len(rows) // self.units)])
+        return replace(found, units=len(units))
+
+    def scaled(self, factor: Float[Tensor, " units"]) -> "Filters":
+        """Every unit times a number."""
+        return self.each(lambda rows: scaled_rows(rows, factor))
+
+    @property
+    def norms(self) -> Float[Tensor, " units"]:
+        """Norm of every unit's filters, biases included, over all producers."""
+        filters, biases = self.weights
+        return norms_of([*filters.values(), *biases.values()], self.units)
+
+    def at_norm(self, norm: float) -> "Filters":
+        """Every unit scaled to one norm; a unit of zeros stays as it is."""
+        own = self.norms
+        return self.scaled(torch.where(own > 0, norm / torch.where(own > 0, own, 1.0), 1.0))
+
+    def proposed(self, method: str, outgoing: dict[str, Tensor], gains: Tensor, **others: Any) -> ChannelGrowth:
+        """A proposal of these filters; the arguments are fields of `ChannelGrowth`."""
+        filters, biases = self.weights
+        return ChannelGrowth(self.site.name, method, filters, outgoing, gains, biases, **others)
+
+
+def old_filters(site: GrowthSite) -> Filters:
+    """The filters of the site's own channels."""
+    found = {}
+    for path in site.producers:
+        at, filters, bias = site.entries(path, OUT), filters_of(site, path).flatten(1), bias_of(site, path)
+        found[path] = (filters if bias is None else torch.cat([filters, bias[:, None]], 1))[at]
+    return Filters(site, units_of(site), found)
+
+
+def random_filters(site: GrowthSite, channels: int, generator: torch.Generator | None) -> Filters:
+    """Gaussian filters of variance 1 / fan-in for every producer, and biases of zero where it has one."""
+    found = {}
+    for path in site.producers:
+        like = filters_of(site, path)[0].flatten()
+        drawn = normal((int(channels * site.ratio(path, OUT)), len(like)), like, generator) / len(like) ** 0.5
+        found[path] = drawn if bias_of(site, path) is None else torch.nn.functional.pad(drawn, (0, 1))
+    return Filters(site, channels // site.granularity, found)
+
+
+def filter_norms(site: GrowthSite) -> Float[Tensor, " units"]:
+    """Norm of each old unit's incoming weights, biases included, over all producers."""
+    return old_filters(site).norms
 
 
 def columns_of(site: GrowthSite, path: str) -> Tensor:
@@ -84,15 +185,6 @@ def _columns(site: GrowthSite, path: str) -> tuple[Tensor, Tensor]:
     return torch.arange(layer.size(OUT))[:, None], torch.cat(columns)
 
 
-def filter_norms(site: GrowthSite) -> Float[Tensor, " units"]:
-    """Norm of each old unit's incoming weights, biases included, over all producers."""
-    tensors = [filters_of(site, path, own=True) for path in site.producers]
-    for path in site.producers:
-        bias = bias_of(site, path, own=True)
-        tensors += [] if bias is None else [bias]
-    return norms_of(tensors, units_of(site))
-
-
 def outgoing_norms(site: GrowthSite) -> Float[Tensor, " units"]:
     """Norm of the weights on each old unit, over all consumers."""
     return torch.cat([columns_of(site, path).transpose(0, 1).flatten(1) for path in site.consumers], 1).norm(dim=1)
@@ -101,17 +193,6 @@ def outgoing_norms(site: GrowthSite) -> Float[Tensor, " units"]:
 def norms_of(tensors: Iterable[Tensor], units: int) -> Float[Tensor, " units"]:
     """Norm of each unit's part of some tensors, whose first axes list entries unit by unit."""
     return torch.stack([each.reshape(units, -1).square().sum(1) for each in tensors]).sum(0).sqrt()
-
-
-def flattened(weight: Tensor, bias: Tensor | None) -> Float[Tensor, "k a"]:
-    """Filters as rows, the bias last."""
-    return weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
-
-
-def from_rows(rows: Float[Tensor, "k a"], shape: Sequence[int], bias: bool) -> Weights:
-    """The inverse of `flattened`, for filters of some shape (in/groups, *kernel), with a bias or without."""
-    weight = rows[:, : math.prod(shape)].reshape(len(rows), *shape).contiguous()
-    return weight, rows[:, -1].contiguous() if bias else None
 
 
 def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
@@ -129,11 +210,6 @@ def scaled_columns(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
 def of_units(order: Sequence[int], size: int) -> list[int]:
     """Indices of rows or channels from indices of units that have `size` of them."""
     return [unit * size + member for unit in order for member in range(size)]
-
-
-def picked_rows(weight: Tensor, order: Sequence[int], units: int) -> Tensor:
-    """The rows of some units."""
-    return weight[of_units(order, len(weight) // units)].contiguous()
 
 
 def silent_outgoing(site: GrowthSite, channels: int) -> dict[str, Tensor]:
@@ -165,17 +241,6 @@ def not_plain(site: GrowthSite, *paths: str) -> str | None:
         if not site.layer(path).plain:
             return f"{path} has a forward of its own, which makes another weight of the stored one"
     return None
-
-
-FASTER = 1 / 8
-"""What new channels behind a norm layer may add to how fast the layer that reads them learns. That grows with the sum
-of the channels' squared sizes: twice the channels at full size learn twice as fast at once, and the loss of the next
-steps suffers."""
-
-
-def homogeneous(site: GrowthSite) -> bool:
-    """Whether what lies between producers and consumers takes a positive factor through."""
-    return not_homogeneous(site) is None
 
 
 def not_homogeneous(site: GrowthSite, behind_norms: bool = False) -> str | None:

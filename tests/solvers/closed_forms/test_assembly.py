@@ -9,7 +9,7 @@ from torch import nn
 
 import growconv
 from growconv.solvers import solve
-from growconv.solvers.energy import choose_signs
+from growconv.solvers.assembly import choose_signs
 
 from .pairs import added, collected, pair, squared_error, teacher_batches
 

@@ -10,21 +10,24 @@ from torch.nn import functional as F
 from growconv.network.layout import IN, OUT
 from growconv.network.seats import region_of
 from growconv.network.tape import Tape
-from growconv.solvers.filters import Coordinates, Filters, whitened
+from growconv.solvers.energy import captured_share
 from growconv.solvers.fitting import (
-    Fit,
+    Coordinates,
     Objective,
     Search,
     best_outgoing,
-    captured_share,
     greedy_order,
     normal_equations,
+    whitened,
 )
+from growconv.solvers.weights import Filters
 from growconv.statistics.samples import KeptBatch, KeptPass, KeptSamples
 from tests.network import hand
 
 
-def problem(activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool = True) -> tuple[Fit, nn.Conv2d]:
+def problem(
+    activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool = True
+) -> tuple[KeptSamples, nn.Conv2d]:
     torch.manual_seed(seed)
     producer = nn.Conv2d(2, 1, 3, padding=1, bias=bias).double()
     consumer = nn.Conv2d(1, 3, (3, 2), stride=(1, 2), padding=1).double()
@@ -37,25 +40,41 @@ def problem(activation=torch.tanh, samples: int = 12, seed: int = 0, bias: bool 
         h = producer(x)
         v = torch.randn_like(consumer(h))
     kept = KeptPass({"w": (x,)}, {"r": (h,)}, {"r": (v,)}, region_of(tape, site))
-    return Fit(KeptSamples(site, (KeptBatch(samples, (kept,)),), {})), consumer
+    return KeptSamples(site, (KeptBatch(samples, (kept,)),), {}), consumer
 
 
-def inputs(fit: Fit) -> Tensor:
-    return fit.samples.passes[0].x["w"][0]
+def inputs(fit: KeptSamples) -> Tensor:
+    return fit.passes[0].x["w"][0]
 
 
-def targets(fit: Fit) -> Tensor:
-    return fit.samples.passes[0].v["r"][0]
+def targets(fit: KeptSamples) -> Tensor:
+    return fit.passes[0].v["r"][0]
 
 
-def of(weight: Tensor, bias: Tensor | None) -> Filters:
-    return Filters(len(weight), {"w": (weight, bias)})
+def of(fit: KeptSamples, weight: Tensor, bias: Tensor) -> Filters:
+    return Filters(fit.site, len(weight), {"w": torch.cat([weight.flatten(1), bias[:, None]], 1)})
 
 
-def coordinates(fit: Fit, damping: float = 0.1) -> tuple[Coordinates, int]:
+def coordinates(fit: KeptSamples, damping: float = 0.1) -> tuple[Coordinates, int]:
     """Whitened coordinates, and how many parameters a channel has in them."""
-    found = whitened(fit.samples, damping)
-    return found, found.producers[0].size
+    found = whitened(fit, damping)
+    return found, len(found.roots["w"])
+
+
+def test_whitened_coordinates_come_back() -> None:
+    fit, _ = problem()
+    space, size = coordinates(fit, 1e-3)
+    theta = torch.randn(4, size, dtype=torch.float64)
+    torch.testing.assert_close(space.encode(space.filters(theta)), theta)
+
+
+def test_patches_are_white_in_the_coordinates() -> None:
+    fit, _ = problem(samples=200)
+    space, size = coordinates(fit, 1e-9)
+    theta = torch.eye(size, dtype=torch.float64)
+    weights, biases = space.filters(theta).weights
+    outputs = F.conv2d(inputs(fit), weights["w"], biases["w"], padding=1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs @ outputs.mT / outputs.shape[1], theta, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_that_of_the_projected_loss() -> None:
@@ -65,8 +84,8 @@ def test_gradient_is_that_of_the_projected_loss() -> None:
     point = Objective(fit, space, ridge=1e-13)(theta)
 
     def slow(theta: Tensor) -> Tensor:
-        weight, bias = space.filters(theta)["w"]
-        h = torch.tanh(F.conv2d(inputs(fit), weight, bias, padding=1))
+        weights, biases = space.filters(theta).weights
+        h = torch.tanh(F.conv2d(inputs(fit), weights["w"], biases["w"], padding=1))
         design = F.unfold(F.pad(h, (1, 1, 1, 1)), (3, 2), stride=(1, 2)).transpose(0, 1).flatten(1)
         target = targets(fit).transpose(0, 1).flatten(1)
         solution = torch.linalg.lstsq(design.mT, target.mT).solution
@@ -81,11 +100,11 @@ def test_gradient_is_that_of_the_projected_loss() -> None:
 
 def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
     fit, consumer = problem(torch.relu)
-    filters = of(torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
+    filters = of(fit, torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
     equations = normal_equations(fit, filters)
     outgoing = best_outgoing(equations, fit.site, targets(fit), 1e-14)
     variable = outgoing["r"].clone().requires_grad_()
-    h = fit.reads(fit.samples.passes[0], filters)["r"][0]
+    h = fit.passes[0].read(*filters.weights)["r"][0]
     loss = (targets(fit) - F.conv2d(h, variable, stride=consumer.stride, padding=consumer.padding)).square().sum()
     (gradient,) = torch.autograd.grad(loss, variable)
     assert float(gradient.abs().max()) < 1e-8
@@ -93,7 +112,7 @@ def test_outgoing_weights_leave_a_residual_orthogonal_to_what_is_read() -> None:
 
 def test_a_channel_that_is_never_read_gets_no_weight() -> None:
     fit, _ = problem(torch.relu)
-    filters = of(torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))
+    filters = of(fit, torch.zeros(2, 2, 3, 3, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64))
     outgoing = best_outgoing(normal_equations(fit, filters), fit.site, targets(fit), 1e-6)
     assert bool(torch.isfinite(outgoing["r"]).all())
     assert float(outgoing["r"][:, 1].abs().max()) == 0.0
@@ -102,17 +121,17 @@ def test_a_channel_that_is_never_read_gets_no_weight() -> None:
 
 def test_captured_share_is_what_the_best_single_scale_takes_away() -> None:
     fit, _ = problem(torch.relu)
-    filters = of(torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64))
+    filters = of(fit, torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64))
     outgoing = {"r": torch.randn(3, 2, 3, 2, dtype=torch.float64)}
-    (piece,) = fit.samples.passes
-    delta, target = piece.added(fit.reads(piece, filters), outgoing)["r"][0], targets(fit)
+    (piece,) = fit.passes
+    delta, target = piece.added(piece.read(*filters.weights), outgoing)["r"][0], targets(fit)
     scale = float((delta * target).sum() / delta.square().sum())
     if scale < 0:
         outgoing, delta = {"r": -outgoing["r"]}, -delta
         scale = -scale
     left = float((target - scale * delta).square().sum() / target.square().sum())
-    assert captured_share(fit, filters, outgoing) == pytest.approx(1 - left, rel=1e-10)
-    assert captured_share(fit, filters, {"r": -outgoing["r"]}) == 0.0
+    assert captured_share(fit, [(piece, {"r": (delta,)})]) == pytest.approx(1 - left, rel=1e-10)
+    assert captured_share(fit, [(piece, {"r": (-delta,)})]) == 0.0
 
 
 @pytest.mark.parametrize("activation", [torch.relu, F.leaky_relu, F.gelu, F.silu, F.selu, torch.tanh])
@@ -139,7 +158,7 @@ def test_the_search_stops_where_held_out_samples_gain_nothing() -> None:
 
 def test_greedy_order_against_brute_force() -> None:
     fit, _ = problem(torch.relu, samples=30)
-    filters = of(torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+    filters = of(fit, torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
     equations = normal_equations(fit, filters)
     order, gains = greedy_order(equations, 4, ridge=1e-13)
 
@@ -158,6 +177,6 @@ def test_greedy_order_against_brute_force() -> None:
 def test_equal_channels_share_one_gain() -> None:
     fit, _ = problem(torch.relu, samples=30)
     weight, bias = torch.randn(1, 2, 3, 3, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
-    order, gains = greedy_order(normal_equations(fit, of(weight.repeat(3, 1, 1, 1), bias.repeat(3))), 3)
+    order, gains = greedy_order(normal_equations(fit, of(fit, weight.repeat(3, 1, 1, 1), bias.repeat(3))), 3)
     assert sorted(order) == [0, 1, 2]
     assert float(gains[1:].abs().max()) < 1e-4 * float(gains[0])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import growconv
-from growconv.errors import ArgumentValueError, SolverError, StatisticsError
+from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.network.site import GrowthSite
 from growconv.solvers import FewSamplesWarning, solve
 from growconv.solvers.energy import captured_energy
@@ -83,6 +84,37 @@ def test_planted_channels_come_back(kind: str) -> None:
         # L(0) − L(γ) = γ⟨v, δz⟩ − γ²‖δz‖²/2: amplitude 1 takes away most of what the best scale would
         agreement, size = float((wanted * added).sum()), float(added.square().sum())
         assert agreement - size / 2 > 0.8 * agreement**2 / (2 * size)
+
+
+def test_filters_have_the_norm_of_the_old_ones_where_the_activation_is_homogeneous() -> None:
+    student, batches, _ = student_and_data("relu")
+    (site,) = growconv.find_sites(student, batches[0][0][:1])
+    growth = solve(kept(student, site, batches), "functional", 2, iterations=3, generator=seed())
+    assert growth.alpha_bias is not None
+    norms = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1).norm(dim=1)
+    old = torch.cat([student[0].weight.flatten(1), student[0].bias[:, None]], 1).norm(dim=1).mean().detach()
+    torch.testing.assert_close(norms, old.expand(2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_filters_behind_a_curved_activation_are_no_steeper_than_the_old_ones(norm: bool) -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.SELU(), nn.Conv2d(4, 5, 3)
+    )
+    x, y = torch.randn(96, 3, 8, 8), torch.randn(96, 5, 6, 6)
+    conv, bn = student[0], student[1]
+    if isinstance(bn, nn.BatchNorm2d):
+        nn.init.uniform_(bn.weight, 0.5, 3.0)
+    student(3 * x)
+    (site,) = growconv.find_sites(student.eval(), x[:1])
+    growth = solve(kept(student, site, [(x, y)], F.mse_loss), "functional", 3, iterations=4, generator=seed())
+    fused = fuse_conv_bn_eval(conv, bn) if norm else conv
+    slope = (fused.weight.flatten(1).norm(dim=1) / conv.weight.flatten(1).norm(dim=1)).detach()
+    own = torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1).norm(dim=1).detach()
+    assert growth.alpha_bias is not None
+    norms = torch.cat([growth.alpha.flatten(1), growth.alpha_bias[:, None]], 1).norm(dim=1)
+    assert float(norms.max()) <= float((slope * own).mean()) * (1 + 1e-5)
 
 
 def residual_model() -> nn.Module:
@@ -225,7 +257,7 @@ def test_too_few_samples_are_said_with_the_number_needed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(kept(student, site, batches, samples=parameters), "functional", 2, iterations=1)
-    with pytest.raises(SolverError, match="at least 2"):
+    with pytest.raises(ArgumentValueError, match="at least 2"):
         solve(kept(student, site, batches, samples=1), "functional", 2)
 
 

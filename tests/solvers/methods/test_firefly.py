@@ -72,7 +72,8 @@ def test_taylor_gains_are_derivatives_by_each_candidates_strength(make, collect)
     candidates = Candidates(statistics.samples_kept, 5, torch.Generator().manual_seed(0))
     gains = candidates.taylor_gains()
     filters, outgoing = candidates.weights()
-    hidden = functional.relu(functional.conv2d(x, *filters["0"], padding=1))
+    weights, biases = filters.weights
+    hidden = functional.relu(functional.conv2d(x, weights["0"], biases["0"], padding=1))
     strength = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     z = model[2](functional.relu(model[0](x))) + functional.conv2d(hidden, outgoing["2"] * strength.view(1, -1, 1, 1))
     loss = functional.cross_entropy(model[3:](z), y)
@@ -88,7 +89,7 @@ def test_the_kept_candidates_are_those_with_the_largest_gains(make, collect):
     gains = candidates.taylor_gains().abs()
     torch.testing.assert_close(growth.gains, gains.sort(descending=True).values[:4])
     filters, _ = candidates.weights()
-    torch.testing.assert_close(growth.alpha, filters.incoming["0"][gains.argsort(descending=True)[:4]].detach())
+    torch.testing.assert_close(growth.alpha, filters.weights[0]["0"][gains.argsort(descending=True)[:4]].detach())
 
 
 def test_training_raises_every_candidates_gain_and_they_do_not_see_each_other(make, collect):
@@ -101,9 +102,8 @@ def test_training_raises_every_candidates_gain_and_they_do_not_see_each_other(ma
     assert (after > before).all()
     assert (after > 0).all()
     alone = Candidates(kept, 16, torch.Generator().manual_seed(0))
-    alone.filters = alone.filters.each(lambda tensor: tensor.detach()[:1].requires_grad_(), units=1)
+    alone.filters = alone.filters.picked([0]).each(lambda rows: rows.detach().requires_grad_())
     alone.outgoing = {path: tensor.detach()[:, :1].requires_grad_() for path, tensor in alone.outgoing.items()}
-    alone.count = 1
     alone.train(30, 0.1)
     torch.testing.assert_close(alone.taylor_gains(), after[:1])
 

@@ -16,6 +16,12 @@ from growconv.statistics import collect_statistics
 from growconv.statistics.columns import designs
 
 
+def score_of(proposed, residual, precision, damping=1e-4):
+    """Δη' from a_p (samples, p, locations) and g_r (samples, c, locations), averaged over samples."""
+    moment = torch.einsum("ipm,iqm->pq", proposed, proposed) / len(proposed)
+    return expansion_score(moment, torch.einsum("ipm,icm->pc", proposed, residual) / len(proposed), precision, damping)
+
+
 def natural_gain(activations, gradient, precision):
     """gᵀF⁻¹g of one linear layer with F = A ⊗ Γ formed in full: the slow referee."""
     n = len(activations)
@@ -29,7 +35,7 @@ def test_the_score_is_a_lower_bound_on_the_gain_and_exact_for_new_responses_free
     generator = torch.Generator().manual_seed(seed)
     n = 40
     a, p, g = (torch.randn(n, size, generator=generator, dtype=torch.float64) for size in (old, new, out))
-    precision = output_precision(g[:, :, None], damping=1e-12)
+    precision = output_precision(g.mT, damping=1e-12)
     basis = torch.linalg.qr(a).Q
     residual = g - basis @ basis.mT @ g
 
@@ -37,10 +43,10 @@ def test_the_score_is_a_lower_bound_on_the_gain_and_exact_for_new_responses_free
         joined = torch.cat([a, proposed], 1)
         return natural_gain(joined, g, precision) - natural_gain(a, g, precision)
 
-    score = expansion_score(p[:, :, None], residual[:, :, None], precision, damping=1e-12)
+    score = score_of(p[:, :, None], residual[:, :, None], precision, damping=1e-12)
     assert score <= increase(p) * (1 + 1e-8) + 1e-12
     free = p - basis @ basis.mT @ p
-    score = expansion_score(free[:, :, None], residual[:, :, None], precision, damping=1e-12)
+    score = score_of(free[:, :, None], residual[:, :, None], precision, damping=1e-12)
     torch.testing.assert_close(score, increase(free), rtol=1e-6, atol=1e-10)
 
 
@@ -49,12 +55,12 @@ def test_locations_are_summed_as_in_the_fisher_of_a_convolution(taps, locations,
     generator = torch.Generator().manual_seed(seed)
     proposed = torch.randn(6, 2 * taps, locations, generator=generator, dtype=torch.float64)
     residual = torch.randn(6, 3, locations, generator=generator, dtype=torch.float64)
-    precision = output_precision(residual, 1e-6)
+    precision = output_precision(residual.transpose(0, 1).flatten(1), 1e-6)
     moment = sum(proposed[i] @ proposed[i].mT for i in range(6)) / 6
     cross = sum(proposed[i] @ residual[i].mT for i in range(6)) / 6
     damped = moment + 1e-4 * moment.diagonal().mean() * torch.eye(2 * taps)
     expected = torch.trace(precision @ cross.mT @ torch.linalg.inv(damped) @ cross)
-    torch.testing.assert_close(expansion_score(proposed, residual, precision, 1e-4), expected)
+    torch.testing.assert_close(score_of(proposed, residual, precision, 1e-4), expected)
 
 
 def test_residual_gradients_are_orthogonal_to_what_the_consumer_reads(any_model, collect):
@@ -85,11 +91,11 @@ def test_the_optimum_of_a_linear_pair_is_found():
     ]
     growth = solve(statistics, "senn", 2, steps=400, damping=1e-8)
     wanted = statistics.samples_kept.v[site.consumers[0]]
-    precision = output_precision(wanted[:, :, None], 1e-8)
+    precision = output_precision(wanted.mT, 1e-8)
     # with A_p = αᵀSα the best K filters span the leading singular vectors of S^-1/2 N Γ^-1/2
     whitened = torch.linalg.solve(torch.linalg.cholesky(statistics.S), statistics.N[:, 0])
     best = torch.linalg.svdvals(whitened @ torch.linalg.cholesky(precision))[:2].square().sum()
-    reached = expansion_score(
+    reached = score_of(
         (x @ growth.alpha.mT)[:, :, None],
         statistics.samples_kept.v_perp(site.consumers[0])[:, :, None],
         precision,
@@ -113,8 +119,8 @@ def score_together(statistics, growth):
             zip(*(each.targets(path) for each in samples.passes), strict=True) for samples in (kept, kept.projected())
         )
         for design, gradient, free in zip(designs, wanted, residual, strict=True):
-            precision = output_precision(torch.cat(gradient, 1)[None])
-            total += expansion_score(torch.cat(design, 1)[None], torch.cat(free, 1)[None], precision).item()
+            precision = output_precision(torch.cat(gradient, 1))
+            total += score_of(torch.cat(design, 1)[None], torch.cat(free, 1)[None], precision).item()
     return total
 
 
@@ -135,7 +141,7 @@ def test_training_raises_the_score_and_nothing_changes(make, collect, name):
 
 def test_proposals_that_are_silent_on_all_samples_score_nothing():
     residual = torch.randn(5, 2, 3)
-    score = expansion_score(torch.zeros(5, 4, 3), residual, output_precision(residual))
+    score = score_of(torch.zeros(5, 4, 3), residual, output_precision(residual.transpose(0, 1).flatten(1)))
     assert score == 0
 
 
