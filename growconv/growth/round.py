@@ -47,7 +47,7 @@ PHASES = ("collect", "solve", "amplitude", "surgery")
 
 def _slopes(subject: PairStatistics, channels: int) -> Tensor:
     """See `Proposal.slopes`; zeros for channels beyond the rank of N_raw."""
-    (raw,) = require_statistics(subject, "N_raw")
+    raw = require_statistics(subject, "N_raw")
     slopes = gradmax(torch.cat([each.flatten(1) for each in raw], 1)[:, None], max(1, channels)).gains[:channels]
     return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
 

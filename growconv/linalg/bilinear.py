@@ -61,7 +61,7 @@ class DenseMetric:
             )
         taps = matrix.shape[0] // left_size
         self._form = matrix.reshape(left_size, taps, left_size, taps)
-        self._half: Tensor | None = None
+        self._half = matrix[:0]  # of `gram`, for `pull`
         root = _narrow_root(matrix)
         self._root = None if root is None else root.view(left_size, -1)  # (a, b·r)
         self._tall = matrix if self._root is None else self._root.mT.contiguous()  # few columns from the right are fast
@@ -95,15 +95,13 @@ class DenseMetric:
         half = left[:, :at_a_time] @ matrix[:at_a_time]
         for start in range(at_a_time, len(matrix), at_a_time):
             half.addmm_(left[:, start : start + at_a_time], matrix[start : start + at_a_time])
-        self._half = half.view(-1, *self._form.shape[1:])  # shared with `pull`
+        self._half = half.view(-1, *self._form.shape[1:])
         return torch.einsum("kbde,ld->kble", self._half, left).reshape(rows, -1)
 
     def pull(self, left: Tensor, coupling: Tensor) -> Tensor:
         """Contract the half product of `gram` with the coupling of the right factors."""
         channels, taps = left.shape[0], self._form.shape[1]
-        if self._half is None:
-            self.gram(left)
-        if self._root is not None and self._half is not None:
+        if self._root is not None:
             return (coupling @ self._half).view(channels, -1) @ self._root.mT
         return torch.einsum("kbde,kble->ld", self._half, coupling.view(channels, taps, channels, taps))
 

@@ -21,14 +21,7 @@ P = TypeVar("P", bound=Located)
 
 
 class QuasiNewton:
-    """L-BFGS (Nocedal 1980) with backtracking.
-
-    Args:
-        memory: pairs of steps and gradient changes kept.
-
-    Attributes:
-        pairs: of them, the newest last.
-    """
+    """L-BFGS (Nocedal 1980) with backtracking; `pairs` are steps and gradient changes, the newest last."""
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
@@ -37,10 +30,7 @@ class QuasiNewton:
     def step(self, objective: Callable[[Tensor], P], point: P, inverse: Map) -> P | None:
         """A place with a lower loss along the quasi-Newton direction; None where there is none.
 
-        Args:
-            objective: the loss and its gradient at given parameters.
-            point: where to start.
-            inverse: the first inverse Hessian times a gradient, up to a common factor.
+        `inverse` is the first inverse Hessian times a gradient, up to a common factor.
         """
         direction = self._direction(point, inverse)
         slope = float((point.gradient * direction).sum())

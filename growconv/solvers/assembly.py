@@ -15,7 +15,6 @@ from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.routes import Activation, Other
 from growconv.network.seats import Inserted, Moments
-from growconv.network.site import GrowthSite
 from growconv.solvers.base import Request
 from growconv.solvers.weights import (
     Filters,
@@ -37,47 +36,34 @@ DESIGN_ENTRIES = 2**22
 """Entries of what a consumer multiplies its columns with that are held at once."""
 
 
-def require_statistics(subject: PairStatistics, *names: str) -> tuple[list[Tensor], ...]:
-    """Per name the statistic of each consumer, in their order.
+def require_statistics(subject: PairStatistics, name: str) -> list[Tensor]:
+    """A statistic of each consumer, in their order.
 
     Raises:
-        StatisticsError: one was not collected, is empty or not finite: which, of which site, and how to collect it.
+        StatisticsError: it was not collected, is empty or not finite: of which consumer, and how to collect it.
     """
-    where = subject.growth_site.name
-    if subject.samples < 1:
-        fix = "run at least one batch with a backward pass inside the collector"
-        raise StatisticsError("the statistics have zero samples", got=subject.samples, where=where, fix=fix)
-    found: tuple[list[Tensor], ...] = tuple([] for _ in names)
+    found = []
     for consumer in subject.consumers:
-        for values, name in zip(found, names, strict=True):
-            value = getattr(consumer, name)
-            if value is None:
-                raise StatisticsError(
-                    f"the statistic {name} was not collected",
-                    where=f"{where}, consumer {consumer.consumer}",
-                    fix=f"collect with quantities={{'{name}', ...}}, or solver.reads",
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise StatisticsError(
-                    f"the statistic {name} is not finite",
-                    got=f"{int((~torch.isfinite(value)).sum())} entries infinite or undefined",
-                    where=f"{where}, consumer {consumer.consumer}",
-                    fix="look for an overflow in the loss, or lower the loss scale",
-                )
-            values.append(value)
+        value, where = getattr(consumer, name), f"{subject.growth_site.name}, consumer {consumer.consumer}"
+        if subject.samples < 1:
+            fix = "run at least one batch with a backward pass inside the collector"
+            raise StatisticsError("the statistics have zero samples", got=subject.samples, where=where, fix=fix)
+        if value is None:
+            fix = f"collect with quantities={{'{name}', ...}}, or solver.reads"
+            raise StatisticsError(f"the statistic {name} was not collected", where=where, fix=fix)
+        if not bool(torch.isfinite(value).all()):
+            raise StatisticsError(
+                f"the statistic {name} is not finite",
+                got=f"{int((~torch.isfinite(value)).sum())} entries infinite or undefined",
+                where=where,
+                fix="look for an overflow in the loss, or lower the loss scale",
+            )
+        found.append(value)
     return found
 
 
 def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptSamples:
-    """The kept samples, or an error that says how to keep them.
-
-    Args:
-        what: who asks, for the message.
-        least: how many are needed, at least 1.
-
-    Raises:
-        StatisticsError: no samples, or fewer.
-    """
+    """The kept samples, at least `least` of them; else an error for `what` that says how to keep them."""
     kept = subject.samples_kept
     if kept is None or len(kept) < least:
         raise StatisticsError(
@@ -91,12 +77,7 @@ def require_samples(subject: PairStatistics, what: str, least: int = 1) -> KeptS
 
 
 def require_moments(channels: int, N: Tensor, **squares: Tensor) -> None:
-    """Refuse what a method on bare tensors cannot work with.
-
-    Args:
-        channels: how many are wanted.
-        N: correlation, a matrix or more with the patch entries first.
-        **squares: second moments by name, which are to be square.
+    """Refuse what a method on bare tensors cannot work with: N is a matrix or more, the second moments are square.
 
     Raises:
         ArgumentTypeError: channels that are no integer, or numbers of half precision, integers or complex ones.
@@ -156,18 +137,16 @@ def assemble(
     Args:
         request: with statistics of the site. Their `patch_mean` and `patch_gram`, where they were collected, give the
             norm layer behind the producer its moments; the kept samples the signs and the expected decrease.
-        method: name of the solver.
         left: (k, a), the new filters of all producers, each with its bias last where it has one.
         right: (k, columns), the weights (b, c2) of one consumer after the other, in the order of `subject.consumers`.
-        gains: (k,) captured energy.
         reason: why there are fewer than asked for.
         signs: choose the sign of each channel on the kept samples, where there are any; else it is fixed.
     """
     subject, site, channels = request.subject, request.site, len(left)
     if channels:
         left, right = fix_signs(left, right)
-    parts = left.split([entries_of(site, path) for path in site.producers], 1)
-    exact = Filters(site, channels // site.granularity, dict(zip(site.producers, parts, strict=True)))
+    parts = left.to(filters_of(site, site.producers[0])).split([entries_of(site, path) for path in site.producers], 1)
+    filters = Filters(site, channels // site.granularity, dict(zip(site.producers, parts, strict=True)))
     outgoing, start = {}, 0
     for path in site.consumers:
         weight, ratio = filters_of(site, path), int(site.ratio(path))
@@ -176,7 +155,7 @@ def assemble(
         # (k, b, c) to (c, k·ratio, *kernel): a flattening consumer has its grid where a convolution has its kernel.
         shape = (len(weight), channels * ratio, *weight.shape[2:])
         outgoing[path], start = own.permute(2, 0, 1).reshape(shape).to(weight).contiguous(), end
-    filters, norms = exact.each(lambda rows: rows.to(filters_of(site, site.producers[0]))), norm_moments(subject, exact)
+    norms = norm_moments(subject, filters)
     growth = filters.proposed(method, outgoing, gains.detach(), requested=request.number, reason=reason, norms=norms)
     if channels and not_homogeneous(site) and bool((left != 0).any(1).all()):
         # The linear theory leaves the channels' scale open, a curved activation does not: that of the old channels is
@@ -211,7 +190,7 @@ def norm_moments(subject: PairStatistics, filters: Filters) -> dict[str, Moments
         return {path: found[path] for path, norm in firsts.items() if not norm.by_sample}
     if subject.patch_mean is None or subject.patch_gram is None or filters.units == 0:
         return {}
-    (left,) = filters.rows.values()
+    (left,) = (rows.to(subject.patch_mean) for rows in filters.rows.values())
     mean = left @ subject.patch_mean
     variance = (torch.einsum("ka,ad,kd->k", left, subject.patch_gram, left) - mean.square()).clamp_min(0)
     for path, norm in firsts.items():
@@ -256,24 +235,25 @@ def expected_decrease(subject: PairStatistics, growth: ChannelGrowth) -> float |
 @torch.no_grad()
 def added_outputs(kept: KeptSamples, growth: ChannelGrowth) -> Iterator[tuple[KeptPass, Maps]]:
     """What new channels at amplitude 1 add to each consumer's output, per call, piece by piece of the samples."""
-    first, inserted = kept.passes[0], inserted_by(growth, kept.site)
+    first, inserted = kept.passes[0], inserted_by(growth, kept)
     entries = sum(each.numel() for maps in (first.x, first.v) for calls in maps.values() for each in calls)
     for piece in kept.pieces(entries // max(first.samples, 1), 2**25):
         yield piece, piece.added(piece.read(growth.incoming, growth.incoming_bias, inserted), growth.outgoing)
 
 
-def inserted_by(growth: ChannelGrowth, site: GrowthSite) -> Inserted:
-    """What surgery will put between producers and consumers for a proposal."""
+def inserted_by(growth: ChannelGrowth, kept: KeptSamples, measured: bool = False) -> Inserted:
+    """What surgery will put in between for a proposal; `measured`: also moments of norm layers that it has none for."""
     copied = growth.copied_from
     if copied is not None and bool((copied < 0).any()):
         raise SolverError(
             "a proposal of new channels and halves of old ones has no δz: it changes old weights",
             got=growth.method,
-            where=site.name,
+            where=kept.site.name,
             fix="compare the loss before and after growing",
         )
-    units = None if copied is None else copied[:: site.granularity] // site.granularity
-    return Inserted(growth.norms, growth.norm_scale, growth.carried, units)
+    units = None if copied is None else copied[:: kept.site.granularity] // kept.site.granularity
+    found = kept.moments(growth.incoming, growth.incoming_bias) if measured else {}
+    return Inserted({**found, **growth.norms}, growth.norm_scale, growth.carried, units)
 
 
 @torch.no_grad()
@@ -281,18 +261,12 @@ def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowt
     """Of (α, ω) and (−α, −ω) take per channel the one that captures more through the real activation.
 
     The linear theory cannot tell them apart; behind ReLU one of them may be dead on most samples. The share captured is
-    max(⟨v⊥, δz⟩, 0)²/‖δz‖²: nothing where ⟨v⊥, δz⟩ < 0, since channels enter with a positive amplitude.
-
-    Args:
-        subject: statistics with kept samples.
-        growth: what a closed form proposes.
-
-    Returns:
-        The proposal with its signs, `expected_decrease` and the moments of norm layers that were not known before.
+    max(⟨v⊥, δz⟩, 0)²/‖δz‖²: nothing where ⟨v⊥, δz⟩ < 0, since channels enter with a positive amplitude. The moments of
+    norm layers that were not known before are measured.
     """
     kept = require_samples(subject, growth.method)
     turned, projected = -growth.gains.new_ones(growth.channels), kept.projected()
-    both = [(each, moments_inserted(projected, each)) for each in (growth, scaled(growth, turned, turned))]
+    both = [(each, inserted_by(each, projected, measured=True)) for each in (growth, scaled(growth, turned, turned))]
     captured = torch.zeros(2, growth.channels, dtype=torch.float64, device=kept.like.device)
     energy, entries = torch.zeros_like(captured), 0
     for path, weight in growth.outgoing.items():
@@ -313,12 +287,6 @@ def choose_signs(subject: PairStatistics, growth: ChannelGrowth) -> ChannelGrowt
     chosen = scaled(growth, signs, signs)
     chosen = replace(chosen, norms={**kept.moments(chosen.incoming, chosen.incoming_bias), **chosen.norms})
     return replace(chosen, expected_decrease=expected_decrease(subject, chosen))
-
-
-def moments_inserted(kept: KeptSamples, growth: ChannelGrowth) -> Inserted:
-    """What comes in between: norm layers get the proposal's moments, or measured ones where it has none."""
-    norms = {**kept.moments(growth.incoming, growth.incoming_bias), **growth.norms}
-    return replace(inserted_by(growth, kept.site), norms=norms)
 
 
 def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> Maps:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentValueError, SolverError, StatisticsError
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
-from growconv.solvers.assembly import added_outputs, agreements, empty, moments_inserted, pulled_back, require_samples
+from growconv.solvers.assembly import added_outputs, agreements, empty, inserted_by, pulled_back, require_samples
 from growconv.solvers.base import Channels, Request, Solver, get_solver
 from growconv.statistics import PairStatistics, collect_statistics
 from growconv.statistics.pair import without
@@ -70,12 +70,7 @@ def captured_energy(
 
 @torch.no_grad()
 def captured_share(samples: KeptSamples, added: Iterable[tuple[KeptPass, Maps]]) -> float:
-    """⟨v, δz⟩² / (‖δz‖² ‖v‖²) of what is added to the consumers' outputs; 0 where ⟨v, δz⟩ < 0.
-
-    Args:
-        samples: all of them, whose v is looked at.
-        added: per piece of the samples δz.
-    """
+    """⟨v, δz⟩² / (‖δz‖² ‖v‖²) of δz that is added on the samples, piece by piece; 0 where ⟨v, δz⟩ < 0."""
     agreement = size = 0.0
     for piece, changes in added:
         for delta, wanted in piece.beside_v(changes):
@@ -88,12 +83,10 @@ def captured_share(samples: KeptSamples, added: Iterable[tuple[KeptPass, Maps]])
 def captured_by_sample(subject: PairStatistics, growth: ChannelGrowth) -> Float[Tensor, "n k"]:
     """⟨v⊥, δz_k⟩ of every kept sample; δz_k is what channel k alone adds to the consumers, summed over consumers.
 
-    Args:
-        subject: statistics with kept samples, and with what v⊥ needs.
-        growth: the proposal; norm layers get its moments, or those that are measured where it has none.
+    Norm layers get the proposal's moments, or those that are measured where it has none.
     """
     kept = require_samples(subject, growth.method)
-    inserted, projected, rows = moments_inserted(kept, growth), kept.projected(), []
+    inserted, projected, rows = inserted_by(growth, kept, measured=True), kept.projected(), []
     for batch in projected.batches:
         row = torch.zeros(batch.samples, growth.channels, dtype=torch.float64, device=kept.like.device)
         for piece in batch.passes:
@@ -133,10 +126,7 @@ class MeasuredGains:
 
 
 def measure_gains(subject: PairStatistics, growth: ChannelGrowth) -> MeasuredGains:
-    """Gains of a proposal on the kept samples, with error bars.
-
-    Args:
-        subject: statistics with kept samples; the gains are unbiased where the solver has not seen these samples.
+    """Gains of a proposal on the kept samples, with error bars; unbiased where the solver has not seen these samples.
 
     Raises:
         StatisticsError: fewer than two samples were kept.
@@ -251,15 +241,10 @@ def require_known_gains(solver: Solver, sites: Iterable[GrowthSite]) -> None:
 def until_known(
     collect: Callable[[list[Any]], Found], batches: Iterable[tuple[Any, Any]], known: Callable[[Found], bool]
 ) -> Found:
-    """Collect from 1, 2, 4, 8, … batches until the answer is known or there are no more.
+    """Collect from 1, 2, 4, 8, … batches until the statistics are enough (`known`) or there are no more batches.
 
     Every round starts anew, since statistics that took a second pass cannot be added up; all rounds together read at
     most twice the batches of the last.
-
-    Args:
-        collect: statistics of a list of batches.
-        batches: read only as far as needed.
-        known: whether these statistics are enough.
 
     Raises:
         StatisticsError: no batches.
@@ -287,14 +272,8 @@ def gains_known(
     """Whether the sum of the gains is known to a relative error at every site.
 
     Half of the kept samples are taken out of the statistics; what the solver proposes from the rest is measured on
-    them, through the real activation. Their spread gives the error of an average over all samples.
-
-    Args:
-        statistics: by name of the site, with kept samples.
-        asked: how many channels to propose, by site; "auto" stands for 8.
-        relative_error: standard error over sum.
-        model: the model that the sites belong to.
-        generator: randomness of the solver.
+    them, through the real activation. Their spread gives the error of an average over all samples. "auto" channels
+    stand for 8.
     """
     for site, channels in asked.items():
         subject = statistics[site.name]

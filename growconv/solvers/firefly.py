@@ -132,12 +132,7 @@ def _joined(new: ChannelGrowth, halves: ChannelGrowth) -> ChannelGrowth:
 
 
 class Candidates:
-    """Candidate units of channels with their free parameters; both sides are normalised on use.
-
-    Args:
-        channels: how many candidates.
-        generator: source of randomness.
-    """
+    """Candidate units of channels with their free parameters; both sides are normalised on use."""
 
     def __init__(self, kept: KeptSamples, channels: int, generator: torch.Generator | None) -> None:
         site = kept.site

@@ -78,11 +78,8 @@ class Coordinates:
 def whitened(samples: KeptSamples, damping: float) -> Coordinates:
     """Coordinates that whiten the patches of all producers of a site.
 
-    The damping keeps directions that the data hardly uses short: together with early stopping it is the regulariser.
-
-    Args:
-        samples: of the site.
-        damping: added to the eigenvalues of the patches' second moment, as a share of their mean.
+    The damping, a share of the mean eigenvalue of the patches' second moment, keeps directions that the data hardly
+    uses short: together with early stopping it is the regulariser.
     """
     site, roots, inverses = samples.site, {}, {}
     for path in site.producers:
@@ -144,10 +141,7 @@ def is_homogeneous(samples: KeptSamples, filters: Filters) -> bool:
 def normal_equations(samples: KeptSamples, filters: Filters, inserted: Inserted | None = None) -> dict[Path, Equations]:
     """Gram matrices and correlations of what the consumers would read, per consumer and group; float64.
 
-    Args:
-        samples: what to fit.
-        filters: the new filters.
-        inserted: what comes in between; None: norm layers are as for values of mean 0 and variance 1.
+    Where nothing is `inserted`, norm layers are as for values of mean 0 and variance 1.
     """
     with torch.no_grad():
         return _summed((piece, piece.read(*filters.weights, inserted)) for piece in pieces(samples, filters))

@@ -154,15 +154,10 @@ class Functional(Solver):
 
 
 def telling_units(fit: KeptSamples, held_out: KeptSamples, filters: Filters) -> int:
-    """How many of the units, in their order, take more off the held-out bottleneck than its error bar.
+    """How many units, the best first, take more off the held-out bottleneck than its error bar.
 
-    Args:
-        fit: samples that the outgoing weights are solved on, for the first 1, 2, ... units.
-        held_out: samples that judge.
-        filters: the filters, the best unit first.
-
-    Returns:
-        The number up to the last unit whose mean gain over the held-out samples is above its standard error.
+    The outgoing weights of the first 1, 2, ... units are solved on `fit`. Counted is up to the last unit whose mean
+    gain over the held-out samples is above its standard error.
     """
     equations = normal_equations(fit, filters)
     count, last, before = len(held_out), 0, None
@@ -211,12 +206,9 @@ def _starts(
 
 
 def tiny_filters(fit: KeptSamples, units: int, coordinates: Coordinates) -> Filters:
-    """Filters of the closed form in whitened coordinates, of norm one there.
+    """Filters of the closed form in whitened coordinates, of norm one there; fewer where N has a lower rank.
 
-    Args:
-        fit: on a site that has one, of one producer.
-        units: how many; fewer come back where N has a lower rank.
-        coordinates: whose damped second moment of the patches stands for S.
+    The damped second moment of the patches in the coordinates stands for S.
     """
     names, ((path, root),), size = frozenset({"N_raw"}), coordinates.roots.items(), fit.site.granularity
     averages = [sample_averages(fit, consumer, names)["N_raw"] for consumer in fit.site.consumers]

@@ -102,8 +102,7 @@ class GradMax(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         subject, site, requested = request.subject, request.site, request.number
-        (raw,) = require_statistics(subject, "N_raw")
-        stacked = torch.cat([each.flatten(1) for each in raw], 1)
+        stacked = torch.cat([each.flatten(1) for each in require_statistics(subject, "N_raw")], 1)
         if self.directions == "random":
             drawn = normal((requested, stacked.shape[1]), stacked, request.generator)
             omega = drawn / drawn.norm(dim=1, keepdim=True)

@@ -33,13 +33,7 @@ from growconv.solvers.weights import (
 
 
 def draw_copies(old: int, new: int, generator: torch.Generator | None = None) -> Int[Tensor, " new"]:
-    """Which old channel each new one copies, both in units: uniform with replacement (g of section 2.2).
-
-    Args:
-        old: number of old units.
-        new: number of new units.
-        generator: source of randomness; None draws from torch's global one.
-    """
+    """Which old channel each new one copies, both in units: uniform with replacement (g of section 2.2)."""
     place = generator.device if generator is not None else "cpu"
     return torch.randint(old, (new,), generator=generator, device=place).cpu()
 
@@ -51,15 +45,13 @@ def draw_shares(
     generator: torch.Generator | None = None,
     power: int = 1,
 ) -> tuple[Float[Tensor, " old"], Float[Tensor, " new"]]:
-    """Shares of the outgoing weights: those of all copies of one unit sum to 1, or their squares do.
+    """Shares of the outgoing weights: those of all copies of one unit sum to 1, or with power 2 their squares do.
 
     Args:
         copied: index of the old unit that each new one copies.
         old: number of old units.
         imbalance: 0 gives equal shares, as in the paper; u in (0, 1) draws them within a factor (1 ± u) of each other
             before they are normalised.
-        generator: source of randomness.
-        power: 1: the shares sum to 1; 2: their squares do.
 
     Returns:
         Shares of the old units and of the new ones, float64.

@@ -25,7 +25,7 @@ from growconv.network import layers
 from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.seats import Calls, Inserted
-from growconv.solvers.assembly import norm_moments, require_samples, require_statistics
+from growconv.solvers.assembly import norm_moments, require_samples
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.fitting import patch_gram
 from growconv.solvers.weights import (
@@ -43,10 +43,8 @@ from growconv.statistics.samples import KeptPass, KeptSamples
 def effective_dimension(gram: Float[Tensor, "c c"], tolerance: float = 0.01, relative: bool = True) -> int:
     """How many directions C responses use: singular values of H/√n above a tolerance (φ^ED of section 3.1, times C).
 
-    Args:
-        gram: second moment of the responses over samples and locations, whose eigenvalues are those values squared.
-        tolerance: ε.
-        relative: ε is a share of the largest singular value; False: a number, as in the paper.
+    The tolerance ε is a share of the largest singular value, or a number as in the paper; their squares are the
+    eigenvalues of the second moment over samples and locations that is given.
     """
     values = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
     return int((values > tolerance * (values.max() if relative else 1.0)).sum()) if bool(values.max() > 0) else 0
@@ -58,16 +56,9 @@ def orthogonal_filters(
     """The part of filters whose responses are orthogonal to those of the old filters (NORTH-Pre).
 
     Responses are inner products with patches of second moment G, so that the responses of α and w are orthogonal when
-    αᵀGw = 0. Among themselves the new responses become orthonormal. With G = 1 this is NORTH-Weight.
-
-    Args:
-        filters: candidates, one a row.
-        old: the old filters.
-        gram: second moment G of the patches.
-        tolerance: directions with less than this share of the largest variance count as no direction.
-
-    Returns:
-        Filters with αᵀGα' = 1 for α = α' and 0 else; fewer than k where no directions are left.
+    αᵀGw = 0. Among themselves the new responses become orthonormal: αᵀGα' = 1 for α = α' and 0 else. With G = 1 this is
+    NORTH-Weight. Fewer than k come back where no directions are left; one with less than the tolerance's share of the
+    largest variance is none.
     """
     values, vectors = torch.linalg.eigh(gram)
     kept = values > tolerance * values.max().clamp_min(0)
@@ -92,11 +83,6 @@ def most_orthogonal(
     candidates: Float[Tensor, "m s"], old: Float[Tensor, "c s"], count: int
 ) -> tuple[list[int], Float[Tensor, " count"]]:
     """Greedy choice of the responses that are most orthogonal to the old and to the chosen ones (NORTH-Select).
-
-    Args:
-        candidates: responses of the candidates, one a row.
-        old: responses of the old channels.
-        count: how many to choose, at most m.
 
     Returns:
         Indices in the order chosen, and the share of each one's norm that was orthogonal when it was chosen.
@@ -204,7 +190,6 @@ class North(Solver):
         if self.variant == "weight":
             return torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
         if subject is not None and subject.patch_gram is not None:
-            require_statistics(subject)
             return subject.patch_gram
         if subject is None or subject.samples_kept is None:
             raise SolverError(

@@ -53,12 +53,7 @@ def expansion_score(
 
 
 def output_precision(gradient: Float[Tensor, "c m"], damping: float = 1e-4) -> Float[Tensor, "c c"]:
-    """Γ⁻¹, the inverse second moment of the output gradient averaged over samples and locations.
-
-    Args:
-        gradient: v, one column per sample and location.
-        damping: relative to the mean diagonal entry.
-    """
+    """Γ⁻¹, the inverse second moment of v over samples and locations, damped relative to its mean diagonal entry."""
     moment = torch.einsum("cm,dm->cd", gradient, gradient) / gradient.shape[1]
     scale = moment.diagonal().mean()
     if not bool(scale > 0):

@@ -103,10 +103,8 @@ def _lowest_ritz(vectors: Float[Tensor, "c j a"], images: Float[Tensor, "c j a"]
 def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:
     """ReLU and LeakyReLU with the curvature of a softplus, as in the paper's experiments, by name of the operation.
 
-    Their own second derivative is zero almost everywhere and hides the kink, which is all there is to gain.
-
-    Args:
-        width: of the smoothed kink, as a share of the root mean square of what comes in.
+    Their own second derivative is zero almost everywhere and hides the kink, which is all there is to gain. The width
+    is a share of the root mean square of what comes in.
     """
 
     def softplus(x: Tensor) -> Tensor:
@@ -120,14 +118,9 @@ def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:
 
 
 def splitting_matrices(kept: KeptSamples, smoothing: float) -> tuple[Product, Float[Tensor, "u a"]]:
-    """Products with the splitting matrices of all old units (mostly one channel each).
+    """Products (u, a) → (u, a) with the splitting matrices of all old units, and the old filters.
 
-    Args:
-        kept: samples of the site.
-        smoothing: of kinks, see `smooth_kinks`.
-
-    Returns:
-        The products (u, a) → (u, a), a over all producers' filter entries and biases of a unit, and the old filters.
+    The axis a runs over the filter entries and biases of a unit, one producer after the other.
     """
     site, old = kept.site, old_filters(kept.site)
     columns = {path: columns_of(site, path).flatten(1, 2) for path in site.consumers}
@@ -201,14 +194,7 @@ class Splitting(Solver):
         return not_rewritable(site, *site.producers, *site.consumers)
 
     def split(self, site: GrowthSite, order: Tensor, values: Tensor, vectors: Tensor, requested: int) -> ChannelGrowth:
-        """The proposal that splits some units, by their `curvatures`.
-
-        Args:
-            order: indices of the units to split, (k,).
-            values: lowest eigenvalues of all units.
-            vectors: their eigenvectors.
-            requested: number of channels requested.
-        """
+        """The proposal that splits the units `order`, by the lowest eigenvalues of all units and their eigenvectors."""
         old, norms, size, chosen = old_filters(site), filter_norms(site), site.granularity, order.tolist()
         step = self.step * norms if self.relative else torch.full_like(norms, self.step)
         moves = vectors * step[:, None]

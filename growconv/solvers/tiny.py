@@ -100,7 +100,7 @@ class Tiny(Solver):
     def solve(self, request: Request) -> ChannelGrowth:
         """See `Solver.solve`; several consumers share one SVD of their stacked columns."""
         subject, channels = request.subject, request.channels
-        grams, correlations = require_statistics(subject, "S", "N")
+        grams, correlations = (require_statistics(subject, name) for name in ("S", "N"))
         if channels == "auto":
             return worthwhile(self.solve, request)
         # The consumers' quadratic forms add up; with one S for all of them the minimiser is an SVD of stacked columns.

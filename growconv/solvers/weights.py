@@ -34,17 +34,14 @@ def filters_of(site: GrowthSite, path: str) -> Tensor:
 
     At least in float32: that is what methods compute in, and `solve` brings proposals back to the model's precision.
     """
-    return _exact(site.layer(path).filters())
+    filters = site.layer(path).filters().detach()
+    return filters.to(torch.promote_types(filters.dtype, torch.float32))
 
 
 def bias_of(site: GrowthSite, path: str) -> Tensor | None:
     """Bias of a layer, detached and at least in float32; None where it has none."""
     bias = site.layer(path).bias()
-    return None if bias is None else _exact(bias)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).detach()
+    return None if bias is None else bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def entries_of(site: GrowthSite, path: str) -> int:
@@ -166,9 +163,7 @@ def with_scaled_columns(
 ) -> Tensor:
     """A consumer's whole weight as it stores it, the columns on each old unit times a number.
 
-    Args:
-        factor: per old unit.
-        revised: other values of the layer's stored weight, where it is a producer of the site too; None: its own.
+    `revised` has other values of the stored weight, where the layer is a producer of the site too.
     """
     layer, at = site.layer(path), _columns(site, path)
     filters = (filters_of(site, path) if revised is None else layer.as_stored(revised)).clone()
@@ -246,9 +241,9 @@ def not_plain(site: GrowthSite, *paths: str) -> str | None:
 def not_homogeneous(site: GrowthSite, behind_norms: bool = False) -> str | None:
     """The first thing in between through which a positive factor does not pass, f(sx) = s·f(x); None: it passes all.
 
+    Norm layers count with their transparent entries: a batch norm passes, one with the statistics of a sample does not.
+
     Args:
-        site: norm layers count with their transparent entries: a batch norm passes, one with the statistics of a sample
-            does not.
         behind_norms: look at old channels, and only behind the last norm of each route, which must have a scale.
     """
     for route in site.routes:
@@ -352,13 +347,8 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
 
     Where they are more than an eighth as many as the old ones they come out smaller, so that the sum of their squared
     sizes is an eighth of that of the old ones. The outgoing weights change inversely, so where all that lies between is
-    positively homogeneous the function stays.
-
-    Args:
-        growth: a proposal whose filters are not zero.
-
-    Returns:
-        The proposal at the old channels' scale; behind norm layers whose weights are all zero at its own.
+    positively homogeneous the function stays. No filter of the proposal may be zero; behind norm layers whose weights
+    are all zero channels keep their own scale.
     """
     norms = _norms(site, growth)
     factor = filter_norms(site).double().mean().to(norms) / norms
