@@ -9,6 +9,7 @@ removed from v, then
 is minimised over kernels Θ of the form that new terms have: rank-one for CP, low rank in one channel axis for Tucker.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from growconv.convolution.cp import CPConv
-from growconv.convolution.decomposition import cp_kernel, tucker_kernel
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import bilinear_least_squares, solve_psd
 from growconv.linalg.optimizers import LBFGS
+from growconv.network import layers
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import example_arguments, unwrapped
@@ -171,31 +172,25 @@ def grow_rank(
         >>> layer.rank
         3
     """
-    if not isinstance(module, FactorizedConv):
+    sides = list(layers.ranks(module))
+    if not sides:
         raise ArgumentTypeError(
             "only a factorized convolution has a rank",
             expected="CPConv or TuckerConv",
             got=type(module).__name__,
             where="grow_rank",
         )
-    plan: list[tuple[RankSite, int]]
-    if isinstance(module, CPConv):
-        if not isinstance(ranks, int):
-            raise ArgumentValueError(
-                "a CP convolution has one rank", expected="one number", got=ranks, where="grow_rank"
-            )
-        plan = [(RankSite(module, ""), ranks)]
-    else:
-        pair = (ranks, ranks) if isinstance(ranks, int) else tuple(ranks)
-        if len(pair) != 2 or max(pair, default=0) < 1:
-            raise ArgumentValueError(
-                "a Tucker convolution has two ranks, and one of them has to grow",
-                expected="(output rank, input rank)",
-                got=ranks,
-                where="grow_rank",
-            )
-        # The new input terms come first, so that new output terms can read them.
-        plan = [(RankSite(module, "", side), count) for side, count in (("in", pair[1]), ("out", pair[0])) if count]
+    counts = (ranks,) * len(sides) if isinstance(ranks, int) else tuple(ranks)
+    if len(counts) != len(sides) or max(counts) < 1:
+        raise ArgumentValueError(
+            "a CP convolution has one rank, a Tucker convolution two, and one of them has to grow",
+            expected="one number, or (output rank, input rank)",
+            got=ranks,
+            where="grow_rank",
+        )
+    # New input terms of a Tucker convolution come first, so that new output terms can read them.
+    order = reversed(list(zip(sides, counts, strict=True)))
+    plan = [(RankSite(module, "", side), count) for side, count in order if count]
     for site, count in plan:
         site.require_room(count)
     events: list[GrowthEvent] = []
@@ -301,20 +296,11 @@ def _beyond_existing(
 
     Conjugate gradients on the normal equations of the tangent space, which is never formed.
     """
-    names = [name for name, _ in module.named_parameters()]
-    values = tuple(parameter.detach().double().requires_grad_() for parameter in module.parameters())
-
-    def matrix(*parameters: Tensor) -> Tensor:
-        given = dict(zip(names, parameters, strict=True))
-        if isinstance(module, TuckerConv):
-            kernel = tucker_kernel(given["core"], given["out_factor"], given["in_factor"])
-        else:
-            kernel = cp_kernel([given[name] for name in names if name != "bias"])
-        rows = kernel.flatten(1).T
-        return torch.cat([rows, given["bias"].unsqueeze(0)]) if "bias" in given else rows
-
+    twin = copy.deepcopy(module).double().requires_grad_()
+    values = tuple(twin.parameters())
     with torch.enable_grad():
-        output = matrix(*values)
+        output = twin.weight.flatten(1).T
+        output = output if twin.bias is None else torch.cat([output, twin.bias[None]])
         probe = torch.zeros_like(output).requires_grad_()
         # Linear in the probe, so that its own derivative is the forward product.
         pulled = torch.autograd.grad(output, values, probe, create_graph=True)
