@@ -5,7 +5,6 @@ skip connection ties to others (inside a residual block, or everywhere in a plai
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,27 +54,16 @@ def make_activation(kind: str) -> nn.Module:
 
 def conv(incoming: int, outgoing: int, size: int, stride: int = 1, groups: int = 1, norm: str = "batch") -> nn.Conv2d:
     """A convolution that keeps the grid at stride 1, with a bias only where no norm follows."""
-    return nn.Conv2d(
-        incoming, outgoing, size, stride=stride, padding=size // 2, groups=groups, bias=norm in ("none", "group")
-    )
+    bias = norm in ("none", "group")
+    return nn.Conv2d(incoming, outgoing, size, stride, padding=size // 2, groups=groups, bias=bias)
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What a model puts behind its convolutions.
-
-    Attributes:
-        norm: one of NORMS.
-        activation: a key of ACTIVATIONS.
-    """
-
-    norm: str = "batch"
-    activation: str = "relu"
-
-    def unit(self, incoming: int, outgoing: int, size: int, stride: int = 1) -> list[nn.Module]:
-        """A convolution with what follows it."""
-        convolution = conv(incoming, outgoing, size, stride, norm=self.norm)
-        return [convolution, make_norm(self.norm, outgoing), make_activation(self.activation)]
+def unit(
+    incoming: int, outgoing: int, size: int, norm: str, activation: str, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.Module, nn.Module]:
+    """A convolution, and the norm and the activation that follow it."""
+    convolution = conv(incoming, outgoing, size, stride, groups, norm)
+    return convolution, make_norm(norm, outgoing), make_activation(activation)
 
 
 class ConvPair(nn.Module):
@@ -107,7 +95,6 @@ class PlainNet(nn.Module):
 
     Args:
         plan: channels of each convolution at factor 1, and "pool" for a 2×2 max-pooling (left out on a one-pixel grid).
-        layers: what follows each convolution.
     """
 
     def __init__(
@@ -118,7 +105,8 @@ class PlainNet(nn.Module):
         image_size: int,
         width: float = 1.0,
         hidden: float = 1.0,
-        layers: Layers = Layers(),
+        norm: str = "batch",
+        activation: str = "relu",
     ):
         super().__init__()
         features: list[nn.Module] = []
@@ -126,7 +114,7 @@ class PlainNet(nn.Module):
         for entry in plan:
             if isinstance(entry, int):
                 wide = scaled(entry, width * hidden)
-                features += layers.unit(channels, wide, 3)
+                features += unit(channels, wide, 3, norm, activation)
                 channels = wide
             elif size >= 2:
                 features.append(nn.MaxPool2d(2))
@@ -144,12 +132,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str, inner: str):
         super().__init__()
-        self.conv1 = conv(incoming, middle, 3, stride, norm=inner)
-        self.norm1 = make_norm(inner, middle)
-        self.activation1 = make_activation(activation)
-        self.conv2 = conv(middle, outgoing, 3, norm=norm)
-        self.norm2 = make_norm(norm, outgoing)
-        self.activation2 = make_activation(activation)
+        self.conv1, self.norm1, self.activation1 = unit(incoming, middle, 3, inner, activation, stride)
+        self.conv2, self.norm2, self.activation2 = unit(middle, outgoing, 3, norm, activation)
         self.shortcut = nn.Identity()
         if stride != 1 or incoming != outgoing:
             self.shortcut = nn.Sequential(conv(incoming, outgoing, 1, stride, norm=norm), make_norm(norm, outgoing))
@@ -164,11 +148,8 @@ class PreactivationBlock(nn.Module):
 
     def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str, inner: str):
         super().__init__()
-        self.norm1 = make_norm(norm, incoming)
-        self.activation1 = make_activation(activation)
-        self.conv1 = conv(incoming, middle, 3, stride, norm=inner)
-        self.norm2 = make_norm(inner, middle)
-        self.activation2 = make_activation(activation)
+        self.norm1, self.activation1 = make_norm(norm, incoming), make_activation(activation)
+        self.conv1, self.norm2, self.activation2 = unit(incoming, middle, 3, inner, activation, stride)
         self.conv2 = conv(middle, outgoing, 3, norm=norm)
         self.shortcut = nn.Identity()
         if stride != 1 or incoming != outgoing:
@@ -239,12 +220,8 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, incoming: int, middle: int, outgoing: int, stride: int, norm: str, activation: str):
         super().__init__()
-        self.expand = conv(incoming, middle, 1, norm=norm)
-        self.norm1 = make_norm(norm, middle)
-        self.activation1 = make_activation(activation)
-        self.depthwise = conv(middle, middle, 3, stride, groups=middle, norm=norm)
-        self.norm2 = make_norm(norm, middle)
-        self.activation2 = make_activation(activation)
+        self.expand, self.norm1, self.activation1 = unit(incoming, middle, 1, norm, activation)
+        self.depthwise, self.norm2, self.activation2 = unit(middle, middle, 3, norm, activation, stride, middle)
         self.project = conv(middle, outgoing, 1, norm=norm)
         self.norm3 = make_norm(norm, outgoing)
         self.residual = stride == 1 and incoming == outgoing
@@ -275,8 +252,7 @@ class MobileNetV2(nn.Module):
         table = ((1, 16, 1, 1), (6, 24, 2, 2 if large else 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
         table += ((6, 160, 3, 2), (6, 320, 1, 1))
         channels = scaled(32, width)
-        layers = Layers(norm, activation)
-        self.stem = nn.Sequential(*layers.unit(in_channels, channels, 3, 2 if large else 1))
+        self.stem = nn.Sequential(*unit(in_channels, channels, 3, norm, activation, 2 if large else 1))
         blocks = []
         for expansion, planned, count, stride in table:
             outgoing = scaled(planned, width)
@@ -287,7 +263,7 @@ class MobileNetV2(nn.Module):
                 channels = outgoing
         self.blocks = nn.Sequential(*blocks)
         last = scaled(1280, width * hidden)
-        self.head = nn.Sequential(*layers.unit(channels, last, 1))
+        self.head = nn.Sequential(*unit(channels, last, 1, norm, activation))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(last, classes)
 
@@ -300,12 +276,8 @@ class DoubleConv(nn.Module):
 
     def __init__(self, incoming: int, middle: int, outgoing: int, norm: str, activation: str):
         super().__init__()
-        self.conv1 = conv(incoming, middle, 3, norm=norm)
-        self.norm1 = make_norm(norm, middle)
-        self.activation1 = make_activation(activation)
-        self.conv2 = conv(middle, outgoing, 3, norm=norm)
-        self.norm2 = make_norm(norm, outgoing)
-        self.activation2 = make_activation(activation)
+        self.conv1, self.norm1, self.activation1 = unit(incoming, middle, 3, norm, activation)
+        self.conv2, self.norm2, self.activation2 = unit(middle, outgoing, 3, norm, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation1(self.norm1(self.conv1(x)))
@@ -357,15 +329,15 @@ class UNet(nn.Module):
         return self.classifier(x)
 
 
-def small_cnn(norm: str = "batch", activation: str = "relu", **arguments) -> PlainNet:
+def small_cnn(**arguments) -> PlainNet:
     """Three 3×3 convolutions of 32, 64 and 64 channels: the model of the default run."""
-    return PlainNet((32, "pool", 64, "pool", 64), layers=Layers(norm, activation), **arguments)
+    return PlainNet((32, "pool", 64, "pool", 64), **arguments)
 
 
-def vgg11(norm: str = "batch", activation: str = "relu", **arguments) -> PlainNet:
+def vgg11(**arguments) -> PlainNet:
     """The eight convolutions of VGG-11 (Simonyan and Zisserman 2015) with one linear layer."""
     plan = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
-    return PlainNet(plan, layers=Layers(norm, activation), **arguments)
+    return PlainNet(plan, **arguments)
 
 
 def resnet20(**arguments) -> ResidualNet:
