@@ -6,6 +6,7 @@ Each class is a `GrowthError` and also the built-in error that fits, so that bot
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 
 
 def did_you_mean(word: object, known: Iterable[object], form: str = "{}") -> str | None:
@@ -47,28 +48,15 @@ class GrowthError(Exception):
         where: str | None = None,
         fix: str | None = None,
     ) -> None:
-        parts = [f"{where}: {problem}" if where else problem]
-        parts += [
-            f"  {label}: {value}"
-            for label, value in (("expected", expected), ("got", got), ("what to do", fix))
-            if value is not None
-        ]
-        super().__init__("\n".join(parts))
-        self.problem = problem
-        self.expected = expected
-        self.got = got
-        self.where = where
-        self.fix = fix
+        self.problem, self.expected, self.got, self.where, self.fix = problem, expected, got, where, fix
+        parts = {"expected": expected, "got": got, "what to do": fix}
+        lines = [f"  {label}: {value}" for label, value in parts.items() if value is not None]
+        super().__init__("\n".join([f"{where}: {problem}" if where else problem, *lines]))
 
     def __reduce__(self) -> tuple:
         """Keep the keyword-only parts when the error crosses a process boundary."""
-        return _rebuild, (type(self), self.problem, self.expected, self.got, self.where, self.fix)
-
-
-def _rebuild(
-    kind: type[GrowthError], problem: str, expected: object, got: object, where: str | None, fix: str | None
-) -> GrowthError:
-    return kind(problem, expected=expected, got=got, where=where, fix=fix)
+        parts = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
+        return partial(type(self), **parts), (self.problem,)
 
 
 class GrowthWarning(UserWarning):
