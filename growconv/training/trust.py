@@ -27,7 +27,6 @@ _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
 }
 """Modules of torch whose classes a stored config may name, and what these have to be."""
 
-
 _NAMING_CLASSES = ("optimizer.name", "lr_schedule.name")
 _LIBRARIES = "growconv.training.libraries"
 _OF_LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
@@ -64,31 +63,21 @@ def _is_kind(found: object, kind: type | tuple[type, ...]) -> bool:
     return inspect.isclass(found) and issubclass(found, kind)
 
 
-def strange_names(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every name in a config that would be imported and is not known, with the key it stands under.
+def strange_names(tree: object) -> Iterator[tuple[str, str]]:
+    """Every name in a config that would be imported and is not known, with the dotted key that it stands under.
 
     An option of another library's model that is a text, or asks for pretrained weights, counts as one: some name files
     of pickles, code on a hub, or hosts.
-
-    Args:
-        tree: a config, or a part of one.
-        path: dotted key of that part.
     """
-    if isinstance(tree, Mapping):
-        if str(tree.get("_target_")).startswith(f"{_LIBRARIES}."):
-            for part in ("options", "args"):
-                for key, value in _leaves(tree.get(part), f"{path}.{part}"):
-                    if isinstance(value, str) or (value and "pretrained" in key):
-                        yield key, str(value)
-        for key, value in tree.items():
-            inner = f"{path}.{key}" if path else str(key)
-            named = key == "_target_" or ("." in str(value) and (key == "method" or inner in _NAMING_CLASSES))
-            if named and not is_known(str(value)):
-                yield inner, str(value)
-            yield from strange_names(value, inner)
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from strange_names(value, f"{path}.{index}")
+    leaves = list(_leaves(tree))
+    homes = [key for key, value in leaves if key.endswith("_target_") and str(value).startswith(f"{_LIBRARIES}.")]
+    options = tuple(f"{key.removesuffix('_target_')}{part}." for key in homes for part in ("options", "args"))
+    for key, value in leaves:
+        parts = key.split(".")
+        named = "_target_" in parts or ("." in str(value) and (parts[-1] == "method" or key in _NAMING_CLASSES))
+        asks = f"{key}.".startswith(options) and (isinstance(value, str) or bool(value and "pretrained" in key))
+        if asks or (named and not is_known(str(value))):
+            yield key, str(value)
 
 
 def require_trusted(
@@ -105,25 +94,26 @@ def require_trusted(
     Raises:
         ConfigError: shows the line.
     """
+    now = dict(_leaves(given))
 
-    def repeated(key: str) -> bool:
-        named = any(key == name or key.startswith(f"{name}.") for name in asked)
-        return named and _value(given, key) == _value(config, key)
+    def repeated(key: str, value: object) -> bool:
+        named = any(f"{key}.".startswith(f"{name}.") for name in asked)
+        return named and key in now and str(now[key]) == str(value)
 
     for key, name in strange_names(config):
-        if not repeated(key):
+        if not repeated(key, name):
             fix = f"read that code; then say trust=true, or repeat the setting: {key}={name}"
             raise _strange(key, name, place(file, key), fix)
     logger = config.get("logger")
     if not isinstance(logger, Mapping) or not logger.get("wandb") or logger.get("mode") in ("offline", "disabled"):
         return
-    for key in ("logger.server", "logger.mode"):
-        value = logger.get(key.rpartition(".")[2])
-        if value is not None and not repeated(key):
+    for name in ("server", "mode"):
+        key, value = f"logger.{name}", logger.get(name)
+        if value is not None and not repeated(key, value):
             raise ConfigError(
                 "This stored config sends your data and your wandb key to a host that this command line does not name.",
                 where=place(file, key),
-                got=f"{key.rpartition('.')[2]}: {value}",
+                got=f"{name}: {value}",
                 fix=f"say trust=true, repeat it with {key}={value}, or send nothing with logger=none",
             )
     run = file.parent.parent if file.parent.name == ".hydra" else file.parent
@@ -177,9 +167,8 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
     try:
         config = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "This is not a YAML file of settings.", where=str(file), got=str(error).splitlines()[0]
-        ) from error
+        got = str(error).splitlines()[0]
+        raise ConfigError("This is not a YAML file of settings.", where=str(file), got=got) from error
     if not isinstance(config, Mapping):
         return
     references = (key for key, value in _leaves(config) if isinstance(value, str) and "${" in value)
@@ -192,16 +181,8 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
     require_trusted(config, file, config, given)
 
 
-def _value(tree: object, key: str) -> object:
-    for part in key.split("."):
-        if isinstance(tree, list | tuple) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of a tree of mappings and lists that is neither, with its dotted key; a list's keys are numbers."""
     if isinstance(tree, Mapping | list | tuple):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
@@ -210,12 +191,7 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def place(file: Path, key: str) -> str:
-    """File, line and key of a setting, as far as the file tells.
-
-    Args:
-        file: a YAML file.
-        key: dotted key.
-    """
+    """File, line and dotted key of a setting in a YAML file, as far as the file tells."""
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
         for part in key.split("."):
