@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -80,30 +80,15 @@ class RemoteFile(NamedTuple):
 
 
 _FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION_SUMS = """
+train-images-idx3 8d4fb7e6c68d591d4c3dfef9ec88bf0d c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
+train-labels-idx1 25c81989df183df01b3e8a0aad5dffbe bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
+t10k-images-idx3 bef4ecab320f06d8554ea6380940ec79 5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
+t10k-labels-idx1 bb300cfdad3c16e7a12a480ee83cd310 0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34
+"""
 FASHION_MNIST = {
     name: RemoteFile(f"{name}-ubyte.gz", f"{_FASHION_URL}{name}-ubyte.gz", md5, content)
-    for name, md5, content in (
-        (
-            "train-images-idx3",
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        ),
-        (
-            "train-labels-idx1",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        ),
-        (
-            "t10k-images-idx3",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        ),
-        (
-            "t10k-labels-idx1",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        ),
-    )
+    for name, md5, content in map(str.split, _FASHION_SUMS.strip().splitlines())
 }
 
 
@@ -118,32 +103,19 @@ class CifarLayout(NamedTuple):
     classes: int
 
 
+_CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+_TEN, _HUNDRED = "cifar-10-binary.tar.gz", "cifar-100-binary.tar.gz"
+_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 CIFAR = {
     "cifar10": CifarLayout(
-        RemoteFile(
-            "cifar-10-binary.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-            "c32a1d4ab5d03f1284b67883e8d87530",
-        ),
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
-        "test_batch.bin",
-        1,
-        10,
+        RemoteFile(_TEN, f"{_CIFAR_URL}{_TEN}", "c32a1d4ab5d03f1284b67883e8d87530"),
+        "cifar-10-batches-bin", _BATCHES, "test_batch.bin", 1, 10,
     ),
     "cifar100": CifarLayout(
-        RemoteFile(
-            "cifar-100-binary.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-            "03b5dce01913d631647c71ecec9e9cb8",
-        ),
-        "cifar-100-binary",
-        ("train.bin",),
-        "test.bin",
-        2,
-        100,
+        RemoteFile(_HUNDRED, f"{_CIFAR_URL}{_HUNDRED}", "03b5dce01913d631647c71ecec9e9cb8"),
+        "cifar-100-binary", ("train.bin",), "test.bin", 2, 100,
     ),
-}
+}  # fmt: skip
 CIFAR_RECORDS = (50_000, 10_000)
 
 
@@ -154,15 +126,15 @@ def fashion_mnist(root: str | Path, download: bool = True) -> RawData:
         root: folder looked into first, and downloaded into.
         download: whether files that are nowhere may be downloaded.
     """
-    arrays = []
-    for remote in FASHION_MNIST.values():
-        path = locate("fashion_mnist", remote, Path(root), download)
-        arrays.append(read_idx(path, remote.content))
+    arrays = [
+        read_idx(locate("fashion_mnist", remote, Path(root), download), remote.content)
+        for remote in FASHION_MNIST.values()
+    ]
     for images, labels in (arrays[:2], arrays[2:]):
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
             raise DataError("images and labels do not match", where="fashion_mnist", got=(images.shape, labels.shape))
     images, labels, test_images, test_labels = arrays
-    return RawData(_images(images[:, None]), _labels(labels), _images(test_images[:, None]), _labels(test_labels), 10)
+    return _raw(images[:, None], labels, test_images[:, None], test_labels, 10)
 
 
 def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
@@ -174,61 +146,43 @@ def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
         download: whether an archive that is nowhere may be downloaded.
     """
     layout, folder = CIFAR[name], existing_root(root)
+    members, parts = (*layout.train, layout.test), []
     if (folder / layout.folder).is_dir() and not (folder / layout.archive.name).is_file():
-        folder = folder / layout.folder
-
-        def read(member: str) -> bytes:
-            path = folder / member
+        for path in (folder / layout.folder / member for member in members):
             if not path.is_file():
                 raise DataError("this file of the dataset is missing", where=str(path))
             if path.stat().st_size > MOST_BYTES:
                 raise DataError("The file is larger than any file of this data set.", where=str(path))
-            return path.read_bytes()
-
-        parts = {member: read(member) for member in (*layout.train, layout.test)}
+            parts.append(_cifar_records(layout, path, path.read_bytes()))
     else:
         archive = locate(name, layout.archive, folder, download)
         with archive.open("rb") as stream:
             _compare_digest(archive, hashlib.file_digest(stream, "md5").hexdigest(), layout.archive.md5, "md5")
         with tarfile.open(archive) as opened:
-            parts = {}
-            for member in (*layout.train, layout.test):
-                stream = opened.extractfile(f"{layout.folder}/{member}")
-                if stream is None:
-                    raise DataError(f"{member} is not a file", where=str(archive))
-                parts[member] = stream.read()
-    train = [_cifar_records(layout, folder / member, parts[member]) for member in layout.train]
-    test_images, test_labels = _cifar_records(layout, folder / layout.test, parts[layout.test])
-    images = np.concatenate([part[0] for part in train])
-    labels = np.concatenate([part[1] for part in train])
+            for member in members:
+                stream = cast(IO[bytes], opened.extractfile(f"{layout.folder}/{member}"))  # as it was published
+                parts.append(_cifar_records(layout, archive / member, stream.read()))
+    images, labels = (np.concatenate(each) for each in zip(*parts[:-1], strict=True))
+    test_images, test_labels = parts[-1]
     if (len(images), len(test_images)) != CIFAR_RECORDS:
-        raise DataError(
-            "records are missing", where=str(folder), expected=CIFAR_RECORDS, got=(len(images), len(test_images))
-        )
-    for part in (labels, test_labels):  # the unpacked files have no published checksum, but this
-        if len(set(np.bincount(part, minlength=layout.classes).tolist())) != 1:
-            raise DataError(
-                "The classes do not have equal numbers of images, as they have in the published set.", where=str(folder)
-            )
-    return RawData(_images(images), _labels(labels), _images(test_images), _labels(test_labels), layout.classes)
+        got = (len(images), len(test_images))
+        raise DataError("records are missing", where=str(folder), expected=CIFAR_RECORDS, got=got)
+    for each in (labels, test_labels):  # the unpacked files have no published checksum, but this
+        if len(set(np.bincount(each, minlength=layout.classes).tolist())) != 1:
+            problem = "The classes do not have equal numbers of images, as they have in the published set."
+            raise DataError(problem, where=str(folder))
+    return _raw(images, labels, test_images, test_labels, layout.classes)
 
 
 def _cifar_records(layout: CifarLayout, path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     size = layout.label_bytes + 3 * 32 * 32
     if not content or len(content) % size:
-        raise DataError(
-            "the file is truncated or not a CIFAR batch",
-            where=str(path),
-            expected=f"a multiple of {size} bytes",
-            got=len(content),
-            fix="delete it and run again, or copy it again",
-        )
+        problem = "the file is truncated or not a CIFAR batch"
+        raise _damaged(path, problem, len(content), f"a multiple of {size} bytes")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, size)
     labels = records[:, layout.label_bytes - 1]
     if labels.max() >= layout.classes:
-        raise DataError(
-            "a label is out of range", where=str(path), expected=f"0 to {layout.classes - 1}", got=int(labels.max())
-        )
+        raise _damaged(path, "a label is out of range", int(labels.max()), f"0 to {layout.classes - 1}")
     return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32), labels
 
 
@@ -245,19 +199,15 @@ def images(root: str | Path, image_size: int, channels: int) -> RawData:
     folder = existing_root(root)
     names = pictures.class_names(folder / "train")
     pictures.check_classes(names, pictures.class_names(folder / "test"), folder)
-    train = _read_folder(folder / "train", folder, names, image_size, channels)
-    test = _read_folder(folder / "test", folder, names, image_size, channels)
-    return RawData(*train, *test, len(names))
-
-
-def _read_folder(folder: Path, root: Path, names: list[str], image_size: int, channels: int) -> tuple[Tensor, Tensor]:
-    found, labels = [], []
-    for label, name in enumerate(names):
-        if (folder / name).is_dir():
-            arrays = pictures.read_class(folder / name, root, image_size, channels)
-            found += arrays
-            labels += [label] * len(arrays)
-    return _images(np.stack(found)), torch.tensor(labels)
+    arrays = []
+    for part in ("train", "test"):
+        classes = [
+            pictures.read_class(path, folder, image_size, channels) if path.is_dir() else []
+            for path in (folder / part / name for name in names)
+        ]
+        arrays += [np.stack([picture for each in classes for picture in each])]
+        arrays += [np.repeat(np.arange(len(names)), [len(each) for each in classes])]
+    return _raw(*arrays, classes=len(names))
 
 
 def existing_root(root: str | Path) -> Path:
@@ -291,17 +241,14 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
         DataError: it is nowhere, or what was downloaded is not what was published.
     """
     root = existing_root(root)
-    places = [root / remote.name]
-    if dataset in SYSTEM_FOLDERS:
-        places.append(SYSTEM_FOLDERS[dataset] / remote.name)
-    for path in places:
-        if path.is_file():
-            return path
+    places = [folder / remote.name for folder in (root, SYSTEM_FOLDERS.get(dataset)) if folder is not None]
+    found = next((path for path in places if path.is_file()), None)
+    if found is not None:
+        return found
     advice = f"put {remote.name} into {root}, or set data.root to the folder that holds it"
     if not download:
-        raise DataError(
-            f"{remote.name} is missing", where=f"data={dataset}", expected=" or ".join(map(str, places)), fix=advice
-        )
+        expected = " or ".join(map(str, places))
+        raise DataError(f"{remote.name} is missing", where=f"data={dataset}", expected=expected, fix=advice)
     import pooch
 
     try:
@@ -309,23 +256,8 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
         with FileLock(root / f".{remote.name}.lock"):
             return Path(pooch.retrieve(remote.url, known_hash=f"md5:{remote.md5}", fname=remote.name, path=root))
     except Exception as error:  # pooch lets through whatever its transport raises
-        raise DataError(
-            f"{remote.name} could not be downloaded",
-            where=remote.url,
-            got=f"{type(error).__name__}: {error}",
-            fix=advice,
-        ) from error
-
-
-def _compare_digest(path: Path, got: str, expected: str, algorithm: str) -> None:
-    if got != expected:
-        raise DataError(
-            "the file is damaged or a different one: its checksum differs",
-            where=str(path),
-            expected=f"{algorithm} {expected}",
-            got=got,
-            fix="delete it and run again, or copy it again",
-        )
+        got = f"{type(error).__name__}: {error}"
+        raise DataError(f"{remote.name} could not be downloaded", where=remote.url, got=got, fix=advice) from error
 
 
 def read_idx(path: Path, content: str | None = None) -> np.ndarray:
@@ -340,40 +272,39 @@ def read_idx(path: Path, content: str | None = None) -> np.ndarray:
     try:
         with gzip.open(path) as stream:
             raw = stream.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise DataError(
-                "The file is larger than any file of this data set.", where=str(path), expected=f"{MOST_BYTES} bytes"
-            )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            "the file is truncated or damaged",
-            where=str(path),
-            got=error,
-            fix="delete it and run again, or copy it again",
-        ) from error
+        raise _damaged(path, "the file is truncated or damaged", error) from error
+    if len(raw) > MOST_BYTES:
+        raise _damaged(path, "The file is larger than any file of this data set.", None, f"{MOST_BYTES} bytes")
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError("this is not an IDX file of bytes", where=str(path), got=raw[:4].hex(), expected="000008..")
+        raise _damaged(path, "this is not an IDX file of bytes", raw[:4].hex(), "000008..")
     axes = raw[3]
     header = 4 + 4 * axes
     shape = struct.unpack(f">{axes}I", raw[4:header]) if len(raw) >= header else ()
     if len(raw) - header != int(np.prod(shape, dtype=np.int64)):
-        raise DataError(
-            "the file is truncated",
-            where=str(path),
-            expected=f"{shape} bytes",
-            got=f"{max(0, len(raw) - header)} bytes",
-        )
+        raise _damaged(path, "the file is truncated", f"{max(0, len(raw) - header)} bytes", f"{shape} bytes")
     if content is not None:
         _compare_digest(path, hashlib.sha256(raw).hexdigest(), content, "sha256")
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _images(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array).copy())
+def _compare_digest(path: Path, got: str, expected: str, algorithm: str) -> None:
+    if got != expected:
+        problem = "the file is damaged or a different one: its checksum differs"
+        raise _damaged(path, problem, got, f"{algorithm} {expected}")
 
 
-def _labels(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
+def _damaged(path: Path, problem: str, got: object, expected: object = None) -> DataError:
+    fix = "delete it and run again, or copy it again"
+    return DataError(problem, where=str(path), expected=expected, got=got, fix=fix)
+
+
+def _raw(
+    images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray, classes: int
+) -> RawData:
+    inputs, test_inputs = (torch.from_numpy(each.copy()) for each in (images, test_images))
+    targets, test_targets = (torch.from_numpy(each.astype(np.int64)) for each in (labels, test_labels))
+    return RawData(inputs, targets, test_inputs, test_targets, classes)
 
 
 SOURCES: dict[str, Callable[..., RawData]] = {
