@@ -1,10 +1,12 @@
 """The help pages of the command line, written from the schemas and the files of conf/; nothing here needs torch."""
 
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, is_dataclass
 from dataclasses import fields as dataclass_fields
+from inspect import cleandoc
 from typing import Any
 
 from omegaconf import MISSING
@@ -15,13 +17,11 @@ from growconv.training.config import conf_dir
 
 WIDTH = 79
 
-# Each command with what it does, an example, and its own page where argparse does not write it.
+# Each command with what it does and an example.
+_RUN = "runs/2026-01-31/12-00-00"
 COMMANDS = {
     "train": ("train a model and grow it; the command when none is named", "growconv model=resnet20 growth=functional"),
-    "resume": (
-        "continue an interrupted run, or prolong a finished one",
-        "growconv resume=runs/2026-01-31/12-00-00 trainer.epochs=40",
-    ),
+    "resume": ("continue an interrupted run, or prolong a finished one", f"growconv resume={_RUN} trainer.epochs=40"),
     "sites": ("print where a model can grow, and why not elsewhere", "growconv sites model=resnet20 growth=tiny"),
     "study": (
         "compare methods at equal epochs and equal FLOPs, with several seeds",
@@ -38,7 +38,7 @@ COMMANDS = {
         "train several sizes from one trunk, each with its own decay",
         "growconv family growth=net2net trainer.flops=2e10 growth.times=2",
     ),
-    "report": ("write a report of one run as one HTML file", "growconv report runs/2026-01-31/12-00-00"),
+    "report": ("write a report of one run as one HTML file", f"growconv report {_RUN}"),
 }
 GROUPS = {
     "data": "the dataset",
@@ -52,16 +52,9 @@ GROUPS = {
 }
 # Options that the first page shows: those of most runs.
 COMMON = (
-    "seed",
-    "baselines",
-    "trainer.epochs",
-    "trainer.batch_size",
-    "growth.start",
-    "growth.times",
-    "growth.amount",
-    "optimizer.lr",
-    "hydra.run.dir",
-)
+    "seed", "baselines", "trainer.epochs", "trainer.batch_size", "growth.start", "growth.times", "growth.amount",
+    "optimizer.lr", "hydra.run.dir",
+)  # fmt: skip
 # What some files of a group have besides the options that all of it have.
 SPECIAL = {
     "data=synthetic": options.SyntheticConfig,
@@ -143,20 +136,17 @@ def options_page() -> str:
 
 def _option_table(group: str) -> Iterator[str]:
     """Options of a group that all its files have, then those of some files, as a Markdown table."""
-    every = list(_described(options.RunConfig))
-    rows = [row for row in every if row[0].startswith(f"{group}.") or (not group and "." not in row[0])]
-    special = {choice: schema for choice, schema in SPECIAL.items() if choice.startswith(f"{group}=") and group}
-    tables = [("", rows)] + [
-        (
-            f"With `{choice}` also, or with other defaults:",
-            [row for row in _described(schema, f"{group}.") if row not in rows],
-        )
-        for choice, schema in special.items()
-    ]
-    for title, entries in tables:
-        if entries:
+    every = _described(options.RunConfig)
+    common = [row for row in every if row[0].startswith(f"{group}.") or (not group and "." not in row[0])]
+    tables = [("", common)]
+    for choice, schema in SPECIAL.items():
+        if choice.partition("=")[0] == group:
+            own = [row for row in _described(schema, f"{group}.") if row not in common]
+            tables.append((f"With `{choice}` also, or with other defaults:", own))
+    for title, rows in tables:
+        if rows:
             yield from ("", title, "", "| option | default | meaning |", "|---|---|---|")
-            for name, default, meaning, limits in entries:
+            for name, default, meaning, limits in rows:
                 text = f"{meaning} ({limits})" if limits else meaning
                 yield f"| `{name}` | `{default}` | {text.replace('|', '/')} |"
 
@@ -222,17 +212,11 @@ def _default(entry: Field[Any]) -> str:
     return shown[value] if value is None or isinstance(value, bool) else str(value).replace("'", "")
 
 
-def _meanings(schema: type) -> Mapping[str, str]:
+def _meanings(schema: type) -> dict[str, str]:
     """The Attributes of a schema's docstring and of its bases'."""
     found: dict[str, str] = {}
     for kind in reversed(schema.__mro__):
-        _, _, section = (kind.__doc__ or "").partition("Attributes:\n")
-        name = ""
-        for line in section.splitlines():
-            indent = len(line) - len(line.lstrip())
-            if indent == 8:
-                name, _, text = line.strip().partition(": ")
-                found[name] = text
-            elif indent > 8 and name:
-                found[name] += f" {line.strip()}"
+        _, _, section = cleandoc(kind.__doc__ or "").partition("Attributes:\n")  # indented until Python 3.12
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            found[name] = " ".join(text.split())
     return found
