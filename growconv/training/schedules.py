@@ -16,15 +16,14 @@ from growconv.linalg.optimizers import SGD, AdamW
 from growconv.training.checks import OWN_SCHEDULES
 from growconv.training.config import locate
 
-_OTHER_OPTIMIZERS = {
+_UNSUITED = {
     "LBFGS": "an optimizer that needs nothing but gradients; LBFGS runs the model itself",
     "SparseAdam": "an optimizer of dense gradients",
-}
-_OTHER_SCHEDULES = {
     "ReduceLROnPlateau": "a schedule of the step alone; this one looks at a metric",
     **dict.fromkeys(("SequentialLR", "ChainedScheduler"), "a schedule of its own, not one of other schedules"),
     **dict.fromkeys(("LambdaLR", "MultiplicativeLR"), "a schedule of numbers; this one takes functions"),
 }
+"""Optimizers and schedules of torch that do not serve, with what would."""
 
 
 def lr_factor(
@@ -121,21 +120,16 @@ class TorchSchedule:
         return float(self._optimizer.param_groups[0]["lr"]) / self._lr
 
     def _begin(self) -> None:
-        found = class_of(lr_scheduler, self._config["name"], LRScheduler, "lr_schedule.name", _OTHER_SCHEDULES)
+        found = class_of(lr_scheduler, self._config["name"], LRScheduler, "lr_schedule.name")
         self._optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=self._lr, momentum=0.9)
         self._schedule = _built(found, "lr_schedule.args", self._optimizer, **self._config["args"])
         self._reached = 0
 
 
 def decay_begins(config: Mapping[str, Any]) -> float:
-    """Where the learning rate begins to fall, as a share of the run; 1 where it never does or torch's schedule tells.
-
-    Args:
-        config: the group lr_schedule.
-    """
-    if config["name"] not in OWN_SCHEDULES:
-        return 1.0
-    return {"constant": 1.0, "trapezoid": 1 - config["decay"], "cosine": config["warmup"]}[config["name"]]
+    """Where the group lr_schedule's rate begins to fall, as a share of the run; 1: it never does, or torch's does."""
+    name = config["name"]
+    return 1 - config["decay"] if name == "trapezoid" else config["warmup"] if name == "cosine" else 1.0
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
@@ -150,32 +144,32 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError("the model has no parameter to train", where=f"model={type(model).__name__}")
-    arguments = {key: value for key, value in config.items() if key not in ("name", "weight_decay", "args")}
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    if config["name"] == "sgd":
+    name, decay = config["name"], config["weight_decay"]
+    arguments = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in ("name", "weight_decay", "args")
+    }
+    if name == "sgd":
         kind, arguments["nesterov"] = SGD, config["nesterov"] and config["momentum"] > 0
-    elif config["name"] == "adamw":
+    elif name == "adamw":
         kind = AdamW
     else:
-        kind = class_of(torch.optim, config["name"], Optimizer, "optimizer.name", _OTHER_OPTIMIZERS)
+        kind = class_of(torch.optim, name, Optimizer, "optimizer.name")
         arguments |= config["args"]
     decays = "weight_decay" in inspect.signature(kind).parameters
-    if config["weight_decay"] and not decays:
-        raise ConfigError(
-            f"{config['name']} has no weight decay",
-            where="optimizer.weight_decay",
-            expected=0,
-            got=config["weight_decay"],
-        )
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config["weight_decay"]},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    if decay and not decays:
+        raise ConfigError(f"{name} has no weight decay", where="optimizer.weight_decay", expected=0, got=decay)
+    weights, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [
+        {"params": members} | ({"weight_decay": rate} if decays else {})
+        for members, rate in ((weights, decay), (others, 0.0))
+        if members
     ]
-    groups = [group if decays else {"params": group["params"]} for group in groups if group["params"]]
     return _built(kind, "optimizer.args", groups, **arguments)
 
 
-def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapping[str, str]) -> type[Any]:
+def class_of(module: ModuleType, name: str, kind: type, where: str) -> type[Any]:
     """A class that a module of torch offers, or one of the user's own.
 
     Args:
@@ -183,26 +177,24 @@ def class_of(module: ModuleType, name: str, kind: type, where: str, others: Mapp
         name: of the class; the dotted path of one's own.
         kind: what it has to be a subclass of.
         where: the option, for the message.
-        others: classes that do not serve, with the reason.
 
     Raises:
         ConfigError: there is none, or it does not serve.
     """
-    found = {key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, kind)}
-    found = {key: value for key, value in found.items() if value is not kind and not key.startswith("_")}
     if "." in str(name):
         own = locate(name, where)
         if not inspect.isclass(own) or not issubclass(own, kind):
-            raise ConfigError(
-                "this class cannot be used here", where=where, got=name, expected=f"a subclass of {kind.__name__}"
-            )
+            expected = f"a subclass of {kind.__name__}"
+            raise ConfigError("this class cannot be used here", where=where, got=name, expected=expected)
         if own is not getattr(module, own.__name__, None):
             return own
         name = own.__name__
-    if name in others:
-        raise ConfigError("this one cannot be used here", where=where, got=name, expected=others[name])
+    if name in _UNSUITED:
+        raise ConfigError("this one cannot be used here", where=where, got=name, expected=_UNSUITED[name])
+    found = {key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, kind)}
+    found = {key: value for key, value in found.items() if value is not kind and not key.startswith("_")}
     if name not in found:
-        expected = ", ".join(sorted(key for key in found if key not in others))
+        expected = ", ".join(sorted(found.keys() - _UNSUITED))
         fix = did_you_mean(name, found, f"{where}={{}}")
         raise ConfigError(f"{module.__name__} has no such class", where=where, expected=expected, got=name, fix=fix)
     return found[name]
