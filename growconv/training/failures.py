@@ -19,11 +19,9 @@ ADVICE = {
     errno.EDQUOT: f"free some of your quota or write elsewhere (hydra.run.dir=...), {RESUME}",
     errno.EFBIG: f"raise the limit on the size of files (ulimit -f), {RESUME}",
     errno.EROFS: "choose a folder that can be written: hydra.run.dir=...",
-    errno.EACCES: "give yourself the right to it, or choose another folder",
-    errno.EPERM: "give yourself the right to it, or choose another folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give yourself the right to it, or choose another folder"),
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a file stands where a folder should be; choose another folder",
-    errno.EEXIST: "a file stands where a folder should be; choose another folder",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder should be; choose another folder"),
     errno.EISDIR: "a folder stands where a file should be; move it away",
     errno.ENOENT: "make the folder first, or correct the path; what a run still writes to has to stay in place",
     errno.EMFILE: "raise the number of open files (ulimit -n)",
@@ -33,7 +31,6 @@ ADVICE = {
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 
-
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a run to end, where nobody else handles it."""
 PATIENCE = 60
@@ -41,18 +38,11 @@ PATIENCE = 60
 
 
 class Stopped(SystemExit):
-    """A signal asked the run to end; its checkpoint is written. The exit status is the one that a shell expects.
-
-    Args:
-        number: the signal.
-        message: what happened, where, and how to go on.
-    """
+    """A signal asked the run to end; its checkpoint is written. The exit status is the one that a shell expects."""
 
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(number, message)
-        self.code = 128 + number
-        self.number = number
-        self.message = message
+        self.code, self.number, self.message = 128 + number, number, message
 
 
 class RunFailed(TrainingError):
@@ -101,11 +91,7 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
 
 
 def complain(text: str) -> None:
-    """Say on standard error what went wrong.
-
-    Args:
-        text: control characters in it are left out.
-    """
+    """Say on standard error what went wrong, without control characters."""
     with suppress(OSError):  # the terminal may be gone
         print(f"growconv: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -118,31 +104,21 @@ def explain(error: Exception) -> str:
     """
     if isinstance(error, GrowthError):
         return str(error)
-    text = str(error).strip().splitlines()
-    first = text[0] if text else "no more is known"
+    first = next(iter(str(error).strip().splitlines()), "no more is known")
+    where, got = None, first
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-        told = TrainingError(
-            "There is not enough memory.",
-            got=first,
-            fix="lower trainer.batch_size, growth.batch_size or model.width, or raise trainer.accumulate",
-        )
+        problem = "There is not enough memory."
+        fix = "lower trainer.batch_size, growth.batch_size or model.width, or raise trainer.accumulate"
     elif isinstance(error, OSError) and error.errno is not None:
+        problem, got = f"The operating system refuses: {error.strerror}.", None
         names = [str(name)[:200] for name in (error.filename, error.filename2) if name is not None]
-        told = TrainingError(
-            f"The operating system refuses: {error.strerror}.",
-            where=" -> ".join(names) or None,
-            fix=ADVICE.get(error.errno, f"mend it, {RESUME}"),
-        )
+        where, fix = " -> ".join(names), ADVICE.get(error.errno, f"mend it, {RESUME}")
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in LOST_PROCESS):
-        fix = f"look at its output, {RESUME}"
-        told = TrainingError("Another process of this run was lost, or hangs.", got=first, fix=fix)
+        problem, fix = "Another process of this run was lost, or hangs.", f"look at its output, {RESUME}"
     else:
-        told = TrainingError(
-            "An unexpected error ended this.",
-            got=f"{type(error).__name__}: {first}",
-            fix="HYDRA_FULL_ERROR=1 in front of the command shows where; if it is a bug in growconv, please report it",
-        )
-    return str(told)
+        problem, got = "An unexpected error ended this.", f"{type(error).__name__}: {first}"
+        fix = "HYDRA_FULL_ERROR=1 in front of the command shows where; if it is a bug in growconv, please report it"
+    return str(TrainingError(problem, where=where, got=got, fix=fix))
 
 
 def leave_closed_pipe() -> None:
