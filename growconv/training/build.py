@@ -29,11 +29,7 @@ def make_dataset(config: Config) -> Dataset:
 
 
 def data_shape(config: Config) -> tuple[int, int, int]:
-    """Input channels, image size and classes (or output channels) that a dataset will have, without reading it.
-
-    Args:
-        config: the group data.
-    """
+    """Input channels, image size and classes (or output channels) of the group data's dataset, without reading it."""
     name = config["name"]
     if name == "synthetic":
         return config["channels"], config["image_size"], config["outputs"]
@@ -61,29 +57,18 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
         ConfigError: a target that cannot be found, or an option that it lacks.
     """
     model, growth = config["model"], config["growth"]
-    width, hidden = model["width"], model["hidden"]
-    if grows(config):
-        width, hidden = width * growth["start_width"], hidden * growth["start"]
-    channels, image_size, classes = shape
-    offered = {
-        "in_channels": channels,
-        "classes": classes,
-        "image_size": image_size,
-        "width": width,
-        "hidden": hidden,
-        "norm": model["norm"],
-        "activation": model["activation"],
-    }
-    offered |= {key: model[key] for key in ("name", "options") if key in model}
+    grown = {"width": growth["start_width"], "hidden": growth["start"]} if grows(config) else {}
+    offered = dict(zip(("in_channels", "image_size", "classes"), shape, strict=True))
+    offered |= {name: model[name] * grown.get(name, 1) for name in ("width", "hidden")}
+    offered |= {name: model[name] for name in ("norm", "activation", "name", "options") if name in model}
     target = locate(model["_target_"], "model._target_")
-    built = call_target(target, model["args"], offered, f"model.args of {model['_target_']}")
+    built = call_target(target, model["args"], f"model.args of {model['_target_']}", offered)
     if not isinstance(built, nn.Module):
-        raise ConfigError(
-            "this does not build a model", where="model._target_", expected="torch.nn.Module", got=type(built)
-        )
+        expected = "torch.nn.Module"
+        raise ConfigError("this does not build a model", where="model._target_", expected=expected, got=type(built))
     if model["widths"]:
-        sites = find_sites(built, torch.zeros(2, channels, image_size, image_size))
-        set_widths(built, sites, model["widths"])
+        channels, image_size, _ = shape
+        set_widths(built, find_sites(built, torch.zeros(2, channels, image_size, image_size)), model["widths"])
     return built
 
 
@@ -109,32 +94,27 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
     """Refuse a model whose output does not fit the dataset's targets, before any training.
 
     Args:
-        dataset: what it learns.
         pixels: side to which the images are scaled; None: as they are.
 
     Raises:
         ConfigError: for example a label map where one class an image is asked for.
     """
     inputs, targets = dataset.batch(dataset.train, torch.arange(min(2, len(dataset.train))))
-    inputs = resized(inputs, pixels)
+    inputs, where = resized(inputs, pixels), type(model).__name__
     mode = model.training
     try:
         with torch.no_grad():
             output = model.eval()(inputs.to(next(model.parameters()).dtype))
     except RuntimeError as error:
-        raise ConfigError(
-            "the model does not accept these inputs",
-            where=type(model).__name__,
-            expected=tuple(inputs.shape),
-            got=error,
-        ) from error
+        problem = "the model does not accept these inputs"
+        raise ConfigError(problem, where=where, expected=tuple(inputs.shape), got=error) from error
     finally:
         model.train(mode)
     wanted = tuple(targets.shape) if dataset.regression else (len(targets), dataset.classes, *targets.shape[1:])
     if tuple(output.shape) != wanted:
         raise ConfigError(
             f"the model's output does not fit data={dataset.name}",
-            where=type(model).__name__,
+            where=where,
             expected=wanted,
             got=tuple(output.shape),
             fix="choose another model or dataset; models whose output is a map (unet, conv_pair) need data=synthetic",
@@ -142,11 +122,7 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
 
 
 def choose_sites(config: Config, sites: Sequence[GrowthSite]) -> tuple[GrowthSite, ...]:
-    """The sites that a run grows.
-
-    Args:
-        config: the whole config.
-        sites: all sites of the model.
+    """The sites that the run of a whole config grows, of all sites of its model.
 
     Raises:
         ConfigError: none is left.
@@ -192,13 +168,12 @@ def make_policy(node: Any, where: str) -> Any:
     if not isinstance(node, Mapping):
         return node
     if not isinstance(node.get("_target_"), str):
-        raise ConfigError(
-            "This is not a policy.", where=where, expected="{_target_: growconv.growth.NAME, option: value}", got=node
-        )
+        expected = "{_target_: growconv.growth.NAME, option: value}"
+        raise ConfigError("This is not a policy.", where=where, expected=expected, got=node)
     options = {key: make_policy(value, where) for key, value in node.items() if key != "_target_"}
     target = locate(node["_target_"], f"{where}._target_")
     with _named(where):
-        return call_target(target, options, {}, f"{where} ({node['_target_']})")
+        return call_target(target, options, f"{where} ({node['_target_']})")
 
 
 @contextmanager
@@ -214,28 +189,16 @@ def _named(option: str) -> Iterator[None]:
 
 
 def growth_flops(config: Config, total: float | int) -> list[float]:
-    """The training FLOPs of the growth rounds when they are spread evenly: `times` of them from `begin` to `end`.
-
-    Args:
-        config: the group growth.
-        total: training FLOPs of the run.
-    """
+    """The training FLOPs, of `total`, at which the rounds of the group growth come when they are spread evenly."""
     times, begin, end = config["times"], config["begin"], config["end"]
     return [total * (begin + (end - begin) * index / max(1, times - 1)) for index in range(times)]
 
 
 def growth_steps(config: Config, total: int) -> list[int]:
-    """The steps of the growth rounds when they are spread evenly: `times` of them from `begin` to `end`.
-
-    Args:
-        config: the group growth.
-        total: optimizer steps of the run.
-    """
-    times, begin, end = config["times"], config["begin"], config["end"]
-    first, last = max(1, round(begin * total)), max(1, round(end * total))
-    if times == 1:
-        return [first]
-    steps = sorted({first + round(index * (last - first) / (times - 1)) for index in range(times)})
+    """The steps, of `total`, at which the rounds of the group growth come when they are spread evenly."""
+    times = config["times"]
+    first, last = (max(1, round(config[share] * total)) for share in ("begin", "end"))
+    steps = sorted({first + round(index * (last - first) / max(1, times - 1)) for index in range(times)})
     if len(steps) < times:
         raise ConfigError(
             "the run is too short for this many growth rounds",
@@ -250,12 +213,10 @@ def growth_steps(config: Config, total: int) -> list[int]:
 def make_scheduler(
     config: Config, model: nn.Module, optimizer: Optimizer, example: Tensor, total: int
 ) -> growing.GrowthScheduler | None:
-    """The growth scheduler of a run; None where it does not grow.
+    """The growth scheduler of the run of a whole config; None where it does not grow.
 
     Args:
-        config: the whole config.
         model: the raw model.
-        optimizer: its optimizer.
         example: inputs of a few samples.
         total: optimizer steps of the run, where `trainer.flops` does not end it.
     """
@@ -270,27 +231,16 @@ def make_scheduler(
         when = AtSteps(growth_steps(growth, total)) if flops is None else AtFlops(growth_flops(growth, flops))
     limits = growth["budget"]
     budget = Budget(**limits) if any(limit is not None for limit in limits.values()) else None
-    fixed = {
-        "method": _solver(growth),
-        "every": growth["every"],
-        "times": growth["times"],
-        "amount": make_policy(growth["amount"], "growth.amount"),
-        "where": make_policy(growth["where"], "growth.where"),
-        "when": when,
-        "stop": make_policy(growth["stop"], "growth.stop"),
-        "budget": budget,
-        "amplitude": growth["amplitude"],
-        "seed": config["seed"],
-    }
+    fixed = {key: make_policy(growth[key], f"growth.{key}") for key in ("amount", "where", "stop")}
+    fixed |= {key: growth[key] for key in ("every", "times", "amplitude")}
+    fixed |= {"method": _solver(growth), "when": when, "budget": budget, "seed": config["seed"]}
     further = dict(growth["scheduler"])
     for key, value in further.items():
+        if key in fixed:
+            problem = "this setting has an option of its own"
+            raise ConfigError(problem, where="growth.scheduler", got=key, expected=f"growth.{key}")
         if isinstance(value, Mapping) and "_target_" in value:
             further[key] = make_policy(value, f"growth.scheduler.{key}")
-    taken = [key for key in further if key in fixed]
-    if taken:
-        raise ConfigError(
-            "this setting has an option of its own", where="growth.scheduler", got=taken, expected=f"growth.{taken[0]}"
-        )
     sites = choose_sites(config, find_sites(model, example))
     given = {"model": model, "optimizer": optimizer, "sites": sites, **fixed, **further}
-    return call_target(growing.GrowthScheduler, given, {}, "growth.scheduler")
+    return call_target(growing.GrowthScheduler, given, "growth.scheduler")

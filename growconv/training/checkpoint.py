@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from growconv.reporting.records import read_json, replacing
 from growconv.training import optimizer_record
 
 FORMAT = "growconv checkpoint 1"
+AVERAGE = "average/"
+"""Before the names of the tensors of a run's moving average."""
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 
 
@@ -85,7 +87,11 @@ def save_checkpoint(
         >>> path = growconv.save_checkpoint(folder / "model.safetensors", model, optimizer)
     """
     path = Path(path)
-    content = {f"model/{name}": tensor for name, tensor in _model_state(model).items()}
+    weights = model.state_dict()
+    strange = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError("state that is no tensor cannot be saved", where=", ".join(strange[:5]))
+    content = {f"model/{name}": tensor for name, tensor in weights.items()}
     content |= {f"tensors/{name}": tensor for name, tensor in (tensors or {}).items()}
     if history is None:
         history = scheduler.history if scheduler is not None else GrowthHistory()
@@ -265,15 +271,20 @@ def restore(
             got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             fix="build the model with the run's own settings, before any growth",
         )
-    if optimizer is not None:
-        _check_members(optimizer, model, found.path)
+    own = set(model.parameters())
+    members = [] if optimizer is None else [each for group in optimizer.param_groups for each in group["params"]]
+    if not own.issuperset(members):
+        raise CheckpointError(
+            "the optimizer holds parameters that the model does not have",
+            where=str(found.path),
+            fix="build it from this model's parameters",
+        )
     journal = Journal(model, as_optimizers(optimizer), [*model.parameters(), *model.buffers()])
     try:
         if not grown:
             found.history.replay(model, optimizer)
         if optimizer is not None and found.optimizer is not None:
-            shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-            optimizer_record.check(found.optimizer, optimizer, shapes, str(found.path))
+            optimizer_record.check(found.optimizer, optimizer, str(found.path))
         if scheduler is not None and found.scheduler is not None:
             scheduler.check_state_dict(found.scheduler)
         model.load_state_dict(found.model)
@@ -301,48 +312,97 @@ def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = No
     found.history.replay(model, optimizer)
 
 
-class CheckpointFolder:
-    """The last, the previous and the best checkpoint of a run.
+@dataclass
+class Position:
+    """Where a run stands; all of it goes into the checkpoint.
 
-    Args:
-        folder: where they lie.
+    Attributes:
+        step: optimizer steps done.
+        epoch: finished epochs.
+        batch: batches of the present epoch done.
+        loss_sum: training loss summed over the present epoch's samples, as of the checkpoint.
+        hits: correct answers among them.
+        step_flops: FLOPs of all training steps so far.
+        growth_flops: FLOPs of all growth rounds so far, of all processes.
+        deepened: rounds of growth in depth so far.
+        seconds: wall-clock seconds of training, evaluation and growth.
+        growth_seconds: those spent on growing.
+        best: best validation accuracy so far.
+        first_loss: training loss of the first batch, to measure progress against.
+        metrics: the lines of metrics.jsonl.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, best: bool, **content: Any) -> None:
-        """Write a new last checkpoint; at no moment is there none that is whole.
-
-        Args:
-            best: whether it is the best so far, too.
-            **content: arguments of `save_checkpoint` but for the path.
-        """
-        last, fresh = self.folder / LAST, self.folder / f".{LAST}.fresh"
-        save_checkpoint(fresh, **content)
-        if last.exists():
-            _replace_by_copy(last, self.folder / PREVIOUS)
-        if best:
-            _replace_by_copy(fresh, self.folder / BEST)
-        os.replace(fresh, last)
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    hits: float = 0.0
+    step_flops: float = 0.0
+    growth_flops: float = 0.0
+    deepened: int = 0
+    seconds: float = 0.0
+    growth_seconds: float = 0.0
+    best: float | None = None
+    first_loss: float | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _replace_by_copy(source: Path, target: Path) -> None:
+_JSON: dict[Any, Any] = {int: int, float: int | float, float | None: int | float | None, list[dict[str, Any]]: list}
+
+
+def position_of(found: Checkpoint) -> Position:
+    """Where a checkpoint's run stands, each number of the type that it has in a run.
+
+    Raises:
+        CheckpointError: it does not say so.
+    """
     try:
-        with replacing(target) as temporary:
-            shutil.copyfile(source, temporary)
-    except OSError as error:
-        raise CheckpointError(
-            "the checkpoint could not be copied", where=str(target), got=error, fix="free some space, then resume"
-        ) from error
+        position = Position(**found.state["position"])
+    except (KeyError, TypeError) as error:
+        raise damaged_state(found, error) from error
+    for entry in fields(Position):
+        value = getattr(position, entry.name)
+        if not isinstance(value, _JSON[entry.type]) or isinstance(value, bool):
+            raise damaged_state(found, f"{entry.name}: {value!r}")
+    for line in position.metrics:
+        if not isinstance(line, dict) or not all(type(value) in (int, float) for value in line.values()):
+            raise damaged_state(found, "metrics that are no numbers")
+    return position
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError("state that is no tensor cannot be saved", where=", ".join(strange[:5]))
-    return state
+def damaged_state(found: Checkpoint, got: object) -> CheckpointError:
+    """The error for a checkpoint whose state is no run's."""
+    return CheckpointError(
+        "The checkpoint does not say where its run stands.",
+        where=str(found.path),
+        got=got,
+        fix="restore the file, or load its weights with growconv.load_checkpoint",
+    )
+
+
+def save_in_turn(folder: Path, best: bool, **content: Any) -> None:
+    """Write the last checkpoint of a run, and keep the one before it; at no moment is there none that is whole.
+
+    Args:
+        folder: the run's checkpoint folder.
+        best: whether it is the best so far, too.
+        **content: arguments of `save_checkpoint` but for the path.
+    """
+    last, fresh = folder / LAST, folder / f".{LAST}.fresh"
+    save_checkpoint(fresh, **content)
+    copies = [(last, PREVIOUS)] if last.exists() else []
+    for source, name in [*copies, (fresh, BEST)] if best else copies:
+        try:
+            with replacing(folder / name) as temporary:
+                shutil.copyfile(source, temporary)
+        except OSError as error:
+            raise CheckpointError(
+                "the checkpoint could not be copied",
+                where=str(folder / name),
+                got=error,
+                fix="free some space, then resume",
+            ) from error
+    os.replace(fresh, last)
 
 
 def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
@@ -355,17 +415,6 @@ def _mismatches(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
         if name in saved and saved[name].shape != tensor.shape
     ]
     return lines
-
-
-def _check_members(optimizer: Optimizer, model: nn.Module, path: Path) -> None:
-    known = {id(parameter) for parameter in model.parameters()}
-    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(id(parameter) not in known for parameter in members):
-        raise CheckpointError(
-            "the optimizer holds parameters that the model does not have",
-            where=str(path),
-            fix="build it from this model's parameters",
-        )
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

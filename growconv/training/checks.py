@@ -56,70 +56,49 @@ def check_options(node: DictConfig, prefix: str = "") -> None:
             raise _no_option(path, known)
         if OmegaConf.is_missing(node, name):
             raise ConfigError("this option needs a value", where=path, fix=f"set it: {path}=...")
-        if isinstance(node[name], DictConfig):
-            check_options(node[name], f"{path}.")
+        got = node[name]
+        if isinstance(got, DictConfig):
+            check_options(got, f"{path}.")
         limits = known[name].metadata.get("limits") if known is not None else None
-        if limits is not None and not limits.allow(node[name]):
-            got = node[name]
-            raise ConfigError(
-                "this value cannot be used",
-                where=path,
-                expected=limits,
-                got=got,
-                fix=did_you_mean(got, limits.choices, f"{path}={{}}") if isinstance(got, str) else None,
-            )
+        if limits is not None and not limits.allow(got):
+            fix = did_you_mean(got, limits.choices, f"{path}={{}}") if isinstance(got, str) else None
+            raise ConfigError("this value cannot be used", where=path, expected=limits, got=got, fix=fix)
 
 
 def check_together(config: Mapping[str, Any]) -> None:
-    """Refuse options that contradict each other.
-
-    Args:
-        config: the whole config.
+    """Refuse options of a whole config that contradict each other.
 
     Raises:
         ConfigError: names them.
     """
-    growth, trainer = config["growth"], config["trainer"]
+    growth, trainer, schedule = config["growth"], config["trainer"], config["lr_schedule"]["name"]
     grows = growth["method"] != "none"
     spread = grows and growth["every"] is None and growth["when"] is None
     if spread and growth["begin"] > growth["end"]:
-        raise ConfigError(
-            "growth begins after it ends",
-            where="growth.begin, growth.end",
-            expected="begin up to end",
-            got=f"{growth['begin']} and {growth['end']}",
-        )
+        got = f"{growth['begin']} and {growth['end']}"
+        where = "growth.begin, growth.end"
+        raise ConfigError("growth begins after it ends", where=where, expected="begin up to end", got=got)
     if spread and growth["times"] is None:
         raise ConfigError("growing needs a number of rounds", where="growth.times", expected="1 or more", got="null")
-    sizes = config["data"]["size"]
+    sizes, depth = config["data"]["size"], growth["depth"]["at"]
     fits = all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair) for pair in sizes
     )
     shares = [pair[0] for pair in sizes] if fits else []
     if not fits or shares != sorted(set(shares)) or any(not 0 < share <= 1 or side < 1 for share, side in sizes):
-        raise ConfigError(
-            "image sizes are [share of the run, pixels] pairs, ascending",
-            where="data.size",
-            expected="for example [[0.25, 14]]",
-            got=sizes,
-        )
-    depth = growth["depth"]["at"]
+        problem = "image sizes are [share of the run, pixels] pairs, ascending"
+        raise ConfigError(problem, where="data.size", expected="for example [[0.25, 14]]", got=sizes)
     if depth != sorted(set(depth)) or not all(0 < share < 1 for share in depth):
-        raise ConfigError(
-            "depth must grow at shares of the run", where="growth.depth.at", expected="for example [0.4]", got=depth
-        )
+        problem = "depth must grow at shares of the run"
+        raise ConfigError(problem, where="growth.depth.at", expected="for example [0.4]", got=depth)
     if config["baselines"] and not grows:
-        raise ConfigError(
-            "a fixed run cannot have baselines",
-            where="baselines",
-            got=config["baselines"],
-            fix="choose a growth, or leave baselines out",
-        )
-    if config["lr_schedule"]["name"] not in OWN_SCHEDULES and trainer["flops"] is not None:
+        fix = "choose a growth, or leave baselines out"
+        raise ConfigError("a fixed run cannot have baselines", where="baselines", got=config["baselines"], fix=fix)
+    if schedule not in OWN_SCHEDULES and trainer["flops"] is not None:
         raise ConfigError(
             "torch's schedules count steps, and a run limited by FLOPs does not know how many it will have",
             where="lr_schedule",
-            got=f"lr_schedule.name={config['lr_schedule']['name']}, trainer.flops={trainer['flops']:g}",
+            got=f"lr_schedule.name={schedule}, trainer.flops={trainer['flops']:g}",
             fix=f"choose one of {', '.join(OWN_SCHEDULES)}, or set trainer.epochs instead of trainer.flops",
         )
     if trainer["sync_batchnorm"] and trainer["accelerator"] == "cpu":
@@ -137,20 +116,13 @@ def no_sync_batchnorm(accelerator: str) -> ConfigError:
 
 
 def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) -> ConfigError:
-    """What is wrong with overrides that Hydra could not compose.
-
-    Args:
-        error: what Hydra raised.
-        loader: Hydra's loader, which knows the groups.
-    """
+    """What is wrong with overrides that Hydra could not compose; its loader knows the groups."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in loader.get_group_options(group) if not option.endswith("_schema")]
         if options:
-            fix = did_you_mean(name, options, f"{group}={{}}")
-            return ConfigError(
-                f"there is no {group} called {name!r}", where=group, expected=", ".join(options), got=name, fix=fix
-            )
+            problem, fix = f"there is no {group} called {name!r}", did_you_mean(name, options, f"{group}={{}}")
+            return ConfigError(problem, where=group, expected=", ".join(options), got=name, fix=fix)
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -163,9 +135,8 @@ def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) ->
                 fix="""values with special characters need quotes inside quotes: 'data.root="a b"'""",
             )
         if override.is_sweep_override():
-            return ConfigError(
-                "several values need a sweep", where=override.key_or_group, got=text, fix=f"growconv -m {text}"
-            )
+            where, fix = override.key_or_group, f"growconv -m {text}"
+            return ConfigError("several values need a sweep", where=where, got=text, fix=fix)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _refused(cause, overrides)
@@ -188,35 +159,20 @@ def _refused(error: OmegaConfBaseException, overrides: Sequence[str]) -> ConfigE
 
 
 def _no_option(path: str, known: Mapping[Any, Any], asked: str | None = None) -> ConfigError:
-    """The error of an option that is not there.
-
-    Args:
-        path: the option, with the names of its groups.
-        known: what lies beside it.
-        asked: the whole override, to repeat it with the right name.
-    """
+    """The error of an option that is not there, from what lies beside it and the whole override, to be repeated."""
     before, _, name = path.rpartition(".")
     siblings = [str(key) for key in known if key != "hydra"]
     meant = near(name, siblings)
-    found = f"{before}.{meant}".lstrip(".") if meant else _elsewhere(name, known)
+    elsewhere = [f"{key}.{name}" for key, options in known.items() if isinstance(options, Mapping) and name in options]
+    found = f"{before}.{meant}".lstrip(".") if meant else elsewhere[0] if len(elsewhere) == 1 else None
     fix = f"did you mean {(asked or path).lstrip('+').replace(path, found, 1)}?" if found else None
     if isinstance(known, DictConfig) and OmegaConf.get_type(known) is dict and not found:
         fix = f"to pass it on all the same: +{asked}"
     return ConfigError("there is no such option", where=path, expected=", ".join(siblings) or None, got=name, fix=fix)
 
 
-def _elsewhere(name: str, known: Mapping[Any, Any]) -> str | None:
-    """The only option of that name in a group: trainer.epochs for epochs."""
-    found = [f"{group}.{name}" for group, options in known.items() if isinstance(options, Mapping) and name in options]
-    return found[0] if len(found) == 1 else None
-
-
 def variants(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of a sweep's first run, then with each other value in place of the first, one at a time.
-
-    Args:
-        overrides: of the sweep, some of them lists of values.
-    """
+    """The overrides of a sweep's first run, then with each other value in place of the first, one at a time."""
     choices = []
     for text in overrides:
         try:

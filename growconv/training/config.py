@@ -37,12 +37,8 @@ def conf_dir() -> Path:
     raise ConfigError("the configuration files are missing", where=str(PACKAGE / "conf"), fix="install growconv again")
 
 
-def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
-    """A run's config from command-line overrides, without a run directory.
-
-    Args:
-        overrides: as on the command line, for example ["data=synthetic", "trainer.epochs=2"].
-        hydra_too: keep Hydra's own settings, below hydra.
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """A run's config from command-line overrides such as "trainer.epochs=2", without a run directory.
 
     Raises:
         ConfigError: an override that does not fit, with what was probably meant.
@@ -55,7 +51,7 @@ def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         try:
-            return hydra_compose("config", list(overrides), return_hydra_config=hydra_too)
+            return hydra_compose("config", list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise explain(error, overrides, GlobalHydra.instance().config_loader()) from error
 
@@ -72,19 +68,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return values
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Settings that differ between two configs, but for those that may change on resume; one line each."""
-    lines = []
-    for key in [*stored, *(key for key in wanted if key not in stored)]:
-        path = f"{prefix}{key}"
-        if path in FREE_ON_RESUME:
-            continue
-        old, new = stored.get(key), wanted.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{path}.")
-        elif old != new or (key in stored) != (key in wanted):
-            lines.append(f"{path}: {old!r} -> {new!r}")
-    return lines
+    old, new = dict(flatten(dict(stored))), dict(flatten(dict(wanted)))
+    same = {key for key in old if key in new and old[key] == new[key]}
+    free = {key for key in {**old, **new} if f"{key}.".startswith(tuple(f"{name}." for name in FREE_ON_RESUME))}
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if key not in same | free]
 
 
 def length(config: Mapping[str, Any]) -> str:
@@ -102,65 +91,51 @@ def is_longer(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The `differences` that a resumed run may not have: all but a greater length."""
-    allowed = f"{length(stored)}:" if is_longer(stored, wanted) else None
-    return [line for line in differences(stored, wanted) if allowed is None or not line.startswith(allowed)]
+    longer = is_longer(stored, wanted)
+    return [line for line in differences(stored, wanted) if not (longer and line.startswith(f"{length(stored)}:"))]
 
 
 def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config that was read from a run: complete, and every option of the type and within the limits of its schema.
+    """A config that was read from a run, with values of the types that its schemas have.
 
     Args:
         config: what was read.
         where: the file that holds it, for the message.
 
-    Returns:
-        The same, with values of the schema's types.
-
     Raises:
-        CheckpointError: names what is missing or does not fit.
+        CheckpointError: an option is missing, unknown, of another type or outside its limits; names it.
     """
     groups = {entry.name: schema_of(entry.name, config.get(entry.name)) for entry in dataclass_fields(RunConfig)}
     missing = [name for name in groups if name not in config]
+    typed: Any = OmegaConf.structured(RunConfig)
     for group, schema in groups.items():
-        options = config.get(group)
-        known = options if isinstance(options, Mapping) else {}
-        names = [entry.name for entry in dataclass_fields(schema)] if schema is not None else []
-        missing += [f"{group}.{name}" for name in names if name not in known]
-    got = f"without {', '.join(missing)}"
-    if not missing:
-        try:
-            return _typed(config, groups)
-        except (ConfigError, TypeError, ValueError) as error:
-            got = str(error)
-    raise CheckpointError(
-        "the run's config is incomplete or damaged, or was written by another version of growconv",
-        where=where,
-        got=got.replace("\n", "\n  "),
-        fix="restore the file, or resume with the version that environment.json names",
-    )
-
-
-def _typed(config: Mapping[str, Any], groups: Mapping[str, type | None]) -> dict[str, Any]:
-    for key, value in flatten(dict(config)):
-        if "${" in str(value):
-            raise ConfigError("this is a reference, which growconv never stores", where=key, got=value)
-    merged: Any = OmegaConf.structured(RunConfig)
-    for group, options in config.items():
-        schema = groups.get(group)
-        try:
-            if schema is not None:
-                merged[group] = OmegaConf.structured(schema)
-            merged = OmegaConf.merge(merged, {group: options})
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(error).splitlines()[0], where=str(error.full_key or group)) from error
-    return plain(merged)
+        if schema is not None:
+            options = config.get(group)
+            known = options if isinstance(options, Mapping) else {}
+            missing += [f"{group}.{entry.name}" for entry in dataclass_fields(schema) if entry.name not in known]
+            typed[group] = OmegaConf.structured(schema)
+    try:
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
+        for key, value in flatten(dict(config)):
+            if "${" in str(value):
+                raise ValueError(f"{key} is a reference, which growconv never stores: {value}")
+        merged: Any = OmegaConf.merge(typed, config)
+        return plain(merged)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        place = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+        raise CheckpointError(
+            "the run's config is incomplete or damaged, or was written by another version of growconv",
+            where=where,
+            got=place + str(error).partition("\n    full_key")[0].replace("\n", "\n  "),
+            fix="restore the file, or resume with the version that environment.json names",
+        ) from error
 
 
 def locate(target: str, where: str) -> Any:
-    """The class or function that a dotted path names.
+    """The class or function that a dotted path names, for example "torch.nn.Sequential".
 
     Args:
-        target: for example "torch.nn.Sequential".
         where: the setting, for the message.
 
     Raises:
@@ -182,14 +157,13 @@ def locate(target: str, where: str) -> Any:
     return found
 
 
-def call_target(target: Any, given: Mapping[str, Any], offered: Mapping[str, Any], where: str) -> Any:
+def call_target(target: Any, given: Mapping[str, Any], where: str, offered: Mapping[str, Any] | None = None) -> Any:
     """Call a class or function with the arguments that were set, and with those on offer that it takes.
 
     Args:
-        target: what to call.
         given: arguments that the user set; each must exist.
-        offered: arguments passed only where the target has them.
         where: the setting, for the message.
+        offered: arguments passed only where the target has them.
 
     Raises:
         ConfigError: an argument that the target does not have or refuses, or one that it still lacks.
@@ -206,7 +180,7 @@ def call_target(target: Any, given: Mapping[str, Any], offered: Mapping[str, Any
             got=", ".join(unknown),
             fix=did_you_mean(unknown[0], known, "'{}'"),
         )
-    arguments = {**{name: value for name, value in offered.items() if anything or name in known}, **given}
+    arguments = {name: value for name, value in (offered or {}).items() if anything or name in known} | dict(given)
     lacking = [p.name for p in parameters if p.default is p.empty and p.name in known and p.name not in arguments]
     if lacking:
         raise ConfigError("arguments are missing", where=where, expected=", ".join(lacking), fix="set them in args")

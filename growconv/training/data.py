@@ -5,15 +5,18 @@ lets a run go on bit for bit, on any number of processes.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from growconv.errors import DataError
-from growconv.training.mixing import rand_augment
+from growconv.errors import ConfigError, DataError
 from growconv.training.sources import SOURCES, RawData
 
 
@@ -82,6 +85,11 @@ class Dataset:
         """Whether the targets are numbers rather than classes."""
         return self.train.targets.is_floating_point()
 
+    @property
+    def score(self) -> str:
+        """What the share of correct answers is called; of a regression the coefficient of determination."""
+        return "R²" if self.regression else "accuracy"
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The whole dataset on a device."""
         return replace(
@@ -122,16 +130,10 @@ class Dataset:
 
 
 def shift_and_flip(images: Tensor, generator: torch.Generator, pad: int, flip: bool) -> Tensor:
-    """Per image a shift by up to `pad` pixels in each direction, zeros moving in, and a mirror image half of the time.
+    """Per image a shift by up to `pad` pixels in each direction, zeros moving in; with `flip` half of them mirrored.
 
     Args:
         images: (n, channels, height, width).
-        generator: CPU generator.
-        pad: largest shift in pixels.
-        flip: whether to mirror left and right.
-
-    Returns:
-        Images of the same shape.
     """
     count, _, height, width = images.shape
     shifts = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
@@ -144,6 +146,78 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, pad: int, flip: b
     samples = torch.arange(count)[:, None, None]
     rows, columns, samples = (index.to(images.device) for index in (rows[:, :, None], columns[:, None, :], samples))
     return padded.permute(0, 2, 3, 1)[samples, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+def require_kornia(config: Mapping[str, Any]) -> None:
+    """Refuse settings of a whole config that need kornia where it is not installed."""
+    augments = config["data"]["augmentation"] == "randaugment"
+    for name, asked in {"trainer.mix": config["trainer"]["mix"] != "none", "data.augmentation": augments}.items():
+        if asked and find_spec("kornia") is None:
+            fix = "pip install 'growconv[augment]'"
+            raise ConfigError("this needs kornia, which is not installed", where=name, fix=fix)
+
+
+def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """RandAugment (Cubuk et al. 2020): the operations are drawn for the batch, their signs and shifts for each image.
+
+    Args:
+        images: (n, channels, height, width), 0 to 1.
+
+    Raises:
+        ConfigError: the images are neither grey nor in colour.
+    """
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        raise ConfigError(
+            "RandAugment needs grey or colour images", where="data.augmentation", expected="1 or 3", got=channels
+        )
+    with _drawing_from(generator, images.device):
+        return _augmenter("randaugment")(images.expand(-1, 3, -1, -1))[:, :channels]
+
+
+def mix(kind: str, images: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each image mixed with another one of the batch, in a share that is uniform between 0 and 1.
+
+    Args:
+        kind: "mixup" (Zhang et al. 2018) blends, "cutmix" (Yun et al. 2019) puts in a rectangle.
+        images: (n, channels, height, width).
+        labels: (n,) of `classes` classes.
+
+    Returns:
+        The mixed images, and the share of each class in them, (n, classes).
+
+    Raises:
+        ConfigError: the targets are no class an image.
+    """
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise ConfigError("only images with a single class each can be mixed", where="trainer.mix", got=kind)
+    with _drawing_from(generator, images.device):
+        mixed, told = _augmenter(kind)(images, labels)
+    first, second, share = told.reshape(-1, 3).to(images.dtype).unbind(1)  # own class, the other's, a share
+    share = 1 - share if kind == "cutmix" else share  # of the other image, which kornia tells for mixup only
+    own, other = (functional.one_hot(each.long(), classes).to(images.dtype) for each in (first, second))
+    return mixed, own * (1 - share[:, None]) + other * share[:, None]
+
+
+@cache
+def _augmenter(kind: str) -> nn.Module:
+    import kornia.augmentation as kornia
+    from kornia.augmentation.auto import RandAugment
+
+    if kind == "randaugment":
+        return RandAugment(n=2, m=9)  # operations in a row, and their strength from 0 to 30: the paper's for ImageNet
+    if kind == "mixup":
+        return kornia.RandomMixUpV2(data_keys=["input", "class"])
+    return kornia.RandomCutMixV2(data_keys=["input", "class"], use_correct_lambda=True)
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Inside, torch's own random numbers follow from the generator; afterwards they are as before."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:

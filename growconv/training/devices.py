@@ -7,8 +7,8 @@ LOCAL_WORLD_SIZE); nothing else of the environment is read, so that a run inside
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -36,18 +36,13 @@ _PARAMETERS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def parameter_dtype(precision: str) -> torch.dtype:
-    """Dtype of a model's parameters in a precision of trainer.precision."""
-    return _PARAMETERS.get(precision, torch.float32)
-
-
 @dataclass(frozen=True)
 class Devices:
     """Where and how a process of a run computes.
 
     Attributes:
         device: its device.
-        precision: as trainer.precision; "true" is the dtype of the parameters, "mixed" that of autocast.
+        precision: as trainer.precision.
         rank: number of this process, from 0.
         world_size: processes of the run.
         scaler: keeps small float16 gradients from vanishing; see `for_one_run`.
@@ -71,38 +66,28 @@ class Devices:
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's parameters."""
-        return parameter_dtype(self.precision)
+        return _PARAMETERS.get(self.precision, torch.float32)
 
     def wrap(self, model: nn.Module, backend: str | None) -> nn.Module:
-        """The model as it is trained: its gradients averaged over all processes, and compiled where that is asked for.
-
-        Args:
-            model: on the device.
-            backend: of torch.compile; None compiles nothing.
-        """
+        """The model as it is trained: gradients averaged over all processes, and compiled, unless `backend` is None."""
         if self.world_size > 1:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         return torch.compile(model, backend=backend) if backend else model  # pyright: ignore[reportReturnType]
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """The model's output in this precision, as float32 or finer for the loss."""
-        with self._computing():
-            output = model(inputs)
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+        """The model's output in this precision, as float32 or finer for the loss.
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Autocast, or the parameters' dtype for the tensors that the forward pass makes."""
-        if self.precision in _AUTOCAST:
-            with torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision]):
-                yield
-            return
+        The forward pass runs under autocast, or makes its own tensors in the parameters' dtype.
+        """
         before = torch.get_default_dtype()
+        mixed = _AUTOCAST.get(self.precision)
         torch.set_default_dtype(_PARAMETERS.get(self.precision, before))
         try:
-            yield
+            with nullcontext() if mixed is None else torch.autocast(self.device.type, mixed):
+                output = model(inputs)
         finally:
             torch.set_default_dtype(before)
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """A block whose gradients stay with this process: all parts of a batch but the last."""
@@ -113,12 +98,7 @@ class Devices:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self, optimizer: Optimizer, clip: float | None) -> None:
-        """One step of an optimizer on the gradients that lie there, which are gone afterwards.
-
-        Args:
-            optimizer: any optimizer of torch.
-            clip: largest norm of the whole gradient; None for no limit.
-        """
+        """One step on the gradients that lie there, clipped to a norm unless it is None; they are gone afterwards."""
         if clip:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
@@ -131,33 +111,83 @@ class Devices:
             self.scaler.update()
         optimizer.zero_grad()
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, the same on each."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
-def peak_memory(device: torch.device) -> int | None:
-    """The most memory that this process has held so far, in bytes: allocated by torch on a GPU, else resident in all.
+    def on_first(self, compute: Callable[[], T]) -> T:
+        """What rank 0 computes, on every rank; an error there is raised on every rank."""
+        if self.world_size == 1:
+            return compute()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = compute()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
-    None on a system that does not tell (Windows).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers (running statistics of norm layers), which each rank has of its own."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def peak_memory(self) -> int | None:
+        """The most bytes that this process has held so far: allocated by torch on a GPU, else resident in all.
+
+        None on a system that does not tell (Windows).
+        """
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform == "win32":
+            return None
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def random_states(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The random states of all ranks: torch's as tensors, NumPy's and Python's as JSON-able values."""
+        torchs = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            torchs["cuda"] = torch.cuda.get_rng_state()
+        version, state, gauss = random.getstate()
+        numpy: Any = np.random.get_state()  # noqa: NPY002 (whatever draws from it has to go on)
+        own = torchs, {"python": [version, list(state), gauss], "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]]}
+        gathered: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, own)
+        tensors: dict[str, Tensor] = {}
+        for rank, (states, _) in enumerate(gathered):
+            tensors |= {f"random/{rank}/{name}": states[name] for name in states}
+        return tensors, {str(rank): values for rank, (_, values) in enumerate(gathered)}
+
+    def set_random_states(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over this rank's part of what `random_states` gave."""
+        rank = self.rank
+        torch.set_rng_state(tensors[f"random/{rank}/cpu"])
+        if self.device.type == "cuda" and f"random/{rank}/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random/{rank}/cuda"])
+        version, state, gauss = values[str(rank)]["python"]
+        random.setstate((version, tuple(state), gauss))
+        name, keys, *rest = values[str(rank)]["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
 def make_devices(trainer: Mapping[str, Any]) -> Devices:
     """Device, precision and processes that the group trainer asks for; joins the processes of torchrun.
 
-    Args:
-        trainer: the group trainer.
-
     Raises:
         ConfigError: fewer devices or processes than asked for, SyncBatchNorm without CUDA, or an unknown backend.
     """
-    accelerator = trainer["accelerator"]
-    gpus = torch.cuda.device_count()
+    accelerator, gpus, backend = trainer["accelerator"], torch.cuda.device_count(), trainer["compile"]
     if accelerator == "auto":
         accelerator = "cuda" if gpus else "cpu"
     world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -179,12 +209,12 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
         )
     if trainer["sync_batchnorm"] and accelerator != "cuda":
         raise no_sync_batchnorm(accelerator)
-    if trainer["compile"] and trainer["compile"] not in torch.compiler.list_backends(exclude_tags=None):
+    if backend and backend not in torch.compiler.list_backends(exclude_tags=None):
         raise ConfigError(
             "torch.compile has no such backend",
             where="trainer.compile",
             expected=f"{', '.join(torch.compiler.list_backends())}, or null to compile nothing",
-            got=trainer["compile"],
+            got=backend,
             fix="trainer.compile=inductor",
         )
     device = torch.device("cpu")
@@ -194,66 +224,3 @@ def make_devices(trainer: Mapping[str, Any]) -> Devices:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", timeout=PATIENCE)
     return Devices(device, trainer["precision"], int(os.environ.get("RANK", "0")), world)
-
-
-def sum_over_ranks(devices: Devices, value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, the same on each."""
-    if devices.world_size > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
-def on_first(devices: Devices, compute: Callable[[], T]) -> T:
-    """What rank 0 computes, on every rank; an error there is raised on every rank."""
-    if devices.world_size == 1:
-        return compute()
-    outcome: list[Any] = [None, None]
-    if devices.rank == 0:
-        try:
-            outcome[0] = compute()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def share_buffers(devices: Devices, model: torch.nn.Module) -> None:
-    """Give every rank rank 0's buffers (running statistics of norm layers), which each rank has of its own."""
-    if devices.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
-def random_states(devices: Devices) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The random states of all ranks: torch's as tensors, NumPy's and Python's as JSON-able values."""
-    python = random.getstate()
-    numpy: Any = np.random.get_state()  # noqa: NPY002 (whatever draws from it has to go on)
-    own = (
-        {"cpu": torch.get_rng_state()}
-        | ({"cuda": torch.cuda.get_rng_state()} if devices.device.type == "cuda" else {}),
-        {"python": [python[0], list(python[1]), python[2]], "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]]},
-    )
-    gathered: list[Any] = [own]
-    if devices.world_size > 1:
-        gathered = [None] * devices.world_size
-        dist.all_gather_object(gathered, own)
-    tensors = {
-        f"random/{rank}/{name}": state for rank, (states, _) in enumerate(gathered) for name, state in states.items()
-    }
-    return tensors, {str(rank): values for rank, (_, values) in enumerate(gathered)}
-
-
-def set_random_states(devices: Devices, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Take over this rank's part of what `random_states` gave."""
-    rank = devices.rank
-    torch.set_rng_state(tensors[f"random/{rank}/cpu"])
-    if devices.device.type == "cuda" and f"random/{rank}/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"random/{rank}/cuda"])
-    own = values[str(rank)]
-    version, state, gauss = own["python"]
-    random.setstate((version, tuple(state), gauss))
-    name, keys, *rest = own["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

@@ -22,11 +22,10 @@ from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import check_output, grows, make_dataset, make_model
 from growconv.training.checkpoint import Checkpoint, find_checkpoint
 from growconv.training.config import changes, differences, is_longer
-from growconv.training.data import Dataset, seed_for
-from growconv.training.devices import Devices, make_devices, on_first
+from growconv.training.data import Dataset, require_kornia, seed_for
+from growconv.training.devices import Devices, make_devices
 from growconv.training.libraries import load_weights
 from growconv.training.loop import Trainer, weight_shapes
-from growconv.training.mixing import require_kornia
 from growconv.training.progress import closing_table
 from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import decay_begins
@@ -55,9 +54,9 @@ def run(
     require_installed(config["logger"])
     require_kornia(config)
     devices = make_devices(config["trainer"])
-    directory = Path(on_first(devices, lambda: str(directory)))
+    directory = Path(devices.on_first(lambda: str(directory)))
     with alone_in(directory, devices), deterministic(config["trainer"]["deterministic"]):
-        resume = resume or (sweep and on_first(devices, lambda: _holds_same_run(RunDirectory(directory), config)))
+        resume = resume or (sweep and devices.on_first(lambda: _holds_same_run(RunDirectory(directory), config)))
         dataset = make_dataset(config["data"]).to(devices.device)
         if devices.is_first and config["trainer"]["progress"] != "none":
             sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test"
@@ -72,7 +71,7 @@ def run(
             with alone_in(inside, devices):
                 results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
         if devices.is_first:
-            make_console().print(closing_table(results, "R²" if dataset.regression else "accuracy"))
+            make_console().print(closing_table(results, dataset.score))
             if config["report"]:
                 from growconv.reporting.report import write_report  # matplotlib is for the end
 
@@ -98,7 +97,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 def alone_in(directory: Path, devices: Devices) -> Iterator[None]:
     """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
     with ExitStack() as stack:
-        on_first(devices, lambda: stack.enter_context(RunDirectory(directory).locked()))
+        devices.on_first(lambda: stack.enter_context(RunDirectory(directory).locked()))
         yield
 
 
@@ -111,12 +110,9 @@ def run_one(
     resume: bool = False,
     origin: Path | None = None,
 ) -> dict[str, Any]:
-    """Train one model into one directory.
+    """Train one model of a whole config into one directory.
 
     Args:
-        config: the whole config, resolved.
-        directory: where it writes.
-        devices: device, precision and processes.
         dataset: on the device.
         title: what progress and tables call it.
         resume: go on with what lies there, if anything does.
@@ -128,13 +124,13 @@ def run_one(
     devices = devices.for_one_run()
     files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    if resume and on_first(devices, lambda: files.finished and not is_longer(files.config(), config)):
-        return on_first(devices, files.summary)
+    if resume and devices.on_first(lambda: files.finished and not is_longer(files.config(), config)):
+        return devices.on_first(files.summary)
     if resume:
-        found = on_first(devices, lambda: _found(files, config))
+        found = devices.on_first(lambda: _found(files, config))
     begins = found is None
     if begins and origin is not None:
-        found = on_first(devices, lambda: find_checkpoint(origin))
+        found = devices.on_first(lambda: find_checkpoint(origin))
     model = _placed_model(config, dataset, devices)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
@@ -142,9 +138,9 @@ def run_one(
     trainer.plan_growth(found)
     if begins:
         about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
-        on_first(devices, lambda: _start(files, config, about, resume))
+        devices.on_first(lambda: _start(files, config, about, resume))
     else:
-        on_first(devices, lambda: files.prolong(config))
+        devices.on_first(lambda: files.prolong(config))
     if devices.is_first:
         trainer.trackers = make_trackers(config, directory, None if begins else found)
     # From here on every process draws random numbers of its own (dropout).
@@ -155,7 +151,7 @@ def run_one(
     trainer.progress.say(f"{title}: {count_parameters(model):,} parameters{sites}")
     if drawn:
         trainer.progress.say(f"as drawn, since the weights are of other classes: {', '.join(drawn)}")
-    for caution in [] if trainer.scheduler is None else cautions(config, trainer.scheduler, trainer.total):
+    for caution in () if trainer.scheduler is None else cautions(config, trainer.scheduler, trainer.total):
         trainer.progress.say(f"caution: {caution}")
     summary = trainer.fit()
     files.finish(summary)
@@ -179,11 +175,10 @@ def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices)
 
 
 def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float | int) -> list[str]:
-    """What is known to speak against the recipe of a run.
+    """What is known to speak against the recipe of a run, before it begins.
 
     Args:
         config: the whole config.
-        scheduler: of the run, before it begins.
         total: length of the run, in the unit of its schedule.
     """
     marks = getattr(scheduler.when, "steps", None) or getattr(scheduler.when, "flops", None)
@@ -200,17 +195,12 @@ def baselines(config: Mapping[str, Any], sweep: bool) -> list[str]:
 
 
 def baseline_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The config of a fixed model: "small" is where the grown one starts, "large" the full model.
-
-    Args:
-        config: the config of the growing run.
-        name: "small" or "large".
-    """
-    model, growth = dict(config["model"]), dict(config["growth"])
+    """The config of a fixed model: "small" is where the grown one starts, "large" the full model."""
+    model, growth = config["model"], config["growth"]
     if name == "small":
-        model |= {"width": model["width"] * growth["start_width"], "hidden": model["hidden"] * growth["start"]}
-    growth["method"] = "none"
-    return {**config, "model": model, "growth": growth, "baselines": []}
+        small = {"width": model["width"] * growth["start_width"], "hidden": model["hidden"] * growth["start"]}
+        model = {**model, **small}
+    return {**config, "model": model, "growth": {**growth, "method": "none"}, "baselines": []}
 
 
 def environment() -> dict[str, Any]:
@@ -228,19 +218,13 @@ def environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    folder = Path(__file__).resolve().parent
-
     def ask(*command: str) -> str:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True
-        )
-        return answer.stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD"),
-            "modified": bool(ask("status", "--porcelain", "--untracked-files=no")),
-        }
+        modified = bool(ask("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": ask("rev-parse", "HEAD"), "modified": modified}
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -262,28 +246,25 @@ def _holds_same_run(files: RunDirectory, config: Mapping[str, Any]) -> bool:
 
 def _start(files: RunDirectory, config: Mapping[str, Any], about: Mapping[str, Any], resume: bool) -> None:
     if resume:  # killed before its first checkpoint: from the beginning, in the same place
-        files.path.mkdir(parents=True, exist_ok=True)
-        files.rewind([], [])
-        (files.path / "metrics.jsonl").unlink()
-        (files.path / "growth.jsonl").unlink()
+        for name in ("metrics.jsonl", "growth.jsonl"):
+            (files.path / name).unlink(missing_ok=True)
     files.start(config, about)
 
 
 def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from; None where the run was stopped before it wrote one."""
-    if not files.checkpoints.is_dir() or not any(files.checkpoints.glob("*.safetensors")):
+    if not any(files.checkpoints.glob("*.safetensors")):
         return None
     found = find_checkpoint(files.path)
-    stored = found.state.get("config")
+    stored, where = found.state.get("config"), str(found.path)
     if not isinstance(stored, Mapping):
-        raise CheckpointError(
-            "The checkpoint contains no config of a run.", where=str(found.path), got=type(stored).__name__
-        )
+        got = type(stored).__name__
+        raise CheckpointError("The checkpoint contains no config of a run.", where=where, got=got)
     changed = changes(stored, config)
     if changed:
         raise CheckpointError(
             "the run was made with another config",
-            where=str(found.path),
+            where=where,
             got="\n    ".join(["", *changed]),
             fix="resume with the settings that the run was started with, or start a new run",
         )

@@ -105,7 +105,7 @@ def run_family(config: Mapping[str, Any], directory: Path) -> list[tuple[str, di
             spent += (reached - before) + (member["train_flops"] - reached)
             origin, before = trunk, reached
     if devices.is_first:
-        make_console().print(closing_table(members, "R²" if dataset.regression else "accuracy"))
+        make_console().print(closing_table(members, dataset.score))
         alone = sum(summary["train_flops"] for _, summary in members)
         print(f"the family took {si(spent)}FLOP; its members one by one would have taken {si(alone)}FLOP")
     return members

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.cost import training_flops
@@ -18,22 +19,20 @@ from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
 from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters
 from growconv.network.find import find_sites
-from growconv.training.average import Average
 from growconv.training.build import grows, make_loss, make_scheduler, resized
-from growconv.training.checkpoint import Checkpoint, CheckpointFolder, replay, restore
-from growconv.training.data import Dataset, Split, epoch_order, generator_for, steps_per_epoch
-from growconv.training.devices import (
-    Devices,
-    on_first,
-    peak_memory,
-    random_states,
-    set_random_states,
-    share_buffers,
-    sum_over_ranks,
+from growconv.training.checkpoint import (
+    AVERAGE,
+    Checkpoint,
+    Position,
+    damaged_state,
+    position_of,
+    replay,
+    restore,
+    save_in_turn,
 )
+from growconv.training.data import Dataset, Split, epoch_order, generator_for, mix, steps_per_epoch
+from growconv.training.devices import Devices
 from growconv.training.failures import Stopped, noted_signals
-from growconv.training.mixing import mix
-from growconv.training.position import Position, damaged_state, position_of
 from growconv.training.progress import TrainingProgress
 from growconv.training.rundir import RunDirectory
 from growconv.training.schedules import make_lr_schedule, make_optimizer
@@ -46,6 +45,17 @@ def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {
         path: list(weight.shape) for path, weight in weights.items() if isinstance(weight, Tensor) and weight.ndim > 1
     }
+
+
+def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A copy of a model that takes in its weights and buffers after every step: θ̄ ← decay · θ̄ + (1 − decay) · θ.
+
+    Args:
+        decay: 0.999 remembers about a thousand steps; None: no average is wanted.
+    """
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 AGREE_EVERY = 10
@@ -91,9 +101,8 @@ class Trainer:
         self.total = self.flops or self.epoch_steps * self.options["epochs"]
         rate = config["optimizer"]["lr"]
         self.lr_schedule = make_lr_schedule(config["lr_schedule"], self.total, rate, self.epoch_steps)
-        shown = 100 if self.flops else int(self.total)  # FLOPs in per cent
-        self.progress = TrainingProgress(self.options["progress"] if devices.is_first else "none", title, shown)
-        self.checkpoints = CheckpointFolder(directory.checkpoints)
+        mode = self.options["progress"] if devices.is_first else "none"
+        self.progress = TrainingProgress(mode, title, self.options, int(self.total), dataset.score)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._sums = torch.zeros(2, dtype=torch.float64, device=devices.device)  # loss and hits of the present epoch
         self._sample_flops = 0.0
@@ -101,8 +110,7 @@ class Trainer:
         self._clock = time.monotonic()
         self._signals: list[signal.Signals] = []
         self._wrapped = model
-        decay = self.options["ema"]
-        self.average = None if decay is None else Average(model, decay)
+        self.average = moving_average(model, self.options["ema"])
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
     def plan_growth(self, found: Checkpoint | None) -> None:
@@ -134,12 +142,8 @@ class Trainer:
         self._prepare()
         if self._at_end and not self.position.metrics:
             step = self._sample_flops * self.batch_size
-            raise ConfigError(
-                "the training FLOPs do not pay for one step",
-                where="trainer.flops",
-                expected=f"{step:.4g} or more",
-                got=f"{self.flops:.4g}",
-            )
+            problem, expected = "the training FLOPs do not pay for one step", f"{step:.4g} or more"
+            raise ConfigError(problem, where="trainer.flops", expected=expected, got=f"{self.flops:.4g}")
         with noted_signals() as self._signals, self.progress:
             while not self._at_end:
                 self._epoch()
@@ -163,17 +167,17 @@ class Trainer:
         position = position_of(found)
         restore(found, self.model, self.optimizer, self.scheduler)
         self.position, self._history = position, found.history
-        if self.options["ema"] is not None:
-            self.average = Average(self.model, self.options["ema"])
-            self.average.load(found.tensors)
+        self.average = moving_average(self.model, self.options["ema"])
         self._clock = time.monotonic() - position.seconds
         if self.devices.is_first:  # the checkpoint holds the sum over all ranks
-            self._sums += torch.tensor([self.position.loss_sum, self.position.hits], dtype=torch.float64).to(self._sums)
-        scaler = self.devices.scaler
+            self._sums += torch.tensor([position.loss_sum, position.hits], dtype=torch.float64).to(self._sums)
+        averaged = [name for name in found.tensors if name.startswith(AVERAGE)]
         try:
-            if scaler is not None:
-                scaler.load_state_dict(found.state["scaler"])
-            set_random_states(self.devices, found.tensors, found.state["random"])
+            if self.average is not None:
+                self.average.load_state_dict({name.removeprefix(AVERAGE): found.tensors[name] for name in averaged})
+            if self.devices.scaler is not None:
+                self.devices.scaler.load_state_dict(found.state["scaler"])
+            self.devices.set_random_states(found.tensors, found.state["random"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise damaged_state(found, error) from error
         self.directory.rewind(self.position.metrics, [event.to_dict() for event in found.history])
@@ -231,8 +235,7 @@ class Trainer:
             fresh: dict[str, Any] = {}
             if over:
                 fresh = self._close_epoch()
-            elif self.progress.mode == "bar":
-                self.progress.step(self._shown, self._state())
+            self.progress.step(position.step, self.train_flops)
             grew = self._deepen_if_due() | self._grow_if_due(fresh)
             if self._at_end and not over:  # growing has spent the rest
                 over, fresh = True, self._close_epoch()
@@ -252,11 +255,8 @@ class Trainer:
                 self.save(best)
             if stopping:
                 path = self.directory.path
-                raise Stopped(
-                    stopping,
-                    f"{path}: The run was asked to end by {stopping.name}, and is saved.\n"
-                    f"  what to do: go on with growconv resume={path}",
-                )
+                problem = f"{path}: The run was asked to end by {stopping.name}, and is saved."
+                raise Stopped(stopping, f"{problem}\n  what to do: go on with growconv resume={path}")
             if over:
                 return
 
@@ -267,7 +267,7 @@ class Trainer:
             return came
         if self.position.step % AGREE_EVERY and self.position.batch < self.epoch_steps:
             return None
-        anywhere = sum_over_ranks(self.devices, torch.tensor(float(came is not None), device=self.devices.device))
+        anywhere = self.devices.sum(torch.tensor(float(came is not None), device=self.devices.device))
         return (came or signal.SIGTERM) if float(anywhere) > 0 else None
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
@@ -299,9 +299,8 @@ class Trainer:
         share = slice(devices.rank, None, devices.world_size)
         inputs, targets = self._batch(index, augment, share)
         inputs = resized(inputs, self._side)
-        parts = list(
-            zip(inputs.chunk(self.options["accumulate"]), targets.chunk(self.options["accumulate"]), strict=True)
-        )
+        count = self.options["accumulate"]
+        parts = list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
         wrapped.train()
         for number, (x, y) in enumerate(parts):
             with devices.accumulating(wrapped) if number < len(parts) - 1 else nullcontext():
@@ -319,7 +318,7 @@ class Trainer:
             self._require_finite()
         devices.step(self.optimizer, self.options["clip_gradient"])
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update_parameters(self.model)
         position.step_flops += self._sample_flops * len(index)
 
     def _require_finite(self) -> None:
@@ -340,15 +339,12 @@ class Trainer:
         if not self.scheduler.due(position.step, metrics):
             return False
         began, before = time.monotonic(), self.scheduler.flops_spent
-        share_buffers(self.devices, self.model)
+        self.devices.share_buffers(self.model)
         events = self.scheduler.grow(self.growth_batches(), self.loss, position.step)
         spent = torch.tensor(self.scheduler.flops_spent - before, dtype=torch.float64, device=self.devices.device)
-        position.growth_flops += float(sum_over_ranks(self.devices, spent))
+        position.growth_flops += float(self.devices.sum(spent))
         if events:
-            self.follow(events)
-            self.progress.events(position.step, events)
-            self._prepare()
-            self._tell(events)
+            self._grown(events)
         else:
             self.progress.say(f"step {position.step}: nothing grew. {'; '.join(self.scheduler.decisions)}")
         position.growth_seconds += time.monotonic() - began
@@ -364,32 +360,32 @@ class Trainer:
         inputs, _ = self._batch(torch.arange(min(2, len(self.dataset.train))))
         made = copy_blocks(self.model, depth["blocks"], inputs, identity=depth["identity"], optimizer=self.optimizer)
         events = [replace(event, step=position.step) for event in made]
-        self.follow(events)
         if self.scheduler is None:
             for event in events:
                 self._history.append(replace(event, recipe=None))
         else:
             self.scheduler.follow_model(find_sites(self.model, inputs), events)
-        self.progress.events(position.step, events)
-        self._prepare()
-        self._tell(events)
+        self._grown(events)
         return True
 
-    def _tell(self, events: Sequence[GrowthEvent]) -> None:
-        """Write down the events of a round."""
+    def _grown(self, events: Sequence[GrowthEvent]) -> None:
+        """Let what follows the model grow with it, and write down the events of a round."""
+        self.follow(events)
+        self.progress.events(self.position.step, events)
+        self._prepare()
         self.directory.append_events([event.to_dict() for event in events])
         for tracker in self.trackers:
             tracker.events(list(self.history), events, self.widths)
 
     def follow(self, events: Sequence[GrowthEvent]) -> None:
         """Let the average of the weights grow as the model did."""
-        if self.average is not None:
-            self.average.follow(events)
+        for event in events if self.average is not None else ():
+            event.apply_to(self.judged)
 
     @property
     def judged(self) -> nn.Module:
         """The model that is evaluated: the average where there is one."""
-        return self.model if self.average is None else self.average.model
+        return self.model if self.average is None else self.average.module
 
     def growth_batches(self) -> list[tuple[Tensor, Tensor]]:
         """This process's share of fresh growth samples, drawn from the training split without augmentation."""
@@ -405,7 +401,7 @@ class Trainer:
         position.epoch += 1
         self._require_finite()
         samples = position.batch * self.batch_size
-        loss_sum, hits = sum_over_ranks(self.devices, self._sums).tolist()
+        loss_sum, hits = self.devices.sum(self._sums).tolist()
         self._sums.zero_()
         val_loss, val_accuracy = self.evaluate(self.dataset.validation)
         position.seconds = time.monotonic() - self._clock
@@ -428,99 +424,59 @@ class Trainer:
         self.directory.append_metrics(record)
         for tracker in self.trackers:
             tracker.metrics(record, position.step)
-        self.progress.step(self._shown, self._state(record))
-        self.progress.epoch(self._state(record))
+        self.progress.epoch(record, self._next_growth())
         return record
-
-    def _state(self, record: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What the progress line shows."""
-        position = self.position
-        latest = record or (position.metrics[-1] if position.metrics else {})
-        loss = float(self._sums[0]) / max(1, position.batch * self.batch_size // self.devices.world_size)
-        return {
-            "epoch": position.epoch,
-            "epochs": None if self.flops else self.options["epochs"],
-            "flops": self.flops,
-            "train_loss": latest["train_loss"] if record else loss,
-            "val_accuracy": latest.get("val_accuracy"),
-            "score": self.score,
-            "width": sum(self.widths.values()) or "fixed",
-            "parameters": count_parameters(self.model),
-            "train_flops": self.train_flops,
-            "next_growth": self._next_growth(),
-        }
-
-    @property
-    def _shown(self) -> int:
-        """How far the bar is."""
-        return round(100 * self.train_flops / self.flops) if self.flops else self.position.step
-
-    @property
-    def score(self) -> str:
-        """What an accuracy is called here."""
-        return "R²" if self.dataset.regression else "accuracy"
 
     def _next_growth(self) -> int | None:
         """Step of the next growth round, where the schedule knows it beforehand."""
         scheduler, step = self.scheduler, self.position.step
         if scheduler is None or (scheduler.times is not None and scheduler.rounds >= scheduler.times):
             return None
-        when = scheduler.when
+        when, marks = scheduler.when, ()
         if isinstance(when, AtSteps):
-            return next((s for s in when.steps if s > step), None)
-        if isinstance(when, Every) and when.unit == "step":
-            start = when.interval if when.start is None else when.start
-            ahead = start if step < start else start + ((step - start) // when.interval + 1) * when.interval
-            return ahead if ahead < self.total else None
-        return None
+            marks = when.steps
+        elif isinstance(when, Every) and when.unit == "step":
+            marks = range(when.interval if when.start is None else when.start, int(self.total), when.interval)
+        return next((mark for mark in marks if mark > step), None)
 
     def evaluate(self, split: Split) -> tuple[float, float]:
         """Loss and accuracy on a split, in eval mode, shared among the processes.
-
-        Args:
-            split: validation or test.
 
         Returns:
             The mean loss without label smoothing, and the share of correct answers; for a regression the
             coefficient of determination R².
         """
-        model = self.judged
-        share_buffers(self.devices, model)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.devices.device)
+        model, devices = self.judged, self.devices
+        devices.share_buffers(model)
+        sums = torch.zeros(2, dtype=torch.float64, device=devices.device)
         model.eval()
-        batches = self.dataset.batches(
-            split, self.options["eval_batch_size"], self.devices.rank, self.devices.world_size
-        )
         with torch.no_grad():
-            for inputs, targets in batches:
-                output = self.devices.forward(model, self._converted(inputs))
+            size = self.options["eval_batch_size"]
+            for inputs, targets in self.dataset.batches(split, size, devices.rank, devices.world_size):
+                output = devices.forward(model, self._converted(inputs))
                 sums[0] += self.plain_loss(output, targets).double() * len(inputs)
                 if self.dataset.regression:
                     sums[1] += (output - targets).double().square().sum()
                 else:
                     sums[1] += (output.argmax(1) == targets).double().mean() * len(inputs)
         model.train()
-        loss, score = sum_over_ranks(self.devices, sums).tolist()
+        loss, score = devices.sum(sums).tolist()
         if self.dataset.regression:
             spread = (split.targets.double() - split.targets.double().mean()).square().sum()
             return loss / len(split), 1 - score / float(spread)
         return loss / len(split), score / len(split)
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint.
-
-        Args:
-            best: whether it is the best so far, too.
-        """
+        """Write a checkpoint, and keep it as the best so far where it is."""
         position = self.position
         position.seconds = time.monotonic() - self._clock
         self._require_finite()
-        share_buffers(self.devices, self.model)
-        tensors, values = random_states(self.devices)
+        self.devices.share_buffers(self.model)
+        tensors, values = self.devices.random_states()
         if self.average is not None:
-            share_buffers(self.devices, self.average.model)
-            tensors = {**tensors, **self.average.tensors()}
-        position.loss_sum, position.hits = sum_over_ranks(self.devices, self._sums).tolist()
+            self.devices.share_buffers(self.judged)
+            tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in self.average.state_dict().items()}
+        position.loss_sum, position.hits = self.devices.sum(self._sums).tolist()
         scaler = self.devices.scaler
         state = {
             "position": asdict(position),
@@ -531,18 +487,9 @@ class Trainer:
             "world_size": self.devices.world_size,
             "tracker": next((each.identity for each in self.trackers if each.identity is not None), None),
         }
-        on_first(
-            self.devices,
-            lambda: self.checkpoints.save(
-                best,
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                history=self.history,
-                state=state,
-                tensors=tensors,
-            ),
-        )
+        content: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        content |= {"history": self.history, "state": state, "tensors": tensors}
+        self.devices.on_first(lambda: save_in_turn(self.directory.checkpoints, best, **content))
 
     def _summary(self) -> dict[str, Any]:
         """The final figures; the test split is looked at here, once."""
@@ -564,7 +511,7 @@ class Trainer:
             "train_flops": self.train_flops,
             "seconds": position.seconds,
             "growth_seconds": position.growth_seconds,
-            "peak_memory": peak_memory(self.devices.device),
+            "peak_memory": self.devices.peak_memory(),
             "growth_events": len(self.history),
             "steps": position.step,
             "epochs": position.epoch,
@@ -588,17 +535,9 @@ def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -
         size = -(-size // world) * world
     size = min(size, samples // world * world)
     if size % world or size == 0:
-        raise ConfigError(
-            "the batch cannot be shared evenly among the processes",
-            where="trainer.batch_size",
-            expected=f"a multiple of {world}",
-            got=size,
-        )
+        problem, expected = "the batch cannot be shared evenly among the processes", f"a multiple of {world}"
+        raise ConfigError(problem, where="trainer.batch_size", expected=expected, got=size)
     if size // world < options["accumulate"]:
-        raise ConfigError(
-            "there are more parts than samples",
-            where="trainer.accumulate",
-            expected=f"at most {size // world}",
-            got=options["accumulate"],
-        )
+        problem, expected = "there are more parts than samples", f"at most {size // world}"
+        raise ConfigError(problem, where="trainer.accumulate", expected=expected, got=options["accumulate"])
     return size

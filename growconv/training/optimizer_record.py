@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from growconv.network.entry_ages import AGES
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The optimizer's state_dict as a JSON-able record and its tensors."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        plain[str(index)] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                plain[str(index)][key] = value
+    tensors = {
+        f"optimizer/{index}/{key}": value
+        for index, values in state["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    plain = {
+        str(index): {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for index, values in state["state"].items()
+    }
     return {"state": plain, "param_groups": state["param_groups"]}, tensors
 
 
@@ -42,21 +43,19 @@ def join(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def with_tuples(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """JSON knows no tuples: options that are tuples in the optimizer (betas) become tuples again."""
+    groups = [
+        {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
+        for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {"state": saved["state"], "param_groups": groups}
 
-    def restored(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
 
-    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    return {"state": saved["state"], "param_groups": [restored(group, own) for group, own in groups]}
-
-
-def check(saved: Mapping[str, Any], optimizer: Optimizer, shapes: Sequence[Sequence[int]], where: str) -> None:
-    """Compare a saved state with an optimizer, which is left as it is.
+def check(saved: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
+    """Compare a saved state with an optimizer, which is left as it is; its parameters have the saved shapes already.
 
     Args:
         saved: what `join` gave.
         optimizer: the one that is to take it.
-        shapes: of its parameters, in the order of its groups, once the model has its saved shapes.
         where: the file, for the message.
 
     Raises:
@@ -73,25 +72,21 @@ def check(saved: Mapping[str, Any], optimizer: Optimizer, shapes: Sequence[Seque
             fix="build the optimizer as the run did",
         )
     order = [number for each in numbers for number in each]
-    if sorted(order) != list(range(len(shapes))):
+    if sorted(order) != list(range(len(order))):
         raise _damaged("The optimizer's groups do not count their parameters.", where, order[:20])
-    probes = [_probe(optimizer, *pair, where) for pair in zip(own, with_tuples(saved, optimizer)["param_groups"])]  # noqa: B905 (compared above)
-    needed = {number: keys for each, keys in zip(numbers, probes, strict=True) for number in each}
-    place = dict(zip(order, range(len(shapes)), strict=True))
+    shapes = dict(zip(order, (tuple(each.shape) for group in own for each in group["params"]), strict=True))
+    needed: dict[int, set[str]] = {}
+    for members, group, options in zip(numbers, own, with_tuples(saved, optimizer)["param_groups"], strict=True):
+        needed |= dict.fromkeys(members, _probe(optimizer, group, options, where))
     for number, values in saved["state"].items():
-        if number not in place:
+        if number not in shapes:
             raise _damaged("The optimizer's state is of a parameter that no group has.", where, number)
-        keys, shape = needed[number], tuple(shapes[place[number]])
-        if values and not keys <= set(values):
-            raise _damaged(
-                f"The optimizer's state of parameter {number} lacks what {type(optimizer).__name__} needs.",
-                where,
-                sorted(values),
-                sorted(keys),
-            )
+        if values and not needed[number] <= set(values):
+            problem = f"The optimizer's state of parameter {number} lacks what {type(optimizer).__name__} needs."
+            raise _damaged(problem, where, sorted(values), sorted(needed[number]))
+        shape = shapes[number]
         for key, value in values.items():
-            fits = _ages_fit(value, shape) if key == AGES else _fits(value, shape)
-            if not fits:
+            if not (_ages_fit(value, shape) if key == AGES else _fits(value, shape)):
                 got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:100]
                 raise _damaged(f"The optimizer's {key} of parameter {number} does not fit.", where, got, shape)
 

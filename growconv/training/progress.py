@@ -1,9 +1,9 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,22 +19,24 @@ def si(number: float | int) -> str:
 
 
 class TrainingProgress:
-    """Reports the state of one run.
+    """Reports the state of one run on standard output.
 
     Args:
         mode: "auto" (a bar on a terminal, else lines), "bar", "lines" or "none".
         title: what is trained.
-        total: length of the run, in the unit of `step`.
-        console: where to print; None prints to standard output.
+        options: the group trainer, which says when the run ends.
+        steps: optimizer steps of the run, where `trainer.flops` does not end it.
+        score: what accuracies are called, see `Dataset.score`.
     """
 
-    def __init__(self, mode: str, title: str, total: int, console: Console | None = None) -> None:
-        self.console = console or make_console()
+    def __init__(self, mode: str, title: str, options: Mapping[str, Any], steps: int, score: str) -> None:
+        self.console = make_console()
         if mode == "auto":
             mode = "bar" if self.console.is_terminal else "lines"
-        self.mode, self.title, self.total = mode, title, total
+        self.mode, self.title, self.options, self.steps, self.score = mode, title, options, steps, score
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._state = ""
 
     def __enter__(self) -> "TrainingProgress":
         if self.mode == "bar":
@@ -48,7 +50,8 @@ class TrainingProgress:
                 expand=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, state="")
+            total = 100 if self.options["flops"] else self.steps  # FLOPs in per cent
+            self._task = self._bar.add_task(self.title, total=total, state="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,22 +59,35 @@ class TrainingProgress:
             self._bar.stop()
             self._bar = None
 
-    def step(self, step: int, state: Mapping[str, Any]) -> None:
-        """Move the bar.
+    def step(self, step: int, flops: float) -> None:
+        """Move the bar to what is done: optimizer steps and training FLOPs."""
+        if self._bar is not None:
+            limit = self.options["flops"]
+            done = round(100 * flops / limit) if limit else step
+            self._bar.update(self._task, completed=done, state=self._state)
+
+    def epoch(self, record: Mapping[str, Any], next_growth: int | None) -> None:
+        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side.
 
         Args:
-            step: what is done of the total.
-            state: numbers, of which the accuracy is shown beside it.
+            record: the line of metrics.jsonl.
+            next_growth: step of the next growth round; None: there is none, or nobody knows.
         """
-        if self._bar is not None:
-            accuracy = state.get("val_accuracy")
-            self._bar.update(self._task, completed=step, state="" if accuracy is None else f"val {100 * accuracy:.2f}%")
-
-    def epoch(self, state: Mapping[str, Any]) -> None:
-        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side."""
+        self._state = f"val {100 * record['val_accuracy']:.2f}%"
+        self.step(record["step"], record["train_flops"])
         label = "" if self.mode == "bar" else f"{self.title}  "
-        width = self.console.width - len(label) if self.console.is_terminal else None
-        self.say(label + describe(state, width))
+        last = "" if self.options["flops"] else f"/{self.options['epochs']}"
+        parts = [f"epoch {record['epoch']:>{len(last) - 1 if last else 2}}{last}", f"loss {record['train_loss']:.4f}"]
+        parts.append(f"val {'R² ' if self.score == 'R²' else ''}{100 * record['val_accuracy']:.2f}%")
+        parts += [f"width {record['width']}"] if record["width"] else []  # 0 of a fixed model
+        parts.append(f"{si(record['parameters'])} parameters")
+        parts += [] if next_growth is None else [f"grows at {next_growth}"]
+        limit = self.options["flops"]
+        parts.append(f"{si(record['train_flops'])}{f' of {si(limit)}' if limit else ''}FLOP")
+        width = self.console.width - len(label) if self.console.is_terminal else math.inf
+        while len("  ".join(parts)) > width and len(parts) > 2:  # what does not fit after epoch and loss is left out
+            parts.pop()
+        self.say(label + "  ".join(parts))
 
     def events(self, step: int, events: Sequence[GrowthEvent]) -> None:
         """Print what one growth round did."""
@@ -83,28 +99,6 @@ class TrainingProgress:
         """Print a line, above the bar where there is one."""
         if self.mode != "none":
             self.console.print(printable(text), highlight=False, markup=False)
-
-
-def describe(state: Mapping[str, Any], width: int | None = None) -> str:
-    """One line of loss, accuracy, width, cost and the next growth.
-
-    Args:
-        width: characters of the line; what does not fit after epoch and loss is left out. None leaves nothing out.
-    """
-    last = "" if state["epochs"] is None else f"/{state['epochs']}"
-    parts = [f"epoch {state['epoch']:>{len(last) - 1 if last else 2}}{last}", f"loss {state['train_loss']:.4f}"]
-    if state.get("val_accuracy") is not None:
-        name = "R² " if state["score"] == "R²" else ""
-        parts.append(f"val {name}{100 * state['val_accuracy']:.2f}%")
-    if state["width"] != "fixed":
-        parts.append(f"width {state['width']}")
-    parts.append(f"{si(state['parameters'])} parameters")
-    if state.get("next_growth") is not None:
-        parts.append(f"grows at {state['next_growth']}")
-    parts.append(f"{si(state['train_flops'])}{f' of {si(end)}' if (end := state.get('flops')) else ''}FLOP")
-    while width is not None and len("  ".join(parts)) > width and len(parts) > 2:
-        parts.pop()
-    return "  ".join(parts)
 
 
 def describe_event(event: GrowthEvent) -> str:
@@ -124,24 +118,16 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
 
     Args:
         rows: (label, summary) pairs.
-        score: what the accuracies are, "accuracy" or "R²".
+        score: what the accuracies are called, see `Dataset.score`.
     """
     name = "R²" if score == "R²" else "acc"
     titles = (f"test {name} %", f"val {name} %", "parameters", "FLOPs", "seconds", "growing")
     shown = []
     for label, summary in rows:
-        growth = summary["growth_seconds"]
-        shown.append(
-            [
-                printable(label),
-                f"{100 * summary['test_accuracy']:.2f}",
-                f"{100 * summary['best_val_accuracy']:.2f}",
-                f"{summary['parameters']:,}",
-                si(summary["train_flops"]),
-                f"{summary['seconds']:.1f}",
-                f"{growth:.1f}" if growth else "",
-            ]
-        )
+        growing = f"{summary['growth_seconds']:.1f}" if summary["growth_seconds"] else ""
+        scores = [f"{100 * summary[key]:.2f}" for key in ("test_accuracy", "best_val_accuracy")]
+        costs = [f"{summary['parameters']:,}", si(summary["train_flops"]), f"{summary['seconds']:.1f}", growing]
+        shown.append([printable(label), *scores, *costs])
     return make_table(["model"], titles, shown)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from growconv.errors import ConfigError
 from growconv.network.event import GrowthEvent
 from growconv.reporting.records import METRICS, csv_cell
-from growconv.training.checkpoint import Checkpoint
-from growconv.training.position import position_of
+from growconv.training.checkpoint import Checkpoint, position_of
 from growconv.training.rundir import write_atomically
 
 COLUMNS = (

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from growconv.errors import CheckpointError
 from growconv.growth.validation import most_entries
-from growconv.training.average import averaged_weights
 from growconv.training.build import make_model
-from growconv.training.checkpoint import BEST, Checkpoint, find_checkpoint, restore
+from growconv.training.checkpoint import AVERAGE, BEST, Checkpoint, find_checkpoint, restore
 from growconv.training.config import stored_config
-from growconv.training.devices import parameter_dtype
+from growconv.training.devices import Devices
 from growconv.training.rundir import CHECKPOINTS, RunDirectory
 from growconv.training.trust import require_trusted_parts
 
@@ -40,14 +39,14 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
     found = read_run(run, best)
     model = begun_model(found, trust)
     restore(found, model)
-    average = averaged_weights(found.tensors)
+    prefix = f"{AVERAGE}module."
+    average = {name.removeprefix(prefix): found.tensors[name] for name in found.tensors if name.startswith(prefix)}
     if average:
         try:
             model.load_state_dict(average)
         except RuntimeError as error:
-            raise CheckpointError(
-                "its weight average belongs to another model", where=str(found.path), got=error
-            ) from error
+            problem = "its weight average belongs to another model"
+            raise CheckpointError(problem, where=str(found.path), got=error) from error
     return model.eval()
 
 
@@ -62,18 +61,13 @@ def read_run(run: str | Path, best: bool = False) -> Checkpoint:
         raise CheckpointError("there is no such run", where=str(path), fix="give the directory of a run")
     if path.is_dir() and not (path / CHECKPOINTS).is_dir() and path.name != CHECKPOINTS:
         RunDirectory(path).config()  # says that no run lies there
-        raise CheckpointError(
-            "this run has no checkpoint yet", where=str(path), fix=f"continue it: growconv resume={path}"
-        )
+        fix = f"continue it: growconv resume={path}"
+        raise CheckpointError("this run has no checkpoint yet", where=str(path), fix=fix)
     found = find_checkpoint(path / CHECKPOINTS / BEST if best and path.is_dir() else path)
-    config, shape = found.state.get("config"), found.state.get("shape")
-    usual = (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(type(size) is int and size > 0 for size in shape)
-        and shape[0] * shape[1] ** 2 <= most_entries(found.model.values())
-    )
-    if not isinstance(config, Mapping) or not usual:
+    config: object = found.state.get("config")
+    shape: Any = found.state.get("shape")
+    usual = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+    if not isinstance(config, Mapping) or not usual or shape[0] * shape[1] ** 2 > most_entries(found.model.values()):
         raise CheckpointError(
             "this checkpoint was not written by a run of growconv",
             where=str(found.path),
@@ -87,34 +81,27 @@ def begun_model(found: Checkpoint, trust: bool) -> nn.Module:
 
     Args:
         found: what `read_run` gave.
-        trust: as for `load_run`.
+        trust: whether it may be foreign code, or need far more memory than the checkpoint's tensors.
     """
-    config: Mapping[str, Any] = found.state["config"]
+    config, shape = found.state["config"], tuple(found.state["shape"])
+    library = config["model"]["_target_"].startswith("growconv.training.libraries.")  # builds some not without memory
     if not trust:
         require_trusted_parts(config, found.path, "model")
     with torch.random.fork_rng(devices=[]):
-        if not trust:
-            _require_affordable(found)
-        model = make_model(config, tuple(found.state["shape"]))
-    return model.to(parameter_dtype(config["trainer"]["precision"]))
-
-
-def _require_affordable(found: Checkpoint) -> None:
-    """Refuse a model that needs far more memory than the checkpoint's tensors; it is counted without taking any."""
-    config = found.state["config"]
-    if config["model"]["_target_"].startswith("growconv.training.libraries."):
-        return  # some of those cannot be built without memory; their sizes are the libraries' own
-    with torch.device("meta"):
-        model = make_model({**config, "model": {**config["model"], "widths": {}}}, tuple(found.state["shape"]))
-    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if needed > (most := most_entries(found.model.values())):
-        raise CheckpointError(
-            "The model of its config is far larger than what was saved.",
-            where=str(found.path),
-            expected=f"at most {most:,} entries",
-            got=f"{needed:,}",
-            fix="restore the file, or trust it: --trust, in Python load_run(run, trust=True)",
-        )
+        if not trust and not library:
+            with torch.device("meta"):
+                model = make_model({**config, "model": {**config["model"], "widths": {}}}, shape)
+            needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+            if needed > (most := most_entries(found.model.values())):
+                raise CheckpointError(
+                    "The model of its config is far larger than what was saved.",
+                    where=str(found.path),
+                    expected=f"at most {most:,} entries",
+                    got=f"{needed:,}",
+                    fix="restore the file, or trust it: --trust, in Python load_run(run, trust=True)",
+                )
+        model = make_model(config, shape)
+    return model.to(Devices(torch.device("cpu"), config["trainer"]["precision"]).dtype)
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

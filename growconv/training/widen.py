@@ -152,7 +152,8 @@ def _grow(run: Path, trainer: Trainer, wish: Wish, config: Mapping[str, Any]) ->
         trainer.history.append(replace(event, recipe=None))
     trainer.position.growth_seconds += time.monotonic() - began
     after = trainer.evaluate(trainer.dataset.validation)
-    print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {trainer.score} {before[1]:.2%} -> {after[1]:.2%}")
+    gained = f"{trainer.dataset.score} {before[1]:.2%} -> {after[1]:.2%}"
+    print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {gained}")
     _save(trainer)
     return length(trainer.config)
 

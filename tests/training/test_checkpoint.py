@@ -8,6 +8,9 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +28,14 @@ from growconv.training.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
-    CheckpointFolder,
+    Checkpoint,
+    Position,
     find_checkpoint,
     load_checkpoint,
+    position_of,
     read_checkpoint,
     save_checkpoint,
+    save_in_turn,
 )
 from growconv.training.models import resnet20, small_cnn
 
@@ -147,9 +153,9 @@ def test_truncation_is_noticed(kept, tmp_path):
 
 def test_a_damaged_last_falls_back_to_the_previous_one(tmp_path):
     model, optimizer, history = grown()
-    folder = CheckpointFolder(tmp_path / "checkpoint")
+    content = {"model": model, "optimizer": optimizer, "history": history}
     for number in range(3):
-        folder.save(best=number == 0, model=model, optimizer=optimizer, history=history, state={"number": number})
+        save_in_turn(tmp_path / "checkpoint", best=number == 0, **content, state={"number": number})
     assert find_checkpoint(tmp_path).state["number"] == 2
     assert read_checkpoint(tmp_path / "checkpoint" / PREVIOUS).state["number"] == 1
     assert read_checkpoint(tmp_path / "checkpoint" / BEST).state["number"] == 0
@@ -178,16 +184,15 @@ FULL_DISK = """
 import resource, signal, sys
 import torch
 from growconv.errors import CheckpointError
-from growconv.training.checkpoint import CheckpointFolder, read_checkpoint
+from growconv.training.checkpoint import read_checkpoint, save_in_turn
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 model = torch.nn.Linear(1000, 100)
-checkpoints = CheckpointFolder(folder)
-checkpoints.save(best=True, model=model, state={"number": 1})
+save_in_turn(folder, best=True, model=model, state={"number": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    checkpoints.save(best=True, model=model, state={"number": 2})
+    save_in_turn(folder, best=True, model=model, state={"number": 2})
 except CheckpointError as error:
     print(error)
 print(read_checkpoint(folder / "last.safetensors").state, sorted(path.name for path in folder.iterdir()))
@@ -246,7 +251,7 @@ def test_another_model_optimizer_or_file_is_refused_and_nothing_changes(tmp_path
 
 def test_nothing_is_warned_about_on_the_good_path(tmp_path):
     model, optimizer, history = grown()
-    CheckpointFolder(tmp_path).save(best=True, model=model, optimizer=optimizer, history=history)
+    save_in_turn(tmp_path, best=True, model=model, optimizer=optimizer, history=history)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_checkpoint(tmp_path)
@@ -324,3 +329,31 @@ def test_a_run_with_an_inserted_layer_goes_on_with_its_optimizer(tmp_path):
         steps.step()
     for mine, theirs in zip(fresh.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+STANDS = Position(step=7, epoch=2, loss_sum=1.5, best=None, metrics=[{"step": 3, "train_loss": 0.5}])
+
+
+def checkpoint(state: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(Path("last.safetensors"), {}, state=state)
+
+
+def test_a_position_comes_back_as_it_was() -> None:
+    assert position_of(checkpoint({"position": asdict(STANDS)})) == STANDS
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": 7.0}, {"epoch": True}, {"loss_sum": "1.5"}, {"best": "none"}, {"metrics": {}}, {"metrics": [3]},
+        {"metrics": [{"train_loss": "low"}]}, {"metrics": [{"step": True}]}, {"speed": 3},
+    ],
+)  # fmt: skip
+def test_what_no_run_has_written_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="does not say where its run stands"):
+        position_of(checkpoint({"position": asdict(STANDS) | changed}))
+
+
+def test_a_checkpoint_of_no_run_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="does not say where its run stands"):
+        position_of(checkpoint({}))

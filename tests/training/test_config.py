@@ -105,12 +105,12 @@ def test_targets():
         def __init__(self, classes, depth=1):
             self.classes, self.depth = classes, depth
 
-    built = call_target(Model, {"depth": 3}, {"classes": 10, "width": 0.5}, "model.args")
+    built = call_target(Model, {"depth": 3}, "model.args", {"classes": 10, "width": 0.5})
     assert (built.classes, built.depth) == (10, 3)
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
-        call_target(Model, {"dept": 3}, {"classes": 10}, "model.args")
+        call_target(Model, {"dept": 3}, "model.args", {"classes": 10})
     with pytest.raises(ConfigError, match="classes"):
-        call_target(Model, {}, {}, "model.args")
+        call_target(Model, {}, "model.args")
     assert locate("torch.nn.Linear", "x").__name__ == "Linear"
     for wrong in ("torch.nn.Lineal", "nonsense", "no.such.module", "torch.nn", "math.pi"):
         with pytest.raises(ConfigError, match="x: this"):
