@@ -26,11 +26,6 @@ class Limits:
     below: int | float | None = None
     choices: tuple[str, ...] = ()
 
-    @property
-    def numeric(self) -> bool:
-        """Whether numbers are limited."""
-        return any(each is not None for each in (self.least, self.above, self.most, self.below))
-
     def allow(self, value: object) -> bool:
         """Whether a value is within; each entry of a list is looked at, null and mappings pass."""
         if isinstance(value, Sequence) and not isinstance(value, str):
@@ -38,7 +33,7 @@ class Limits:
         if isinstance(value, str):
             return value in self.choices
         if isinstance(value, bool):
-            return not self.numeric
+            return self.least is self.above is self.most is self.below is None
         if value is None or isinstance(value, Mapping):
             return True
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -52,37 +47,21 @@ class Limits:
 
     def __str__(self) -> str:
         """The limits in words."""
+        said = {"{:g} or more": self.least, "above {:g}": self.above, "up to {:g}": self.most, "below {:g}": self.below}
+        numbers = ", ".join(words.format(bound) for words, bound in said.items() if bound is not None)
         if self.least is not None and self.most is not None:
-            numbers = [f"{self.least:g} to {self.most:g}"]
-        else:
-            numbers = [f"{self.least:g} or more"] if self.least is not None else []
-            numbers += [f"above {self.above:g}"] if self.above is not None else []
-            numbers += [f"up to {self.most:g}"] if self.most is not None else []
-            numbers += [f"below {self.below:g}"] if self.below is not None else []
-        words = [
-            *self.choices,
-            *([f"a number {', '.join(numbers)}" if self.choices else ", ".join(numbers)] if numbers else []),
-        ]
+            numbers = f"{self.least:g} to {self.most:g}"
+        words = [*self.choices, f"a number {numbers}" if self.choices else numbers] if numbers else self.choices
         return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def limited(default: Any = MISSING, **limits: Any) -> Any:
-    """A dataclass field with limits.
-
-    Args:
-        default: its default; without one the field has to be given.
-        limits: fields of Limits.
-    """
+    """A dataclass field with the limits that are fields of `Limits`; without a default it has to be given."""
     return field(default=default, metadata={"limits": Limits(**limits)})
 
 
 def require_limits(owner: object, error: type[GrowthError]) -> None:
-    """Refuse a dataclass one of whose fields is outside its limits; None only where the field's type has it.
-
-    Args:
-        owner: the dataclass.
-        error: raised with the class and the field's name as the place.
-    """
+    """Refuse a dataclass one of whose fields is outside its limits; None only where the field's type has it."""
     for each in fields(owner) if is_dataclass(owner) else ():
         value, allowed = getattr(owner, each.name), each.metadata.get("limits")
         if allowed is None or (allowed.allow(value) and (value is not None or "None" in str(each.type))):

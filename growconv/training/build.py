@@ -50,7 +50,6 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
     """The model as the run begins with it: the full one, or where it grows its small start.
 
     Args:
-        config: the whole config.
         shape: input channels, image size and classes.
 
     Raises:
@@ -154,11 +153,9 @@ def _solver(growth: Config) -> Solver:
 
 
 def make_policy(node: Any, where: str) -> Any:
-    """A policy of growconv.growth from {_target_: its dotted path, option: value, ...}; anything else is passed on.
+    """A policy of growconv.growth from {_target_: its dotted path, option: value, ...}, or a list of them.
 
-    Args:
-        node: a mapping, possibly with further policies inside, or a list of them.
-        where: the setting, for the message.
+    Options may be policies; anything else is passed on. `where` names the setting in messages.
 
     Raises:
         ConfigError: an unknown policy or option.
@@ -216,7 +213,6 @@ def make_scheduler(
     """The growth scheduler of the run of a whole config; None where it does not grow.
 
     Args:
-        model: the raw model.
         example: inputs of a few samples.
         total: optimizer steps of the run, where `trainer.flops` does not end it.
     """

@@ -111,12 +111,8 @@ def save_checkpoint(
     try:
         text = json.dumps(record)
     except TypeError as error:
-        raise CheckpointError(
-            "a value to be saved cannot be written as JSON",
-            where=str(path),
-            got=error,
-            fix="pass tensors in `tensors`, names for objects",
-        ) from error
+        problem, fix = "a value to be saved cannot be written as JSON", "pass tensors in `tensors`, names for objects"
+        raise CheckpointError(problem, where=str(path), got=error, fix=fix) from error
     metadata = {"format": FORMAT, "record": text, "sha256": _digest(text, content)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,35 +252,33 @@ def restore(
     found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = None, scheduler: GrowthScheduler | None = None
 ) -> None:
     """What `load_checkpoint` does once the checkpoint is read."""
+    where = str(found.path)
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("a model is needed", expected="torch.nn.Module", got=type(model).__name__)
     if optimizer is not None and found.optimizer is None:
-        raise CheckpointError("no optimizer was saved", where=str(found.path), fix="load without one")
+        raise CheckpointError("no optimizer was saved", where=where, fix="load without one")
     if scheduler is not None and found.scheduler is None:
-        raise CheckpointError("no growth scheduler was saved", where=str(found.path), fix="load without one")
+        raise CheckpointError("no growth scheduler was saved", where=where, fix="load without one")
     grown = not _mismatches(model, found.model)
     wrong = _mismatches(model if grown else rehearse(found.history, model, found.model.values()), found.model)
     if wrong:
         raise CheckpointError(
             "the checkpoint belongs to another model",
-            where=str(found.path),
+            where=where,
             got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             fix="build the model with the run's own settings, before any growth",
         )
     own = set(model.parameters())
     members = [] if optimizer is None else [each for group in optimizer.param_groups for each in group["params"]]
     if not own.issuperset(members):
-        raise CheckpointError(
-            "the optimizer holds parameters that the model does not have",
-            where=str(found.path),
-            fix="build it from this model's parameters",
-        )
+        problem = "the optimizer holds parameters that the model does not have"
+        raise CheckpointError(problem, where=where, fix="build it from this model's parameters")
     journal = Journal(model, as_optimizers(optimizer), [*model.parameters(), *model.buffers()])
     try:
         if not grown:
             found.history.replay(model, optimizer)
         if optimizer is not None and found.optimizer is not None:
-            optimizer_record.check(found.optimizer, optimizer, str(found.path))
+            optimizer_record.check(found.optimizer, optimizer, where)
         if scheduler is not None and found.scheduler is not None:
             scheduler.check_state_dict(found.scheduler)
         model.load_state_dict(found.model)
@@ -299,11 +293,7 @@ def restore(
 
 
 def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Give a fresh small model the shapes of a checkpoint; `restore` fills it.
-
-    Args:
-        model: the raw model as the run began with it.
-        optimizer: its optimizer, which goes through the same; None: it is built afterwards.
+    """Give a fresh small model, and its optimizer, the shapes of a checkpoint; `restore` fills it.
 
     Raises:
         CheckpointError: it is another model. Nothing has changed then.
@@ -396,12 +386,8 @@ def save_in_turn(folder: Path, best: bool, **content: Any) -> None:
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source, temporary)
         except OSError as error:
-            raise CheckpointError(
-                "the checkpoint could not be copied",
-                where=str(folder / name),
-                got=error,
-                fix="free some space, then resume",
-            ) from error
+            problem, fix = "the checkpoint could not be copied", "free some space, then resume"
+            raise CheckpointError(problem, where=str(folder / name), got=error, fix=fix) from error
     os.replace(fresh, last)
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import ConfigError, did_you_mean
+from growconv.training.options import OWN_SCHEDULES
 
 # What omegaconf says of a value of the wrong type, and what it wanted.
 _TYPES = {
@@ -24,10 +25,6 @@ _TYPES = {
     "not a valid bool": "true or false",
     "converted to String": "text",
 }
-
-
-OWN_SCHEDULES = ("cosine", "trapezoid", "constant")
-"""Learning rates of growconv's own, in shares of the run."""
 
 
 def near(word: str, known: Iterable[str]) -> str | None:
@@ -40,10 +37,6 @@ def check_options(node: DictConfig, prefix: str = "") -> None:
     """Refuse options that nothing reads, that are missing or outside their limits.
 
     Hydra's + adds any key; only the open mappings (args, solver, ...) may have keys of their own.
-
-    Args:
-        node: a composed config, or a part of it.
-        prefix: name of that part, with a dot.
 
     Raises:
         ConfigError: names the first such option.

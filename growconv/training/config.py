@@ -96,11 +96,7 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config that was read from a run, with values of the types that its schemas have.
-
-    Args:
-        config: what was read.
-        where: the file that holds it, for the message.
+    """A config that was read from a run's file, with values of the types that its schemas have.
 
     Raises:
         CheckpointError: an option is missing, unknown, of another type or outside its limits; names it.
@@ -120,10 +116,11 @@ def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         for key, value in flatten(dict(config)):
             if "${" in str(value):
                 raise ValueError(f"{key} is a reference, which growconv never stores: {value}")
-        merged: Any = OmegaConf.merge(typed, config)
-        return plain(merged)
+        for group, options in config.items():
+            typed = OmegaConf.merge(typed, {group: options})
+        return plain(typed)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        place = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+        place = f"{error.full_key or group}: " if isinstance(error, OmegaConfBaseException) else ""
         raise CheckpointError(
             "the run's config is incomplete or damaged, or was written by another version of growconv",
             where=where,
@@ -135,11 +132,8 @@ def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def locate(target: str, where: str) -> Any:
     """The class or function that a dotted path names, for example "torch.nn.Sequential".
 
-    Args:
-        where: the setting, for the message.
-
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none; names the setting `where`.
     """
     module, _, name = target.rpartition(".")
     names: list[str] = []
@@ -160,13 +154,8 @@ def locate(target: str, where: str) -> Any:
 def call_target(target: Any, given: Mapping[str, Any], where: str, offered: Mapping[str, Any] | None = None) -> Any:
     """Call a class or function with the arguments that were set, and with those on offer that it takes.
 
-    Args:
-        given: arguments that the user set; each must exist.
-        where: the setting, for the message.
-        offered: arguments passed only where the target has them.
-
     Raises:
-        ConfigError: an argument that the target does not have or refuses, or one that it still lacks.
+        ConfigError: an argument that was set and that the target does not have or refuses, or one that it still lacks.
     """
     parameters = inspect.signature(target).parameters.values()
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -92,21 +92,13 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The whole dataset on a device."""
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-            mean=self.mean.to(device),
-            std=self.std.to(device),
-        )
+        parts = ("train", "validation", "test", "mean", "std")
+        return replace(self, **{part: getattr(self, part).to(device) for part in parts})
 
     def inputs(self, split: Split, index: Tensor, augment: torch.Generator | None = None) -> Tensor:
-        """Normalised inputs (n, channels, height, width) of some samples, float32.
+        """Normalised inputs (n, channels, height, width) of the samples of these numbers (n,), float32.
 
         Args:
-            split: one of the three.
-            index: (n,) sample numbers.
             augment: source of the augmentation's choices; None takes the images as they are.
         """
         images = split.inputs[index]
@@ -231,14 +223,13 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def load_data(name: str, *, validation: float, augmentation: str, limit: int | None, **options: object) -> Dataset:
-    """Read a dataset and hold out its validation split.
+    """Read a dataset and hold out its validation split, the same in every run.
 
     Args:
-        name: a key of SOURCES.
-        validation: share of the training data held out, between 0 and 1; the same samples in every run.
+        name: a key of SOURCES, which gets the other options.
+        validation: share of the training data held out, between 0 and 1.
         augmentation: see `DataConfig`.
         limit: keep only this many training samples, chosen evenly at random, the same in every run; None keeps all.
-        **options: the source's own.
 
     Raises:
         DataError: an unknown source, missing or damaged files, or a limit that leaves no sample.
@@ -246,30 +237,27 @@ def load_data(name: str, *, validation: float, augmentation: str, limit: int | N
     if name not in SOURCES:
         raise DataError("there is no such dataset", where="data.name", expected=", ".join(SOURCES), got=name)
     raw: RawData = SOURCES[name](**options)
-    order = torch.randperm(len(raw.train_inputs), generator=generator_for(0, "validation"))
-    held_out = max(1, round(len(order) * validation))
-    kept = order[held_out:] if limit is None else order[held_out : held_out + limit]
-    if limit is not None and not 2 <= limit <= len(order) - held_out:
-        raise DataError(
-            "There are not that many training samples." if limit > 1 else "Training needs at least two samples.",
-            where="data.limit",
-            expected=f"2 to {len(order) - held_out}",
-            got=limit,
-        )
-    if len(kept) < 2:
+    samples = len(raw.train_inputs)
+    order = torch.randperm(samples, generator=generator_for(0, "validation"))
+    held_out = max(1, round(samples * validation))
+    if limit is not None and not 2 <= limit <= samples - held_out:
+        problem = "There are not that many training samples." if limit > 1 else "Training needs at least two samples."
+        raise DataError(problem, where="data.limit", expected=f"2 to {samples - held_out}", got=limit)
+    if samples - held_out < 2:
         raise DataError(
             "There are too few samples to train on.",
             where=f"data={name}, data.validation={validation}",
             expected="two or more besides those held out for validation",
-            got=f"{len(order)} samples, of which {held_out} are held out",
+            got=f"{samples} samples, of which {held_out} are held out",
             fix="add samples to data.root, or lower data.validation",
         )
+    kept, held = order[held_out:][:limit], order[:held_out]
     train = Split(raw.train_inputs[kept], raw.train_targets[kept])
     mean, std = _channel_moments(train.inputs)
     return Dataset(
         name=name,
         train=train,
-        validation=Split(raw.train_inputs[order[:held_out]], raw.train_targets[order[:held_out]]),
+        validation=Split(raw.train_inputs[held], raw.train_targets[held]),
         test=Split(raw.test_inputs, raw.test_targets),
         classes=raw.classes,
         mean=mean,

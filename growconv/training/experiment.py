@@ -55,18 +55,20 @@ def run(
     require_kornia(config)
     devices = make_devices(config["trainer"])
     directory = Path(devices.on_first(lambda: str(directory)))
-    with alone_in(directory, devices), deterministic(config["trainer"]["deterministic"]):
+    with alone_in(directory, devices), ExitStack() as stack:
+        if config["trainer"]["deterministic"] and not torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(True)  # only where it is wanted: a call imports torch._dynamo
+            stack.callback(torch.use_deterministic_algorithms, False)
         resume = resume or (sweep and devices.on_first(lambda: _holds_same_run(RunDirectory(directory), config)))
         dataset = make_dataset(config["data"]).to(devices.device)
         if devices.is_first and config["trainer"]["progress"] != "none":
             sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test"
             print(f"data: {sizes} samples", flush=True)
-        named = baselines(config, sweep)
         title = f"grown, {config['growth']['method']}" if grows(config) else "fixed"
         if sweep:
             title = name or directory.name
         results = [(title, run_one(config, directory, devices, dataset, title, resume))]
-        for size in named:
+        for size in baselines(config, sweep):
             fixed, title, inside = baseline_config(config, size), f"fixed {size}", directory / f"fixed_{size}"
             with alone_in(inside, devices):
                 results.append((title, run_one(fixed, inside, devices, dataset, title, resume)))
@@ -77,20 +79,6 @@ def run(
 
                 print(f"report: {shown(write_report(directory))}")
     return results[0][1]
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, operations that give other results each time are errors, if that is wanted."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if not wanted or before:
-        yield  # without a call, which would import torch._dynamo
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -175,12 +163,7 @@ def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices)
 
 
 def cautions(config: Mapping[str, Any], scheduler: GrowthScheduler, total: float | int) -> list[str]:
-    """What is known to speak against the recipe of a run, before it begins.
-
-    Args:
-        config: the whole config.
-        total: length of the run, in the unit of its schedule.
-    """
+    """What is known to speak against the recipe of a run, before it begins; `total` is its length by its schedule."""
     marks = getattr(scheduler.when, "steps", None) or getattr(scheduler.when, "flops", None)
     late = too_late(marks[-1] / total, decay_begins(config["lr_schedule"])) if marks else None
     return [*([] if late is None else [late]), *scheduler.cautions()]

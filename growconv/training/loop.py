@@ -67,9 +67,7 @@ class Trainer:
 
     Args:
         config: the whole config of the run.
-        dataset: on the run's device.
-        model: the raw model, on the run's device.
-        devices: device, precision and processes.
+        dataset: on the run's device, as the model.
         directory: where the run writes.
         title: what the progress line calls it.
 
@@ -114,16 +112,12 @@ class Trainer:
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
     def plan_growth(self, found: Checkpoint | None) -> None:
-        """Make the growth scheduler of a run that grows.
-
-        Args:
-            found: the checkpoint that the run begins or goes on with, whose shapes the model gets; None: there is none.
-        """
+        """Make the growth scheduler of a run that grows; a checkpoint to begin with gives the model its shapes."""
         if not grows(self.config):
             return  # a fixed model gets its shapes with its weights
         if found is not None:
             replay(found, self.model, self.optimizer)
-        example = self.dataset.inputs(self.dataset.train, torch.arange(2)).to(self._float)
+        example = self.dataset.inputs(self.dataset.train, torch.arange(2)).to(self.devices.dtype)
         steps = self.epoch_steps * self.options["epochs"]
         self.scheduler = make_scheduler(self.config, self.model, self.optimizer, example, steps)
 
@@ -276,14 +270,10 @@ class Trainer:
             inputs, targets = mix(self.options["mix"], inputs, targets, self.dataset.classes, augment)
         if part is not None:
             inputs, targets = inputs[part], targets[part]
-        return self._converted(inputs), targets.to(self._float) if self.dataset.regression else targets
-
-    @property
-    def _float(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return self._converted(inputs), targets.to(self.devices.dtype) if self.dataset.regression else targets
 
     def _converted(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self._float)
+        inputs = inputs.to(self.devices.dtype)
         return inputs.contiguous(memory_format=torch.channels_last) if self.options["channels_last"] else inputs
 
     def _step(self, index: Tensor) -> None:

@@ -20,35 +20,33 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "identity": nn.Identity,
 }
-NORMS = ("batch", "group", "none")
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(max(count for count in range(1, 9) if channels % count == 0), channels),
+    "none": nn.Identity,
+}
 
 
 def scaled(channels: int, factor: float) -> int:
     """A channel count times a factor, rounded, one at least."""
     if not factor > 0:
-        raise ConfigError(
-            "a width factor must be positive", expected="> 0", got=factor, where="model.width, model.hidden"
-        )
+        where = "model.width, model.hidden"
+        raise ConfigError("a width factor must be positive", expected="> 0", got=factor, where=where)
     return max(1, round(channels * factor))
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """The norm layer of a name in NORMS; groups of the group norm: the largest divisor of `channels` up to 8."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "group":
-        return nn.GroupNorm(max(g for g in range(1, 9) if channels % g == 0), channels)
-    if kind == "none":
-        return nn.Identity()
-    raise ConfigError("there is no such norm", expected=", ".join(NORMS), got=kind, where="model.norm")
+    """The norm layer of a name in NORMS."""
+    if kind not in NORMS:
+        raise ConfigError("there is no such norm", expected=", ".join(NORMS), got=kind, where="model.norm")
+    return NORMS[kind](channels)
 
 
 def make_activation(kind: str) -> nn.Module:
     """The activation of a name in ACTIVATIONS."""
     if kind not in ACTIVATIONS:
-        raise ConfigError(
-            "there is no such activation", expected=", ".join(ACTIVATIONS), got=kind, where="model.activation"
-        )
+        expected = ", ".join(ACTIVATIONS)
+        raise ConfigError("there is no such activation", expected=expected, got=kind, where="model.activation")
     return ACTIVATIONS[kind]()
 
 

@@ -51,15 +51,10 @@ def with_tuples(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any
 
 
 def check(saved: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
-    """Compare a saved state with an optimizer, which is left as it is; its parameters have the saved shapes already.
-
-    Args:
-        saved: what `join` gave.
-        optimizer: the one that is to take it.
-        where: the file, for the message.
+    """Compare a state that `join` gave with an optimizer, whose parameters have the saved shapes already.
 
     Raises:
-        CheckpointError: what does not fit.
+        CheckpointError: what does not fit; names the file `where`. Nothing has changed then.
     """
     groups, own = saved["param_groups"], optimizer.param_groups
     numbers = [_members(group) for group in groups] if isinstance(groups, list) else []

@@ -11,7 +11,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from growconv.limits import limited
-from growconv.training.checks import OWN_SCHEDULES
+
+OWN_SCHEDULES = ("cosine", "trapezoid", "constant")
+"""Learning rates of growconv's own, in shares of the run."""
 
 
 @dataclass

@@ -90,10 +90,17 @@ class TrainingProgress:
         self.say(label + "  ".join(parts))
 
     def events(self, step: int, events: Sequence[GrowthEvent]) -> None:
-        """Print what one growth round did."""
+        """Print what one growth round did: site, widths, parameters, and the held-out loss where it was measured."""
         self.say(f"growth at step {step}:")
         for event in events:
-            self.say(f"  {describe_event(event)}")
+            more = event.parameters_after - event.parameters_before
+            parts = [f"  {event.site}  {event.width_before} -> {event.width_after}", f"{more:+,} parameters"]
+            losses = dict(event.details.get("losses", ()))
+            if event.amplitude == 0:
+                parts.append("silent at first")
+            elif 0 in losses and event.amplitude in losses:
+                parts.append(f"loss {losses[0]:.4g} -> {losses[event.amplitude]:.4g}")
+            self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -101,25 +108,8 @@ class TrainingProgress:
             self.console.print(printable(text), highlight=False, markup=False)
 
 
-def describe_event(event: GrowthEvent) -> str:
-    """One line of a growth: site, widths, parameters, and the held-out loss before and after where it was measured."""
-    more = event.parameters_after - event.parameters_before
-    parts = [f"{event.site}  {event.width_before} -> {event.width_after}", f"{more:+,} parameters"]
-    losses = dict(event.details.get("losses", ()))
-    if event.amplitude == 0:
-        parts.append("silent at first")
-    elif 0 in losses and event.amplitude in losses:
-        parts.append(f"loss {losses[0]:.4g} -> {losses[event.amplitude]:.4g}")
-    return "  ".join(parts)
-
-
 def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> Table:
-    """The results of a run and its baselines.
-
-    Args:
-        rows: (label, summary) pairs.
-        score: what the accuracies are called, see `Dataset.score`.
-    """
+    """The results of a run and its baselines, as (label, summary) pairs; for `score` see `Dataset.score`."""
     name = "R²" if score == "R²" else "acc"
     titles = (f"test {name} %", f"val {name} %", "parameters", "FLOPs", "seconds", "growing")
     shown = []
@@ -132,17 +122,15 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
 
 
 def sites_table(rows: Sequence[LayerRow], method: str | None = None) -> Table:
-    """Every layer, and the site at which it grows or the reason why it does not.
+    """Every layer as explain_sites gives it, and the site at which it grows or the reason why it does not.
 
-    Args:
-        rows: as explain_sites gives them.
-        method: a growth method, for a column that says which sites it serves.
+    With a growth method, a further column says which sites it serves.
     """
-    cells = []
-    for row in rows:
-        cells.append([row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}"])
-        if method is not None:
+    cells = [[row.path, row.layer, row.kind or "", row.site or f"no: {row.reason}"] for row in rows]
+    heading = ["layer", "type", "kind", "growable, or why not"]
+    if method is not None:
+        heading.append(method)
+        for row, cell in zip(rows, cells, strict=True):
             refused = None if row.grows is None else row.grows.refusal(method)
-            cells[-1].append("" if row.grows is None else "yes" if refused is None else f"no: {refused}")
-    heading = ["layer", "type", "kind", "growable, or why not", *([] if method is None else [method])]
+            cell.append("" if row.grows is None else "yes" if refused is None else f"no: {refused}")
     return make_table(heading, (), cells)

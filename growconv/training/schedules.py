@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from growconv.errors import ConfigError, did_you_mean
 from growconv.linalg.optimizers import SGD, AdamW
-from growconv.training.checks import OWN_SCHEDULES
 from growconv.training.config import locate
+from growconv.training.options import OWN_SCHEDULES
 
 _UNSUITED = {
     "LBFGS": "an optimizer that needs nothing but gradients; LBFGS runs the model itself",
@@ -35,17 +35,12 @@ def lr_factor(
     decay: float = 0.3,
     one: float | int = 1.0,
 ) -> float:
-    """The learning rate of a step, as a factor on the top rate.
-
-    The run is measured in optimizer steps, or in training FLOPs.
+    """The learning rate of a step, as a factor on the top rate; for the shares of the run see `OwnScheduleConfig`.
 
     Args:
         name: "cosine", "trapezoid" (constant, then falling linearly) or "constant".
-        done: how much of the run lies behind, before the step.
-        total: the whole run.
-        warmup: share of the run in which the rate rises linearly.
-        final: factor at the end (cosine, trapezoid).
-        decay: share of the run in which the rate falls (trapezoid).
+        done: optimizer steps or training FLOPs that lie behind, before the step.
+        total: the whole run, in the same unit.
         one: the step itself, in the same unit.
     """
     rising = warmup * total
@@ -69,7 +64,6 @@ def make_lr_schedule(
         config: the group lr_schedule.
         total: optimizer steps or training FLOPs of the run.
         lr: the rate that the factor is of, which some of torch's schedules know.
-        epoch_steps: optimizer steps of an epoch.
 
     Raises:
         ConfigError: torch has no such schedule, or it does not take these arguments.
@@ -86,14 +80,12 @@ MOST_TRIED = 1_000_000
 
 
 class TorchSchedule:
-    """A schedule of torch.optim.lr_scheduler as a factor on the learning rate.
+    """A schedule of torch.optim.lr_scheduler as a factor on the learning rate that it begins with.
 
     It steps an optimizer of its own that trains nothing, so that growth and resuming need not know of it.
 
     Args:
-        config: the group lr_schedule.
         total: optimizer steps of the run.
-        lr: learning rate that the schedule begins with.
         period: optimizer steps of the run for each of the schedule's.
 
     Raises:
@@ -133,10 +125,7 @@ def decay_begins(config: Mapping[str, Any]) -> float:
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
-    """The optimizer of a model, weights in one group, biases and norm layers without decay in another.
-
-    Args:
-        config: the group optimizer.
+    """The optimizer of the group optimizer: weights in one group, biases and norm layers without decay in another.
 
     Raises:
         ConfigError: the model has no parameter, torch has no such optimizer, or it does not take these arguments.
@@ -170,16 +159,10 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
 
 
 def class_of(module: ModuleType, name: str, kind: type, where: str) -> type[Any]:
-    """A class that a module of torch offers, or one of the user's own.
-
-    Args:
-        module: torch.optim or torch.optim.lr_scheduler.
-        name: of the class; the dotted path of one's own.
-        kind: what it has to be a subclass of.
-        where: the option, for the message.
+    """A class of a kind that torch.optim or torch.optim.lr_scheduler offers; by its dotted path one of the user's own.
 
     Raises:
-        ConfigError: there is none, or it does not serve.
+        ConfigError: there is none, or it does not serve; names the option `where`.
     """
     if "." in str(name):
         own = locate(name, where)

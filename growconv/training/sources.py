@@ -120,12 +120,7 @@ CIFAR_RECORDS = (50_000, 10_000)
 
 
 def fashion_mnist(root: str | Path, download: bool = True) -> RawData:
-    """Fashion-MNIST (Xiao et al. 2017): 60 000 and 10 000 grey images of 28×28 pixels in ten classes.
-
-    Args:
-        root: folder looked into first, and downloaded into.
-        download: whether files that are nowhere may be downloaded.
-    """
+    """Fashion-MNIST (Xiao et al. 2017): 60 000 and 10 000 grey images of 28×28 pixels in ten classes."""
     arrays = [
         read_idx(locate("fashion_mnist", remote, Path(root), download), remote.content)
         for remote in FASHION_MNIST.values()
@@ -187,13 +182,7 @@ def _cifar_records(layout: CifarLayout, path: Path, content: bytes) -> tuple[np.
 
 
 def images(root: str | Path, image_size: int, channels: int) -> RawData:
-    """A folder of pictures: root/train/CLASS/*.png and root/test/CLASS/*.png.
-
-    Args:
-        root: the folder; class names are the sorted names of the folders under train.
-        image_size: pictures are scaled to squares of this many pixels.
-        channels: 1 for grey, 3 for colour.
-    """
+    """A folder of pictures: root/train/CLASS/*.png and root/test/CLASS/*.png, scaled to squares; see `ImagesConfig`."""
     if channels not in (1, 3):
         raise DataError("images must be grey or in colour", where="data.channels", expected="1 or 3", got=channels)
     folder = existing_root(root)
@@ -229,13 +218,7 @@ def existing_root(root: str | Path) -> Path:
 
 
 def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path:
-    """The file in data.root, else in the system's dataset folder, else downloaded into data.root and checked.
-
-    Args:
-        dataset: name of the dataset, for the system folder and the message.
-        remote: the file.
-        root: the user's folder.
-        download: whether it may be downloaded.
+    """The file in the user's root, else in the dataset's system folder, else downloaded into root and checked.
 
     Raises:
         DataError: it is nowhere, or what was downloaded is not what was published.

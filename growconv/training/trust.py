@@ -34,11 +34,7 @@ _OF_LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
 
 
 def is_known(name: str) -> bool:
-    """Whether a dotted name is a class that growconv or torch.nn or torch.optim defines; imports nothing else.
-
-    Args:
-        name: for example "growconv.training.models.resnet20".
-    """
+    """Whether a dotted name is a class that growconv or torch.nn or torch.optim defines; imports nothing else."""
     module, _, last = name.rpartition(".")
     if last.startswith("_") or not all(part.isidentifier() for part in name.split(".")):
         return False
@@ -127,11 +123,7 @@ def require_trusted(
 
 
 def require_trusted_parts(config: Mapping[str, Any], file: Path, *parts: str) -> None:
-    """Refuse to build the model, or what else is asked about, of a stored config where it is foreign code.
-
-    Args:
-        file: the checkpoint that holds it.
-        parts: groups of the config that are about to be used.
+    """Refuse to use groups of a checkpoint's config, such as the model's, where they are foreign code.
 
     Raises:
         ConfigError: names it.
@@ -156,7 +148,6 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
     """Refuse a config file that Hydra is about to read itself (--config-path), as `require_trusted` does.
 
     Args:
-        file: the file; nothing happens where there is none.
         given: keys that the command line sets, whatever the file says.
 
     Raises:
