@@ -34,8 +34,7 @@ def data_shape(config: Config) -> tuple[int, int, int]:
     if name == "synthetic":
         return config["channels"], config["image_size"], config["outputs"]
     if name == "images":
-        dataset = make_dataset(config)
-        return dataset.channels, dataset.image_size, dataset.classes
+        return make_dataset(config).shape
     if name in CIFAR:
         return 3, 32, CIFAR[name].classes
     return 1, 8 if name == "digits" else 28, 10

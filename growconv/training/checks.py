@@ -155,9 +155,12 @@ def _no_option(path: str, known: Mapping[Any, Any], asked: str | None = None) ->
     """The error of an option that is not there, from what lies beside it and the whole override, to be repeated."""
     before, _, name = path.rpartition(".")
     siblings = [str(key) for key in known if key != "hydra"]
-    meant = near(name, siblings)
-    elsewhere = [f"{key}.{name}" for key, options in known.items() if isinstance(options, Mapping) and name in options]
-    found = f"{before}.{meant}".lstrip(".") if meant else elsewhere[0] if len(elsewhere) == 1 else None
+    found = near(name, siblings)
+    if found is None and isinstance(known, DictConfig):  # in a group beside it: trainer.epochs for epochs
+        groups = [key for key in siblings if not OmegaConf.is_missing(known, key) and OmegaConf.is_dict(known[key])]
+        elsewhere = [f"{key}.{name}" for key in groups if name in known[key]]
+        found = elsewhere[0] if len(elsewhere) == 1 else None
+    found = f"{before}.{found}".lstrip(".") if found else None
     fix = f"did you mean {(asked or path).lstrip('+').replace(path, found, 1)}?" if found else None
     if isinstance(known, DictConfig) and OmegaConf.get_type(known) is dict and not found:
         fix = f"to pass it on all the same: +{asked}"

@@ -71,14 +71,9 @@ class Dataset:
     augmentation: str = "none"
 
     @property
-    def channels(self) -> int:
-        """Input channels."""
-        return self.train.inputs.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.train.inputs.shape[2]
+    def shape(self) -> tuple[int, int, int]:
+        """Input channels, height and width in pixels, classes (or output channels)."""
+        return self.train.inputs.shape[1], self.train.inputs.shape[2], self.classes
 
     @property
     def regression(self) -> bool:

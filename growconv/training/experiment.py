@@ -151,7 +151,7 @@ def run_one(
 def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices) -> nn.Module:
     """The model as it begins, on the device; its outputs are checked for every size of the images."""
     torch.manual_seed(seed_for(config["seed"], "weights"))
-    model = make_model(config, (dataset.channels, dataset.image_size, dataset.classes)).to(devices.device)
+    model = make_model(config, dataset.shape).to(devices.device)
     if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(devices.dtype)

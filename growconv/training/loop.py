@@ -473,7 +473,7 @@ class Trainer:
             "random": values,
             "scaler": None if scaler is None else scaler.state_dict(),
             "config": dict(self.config),
-            "shape": [self.dataset.channels, self.dataset.image_size, self.dataset.classes],
+            "shape": list(self.dataset.shape),
             "world_size": self.devices.world_size,
             "tracker": next((each.identity for each in self.trackers if each.identity is not None), None),
         }

@@ -53,7 +53,7 @@ GROUPS = {
 # Options that the first page shows: those of most runs.
 COMMON = (
     "seed", "baselines", "trainer.epochs", "trainer.batch_size", "growth.start", "growth.times", "growth.amount",
-    "optimizer.lr", "hydra.run.dir",
+    "optimizer.lr",
 )  # fmt: skip
 # What some files of a group have besides the options that all of it have.
 SPECIAL = {
@@ -80,35 +80,33 @@ FLAGS = {
 
 def first_page() -> str:
     """What `growconv --help` prints."""
-    commands = [f"  {name:<9}{meaning}\n{'':11}{example}" for name, (meaning, example) in COMMANDS.items()]
-    groups = [_row(group, ", ".join(group_names(group))) for group in GROUPS]
-    described = _described(options.RunConfig)
-    common = [_row(f"{name}={default}", meaning) for name, default, meaning, _ in described if name in COMMON]
-    common.append(_row("hydra.run.dir=DIR", "where the run writes; default: runs/DATE/TIME"))
-    return "\n".join(
-        [
-            f"growconv {__version__}: convolutional networks that grow while they train",
-            "",
-            "usage: growconv [COMMAND] [GROUP=NAME ...] [OPTION=VALUE ...]",
-            "",
-            "commands",
-            *commands,
-            "",
-            "groups, chosen by GROUP=NAME",
-            *groups,
-            "",
-            "common options, with their defaults",
-            *common,
-            "",
-            "flags",
-            *(_row(flag, meaning) for flag, meaning in FLAGS.items()),
-            "",
-            "for example",
-            "  growconv                              a small network grows on digits",
-            "  growconv trainer.epochs=40 seed=1     the same, longer, with another seed",
-            "  growconv -m growth=tiny,random seed=0,1,2",
-        ]
-    )
+    commands = "\n".join(f"  {name:<9}{meaning}\n{'':11}{example}" for name, (meaning, example) in COMMANDS.items())
+    groups = "\n".join(_row(group, ", ".join(group_names(group))) for group in GROUPS)
+    described = [row for row in _described(options.RunConfig) if row[0] in COMMON]
+    common = "\n".join(_row(f"{name}={default}", meaning) for name, default, meaning, _ in described)
+    flags = "\n".join(_row(flag, meaning) for flag, meaning in FLAGS.items())
+    return f"""\
+growconv {__version__}: convolutional networks that grow while they train
+
+usage: growconv [COMMAND] [GROUP=NAME ...] [OPTION=VALUE ...]
+
+commands
+{commands}
+
+groups, chosen by GROUP=NAME
+{groups}
+
+common options, with their defaults
+{common}
+{_row("hydra.run.dir=DIR", "where the run writes; default: runs/DATE/TIME")}
+
+flags
+{flags}
+
+for example
+  growconv                              a small network grows on digits
+  growconv trainer.epochs=40 seed=1     the same, longer, with another seed
+  growconv -m growth=tiny,random seed=0,1,2"""
 
 
 def train_page() -> str:

@@ -15,6 +15,7 @@ from growconv.training.config import compose, plain
         ("trainer.epoch=3", "did you mean trainer.epochs=3?"),
         ("+trainer.epoch=3", "did you mean trainer.epochs"),
         ("epochs=3", "did you mean trainer.epochs=3?"),
+        ("growth.parameters=3", "did you mean growth.budget.parameters=3?"),
         ("growth=tinny", "did you mean growth=tiny?"),
         ("growth.solver.shrinkag=0.1", "did you mean growth.solver.shrinkage=0.1?"),
         ("model.args.levels=2", "+model.args.levels=2"),
@@ -31,6 +32,11 @@ def test_what_was_probably_meant(override, fix):
         plain(compose([override]))
     assert fix in caught.value.fix
     assert "schema" not in str(caught.value)
+
+
+def test_an_option_that_is_not_there_is_named_beside_one_without_a_value():
+    with pytest.raises(ConfigError, match=r"data\.colour: there is no such option"):
+        compose(["data=images", "data.colour=1"])
 
 
 def test_a_whole_number_with_an_exponent_is_told_how_to_be_written():
