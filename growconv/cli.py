@@ -30,11 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
+from growconv.errors import CheckpointError, ConfigError, TrainingError, did_you_mean, near
 from growconv.reporting.terminal import printable, shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
-from growconv.training.checks import near, variants
+from growconv.training.checks import variants
 from growconv.training.commands import PARSERS
 
 # Ranks above 0 leave no trace of their own.

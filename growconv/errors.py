@@ -9,16 +9,15 @@ from collections.abc import Iterable
 from functools import partial
 
 
-def did_you_mean(word: object, known: Iterable[object], form: str = "{}") -> str | None:
-    """For `fix` of an error: a question about the known word that was probably meant; None where none is close.
+def near(word: object, known: Iterable[object]) -> str | None:
+    """The known word that was probably meant; None where none is close."""
+    return next(iter(difflib.get_close_matches(str(word), map(str, known), n=1)), None)
 
-    Args:
-        word: what was given.
-        known: what could have been.
-        form: how the word is written, with braces in its place.
-    """
-    found = difflib.get_close_matches(str(word), map(str, known), n=1)
-    return f"did you mean {form.format(found[0])}?" if found else None
+
+def did_you_mean(word: object, known: Iterable[object], form: str = "{}") -> str | None:
+    """For `fix` of an error: a question about the word that is `near`, written in the braces of `form`."""
+    found = near(word, known)
+    return f"did you mean {form.format(found)}?" if found else None
 
 
 class GrowthError(Exception):

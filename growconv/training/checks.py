@@ -3,8 +3,7 @@
 Nothing here needs torch: a mistake is answered before anything heavy is loaded.
 """
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from growconv.errors import ConfigError, did_you_mean
+from growconv.errors import ConfigError, did_you_mean, near
 from growconv.training.options import OWN_SCHEDULES
 
 # What omegaconf says of a value of the wrong type, and what it wanted.
@@ -25,12 +24,6 @@ _TYPES = {
     "not a valid bool": "true or false",
     "converted to String": "text",
 }
-
-
-def near(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant; None where none is close."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return found[0] if found else None
 
 
 def check_options(node: DictConfig, prefix: str = "") -> None:

@@ -6,6 +6,7 @@ LOCAL_WORLD_SIZE); nothing else of the environment is read, so that a run inside
 
 import os
 import random
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -139,17 +140,10 @@ class Devices:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def peak_memory(self) -> int | None:
-        """The most bytes that this process has held so far: allocated by torch on a GPU, else resident in all.
-
-        None on a system that does not tell (Windows).
-        """
+    def peak_memory(self) -> int:
+        """The most bytes that this process has held so far: allocated by torch on a GPU, else resident in all."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if sys.platform == "win32":
-            return None
-        import resource
-
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

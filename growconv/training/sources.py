@@ -121,14 +121,10 @@ CIFAR_RECORDS = (50_000, 10_000)
 
 def fashion_mnist(root: str | Path, download: bool = True) -> RawData:
     """Fashion-MNIST (Xiao et al. 2017): 60 000 and 10 000 grey images of 28×28 pixels in ten classes."""
-    arrays = [
+    images, labels, test_images, test_labels = (
         read_idx(locate("fashion_mnist", remote, Path(root), download), remote.content)
         for remote in FASHION_MNIST.values()
-    ]
-    for images, labels in (arrays[:2], arrays[2:]):
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-            raise DataError("images and labels do not match", where="fashion_mnist", got=(images.shape, labels.shape))
-    images, labels, test_images, test_labels = arrays
+    )
     return _raw(images[:, None], labels, test_images[:, None], test_labels, 10)
 
 
