@@ -122,8 +122,7 @@ def run_one(
     model = _placed_model(config, dataset, devices)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
-    trainer = Trainer(config, dataset, model, devices, files, title)
-    trainer.plan_growth(found)
+    trainer = Trainer(config, dataset, model, devices, files, title, found)
     if begins:
         about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
         devices.on_first(lambda: _start(files, config, about, resume))

@@ -70,9 +70,10 @@ class Trainer:
         dataset: on the run's device, as the model.
         directory: where the run writes.
         title: what the progress line calls it.
+        found: the checkpoint that the run begins or goes on with, which gives a growing model its shapes.
 
     Attributes:
-        scheduler: the growth scheduler, see `plan_growth`; None for a fixed model.
+        scheduler: the growth scheduler; None for a fixed model.
         trackers: where else the run's numbers go; of rank 0.
     """
 
@@ -84,11 +85,11 @@ class Trainer:
         devices: Devices,
         directory: RunDirectory,
         title: str,
+        found: Checkpoint | None = None,
     ) -> None:
         self.config, self.options = config, config["trainer"]
         self.dataset, self.model, self.devices, self.directory = dataset, model, devices, directory
         self.optimizer = make_optimizer(config["optimizer"], model)
-        self.scheduler: GrowthScheduler | None = None
         self.trackers: Sequence[Tracker] = ()
         self.loss = make_loss(dataset, self.options["label_smoothing"])
         self.plain_loss = make_loss(dataset, 0.0)  # comparable between runs, whatever they smooth
@@ -97,6 +98,13 @@ class Trainer:
         self.epoch_steps = steps_per_epoch(len(dataset.train), self.batch_size)
         self.flops: float | None = self.options["flops"]
         self.total = self.flops or self.epoch_steps * self.options["epochs"]
+        self.scheduler: GrowthScheduler | None = None
+        if grows(config):  # a fixed model gets its shapes with its weights
+            if found is not None:
+                replay(found, model, self.optimizer)
+            example = dataset.inputs(dataset.train, torch.arange(2)).to(devices.dtype)
+            steps = self.epoch_steps * self.options["epochs"]
+            self.scheduler = make_scheduler(config, model, self.optimizer, example, steps)
         rate = config["optimizer"]["lr"]
         self.lr_schedule = make_lr_schedule(config["lr_schedule"], self.total, rate, self.epoch_steps)
         mode = self.options["progress"] if devices.is_first else "none"
@@ -110,16 +118,6 @@ class Trainer:
         self._wrapped = model
         self.average = moving_average(model, self.options["ema"])
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
-
-    def plan_growth(self, found: Checkpoint | None) -> None:
-        """Make the growth scheduler of a run that grows; a checkpoint to begin with gives the model its shapes."""
-        if not grows(self.config):
-            return  # a fixed model gets its shapes with its weights
-        if found is not None:
-            replay(found, self.model, self.optimizer)
-        example = self.dataset.inputs(self.dataset.train, torch.arange(2)).to(self.devices.dtype)
-        steps = self.epoch_steps * self.options["epochs"]
-        self.scheduler = make_scheduler(self.config, self.model, self.optimizer, example, steps)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the run, from wherever it stands.
