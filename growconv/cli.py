@@ -34,7 +34,6 @@ from growconv.errors import CheckpointError, ConfigError, TrainingError, did_you
 from growconv.reporting.terminal import printable, shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
-from growconv.training.checks import variants
 from growconv.training.commands import PARSERS
 
 # Ranks above 0 leave no trace of their own.
@@ -380,7 +379,7 @@ def _train(
     if not UNCHECKED & set(flags):
         folder = flags.get("--config-dir")
         found = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
-        for variant in itertools.islice(variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
+        for variant in itertools.islice(settings.variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
             config = settings.compose([*found, *variant])
             if "--cfg" not in flags:
                 settings.plain(config)

@@ -1,21 +1,26 @@
-"""How a config is composed, checked, compared and read again, and what its dotted paths name."""
+"""How a config is composed, checked, compared and read again; what is said of a command line that does not fit.
+
+Nothing here needs torch: a mistake is answered before anything heavy is loaded.
+"""
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from growconv.errors import CheckpointError, ConfigError, did_you_mean
+from growconv.errors import CheckpointError, ConfigError, did_you_mean, near
 from growconv.reporting.records import flatten
-from growconv.training.checks import check_options, check_together, explain
-from growconv.training.options import SCHEMAS, RunConfig, schema_of
+from growconv.training.options import OWN_SCHEDULES, SCHEMAS, RunConfig, schema_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # What may change when a run is resumed: nothing of it touches a number that the run computes.
@@ -66,6 +71,81 @@ def plain(config: DictConfig) -> dict[str, Any]:
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
     check_together(values)
     return values
+
+
+def check_options(node: DictConfig, prefix: str = "") -> None:
+    """Refuse options that nothing reads, that are missing or outside their limits.
+
+    Hydra's + adds any key; only the open mappings (args, solver, ...) may have keys of their own.
+
+    Raises:
+        ConfigError: names the first such option.
+    """
+    schema = OmegaConf.get_type(node)
+    known = {entry.name: entry for entry in dataclass_fields(schema)} if is_dataclass(schema) else None
+    for name in map(str, node):
+        path = f"{prefix}{name}"
+        if known is not None and name not in known:
+            raise _no_option(path, known)
+        if OmegaConf.is_missing(node, name):
+            raise ConfigError("this option needs a value", where=path, fix=f"set it: {path}=...")
+        got = node[name]
+        if isinstance(got, DictConfig):
+            check_options(got, f"{path}.")
+        limits = known[name].metadata.get("limits") if known is not None else None
+        if limits is not None and not limits.allow(got):
+            fix = did_you_mean(got, limits.choices, f"{path}={{}}") if isinstance(got, str) else None
+            raise ConfigError("this value cannot be used", where=path, expected=limits, got=got, fix=fix)
+
+
+def check_together(config: Mapping[str, Any]) -> None:
+    """Refuse options of a whole config that contradict each other.
+
+    Raises:
+        ConfigError: names them.
+    """
+    growth, trainer, schedule = config["growth"], config["trainer"], config["lr_schedule"]["name"]
+    grows = growth["method"] != "none"
+    spread = grows and growth["every"] is None and growth["when"] is None
+    if spread and growth["begin"] > growth["end"]:
+        got = f"{growth['begin']} and {growth['end']}"
+        where = "growth.begin, growth.end"
+        raise ConfigError("growth begins after it ends", where=where, expected="begin up to end", got=got)
+    if spread and growth["times"] is None:
+        raise ConfigError("growing needs a number of rounds", where="growth.times", expected="1 or more", got="null")
+    sizes, depth = config["data"]["size"], growth["depth"]["at"]
+    fits = all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair) for pair in sizes
+    )
+    shares = [pair[0] for pair in sizes] if fits else []
+    if not fits or shares != sorted(set(shares)) or any(not 0 < share <= 1 or side < 1 for share, side in sizes):
+        problem = "image sizes are [share of the run, pixels] pairs, ascending"
+        raise ConfigError(problem, where="data.size", expected="for example [[0.25, 14]]", got=sizes)
+    if depth != sorted(set(depth)) or not all(0 < share < 1 for share in depth):
+        problem = "depth must grow at shares of the run"
+        raise ConfigError(problem, where="growth.depth.at", expected="for example [0.4]", got=depth)
+    if config["baselines"] and not grows:
+        fix = "choose a growth, or leave baselines out"
+        raise ConfigError("a fixed run cannot have baselines", where="baselines", got=config["baselines"], fix=fix)
+    if schedule not in OWN_SCHEDULES and trainer["flops"] is not None:
+        raise ConfigError(
+            "torch's schedules count steps, and a run limited by FLOPs does not know how many it will have",
+            where="lr_schedule",
+            got=f"lr_schedule.name={schedule}, trainer.flops={trainer['flops']:g}",
+            fix=f"choose one of {', '.join(OWN_SCHEDULES)}, or set trainer.epochs instead of trainer.flops",
+        )
+    if trainer["sync_batchnorm"] and trainer["accelerator"] == "cpu":
+        raise no_sync_batchnorm("cpu")
+
+
+def no_sync_batchnorm(accelerator: str) -> ConfigError:
+    """The error of SyncBatchNorm away from CUDA."""
+    return ConfigError(
+        "SyncBatchNorm exists on CUDA only",
+        where="trainer.sync_batchnorm",
+        got=f"trainer.accelerator={accelerator}",
+        fix="leave it false, or use model.norm=group, which does not depend on the batch",
+    )
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -179,3 +259,91 @@ def call_target(target: Any, given: Mapping[str, Any], where: str, offered: Mapp
         if not anything:
             raise
         raise ConfigError("it does not take these arguments", where=where, got=error) from error
+
+
+def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) -> ConfigError:
+    """What is wrong with overrides that Hydra could not compose; its loader knows the groups."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in loader.get_group_options(group) if not option.endswith("_schema")]
+        if options:
+            problem, fix = f"there is no {group} called {name!r}", did_you_mean(name, options, f"{group}={{}}")
+            return ConfigError(problem, where=group, expected=", ".join(options), got=name, fix=fix)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as unreadable:
+            return ConfigError(
+                "this argument cannot be read",
+                where=text,
+                expected="GROUP=NAME or GROUP.OPTION=VALUE",
+                got=str(unreadable).splitlines()[0],
+                fix="""values with special characters need quotes inside quotes: 'data.root="a b"'""",
+            )
+        if override.is_sweep_override():
+            where, fix = override.key_or_group, f"growconv -m {text}"
+            return ConfigError("several values need a sweep", where=where, got=text, fix=fix)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _refused(cause, overrides)
+    return ConfigError("the options do not fit together", where=" ".join(overrides) or None, got=error)
+
+
+# What omegaconf says of a value of the wrong type, and what it wanted.
+_TYPES = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "converted to String": "text",
+}
+
+
+def _refused(error: OmegaConfBaseException, overrides: Sequence[str]) -> ConfigError:
+    """What omegaconf did not take: a key that is not there, or a value of another type."""
+    path, problem = str(error.full_key), str(error.msg).splitlines()[0]
+    if isinstance(error, AttributeError | KeyError):
+        asked = next((text for text in overrides if text.lstrip("+~").startswith(path)), path)
+        parent = error.parent_node
+        return _no_option(path, parent if isinstance(parent, DictConfig) else {}, asked)
+    wanted = next((words for phrase, words in _TYPES.items() if phrase in problem), None)
+    if wanted is None:
+        return ConfigError("this option cannot be set like that", where=path, got=problem)
+    whole = isinstance(error.value, float) and error.value.is_integer()
+    fix = f"write {path}={error.value:.0f}" if whole else None
+    return ConfigError("this value has the wrong type", where=path, expected=wanted, got=error.value, fix=fix)
+
+
+def _no_option(path: str, known: Mapping[Any, Any], asked: str | None = None) -> ConfigError:
+    """The error of an option that is not there, from what lies beside it and the whole override, to be repeated."""
+    before, _, name = path.rpartition(".")
+    siblings = [str(key) for key in known if key != "hydra"]
+    found = near(name, siblings)
+    if found is None and isinstance(known, DictConfig):  # in a group beside it: trainer.epochs for epochs
+        groups = [key for key in siblings if not OmegaConf.is_missing(known, key) and OmegaConf.is_dict(known[key])]
+        elsewhere = [f"{key}.{name}" for key in groups if name in known[key]]
+        found = elsewhere[0] if len(elsewhere) == 1 else None
+    found = f"{before}.{found}".lstrip(".") if found else None
+    fix = f"did you mean {(asked or path).lstrip('+').replace(path, found, 1)}?" if found else None
+    if isinstance(known, DictConfig) and OmegaConf.get_type(known) is dict and not found:
+        fix = f"to pass it on all the same: +{asked}"
+    return ConfigError("there is no such option", where=path, expected=", ".join(siblings) or None, got=name, fix=fix)
+
+
+def variants(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of a sweep's first run, then with each other value in place of the first, one at a time."""
+    choices = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:  # `explain` says what is wrong with it
+            choices.append([text])
+            continue
+        if override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():  # an interval is for a sweeper of its own
+            choices.append([text])
+    first = [values[0] for values in choices]
+    yield first
+    for index, values in enumerate(choices):
+        for value in values[1:]:
+            yield [*first[:index], value, *first[index + 1 :]]

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from growconv.errors import ConfigError
-from growconv.training.checks import no_sync_batchnorm
+from growconv.training.config import no_sync_batchnorm
 
 T = TypeVar("T")
 

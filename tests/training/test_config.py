@@ -1,4 +1,4 @@
-"""The schema under conf/: everything composes, typos and wrong types are named, sizes of configs compare."""
+"""The schema under conf/: everything composes; what does not fit is named, with what was meant; configs compare."""
 
 from dataclasses import fields
 from itertools import product
@@ -11,7 +11,7 @@ from growconv.cli import run_name
 from growconv.errors import ConfigError
 from growconv.solvers.base import SOLVERS
 from growconv.training import options
-from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain
+from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain, variants
 
 LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
 GROUPS = ("data", "model", "growth", "optimizer", "lr_schedule", "trainer", "logger", "experiment")
@@ -131,3 +131,70 @@ def test_conf_lies_where_it_is_looked_for():
     assert set(options.SCHEMAS) >= {(None, "run_schema"), ("growth", "growth_schema")}
     assert OmegaConf.has_resolver("run_name")
     assert len(list(product(GROUPS))) == len({group for group, _ in CHOICES})
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("grwoth=tiny", "did you mean growth=tiny?"),
+        ("grwoth.times=3", "did you mean growth.times=3?"),
+        ("trainer.epoch=3", "did you mean trainer.epochs=3?"),
+        ("+trainer.epoch=3", "did you mean trainer.epochs"),
+        ("epochs=3", "did you mean trainer.epochs=3?"),
+        ("growth.parameters=3", "did you mean growth.budget.parameters=3?"),
+        ("growth=tinny", "did you mean growth=tiny?"),
+        ("growth.solver.shrinkag=0.1", "did you mean growth.solver.shrinkage=0.1?"),
+        ("model.args.levels=2", "+model.args.levels=2"),
+        ("trainer.progress=nonne", "did you mean trainer.progress=none?"),
+        ("hydra/launcher=core", "did you mean hydra/launcher=cores?"),
+        ("hydra.run.dirr=x", "did you mean hydra.run.dir=x?"),
+        ("seed=1,2", "growconv -m seed=1,2"),
+        ("data=images", "set it: data.root=..."),
+        ("model.args={a", "quotes inside quotes"),
+    ],
+)
+def test_what_was_probably_meant(override, fix):
+    with pytest.raises(ConfigError) as caught:
+        plain(compose([override]))
+    assert fix in caught.value.fix
+    assert "schema" not in str(caught.value)
+
+
+def test_an_option_that_is_not_there_is_named_beside_one_without_a_value():
+    with pytest.raises(ConfigError, match=r"data\.colour: there is no such option"):
+        compose(["data=images", "data.colour=1"])
+
+
+def test_a_whole_number_with_an_exponent_is_told_how_to_be_written():
+    with pytest.raises(ConfigError, match=r"write growth\.samples=1000$"):
+        plain(compose(["growth.samples=1e3"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "expected"),
+    [
+        ("trainer.epochs=three", "trainer.epochs", "a whole number"),
+        ("trainer.deterministic=perhaps", "trainer.deterministic", "true or false"),
+        ("growth.amount=-1", "growth.amount", "auto or a number above 0"),
+        ("growth.budget.parameters=-1", "growth.budget.parameters", "1 or more"),
+        ("growth.times=null", "growth.times", "1 or more"),
+        ("trainer.precision=16", "trainer.precision", "32-true, bf16-mixed, 16-mixed, bf16-true or 64-true"),
+    ],
+)
+def test_a_wrong_value_names_the_option_and_what_it_may_be(override, where, expected):
+    with pytest.raises(ConfigError) as caught:
+        plain(compose([override]))
+    assert caught.value.where == where
+    assert str(caught.value.expected) == expected
+
+
+def test_a_sweep_is_checked_value_by_value():
+    sweep = ["growth=tiny,random", "seed=0,1,2", "optimizer.lr=0.1"]
+    assert list(variants(sweep)) == [
+        ["growth=tiny", "seed=0", "optimizer.lr=0.1"],
+        ["growth=random", "seed=0", "optimizer.lr=0.1"],
+        ["growth=tiny", "seed=1", "optimizer.lr=0.1"],
+        ["growth=tiny", "seed=2", "optimizer.lr=0.1"],
+    ]
+    assert list(variants(["optimizer.lr=interval(0,1)", "seed=range(2)"])) == [["seed=0"], ["seed=1"]]
+    assert list(variants(["x=["])) == [["x=["]]
