@@ -3,7 +3,6 @@
 What can be checked is checked before torch is loaded and before a run directory is made.
 """
 
-import argparse
 import glob
 import hashlib
 import io
@@ -15,8 +14,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,41 +28,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError, TrainingError, did_you_mean, near
-from growconv.reporting.terminal import printable, shown
+from growconv.errors import CheckpointError, ConfigError, TrainingError, near
+from growconv.reporting.terminal import make_console, printable, shown
 from growconv.training import config as settings
 from growconv.training import failures, usage
-from growconv.training.commands import PARSERS
+from growconv.training.commands import MODULES, CommandParser
 
 # Ranks above 0 leave no trace of their own.
 SILENT = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
-# Hydra's flags by the short name, and those of them that a value follows.
-FLAGS = {
-    "-h": "--help",
-    "-m": "--multirun",
-    "-c": "--cfg",
-    "-cd": "--config-dir",
-    "-cp": "--config-path",
-    "-cn": "--config-name",
-    "-p": "--package",
-    "-i": "--info",
-    "-r": "--run",
-    "-sc": "--shell-completion",
-}
-WITH_VALUE = {"--cfg", "--config-dir", "--config-path", "--config-name", "--package", "--shell-completion"}
-KNOWN_FLAGS = {*FLAGS.values(), *WITH_VALUE, "--resolve", "--hydra-help", "--version"}
-# With these the config comes from elsewhere, or none is made.
-UNCHECKED = {"--config-path", "--config-name", "--info", "--hydra-help", "--shell-completion"}
+# With these flags the config comes from elsewhere, or none is made.
+UNCHECKED = {"config_path", "config_name", "info", "hydra_help", "shell_completion"}
 # Values of a sweep that are checked before its first run; the others are checked by their own run.
 CHECKED_VARIANTS = 30
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C during a run, with the command that goes on."""
-
-
-class Unheard(BrokenPipeError):
-    """Standard output was closed during a run, with the command that goes on."""
 
 
 def run_name(overrides: str) -> str:
@@ -94,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatted = warnings.formatwarning
     warnings.formatwarning = lambda *about, **more: printable(formatted(*about, **more))
     try:
-        with suppress(SystemExit) if {"-h", "--help"} & set(arguments) else nullcontext():
-            _dispatch(arguments)
+        _dispatch(arguments)
         _leave_processes()
         if sys.stdout is not None:  # closed before the start
             sys.stdout.flush()
@@ -103,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if _rank() == 0:
             print(file=sys.stderr)
-            failures.complain(f"stopped; go on with:\n  {stop.args[0]}" if stop.args else "stopped")
+            failures.complain("; go on with:\n  ".join(["stopped", *_ways_on(stop)]))
         return 130
     except BrokenPipeError as error:  # as head does: nothing to complain of, but for a run that was cut short
         failures.leave_closed_pipe()
-        if isinstance(error, Unheard):
-            failures.complain(f"Standard output was closed before the end; go on with:\n  {error.args[0]}")
+        for command in _ways_on(error):
+            failures.complain(f"Standard output was closed before the end; go on with:\n  {command}")
         return 141
     except failures.Stopped as stop:
         failures.complain(stop.message)
@@ -125,65 +99,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = formatted
 
 
-def _dispatch(arguments: list[str]) -> None:
-    command, rest = "train", arguments
-    if arguments and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]:
-        command, rest = arguments[0], arguments[1:]
+def _ways_on(error: BaseException) -> list[str]:
+    """The command that goes on with what an error ended, if one was noted: the last one is of the whole sweep."""
+    return getattr(error, "__notes__", [])[-1:]
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    named = bool(arguments) and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]
+    command, rest = (arguments[0], arguments[1:]) if named else ("train", arguments)
     if command not in usage.COMMANDS:
         raise _no_command(command, rest)
-    if command in PARSERS:
-        parser, module = PARSERS[command]
-        arguments_read = parser().parse_args(rest)
-        import_module(module).main(arguments_read)
-    elif command == "resume" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        fix = f"did you mean: growconv {shlex.join([f'resume={rest[0]}', *rest[1:]])}"
-        raise ConfigError("name the run with '='", where="resume", got=rest[0], fix=fix)
-    else:
-        trust = "trust=true" in rest
-        rest = [text for text in rest if text not in ("trust=true", "trust=false")]
-        overrides, flags = _split(rest)
-        resumed = [text for text in overrides if text.startswith("resume=")]
-        if "--shell-completion" in flags and complete(flags["--shell-completion"]):
-            return
-        if "--version" in flags:
-            print(f"growconv {__version__}")
-        elif "--help" in flags:
-            print(_page(command if arguments[0] == command else None))
-        elif command == "sites":
-            if flags:
-                raise ConfigError("there is no such flag", where="sites", got=", ".join(flags))
-            show_sites(overrides)
-        elif command == "resume" and not resumed:
-            raise ConfigError("a run is missing", where="resume", fix="name its directory: growconv resume=RUN")
-        elif resumed:
-            if len(resumed) > 1 or flags:
-                raise ConfigError("one run is resumed at a time", where="resume", got=shlex.join(arguments))
-            others = [text for text in overrides if text not in resumed]
-            resume(resumed[0].removeprefix("resume="), others, trust)
+    parser = CommandParser(command)
+    if {"-h", "--help"} & set(rest):
+        if command in MODULES:
+            print(parser.format_help().rstrip())
+        elif named:
+            print(usage.train_page() if command == "train" else usage.command_page(command))
         else:
-            if not trust:
-                _require_trusted_path(rest)
-            if command == "search":
-                _require_one_run(command, flags)
-                _train(["experiment=search", *rest], ["experiment=search", *overrides], flags, search)
-            elif command == "family":
-                _require_one_run(command, flags)
-                _train(rest, overrides, flags, family)
-            else:
-                _train(rest, overrides, flags)
+            print(usage.first_page())
+        return
+    if command in MODULES:
+        given = parser.parse_args(rest)  # before anything is imported
+        import_module(MODULES[command]).main(given)
+        return
+    flags = vars(parser.parse_intermixed_args(rest))
+    overrides = [text for text in flags.pop("overrides") if text not in ("trust=true", "trust=false")]
+    flags = {name: value for name, value in flags.items() if value not in (None, False)}
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise _no_equals(text, command)
+    trust = "trust=true" in rest
+    resumed = [text for text in overrides if text.startswith("resume=")]
+    if "shell_completion" in flags and _complete(flags["shell_completion"]):
+        return
+    if "version" in flags:
+        print(f"growconv {__version__}")
+    elif command == "sites":
+        show_sites(overrides)
+    elif command == "resume" and not resumed:
+        raise ConfigError("a run is missing", where="resume", fix="name its directory: growconv resume=RUN")
+    elif resumed:
+        if len(resumed) > 1 or flags:
+            raise ConfigError("one run is resumed at a time", where="resume", got=shlex.join(arguments))
+        resume(resumed[0].removeprefix("resume="), [text for text in overrides if text not in resumed], trust)
+    else:
+        if "config_path" in flags and not trust:
+            _require_trusted_path(flags, overrides)
+        _train(command, overrides, flags, shlex.join(["growconv", *arguments]))
 
 
-def complete(asked: str) -> bool:
-    """Check what is asked of Hydra's completion of groups and options, and see to the commands, which it does not know.
-
-    Args:
-        asked: install=SHELL, uninstall=SHELL or query=SHELL.
+def _complete(asked: str) -> bool:
+    """See to the completion of commands, which Hydra does not know; it does groups and options.
 
     Returns:
         Whether Hydra has nothing to add: behind a command that takes files, which bash and zsh complete by themselves.
-
-    Raises:
-        ConfigError: something else.
     """
     if asked not in {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish")}:
         fix = """eval "$(growconv --shell-completion install=bash)", in zsh too; fish: install=fish, piped to source"""
@@ -193,7 +162,7 @@ def complete(asked: str) -> bool:
         return False
     if len(words) == 2:
         print(" ".join(command for command in usage.COMMANDS if command.startswith(words[1])))
-    elif words[1] in PARSERS:
+    elif words[1] in MODULES:
         if asked == "query=fish":
             print("\n".join(sorted(glob.glob(f"{glob.escape(words[-1])}*"))))
         return True
@@ -214,57 +183,20 @@ def _no_command(word: str, rest: Sequence[str]) -> ConfigError:
     )
 
 
-def _page(command: str | None) -> str:
-    if command is None:
-        return usage.first_page()
-    return usage.train_page() if command == "train" else usage.command_page(command)
-
-
-def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Overrides, and flags by their long names with their values.
-
-    Raises:
-        ConfigError: an unknown flag, or an argument that is neither.
-    """
-    overrides: list[str] = []
-    flags: dict[str, str] = {}
-    waiting = iter(arguments)
-    for text in waiting:
-        if text.startswith("-"):
-            name, _, value = text.partition("=")
-            name = FLAGS.get(name, name)
-            if name not in KNOWN_FLAGS:
-                fix = did_you_mean(name, KNOWN_FLAGS) or "growconv --help lists them"
-                raise ConfigError(f"there is no flag {text!r}", fix=fix)
-            flags[name] = value or (next(waiting, "") if name in WITH_VALUE else "")
-        elif "=" in text or text.startswith("~"):
-            overrides.append(text)
-        elif "--info" in flags and not flags["--info"]:
-            flags["--info"] = text
-        else:
-            raise _no_equals(text)
-    return overrides, flags
-
-
-def _no_equals(text: str) -> ConfigError:
+def _no_equals(text: str, command: str) -> ConfigError:
     group = next((group for group in usage.GROUPS if text in usage.group_names(group)), None)
     fix = f"did you mean {group}={text}?" if group else None
-    if Path(text).is_dir():
+    if command == "resume" or Path(text).is_dir():
         fix = f"did you mean resume={text}?"
     return ConfigError("this argument has no '='", where=text, expected="GROUP=NAME or OPTION=VALUE", fix=fix)
 
 
 def show_sites(overrides: Sequence[str]) -> None:
-    """Print where the model of a config can grow, why not elsewhere, and which sites a method named here serves.
-
-    Args:
-        overrides: as for a run.
-    """
+    """Print where the model of a config can grow, why not elsewhere, and which sites a method named here serves."""
     values = settings.plain(settings.compose(overrides))
     import torch
 
     from growconv.network.find import explain_sites
-    from growconv.reporting.terminal import make_console
     from growconv.training.build import data_shape, make_model
     from growconv.training.progress import sites_table
 
@@ -285,13 +217,8 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     """Go on with a run where it stopped.
 
     Args:
-        directory: the run directory.
-        overrides: further overrides; settings that change no number may differ, and what ends the run may be more.
+        overrides: settings that change no number may differ from the run's, and what ends it may be more.
         trust: whether its config may run code from anywhere and reach the hosts that it names.
-
-    Raises:
-        CheckpointError: no run lies there, or an override differs from its config.
-        ConfigError: its config asks for what `training.trust` refuses.
     """
     from growconv.training.rundir import RunDirectory
     from growconv.training.trust import require_trusted
@@ -313,14 +240,10 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
             got="\n    ".join(["", *changed]),
             fix=f"resume it as it was (growconv resume={directory}), prolong it ({length}=MORE), or start a new run",
         )
-    if length in asked:
-        _copy_setting(wanted, stored, length.split("."))
-    for name in asked:
-        for free in settings.FREE_ON_RESUME:
-            if name == free or name.startswith(f"{free}."):
-                _copy_setting(wanted, stored, name.split("."))
-            elif free.startswith(f"{name}."):
-                _copy_setting(wanted, stored, free.split("."))
+    free = [key for key in (length, *settings.FREE_ON_RESUME) if key != length or key in asked]
+    for name, key in itertools.product(asked, free):
+        if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."):
+            _copy_setting(wanted, stored, max(name, key, key=len).split("."))
     if not trust:
         require_trusted(stored, files.config_file, wanted, asked)
     _announce(stored, Path(directory))
@@ -328,10 +251,9 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
         from growconv.training.experiment import run
 
         run(stored, directory, resume=True)
-    except KeyboardInterrupt as stop:
-        raise Stopped(_go_on(Path(directory))) from stop
-    except BrokenPipeError as error:
-        raise Unheard(_go_on(Path(directory))) from error
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        stop.add_note(_go_on(Path(directory)))
+        raise
 
 
 def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence[str]) -> None:
@@ -343,68 +265,44 @@ def _copy_setting(source: dict[str, Any], target: dict[str, Any], path: Sequence
         target[path[-1]] = source[path[-1]]
 
 
-def search(values: dict[str, Any], directory: Path) -> None:
-    """Find widths for a budget by short growing."""
-    from growconv.training.experiment import run
-    from growconv.training.search import require_budget, write_found
-
-    require_budget(values)
-    run(values, directory, resume=(directory / "config.yaml").exists())
-    if _rank() == 0:
-        write_found(directory)
-
-
-def family(values: dict[str, Any], directory: Path) -> None:
-    """Train several sizes from one trunk."""
-    from growconv.training.family import run_family
-
-    run_family(values, directory)
-
-
-def _require_one_run(command: str, flags: dict[str, str]) -> None:
-    if "--multirun" in flags:
-        raise ConfigError(
-            "this command cannot run as a sweep", where=command, got="-m", fix="start it once for each setting"
-        )
-
-
-def _train(
-    arguments: Sequence[str],
-    overrides: list[str],
-    flags: dict[str, str],
-    job: Callable[[dict[str, Any], Path], None] | None = None,
-) -> None:
-    """Check a command line, then hand it to Hydra, which makes the run directory and calls `train`."""
-    sweep = "--multirun" in flags
-    if not UNCHECKED & set(flags):
-        folder = flags.get("--config-dir")
+def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: str) -> None:
+    """Check the settings of a training command, then hand them to Hydra, which makes the run directory."""
+    sweep = "multirun" in flags
+    if command == "search":
+        overrides = ["experiment=search", *overrides]
+    if sweep and command != "train":
+        fix = "start it once for each setting"
+        raise ConfigError("this command cannot run as a sweep", where=command, got="-m", fix=fix)
+    if not UNCHECKED & flags.keys():
+        folder = flags.get("config_dir")
         found = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
         for variant in itertools.islice(settings.variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
             config = settings.compose([*found, *variant])
-            if "--cfg" not in flags:
+            if "cfg" not in flags:
                 settings.plain(config)
     errors: list[Exception] = []
     parsed = OverridesParser.create().parse_overrides(overrides)
     same = {override.get_key_element() for override in parsed if not override.is_sweep_override()}
 
-    def one_of_many(config: DictConfig) -> float:
-        """`train`, called by what differs from the other runs of the sweep."""
-        task = HydraConfig.get().overrides.task
-        return train(config, ", ".join(text for text in task if text.partition("=")[0] not in same))
-
-    def one_run(config: DictConfig) -> float:
-        """`train`, whose error is kept for the end: Hydra would print it in its own way."""
+    def task(config: DictConfig) -> float:
+        """`train`; the error of a single run is kept for the end, since Hydra would print it in its own way."""
+        if sweep:  # called by what differs from the other runs
+            own = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in same]
+            return train(config, typed, name=", ".join(own))
         try:
-            return train(config, job=job)
+            return train(config, typed, command)
         except Exception as error:
             errors.append(error)
             return float("nan")
 
+    words = [
+        word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value) if word is not True
+    ]
     try:
-        _with_hydra(arguments, one_of_many if sweep else one_run)
+        _with_hydra([*words, *overrides], task)
     except KeyboardInterrupt as stop:
         if sweep:  # finished runs are left out when it is started again
-            raise Stopped(shlex.join(["growconv", *arguments])) from stop
+            stop.add_note(typed)
         raise
     except failures.RunFailed as error:
         raise TrainingError(
@@ -415,40 +313,38 @@ def _train(
         raise errors[0]
 
 
-def train(
-    config: DictConfig, name: str | None = None, job: Callable[[dict[str, Any], Path], None] | None = None
-) -> float:
-    """One run of a config that Hydra composed.
+def train(config: DictConfig, typed: str, command: str = "train", name: str | None = None) -> float:
+    """One run of a config that Hydra composed: its best validation accuracy, the objective of a sweep.
 
     Args:
-        name: what tells it from the others of its sweep.
-        job: what to do with its values and directory; None trains.
-
-    Returns:
-        The best validation accuracy: the objective of a sweep.
+        typed: the command line.
+        command: what to do with the config: train, search or family.
+        name: what tells the run from the others of its sweep.
     """
     context = HydraConfig.get()
     directory = Path(context.runtime.output_dir)
+    sweep = context.mode == RunMode.MULTIRUN
+    way_on = _go_on(directory) if command == "train" else f"{typed} {shlex.quote(f'hydra.run.dir={directory}')}"
     try:
         values = settings.plain(config)
         if OmegaConf.get_type(config) is not settings.RunConfig:  # a stored config, by --config-path
             values = settings.stored_config(values, "--config-path")
         _announce(values, directory)
-        if job is not None:
-            job(values, directory)
+        if command != "train":
+            import_module(f"growconv.training.{command}").run(values, directory)
             return float("nan")
         from growconv.training.experiment import run
 
-        sweep = context.mode == RunMode.MULTIRUN
         return float(run(values, directory, sweep=sweep, name=name)["best_val_accuracy"])
     except KeyboardInterrupt as stop:
-        again = shlex.join(["growconv", *sys.argv[1:], f"hydra.run.dir={directory}"])
-        raise Stopped(_go_on(directory) if job is None else again) from stop
+        stop.add_note(way_on)
+        raise
     except Exception as error:
         _discard_unbegun(directory)
         if isinstance(error, BrokenPipeError) and (directory / "config.yaml").exists():
-            raise Unheard(_go_on(directory)) from error
-        if context.mode != RunMode.MULTIRUN:
+            error.add_note(way_on)
+            raise
+        if not sweep:
             raise
         text = failures.explain(error)
         failures.complain(f"{shown(directory)}: {text}")
@@ -513,17 +409,12 @@ def _leave_processes() -> None:
             dist.destroy_process_group()
 
 
-def _require_trusted_path(arguments: Sequence[str]) -> None:
+def _require_trusted_path(flags: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Look into the config that --config-path names, as the command in a report does, before Hydra acts on it."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-path", "-cp")
-    parser.add_argument("--config-name", "-cn", default="config")
-    given, others = parser.parse_known_args(list(arguments))
-    if given.config_path is not None:
-        from growconv.training.trust import require_trusted_file
+    from growconv.training.trust import require_trusted_file
 
-        file = Path(given.config_path) / f"{given.config_name.removesuffix('.yaml')}.yaml"
-        require_trusted_file(file, {argument.split("=")[0].lstrip("+") for argument in others})
+    file = Path(flags["config_path"]) / f"{flags.get('config_name', 'config').removesuffix('.yaml')}.yaml"
+    require_trusted_file(file, {text.split("=")[0].lstrip("+") for text in overrides})
 
 
 def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -> None:

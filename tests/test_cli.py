@@ -178,8 +178,10 @@ def test_a_search_by_optuna(here):
 
 
 def test_the_config_is_printed_by_hydra(here, capsys):
-    assert main(["--cfg", "job", "seed=5"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
+    for line in ("--cfg job seed=5 growth=random", "seed=5 --cfg job growth=random", "seed=5 growth=random -c job"):
+        assert main(line.split()) == 0
+        told = yaml.safe_load(capsys.readouterr().out)
+        assert (told["seed"], told["growth"]["method"]) == (5, "random")
     assert not list(here.iterdir())
 
 

@@ -1,12 +1,20 @@
-"""The arguments of the commands that read finished runs; nothing here needs torch."""
+"""The arguments of every command; nothing here needs torch."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from growconv.errors import ConfigError, did_you_mean
 from growconv.training.usage import COMMANDS
+
+MODULES = {
+    "compare": "growconv.reporting.compare",
+    "report": "growconv.reporting.report",
+    "export": "growconv.training.export",
+    "grow": "growconv.training.widen",
+    "study": "growconv.training.study",
+}
+"""Commands that read finished runs, with the module whose `main` carries each out; the others are given settings."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -14,15 +22,16 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         command: its name, a key of COMMANDS.
-        description: what it does.
     """
 
-    def __init__(self, command: str, description: str) -> None:
-        example = f"for example:\n  {COMMANDS[command][1]}"
-        shape = argparse.RawDescriptionHelpFormatter
+    def __init__(self, command: str) -> None:
+        meaning, example = COMMANDS[command]
         super().__init__(
-            f"growconv {command}", description=description, epilog=example, formatter_class=shape, allow_abbrev=False
-        )
+            f"growconv {command}", description=meaning, epilog=f"for example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        for names, options in _ARGUMENTS.get(command, _SETTINGS):
+            self.add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """Say it as growconv says it, with what was probably meant."""
@@ -31,110 +40,85 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(message, where=self.prog.split()[-1], fix=fix or f"{self.prog} --help lists them")
 
 
-def compare_parser() -> CommandParser:
-    """Of growconv compare."""
-    parser = CommandParser("compare", "table and plots over runs: mean ± std over seeds, paired differences")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories, or folders of them (a sweep)")
-    parser.add_argument(
-        "--baseline",
-        metavar="GROUP",
-        help="group to compare with (label, or its beginning); default: the largest fixed network, else random",
-    )
-    parser.add_argument(
-        "--by", type=_words, metavar="A,B", help="settings that distinguish groups, e.g. growth.method,model.width"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("comparison"),
-        metavar="DIR",
-        help="folder for table, CSV and plots (default: comparison)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a comparison in the folder")
-    return parser
-
-
-def report_parser() -> CommandParser:
-    """Of growconv report."""
-    parser = CommandParser("report", "one run as one self-contained HTML file")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
-    parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="also write every figure as an SVG into this folder"
-    )
-    return parser
-
-
-def export_parser() -> CommandParser:
-    """Of growconv export."""
-    parser = CommandParser("export", "write a run's model as ONNX or torch.export, for any batch size, verified")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
-    parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="FILE.pt2 (torch.export) or FILE.onnx; default: RUN/model.pt2"
-    )
-    parser.add_argument(
-        "--best", action="store_true", help="export the weights with the best validation accuracy, not the last"
-    )
-    return _with_trust(parser)
-
-
-def grow_parser() -> CommandParser:
-    """Of growconv grow."""
-    parser = CommandParser("grow", "make a run's model wider or deeper once, by the run's data; verify and save it")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
-    parser.add_argument("--factor", type=float, help="grow every site to this multiple of its width")
-    parser.add_argument(
-        "--width",
-        action="append",
-        default=[],
-        metavar="SITE=N",
-        help="grow sites of this name or pattern to N channels",
-    )
-    parser.add_argument("--parameters", type=float, help="add the best channels, up to this many parameters")
-    parser.add_argument("--flops", type=float, help="the same, up to this many FLOPs (2 × MACs) per forward pass")
-    parser.add_argument(
-        "--deepen",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="add a convolution inside the site of this name, or a copy behind the block of this path",
-    )
-    parser.add_argument("--method", help="growth method; default: the run's own, or tiny")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="the new run directory; default: RUN-grown")
-    return _with_trust(parser)
-
-
-def study_parser() -> CommandParser:
-    """Of growconv study."""
-    parser = CommandParser("study", "a fair comparison: equal epochs, equal training FLOPs, seeds; resumable")
-    parser.add_argument("study", metavar="FILE", type=Path, help="the study, a YAML file")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for tables and plots (default: beside FILE)")
-    parser.add_argument("--only", type=_words, metavar="A,B", help="only these variants")
-    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="instead of the study's seeds")
-    parser.add_argument("--tables", action="store_true", help="only tables and plots of the runs that exist")
-    return parser
-
-
-PARSERS: dict[str, tuple[Callable[[], CommandParser], str]] = {
-    "compare": (compare_parser, "growconv.reporting.compare"),
-    "report": (report_parser, "growconv.reporting.report"),
-    "export": (export_parser, "growconv.training.export"),
-    "grow": (grow_parser, "growconv.training.widen"),
-    "study": (study_parser, "growconv.training.study"),
-}
-"""Each command with its parser and the module whose `main` carries it out."""
-
-
-def _with_trust(parser: CommandParser) -> CommandParser:
-    parser.add_argument("--trust", action="store_true", help="the run may build a model from outside growconv")
-    return parser
-
-
 def _words(text: str) -> list[str]:
     return text.split(",")
 
 
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
+
+
+def _width(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    if not name or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"this is not SITE=N with a whole number N: {text}")
+    return name, int(count)
+
+
+def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
+
+
+_SETTINGS = [_argument("overrides", nargs="*")]
+_SWITCHES = ("-m --multirun", "-r --run", "--resolve", "--hydra-help", "--version")
+_VALUES = ("-c --cfg", "-cd --config-dir", "-cp --config-path", "-cn --config-name", "-p --package")
+_HYDRA = [
+    *_SETTINGS,
+    *(_argument(*names.split(), action="store_true") for names in _SWITCHES),
+    *(_argument(*names.split()) for names in _VALUES),
+    _argument("-i", "--info", nargs="?", const="all"),
+    _argument("-sc", "--shell-completion", nargs="?", const=""),
+]
+_RUN = _argument("run", metavar="RUN", type=Path, help="run directory or checkpoint file")
+_TRUST = _argument("--trust", action="store_true", help="the run may build a model from outside growconv")
+_ARGUMENTS = {
+    **dict.fromkeys(("train", "search", "family"), _HYDRA),
+    "compare": [
+        _argument("runs", metavar="RUN", nargs="+", help="run directories, or folders of them (a sweep)"),
+        _argument(
+            "--baseline", metavar="GROUP", help="group to compare with; default: the largest fixed network, else random"
+        ),
+        _argument("--by", type=_words, metavar="A,B", help="settings that tell groups apart, such as model.width"),
+        _argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help="folder; default: comparison"),
+        _argument("--overwrite", action="store_true", help="replace a comparison in the folder"),
+    ],
+    "report": [
+        _argument("run", metavar="RUN", type=Path, help="run directory"),
+        _argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)"),
+        _argument("--figures", type=Path, metavar="DIR", help="also write every figure as an SVG into this folder"),
+    ],
+    "export": [
+        _RUN,
+        _argument("--output", type=Path, metavar="FILE", help="FILE.pt2 or FILE.onnx; default: RUN/model.pt2"),
+        _argument("--best", action="store_true", help="the weights with the best validation accuracy, not the last"),
+        _TRUST,
+    ],
+    "grow": [
+        _RUN,
+        _argument("--factor", type=float, help="grow every site to this multiple of its width"),
+        _argument(
+            "--width", type=_width, action="append", default=[], metavar="SITE=N", help="sites or a pattern to N"
+        ),
+        _argument("--parameters", type=float, help="add the best channels, up to this many parameters"),
+        _argument("--flops", type=float, help="the same, up to this many FLOPs (2 × MACs) per forward pass"),
+        _argument(
+            "--deepen",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="add a convolution inside the site of this name, or a copy behind the block of this path",
+        ),
+        _argument("--method", help="growth method; default: the run's own, or tiny"),
+        _argument("--output", type=Path, metavar="DIR", help="the new run directory; default: RUN-grown"),
+        _TRUST,
+    ],
+    "study": [
+        _argument("study", metavar="FILE", type=Path, help="the study, a YAML file"),
+        _argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)"),
+        _argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs"),
+        _argument("--output", type=Path, metavar="DIR", help="folder for tables and plots (default: beside FILE)"),
+        _argument("--only", type=_words, metavar="A,B", help="only these variants"),
+        _argument("--seeds", type=_numbers, metavar="0,1", help="instead of the study's seeds"),
+        _argument("--tables", action="store_true", help="only tables and plots of the runs that exist"),
+    ],
+}

@@ -6,7 +6,6 @@ its samples, and the trunk is paid for once (arXiv 2504.00623: 25 % less in tota
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,15 @@ from growconv.training.experiment import alone_in, run_one
 from growconv.training.progress import closing_table, si
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One size.
-
-    Attributes:
-        trunk: config of the trunk up to where this size is taken, from where the size before was.
-        member: config of the run that ends with this size.
-    """
-
-    trunk: dict[str, Any]
-    member: dict[str, Any]
-
-
-def stages(config: Mapping[str, Any]) -> list[Stage]:
+def stages(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The sizes of a family, smallest first: one more than there are growth rounds.
 
     Args:
         config: of the run that ends with the largest size: growth rounds spread over its FLOPs, and a decay.
+
+    Returns:
+        For each size the config of the trunk up to where it is taken, from where the size before was, and the config of
+        the member: the run that ends with this size.
 
     Raises:
         ConfigError: a run that does not grow, has no length in FLOPs, or grows when its rate falls already.
@@ -73,39 +63,29 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
             "trainer": {**config["trainer"], "flops": length},
         }
 
-    taken = [*marks, end]
     return [
-        Stage(part(length, "constant", marks[:grown]), part(length / (1 - decay), "trapezoid", marks[:grown]))
-        for grown, length in enumerate(taken)
+        (part(length, "constant", marks[:grown]), part(length / (1 - decay), "trapezoid", marks[:grown]))
+        for grown, length in enumerate([*marks, end])
     ]
 
 
-def run_family(config: Mapping[str, Any], directory: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Train a family; finished parts are left out, interrupted ones go on.
-
-    Args:
-        config: see `stages`.
-        directory: where the parts write: trunk_0, member_0, trunk_1, ...
-
-    Returns:
-        The members' names and summaries.
-    """
+def run(config: Mapping[str, Any], directory: Path) -> None:
+    """Train a family into trunk_0, member_0, trunk_1, ...; finished parts are left out, interrupted ones go on."""
     plan, devices = stages(config), make_devices(config["trainer"])
     members: list[tuple[str, dict[str, Any]]] = []
     origin: Path | None = None
-    spent, before = 0.0, 0.0
+    reached = decays = 0.0
     with alone_in(directory, devices):
         dataset = make_dataset(config["data"]).to(devices.device)
-        for number, stage in enumerate(plan):
-            trunk = directory / f"trunk_{number}"
-            reached = run_one(stage.trunk, trunk, devices, dataset, f"trunk {number}", True, origin)["train_flops"]
+        for number, (trunk, member) in enumerate(plan):
+            place = directory / f"trunk_{number}"
+            reached = run_one(trunk, place, devices, dataset, f"trunk {number}", True, origin)["train_flops"]
             name = f"member {number}"
-            member = run_one(stage.member, directory / f"member_{number}", devices, dataset, name, True, trunk)
-            members.append((name, member))
-            spent += (reached - before) + (member["train_flops"] - reached)
-            origin, before = trunk, reached
+            summary = run_one(member, directory / f"member_{number}", devices, dataset, name, True, place)
+            members.append((name, summary))
+            decays += summary["train_flops"] - reached
+            origin = place
     if devices.is_first:
         make_console().print(closing_table(members, dataset.score))
         alone = sum(summary["train_flops"] for _, summary in members)
-        print(f"the family took {si(spent)}FLOP; its members one by one would have taken {si(alone)}FLOP")
-    return members
+        print(f"the family took {si(reached + decays)}FLOP; its members one by one would have taken {si(alone)}FLOP")

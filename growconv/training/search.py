@@ -1,6 +1,7 @@
 """`growconv search`: what a short growing run says about the widths of a model, as a config and a table."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,31 @@ from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
 from growconv.reporting.records import read_run
 from growconv.reporting.terminal import make_console, make_table, shown
+from growconv.training import experiment
 from growconv.training.build import data_shape, make_model
-from growconv.training.experiment import baseline_config
 from growconv.training.progress import si
 from growconv.training.rundir import RunDirectory, write_atomically
 
-FOUND = Path("experiment") / "found.yaml"
 MOST = 64
 """By what factor a budget that hardly depends on the widths is filled, at most."""
 
 
-def require_budget(config: Mapping[str, Any]) -> None:
-    """Refuse a search that does not know how large the model may become, or that begins with all of it.
+def run(config: Mapping[str, Any], directory: Path) -> None:
+    """Grow within a budget, write the config of the widths found, and print the table.
+
+    They lie in DIRECTORY/experiment/found.yaml: `growconv --config-dir DIRECTORY experiment=found growth=none` trains
+    them from scratch.
 
     Raises:
         ConfigError: neither FLOPs nor parameters are limited, nothing grows, or the start leaves no room to grow.
     """
+    _require_budget(config)
+    experiment.run(config, directory, resume=(directory / "config.yaml").exists())
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write_found(directory)
+
+
+def _require_budget(config: Mapping[str, Any]) -> None:
     growth = config["growth"]
     if growth["method"] == "none":
         raise ConfigError(
@@ -45,10 +55,8 @@ def require_budget(config: Mapping[str, Any]) -> None:
             where="growth.budget",
             expected="growth.budget.flops=... (FLOPs of one sample's forward pass) or growth.budget.parameters=...",
         )
-    channels, size, _ = shape = data_shape(config["data"])
-    model = make_model(config, shape)
-    flops = ModelCost.measure(model, torch.zeros(2, channels, size, size)).flops()
-    for name, start in (("flops", flops), ("parameters", count_parameters(model))):
+    model, _, cost = _measured(config)
+    for name, start in (("flops", cost.flops()), ("parameters", count_parameters(model))):
         limit = growth["budget"][name]
         if limit is not None and limit <= start:
             raise ConfigError(
@@ -60,54 +68,33 @@ def require_budget(config: Mapping[str, Any]) -> None:
             )
 
 
-def found_config(config: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """The config of a fixed model with the widths that a run ended with, to be trained from scratch.
-
-    Args:
-        config: of the run.
-        widths: channels by the name of the site.
-    """
-    small = baseline_config(config, "small")
-    return {**small, "model": {**small["model"], "widths": dict(widths)}}
+def _measured(config: Mapping[str, Any]) -> tuple[nn.Module, torch.Tensor, ModelCost]:
+    """The untrained model of a config, inputs for it, and its cost."""
+    channels, size, _ = shape = data_shape(config["data"])
+    model, example = make_model(config, shape), torch.zeros(2, channels, size, size)
+    return model, example, ModelCost.measure(model, example)
 
 
-def write_found(directory: Path) -> Path:
-    """Write the config of what a search found, and print the table.
-
-    Args:
-        directory: of the finished run.
-
-    Returns:
-        The file: `growconv --config-dir DIRECTORY experiment=found growth=none` trains it from scratch.
-
-    Raises:
-        CheckpointError: no finished run lies there.
-    """
+def _write_found(directory: Path) -> None:
     files = RunDirectory(directory)
     config, reached = files.config(), files.summary()["widths"]
     budget = config["growth"]["budget"]
-    found = found_config(config, reached)
-    channels, size, _ = shape = data_shape(config["data"])
-    model = make_model(found, shape)
-    sites = find_sites(model, torch.zeros(2, channels, size, size))
-    cost = ModelCost.measure(model, torch.zeros(2, channels, size, size))
-    widths = filled(model, [site for site in sites if site.name in reached], cost, budget)
-    found["model"]["widths"] = widths
+    found = experiment.baseline_config(config, "small")
+    found["model"]["widths"] = dict(reached)
+    model, example, cost = _measured(found)
+    sites = [site for site in find_sites(model, example) if site.name in reached]
+    found["model"]["widths"] = widths = filled(model, sites, cost, budget)
     flops, parameters = cost.flops(), count_parameters(model)
     text = yaml.safe_dump({"model": found["model"]}, sort_keys=False, allow_unicode=True)
     note = f"# {parameters} parameters, {flops} FLOPs of a sample's forward pass."
-    target = directory / FOUND
-    target.parent.mkdir(exist_ok=True)
+    (directory / "experiment").mkdir(exist_ok=True)
+    target = directory / "experiment" / "found.yaml"
     write_atomically(target, f"# @package _global_\n# Widths that `growconv search` found.\n{note}\n{text}")
-    console = make_console()
-    console.print(found_table(read_run(directory).events, reached, widths))
-    limits = [f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None]
-    print(
-        f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {', '.join(limits)}"
-    )
+    make_console().print(found_table(read_run(directory).events, reached, widths))
+    limits = ", ".join(f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None)
+    print(f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {limits}")
     print("to train these widths from scratch, with the data and the other options of this search:")
     print(f"  growconv --config-dir {shown(directory)} experiment=found growth=none")
-    return target
 
 
 def filled(
@@ -161,15 +148,12 @@ def found_table(events: Iterable[Mapping[str, Any]], reached: Mapping[str, int],
     gained = "gradient²" if "slopes" in seen else "decrease" if "decrease" in seen else "gain"
     for site, width in widths.items():
         own = [event for event in listed if event["site"] == site]
-        start = own[0]["width_before"] if own else reached[site]
-        gain = sum(_gained(event) for event in own)
-        added = sum(event["parameters_after"] - event["parameters_before"] for event in own)
+        start, gain, added = own[0]["width_before"] if own else reached[site], 0.0, 0
+        for event in own:
+            added += event["parameters_after"] - event["parameters_before"]
+            if "slopes" in event["details"]:
+                gain += sum(event["details"]["slopes"])
+            else:
+                gain += event["realised_decrease"] if "decrease" in event["details"] else sum(event["gains"])
         rows.append([site, str(start), str(reached[site]), str(width), str(len(own)), f"{gain:.3g}", f"{added:,}"])
     return make_table(["site"], ("start", "reached", "found", "rounds", gained, "parameters"), rows)
-
-
-def _gained(event: Mapping[str, Any]) -> float:
-    """What the channels of an event were chosen for: squared gradients, a share of the held-out decrease, or gains."""
-    if "slopes" in event["details"]:
-        return sum(event["details"]["slopes"])
-    return event["realised_decrease"] if "decrease" in event["details"] else sum(event["gains"])

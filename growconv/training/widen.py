@@ -6,7 +6,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,7 @@ from growconv.training.trust import require_trusted_parts
 
 @dataclass
 class Targets(Amount):
-    """What each site is to have in the end.
-
-    Attributes:
-        widths: channels by the site's name.
-    """
+    """What is missing to the width that each site is to have in the end, by the site's name."""
 
     widths: Mapping[str, int]
 
@@ -51,126 +47,56 @@ class Targets(Amount):
         return max(0, self.widths[site.name] - site.width)
 
 
-@dataclass(frozen=True)
-class Wish:
-    """How a model is to grow.
-
-    Attributes:
-        factor: every site to this multiple of its width; with a limit, what each may have at most.
-        widths: channels by patterns of sites' names.
-        parameters: what the model may have; the channels that gain most per parameter come first.
-        flops: FLOPs (2 × MACs) that a sample's forward pass may take, likewise.
-        deepen: names of sites that get a convolution in front of their consumer, and paths of blocks that get a copy
-            behind them; each begins as the identity.
-        method: of the channels; None takes the run's own, tiny where it had none.
-    """
-
-    factor: float | None = None
-    widths: Mapping[str, int] = field(default_factory=dict)
-    parameters: float | None = None
-    flops: float | None = None
-    deepen: Sequence[str] = ()
-    method: str | None = None
-
-    @property
-    def widens(self) -> bool:
-        """Whether it asks for channels."""
-        return bool(self.widths) or any(each is not None for each in (self.factor, self.parameters, self.flops))
-
-
 def main(arguments: Namespace) -> None:
-    """Grow a run's model, and print what grew, what it costs and what it gave.
+    """Grow a run's model once, save it with its optimizer as a run of a fixed model, and print what grew.
 
     Args:
-        arguments: what `grow_parser` read.
-    """
-    given, run = arguments, arguments.run
-    wish = Wish(given.factor, _widths(given.width), given.parameters, given.flops, given.deepen, given.method)
-    output = given.output or run.absolute().with_name(f"{run.absolute().stem}-grown")
-    more = grow_run(run, output, wish, given.trust)
-    print(f"saved and read back: {shown(output)}")
-    print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} {more}=MORE")
-
-
-def _widths(given: Sequence[str]) -> dict[str, int]:
-    """SITE=N, several times, as a dictionary."""
-    widths = {}
-    for text in given:
-        name, _, count = text.rpartition("=")
-        if not name or not count.isdigit():
-            raise ConfigError("this is not a width", where="--width", expected="SITE=N, N a whole number", got=text)
-        widths[name] = int(count)
-    return widths
-
-
-def grow_run(run: Path, output: Path, wish: Wish, trust: bool = False) -> str:
-    """Grow a run's model once, with its optimizer, and save both as a run of a fixed model.
-
-    Args:
-        run: run directory or checkpoint file.
-        output: the new run directory.
-        wish: how to grow.
-        trust: as for `load_run`.
-
-    Returns:
-        The option that prolongs the new run.
+        arguments: of `growconv grow`.
 
     Raises:
         ConfigError: a wish that makes no sense, or nothing that would grow.
         CheckpointError: there is no run, or something lies where the new one would.
     """
-    _check(wish)
+    _check(arguments)
+    run = arguments.run.absolute()
+    output = arguments.output or run.with_name(f"{run.stem}-grown")
     _require_free(output)
-    found = read_run(run)
-    if not trust and wish.method is None:
+    found = read_run(arguments.run)
+    if not arguments.trust and arguments.method is None:
         require_trusted_parts(found.state["config"], found.path, "growth")
     with RunDirectory(output).locked():
         _require_free(output)  # another process may have been faster
         try:
-            return _grow(run, _trainer(found, output, trust), wish, found.state["config"])
+            trainer = _trainer(found, output, arguments.trust)
+            _grow(trainer, arguments, found.state["config"]["growth"])
+            _save(trainer)
         except BaseException:
             shutil.rmtree(output, ignore_errors=True)
             raise
+    print(f"saved and read back: {shown(output)}")
+    print(f"train it on with: growconv resume={shlex.quote(str(shown(output)))} {length(trainer.config)}=MORE")
 
 
-def _require_free(output: Path) -> None:
-    """Refuse to write where something lies; the lock of a process that was killed before it wrote is nothing."""
-    if os.path.lexists(output) and not (output.is_dir() and [entry.name for entry in output.iterdir()] == [LOCK]):
-        raise CheckpointError("there is already something here", where=str(output), fix="name another: --output DIR")
-
-
-def _grow(run: Path, trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> str:
-    before, began = trainer.evaluate(trainer.dataset.validation), time.monotonic()
-    events = _deepened(trainer, wish)
-    if wish.widens:
-        events += _widened(trainer, wish, config)
-    if not any(event.parameters_after > event.parameters_before for event in events):
-        raise ConfigError("nothing grew", where=str(run), fix="ask for more, or try another --method")
-    trainer.follow(events)
-    for event in events:
-        print(printable(str(event)))
-        trainer.history.append(replace(event, recipe=None))
-    trainer.position.growth_seconds += time.monotonic() - began
-    after = trainer.evaluate(trainer.dataset.validation)
-    gained = f"{trainer.dataset.score} {before[1]:.2%} -> {after[1]:.2%}"
-    print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {gained}")
-    _save(trainer)
-    return length(trainer.config)
-
-
-def _check(wish: Wish) -> None:
-    if not wish.widens and not wish.deepen:
+def _check(wish: Namespace) -> None:
+    limits = {"parameters": wish.parameters, "flops": wish.flops}
+    if not (wish.width or wish.deepen or any(each is not None for each in (wish.factor, *limits.values()))):
         raise ConfigError(
             "what should grow, and by how much?", where="growconv grow",
             expected="--factor, --width, --parameters, --flops or --deepen",
         )  # fmt: skip
     if wish.factor is not None and not 1 < wish.factor < 1000:
         raise ConfigError("this factor makes nothing wider", where="--factor", expected="above 1", got=wish.factor)
-    for name in ("parameters", "flops"):
-        if (limit := getattr(wish, name)) is not None and not limit >= 1:
+    for name, limit in limits.items():
+        if limit is not None and not limit >= 1:
             raise ConfigError("this value cannot be used", where=f"--{name}", expected="1 or more", got=limit)
     if wish.method is not None:
         get_solver(wish.method)
+
+
+def _require_free(output: Path) -> None:
+    """Refuse to write where something lies; the lock of a process that was killed before it wrote is nothing."""
+    if os.path.lexists(output) and not (output.is_dir() and [entry.name for entry in output.iterdir()] == [LOCK]):
+        raise CheckpointError("there is already something here", where=str(output), fix="name another: --output DIR")
 
 
 def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
@@ -189,34 +115,55 @@ def _trainer(found: Checkpoint, output: Path, trust: bool) -> Trainer:
     return trainer
 
 
-def _deepened(trainer: Trainer, wish: Wish) -> list[GrowthEvent]:
-    events = []
+def _grow(trainer: Trainer, wish: Namespace, growth: Mapping[str, Any]) -> None:
+    """Deepen, then widen, and print each event and what both gave."""
+    before, began = trainer.evaluate(trainer.dataset.validation), time.monotonic()
+    events: list[GrowthEvent] = []
     for name in wish.deepen:
-        sites = {site.name: site for site in find_sites(trainer.model, _example(trainer))}
+        model, optimizer, example = trainer.model, trainer.optimizer, _example(trainer)
+        sites = {site.name: site for site in find_sites(model, example)}
         if name in sites:
-            events.append(insert_layer(trainer.model, sites[name], optimizer=trainer.optimizer))
-        elif name in dict(trainer.model.named_modules()):
-            example = _example(trainer)
-            events.append(
-                insert_copy(trainer.model, name, example_input=example, identity=True, optimizer=trainer.optimizer)
-            )
+            events.append(insert_layer(model, sites[name], optimizer=optimizer))
+        elif name in dict(model.named_modules()):
+            events.append(insert_copy(model, name, example_input=example, identity=True, optimizer=optimizer))
         else:
             raise _no_site("--deepen", name, [*sites])
-    return events
+    events += _widened(trainer, wish, growth)
+    if not any(event.parameters_after > event.parameters_before for event in events):
+        raise ConfigError("nothing grew", where=str(wish.run), fix="ask for more, or try another --method")
+    trainer.follow(events)
+    for event in events:
+        print(printable(str(event)))
+        trainer.history.append(replace(event, recipe=None))
+    trainer.position.growth_seconds += time.monotonic() - began
+    after = trainer.evaluate(trainer.dataset.validation)
+    gained = f"{trainer.dataset.score} {before[1]:.2%} -> {after[1]:.2%}"
+    print(f"validation loss {before[0]:.4f} -> {after[0]:.4f}, {gained}")
 
 
-def _widened(trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> list[GrowthEvent]:
-    own = config["growth"]["method"]
-    method = wish.method or (own if own != "none" else "tiny")
-    solver = get_solver(method, **(config["growth"]["solver"] if method == own else {}))
-    sites = find_sites(trainer.model, _example(trainer))
-    widths = _targets(sites, wish)
-    for site in sites:
-        reason = refusal_of(solver, site) if site.name in wish.widths else None
-        if reason is not None:
-            raise ConfigError(f"method {method!r} cannot serve this site: {reason}", where=site.name)
+def _widened(trainer: Trainer, wish: Namespace, growth: Mapping[str, Any]) -> list[GrowthEvent]:
     limits = {"parameters": wish.parameters, "flops": wish.flops}
     limited = {name: limit for name, limit in limits.items() if limit is not None}
+    factor = wish.factor or (2.0 if limited else None)
+    if factor is None and not wish.width:
+        return []
+    own = growth["method"]
+    method = wish.method or (own if own != "none" else "tiny")
+    solver = get_solver(method, **(growth["solver"] if method == own else {}))
+    sites = find_sites(trainer.model, _example(trainer))
+    widths = {} if factor is None else {site.name: round(factor * site.width) for site in sites}
+    for pattern, width in wish.width:
+        matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.name == pattern]
+        if not matching:
+            raise _no_site("--width", pattern, [site.name for site in sites])
+        for site in matching:
+            if width <= site.width:
+                expected = f"more than {site.width}"
+                raise ConfigError("this site already has this width", where=site.name, expected=expected, got=width)
+            reason = refusal_of(solver, site) if site.name == pattern else None
+            if reason is not None:
+                raise ConfigError(f"method {method!r} cannot serve this site: {reason}", where=site.name)
+            widths[site.name] = width
     scheduler = GrowthScheduler(
         trainer.model,
         trainer.optimizer,
@@ -230,25 +177,6 @@ def _widened(trainer: Trainer, wish: Wish, config: Mapping[str, Any]) -> list[Gr
     events = scheduler.grow(trainer.growth_batches(), trainer.loss, trainer.position.step)
     trainer.position.growth_flops += scheduler.flops_spent
     return events
-
-
-def _targets(sites: Sequence[Site], wish: Wish) -> dict[str, int]:
-    """The width that each site is to have, or may have at most."""
-    widths: dict[str, int] = {}
-    factor = wish.factor or (2.0 if wish.parameters is not None or wish.flops is not None else None)
-    if factor is not None:
-        widths = {site.name: round(factor * site.width) for site in sites}
-    for pattern, width in wish.widths.items():
-        matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.name == pattern]
-        if not matching:
-            raise _no_site("--width", pattern, [site.name for site in sites])
-        for site in matching:
-            if width <= site.width:
-                raise ConfigError(
-                    "this site already has this width", where=site.name, expected=f"more than {site.width}", got=width
-                )
-            widths[site.name] = width
-    return widths
 
 
 def _no_site(option: str, name: str, known: Sequence[str]) -> ConfigError:

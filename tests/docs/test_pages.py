@@ -163,8 +163,8 @@ def test_every_command_line_that_is_shown_is_accepted(tmp_path, monkeypatch, cap
     lines = lines_of_growconv()
     assert len(lines) > 60
     for line in lines:
-        if line and line[0] in cli.PARSERS:
-            cli.PARSERS[line[0]][0]().parse_args(line[1:])
+        if line and line[0] in cli.MODULES:
+            cli.CommandParser(line[0]).parse_args(line[1:])
         elif not any(word.startswith(("resume", "--config-dir")) for word in line):
             assert main(line) == 0, (line, capsys.readouterr().err)
 

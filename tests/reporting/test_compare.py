@@ -7,7 +7,7 @@ import pytest
 from growconv.errors import ArgumentValueError
 from growconv.reporting import compare as command
 from growconv.reporting.comparison import compare
-from growconv.training.commands import compare_parser
+from growconv.training.commands import CommandParser
 
 
 def test_the_command_writes_table_plots_and_csv_that_agree(make_run, tmp_path, capsys):
@@ -15,7 +15,9 @@ def test_the_command_writes_table_plots_and_csv_that_agree(make_run, tmp_path, c
         for seed in range(3):
             make_run(f"runs/{method}{seed}", method=method, seed=seed, accuracy=accuracy + 0.001 * seed)
     output = tmp_path / "out"
-    command.main(compare_parser().parse_args([str(tmp_path / "runs"), "--baseline", "random", "--output", str(output)]))
+    command.main(
+        CommandParser("compare").parse_args([str(tmp_path / "runs"), "--baseline", "random", "--output", str(output)])
+    )
     printed = capsys.readouterr().out
     assert "+2.00 [+2.00, +2.00] (n=3)" in printed
     with (output / "comparison.csv").open() as file:
@@ -31,8 +33,8 @@ def test_the_command_writes_table_plots_and_csv_that_agree(make_run, tmp_path, c
     assert "| tiny | 3 | 90.10 ± 0.10 | 0.099 ± 0.001 |" in (output / "comparison.md").read_text()
     assert r"tiny & 3 & 90.10 $\pm$ 0.10 & 0.099 $\pm$ 0.001 &" in (output / "comparison.tex").read_text()
     with pytest.raises(ArgumentValueError, match="already contains a comparison"):
-        command.main(compare_parser().parse_args([str(tmp_path / "runs"), "--output", str(output)]))
-    command.main(compare_parser().parse_args([str(tmp_path / "runs"), "--output", str(output), "--overwrite"]))
+        command.main(CommandParser("compare").parse_args([str(tmp_path / "runs"), "--output", str(output)]))
+    command.main(CommandParser("compare").parse_args([str(tmp_path / "runs"), "--output", str(output), "--overwrite"]))
 
 
 def test_runs_without_a_course_still_give_a_table(make_run, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from growconv.reporting import compare as command
 from growconv.reporting.comparison import compare
 from growconv.reporting.frontier import flops_needed, head_start_kept, loss_after, standings
-from growconv.training.commands import compare_parser
+from growconv.training.commands import CommandParser
 
 SMALL, LARGE = {"conv": [8, 3, 3, 3]}, {"conv": [16, 3, 3, 3]}
 LOSSES = {"small": {1e9: 0.50, 2e9: 0.45}, "large": {1e9: 0.60, 2e9: 0.40, 4e9: 0.30}}
@@ -82,7 +82,9 @@ def test_fixed_networks_of_other_lengths_are_no_measure(runs):
 
 def test_compare_writes_and_prints_the_frontier(runs, tmp_path, capsys):
     output = tmp_path / "out"
-    command.main(compare_parser().parse_args([str(runs), "--by", "model.width,trainer.flops", "--output", str(output)]))
+    command.main(
+        CommandParser("compare").parse_args([str(runs), "--by", "model.width,trainer.flops", "--output", str(output)])
+    )
     assert "head start kept" in capsys.readouterr().out
     assert "| head start kept |" in (output / "comparison.md").read_text()
     assert "best_fixed" in (output / "comparison.csv").read_text()

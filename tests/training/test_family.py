@@ -46,6 +46,19 @@ def test_a_member_is_the_run_of_its_own_length_and_decay(tmp_path: Path, capsys:
     assert [figures(tmp_path / "family" / f"member_{number}") for number in range(3)] == members
 
 
+def test_ctrl_c_prints_the_command_that_goes_on_with_the_family(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("growconv.training.family.run", stop)
+    assert main(["family", *FAMILY, "hydra.run.dir=mine"]) == 130
+    said = capsys.readouterr().err.split("go on with:\n  ")[1]
+    assert said.startswith(f"growconv family {' '.join(FAMILY)} hydra.run.dir=")
+    assert said.rstrip().endswith("/mine")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

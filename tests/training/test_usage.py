@@ -46,7 +46,7 @@ assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
         ("version", "did you mean: growconv --version"),
         ("model resnet20 seed=1", "did you mean: growconv model=resnet20 seed=1"),
         ("nonsense", "growconv --help"),
-        ("resume run1", "did you mean: growconv resume=run1"),
+        ("resume run1", "did you mean resume=run1?"),
         ("resume", "growconv resume=RUN"),
         ("growth=tiny resnet20", "did you mean model=resnet20?"),
         ("seed=1 run1", "did you mean resume=run1?"),
