@@ -71,6 +71,12 @@ def test_what_fails_is_told_and_the_rest_is_compared(tmp_path, capsys):
     assert "| fixed_large | 1 |" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_references_in_overrides_are_left_to_the_run(tmp_path):
+    given = ["growth=none", "optimizer.weight_decay=${optimizer.lr}"]
+    read = study.Study.read(write(tmp_path, variants={"fixed_large": given}))
+    assert read.variants == {"fixed_large": given}
+
+
 def test_fixed_variants_run_again_for_the_median_flops_of_growing_ones(tmp_path):
     path = write(tmp_path, epochs=10, equal_flops=["fixed_large", "fixed_small"])
     with pytest.raises(ConfigError, match="fixed_large, random"):
@@ -84,9 +90,9 @@ def test_fixed_variants_run_again_for_the_median_flops_of_growing_ones(tmp_path)
         folder = tmp_path / "runs" / "equal_epochs" / name / "seed0"
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(f'{{"train_flops": {flops}}}')
-    jobs = list(study.second_part(small, tmp_path / "runs"))
-    assert [job.directory.parent.name for job in jobs] == ["fixed_large"] * 2 + ["fixed_small"] * 2
-    assert all("trainer.flops=50.0" in job.overrides for job in jobs)
+    jobs = study.second_part(small, tmp_path / "runs")
+    assert [path.parent.name for path in jobs] == ["fixed_large"] * 2 + ["fixed_small"] * 2
+    assert all("trainer.flops=50.0" in overrides for overrides in jobs.values())
 
 
 @pytest.mark.parametrize("name", ["digits_quick/study.yaml", "fashion_mnist/study.yaml", "fashion_mnist/levers.yaml"])
@@ -96,9 +102,10 @@ def test_every_run_of_the_committed_studies_composes(name):
     from growconv.training.config import compose, plain
 
     committed = study.Study.read(ROOT / "experiments" / "studies" / name)
-    variants = {job.directory.parent.name: job for job in study.first_part(committed, Path("runs"))}
-    for job in variants.values():  # of one seed each
-        config = plain(compose(list(job.overrides)))
+    jobs = study.first_part(committed, Path("runs"))
+    variants = {path.parent.name: overrides for path, overrides in jobs.items()}
+    for overrides in variants.values():  # of one seed each
+        config = plain(compose(overrides))
         if config["growth"]["method"] != "none":
             get_solver(config["growth"]["method"], **config["growth"]["solver"])
         make_policy(config["growth"]["amount"], "growth.amount")
