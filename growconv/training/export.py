@@ -5,6 +5,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,47 +21,35 @@ BATCHES = (1, 2, 5)
 
 
 def main(arguments: Namespace) -> None:
-    """Write RUN/model.pt2, or what --output names, and say how far it is from the model.
+    """Write RUN/model.pt2, or what --output names, and say how far its outputs are from those of the model.
 
     Args:
-        arguments: what `export_parser` read.
-    """
-    run = arguments.run
-    output = arguments.output or (run if run.is_dir() else run.parent) / "model.pt2"
-    error = export(run, output, best=arguments.best, trust=arguments.trust)
-    print(f"{shown(output)}: {output.stat().st_size / 1e6:.2f} MB, within {error:.1e} of the model's outputs")
-
-
-def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> float:
-    """Write a run's model into a file, and compare what the file computes with what the model computes.
-
-    Args:
-        run: run directory or checkpoint file.
-        output: the file; its suffix says the format.
-        best: the best weights in place of the last.
-        trust: as for `load_run`.
-
-    Returns:
-        The largest difference of an output, relative to the largest output.
+        arguments: of `growconv export`.
 
     Raises:
-        ConfigError: another suffix, or packages that ONNX needs are missing.
+        ConfigError: a suffix of no known format, or packages that ONNX needs are missing.
         TrainingError: the model cannot be exported, or the file computes something else; it is removed then.
     """
-    formats: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path, Tensor], Tensor]]]
-    formats = {".pt2": (_write_program, _run_program), ".onnx": (_write_onnx, _run_onnx)}
-    if output.suffix not in formats:
+    run: Path = arguments.run
+    output: Path = arguments.output or (run if run.is_dir() else run.parent) / "model.pt2"
+    if output.suffix not in _FORMATS:
         raise ConfigError(
             "this name has no known format", where="--output", expected="FILE.pt2 or FILE.onnx", got=output.name
         )
-    if output.suffix == ".onnx":
-        _require_onnx()
-    found = read_run(run, best)
-    model = load_run(found.path, trust=trust).requires_grad_(False)
+    missing = [name for name in ("onnx", "onnxscript") if output.suffix == ".onnx" and find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "ONNX needs a package that is not installed",
+            where="--output",
+            got=", ".join(missing),
+            fix="pip install 'growconv[onnx]', or write FILE.pt2",
+        )
+    found = read_run(run, arguments.best)
+    model = load_run(found.path, trust=arguments.trust).requires_grad_(False)
     channels, size, _ = found.state["shape"]
     generator, dtype = torch.Generator().manual_seed(0), next(model.parameters()).dtype
     inputs = [torch.randn(batch, channels, size, size, generator=generator).to(dtype) for batch in BATCHES]
-    write, compute = formats[output.suffix]
+    write, compute = _FORMATS[output.suffix]
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad(), _quiet():
         begun = Path(folder) / output.name
@@ -79,7 +68,7 @@ def export(run: Path, output: Path, best: bool = False, trust: bool = False) -> 
                 "the file does not compute the same as the model", where=str(output), expected=tolerance, got=error
             )
         begun.replace(output)
-    return error
+    print(f"{shown(output)}: {output.stat().st_size / 1e6:.2f} MB, within {error:.1e} of the model's outputs")
 
 
 @contextmanager
@@ -124,14 +113,5 @@ def _run_onnx(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(outputs)
 
 
-def _require_onnx() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "ONNX needs a package that is not installed",
-            where="--output",
-            got=", ".join(missing),
-            fix="pip install 'growconv[onnx]', or write FILE.pt2",
-        )
+_FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path, Tensor], Tensor]]]
+_FORMATS = {".pt2": (_write_program, _run_program), ".onnx": (_write_onnx, _run_onnx)}

@@ -126,29 +126,23 @@ def load_weights(model: nn.Module, file: str | Path, classes: int) -> list[str]:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
+    where = f"model.weights={file}"
     if not file.is_file():
-        raise CheckpointError("there is no such file", where=f"model.weights={file}")
+        raise CheckpointError("there is no such file", where=where)
     try:
-        if file.suffix == ".safetensors":
-            found: Any = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        found: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(
-            "this file holds no weights", where=f"model.weights={file}", got=str(error).splitlines()[0]
-        ) from error
+        raise CheckpointError("this file holds no weights", where=where, got=str(error).splitlines()[0]) from error
     except Exception as error:  # pickle's own, of which weights_only makes one for anything but tensors
-        raise CheckpointError(
-            "this file holds more than weights, or something else",
-            where=f"model.weights={file}",
-            got=type(error).__name__,
-            fix="save its state_dict: torch.save(model.state_dict(), FILE)",
-        ) from error
+        problem, got = "this file holds more than weights, or something else", type(error).__name__
+        fix = "save its state_dict: torch.save(model.state_dict(), FILE)"
+        raise CheckpointError(problem, where=where, got=got, fix=fix) from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError("this file holds no state_dict", where=f"model.weights={file}")
+        raise CheckpointError("this file holds no state_dict", where=where)
     return dict(found)
 
 
@@ -177,10 +171,5 @@ def _refusals(name: str) -> Iterator[None]:
 def _require_name(name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
-        raise ConfigError(
-            "the library has no such model",
-            where="model.name",
-            expected=f"one of {len(known)}",
-            got=name,
-            fix=did_you_mean(name, known),
-        )
+        expected, fix = f"one of {len(known)}", did_you_mean(name, known)
+        raise ConfigError("the library has no such model", where="model.name", expected=expected, got=name, fix=fix)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from growconv.errors import DataError
 
@@ -20,11 +20,7 @@ MOST_PIXELS = 100_000_000
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the folders that hold pictures, sorted; hidden and empty ones are no classes.
-
-    Args:
-        folder: one of train and test.
-    """
+    """Names of the folders inside one that hold pictures, sorted; hidden and empty ones are no classes."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -57,24 +53,13 @@ def read_class(folder: Path, root: Path, size: int, channels: int) -> list[np.nd
             f"{folder}: files that are not images are skipped ({kinds}); supported are {', '.join(SUFFIXES)}",
             stacklevel=2,
         )
-    return [read_picture(entry, root, size, channels) for entry in entries if _is_picture(entry)]
+    return [_read_picture(entry, root, size, channels) for entry in entries if _is_picture(entry)]
 
 
-def read_picture(path: Path, root: Path, size: int, channels: int) -> np.ndarray:
+def _read_picture(path: Path, root: Path, size: int, channels: int) -> np.ndarray:
     """One picture, turned as its camera says, scaled to a square; what is transparent is shown on white.
 
     Of several pictures in one file (.gif, .tif) the first is taken.
-
-    Args:
-        root: the folder out of which no link may lead.
-        size: height and width to scale to.
-        channels: 1 for grey, 3 for colour.
-
-    Returns:
-        A uint8 array (channels, size, size).
-
-    Raises:
-        DataError: names the file and what is wrong with it.
     """
     try:
         if not path.resolve(strict=True).is_relative_to(root.resolve()):
@@ -102,7 +87,8 @@ def _in_eight_bits(path: Path, picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         levels = np.asarray(picture, dtype=np.int32)
         scaled = Image.fromarray(np.clip((levels + 128) // 257, 0, 255).astype(np.uint8))
-        scaled.info, scaled.getexif()[_ORIENTATION] = picture.info, picture.getexif().get(_ORIENTATION, 1)
+        turn = ExifTags.Base.Orientation
+        scaled.info, scaled.getexif()[turn] = picture.info, picture.getexif().get(turn, 1)
         return scaled
     if picture.mode in ("I", "F"):
         depth = "whole numbers of 32 bits" if picture.mode == "I" else "floating-point numbers"
@@ -110,9 +96,6 @@ def _in_eight_bits(path: Path, picture: Image.Image) -> Image.Image:
             path, f"The picture's levels are {depth}, whose range nobody tells.", picture.mode, "8 or 16 bits"
         )
     return picture
-
-
-_ORIENTATION = 0x0112
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -134,16 +117,7 @@ def _refused(path: Path, problem: str, got: object = None, expected: object = No
 
 
 def check_classes(train: Sequence[str], test: Sequence[str], folder: Path) -> None:
-    """Compare the classes of both halves.
-
-    Args:
-        train: names of the training folders.
-        test: names of the test folders.
-        folder: the whole set's, for the message.
-
-    Raises:
-        DataError: no class at all, or one in the test that the training lacks.
-    """
+    """Refuse a folder whose two halves have no class at all, or whose test has one that the training lacks."""
     if not train or not test:
         raise DataError(
             "There are no images in data.root.",

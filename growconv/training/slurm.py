@@ -29,8 +29,6 @@ ENDED = {"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEO
 SHARED = {"name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node"}
 """Settings of a job that submitit names alike on every kind of cluster; others are called slurm_NAME."""
 ELSEWHERE = {"submitit_folder", "max_num_timeout"}
-KEPT = ("SLURM_CONF",)
-"""Of Slurm's variables the one that says where the cluster is; others describe a job that this process may be in."""
 
 
 class Queue(SlurmInfoWatcher):
@@ -87,7 +85,8 @@ def launch(function: Callable[..., JobReturn], settings: Mapping[str, Any], call
 
 
 def _submit(function: Callable[..., JobReturn], settings: Mapping[str, Any], calls: Sequence[tuple]) -> list[Any]:
-    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    # Of Slurm's variables the one that says where the cluster is; others describe a job that this process may be in.
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     try:
         executor = submitit.AutoExecutor(
             settings["submitit_folder"], cluster="slurm", slurm_max_num_timeout=settings["max_num_timeout"]
