@@ -1,15 +1,15 @@
 """Comparison: runs that differ only in their seed as groups, and groups against a baseline by paired differences."""
 
-import difflib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from growconv.errors import ArgumentValueError, CheckpointError
+from growconv.errors import ArgumentValueError, CheckpointError, did_you_mean
 from growconv.reporting.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, plain_text, read_run
 
 FIGURES = {
@@ -24,27 +24,14 @@ FIGURES = {
 """Figures of summary.json that are compared, with their headings. FLOPs are 2 × multiply-accumulates."""
 
 _NOT_A_TREATMENT = (
-    *("seed", "logger", "hydra", "paths", "run", "resume", "report", "baselines", "name"),
-    *(
-        "data.root",
-        "data.download",
-        "trainer.device",
-        "trainer.devices",
-        "trainer.progress",
-        "trainer.checkpoint_every",
-    ),
-)
+    "seed", "logger", "resume", "report", "baselines", "data.root", "data.download", "trainer.devices",
+    "trainer.progress", "trainer.checkpoint_every",
+)  # fmt: skip
 """Settings that change no result, or only by chance."""
 _CONDITIONS = (
-    "data",
-    "model._target_",
-    "model.name",
-    "model.args",
-    "model.norm",
-    "model.activation",
-    "trainer.epochs",
+    "data", "model._target_", "model.name", "model.args", "model.norm", "model.activation", "trainer.epochs",
     "trainer.flops",
-)
+)  # fmt: skip
 """Settings under which runs are compared: the same for all of them, unless `by` names them."""
 _NOTED_SHARE = 0.05
 """Training FLOPs that differ by more than this share of the baseline's are remarked."""
@@ -75,14 +62,12 @@ class Group:
     def mean(self, figure: str) -> float:
         """Mean over the runs that have the figure."""
         values = self.values(figure)
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if values.size else math.nan
+        return math.nan if np.isnan(values).all() else float(np.nanmean(values))
 
     def std(self, figure: str) -> float:
         """Sample standard deviation (n - 1); NaN for fewer than two runs."""
         values = self.values(figure)
-        values = values[~np.isnan(values)]
-        return float(values.std(ddof=1)) if values.size > 1 else math.nan
+        return math.nan if (~np.isnan(values)).sum() < 2 else float(np.nanstd(values, ddof=1))
 
     def less(self, other: "Group", figure: str) -> "Difference | None":
         """Paired difference of a figure to that of another group; None without a common seed."""
@@ -93,8 +78,8 @@ class Group:
     @property
     def growth_share(self) -> float:
         """Mean share of the run's seconds that went into growing."""
-        shares = [run.growth_seconds / number(run.summary, "seconds") for run in self.runs]
-        shares = [share for share in shares if is_number(share)]
+        times = [(run.growth_seconds, number(run.summary, "seconds")) for run in self.runs]
+        shares = [growing / whole for growing, whole in times if whole > 0 and is_number(growing / whole)]
         return float(np.mean(shares)) if shares else math.nan
 
 
@@ -148,20 +133,11 @@ class Comparison:
 
     def difference(self, group: Group, figure: str = "test_accuracy") -> Difference | None:
         """Paired difference of a group to the baseline; None for the baseline itself or without a common seed."""
-        if group is self.baseline:
-            return None
-        return group.less(self.baseline, figure)
+        return None if group is self.baseline else group.less(self.baseline, figure)
 
 
 def paired_difference(differences: Sequence[float]) -> Difference | None:
-    """Mean of paired differences with the 95 % interval of Student's t.
-
-    Args:
-        differences: one value a pair; NaN pairs are dropped.
-
-    Returns:
-        None when no pair is left.
-    """
+    """Mean of paired differences with the 95 % interval of Student's t; None where all of them are NaN."""
     values = np.array([value for value in differences if not math.isnan(value)])
     if not values.size:
         return None
@@ -198,21 +174,22 @@ def compare(
         ArgumentValueError: no group is called `baseline`, or several are; or no run has a setting of `by`.
     """
     records, left_out = _read_all(paths)
-    _check_settings(records, by or ())
-    conditions = ("data",) if label is not None else _CONDITIONS
-    records, dropped = _same_conditions(records, conditions, by or ())
+    known = {key for record in records for key in record.settings}
+    for key in by or ():
+        if records and key not in known:
+            fix = did_you_mean(key, known) or "config.yaml of a run lists its settings"
+            raise ArgumentValueError("no run has this setting", where="--by", got=key, fix=fix)
+    records, dropped = _same_conditions(records, _CONDITIONS if label is None else ("data",), by or ())
     left_out += dropped
     if not records:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out)
-        raise CheckpointError(
-            "no run is left to compare", got=reasons or "no directory", fix="give directories of finished runs"
-        )
-    groups, notes = _group(records, by, label)
-    groups.sort(key=lambda group: (-_or(group.mean("test_accuracy"), -math.inf), group.label))
-    chosen = _choose_baseline(groups, baseline)
-    notes += _missing_seeds(groups, chosen)
-    comparison = Comparison(tuple(groups), chosen, tuple(left_out), tuple(notes))
-    return replace(comparison, notes=(*notes, *_cost_notes(comparison)))
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out) or "no directory"
+        fix = "give directories of finished runs"
+        raise CheckpointError("no run is left to compare", got=reasons, fix=fix)
+    labels = _labels(records, by) if label is None else [label(record) for record in records]
+    groups, notes = _group(records, labels)
+    groups.sort(key=lambda group: (-group.mean("test_accuracy"), group.label))
+    comparison = Comparison(tuple(groups), _choose_baseline(groups, baseline), tuple(left_out))
+    return replace(comparison, notes=(*notes, *_missing_seeds(comparison), *_cost_notes(comparison)))
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -257,39 +234,25 @@ def _unusable(record: RunRecord) -> str | None:
     return None
 
 
-def _check_settings(records: Sequence[RunRecord], by: Sequence[str]) -> None:
-    known = sorted({key for record in records for key in record.settings})
-    for key in by:
-        if records and key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            fix = f"did you mean {' or '.join(near)}?" if near else "config.yaml of a run lists its settings"
-            raise ArgumentValueError("no run has this setting", where="--by", got=key, fix=fix)
-
-
 def _same_conditions(
     records: list[RunRecord], conditions: Sequence[str], by: Sequence[str]
 ) -> tuple[list[RunRecord], list[tuple[str, str]]]:
     """The largest set of runs under the same conditions, and the others with what differs; what is missing does not."""
+    if not records:
+        return [], []
     every = [record.settings for record in records]
-    keys = [key for key in dict.fromkeys(key for one in every for key in one) if _below(key, conditions)]
+    keys = [key for key in dict.fromkeys(chain(*every)) if _below(key, conditions)]
     keys = [key for key in keys if not _below(key, _NOT_A_TREATMENT) and (key not in by or key == "data.name")]
     usual = {key: Counter(repr(one[key]) for one in every if key in one).most_common(1)[0][0] for key in keys}
     states = [tuple(repr(one[key]) if key in one else usual[key] for key in keys) for one in every]
-    if len(set(states)) < 2:
-        return records, []
-    kept = Counter(states).most_common(1)[0][0]
-    left_out = []
+    kept, left_out = Counter(states).most_common(1)[0][0], []
     for record, state in zip(records, states, strict=True):
-        others = [
-            (key, plain_text(got, 60), plain_text(most, 60))
-            for key, got, most in zip(keys, state, kept, strict=True)
-            if got != most
-        ]
+        others = [(key, got, most) for key, got, most in zip(keys, state, kept, strict=True) if got != most]
         if others:
-            told = ", ".join(f"{key} is {got} (most runs: {most})" for key, got, most in others)
+            told = (f"{key} is {plain_text(got, 60)} (most runs: {plain_text(most, 60)})" for key, got, most in others)
             named = ",".join(key for key, *_ in others)
             fix = "" if "data.name" in named else f"; --by {named} compares them"
-            left_out.append((str(record.path), f"other conditions: {told}{fix}"))
+            left_out.append((str(record.path), f"other conditions: {', '.join(told)}{fix}"))
     return [record for record, state in zip(records, states, strict=True) if state == kept], left_out
 
 
@@ -297,17 +260,12 @@ def _below(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _group(
-    records: list[RunRecord], by: Sequence[str] | None, label: Callable[[RunRecord], str] | None
-) -> tuple[list[Group], list[str]]:
+def _group(records: Sequence[RunRecord], labels: Sequence[str]) -> tuple[list[Group], list[str]]:
     """Runs by label; of several runs with one label and seed the last in the order given counts."""
-    names = {id(run): label(run) for run in records} if label is not None else _labels(records, by)
     labelled: dict[str, dict[int, RunRecord]] = defaultdict(dict)
     notes = []
-    for run in records:
-        name, seed = names[id(run)], run.seed
-        if seed is None:
-            continue
+    for run, name in zip(records, labels, strict=True):
+        seed = run.seed or 0  # every run here has one
         if seed in labelled[name]:
             notes.append(f"{name}: seed {seed} ran more than once; {run.path} counts")
         labelled[name][seed] = run
@@ -315,29 +273,24 @@ def _group(
     return groups, notes
 
 
-def _labels(records: list[RunRecord], by: Sequence[str] | None) -> dict[int, str]:
-    """Method and distinguishing settings of each run, by its identity."""
-    families: dict[str, list[RunRecord]] = defaultdict(list)
+def _labels(records: Sequence[RunRecord], by: Sequence[str] | None) -> list[str]:
+    """Method of each run, and the settings that tell it from others of its method (those of `by`, if given)."""
+    families: dict[str, list[dict[str, object]]] = defaultdict(list)
     for record in records:
-        families[record.method].append(record)
-    names = {}
-    for method, runs in families.items():
-        keys = list(by) if by is not None else _differing(runs)
-        for run in runs:
-            settings = run.settings
-            told = [method, *(f"{_short(key, keys)}={settings.get(key)}" for key in keys)]
-            names[id(run)] = plain_text(", ".join(map(plain_text, told)))
-    return names
+        families[record.method].append(record.settings)
+    keys = {method: _differing(family) if by is None else list(by) for method, family in families.items()}
+    labels = []
+    for record in records:
+        method, settings = record.method, record.settings
+        told = (f"{_short(key, keys[method])}={settings.get(key)}" for key in keys[method])
+        labels.append(plain_text(", ".join(map(plain_text, (method, *told)))))
+    return labels
 
 
-def _differing(runs: list[RunRecord]) -> list[str]:
+def _differing(family: Sequence[dict[str, object]]) -> list[str]:
     """Settings in which runs differ, without those that are no treatment (seed, folders, logging)."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    settings = [run.settings for run in runs]
-    for key in dict.fromkeys(key for one in settings for key in one):
-        if not _below(key, _NOT_A_TREATMENT):
-            seen[key] = {repr(one.get(key)) for one in settings}
-    return [key for key, values in seen.items() if len(values) > 1]
+    keys = [key for key in dict.fromkeys(chain(*family)) if not _below(key, _NOT_A_TREATMENT)]
+    return [key for key in keys if len({repr(settings.get(key)) for settings in family}) > 1]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
@@ -349,7 +302,7 @@ def _choose_baseline(groups: list[Group], name: str | None) -> Group:
     if name is None:
         usual = [[group for group in groups if group.runs[0].method == method] for method in ("fixed", "random")]
         among = next(filter(None, usual), groups)
-        return max(among, key=lambda group: (_or(group.mean("parameters"), 0.0), _or(group.mean("test_accuracy"), 0.0)))
+        return max(among, key=lambda group: (np.nan_to_num(group.mean("parameters")), group.mean("test_accuracy")))
     exact = [group for group in groups if group.label == name]
     found = exact or [group for group in groups if group.label.startswith(name)]
     if len(found) != 1:
@@ -362,18 +315,21 @@ def _choose_baseline(groups: list[Group], name: str | None) -> Group:
     return found[0]
 
 
-def _missing_seeds(groups: list[Group], baseline: Group) -> list[str]:
-    notes = []
-    every = sorted({seed for group in groups for seed in group.seeds})
-    for group in groups:
-        missing = [seed for seed in every if seed not in group.seeds]
+def _missing_seeds(comparison: Comparison) -> list[str]:
+    notes, baseline = [], comparison.baseline
+    every = sorted({seed for group in comparison.groups for seed in group.seeds})
+    for group in comparison.groups:
+        missing = [str(seed) for seed in every if seed not in group.seeds]
         if missing:
-            notes.append(f"{group.label}: no run with seed {', '.join(map(str, missing))}")
+            notes.append(f"{group.label}: no run with seed {', '.join(missing)}")
         common = set(group.seeds) & set(baseline.seeds)
-        if group is not baseline and not common:
-            notes.append(f"{group.label}: no seed in common with {baseline.label}, so no difference")
-        elif group is not baseline and len(common) < 2:
-            notes.append(f"{group.label}: one seed in common with {baseline.label}, so no interval")
+        if group is not baseline and len(common) < 2:
+            lack = (
+                "one seed in common with {}, so no interval"
+                if common
+                else "no seed in common with {}, so no difference"
+            )
+            notes.append(f"{group.label}: {lack.format(baseline.label)}")
     return notes
 
 
@@ -385,7 +341,3 @@ def _cost_notes(comparison: Comparison) -> list[str]:
         return []
     told = " to ".join(f"{100 * share:.0f} % ({label})" for share, label in dict.fromkeys((other[0], other[-1])))
     return [f"the costs differ: training FLOPs are {told} of those of {comparison.baseline.label}"]
-
-
-def _or(value: float, default: float) -> float:
-    return default if math.isnan(value) else value

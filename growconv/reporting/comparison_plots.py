@@ -34,17 +34,21 @@ def draw_differences(comparison: Comparison) -> Figure:
         for row, group in enumerate(groups):
             colour, marker = styles[group.label]
             difference = comparison.difference(group, figure_name)
-            middle = 0.0 if difference is None and group is comparison.baseline else math.nan
-            ends = None
+            middle, half = 0.0 if group is comparison.baseline else math.nan, math.nan
             if difference is not None:
-                middle = difference.mean
-                half = difference.high - difference.mean
-                ends = None if math.isnan(half) else half
+                middle, half = difference.mean, difference.high - difference.mean
+            ends = None if math.isnan(half) else half
             axis.errorbar(middle, row, xerr=ends, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2)
         axis.set(xlabel=f"{title}: difference to {shortened(name, 30)}")
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(groups)), [_row_name(comparison, group) for group in groups])
+    names = []
+    for group in groups:
+        share = comparison.flops_share(group)
+        names.append(
+            shortened(group.label, 40) + ("" if math.isnan(share) else f"  ({100 * share:.0f} % of the FLOPs)")
+        )
+    axes[0].set_yticks(range(len(groups)), names)
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
     return figure
 
@@ -55,17 +59,16 @@ def draw_costs(comparison: Comparison) -> Figure:
     rows = math.ceil(len(comparison.groups) / 4)
     figure = Figure(figsize=(9.6, 3.4 + 0.2 * rows), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, cost, name in zip(
-        axes, ("parameters", "train_flops", "seconds"), ("final parameters", "training FLOPs", "seconds"), strict=True
-    ):
+    costs = {"parameters": "final parameters", "train_flops": "training FLOPs", "seconds": "seconds"}
+    for axis, (cost, name) in zip(axes, costs.items(), strict=True):
         for group in comparison.groups:
             label = f"{group.label} (n={len(group.runs)})"
             _draw_group(axis, group, (cost, "test_accuracy"), styles[group.label], label)
         axis.set(xlabel=name)
         log_ticks(axis, "x")
     axes[0].set(ylabel="test accuracy %")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=min(4, len(comparison.groups)))
     return figure
 
 
@@ -116,8 +119,7 @@ def draw_frontier(comparison: Comparison) -> Figure:
         _draw_group(axes, group, ("train_flops", "test_loss"), styles[group.label], shortened(group.label, 40))
     axes.set(xlabel="training FLOPs", ylabel=comparison.loss_name)
     log_ticks(axes, "x")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -137,12 +139,6 @@ def group_styles(comparison: Comparison) -> Styles:
         taken = style in styles.values()
         styles[group.label] = method_style(group.label, "", known) if taken else style
     return styles
-
-
-def _row_name(comparison: Comparison, group: Group) -> str:
-    """Label, and what the group spent relative to the baseline."""
-    share = comparison.flops_share(group)
-    return shortened(group.label, 40) + ("" if math.isnan(share) else f"  ({100 * share:.0f} % of the FLOPs)")
 
 
 def mean_course(runs: Sequence[RunRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -109,18 +109,16 @@ def _head_start(group: Group, fixed: Sequence[Group]) -> float:
     run = group.runs[0]
     curves = fixed_curves(fixed)
     large, small = curves.get(network(run.summary)), curves.get(network(run.environment))
-    before = float(np.mean([flops_before_growth(each) for each in group.runs]))
+    before = float(np.mean([_flops_before_growth(each) for each in group.runs]))
     if large is None or small is None or math.isnan(before):
         return math.nan
     after = group.mean("train_flops") - before
     return head_start_kept(group.mean("test_loss"), after, large, loss_after(small, before))
 
 
-def flops_before_growth(run: RunRecord) -> float:
+def _flops_before_growth(run: RunRecord) -> float:
     """Training FLOPs that a run spent before it grew; NaN unless it grew at one step, after its first epoch."""
     steps = {number(event, "step") for event in run.events}
-    if len(steps) != 1:
-        return math.nan
-    (step,) = steps
+    step = steps.pop() if len(steps) == 1 else math.nan
     lines = [line for line in run.metrics if number(line, "step") <= step]
     return step * number(lines[-1], "train_flops") / number(lines[-1], "step") if lines else math.nan

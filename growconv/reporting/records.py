@@ -1,12 +1,14 @@
 """RunRecord: what a finished or broken run left in its directory, read without trusting it."""
 
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class RunRecord:
         path: the run directory.
         config: nested settings of the run; empty where config.yaml is missing.
         metrics: one dictionary an epoch, in file order.
-        events: one dictionary a growth event, in file order.
+        events: one dictionary a growth event, in file order, each with `details`, `gains` and `reason`.
         summary: final figures; empty where the run did not finish.
         environment: command, versions and layers that the run wrote down at its start; empty where it wrote nothing.
     """
@@ -56,8 +58,7 @@ class RunRecord:
     @property
     def method(self) -> str:
         """Growth method as the run names itself, "fixed" for a run that does not grow."""
-        settings = self.settings
-        named = self.summary.get("method") or settings.get("growth.method") or settings.get("growth.solver.name")
+        named = self.summary.get("method") or self.settings.get("growth.method")
         return str(named) if named not in (None, "", "none") else "fixed"
 
     @property
@@ -88,7 +89,7 @@ class RunRecord:
         """Seconds of each phase of growing, summed over the events; empty where they were not recorded."""
         phases: dict[str, float] = {}
         for event in self.events:
-            parts = detail(event, "seconds")
+            parts = event["details"].get("seconds")
             for name in parts if isinstance(parts, dict) else ():
                 phases[name] = phases.get(name, 0.0) + number(parts, name, 0.0)
         return dict(islice(phases.items(), 8))
@@ -122,23 +123,25 @@ def read_run(path: str | Path) -> RunRecord:
             expected=f"a folder with {CONFIG}, {METRICS} and {SUMMARY}",
             got=", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "an empty folder",
         )
+    try:
+        environment = read_mapping(directory / ENVIRONMENT)
+    except CheckpointError:  # it only adds to a report
+        environment = {}
     return RunRecord(
         path=directory,
-        config=_read_mapping(directory / CONFIG, "yaml", "settings"),
+        config=read_mapping(directory / CONFIG),
         metrics=tuple(_read_lines(directory / METRICS, needed="epoch")),
-        events=tuple(map(_usual, _read_lines(directory / GROWTH, needed="site"))),
-        summary=_read_mapping(directory / SUMMARY, "json", "figures"),
-        environment=_read_environment(directory / ENVIRONMENT),
+        events=tuple(map(_with_usual_parts, _read_lines(directory / GROWTH, needed="site"))),
+        summary=read_mapping(directory / SUMMARY),
+        environment=environment,
     )
 
 
-def _usual(event: dict[str, Any]) -> dict[str, Any]:
-    """A growth event whose parts are of the usual types; parts of other types are dropped."""
-    usual = {key: value for key, value in event.items() if isinstance(value, _PARTS.get(key, object))}
-    return {**usual, "site": plain_text(event["site"])}
-
-
-_PARTS: dict[str, type] = {"details": dict, "gains": list, "reason": str}
+def _with_usual_parts(event: dict[str, Any]) -> dict[str, Any]:
+    """A growth event as it is written: parts of other types count as empty."""
+    usual: dict[str, Any] = {"details": {}, "gains": [], "reason": ""}
+    usual |= {key: event[key] for key, empty in usual.items() if isinstance(event.get(key), type(empty))}
+    return {**event, **usual, "site": plain_text(event["site"])}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,29 +154,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield name, value
 
 
+def to_number(value: object, default: float = math.nan) -> float:
+    """A value read from JSON as a number, `default` where it is none that a run can have."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return default
+    return float(value) if value == 0 or 1 / MOST_SIZE <= abs(value) <= MOST_SIZE else default
+
+
 def is_number(value: object) -> bool:
     """Whether a value read from JSON is a number that a run can have."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (value == 0 or 1 / MOST_SIZE <= abs(value) <= MOST_SIZE)
-    )
+    return not math.isnan(to_number(value))
 
 
-def number(line: dict[str, Any], key: str, default: float | int = math.nan) -> float:
+def number(line: dict[str, Any], key: str, default: float = math.nan) -> float:
     """The number under `key`, `default` where it is missing or none."""
-    value = line.get(key)
-    return float(value if isinstance(value, int | float) and is_number(value) else default)
-
-
-def detail(event: dict[str, Any], key: str) -> Any:
-    """An entry of a growth event's details; None where it is missing."""
-    details = event.get("details")
-    return details.get(key) if isinstance(details, dict) else None
-
-
-def _damaged(path: Path, what: str, got: object = None) -> CheckpointError:
-    return CheckpointError(f"damaged: {what}", where=str(path), got=got, fix="run again, or leave this run out")
+    return to_number(line.get(key), default)
 
 
 def read_yaml(text: str) -> Any:
@@ -210,25 +205,17 @@ def read_json(text: str) -> Any:
         tree = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    level = [tree]
+    level: list[Any] = [tree]
     for _ in range(MOST_DEPTH):
-        level = [inner for each in level if isinstance(each, list | dict) for inner in _inside(each)]
+        parts = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, list | dict))
+        level = list(chain.from_iterable(parts))
     if level:
         raise ValueError("nested too deeply")
     return tree
 
 
-def _inside(tree: list | dict) -> Iterable[Any]:
-    return tree.values() if isinstance(tree, dict) else tree
-
-
 def plain_text(value: object, most: int = 300) -> str:
-    """Text of a stranger as it may be shown: one line, without control characters, not endless.
-
-    Args:
-        value: what to show.
-        most: characters kept.
-    """
+    """Text of a stranger as it may be shown: one line, without control characters, of at most so many letters."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)[: 2 * most])
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
@@ -238,8 +225,17 @@ def csv_cell(value: object) -> object:
     """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
     if not isinstance(value, str):
         return value
-    text = plain_text(value)
+    text = plain_text(value, 10_000)
     return f"'{text}" if text[:1] in tuple("=+-@") else text
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV, its cells by `csv_cell`; rows may know more than the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 @contextmanager
@@ -261,47 +257,27 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _read_text(path: Path, kind: str = "json") -> str | None:
-    try:
-        if not path.exists():
-            return None
-        if not path.is_file():
-            raise _damaged(path, "no file")
-        if path.stat().st_size > MOST_BYTES[kind]:
-            raise _damaged(path, f"larger than {MOST_BYTES[kind]} bytes")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "not UTF-8 text", error) from None
-    except OSError as error:
-        raise _damaged(path, "cannot be read", error) from None
+def read_mapping(path: Path, fix: str = "run again, or leave this run out") -> dict[str, Any]:
+    """The mapping that a file of YAML or JSON of a run holds; empty where there is no file.
 
-
-def _read_mapping(path: Path, kind: str, what: str) -> dict[str, Any]:
-    """The mapping that a file of YAML or JSON holds; empty where there is no file."""
-    text = _read_text(path, kind)
+    Raises:
+        CheckpointError: it is damaged, with `fix` as what to do.
+    """
+    text = _read_text(path)
     if text is None:
         return {}
     try:
-        found = read_yaml(text) if kind == "yaml" else read_json(text)
+        found = read_yaml(text) if path.suffix == ".yaml" else read_json(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise _damaged(path, f"not {kind.upper()}", str(error).partition("\n")[0]) from None
-    if not isinstance(found, dict) or (kind == "json" and not found):
-        raise _damaged(path, f"holds no {what}", type(found).__name__)
+        reason = str(error).partition("\n")[0]
+        raise _damaged(path, f"not {path.suffix[1:].upper()}", reason, fix) from None
+    if not isinstance(found, dict):
+        raise _damaged(path, "no mapping", type(found).__name__, fix)
     return found
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
-    """What is told about the run's start: it only adds to a report, so a damaged file counts as missing."""
-    try:
-        told = read_json(_read_text(path) or "{}")
-    except (CheckpointError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
 def _read_lines(path: Path, needed: str) -> Iterator[dict[str, Any]]:
-    text = _read_text(path)
-    for index, line in enumerate((text or "").splitlines(), start=1):
+    for index, line in enumerate((_read_text(path) or "").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -311,3 +287,25 @@ def _read_lines(path: Path, needed: str) -> Iterator[dict[str, Any]]:
         if not isinstance(entry, dict) or needed not in entry:
             raise _damaged(path, f"line {index} has no '{needed}'", line[:80])
         yield entry
+
+
+def _read_text(path: Path) -> str | None:
+    most = MOST_BYTES["yaml" if path.suffix == ".yaml" else "json"]
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():
+            raise _damaged(path, "no file")
+        if path.stat().st_size > most:
+            raise _damaged(path, f"larger than {most} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "not UTF-8 text", error) from None
+    except OSError as error:
+        raise _damaged(path, "cannot be read", error) from None
+
+
+def _damaged(
+    path: Path, what: str, got: object = None, fix: str = "run again, or leave this run out"
+) -> CheckpointError:
+    return CheckpointError(f"damaged: {what}", where=str(path), got=got, fix=fix)

@@ -6,20 +6,19 @@ import html
 import math
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 
 from growconv.errors import CheckpointError
-from growconv.reporting import run_plots
-from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, replacing
+from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, replacing, to_number
+from growconv.reporting.run_plots import drawings, event_places, score_name
 from growconv.reporting.style import magnitude, save_figure, style_sheet, svg_text
-from growconv.reporting.terminal import shown
+from growconv.reporting.terminal import shown, told
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -27,15 +26,12 @@ _SCRIPT = Path(__file__).with_name("report.js")
 MOST_EVENTS = 1000
 """Rows of the table of events; later ones are in growth.jsonl."""
 
-Drawing = tuple[str, str, Callable[[bool], Figure]]
-"""Title, what a reader should know, and the figure for a wide or a narrow screen."""
-
 
 def main(arguments: Namespace) -> None:
     """Write the report of a run, and print where it lies.
 
     Args:
-        arguments: what `report_parser` read.
+        arguments: of `growconv report`.
     """
     print(shown(write_report(arguments.run, arguments.output)))
     if arguments.figures is not None:
@@ -58,33 +54,24 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """
     record = read_run(run)
     if not record.metrics:
-        raise CheckpointError(
-            "the run has not finished an epoch yet, so there is nothing to report", where=str(record.path / METRICS)
-        )
+        problem = "the run has not finished an epoch yet, so there is nothing to report"
+        raise CheckpointError(problem, where=str(record.path / METRICS))
     path = Path(output) if output is not None else record.path / REPORT
     text = render(record)
     try:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of letters in names and texts
     except OSError as error:
-        raise CheckpointError(
-            "the report cannot be written", where=str(path), got=error, fix="name a file in an existing folder"
-        ) from error
+        fix = "name a file in an existing folder"
+        raise CheckpointError("the report cannot be written", where=str(path), got=error, fix=fix) from error
     return path
 
 
 def write_figures(run: RunRecord, folder: Path) -> list[Path]:
-    """Write every figure of the report as an SVG that follows light and dark pages.
-
-    Args:
-        folder: where to; made where it is missing.
-
-    Returns:
-        The files.
-    """
+    """Write every figure of the report as an SVG that follows light and dark pages into a folder: the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for title, _, draw in _drawings(run, beside(run)[0]):
+    for title, _, draw in drawings(beside(run)[0]):
         paths.append(folder / f"{title.lower().replace(' ', '_')}.svg")
         save_figure(partial(draw, False), paths[-1])
     return paths
@@ -93,15 +80,14 @@ def write_figures(run: RunRecord, folder: Path) -> list[Path]:
 def render(run: RunRecord) -> str:
     """The report as HTML text; everything that comes from the run's files is escaped, and no script of theirs runs."""
     runs, broken = beside(run)
-    figures = [_figure_section(*drawing) for drawing in _drawings(run, runs)]
-    sections = [
-        _section("What growing bought", _results(runs, broken)) if len(runs) > 1 or broken else "",
-        *figures,
-        _section("Growth events", _event_table(run) if run.events else "<p>This run did not grow.</p>"),
-        _section("How to reproduce", _reproduction(run)),
-        _section(
-            "Configuration", f"<details><summary>config.yaml</summary><pre>{_escape(_yaml(run.config))}</pre></details>"
-        ),
+    config = f"<details><summary>config.yaml</summary><pre>{_escape(_yaml(run.config))}</pre></details>"
+    sections = [("What growing bought", _results(runs, broken))] if len(runs) > 1 or broken else []
+    for title, note, draw in drawings(runs):
+        sections.append((title, (f'<p class="soft">{note}</p>' if note else "") + svg_text(draw, title)))
+    sections += [
+        ("Growth events", _event_table(run) if run.events else "<p>This run did not grow.</p>"),
+        ("How to reproduce", _reproduction(run)),
+        ("Configuration", config),
     ]
     script = _SCRIPT.read_text(encoding="utf-8")
     state = "" if run.finished else "unfinished, so far: "
@@ -114,7 +100,7 @@ def render(run: RunRecord) -> str:
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tiles=_tiles(run),
-        sections="\n".join(section for section in sections if section),
+        sections="\n".join(f"<section><h2>{title}</h2>\n{body}</section>" for title, body in sections),
     )
 
 
@@ -132,68 +118,18 @@ def beside(run: RunRecord) -> tuple[dict[str, RunRecord], list[str]]:
     return runs, broken
 
 
-def _drawings(run: RunRecord, runs: Mapping[str, RunRecord]) -> list[Drawing]:
-    """The figures that this run has something for."""
-    found: list[Drawing] = []
-    if len(runs) > 1:
-        note = "Best validation accuracy reached for the training FLOPs spent, of the grown and the fixed networks."
-        found.append(("Accuracy against cost", note, partial(run_plots.draw_bought, runs)))
-    curves = "Solid: training (while the weights change); dashed: validation. Dotted lines: growth."
-    found.append(
-        ("Training", curves if run.events else curves.rpartition(" Dotted")[0], partial(run_plots.draw_curves, run))
-    )
-    if not all(map(math.isnan, run.column("learning_rate"))):
-        found.append(("Learning rate", "", partial(run_plots.draw_rate, run)))
-    layers = run_plots.grown_layers(run)
-    if layers:
-        note = (
-            "Every layer from input to output, as wide as its output channels: at the start, and what came around it."
-        )
-        most = run_plots.ROWS
-        note += f" The first {most} that grew, of {len(layers)} layers." if len(layers) > most else ""
-        found.append(("Network before and after", note, partial(run_plots.draw_network, run)))
-    return [*found, *_growth_drawings(run)] if run.events else found
-
-
-def _growth_drawings(run: RunRecord) -> list[Drawing]:
-    found: list[Drawing] = []
-    sites = len(run_plots.sites_of(run))
-    note = "Channels of every site over the epochs; the darker, the nearer to its final width."
-    note += f" The first {run_plots.ROWS} of {sites} sites." if sites > run_plots.ROWS else ""
-    found.append(("Widths", note, partial(run_plots.draw_widths, run)))
-    drawn = len(run_plots.spectra_sites(run))
-    if drawn:
-        note = "Gains of the candidates, best first, dark to light over the run. Filled: kept; hollow: not taken."
-        note += f" Not drawn: {sites - drawn} sites with smaller gains or none." if sites > drawn else ""
-        found.append(("Spectra", note, partial(run_plots.draw_spectra, run)))
-    if any(not math.isnan(run_plots.captured_energy(event)) for event in run.events):
-        note = (
-            "Share of the change that the loss asks of the consumers (‖v‖²) that the new channels give, to first order."
-        )
-        found.append(("Captured energy", note, partial(run_plots.draw_energy, run)))
-    if _has(run, "predicted_decrease") and _has(run, "realised_decrease"):
-        note = "Decrease of the loss at insertion: first-order prediction and measurement, at the amplitude chosen."
-        found.append(("Predicted and realised decrease", note, partial(run_plots.draw_decrease, run)))
-    if number(run.summary, "seconds", 0.0) > 0:
-        found.append(("Time", "", partial(run_plots.draw_time, run)))
-    return found
-
-
-def _has(run: RunRecord, key: str) -> bool:
-    return any(not math.isnan(number(event, key)) for event in run.events)
-
-
 def _tiles(run: RunRecord) -> str:
     summary = run.summary or run.metrics[-1]
-    total, score = number(summary, "seconds"), run_plots.score_name(run)
+    total, score = number(summary, "seconds"), score_name(run)
+    growing = run.growth_seconds / total if total > 0 else math.nan
     tiles = [
         (f"test {score}", _percent(number(summary, "test_accuracy"))),
-        ("test loss", _loss(number(summary, "test_loss"))),
+        ("test loss", told(number(summary, "test_loss"), ".4g")),
         (f"best validation {score}", _percent(number(summary, "best_val_accuracy"))),
-        ("parameters", _figure(number(summary, "parameters"))),
-        ("training FLOPs", _figure(number(summary, "train_flops"))),
-        ("seconds in all", _figure(total)),
-        ("of the time growing", _percent(run.growth_seconds / total) if total > 0 else "–"),
+        ("parameters", magnitude(number(summary, "parameters"))),
+        ("training FLOPs", magnitude(number(summary, "train_flops"))),
+        ("seconds in all", magnitude(total)),
+        ("of the time growing", _percent(growing)),
         ("growth events", str(len(run.events))),
     ]
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles)
@@ -202,73 +138,56 @@ def _tiles(run: RunRecord) -> str:
 
 def _results(runs: Mapping[str, RunRecord], broken: Sequence[str]) -> str:
     """Grown and fixed networks as a table; FLOPs also as a share of the dearest run's."""
-    first = next(iter(runs.values()))
-    score = run_plots.score_name(first)
+    score = score_name(next(iter(runs.values())))
     heading = ["network", f"test {score} %", "test loss", "parameters", "training FLOPs", "share", "seconds", "growing"]
-    most = max((number(run.summary, "train_flops", 0.0) for run in runs.values()), default=0.0)
+    most = max(number(run.summary, "train_flops", 0.0) for run in runs.values())
     rows = []
     for label, run in runs.items():
-        flops, seconds = number(run.summary, "train_flops"), number(run.summary, "seconds")
-        share = flops / most if most > 0 else math.nan
-        rows.append(
-            [
-                label if run.finished else f"{label} (unfinished)",
-                _fixed(100 * number(run.summary, "test_accuracy"), 2),
-                _loss(number(run.summary, "test_loss")),
-                _figure(number(run.summary, "parameters")),
-                _figure(flops),
-                _percent(share),
-                _fixed(seconds, 1),
-                _fixed(run.growth_seconds, 1) if run.events else "–",
-            ]
+        accuracy, loss, parameters, flops, seconds = (
+            number(run.summary, name) for name in ("test_accuracy", "test_loss", "parameters", "train_flops", "seconds")
         )
+        cost = [magnitude(parameters), magnitude(flops), _percent(flops / most if most > 0 else math.nan)]
+        growing = told(run.growth_seconds, ".1f") if run.events else "–"
+        name = label if run.finished else f"{label} (unfinished)"
+        rows.append([name, told(100 * accuracy, ".2f"), told(loss, ".4g"), *cost, told(seconds, ".1f"), growing])
     notes = "".join(f"<p>Left out: {_escape(reason)}</p>" for reason in broken)
     return _table(heading, rows) + notes
-
-
-def _figure_section(title: str, note: str, draw: Callable[[bool], Figure]) -> str:
-    return _section(title, (f'<p class="soft">{note}</p>' if note else "") + svg_text(draw, title))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>\n{body}</section>"
 
 
 def _event_table(run: RunRecord) -> str:
     heading = ["site", "step", "epoch", "width", "parameters", "loss before", "after", "captured %", "seconds", "note"]
     rows = []
-    for event, place in list(zip(run.events, run_plots.event_places(run), strict=True))[:MOST_EVENTS]:
+    for event, place in list(zip(run.events, event_places(run), strict=True))[:MOST_EVENTS]:
         before, after = losses_of(event)
         more = number(event, "parameters_after") - number(event, "parameters_before")
-        silent = event.get("amplitude") == 0
+        notes = ["silent at first" if event.get("amplitude") == 0 else "", event["reason"]]
         rows.append(
             [
                 event["site"],
                 event.get("step", "–"),
-                _fixed(place, 2),
+                told(place, ".2f"),
                 f"{event.get('width_before', '?')} → {event.get('width_after', '?')}",
-                "–" if math.isnan(more) else f"{more:+,.0f}",
-                _loss(before),
-                _loss(after),
-                _fixed(100 * run_plots.captured_energy(event), 1),
-                _figure(number(event, "seconds")),
-                "; ".join(filter(None, ["silent at first" if silent else "", event.get("reason") or ""])),
+                told(more, "+,.0f"),
+                told(before, ".4g"),
+                told(after, ".4g"),
+                told(100 * number(event["details"], "captured_energy"), ".1f"),
+                magnitude(number(event, "seconds")),
+                "; ".join(filter(None, notes)),
             ]
         )
-    more = len(run.events) - len(rows)
+    later = len(run.events) - len(rows)
     note = (
         "Loss: of the held-out growth batches. Silent at first: the function stays, the new channels learn from there."
     )
-    note += f" {more} later events are in growth.jsonl." if more else ""
+    note += f" {later} later events are in growth.jsonl." if later else ""
     return f'<p class="soft">{note}</p>{_table(heading, rows, noted=True)}'
 
 
 def losses_of(event: dict[str, Any]) -> tuple[float, float]:
     """The held-out loss before an event and at the amplitude that was chosen; NaN where they were not measured."""
-    details = event.get("details") or {}
-    tried = details.get("losses")
+    tried = event["details"].get("losses")
     pairs = [pair for pair in tried if isinstance(pair, list) and len(pair) == 2] if isinstance(tried, list) else []
-    at = {number({"x": place}, "x"): number({"x": loss}, "x") for place, loss in pairs}
+    at = {to_number(place): to_number(loss) for place, loss in pairs}
     return at.get(0.0, math.nan), at.get(number(event, "amplitude"), math.nan)
 
 
@@ -306,15 +225,3 @@ def _escape(text: object) -> str:
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _fixed(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _loss(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _figure(value: float) -> str:
-    return "–" if math.isnan(value) else magnitude(value)

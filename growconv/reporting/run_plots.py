@@ -1,7 +1,9 @@
 """Figures of one run: what growing bought, curves, the network before and after, widths, spectra, predictions, time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -12,25 +14,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from growconv.reporting.records import RunRecord, detail, is_number, number, plain_text
-from growconv.reporting.style import (
-    BLUE,
-    DASHES,
-    GREEN,
-    INK,
-    ORANGE,
-    PAPER,
-    PINK,
-    PURPLE,
-    SKY,
-    SOFT,
-    VERMILION,
-    finite,
-    log_ticks,
-    magnitude_ticks,
-    method_style,
-    shortened,
-)
+from growconv.reporting import style
+from growconv.reporting.records import RunRecord, number, plain_text, to_number
 
 PANELS = 12
 """Sites whose spectra are drawn; more would be too small to read."""
@@ -38,27 +23,64 @@ ROUNDING = 1e-9
 """Gains below this share of an event's largest are not drawn: numerical zeros would squeeze the others together."""
 ROWS = 40
 """Layers and sites that are drawn as rows; of more the first that grew are taken."""
-LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, PURPLE, SOFT)
+_DECREASES = ("predicted_decrease", "realised_decrease")
+Drawing = tuple[str, str, Callable[[bool], Figure]]
+"""Title, what a reader should know, and the figure for a wide or a narrow screen."""
+
+
+def drawings(runs: Mapping[str, RunRecord]) -> list[Drawing]:
+    """The figures that a run has something for.
+
+    Args:
+        runs: the run, then the fixed networks beside it, by what they are called.
+    """
+    run = next(iter(runs.values()))
+    layers, sites, spectra = grown_layers(run), len(sites_of(run)), len(spectra_sites(run))
+    compared = all(any(not math.isnan(number(event, key)) for event in run.events) for key in _DECREASES)
+    curves = "Solid: training (while the weights change); dashed: validation."
+    boxes = "Every layer from input to output, as wide as its output channels: at the start, and what came around it."
+    widths = "Channels of every site over the epochs; the darker, the nearer to its final width."
+    gains = "Gains of the candidates, best first, dark to light over the run. Filled: kept; hollow: not taken."
+    if run.events:
+        curves += " Dotted lines: growth."
+    if len(layers) > ROWS:
+        boxes += f" The first {ROWS} that grew, of {len(layers)} layers."
+    if sites > ROWS:
+        widths += f" The first {ROWS} of {sites} sites."
+    if sites > spectra:
+        gains += f" Not drawn: {sites - spectra} sites with smaller gains or none."
+    cost = "Best validation accuracy reached for the training FLOPs spent, of the grown and the fixed networks."
+    share = "Share of the change that the loss asks of the consumers (‖v‖²) that the new channels give, to first order."
+    decrease = "Decrease of the loss at insertion: first-order prediction and measurement, at the amplitude chosen."
+    figures: list[tuple[bool, str, str, Callable[[bool], Figure]]] = [
+        (len(runs) > 1, "Accuracy against cost", cost, partial(draw_bought, runs)),
+        (True, "Training", curves, partial(draw_curves, run)),
+        (bool(finite(run.column("learning_rate"))), "Learning rate", "", partial(draw_rate, run)),
+        (bool(layers), "Network before and after", boxes, partial(draw_network, run)),
+        (sites > 0, "Widths", widths, partial(draw_widths, run)),
+        (spectra > 0, "Spectra", gains, partial(draw_spectra, run)),
+        (bool(finite([*map(captured_energy, run.events)])), "Captured energy", share, partial(draw_energy, run)),
+        (compared, "Predicted and realised decrease", decrease, partial(draw_decrease, run)),
+        (sites > 0 and number(run.summary, "seconds", 0.0) > 0, "Time", "", partial(draw_time, run)),
+    ]
+    return [(title, note, draw) for has, title, note, draw in figures if has]
 
 
 def draw_bought(runs: Mapping[str, RunRecord], narrow: bool) -> Figure:
     """Best validation accuracy so far against training FLOPs so far, of a run and of its baselines."""
-    figure = _figure(narrow, 3.4)
-    axis = figure.subplots()
+    figure, axis = _axis(narrow, 3.4)
     ends = []
     for index, (label, run) in enumerate(runs.items()):
         spent, reached = course(run, "train_flops")
         if not spent.size:
             continue
-        colour, marker = method_style(run.method, label, {})
-        every = max(1, len(spent) // 8)
-        axis.plot(
-            spent, reached, color=colour, marker=marker, markevery=every, label=label, linestyle=DASHES[index % 4]
-        )
+        colour, marker = style.method_style(run.method, label, {})
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style.DASHES[index % 4]}
+        axis.plot(spent, reached, markevery=max(1, len(spent) // 8), label=label, **look)
         ends.append(reached)
     axis.set(xlabel="training FLOPs so far", ylabel=f"best validation {score_name(next(iter(runs.values())))} % so far")
     if ends:
-        log_ticks(axis, "x")
+        style.log_ticks(axis, "x")
     zoom(axis, ends)
     figure.legend(loc="outside lower center", ncols=1 if narrow else 3)
     return figure
@@ -68,41 +90,34 @@ def draw_curves(run: RunRecord, narrow: bool) -> Figure:
     """Loss and accuracy, training and validation, against epochs and training FLOPs; growth as vertical lines."""
     figure = _figure(narrow, 9.4 if narrow else 5.2)
     axes = figure.subplots(4, 1) if narrow else figure.subplots(2, 2).T.reshape(-1)
-    score = score_name(run)
-    places = [(key, name, sorted(set(event_places(run, key)))) for key, name in _AGAINST]
-    for start, (key, name, events) in zip((0, 2), places, strict=True):
-        spent = run.column(key)
-        for axis, quantity, scale in ((axes[start], "loss", 1.0), (axes[start + 1], "accuracy", 100.0)):
-            drawn: list[float] = []
-            for part, colour, dash in (("train", BLUE, "-"), ("val", VERMILION, "--")):
-                values = [scale * value for value in run.column(f"{part}_{quantity}")]
-                label = "training" if part == "train" else "validation"
-                axis.plot(spent, values, color=colour, linestyle=dash, linewidth=1.4, label=label)
-                drawn += [value for at, value in zip(spent, values, strict=True) if math.isfinite(at + value)]
-            axis.set(xlabel=name, ylabel="loss" if quantity == "loss" else f"{score} %")
-            for place in events:
-                axis.axvline(place, color=SOFT, linewidth=0.7, linestyle=":", zorder=0)
-            if quantity == "loss" and min(drawn, default=0.0) > 0:
-                log_ticks(axis, "y")
-            if key == "epoch":
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            else:
-                magnitude_ticks(axis, "x")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    parts = (("train", "training", style.BLUE, "-"), ("val", "validation", style.VERMILION, "--"))
+    costs = (("epoch", "epoch"), ("train_flops", "training FLOPs so far"))
+    panels = product(costs, (("loss", "loss", 1.0), ("accuracy", f"{score_name(run)} %", 100.0)))
+    for axis, ((key, cost), (quantity, title, scale)) in zip(axes, panels, strict=True):
+        spent, drawn = run.column(key), []
+        for part, label, colour, dash in parts:
+            values = [scale * value for value in run.column(f"{part}_{quantity}")]
+            axis.plot(spent, values, color=colour, linestyle=dash, linewidth=1.4, label=label)
+            drawn += [value for at, value in zip(spent, values, strict=True) if math.isfinite(at + value)]
+        axis.set(xlabel=cost, ylabel=title)
+        for place in sorted(set(event_places(run, key))):
+            axis.axvline(place, color=style.SOFT, linewidth=0.7, linestyle=":", zorder=0)
+        if quantity == "loss" and min(drawn, default=0.0) > 0:
+            style.log_ticks(axis, "y")
+        if key == "epoch":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            style.magnitude_ticks(axis, "x")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
-
-
-_AGAINST = (("epoch", "epoch"), ("train_flops", "training FLOPs so far"))
 
 
 def draw_rate(run: RunRecord, narrow: bool) -> Figure:
     """The learning rate at the end of every epoch."""
-    figure = _figure(narrow, 1.9)
-    axis = figure.subplots()
-    axis.plot(run.column("epoch"), run.column("learning_rate"), color=BLUE)
+    figure, axis = _axis(narrow, 1.9)
+    axis.plot(run.column("epoch"), run.column("learning_rate"), color=style.BLUE)
     for place in sorted(set(event_places(run))):
-        axis.axvline(place, color=SOFT, linewidth=0.7, linestyle=":", zorder=0)
+        axis.axvline(place, color=style.SOFT, linewidth=0.7, linestyle=":", zorder=0)
     axis.set(xlabel="epoch", ylabel="learning rate")
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -113,19 +128,17 @@ def draw_network(run: RunRecord, narrow: bool) -> Figure:
     """Layers as boxes from input to output, as wide as their channels: the start inside, later growth around it."""
     layers = grown_layers(run)
     shown = layers if len(layers) <= ROWS else [layer for layer in layers if len(layer[1]) > 1][:ROWS]
-    figure = _figure(narrow, 1.0 + 0.3 * len(shown))
-    axis = figure.subplots()
+    figure, axis = _axis(narrow, 1.0 + 0.3 * len(shown))
     last = max([*finite(run.column("epoch")), 1.0])
     shades = ScalarMappable(Normalize(0, last), matplotlib.colormaps["viridis"])
     for row, (path, rings) in enumerate(shown):
         for place, width in reversed(rings):
-            axis.barh(
-                row, width, left=-width / 2, height=0.72, color=shades.cmap(place / last), edgecolor=INK, linewidth=0.4
-            )
+            colour = shades.cmap(place / last)
+            axis.barh(row, width, 0.72, -width / 2, color=colour, edgecolor=style.INK, linewidth=0.4)
         widths = [rings[0][1], rings[-1][1]]
         text = " → ".join(f"{width:.0f}" for width in dict.fromkeys(widths))
         _beside(axis, widths[-1] / 2, row, text)
-        _beside(axis, -widths[-1] / 2, row, shortened(path, 22 if narrow else 40), left=True)
+        _beside(axis, -widths[-1] / 2, row, style.shortened(path, 22 if narrow else 40), left=True)
     widest = max([rings[-1][1] for _, rings in shown], default=1.0)
     margin = widest * (1.3 if narrow else 0.75)
     axis.set(xlim=(-widest / 2 - margin, widest / 2 + margin / 2), ylim=(len(shown) - 0.4, -0.6), xticks=[], yticks=[])
@@ -143,8 +156,12 @@ def grown_layers(run: RunRecord) -> list[tuple[str, list[tuple[float, float]]]]:
 
     Empty where the run did not write down its layers.
     """
-    before = _shapes(run.environment.get("layers"))
-    rings = {path: [(0.0, width)] for path, width in before.items()}
+    layers = run.environment.get("layers")
+    rings: dict[str, list[tuple[float, float]]] = {}
+    for path, shape in layers.items() if isinstance(layers, dict) else ():
+        width = to_number(shape[0]) if isinstance(shape, list) and shape else 0.0
+        if 0 < width < 1e6:
+            rings[plain_text(path, 100)] = [(0.0, width)]
     for event, place in zip(run.events, event_places(run), strict=True):
         for path, change in _added_outputs(event).items():
             if path in rings:
@@ -152,24 +169,15 @@ def grown_layers(run: RunRecord) -> list[tuple[str, list[tuple[float, float]]]]:
     return list(rings.items())
 
 
-def _shapes(layers: object) -> dict[str, float]:
-    """Output channels by layer, from what a run's file says."""
-    if not isinstance(layers, dict):
-        return {}
-    firsts = {plain_text(path, 100): shape[0] for path, shape in layers.items() if isinstance(shape, list) and shape}
-    return {path: float(width) for path, width in firsts.items() if is_number(width) and 0 < width < 1e6}
-
-
 def _added_outputs(event: dict[str, Any]) -> dict[str, float]:
+    """By how many output channels an event changed each layer."""
     added: dict[str, float] = {}
     edits = event.get("edits")
     for edit in edits if isinstance(edits, list) else ():
         if isinstance(edit, dict) and edit.get("tensor") == "weight" and edit.get("axis") == 0:
-            path = plain_text(edit.get("module"), 100)
-            taken = edit.get("removed")
-            added[path] = added.get(path, 0.0) + (
-                -len(taken) if isinstance(taken, list) else number(edit, "count", 0.0)
-            )
+            path, taken = plain_text(edit.get("module"), 100), edit.get("removed")
+            change = -len(taken) if isinstance(taken, list) else number(edit, "count", 0.0)
+            added[path] = added.get(path, 0.0) + change
     return {path: change for path, change in added.items() if abs(change) < 1e6}
 
 
@@ -184,8 +192,7 @@ def draw_widths(run: RunRecord, narrow: bool) -> Figure:
         widths[row] = number(of_site[0][1], "width_before", 0.0)
         for at, event in of_site:
             widths[row, min(times.index(at), widths.shape[1]) :] = number(event, "width_after", 0.0)
-    figure = _figure(narrow, 1.3 + 0.3 * len(sites))
-    axis = figure.subplots()
+    figure, axis = _axis(narrow, 1.3 + 0.3 * len(sites))
     edges = times if len(times) > 1 else [0.0, 1.0]
     share = widths / np.maximum(widths.max(axis=1, keepdims=True), 1e-9)
     axis.pcolormesh(edges, np.arange(len(sites) + 1), share, cmap="Blues", vmin=0, vmax=1.2, edgecolors="white", lw=0.6)
@@ -194,12 +201,11 @@ def draw_widths(run: RunRecord, narrow: bool) -> Figure:
         for column in range(widths.shape[1]):
             new = column == 0 or widths[row, column] != widths[row, column - 1]
             if new and edges[column + 1] - edges[column] > span * (0.07 if narrow else 0.03):
-                middle = (edges[column] + edges[column + 1]) / 2
-                dark = "#ffffff" if share[row, column] > 0.7 else "#08306b"
-                axis.text(
-                    middle, row + 0.5, f"{widths[row, column]:.0f}", ha="center", va="center", fontsize=8, color=dark
-                )
-    axis.set_yticks(np.arange(len(sites)) + 0.5, [shortened(site, 20 if narrow else 44) for site in sites], fontsize=8)
+                middle, text = (edges[column] + edges[column + 1]) / 2, f"{widths[row, column]:.0f}"
+                colour = "#ffffff" if share[row, column] > 0.7 else "#08306b"
+                axis.text(middle, row + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+    names = [style.shortened(site, 20 if narrow else 44) for site in sites]
+    axis.set_yticks(np.arange(len(sites)) + 0.5, names, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="epoch")
     axis.grid(visible=False)
@@ -227,11 +233,10 @@ def draw_spectra(run: RunRecord, narrow: bool) -> Figure:
             positive = spectrum > ROUNDING * spectrum.max()
             kept = positive & (ranks <= number(event, "channels", len(spectrum)))
             axis.plot(ranks[positive], spectrum[positive], color=shade, linewidth=0.8)
-            axis.plot(ranks[kept], spectrum[kept], color=shade, marker="o", markersize=3.2, linestyle="")
-            rest = positive & ~kept
-            axis.plot(ranks[rest], spectrum[rest], color=shade, marker="o", markersize=3.2, linestyle="", mfc=PAPER)
-        log_ticks(axis, "y")
-        axis.set_title(shortened(site, 22 if narrow else 26), fontsize=8)
+            for part, face in ((kept, shade), (positive & ~kept, style.PAPER)):
+                axis.plot(ranks[part], spectrum[part], "o", color=shade, markersize=3.2, markerfacecolor=face)
+        style.log_ticks(axis, "y")
+        axis.set_title(style.shortened(site, 22 if narrow else 26), fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("candidate, best first", fontsize=9)
     figure.supylabel("gain", fontsize=9)
@@ -240,40 +245,41 @@ def draw_spectra(run: RunRecord, narrow: bool) -> Figure:
 
 def draw_energy(run: RunRecord, narrow: bool) -> Figure:
     """Share of the output change that the loss asks for (‖v‖²) that the new channels capture, by event."""
-    sites = sites_of(run)
-    rows = len(sites) if narrow else math.ceil(len(sites) / 3)
-    figure = _figure(narrow, 2.7 + 0.16 * rows)
-    axis = figure.subplots()
-    places = event_places(run)
-    for index, site in enumerate(sites):
-        points = [
-            (place, 100 * captured_energy(event))
-            for event, place in zip(run.events, places, strict=True)
-            if event["site"] == site
-        ]
-        style = _line(index)
-        axis.plot(*zip(*points, strict=True), label=shortened(site, 40), markersize=4, linewidth=0.9, **style)
+    shares = [100 * captured_energy(event) for event in run.events]
+    points = list(zip(event_places(run), shares, strict=True))
+    figure, axis = _sites_axis(run, narrow, 2.7, points, markersize=4, linewidth=0.9)
     axis.set(xlabel="epoch", ylabel="% of ‖v‖²")
     axis.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=1 if narrow else 3)
     return figure
 
 
 def draw_decrease(run: RunRecord, narrow: bool) -> Figure:
     """Predicted against realised decrease of the loss, a point an event; on the diagonal the prediction was right."""
-    figure = _figure(narrow, 3.2 + 0.16 * len(sites_of(run)) / (1 if narrow else 3))
-    axis = figure.subplots()
-    pairs = [(number(event, "predicted_decrease"), number(event, "realised_decrease")) for event in run.events]
-    for index, site in enumerate(sites_of(run)):
-        points = [pair for event, pair in zip(run.events, pairs, strict=True) if event["site"] == site]
-        style = {**_line(index), "linestyle": ""}
-        axis.plot(*zip(*points, strict=True), markersize=5, label=shortened(site, 40), **style)
+    pairs = [(number(event, _DECREASES[0]), number(event, _DECREASES[1])) for event in run.events]
+    figure, axis = _sites_axis(run, narrow, 3.2, pairs, markersize=5, linestyle="")
     known = finite([value for pair in pairs for value in pair])
     ends = [min([*known, 0.0]), max([*known, 0.0])]
-    axis.plot(ends, ends, color=SOFT, linewidth=1, zorder=0)
+    axis.plot(ends, ends, color=style.SOFT, linewidth=1, zorder=0)
     axis.set(xlabel="predicted", ylabel="realised")
-    figure.legend(loc="outside lower center", ncols=1 if narrow else 3)
     return figure
+
+
+def _sites_axis(
+    run: RunRecord, narrow: bool, height: float, points: Sequence[tuple[float, float]], **look: Any
+) -> tuple[Figure, Axes]:
+    """A line a site through the points of its events, with a legend below; `points` has one an event."""
+    sites = sites_of(run)
+    figure, axis = _axis(narrow, height + 0.16 * math.ceil(len(sites) / (1 if narrow else 3)))
+    for index, site in enumerate(sites):
+        own = [point for event, point in zip(run.events, points, strict=True) if event["site"] == site]
+        line: dict[str, Any] = {
+            "color": style.LINES[index % len(style.LINES)],
+            "linestyle": style.DASHES[index // len(style.LINES) % len(style.DASHES)],
+        }
+        line |= {"marker": "os^Dv<>P"[index % 8], **look}
+        axis.plot(*zip(*own, strict=True), label=style.shortened(site, 40), **line)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 3)
+    return figure, axis
 
 
 def draw_time(run: RunRecord, narrow: bool) -> Figure:
@@ -284,10 +290,9 @@ def draw_time(run: RunRecord, narrow: bool) -> Figure:
     parts = {"training": max(total - growing, 0.0), **phases}
     if rest > 0.01 * total or not phases:
         parts["other growing" if phases else "growing"] = rest
-    figure = _figure(narrow, 0.8 + 0.26 * len(parts))
-    axis = figure.subplots()
+    figure, axis = _axis(narrow, 0.8 + 0.26 * len(parts))
     names = [plain_text(name, 40) for name in parts]
-    axis.barh(range(len(parts)), list(parts.values()), color=BLUE, height=0.6)
+    axis.barh(range(len(parts)), list(parts.values()), color=style.BLUE, height=0.6)
     for row, seconds in enumerate(parts.values()):
         _beside(axis, seconds, row, f"{seconds:.1f} s ({100 * seconds / total if total else 0:.0f} %)")
     axis.set_yticks(range(len(parts)), names)
@@ -336,14 +341,14 @@ def sites_of(run: RunRecord) -> list[str]:
 
 def captured_energy(event: dict[str, Any]) -> float:
     """The share of ‖v‖² that an event's channels capture; NaN where it was not recorded."""
-    return number(event.get("details") or {}, "captured_energy")
+    return number(event["details"], "captured_energy")
 
 
 def spectrum_of(event: dict[str, Any]) -> Sequence[float]:
     """Gains of all candidates of an event, best first; of the kept ones where no others were recorded."""
-    recorded = detail(event, "spectrum")
-    values = recorded if isinstance(recorded, list) and recorded else event.get("gains") or ()
-    return [float(value) if is_number(value) else math.nan for value in values]
+    recorded = event["details"].get("spectrum")
+    values = recorded if isinstance(recorded, list) and recorded else event["gains"]
+    return [to_number(value) for value in values]
 
 
 def spectra_sites(run: RunRecord) -> list[str]:
@@ -355,20 +360,21 @@ def spectra_sites(run: RunRecord) -> list[str]:
     return [site for site in sites_of(run) if site in chosen]
 
 
-def _line(index: int) -> dict[str, Any]:
-    """Colour, dash and marker of the index-th site."""
-    return {
-        "color": LINES[index % len(LINES)],
-        "linestyle": DASHES[index // len(LINES) % len(DASHES)],
-        "marker": "os^Dv<>P"[index % 8],
-    }
-
-
 def _beside(axis: Axes, x: float, y: float | int, text: str, left: bool = False) -> None:
     """Text a little to the right (or left) of a point."""
     place, align = ((-5, 0), "right") if left else ((5, 0), "left")
     axis.annotate(text, (x, y), xytext=place, ha=align, textcoords="offset points", va="center", fontsize=8)
 
 
+def finite(values: Sequence[float]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if math.isfinite(value)]
+
+
 def _figure(narrow: bool, height: float) -> Figure:
     return Figure(figsize=(4.1 if narrow else 9.6, height), layout="constrained")
+
+
+def _axis(narrow: bool, height: float) -> tuple[Figure, Axes]:
+    figure = _figure(narrow, height)
+    return figure, figure.subplots()

@@ -15,76 +15,33 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from growconv.reporting.terminal import metric
 
 INK, SOFT, GRID, PAPER = "#1f2933", "#616e7c", "#e3e6e9", "#fefefe"
-BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, PURPLE = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#b8578f",
-    "#b97d00",
-    "#2f97c9",
-    "#7f3c8d",
-)
+BLUE, VERMILION, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#b8578f"
+ORANGE, SKY, PURPLE = "#b97d00", "#2f97c9", "#7f3c8d"
 DARK = {
-    INK: "#e4e7eb",
-    SOFT: "#9aa5b1",
-    GRID: "#323b45",
-    PAPER: "#1b2127",
-    BLUE: "#5ab0ea",
-    VERMILION: "#ff8a4c",
-    GREEN: "#3ccb9b",
-    PINK: "#e8a0cb",
-    ORANGE: "#f2b632",
-    SKY: "#8ad0f5",
-    PURPLE: "#c08bcb",
-}
+    INK: "#e4e7eb", SOFT: "#9aa5b1", GRID: "#323b45", PAPER: "#1b2127", BLUE: "#5ab0ea", VERMILION: "#ff8a4c",
+    GREEN: "#3ccb9b", PINK: "#e8a0cb", ORANGE: "#f2b632", SKY: "#8ad0f5", PURPLE: "#c08bcb",
+}  # fmt: skip
 """Every colour of a figure's SVG with the one that a dark page shows in its place."""
 
 METHODS = {
-    "tiny": (BLUE, "o"),
-    "exact": (SKY, "s"),
-    "functional": (VERMILION, "D"),
-    "gradmax": (GREEN, "^"),
-    "firefly": (ORANGE, "v"),
-    "north": (PURPLE, "P"),
-    "senn": (PINK, "X"),
-    "splitting": (GREEN, "<"),
-    "net2net": (ORANGE, ">"),
-    "variance_transfer": (PURPLE, "p"),
-    "random": (PINK, "*"),
-    "small": (SOFT, "v"),
-    "large": (INK, "s"),
-    "fixed": (INK, "h"),
-}
+    "tiny": (BLUE, "o"), "exact": (SKY, "s"), "functional": (VERMILION, "D"), "gradmax": (GREEN, "^"),
+    "firefly": (ORANGE, "v"), "north": (PURPLE, "P"), "senn": (PINK, "X"), "splitting": (GREEN, "<"),
+    "net2net": (ORANGE, ">"), "variance_transfer": (PURPLE, "p"), "random": (PINK, "*"),
+    "small": (SOFT, "v"), "large": (INK, "s"), "fixed": (INK, "h"),
+}  # fmt: skip
 """Colour and marker of each method, and of fixed networks by what their label says: the same in every figure."""
 OTHERS = tuple((colour, marker) for marker in ("d", "H", "8", "1") for colour in (SKY, BLUE, VERMILION, GREEN))
+LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, PURPLE, SOFT)
 DASHES = ("-", "--", ":", "-.")
 
 _SETTINGS: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "path.simplify": True,
+    **{"font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), SOFT),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6},
+    **{"svg.fonttype": "none", "path.simplify": True},
 }
 
 
@@ -127,19 +84,13 @@ def svg_text(draw: Callable[[bool], Figure], name: str) -> str:
 
 
 def save_figure(draw: Callable[[], Figure], *paths: Path) -> None:
-    """Draw a figure and save it in the formats of the file names: .svg follows light and dark pages, .png is light.
-
-    Args:
-        draw: gives the figure.
-        paths: files to write.
-    """
+    """Draw a figure and save it in the formats of the file names: .svg follows light and dark pages, .png is light."""
     with settings():
         figure = draw()
         for path in paths:
             if path.suffix == ".svg":
-                text = _svg(figure)
-                end = text.index(">") + 1
-                path.write_text(f"{text[:end]}<style>{style_sheet()}</style>{text[end:]}", encoding="utf-8")
+                head, _, rest = _svg(figure).partition(">")
+                path.write_text(f"{head}><style>{style_sheet()}</style>{rest}", encoding="utf-8")
             else:
                 figure.savefig(path, dpi=150, facecolor="white")
 
@@ -160,12 +111,11 @@ def method_style(method: str, label: str, known: dict[str, tuple[str, str]]) -> 
 
 
 def log_ticks(axis: Axes, which: str) -> None:
-    """A logarithmic axis labelled 2 k, 5 M, 1e-4: plain text, without mathematical typesetting."""
-    (axis.set_xscale if which == "x" else axis.set_yscale)("log")
-    chosen = axis.xaxis if which == "x" else axis.yaxis
+    """A logarithmic axis, x or y, labelled 2 k, 5 M, 1e-4: plain text, without mathematical typesetting."""
+    axis.set(**{f"{which}scale": "log"})
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
-    few = low > 0 and high / low < 30
-    chosen.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+    subs = (1.0, 2.0, 5.0) if low > 0 and high / low < 30 else (1.0,)
+    (axis.xaxis if which == "x" else axis.yaxis).set_major_locator(LogLocator(subs=subs, numticks=8))
     magnitude_ticks(axis, which)
 
 
@@ -177,7 +127,9 @@ def magnitude_ticks(axis: Axes, which: str) -> None:
 
 
 def magnitude(value: float | int) -> str:
-    """A number with a suffix for its thousands: 12 345 is 12.3 k; small ones as 2e-4."""
+    """A number with a suffix for its thousands: 12 345 is 12.3 k; small ones as 2e-4; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
     scale, prefix = metric(abs(value))
     if prefix:
         return f"{value / scale:.3g} {prefix}"
@@ -187,8 +139,3 @@ def magnitude(value: float | int) -> str:
 def shortened(text: str, length: int) -> str:
     """A name that is no longer than `length`: its end says most."""
     return text if len(text) <= length else "…" + text[-(length - 1) :]
-
-
-def finite(values: list[float]) -> list[float]:
-    """Those that are numbers."""
-    return [value for value in values if math.isfinite(value)]

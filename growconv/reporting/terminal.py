@@ -1,6 +1,7 @@
 """The screen that tables and progress are written for."""
 
 import errno
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,3 +61,8 @@ def printable(text: str) -> str:
         text: what is to be printed.
     """
     return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+
+
+def told(value: float, form: str) -> str:
+    """A number in a format; a dash where it is missing (NaN)."""
+    return "–" if math.isnan(value) else f"{value:{form}}"

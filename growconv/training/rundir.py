@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from growconv.errors import CheckpointError, ConfigError
-from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_json, read_yaml, replacing
+from growconv.reporting.records import CONFIG, ENVIRONMENT, GROWTH, METRICS, SUMMARY, read_mapping, replacing
 from growconv.training.config import is_longer
 
 CHECKPOINTS = "checkpoint"
@@ -83,32 +83,21 @@ class RunDirectory:
         return (self.path / SUMMARY).is_file()
 
     def start(self, config: Mapping[str, Any], versions: Mapping[str, Any]) -> None:
-        """Create the directory for a new run and write what describes it.
-
-        Args:
-            config: the resolved config.
-            versions: what else tells how the run was made (versions, git state, command).
+        """Create the directory for a new run and write its config and what else tells how it was made.
 
         Raises:
             ConfigError: another run lies there.
         """
         if (self.path / METRICS).exists() or self.finished:
-            raise ConfigError(
-                "this directory already contains a run",
-                where=str(self.path),
-                fix=f"continue it: growconv resume={self.path}; or choose another: hydra.run.dir=...",
-            )
+            fix = f"continue it: growconv resume={self.path}; or choose another: hydra.run.dir=..."
+            raise ConfigError("this directory already contains a run", where=str(self.path), fix=fix)
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config(config)
             write_atomically(self.path / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
 
     def prolong(self, config: Mapping[str, Any]) -> None:
-        """Write the config of a run that goes on, and take back the summary of the shorter one.
-
-        Args:
-            config: the run's, with more epochs perhaps.
-        """
+        """Write the config of a run that goes on for longer, and take back the summary of the shorter one."""
         if self.active and is_longer(self.config(), config):
             (self.path / SUMMARY).unlink(missing_ok=True)
             self._write_config(config)
@@ -129,21 +118,13 @@ class RunDirectory:
             CheckpointError: it is missing or damaged.
         """
         path = self.config_file
-        if not path.is_file():
-            raise CheckpointError(
-                "there is no run here"
-                if not self.path.is_dir() or not any(self.path.iterdir())
-                else "a file is missing",
-                where=str(path),
-                fix="give the directory of a run that has started: it holds config.yaml and checkpoint/",
-            )
-        try:
-            config = read_yaml(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                "the file is damaged: it is not YAML", where=str(path), got=str(error).splitlines()[0]
-            ) from error
-        if not isinstance(config, dict) or "trainer" not in config:
+        config = read_mapping(path, fix="restore it, or start a new run")
+        if not config:
+            empty = not self.path.is_dir() or not any(self.path.iterdir())
+            problem = "there is no run here" if empty else "a file is missing"
+            fix = "give the directory of a run that has started: it holds config.yaml and checkpoint/"
+            raise CheckpointError(problem, where=str(path), fix=fix)
+        if "trainer" not in config:
             raise CheckpointError("the file is damaged: it contains no settings of a run", where=str(path))
         return config
 
@@ -159,15 +140,9 @@ class RunDirectory:
         if self.active and records:
             with (self.path / name).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(record) + "\n" for record in records)
-                stream.flush()
 
     def rewind(self, metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
-        """Bring both line files back to what a checkpoint knows: later lines are dropped, lost ones restored.
-
-        Args:
-            metrics: all lines of metrics.jsonl up to the checkpoint.
-            events: all lines of growth.jsonl up to it.
-        """
+        """Bring metrics.jsonl and growth.jsonl back to what a checkpoint knows: all their lines up to it."""
         if self.active:
             for name, records in ((METRICS, metrics), (GROWTH, events)):
                 write_atomically(self.path / name, "".join(json.dumps(record) + "\n" for record in records))
@@ -178,15 +153,5 @@ class RunDirectory:
             write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """What `finish` wrote.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        path = self.path / SUMMARY
-        try:
-            return read_json(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(
-                "the file is damaged or missing", where=str(path), got=error, fix="delete it and resume"
-            ) from error
+        """What `finish` wrote."""
+        return read_mapping(self.path / SUMMARY, fix="delete it and resume")

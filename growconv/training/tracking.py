@@ -1,7 +1,5 @@
 """Trackers: where metrics and growth events go besides the run directory."""
 
-import csv
-import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,21 +9,13 @@ from typing import Any
 
 from growconv.errors import ConfigError
 from growconv.network.event import GrowthEvent
-from growconv.reporting.records import METRICS, csv_cell
+from growconv.reporting.records import METRICS, csv_text
 from growconv.training.checkpoint import Checkpoint, position_of
 from growconv.training.rundir import write_atomically
 
 COLUMNS = (
-    "step",
-    "site",
-    "method",
-    "channels",
-    "width_before",
-    "width_after",
-    "amplitude",
-    "parameters_after",
-    "reason",
-)
+    "step", "site", "method", "channels", "width_before", "width_after", "amplitude", "parameters_after", "reason",
+)  # fmt: skip
 """What tables of growth events show."""
 PACKAGES = {"tensorboard": "growconv[track]", "wandb": "wandb"}
 """What loggers need besides growconv's own dependencies, and how to have it."""
@@ -81,18 +71,14 @@ class WandbTracker(Tracker):
         """Log widths and gain spectra, and the table of all events so far."""
         import wandb
 
-        table = wandb.Table(columns=list(COLUMNS))
+        logged: dict[str, Any] = {f"width/{site}": width for site, width in widths.items()}
+        for event in fresh:
+            if any(gain > 0 for gain in event.gains):
+                logged[f"gains/{event.site}"] = wandb.Histogram(list(event.gains))
+        logged["growth"] = table = wandb.Table(columns=list(COLUMNS))
         for event in history:
             table.add_data(*(getattr(event, column) for column in COLUMNS))
-        spectra = {
-            f"gains/{event.site}": wandb.Histogram(list(event.gains))
-            for event in fresh
-            if any(gain > 0 for gain in event.gains)
-        }
-        step = fresh[-1].step if fresh else None
-        self.run.log(
-            {f"width/{site}": width for site, width in widths.items()} | spectra | {"growth": table}, step=step
-        )
+        self.run.log(logged, step=fresh[-1].step if fresh else None)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures into the run's summary."""
@@ -154,36 +140,21 @@ class CsvTracker(Tracker):
     def metrics(self, record: Mapping[str, Any], step: int) -> None:
         """Write all epochs so far; the run directory knows those of an interrupted part."""
         lines = (self.directory / METRICS).read_text(encoding="utf-8").splitlines()
-        self._write("metrics.csv", list(record), [json.loads(line) for line in lines])
+        text = csv_text(list(record), [json.loads(line) for line in lines])
+        write_atomically(self.directory / "metrics.csv", text)
 
     def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
         """Write all events so far."""
-        self._write("growth.csv", COLUMNS, [{name: getattr(event, name) for name in COLUMNS} for event in history])
-
-    def _write(self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
-        write_atomically(self.directory / name, text.getvalue())
+        text = csv_text(COLUMNS, [{name: getattr(event, name) for name in COLUMNS} for event in history])
+        write_atomically(self.directory / "growth.csv", text)
 
 
 def require_installed(options: Mapping[str, Any]) -> None:
-    """Refuse loggers whose package is not installed.
-
-    Args:
-        options: the group logger.
-
-    Raises:
-        ConfigError: names the package.
-    """
+    """Refuse loggers of the group logger whose package is not installed."""
     for name, package in PACKAGES.items():
         if options[name] and find_spec(name) is None:
-            raise ConfigError(
-                f"this needs {name}, which is not installed",
-                where=f"logger={name}",
-                fix=f"pip install '{package}', or choose another logger",
-            )
+            fix = f"pip install '{package}', or choose another logger"
+            raise ConfigError(f"this needs {name}, which is not installed", where=f"logger={name}", fix=fix)
 
 
 def make_trackers(config: Mapping[str, Any], directory: Path, found: Checkpoint | None = None) -> list[Tracker]:

@@ -80,6 +80,7 @@ ODD = {
     "infinity": change("summary.json", test_accuracy=float("inf"), seconds=float("-inf")),
     "NaN": change("summary.json", test_accuracy=float("nan")),
     "accuracy a list": change("summary.json", test_accuracy=[0.5]),
+    "no seconds": change("summary.json", seconds=0.0),
     "negative seconds": change("summary.json", seconds=-1.0, growth_seconds=-5.0),
     "seed true": change("summary.json", seed=True),
     "seed a list": change("summary.json", seed=[0]),
