@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growconv.network.plan import Change
+from growconv.network.tensors import Change
 
 AGES = "growconv_ages"
 """The entry of a parameter's optimizer state that says which rows and columns are young."""

@@ -12,8 +12,7 @@ from growconv.errors import ArgumentValueError, CheckpointError, SurgeryError
 from growconv.network import blocks
 from growconv.network.model import attribute, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, refresh
-from growconv.network.plan import Change
-from growconv.network.tensors import Insertion
+from growconv.network.tensors import Change, Insertion
 
 FORMAT = 1
 

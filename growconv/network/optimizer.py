@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 from growconv.errors import ArgumentTypeError, SurgeryError
 from growconv.network import layers
 from growconv.network.entry_ages import AGES, ages_after, follow_ages
-from growconv.network.plan import Change
+from growconv.network.tensors import Change
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:

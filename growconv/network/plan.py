@@ -8,7 +8,6 @@ have shrunk, or nobody can tell, it is refused.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
@@ -21,47 +20,9 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import found_at, module_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
-from growconv.network.tensors import Insertion, enlarge, without
+from growconv.network.tensors import Change, Insertion
 
 AGAIN = "solve again on statistics of the model as it is now"
-
-
-@dataclass
-class Change:
-    """One tensor of the model that gets other entries.
-
-    Attributes:
-        path: module path and tensor name.
-        tensor: the tensor as it is now.
-        insertions: what comes in, where.
-        removed: per axis the entries that go.
-        revised: other values for the old entries, or None.
-    """
-
-    path: str
-    tensor: Tensor
-    insertions: list[Insertion] = field(default_factory=list)
-    removed: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    revised: Tensor | None = None
-
-    @property
-    def resizes(self) -> bool:
-        """Whether the tensor gets another shape."""
-        return bool(self.insertions or self.removed)
-
-    def resized(self, tensor: Tensor, fill: bool = True, axes: Sequence[bool] | None = None) -> Tensor:
-        """A tensor of the old shape in the new one, new entries zero without `fill`.
-
-        Args:
-            axes: which axes a tensor of optimizer state shares with this one; None: all.
-        """
-        own = [each for each in self.insertions if axes is None or axes[each.axis]]
-        if own:
-            tensor = enlarge(tensor, own, fill)
-        for axis, entries in self.removed.items():
-            if axes is None or axes[axis]:
-                tensor = without(tensor, axis, entries)
-        return tensor
 
 
 class Plan:
@@ -81,7 +42,6 @@ class Plan:
         self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
         self._of_tensor: dict[int, Change] = {}
         self._sizes: dict[int, tuple[Layout, Sizes]] = {}
-        self._parts: dict[str, list[layers.Part]] = {}
         self._added: dict[str, Counter[str]] = {}
 
     def change(self, path: str) -> Change:
@@ -102,18 +62,12 @@ class Plan:
         if insertion not in insertions:
             insertions.append(insertion)
 
-    def add(
-        self, path: str, parts: Sequence[layers.Part], removals: Sequence[layers.Removal], added: Mapping[str, int]
-    ) -> None:
-        """Add what happens to one layer; `added` says per side how many more entries it has afterwards."""
+    def add(self, path: str, parts: Sequence[layers.Part], added: Mapping[str, int]) -> None:
+        """Add new entries of one layer; `added` says per side how many more it has after all that is planned so far."""
         adapter = layers.adapter(module_at(self.model, path))
         for name, insertion in parts:
             self.insert(f"{path}.{name}", insertion)
-        for removal in removals:
-            self.change(f"{path}.{removal.name}").removed[removal.axis] = removal.entries
-        all_parts = self._parts.setdefault(path, [])
-        all_parts += parts
-        for name, values in adapter.revised(all_parts, removals).items():
+        for name, values in adapter.revised(lambda name: self.change(f"{path}.{name}")).items():
             self.change(f"{path}.{name}").revised = values
         all_added = self._added.setdefault(path, Counter())
         all_added.update(added)
@@ -211,19 +165,19 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     plan = Plan(site.model)
     sizes = plan.sizes(site)
 
-    def gone(path: str, side: str) -> list[int]:
-        entries = site.entries(path, side, sizes)
-        per_unit = site.layout.per_unit((path, side), site.space)
-        return sorted(entries[unit * per_unit + each] for unit in units for each in range(per_unit))
-
     for path, sides in _sides(site).items():
+        gone: dict[str, list[int]] = {}
+        for side in sides:
+            entries, per_unit = site.entries(path, side, sizes), site.layout.per_unit((path, side), site.space)
+            gone[side] = [entries[unit * per_unit + each] for unit in units for each in range(per_unit)]
         if path in site.layout.dims:
-            plan.change(path).removed[site.layout.dims[path]] = tuple(gone(path, ENTRY))
+            plan.change(path).removed[site.layout.dims[path]] = tuple(sorted(gone[ENTRY]))
             continue
         adapter = layers.adapter(module_at(plan.model, path))
-        entries = {side: gone(path, side) for side in sides}
-        removals = [each for side in sides for each in adapter.removals(side, entries[side])]
-        plan.add(path, [], removals, {side: -len(found) for side, found in entries.items()})
+        for side, entries in gone.items():
+            for slot in adapter.slots(side):
+                plan.change(f"{path}.{slot.name}").removed[slot.axis] = slot.positions(entries, adapter.size(side))
+        plan.add(path, [], {side: -len(entries) for side, entries in gone.items()})
     plan.follow(site, -len(units))
     return plan
 
@@ -299,7 +253,7 @@ def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
         else:
             for side in sides:
                 parts += adapter.insertions(side, places[side], values(path, side))
-        plan.add(path, parts, [], {side: units * site.layout.per_unit((path, side), site.space) for side in sides})
+        plan.add(path, parts, {side: units * site.layout.per_unit((path, side), site.space) for side in sides})
     plan.follow(site, units)
 
 
@@ -548,7 +502,7 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
         if (owner, side) in site.layout.axes and layers.has_side(module, side):
             for slot in layers.adapter(module).slots(side):
                 if slot.name == name:
-                    keys.setdefault(slot.axis, ((owner, side), layers.groups_of(module) if slot.axis else 1))
+                    keys.setdefault(slot.axis, ((owner, side), slot.groups))
     result, where = tensor.detach().clone(), []
     for axis, length in enumerate(replacement.shape):
         at = list(range(length))

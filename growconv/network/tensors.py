@@ -25,6 +25,44 @@ class Insertion:
     values: Tensor | None = field(default=None, compare=False)
 
 
+@dataclass
+class Change:
+    """One tensor of the model that gets other entries.
+
+    Attributes:
+        path: module path and tensor name.
+        tensor: the tensor as it is now.
+        insertions: what comes in, where.
+        removed: per axis the entries that go.
+        revised: other values for the old entries, or None.
+    """
+
+    path: str
+    tensor: Tensor
+    insertions: list[Insertion] = field(default_factory=list)
+    removed: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    revised: Tensor | None = None
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the tensor gets another shape."""
+        return bool(self.insertions or self.removed)
+
+    def resized(self, tensor: Tensor, fill: bool = True, axes: Sequence[bool] | None = None) -> Tensor:
+        """A tensor of the old shape in the new one, new entries zero without `fill`.
+
+        Args:
+            axes: which axes a tensor of optimizer state shares with this one; None: all.
+        """
+        own = [each for each in self.insertions if axes is None or axes[each.axis]]
+        if own:
+            tensor = enlarge(tensor, own, fill)
+        for axis, entries in self.removed.items():
+            if axes is None or axes[axis]:
+                tensor = without(tensor, axis, entries)
+        return tensor
+
+
 def enlarge(tensor: Tensor, insertions: Iterable[Insertion], fill: bool = True) -> Tensor:
     """A longer tensor with the old entries in place.
 

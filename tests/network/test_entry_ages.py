@@ -22,8 +22,7 @@ from growconv.network.apply import shrink
 from growconv.network.entry_ages import AGES, EXACT, SETTLED, AgeHooks, boxes, cut, follow_ages, gap_at
 from growconv.network.find import find_sites
 from growconv.network.optimizer import migrate
-from growconv.network.plan import Change
-from growconv.network.tensors import Insertion
+from growconv.network.tensors import Change, Insertion
 from growconv.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.network import zoo
 

@@ -1,14 +1,15 @@
 """What the rest of network/ asks of a layer; one adapter a kind of layer answers it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from growconv.errors import SurgeryError
 from growconv.network.layout import Place
-from growconv.network.tensors import Insertion
+from growconv.network.tensors import Change, Insertion
 
 Part = tuple[str, Insertion]
 """New entries of a stored tensor: its name from the layer, and what comes where."""
@@ -16,19 +17,21 @@ Part = tuple[str, Insertion]
 
 @dataclass(frozen=True)
 class Slot:
-    """A stored tensor with entries for channels: its name from the layer, and the axis that they lie along."""
+    """A stored tensor with entries for channels: its name from the layer, and the axis that they lie along.
+
+    Where groups share that axis, each has its own channels there, one group like the other.
+    """
 
     name: str
     axis: int
+    groups: int = 1
 
-
-@dataclass(frozen=True)
-class Removal:
-    """Entries of a stored tensor that go: its name from the layer, the axis, and the positions along it."""
-
-    name: str
-    axis: int
-    entries: tuple[int, ...]
+    def positions(self, entries: Sequence[int], size: int) -> tuple[int, ...]:
+        """Where entries of a side of this size lie along the axis; SurgeryError if not every group has the same."""
+        found = sorted({entry % (size // self.groups) for entry in entries})
+        if len(found) * self.groups != len(set(entries)):
+            raise SurgeryError("every group has to lose the same channels", where=self.name, got=list(entries))
+        return tuple(found)
 
 
 class Adapter(ABC):
@@ -78,19 +81,14 @@ class Adapter(ABC):
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Attributes that tell numbers of channels, with their values after so many more entries along each side."""
 
-    def removals(self, side: str, entries: Sequence[int]) -> list[Removal]:
-        """What goes from every stored tensor with some entries of a side."""
-        return [Removal(slot.name, slot.axis, tuple(entries)) for slot in self.slots(side)]
-
-    def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
+    def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Other values of old entries that keep the old weights as they are, where the layer stores them otherwise.
 
         Args:
-            parts: all insertions of one growth.
-            removals: all removals of one shrinking.
+            change: what is planned for a stored tensor, by its name.
 
         Returns:
-            Per stored tensor its old entries, in the shape before the growth.
+            Per stored tensor its old entries, in the shape before the change.
         """
         return {}
 

@@ -5,7 +5,7 @@ length and a direction of their own. New entries inside the slices make them lon
 entries of w stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from growconv.network.layers.base import Part, Removal, Slot
-from growconv.network.tensors import without
+from growconv.network.layers.base import Part
+from growconv.network.tensors import Change, without
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class NormalizedWeight:
         """The weight that the layer multiplies with, in the way the layer stores it."""
         return torch._weight_norm(self._v(), self._g(), self.dim)  # pyright: ignore
 
-    def slots(self, axis: int) -> list[Slot]:
+    def names(self, axis: int) -> list[str]:
         """The stored tensors that are as long as an axis of the weight."""
-        return [Slot(self.direction, axis)] + ([Slot(self.length, axis)] if axis == self.dim else [])
+        return [self.direction, self.length] if axis == self.dim else [self.direction]
 
     def parts(self, parts: Sequence[Part]) -> list[Part]:
         """New entries of the stored tensors instead of those of the weight."""
@@ -55,7 +55,7 @@ class NormalizedWeight:
             if name != "weight":
                 found.append((name, each))
             elif each.values is None:
-                found += [(slot.name, each) for slot in self.slots(each.axis)]
+                found += [(name, each) for name in self.names(each.axis)]
             elif each.axis == self.dim:
                 values = each.values.to(self._g())
                 length = _norms(values, self.dim)
@@ -70,15 +70,14 @@ class NormalizedWeight:
                 found.append((self.direction, replace(each, values=each.values.to(g) * scale)))
         return found
 
-    def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
+    def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Lengths of the old slices that leave the old entries of the weight alone; no direction where it was zero."""
-        g, v = self._g().detach(), self._v().detach()
+        g, v, planned = self._g().detach(), self._v().detach(), change(self.direction)
         old = _norms(v, self.dim)
-        own = [each for name, each in parts if name == self.direction and each.axis != self.dim]
-        inside = [each.values for each in own if each.values is not None]
-        gone = [each for each in removals if each.name == self.direction and each.axis != self.dim]
-        if gone:
-            return {self.length: g * _norms(without(v, gone[0].axis, gone[0].entries), self.dim) / old}
+        for axis, entries in planned.removed.items():
+            if axis != self.dim:
+                return {self.length: g * _norms(without(v, axis, entries), self.dim) / old}
+        inside = [each.values for each in planned.insertions if each.axis != self.dim and each.values is not None]
         if not inside:
             return {}
         added = sum((_norms(values, self.dim).square() for values in inside), torch.zeros_like(g))

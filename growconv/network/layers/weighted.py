@@ -8,7 +8,7 @@ stored lists all channels of one side, group after group, and the other has thos
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -23,10 +23,10 @@ from growconv.convolution.cp import CPConv
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
 from growconv.errors import SurgeryError
-from growconv.network.layers.base import Adapter, Part, Removal, Slot, stored
+from growconv.network.layers.base import Adapter, Part, Slot, stored
 from growconv.network.layers.normalized import NormalizedWeight, normalized_weight, problem
 from growconv.network.layout import GROUP_IN, GROUP_OUT, IN, OUT, Place
-from growconv.network.tensors import Insertion
+from growconv.network.tensors import Change, Insertion
 
 
 class Weighted(Adapter):
@@ -171,9 +171,9 @@ class Weighted(Adapter):
             return []
         if side == GROUP_OUT and self.transposed:
             return own
-        axis = 0 if self._listed(side) else 1
-        weights = [Slot("weight", axis)] if self._normalized is None else self._normalized.slots(axis)
-        weights += [Slot(name, axis) for name in self._beside[1]]
+        axis, groups = (0, 1) if self._listed(side) else (1, self.groups)
+        names = ["weight"] if self._normalized is None else self._normalized.names(axis)
+        weights = [Slot(name, axis, groups) for name in (*names, *self._beside[1])]
         return weights if side in (IN, GROUP_IN) else [*weights, *own]
 
     @cached_property
@@ -279,28 +279,14 @@ class Weighted(Adapter):
                 beside.append((name, replace(each, values=_spread(tensor.detach(), shape))))
         return parts + beside
 
-    def revised(self, parts: Sequence[Part], removals: Sequence[Removal]) -> dict[str, Tensor]:
+    def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Lengths of weight-normalized filters that got longer or shorter."""
-        return {} if self._normalized is None else self._normalized.revised(parts, removals)
+        return {} if self._normalized is None else self._normalized.revised(change)
 
     def refresh(self) -> None:
         """Compute a weight anew that an old weight-norm hook leaves on the layer."""
         if self._normalized is not None:
             self._normalized.refresh()
-
-    def removals(self, side: str, entries: Sequence[int]) -> list[Removal]:
-        """What goes with some outputs, inputs, or both sides of whole groups."""
-        found = []
-        for slot in self.slots(side):
-            positions = tuple(entries)
-            if slot.axis == 1:
-                size = self.size(side) // self.groups
-                inside = sorted({entry % size for entry in entries})
-                if len(inside) * self.groups != len(set(entries)):
-                    raise SurgeryError("every group has to lose the same channels", where=type(self.module).__name__)
-                positions = tuple(inside)
-            found.append(Removal(slot.name, slot.axis, positions))
-        return found
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Numbers of channels, and of groups where whole groups come or go."""

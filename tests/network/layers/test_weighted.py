@@ -52,7 +52,7 @@ def enlarged(module: nn.Module, parts: list, added: dict[str, int]) -> nn.Module
     """A copy of a layer with new entries."""
     model = nn.ModuleDict({"layer": copy.deepcopy(module) if "weight" in module._parameters else module})
     plan = Plan(model)
-    plan.add("layer", parts, [], added)
+    plan.add("layer", parts, added)
     exchange(model, plan.changes, plan.attributes, ())
     return model["layer"]
 
@@ -95,11 +95,10 @@ def test_new_inputs_add_what_their_columns_compute(module: nn.Module, units: int
     columns = torch.randn(layer.shape(IN, units * groups), dtype=torch.float64)
     added = layer.apply(more.unflatten(1, (units, groups)).transpose(1, 2).flatten(1, 2), columns, None)
     parts = layer.insertions(IN, shares(groups, inputs // groups, units), {"weight": columns})
-    both = layer.revised(parts, [])
-    model_parts = parts
     model = nn.ModuleDict({"layer": module})
     plan = Plan(model)
-    plan.add("layer", model_parts, [], {IN: units * groups})
+    plan.add("layer", parts, {IN: units * groups})
+    both = layer.revised(lambda name: plan.change(f"layer.{name}"))
     assert {change.path for change in plan.changes if change.revised is not None} == {f"layer.{name}" for name in both}
     exchange(model, plan.changes, plan.attributes, ())
     grouped = torch.cat([x.unflatten(1, (groups, -1)), more.unflatten(1, (units, groups)).transpose(1, 2)], 2)
@@ -172,6 +171,6 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SurgeryError, match="groups come as a whole"):
         layer.group_insertions([Place(3, (0, 1))], [Place(4, (0, 1))], {})
     with pytest.raises(SurgeryError, match="lose the same"):
-        layer.removals(IN, [0])
+        layer.slots(IN)[0].positions([0], 4)
     with pytest.raises(SurgeryError, match="whole groups"):
         layers.adapter(nn.GroupNorm(2, 4)).counts({ENTRY: 1})
