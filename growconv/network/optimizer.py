@@ -87,7 +87,7 @@ def migrate(optimizers: Sequence[Any], old: nn.Parameter, new: nn.Parameter, cha
             for index, parameter in enumerate(group["params"]):
                 if parameter is old:
                     group["params"][index] = new
-        state = each.state.pop(old, None) if old in each.state else None
+        state = each.state.pop(old, None)
         if not state:
             continue
         moved: dict[str, Any] = {}

@@ -152,7 +152,7 @@ class Region:
             weight: (K·ratio, in/groups, *kernel), channel by channel.
             bias: (K·ratio,) or None.
         """
-        layer = layers.weighted(self.site.model.get_submodule(path))
+        layer = self.site.layer(path)
         if layer.groups == 1:
             return layer.apply(x, weight, bias)
         order = self.by_group(path, OUT, len(weight))
@@ -166,7 +166,7 @@ class Region:
             read: what it reads of them, as from `read`.
             weight: (out, K·ratio/groups, *kernel), every group of outputs with the columns of its own inputs.
         """
-        layer = layers.weighted(self.site.model.get_submodule(path))
+        layer = self.site.layer(path)
         if layer.groups > 1:
             axis = layer.channel_axis(read.dim())
             read = read.index_select(axis, self.by_group(path, IN, read.shape[axis]))
@@ -384,7 +384,7 @@ class _Go:
         return value.index_copy(axis, self._seats(path, sides[1]).sort(1).values.flatten(), result.to(value))
 
     def _carried(self, path: str, value: Tensor) -> Tensor:
-        layer, axis = layers.weighted(self.region.site.model.get_submodule(path)), self.region._axis(path, value)
+        layer, axis = self.region.site.layer(path), self.region._axis(path, value)
         groups = value.shape[axis] * layer.groups // layer.size(IN)  # growth leaves the inputs of a group alone
         bias, given = None, self.inserted.carried.get(path)
         if self.inserted.copied is not None:
@@ -571,7 +571,7 @@ def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
         return False
     if operations.is_pointwise(step.func) or name in ("clone", "_to_copy"):
         return after.shape == before.shape
-    last = any(not layers.weighted(site.model.get_submodule(path)).kernel_size for path in site.producers)
+    last = any(not site.layer(path).kernel_size for path in site.producers)
     if (last and before.dim() > 2) or len(channels) != 1:
         return False
     # on (n, channels, *grid): it changes only the grid, or joins it to the channels
