@@ -190,14 +190,17 @@ def boxes(born: Sequence[Sequence[int] | None]) -> Iterator[tuple[int, Box]]:
     """
     found: list[tuple[int, Box]] = [(0, ())]
     for axis, came in enumerate(born):
+        if not came:
+            continue
         finer: list[tuple[int, Box]] = []
-        for birth, box in found if came else ():
+        for birth, box in found:
             start = 0
-            for latest, run in groupby(max(each, birth) for each in came or ()):
+            for latest, run in groupby(max(each, birth) for each in came):
                 length = len(list(run))
-                finer.append((latest, (*box, (axis, start, length))))
+                part = ((axis, start, length),) if length < len(came) else ()
+                finer.append((latest, box + part))
                 start += length
-        found = finer or found
+        found = finer
     return ((birth, box) for birth, box in found if birth)
 
 

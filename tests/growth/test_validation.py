@@ -314,22 +314,22 @@ def test_there_are_at_least_sixty():
 
 
 def test_an_interrupt_amid_the_replay_leaves_the_small_model(good, tmp_path, monkeypatch):
-    from growconv.network import plan
+    from growconv.network import tensors
 
     path = tmp_path / "good.safetensors"
     path.write_bytes(good[0])
     for at in range(1, 6):
         model, optimizer, scheduler = build()
-        before, calls, real = everything(model, optimizer, scheduler), [0], plan.enlarge
+        before, calls, real = everything(model, optimizer, scheduler), [0], tensors.enlarge
 
-        def interrupted(tensor, *arguments, calls=calls, at=at, real=real):
+        def interrupted(tensor, *arguments, calls=calls, at=at, real=real, **options):
             calls[0] += tensor.device.type != "meta"
             if calls[0] == at:
                 raise KeyboardInterrupt
-            return real(tensor, *arguments)
+            return real(tensor, *arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "enlarge", interrupted)
+            patch.setattr(tensors, "enlarge", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 growconv.load_checkpoint(path, model, optimizer, scheduler)
         assert same(before, everything(model, optimizer, scheduler))
