@@ -27,6 +27,7 @@ class Space:
         tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
         alone: it was tried whether it grows together with others.
+        cleared: it was found to fail only together with others.
         lies: of a space made of several, per axis the block of every entry of a unit, ascending; `counts` is 1 there.
     """
 
@@ -39,6 +40,7 @@ class Space:
     tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
     alone: bool = False
+    cleared: bool = False
     lies: dict[Key, list[int]] = field(default_factory=dict)
 
     @property

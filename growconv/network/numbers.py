@@ -6,7 +6,7 @@ them small.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -81,14 +81,6 @@ class Numbers:
         """The numbers of an axis; empty for one that was not met."""
         first, count = self._first.get(key, (0, 0))
         return range(first, first + count)
-
-    def positions(self, numbers: Iterable[int]) -> Iterator[tuple[Key, NDArray[np.int64]]]:
-        """The axes that some numbers stand for, with the positions along them."""
-        ordered = np.sort(np.fromiter(numbers, np.int64))
-        for key, (first, count) in self._first.items():
-            start, stop = np.searchsorted(ordered, (first, first + count))
-            if start < stop:
-                yield key, ordered[start:stop] - first
 
     def tie(self, first: ArrayLike, second: ArrayLike, loosely: bool = False) -> None:
         """Let numbers live and die together, pair by pair.

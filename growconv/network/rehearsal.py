@@ -24,7 +24,7 @@ from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
 from growconv.network.numbers import Attribute, Numbers
-from growconv.network.trace import LookFailed, Ran, look
+from growconv.network.trace import Failure, LookFailed, Ran, look
 
 MORE_UNITS = (1, 2, 3)
 """Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
@@ -75,6 +75,23 @@ class Group:
         return found
 
 
+@dataclass
+class Verdict:
+    """What a rehearsal of some spaces gave.
+
+    Attributes:
+        reasons: the spaces that failed, and why.
+        alone: those of them that would fail without the others too.
+        fixed: those of them on which an operation failed that takes one width only.
+        led: those of them that failed since sizes had followed another space that grows by copies, and which.
+    """
+
+    reasons: dict[int, str] = field(default_factory=dict)
+    alone: set[int] = field(default_factory=set)
+    fixed: set[int] = field(default_factory=set)
+    led: dict[int, int] = field(default_factory=dict)
+
+
 class Widening:
     """Which numbers of units a model's spaces can be given, found out on a copy that only pretends to compute.
 
@@ -95,12 +112,8 @@ class Widening:
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[Attribute] = set()
-        self._bound_for, self._bound_alone = set[frozenset[int]](), set[int]()
-        self._reached = self._rehearsals = 0
-        self._guilty = set[int]()  # spaces that failed in the last rehearsal and would do so without the others
-        self._led = dict[int, int]()  # spaces that failed since sizes had followed another, and which
-        self._cleared = set[int]()  # spaces that failed only together with others
-        self._fixed = set[int]()  # spaces on which an operation failed that takes one width only
+        self._bound_for = set[tuple[frozenset[int], bool]]()
+        self._rehearsals = 0
         self._groups = {
             path: layers.groups_of(module)
             for path, module in model.named_modules()
@@ -115,20 +128,16 @@ class Widening:
         self._guess_all()
         self._join([number for number, space in enumerate(self.spaces) if space.reason == INTERLEAVED])
         while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
-            self._fixed = set()
-            culprits = self._bind_all(live, self._attempt(live))
-            if not culprits:
+            failed = self._bind(live, self._attempt(live))
+            if not failed.reasons:
                 break
-            if self._join_copied(culprits) or self._join_all(culprits):
+            parts = sorted(self._cut() & failed.reasons.keys())
+            if self._join_copied(failed.led) or self._join(n for n in parts if not self.spaces[n].alone):
                 continue
-            if len(culprits) > 1 and self._rehearsals < PATIENCE:
-                culprits = self._alone(culprits)
-            for number, reason in culprits.items():
-                if self._rehearsals < PATIENCE and self._bind(number):
-                    continue
-                if self._rehearsals >= PATIENCE or number in self._fixed:
+            for number, reason in self._alone(failed).items():
+                if self._rehearsals >= PATIENCE or number in failed.fixed:
                     self.spaces[number].reason = self.spaces[number].first or reason
-                else:
+                elif self._bind([number], Verdict({number: reason}), one=True).reasons:
                     self._next_guess(number, reason)
         return self.relay()
 
@@ -157,27 +166,19 @@ class Widening:
         axes = {key: runs for key, runs in layout.axes.items() if key[1] != FILL}
         return Layout(axes, layout.channels, layout.dims, layout.attributes)
 
-    def _alone(self, culprits: Mapping[int, str]) -> dict[int, str]:
+    def _alone(self, failed: Verdict) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
-        found: dict[int, str] = {}
-        waiting = [sorted(culprits.keys() - self._cleared) or sorted(culprits)]
-        while waiting:
-            part = waiting.pop()
-            if self._rehearsals >= PATIENCE:
-                found |= {number: culprits[number] for number in part}
-                continue
-            failed = self._attempt(part)
-            self._cleared |= set() if failed else set(part)
-            if failed and len(part) == 1:
-                found[part[0]] = failed.get(part[0], next(iter(failed.values())))
-            elif failed:
-                found |= {number: failed[number] for number in self._guilty}
-                rest = [number for number in part if number not in self._guilty]
-                half = (len(rest) + 1) // 2
-                waiting += [each for each in (rest[:half], rest[half:]) if each]
-        return found or {
-            number: f"it only grows together with others ({reason})" for number, reason in culprits.items()
-        }
+        if len(failed.reasons) == 1 or self._rehearsals >= PATIENCE:
+            return failed.reasons
+        doubtful = [number for number in sorted(failed.reasons) if not self.spaces[number].cleared]
+        again = self._attempt(doubtful or sorted(failed.reasons))
+        found = {number: again.reasons[number] for number in again.alone}
+        for number in sorted(again.reasons.keys() - again.alone):
+            if self._rehearsals < PATIENCE:
+                single = self._attempt([number]).reasons
+                self.spaces[number].cleared = not single
+                found |= single
+        return found or failed.reasons
 
     def layout(self) -> Layout:
         """Where the channels of all spaces without a reason lie."""
@@ -189,42 +190,34 @@ class Widening:
         """The units of every space now."""
         return [space.units for space in self.spaces]
 
-    def _attempt(self, live: Sequence[int]) -> dict[int, str]:
-        """One rehearsal of some spaces: those that failed, and why."""
-        self._guilty, self._led = set(), {}
+    def _attempt(self, live: Sequence[int]) -> Verdict:
+        """One rehearsal of some spaces."""
         self._lay_out(live)
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
         if len(live) == 1:
             more = {live[0]: 2}
-        culprits = self._rehearse(live, more)
+        failed = self._rehearse(live, more)
         cut = {number for number in self._cut() & set(live) if self.spaces[number].units > more[number]}
-        if not culprits and cut:  # a part of them, such as a quarter, is another only once there are many more
-            culprits = self._rehearse(live, {number: self.spaces[number].units for number in cut})
-        return culprits
+        if not failed.reasons and cut:  # a part of them, such as a quarter, is another only once there are many more
+            failed = self._rehearse(live, {number: self.spaces[number].units for number in cut})
+        return failed
 
-    def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> dict[int, str]:
-        """Send the numbers through the pretending model at more units of some spaces; those that failed, and why."""
+    def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> Verdict:
+        """Send the numbers through the pretending model at more units of some spaces."""
         self._rehearsals += 1
         units = [now + more.get(number, 0) for number, now in enumerate(self._units)]
-        layout = self.layout()
-        found = Numbers()
+        layout, found = self.layout(), Numbers()
         try:
             with pretending(self.model, layout, self._units, units):
-                self._look(found, on=len(live) > 2)
+                self._look(found, on=True)
         except LookFailed as failed:
-            self._reached = failed.reached
-            self._promote(failed.stopped)
-            return self._blamed(failed, found, layout, units, live)
-        self._reached = len(self.numbers.order) + 1
-        return self._compare(found, layout, units, live)
-
-    def _promote(self, stopped: str | None) -> None:
-        """Take attributes of modules for counts of channels where code of their kind refused other numbers of them."""
-        if stopped is not None:
-            kind = type(module_at(self.model, stopped))
-            for place, counted in self.numbers.compared.items():
-                if type(module_at(self.model, place[0])) is kind:
-                    self.numbers.literals.setdefault(place, counted)
+            if failed.stopped is not None:  # sizes that code of its kind may have compared tell numbers of channels
+                kind = type(module_at(self.model, failed.stopped))
+                for place, counted in self.numbers.compared.items():
+                    if type(module_at(self.model, place[0])) is kind:
+                        self.numbers.literals.setdefault(place, counted)
+            return self._blamed(failed.failures, found, layout, units, live)
+        return Verdict(self._compare(found, layout, units, live))
 
     def _look(self, found: Numbers, on: bool = False) -> None:
         """Send numbers through the pretending model, in every way; `on` tells whether to go on where the code fails."""
@@ -234,43 +227,35 @@ class Widening:
             look(self.model, example.arguments, found, True, example.trail if on else ())
 
     def _blamed(
-        self, failed: LookFailed, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
-    ) -> dict[int, str]:
+        self, failures: Sequence[Failure], found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
+    ) -> Verdict:
         """The spaces that failing operations met, with the error; all where none is known to have met any."""
-        culprits: dict[int, str] = {}
-        for each in failed.failures:
+        verdict, (low, high), roots = Verdict(), self._by_class(found, layout, units), found.roots()
+        for each in failures:
             line = (str(each.error).splitlines() or [""])[0][:160]
             text = f"the code takes no other width: {type(each.error).__name__}: {line}"
-            spaces = self._met(each.numbers, found, layout, units) & set(live)
+            met = roots[list(each.numbers)]
+            met = met[high[met] >= 0]
+            spaces = _spaces(np.append(low[met], high[met])) & set(live)
             # sizes that followed other channels than those which it met
             ahead = {n for n in live if (units[n] - self._units[n]) * self.spaces[n].blocks in each.more} - spaces
             for number in spaces:
                 size = len(self.spaces[number].roots)
                 alike = [n for n in ahead if self.spaces[n].copied and len(self.spaces[n].roots) == size]
                 if len(alike) == 1:
-                    self._led[number] = alike[0]
+                    verdict.led[number] = alike[0]
             spaces = spaces or ahead
-            culprits |= dict.fromkeys(spaces - culprits.keys(), text)
-            self._guilty |= spaces if len(spaces) == 1 or each.fixed else set()
-            self._fixed |= spaces if each.fixed else set()
-            if not culprits:
-                return dict.fromkeys(live, text)
-        return culprits
+            verdict.reasons |= dict.fromkeys(spaces - verdict.reasons.keys(), text)
+            verdict.alone |= spaces if len(spaces) == 1 or each.fixed else set()
+            verdict.fixed |= spaces if each.fixed else set()
+            if not verdict.reasons:
+                return Verdict(dict.fromkeys(live, text))
+        return verdict
 
     def _cut(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
         cut = np.asarray([number for part in self.numbers.cuts for number in part], dtype=np.int64)
         return _spaces(self._codes[cut]) if len(cut) else set()
-
-    def _met(self, met: Iterable[int], found: Numbers, layout: Layout, units: Sequence[int]) -> set[int]:
-        """The spaces of some numbers of the widened model."""
-        spaces = set[int]()
-        for key, positions in found.positions(met):
-            if key in layout.axes and key[0] not in self.dims:
-                axis = owners_of(layout.axes[key], units)[:, 0]
-                owners = axis[positions[positions < len(axis)]]
-                spaces.update(owners[owners >= 0].tolist())
-        return spaces
 
     # ------------------------------------------------------------------------------------------ runs
 
@@ -380,9 +365,8 @@ class Widening:
             whole = blocks in (1, len(space.roots)) and neighbours
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
-            space.blocks, space.neighbours = blocks, neighbours
+            space.blocks, space.neighbours, space.cleared = blocks, neighbours, False
             self._recount()
-            self._cleared.discard(number)
             if self._fits(number):
                 return
             space.tried.add((blocks, neighbours))
@@ -390,15 +374,11 @@ class Widening:
 
     # ------------------------------------------------------------------------------------------ what grows together
 
-    def _join_all(self, culprits: Iterable[int]) -> bool:
-        """Join those of the spaces that failed of which splits take parts; each is tried once."""
-        return self._join(number for number in sorted(self._cut() & set(culprits)) if not self.spaces[number].alone)
-
-    def _join_copied(self, culprits: Iterable[int]) -> bool:
+    def _join_copied(self, led: Mapping[int, int]) -> bool:
         """Join spaces that failed to the ones that their sizes have to follow, where those only grow by copies."""
         groups: dict[int, list[int]] = {}
-        for number in sorted(self._led.keys() & set(culprits)):
-            groups.setdefault(self._led[number], []).append(number)
+        for number in sorted(led):
+            groups.setdefault(led[number], []).append(number)
         # the last first, so that along an axis with several of them blocks fall where one ends
         members = [[self.spaces[each] for each in (*own[::-1], ahead)] for ahead, own in groups.items()]
         joint = [self._replaced(each, [len(space.roots) for space in each], False) for each in members]
@@ -447,19 +427,18 @@ class Widening:
     def _together(self, seeds: Sequence[Space]) -> list[Group]:
         """Spaces to begin with, each with those of the same producers, and with others to begin with that it meets."""
         groups: list[Group] = []
-        known: set[int] = set()
+        known = set[Space]()
         for seed in seeds:
-            if id(seed) in known:
-                continue
-            spaces = [seed]
-            for member in spaces:
-                known.add(id(member))
-                near = [each for each in self.spaces if _outputs(each) & _outputs(member)]
-                near += [each for each in seeds if each.counts.keys() & member.counts.keys()]
-                spaces += [each for each in {id(each): each for each in near}.values() if id(each) not in known]
-                known.update(id(each) for each in near)
+            spaces = [] if seed in known else [seed]
+            for member in spaces:  # which gets longer
+                near = [
+                    each for each in self.spaces if any(key[1] == OUT for key in each.counts.keys() & member.counts)
+                ]
+                near += [each for each in seeds if each.counts.keys() & member.counts]
+                spaces += dict.fromkeys(each for each in near if each not in spaces)
             for space in spaces:
                 space.alone = True
+            known |= set(spaces)
             groups += [Group(spaces)] if len(spaces) > 1 else []
         return groups
 
@@ -484,12 +463,10 @@ class Widening:
         """Put one space in the place of several, as `joined` makes it, where its classes form runs."""
         joint, before = joined(members, rates, last, self.numbers.order), list(self.spaces)
         joint.copied = any(member.copied for member in members)
-        place = next(number for number, space in enumerate(before) if any(space is member for member in members))
-        self.spaces[:] = [space for space in before if all(space is not member for member in members)]
+        place = next(number for number, space in enumerate(before) if space in members)
+        self.spaces[:] = [space for space in before if space not in members]
         self.spaces.insert(place, joint)
         self._recount()
-        self._cleared.clear()
-        self._bound_alone.clear()
         if self._fits(place):
             return True
         self.spaces[:] = before
@@ -510,62 +487,52 @@ class Widening:
             if rates:
                 yield SizeAttribute(path, name, index, rates)
 
-    def _counting(self, spaces: Iterable[int]) -> list[Attribute]:
-        """Attributes, not bound yet, that count channels of some spaces."""
-        wanted = set(spaces)
-        return [
+    def _bind(self, live: Sequence[int], failed: Verdict, one: bool = False) -> Verdict:
+        """Let all attributes follow the widths, or one, if that gets spaces which fail further; tried once each."""
+        before, together = self.bound, frozenset(failed.reasons)
+        if (together, one) in self._bound_for:
+            return failed
+        self._bound_for.add((together, one))
+        counting = [
             place
             for place, counted in sorted(self.numbers.literals.items(), key=str)
-            if place not in self.bound and wanted & _spaces(self._codes[np.asarray(counted, dtype=np.int64)])
+            if place not in before and together & _spaces(self._codes[np.asarray(counted, dtype=np.int64)])
         ]
-
-    def _bind_all(self, live: Sequence[int], culprits: dict[int, str]) -> dict[int, str]:
-        """Let all attributes follow the widths, if that gets spaces which fail further; tried once for these spaces.
-
-        Returns:
-            The spaces that fail now.
-        """
-        before, reached = self.bound, self._reached
-        together, still = frozenset(culprits), culprits
-        if together in self._bound_for or not self._counting(culprits):
-            return culprits
-        self._bound_for.add(together)
-        while still and self.bound != before | self.numbers.literals.keys():  # an error may tell of more of them
+        still = failed
+        while counting and still.reasons and not one and self.bound != before | self.numbers.literals.keys():
             self.bound = before | self.numbers.literals.keys()
-            still = self._attempt(live)
-        if still.keys() < culprits.keys() or self._reached > reached:
+            still = self._attempt(live)  # which may tell of more of them
+        if still.reasons.keys() < together:
             return still
-        self.bound = before  # some have the number of the channels by chance
-        return culprits
-
-    def _bind(self, number: int) -> bool:
-        """Let one attribute follow the width of a space that fails, where it does not fail then; tried once."""
-        before = self.bound
-        if number in self._bound_alone:
-            return False
-        self._bound_alone.add(number)
-        for place in self._counting([number])[:8]:
+        for place in counting[:8] if one else ():  # others have the number of the channels by chance
             self.bound = before | {place}
-            if not self._attempt([number]):
-                return True
+            if not self._attempt(live).reasons:
+                return Verdict()
         self.bound = before
-        return False
+        return failed
 
     # ------------------------------------------------------------------------------------------ the widened model
+
+    def _by_class(self, found: Numbers, layout: Layout, units: Sequence[int]) -> tuple[Codes, Codes]:
+        """Per class of the widened model, by its root, the lowest and the highest code of its entries; -2: none."""
+        roots = found.roots()
+        low, high = np.full(len(roots) + 1, np.iinfo(np.int64).max), np.full(len(roots) + 1, -2, dtype=np.int64)
+        for key in layout.axes:
+            numbers = found.range_of(key)
+            if key[1] in (OUT, FILL) and numbers:
+                codes = self._expected(layout, key, units)[: len(numbers)]
+                np.minimum.at(low, roots[numbers.start : numbers.start + len(codes)], codes)
+                np.maximum.at(high, roots[numbers.start : numbers.start + len(codes)], codes)
+        return low, high
 
     def _compare(self, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]) -> dict[int, str]:
         """Hold the widened model's numbers against the layout."""
         roots, known = found.roots(), {key: self._expected(layout, key, units) for key in layout.axes}
-        low, high = np.full(len(roots) + 1, np.iinfo(np.int64).max), np.full(len(roots) + 1, -2, dtype=np.int64)
         culprits: dict[int, str] = {}
         for key, codes in known.items():
-            if key[1] in (OUT, FILL):
-                numbers = found.range_of(key)
-                if len(numbers) != len(codes):
-                    culprits |= dict.fromkeys(_spaces(codes), f"a literal size in the code of {key[0].split(' #')[0]}")
-                    continue
-                np.minimum.at(low, roots[numbers.start : numbers.stop], codes)
-                np.maximum.at(high, roots[numbers.start : numbers.stop], codes)
+            if key[1] in (OUT, FILL) and len(found.range_of(key)) != len(codes):
+                culprits |= dict.fromkeys(_spaces(codes), f"a literal size in the code of {key[0].split(' #')[0]}")
+        low, high = self._by_class(found, layout, units)
         apart = np.flatnonzero((high >= 0) & (low != high))
         for first, last in set(zip(low[apart].tolist(), high[apart].tolist(), strict=True)):
             own = {each // _SPACE for each in (first, last) if each >= 0}
@@ -644,10 +611,6 @@ class Widening:
         return dict.fromkeys(
             involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more"
         )
-
-
-def _outputs(space: Space) -> set[Key]:
-    return {key for key in space.counts if key[1] == OUT}
 
 
 def _spaces(codes: Codes) -> set[int]:

@@ -69,14 +69,12 @@ class LookFailed(Exception):
 
     Attributes:
         failures: those that are no consequence of earlier ones, in order.
-        reached: how many layers had been called at the first.
         stopped: path of the module whose code raised the error that ended the run; None where it ran to its end.
     """
 
-    def __init__(self, failures: Sequence[Failure], reached: int, stopped: str | None = None) -> None:
+    def __init__(self, failures: Sequence[Failure], stopped: str | None = None) -> None:
         super().__init__(failures[0].error)
         self.failures = failures
-        self.reached = reached
         self.stopped = stopped
 
 
@@ -107,9 +105,9 @@ def look(
                 output = model(*given, **named)
         except Exception as error:
             mode.fail(Failure(error))
-            raise LookFailed(mode.failures, mode.reached, _raised_in(error, model)) from error
+            raise LookFailed(mode.failures, _raised_in(error, model)) from error
         if mode.failures:
-            raise LookFailed(mode.failures, mode.reached) from mode.failures[0].error
+            raise LookFailed(mode.failures) from mode.failures[0].error
         for tensor in tensors_in(output):
             numbers.outputs += 1
             numbers.block(mode.companion(tensor), "it is the model's output")
@@ -172,7 +170,6 @@ class _Mode(Watch):
         self.pretending = pretending
         self.differentiable: set[str] = set()
         self.failures: list[Failure] = []
-        self.reached = 0
         self.trail: list[Ran] = []
         self._before = before
         self.calls: dict[str, int] = {}
@@ -307,8 +304,6 @@ class _Mode(Watch):
 
     def fail(self, failure: Failure) -> None:
         """Note an error, unless an earlier one may have caused it."""
-        if not self.failures:
-            self.reached = len(self.numbers.order)
         if not self.failures or failure.numbers:
             self.failures.append(failure)
 
