@@ -28,7 +28,7 @@ from growconv.network.rehearsal import Example, Widening
 from growconv.network.routes import Route
 from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.steps import routes_of
-from growconv.network.trace import LookFailed, look
+from growconv.network.trace import LookFailed, look, owned_tensors
 
 MODES = {"eval": False, "train": True}
 
@@ -224,7 +224,8 @@ def analyse(
     examples = [Example(each, MODES[mode]) for each in arguments for mode in modes]
     twin = copied(model)
     with undisturbed(twin):
-        numbers, ways = _numbered(twin, examples, Numbers(model.parameters()))
+        numbers = Numbers(model.parameters())
+        ways = _send(numbers, twin, examples)
         if not numbers.outputs:
             raise TraceError(
                 "the model gives no tensor, so that nothing can tell whether growing changes what it does",
@@ -250,8 +251,8 @@ def analyse(
     return found
 
 
-def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -> tuple[Numbers, tuple[Example, ...]]:
-    """The numbers of a copy, from every example in every mode; of the examples one for each way through the model."""
+def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> list[Example]:
+    """Send numbers through a copy, from every example in every mode; of those one for each way through the model."""
     ways: dict[tuple[int, tuple[str, ...]], Example] = {}
     for example in examples:
         model.train(example.training)
@@ -270,7 +271,7 @@ def _numbered(model: nn.Module, examples: Sequence[Example], numbers: Numbers) -
                 ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
                 continue
             raise _no_run(model, example.arguments, error) from error
-    return numbers, tuple(ways.values())
+    return list(ways.values())
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:
@@ -279,7 +280,11 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
         path: {layers.size(module, IN)}
         for path, module in model.named_modules()
         if layers.is_weighted(module) and path not in numbers.calls and layers.adapter(module).problem() is None
-    } | _unused_parameters(model, numbers)
+    }
+    owned = owned_tensors(model)[0]
+    for path, parameter in model.named_parameters():
+        if id(parameter) not in owned and path not in numbers.shapes:
+            uncalled[path] = set(parameter.shape)
     problems: dict[str, str | None] = {}
     for space in spaces:
         weights = set(space.paths(OUT, IN))
@@ -306,59 +311,32 @@ def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) 
             )
 
 
-def _unused_parameters(model: nn.Module, numbers: Numbers) -> dict[str, set[int]]:
-    """Bare parameters that no example used, with their sizes along each axis."""
-    inside = {
-        id(parameter)
-        for module in model.modules()
-        if layers.is_weighted(module) or layers.is_norm(module)
-        for parameter in module.parameters()
-    }
-    return {
-        path: set(parameter.shape)
-        for path, parameter in model.named_parameters()
-        if id(parameter) not in inside and path not in numbers.shapes
-    }
-
-
 def _sites(found: Analysis) -> dict[int, GrowthSite]:
     """A site, without routes, for every space that can grow and whose width can be read off the layers."""
     sites: dict[int, GrowthSite] = {}
     names: Counter[str] = Counter()
     sizes, shared = sizes_of(found.model, found.layout), shared_names(found.model)
     for number, space in enumerate(found.spaces):
+        if space.reason is not None:
+            continue
+        producers, consumers = space.paths(OUT), space.paths(IN)
+        name = f"{_joined(producers, ' + ')} -> {_joined(consumers, ', ')}"
+        followers, kind = space.paths(ENTRY, GROUP_IN, GROUP_OUT), _kind(found, number, space)
+        calls = {path: found.numbers.calls.get(path, 0) for path in (*producers, *consumers)}
+        each = GrowthSite(
+            found.model, name, kind, producers, followers, consumers, (), calls, found.layout, number, space.copied
+        )
+        try:
+            each.check(sizes=sizes)
+            space.reason = tied_weights(each, shared)
+        except SiteError as error:
+            space.reason = error.problem
         if space.reason is None:
-            each = _site(found, number, space)
-            try:
-                each.check(sizes=sizes)
-                space.reason = tied_weights(each, shared)
-            except SiteError as error:
-                space.reason = error.problem
-            if space.reason is None:
-                names[each.name] += 1
-                if names[each.name] > 1:  # the same layers have other channels of theirs apart
-                    each = replace(each, name=f"{each.name} ({names[each.name]})")
-                sites[number] = each
+            names[name] += 1
+            if names[name] > 1:  # the same layers have other channels of theirs apart
+                each = replace(each, name=f"{name} ({names[name]})")
+            sites[number] = each
     return sites
-
-
-def _site(found: Analysis, number: int, space: Space) -> GrowthSite:
-    producers, consumers = space.paths(OUT), space.paths(IN)
-    followers = tuple(path for path in space.paths(ENTRY, GROUP_IN, GROUP_OUT))
-    called = {path: found.numbers.calls.get(path, 0) for path in (*producers, *consumers)}
-    return GrowthSite(
-        model=found.model,
-        name=f"{_joined(producers, ' + ')} -> {_joined(consumers, ', ')}",
-        kind=_kind(found, number, space),
-        producers=producers,
-        followers=followers,
-        consumers=consumers,
-        routes=(),
-        calls=called,
-        layout=found.layout,
-        space=number,
-        copied=space.copied,
-    )
 
 
 def _kind(found: Analysis, number: int, space: Space) -> str:
@@ -400,35 +378,25 @@ def _routed(sites: Mapping[int, GrowthSite], twin: nn.Module, examples: Sequence
 
 def rows_of(found: Analysis) -> Iterator[LayerRow]:
     """One row per convolution and linear layer of an analysed model."""
-    by_key: dict[Key, list[int]] = {}
-    for number, space in enumerate(found.spaces):
-        for key in space.counts:
-            by_key.setdefault(key, []).append(number)
     for path, module in found.model.named_modules():
         if not layers.is_weighted(module):
             continue
-        own = [number for side in (OUT, GROUP_OUT) for number in by_key.get((path, side), ())]
+        own, read = (
+            [n for side in sides for n, space in enumerate(found.spaces) if (path, side) in space.counts]
+            for sides in ((OUT, GROUP_OUT), (IN, GROUP_IN))
+        )
         grown = next((found.of_space[number] for number in own if number in found.of_space), None)
-        reads = [
-            found.of_space[n].name
-            for side in (IN, GROUP_IN)
-            for n in by_key.get((path, side), ())
-            if n in found.of_space
-        ]
-        reason = None
-        if grown is None:
-            reasons = [found.spaces[number].reason for number in own]
-            reasons += [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
-            uncalled = None
-            if path not in found.numbers.calls:
-                outside = found.numbers.used_outside.get(path)
-                uncalled = (
-                    f"its weights are used outside of it ({outside})" if outside else "none of the examples calls it"
-                )
-            reason = uncalled or next((text for text in reasons if text), "its outputs are not followed")
+        reasons = [found.spaces[number].reason for number in own]
+        reasons += [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
+        if path not in found.numbers.calls:
+            outside = found.numbers.used_outside.get(path)
+            reasons = [
+                f"its weights are used outside of it ({outside})" if outside else "none of the examples calls it"
+            ]
+        reason = next((text for text in reasons if text), "its outputs are not followed") if grown is None else None
         yield LayerRow(
             path, _described(module), layers.size(module, OUT), grown and grown.name, grown and grown.kind, reason,
-            tuple(dict.fromkeys(reads)), grown,
+            tuple(dict.fromkeys(found.of_space[number].name for number in read if number in found.of_space)), grown,
         )  # fmt: skip
 
 

@@ -228,39 +228,21 @@ class Layout:
 
     def _together(self, space: int, sizes: Sizes) -> int:
         """The units of a space of which every axis has others too: a combination of the lengths of several axes."""
-        if space not in self._combinations:
-            self._combinations[space] = self._combination(space)
-        told = self._combinations[space]
-        found = -1.0 if told is None else sum(share * (sizes(key) - fixed) for key, share, fixed in told)
-        if told is None or abs(found - round(found)) > 1e-6:
-            paths = ", ".join(key[0] for key in self.keys(space))
-            raise SiteError("no layer tells the number of these channels", got=paths)
-        return round(found)
-
-    @cached_property
-    def _combinations(self) -> dict[int, list[tuple[Key, float, int]] | None]:
-        """Per space that was asked for: the axes, their shares and their fixed entries; None where nothing tells it."""
-        return {}
-
-    def _combination(self, space: int) -> list[tuple[Key, float, int]] | None:
         spaces: list[int] = [space]
         keys: dict[Key, None] = {}
-        for each in spaces:
+        for each in spaces:  # which gets longer
             for key in self._index.get(each, ()):
                 keys[key] = None
                 spaces += self._rates[key].keys() - set(spaces)
         rates = np.array([[self.per_unit(key, each) for each in spaces] for key in keys], dtype=np.float64)
-        wanted = np.zeros(len(spaces))
-        wanted[0] = 1.0
+        wanted = np.eye(1, len(spaces))[0]
         shares = np.linalg.lstsq(rates.T, wanted, rcond=None)[0]
-        if np.abs(shares @ rates - wanted).max() > 1e-6:
-            return None
-        # least norms with weights, again and again, leave few axes (Gorodnitsky and Rao 1997, FOCUSS)
-        for _ in range(30):
-            weights = np.abs(shares)
-            shares = weights * np.linalg.lstsq(rates.T * weights, wanted, rcond=None)[0]
         fixed = [self.length(key, dict.fromkeys(spaces, 0)) for key in keys]
-        return [(k, float(s), f) for k, s, f in zip(keys, shares, fixed, strict=True) if abs(s) > 1e-9]
+        found = sum(share * (sizes(key) - own) for key, share, own in zip(keys, shares.tolist(), fixed, strict=True))
+        if np.abs(shares @ rates - wanted).max() > 1e-6 or abs(found - round(found)) > 1e-6:
+            paths = ", ".join(key[0] for key in self.keys(space))
+            raise SiteError("no layer tells the number of these channels", got=paths)
+        return round(found)
 
     def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
         """Where new units of a space come along an axis: after its old ones, in every run.

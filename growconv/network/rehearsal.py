@@ -8,22 +8,19 @@ must arrive where they did.
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
-from functools import cached_property, partial
-from typing import TypeVar, cast
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
 from growconv.network.numbers import Attribute, Numbers
+from growconv.network.pretender import pretending
 from growconv.network.trace import Failure, LookFailed, Ran, look
 
 MORE_UNITS = (1, 2, 3)
@@ -38,7 +35,6 @@ INTERLEAVED = "its channels are interleaved in a way that is not followed"
 Signature = frozenset[tuple[Key, int]]
 """The axes that a class lies on, with its entries on each."""
 _UNIT, _SPACE = 1 << 18, 1 << 36
-_Value = TypeVar("_Value")
 
 
 @dataclass(eq=False)
@@ -107,8 +103,6 @@ class Widening:
         self.numbers = numbers
         self.spaces = spaces
         self.model = model
-        self.sizes = {key: len(columns) for key, columns in numbers.columns.items()}
-        self.sizes |= {key: len(numbers.range_of(key)) for key in numbers.axes}
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
         self.bound: set[Attribute] = set()
@@ -135,10 +129,13 @@ class Widening:
             if self._join_copied(failed.led) or self._join(n for n in parts if not self.spaces[n].alone):
                 continue
             for number, reason in self._alone(failed).items():
-                if self._rehearsals >= PATIENCE or number in failed.fixed:
-                    self.spaces[number].reason = self.spaces[number].first or reason
-                elif self._bind([number], Verdict({number: reason}), one=True).reasons:
+                patient = self._rehearsals < PATIENCE
+                if patient and not self._bind([number], Verdict({number: reason}), one=True).reasons:
+                    continue
+                if patient and number not in failed.fixed:
                     self._next_guess(number, reason)
+                else:
+                    self.spaces[number].reason = self.spaces[number].first or reason
         return self.relay()
 
     def presume(self) -> Layout:
@@ -230,7 +227,8 @@ class Widening:
         self, failures: Sequence[Failure], found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
     ) -> Verdict:
         """The spaces that failing operations met, with the error; all where none is known to have met any."""
-        verdict, (low, high), roots = Verdict(), self._by_class(found, layout, units), found.roots()
+        verdict, roots = Verdict(), found.roots()
+        low, high = self._by_class(found, {key: self._expected(layout, key, units) for key in layout.axes})
         for each in failures:
             line = (str(each.error).splitlines() or [""])[0][:160]
             text = f"the code takes no other width: {type(each.error).__name__}: {line}"
@@ -444,8 +442,9 @@ class Widening:
 
     def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
         """The classes of every signature once layers have so many more outputs; none where the code takes no such."""
-        space, found = len(self.spaces), Numbers()
-        axes = {key: (Run(None, self.sizes[key]), Run(space, 1, n, tuple(range(n)))) for key, n in more.items()}
+        space, found, axes = len(self.spaces), Numbers(), dict[Key, tuple[Run, ...]]()
+        for key, count in more.items():
+            axes[key] = Run(None, len(self.numbers.range_of(key))), Run(space, 1, count, tuple(range(count)))
         try:
             with pretending(self.model, Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
                 self._look(found)
@@ -513,26 +512,26 @@ class Widening:
 
     # ------------------------------------------------------------------------------------------ the widened model
 
-    def _by_class(self, found: Numbers, layout: Layout, units: Sequence[int]) -> tuple[Codes, Codes]:
+    def _by_class(self, found: Numbers, known: Mapping[Key, Codes]) -> tuple[Codes, Codes]:
         """Per class of the widened model, by its root, the lowest and the highest code of its entries; -2: none."""
         roots = found.roots()
         low, high = np.full(len(roots) + 1, np.iinfo(np.int64).max), np.full(len(roots) + 1, -2, dtype=np.int64)
-        for key in layout.axes:
-            numbers = found.range_of(key)
-            if key[1] in (OUT, FILL) and numbers:
-                codes = self._expected(layout, key, units)[: len(numbers)]
-                np.minimum.at(low, roots[numbers.start : numbers.start + len(codes)], codes)
-                np.maximum.at(high, roots[numbers.start : numbers.start + len(codes)], codes)
+        for key, codes in known.items():
+            if key[1] in (OUT, FILL):
+                numbers = found.range_of(key)
+                own = roots[numbers.start : numbers.stop][: len(codes)]
+                np.minimum.at(low, own, codes[: len(own)])
+                np.maximum.at(high, own, codes[: len(own)])
         return low, high
 
     def _compare(self, found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]) -> dict[int, str]:
         """Hold the widened model's numbers against the layout."""
         roots, known = found.roots(), {key: self._expected(layout, key, units) for key in layout.axes}
+        low, high = self._by_class(found, known)
         culprits: dict[int, str] = {}
         for key, codes in known.items():
             if key[1] in (OUT, FILL) and len(found.range_of(key)) != len(codes):
                 culprits |= dict.fromkeys(_spaces(codes), f"a literal size in the code of {key[0].split(' #')[0]}")
-        low, high = self._by_class(found, layout, units)
         apart = np.flatnonzero((high >= 0) & (low != high))
         for first, last in set(zip(low[apart].tolist(), high[apart].tolist(), strict=True)):
             own = {each // _SPACE for each in (first, last) if each >= 0}
@@ -616,78 +615,3 @@ class Widening:
 def _spaces(codes: Codes) -> set[int]:
     """The spaces of some codes or classes."""
     return set(np.unique(codes[codes >= 0] // _SPACE).tolist())
-
-
-@contextmanager
-def pretending(model: nn.Module, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
-    """Inside, the layers of a model compute nothing but give outputs of the right shape, at other widths.
-
-    Its tensors have the shapes of a wider model too, and sizes in attributes follow.
-
-    Args:
-        model: a copy that may be changed.
-        layout: where the channels lie.
-        now: units of every space as the model has them.
-        units: units that they are to have.
-    """
-    added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
-    with ExitStack() as undo:
-        for module in model.modules():
-            if layers.is_norm(module):
-                _put(undo, vars(module), "forward", lambda x, *_args, **_kwargs: x.clone())
-            elif layers.is_weighted(module):
-                _put(undo, vars(module), "forward", partial(_pretend, module))
-        for (path, side), runs in layout.axes.items():
-            old, new = (sum(run.length(each) for run in runs) for each in (now, units))
-            if path in layout.dims:
-                _lengthen(undo, model, path, layout.dims[path], Fraction(new, old), made)
-            elif side != FILL:
-                added.setdefault(path, {})[side] = new - old
-                for slot in layers.adapter(module_at(model, path)).slots(side):
-                    _lengthen(undo, model, f"{path}.{slot.name}", slot.axis, Fraction(new, old), made)
-        for path, more in added.items():
-            module = module_at(model, path)
-            try:
-                counts = layers.adapter(module).counts(more)
-            except SurgeryError:  # no whole groups of a norm: its numbers tell
-                continue
-            for name, count in counts.items():
-                _put(undo, vars(module), name, count)
-        for each in layout.attributes:
-            kept = vars(module_at(model, each.path))
-            more = sum(rate * (units[space] - now[space]) for space, rate in each.rates.items())
-            _put(undo, kept, each.name, each.enlarged(kept[each.name], more))
-        yield
-
-
-def _pretend(module: nn.Module, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    return layers.pretended(module, x, None if layers.in_whole_groups(module) else layers.size(module, OUT))
-
-
-def _put(undo: ExitStack, holder: dict[str, _Value], name: str, value: _Value) -> None:
-    """Put a value in the place of another, for as long as the stack is open."""
-    if name in holder:
-        undo.callback(holder.__setitem__, name, holder[name])
-    else:
-        undo.callback(holder.pop, name)
-    holder[name] = value
-
-
-def _lengthen(
-    undo: ExitStack,
-    model: nn.Module,
-    path: str,
-    axis: int,
-    factor: Fraction,
-    made: dict[tuple[int, int, Fraction], Tensor],
-) -> None:
-    """Let a parameter or buffer look as if it had so many times the entries; those that layers share stay shared."""
-    parent, _, name = path.rpartition(".")
-    module = module_at(model, parent)
-    learnt = name in module._parameters
-    holder = cast(dict[str, Tensor], module._parameters if learnt else module._buffers)
-    tensor = holder[name]
-    longer = tensor.detach().narrow(axis, 0, 1)  # the first entry again and again takes no memory
-    longer = longer.expand(*tensor.shape[:axis], int(tensor.shape[axis] * factor), *tensor.shape[axis + 1 :])
-    longer = nn.Parameter(longer, False) if learnt else longer.clone()
-    _put(undo, holder, name, made.setdefault((id(tensor), axis, factor), longer))

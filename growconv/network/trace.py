@@ -174,7 +174,9 @@ class _Mode(Watch):
         self._before = before
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        self._bare, self._owned, self._alias = _parameters(model)
+        self._owned, self._alias = owned_tensors(model)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._bare = {id(tensor): path for path, tensor in reversed(named) if id(tensor) not in self._owned}
         self._fills: dict[str, int] = defaultdict(int)
 
     # ------------------------------------------------------------------------------------------ companions
@@ -682,26 +684,21 @@ def _several(numbers: Sequence[int]) -> bool:
     return max(numbers, default=NONE) >= 0 and len(set(numbers)) > 1
 
 
-def _parameters(model: nn.Module) -> tuple[dict[int, str], dict[int, str], dict[str, str]]:
-    """Bare tensors by identity, those of layers with their layer, and layers that have an earlier one's weight."""
-    bare: dict[int, str] = {}
+def owned_tensors(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
+    """The tensors of layers, by identity, with their layer; and layers that have an earlier one's weight."""
     owned: dict[int, str] = {}
     alias: dict[str, str] = {}
-    weights: dict[int, str] = {}
+    weights: dict[int, nn.Module] = {}
+    paths: dict[nn.Module, str] = {}
     for path, module in model.named_modules():
         if not (layers.is_weighted(module) or layers.is_norm(module)):
             continue
+        paths[module] = path
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             owned[id(tensor)] = path
             if layers.is_weighted(module) and "weight" in name:
-                earlier = weights.setdefault(id(tensor), path)
-                if (
-                    earlier != path
-                    and layers.size(module, OUT) == layers.size(module_at(model, earlier), OUT)
-                    and type(module) is type(module_at(model, earlier))
-                ):
-                    alias[path] = earlier
-    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in owned:
-            bare.setdefault(id(tensor), path)
-    return bare, owned, alias
+                earlier = weights.setdefault(id(tensor), module)
+                alike = type(module) is type(earlier) and layers.size(module, OUT) == layers.size(earlier, OUT)
+                if earlier is not module and alike:
+                    alias[path] = paths[earlier]
+    return owned, alias

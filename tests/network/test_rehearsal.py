@@ -1,7 +1,5 @@
 """Other widths, tried on copies that only pretend to compute: literal sizes, sizes in attributes, whole groups."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,7 @@ from torch import Tensor, nn
 
 from growconv.network import layers
 from growconv.network.find import analyse, explain_sites, find_sites
-from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
-from growconv.network.numbers import Numbers
-from growconv.network.rehearsal import pretending
-from growconv.network.trace import look
+from growconv.network.layout import IN, OUT, Run, SizeAttribute
 from tests.network import between_layers, referee
 from tests.network.hand import Net
 
@@ -215,38 +210,6 @@ def test_presuming_lays_out_without_trying() -> None:
     model = Net(lambda m, x: m.b(m.a(x)[:, :8]), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)).double()
     assert find_sites(model, X) == ()
     assert [site.name for site in find_sites(model, X, rehearse=False)] == ["a -> b"]
-
-
-def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
-    model = Net(
-        lambda m, x: m.b(F.relu(m.n(m.a(x)) * m.scale)).flatten(1),
-        a=nn.Conv2d(3, 4, 3),
-        n=nn.BatchNorm2d(4),
-        b=nn.Conv2d(4, 2, 1),
-    )
-    model.scale = nn.Parameter(torch.arange(4.0).view(4, 1, 1))
-    plain = (Run(0, 1),)
-    layout = Layout(
-        {("a", OUT): plain, ("n", ENTRY): plain, ("scale", ENTRY): plain, ("b", IN): plain}, (1,), {"scale": 0}
-    )
-    twin, numbers = copy.deepcopy(model), Numbers()
-    with pretending(twin, layout, [4], [6]):
-        assert twin.scale.shape == (6, 1, 1)
-        assert twin.a.out_channels == 6
-        assert twin.a.weight.shape == (6, 3, 3, 3)
-        look(twin, ((torch.randn(1, 3, 5, 5),), {}), numbers)
-        assert len(numbers.columns["b", IN]) == len(numbers.columns["n", ENTRY]) == 6
-    assert twin.a.out_channels == 4
-    assert all(torch.equal(new, old) for new, old in zip(twin.parameters(), model.parameters(), strict=True))
-    assert torch.equal(twin(X.float()[..., :5, :5]), model(X.float()[..., :5, :5]))
-    assert model(torch.randn(1, 3, 5, 5)).shape == (1, 18)
-
-
-def test_sizes_are_put_back() -> None:
-    model = Split()
-    with pretending(model, Layout({}, (1,), {}, (SizeAttribute("", "sizes", 1, {0: 2}),)), [3], [5]):
-        assert model.sizes == [2, 7]
-    assert model.sizes == [2, 3]
 
 
 def test_a_shared_slope_beside_a_norm_over_all_channels_keeps_no_site_back() -> None:

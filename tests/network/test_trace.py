@@ -2,13 +2,9 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
@@ -42,20 +38,6 @@ def classes(numbers: Numbers, key: tuple[str, str] = ("a", OUT), loosely: bool =
     for position, number in enumerate(numbers.range_of(key)):
         found.setdefault(int(roots[number]), []).append(position)
     return list(found.values())
-
-
-@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
-def test_ties_are_the_components_of_a_graph(drawn: tuple[int, list[tuple[int, int]]]) -> None:
-    count, pairs = drawn
-    numbers, graph = Numbers(), np.zeros((count, count))
-    numbers.fresh(("a", OUT), count)
-    for at, (first, second) in enumerate(pairs):
-        numbers.tie([first], [second])
-        graph[first, second] = 1
-        if at % 3 == 0:
-            numbers.roots()  # what is known already is built upon
-    labels = connected_components(graph, directed=False)[1]
-    assert numbers.roots().tolist() == [labels.tolist().index(label) for label in labels]
 
 
 APART = [[0], [1], [2], [3]]
