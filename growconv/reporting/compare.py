@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from growconv.errors import ArgumentValueError
-from growconv.reporting.comparison import FIGURES, Comparison, Difference, compare
+from growconv.reporting.comparison import FIGURES, Comparison, Difference, compare, standings
 from growconv.reporting.comparison_plots import draw_costs, draw_courses, draw_differences, draw_frontier
-from growconv.reporting.frontier import standings
 from growconv.reporting.records import csv_text, is_number, plain_text
 from growconv.reporting.style import save_figure
 from growconv.reporting.terminal import make_console, make_table, metric, shown, told

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from growconv.reporting.comparison import Comparison, Group
-from growconv.reporting.frontier import fixed_curves, network
+from growconv.reporting.comparison import Comparison, Group, fixed_curves, network
 from growconv.reporting.records import RunRecord
 from growconv.reporting.run_plots import course, zoom
 from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, magnitude, method_style, shortened
@@ -106,7 +105,7 @@ def draw_frontier(comparison: Comparison) -> Figure:
     """Test loss against training FLOPs: a line a fixed network, a point a growing group."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    fixed = [group for group in comparison.groups if group.runs[0].method == "fixed"]
+    fixed = comparison.fixed
     sizes = {network(group.runs[0].summary): group.mean("parameters") for group in fixed}
     curves = fixed_curves(fixed)
     for number, name in enumerate(sorted(curves, key=lambda name: sizes[name])):

@@ -17,7 +17,7 @@ from scipy import stats
 from experiments.studies.when_growing_pays.allocation import CELLS
 from experiments.studies.when_growing_pays.questions import BUDGETS, HALF, LENGTH, WIDTHS, E
 from experiments.studies.when_growing_pays.record import Record, Result
-from growconv.reporting.frontier import head_start_kept
+from growconv.reporting.comparison import head_start_kept
 
 HERE = Path(__file__).parent
 Row = list[str]
