@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,6 @@ class RunRecord:
         """Seconds spent on growth: from the summary, else summed over the events."""
         told = number(self.summary, "growth_seconds")
         return sum((number(event, "seconds", 0.0) for event in self.events), 0.0) if math.isnan(told) else told
-
-    @property
-    def growth_phases(self) -> dict[str, float]:
-        """Seconds of each phase of growing, summed over the events; empty where they were not recorded."""
-        phases: dict[str, float] = {}
-        for event in self.events:
-            parts = event["details"].get("seconds")
-            for name in parts if isinstance(parts, dict) else ():
-                phases[name] = phases.get(name, 0.0) + number(parts, name, 0.0)
-        return dict(islice(phases.items(), 8))
 
     def column(self, key: str) -> list[float]:
         """One metric over the epochs, NaN where a line lacks it."""

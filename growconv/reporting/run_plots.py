@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import matplotlib
@@ -285,7 +285,12 @@ def _sites_axis(
 def draw_time(run: RunRecord, narrow: bool) -> Figure:
     """Seconds of training and of each phase of growing, a bar each."""
     total, growing = number(run.summary, "seconds", 0.0), run.growth_seconds
-    phases = run.growth_phases
+    phases: dict[str, float] = {}
+    for event in run.events:
+        known = event["details"].get("seconds")
+        for name in known if isinstance(known, dict) else ():
+            phases[name] = phases.get(name, 0.0) + number(known, name, 0.0)
+    phases = dict(islice(phases.items(), 8))
     rest = growing - sum(phases.values())
     parts = {"training": max(total - growing, 0.0), **phases}
     if rest > 0.01 * total or not phases:

@@ -1,4 +1,4 @@
-"""Figures of a comparison against hand calculation, and what happens to runs that cannot be compared."""
+"""A comparison and its frontier against hand calculation, and what happens to runs that cannot be compared."""
 
 import json
 import math
