@@ -71,13 +71,16 @@ def decompose_cp(
     return tuple(factor.to(kernel.dtype) for factor in factors), fit
 
 
+@dataclass
 class _Search:
     """TensorLy's alternating least squares, with a relative stopping rule, keeping the best factors seen."""
 
-    def __init__(self, start: list[Tensor], iterations: int, tolerance: float) -> None:
-        self.best, self.lowest = start, float("inf")
-        self.flat, self.iterations = False, 0
-        self._limit, self._tolerance = iterations, tolerance
+    best: list[Tensor]
+    limit: int
+    tolerance: float
+    lowest: float = float("inf")
+    iterations: int = 0
+    flat: bool = False
 
     def run(self, kernel: Tensor, floor: float) -> None:
         """Sweep until the error is flat or below `floor`, or the iterations are used up."""
@@ -95,11 +98,11 @@ class _Search:
             self.iterations += not first
             if value <= self.lowest:  # false for NaN
                 self.best, self.lowest = [factor.clone() for factor in terms[1]], value
-            self.flat = not first and (value < 1e-12 or abs(previous - value) <= self._tolerance * value)
+            self.flat = not first and (value < 1e-12 or abs(previous - value) <= self.tolerance * value)
             previous, first = value, False
             return self.flat or value < floor
 
-        left = self._limit - self.iterations
+        left = self.limit - self.iterations
         if left < 1:
             return
         try:

@@ -19,6 +19,7 @@ Rank = int | float | str | tuple[int, ...] | list[int]
 """What a user may ask for: a number of terms, a share of the full kernel's parameters, or "same" for all of them."""
 
 _FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_ONE = {axes: Geometry.covering((1,) * axes) for axes in CONVS}
 
 
 class Stage(NamedTuple):
@@ -322,7 +323,7 @@ class FactorizedConv(nn.Module, ABC):
 
 def one_tap(weight: Tensor, axes: int) -> Stage:
     """The convolution that mixes channels location by location; `weight` (outputs, inputs)."""
-    return Stage(weight.reshape(*weight.shape, *[1] * axes), Geometry.covering((1,) * axes))
+    return Stage(weight.reshape(*weight.shape, *[1] * axes), _ONE[axes])
 
 
 def share_of(rank: Rank, where: str | None) -> float | None:

@@ -47,18 +47,16 @@ def composite_size(
         >>> growconv.composite_size((3, 3), (5, 5))
         (7, 7)
     """
-    if isinstance(first_size, int) and isinstance(second_size, int):
-        arguments = (first_stride, first_dilation, second_dilation)
-        if all(isinstance(value, int) for value in arguments):
-            return composite_size((first_size,), (second_size,), *arguments)[0]
-    axes = next((len(size) for size in (first_size, second_size) if not isinstance(size, int)), 1)
+    settings = (first_size, second_size, first_stride, first_dilation, second_dilation)
+    axes = next((len(size) for size in settings[:2] if not isinstance(size, int)), 1)
     first = per_axis(first_size, axes, "first_size", 1, "composite_size")
     second = per_axis(second_size, axes, "second_size", 1, "composite_size")
     steps = pair_steps(axes, first_stride, first_dilation, second_dilation, "composite_size")
-    return tuple(
+    size = tuple(
         dilation * (taps1 - 1) + 1 + reach * (taps2 - 1)
         for taps1, taps2, dilation, reach in zip(first, second, *steps, strict=True)
     )
+    return size[0] if all(isinstance(value, int) for value in settings) else size
 
 
 def pair_steps(
@@ -151,7 +149,7 @@ def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
     """
     before, after = _checked_pair(first, second, "compose_convs")
     geometry1, geometry2 = Geometry.of(before), Geometry.of(after)
-    padded1, padded2 = _is_padded(geometry1), _is_padded(geometry2)
+    padded1, padded2 = (any(low or high for low, high in each.padding) for each in (geometry1, geometry2))
     if padded2 and (geometry2.padding_mode != "zeros" or (padded1 and geometry1.padding_mode != "zeros")):
         raise GeometryError(
             "no single convolution pads like this pair",
@@ -190,7 +188,10 @@ def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
         groups=groups,
     )
     weight = weight[(..., *(slice(None, None, step) for step in grid))]
-    bias = _composite_bias(before, after)
+    bias = None if after.bias is None else after.bias.detach()
+    if before.bias is not None:  # b2 + Σ_k Σ_taps W2[c,k] b1[k]
+        through = regroup(after.weight.detach(), after.groups).flatten(2).sum(2) @ before.bias.detach()
+        bias = through if bias is None else bias + through
     return make_conv(
         weight,
         bias,
@@ -205,27 +206,20 @@ def compose_convs(first: nn.Module, second: nn.Module) -> Conv:
 def make_conv(
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
+    stride: PerAxis = 1,
+    padding: PerAxis | str = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> Conv:
     """A convolution with these weights (C2, C1 / groups, *kernel_size), on their device and with their dtype.
 
-    Tensors are copied into new Parameters, Parameters are shared. Settings have one entry per axis.
+    Tensors are copied into new Parameters, Parameters are shared. The settings are those of `nn.Conv2d`.
     """
-    settings: dict[str, Any] = {
-        "kernel_size": tuple(weight.shape[2:]),
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-        "bias": bias is not None,
-        "padding_mode": padding_mode,
-        "device": "meta",
-    }
-    conv = CONVS[weight.dim() - 2](weight.shape[1] * groups, weight.shape[0], **settings)
+    settings: dict[str, Any] = {"groups": groups, "bias": bias is not None, "padding_mode": padding_mode}
+    settings |= {"stride": stride, "padding": padding, "dilation": dilation, "device": "meta"}
+    taps = tuple(weight.shape[2:])
+    conv = CONVS[len(taps)](weight.shape[1] * groups, weight.shape[0], taps, **settings)
     conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
     if bias is not None:
         conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
@@ -273,19 +267,10 @@ def conv_pair(
             got=f"alpha {tuple(alpha.shape)}, omega {tuple(omega.shape)}",
             where=where,
         )
-    outgoing = omega.reshape(channels, math.prod(taps), -1).permute(2, 0, 1).unflatten(2, taps)
-    common: dict[str, Any] = {"groups": 1, "dtype": alpha.dtype, "device": alpha.device}
-    sizes: list[dict[str, Any]] = [{"kernel_size": tuple(incoming_shape[1:])}, {"kernel_size": taps}]
-    convs = (
-        CONVS[axes](incoming_shape[0], channels, bias=bias, **sizes[0], **common, **(first or {})),
-        CONVS[axes](channels, len(outgoing), bias=False, **sizes[1], **common, **(second or {})),
-    )
-    with torch.no_grad():
-        convs[0].weight.copy_(alpha[:, :entries].view_as(convs[0].weight))
-        convs[1].weight.copy_(outgoing)
-        if convs[0].bias is not None:
-            convs[0].bias.copy_(alpha[:, entries])
-    return convs
+    incoming = alpha[:, :entries].reshape(channels, *incoming_shape)
+    outgoing = omega.to(alpha).reshape(channels, math.prod(taps), -1).permute(2, 0, 1).unflatten(2, taps).contiguous()
+    before = make_conv(incoming, alpha[:, entries] if bias else None, **(first or {}))
+    return before, make_conv(outgoing, None, **(second or {}))
 
 
 def exact_locations(first: nn.Module, second: nn.Module, input_size: Sequence[int]) -> Bool[Tensor, "*output_size"]:
@@ -375,17 +360,3 @@ def _checked_pair(first: nn.Module, second: nn.Module, where: str) -> tuple[Conv
             where=where,
         )
     return first, second
-
-
-def _is_padded(geometry: Geometry) -> bool:
-    return any(low or high for low, high in geometry.padding)
-
-
-def _composite_bias(before: Conv, after: Conv) -> Tensor | None:
-    """b2 + Σ_k Σ_taps W2[c,k] b1[k]."""
-    bias = None if after.bias is None else after.bias.detach().clone()
-    if before.bias is not None:
-        sums = regroup(after.weight.detach(), after.groups).flatten(2).sum(2)
-        through = sums @ before.bias.detach()
-        bias = through if bias is None else bias + through
-    return bias

@@ -152,15 +152,9 @@ def masked_conv(
 
 
 def regroup(weight: Tensor, groups: int, fewer: int = 1) -> Tensor:
-    """The kernel of a grouped convolution with some of its zeros written out.
+    """The kernel (C2, C1 / groups, *kernel_size) of a grouped convolution with some of its zeros written out.
 
-    Args:
-        weight: (C2, C1 / groups, *kernel_size).
-        groups: number of groups.
-        fewer: number of groups wanted, a divisor of `groups`.
-
-    Returns:
-        (C2, C1 / fewer, *kernel_size), block diagonal inside each of the larger groups.
+    The result (C2, C1 / fewer, *kernel_size) is block diagonal inside each of `fewer` larger groups.
     """
     if groups < 1 or weight.shape[0] % groups or groups % fewer:
         raise GeometryError(

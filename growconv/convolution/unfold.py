@@ -40,29 +40,18 @@ def windows(padded: Float[Tensor, "n c *padded"], geometry: Geometry) -> Float[T
 
 
 def unfold(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "n a l"]:
-    """Patches U that a convolution reads, one column per output location.
+    """Patches U (n, C·taps, L) that a convolution reads of maps (n, C, *size), one column per output location.
 
-    Args:
-        x: feature maps (n, C, *size).
-        geometry: of the convolution.
-
-    Returns:
-        (n, C·taps, L). Rows are ordered channel first, then taps row-major, as torch.nn.functional.unfold has them.
+    Rows are ordered channel first, then taps row-major, as torch.nn.functional.unfold has them.
     """
     view = windows(pad(x, geometry), geometry)
     return view.reshape(x.shape[0], x.shape[1] * geometry.taps, -1)
 
 
 def fold(columns: Float[Tensor, "n a l"], geometry: Geometry, input_size: Sequence[int]) -> Float[Tensor, "n c *size"]:
-    """Adjoint of `unfold`: adds every entry of the columns to the input location that it was read from.
+    """Adjoint of `unfold`: adds every entry of the columns (n, C·taps, L) to the input location that it was read from.
 
-    Args:
-        columns: (n, C·taps, L).
-        geometry: of the convolution.
-        input_size: grid of the result.
-
-    Returns:
-        (n, C, *input_size); what was read from zero padding is dropped.
+    What was read from zero padding is dropped; the result is (n, C, *input_size).
     """
     with torch.enable_grad():
         channels = columns.shape[1] // geometry.taps
@@ -117,16 +106,9 @@ def tap_multiplicities(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, " *size"]:
-    """How often each input location is read: q_l = number of (m, b) with T_mbl = 1.
+    """How often each location of the input grid is read: q_l = number of (m, b) with T_mbl = 1.
 
-    Args:
-        input_size: size of the input grid.
-        geometry: of the convolution that reads it.
-        dtype: of the result; None for torch's default dtype.
-        device: of the result; None for torch's default device.
-
-    Returns:
-        The counts on the input grid. They are a product of one factor per axis.
+    The counts are a product of one factor per axis. None stands for torch's default dtype and device.
     """
     geometry.output_size(input_size)  # refuses what does not fit
     result = torch.ones((), dtype=dtype or torch.get_default_dtype(), device=device)

@@ -39,6 +39,7 @@ def test_composite_is_the_pair_away_from_hidden_padding(case):
     except RuntimeError:
         return
     conv = compose_convs(first, second)
+    assert not set(conv.parameters()) & {*first.parameters(), *second.parameters()}
     sizes = growconv.composite_size(
         first.kernel_size, second.kernel_size, first.stride, first.dilation, second.dilation
     )
