@@ -60,11 +60,6 @@ class AmplitudeChoice:
     reason: str
 
     @property
-    def amplitudes(self) -> tuple[float, ...]:
-        """γ of every proposal."""
-        return tuple(self.strength * unit for unit in self.units)
-
-    @property
     def held_out(self) -> tuple[float, float]:
         """Held-out loss before and after."""
         return self.losses[0.0], self.losses[self.strength]
@@ -133,21 +128,6 @@ def choose_amplitudes(
     return AmplitudeChoice(tuple(taken), tuple(units), best, losses, cap, reason)
 
 
-def _check(site: Site, growth: ChannelGrowth) -> None:
-    """Refuse what has no amplitude to choose."""
-    if growth.revised or growth.copied_from is not None:
-        raise ArgumentValueError(
-            "this proposal changes old weights, so it has no amplitude of its own",
-            got=growth.method,
-            where=site.name,
-            fix="grow with amplitude 1",
-        )
-    if growth.channels == 0:
-        raise ArgumentValueError(
-            "there are no new channels to choose an amplitude for", got=growth.reason, where=site.name
-        )
-
-
 def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CAP) -> float:
     """The largest γ at which no new channel is too strong beside the old ones.
 
@@ -209,7 +189,13 @@ def _trials(model: nn.Module, growths: Iterable[Growth]) -> Iterator[tuple[list[
 
     try:
         for site, growth in growths:
-            _check(site, growth)
+            if growth.revised or growth.copied_from is not None or not growth.channels:
+                raise ArgumentValueError(
+                    "a proposal without new channels, or one that changes old weights, has no amplitude of its own",
+                    got=growth.reason or growth.method,
+                    where=site.name,
+                    fix="grow with amplitude 1",
+                )
             own = site.of(model)
             own.check()
             units.append(amplitude_cap(own, growth, 1.0))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,30 +42,22 @@ class FlopMeter(TorchDispatchMode):
         """Run the operation and add its count."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = _formula(func)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=result))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            plain = getattr(formula, "__wrapped__", None)
+            if plain is None:
+                self.flops += int(formula(*args, **kwargs, out_val=result))
+            else:  # torch's own way to the shapes takes as long as a small product
+                self.flops += int(plain(*map(_shape, args), **_shape(kwargs), out_shape=_shape(result)))
         return result
 
 
-@cache
-def _formula(func: Any) -> Callable[..., int] | None:
-    """The formula of an operation; torch's own way to the shapes takes as long as a small product."""
-    found = flop_registry.get(func._overloadpacket)
-    plain = getattr(found, "__wrapped__", None)
-    if plain is None:
-        return found
-
-    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
-        named = {name: _shape(value) for name, value in kwargs.items()}
-        return plain(*map(_shape, args), **named, out_shape=_shape(out_val))
-
-    return count
-
-
 def _shape(value: Any) -> Any:
+    """The same with the shapes of tensors in their place."""
     if isinstance(value, Tensor):
         return value.shape
+    if isinstance(value, dict):
+        return {name: _shape(each) for name, each in value.items()}
     return [_shape(each) for each in value] if isinstance(value, list | tuple) else value
 
 

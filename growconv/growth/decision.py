@@ -49,6 +49,7 @@ class Situation:
         rounds: growth rounds so far, including those that added nothing.
         last_step: step of the last round; None before the first.
         last_epoch: "epoch" of the last round; None before the first, or if the loop reports none.
+        last_pruning: step of the last pruning; None before the first.
         seconds: wall-clock seconds of the run so far, including resumed parts.
         cost: the model's cost meter; None before the first growth batch was seen.
     """
@@ -62,6 +63,7 @@ class Situation:
     rounds: int = 0
     last_step: int | None = None
     last_epoch: int | None = None
+    last_pruning: int | None = None
     seconds: float | int = 0.0
     cost: ModelCost | None = None
 

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -240,13 +241,12 @@ def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Te
         if not isinstance(parameter, nn.Parameter):
             continue
         added = sum(edit.get("count", 0) - len(edit.get("removed", ())) for _, edit in changes)
-        births = [0] * (parameter.shape[axis] - added)
+        births = np.zeros(parameter.shape[axis] - added, dtype=np.int64)
         for born, edit in changes:
             if "removed" in edit:
-                gone = set(edit["removed"])
-                births = [birth for entry, birth in enumerate(births) if entry not in gone]
+                births = np.delete(births, edit["removed"])
             else:
-                births[edit["position"] : edit["position"]] = [born] * edit["count"]
+                births = np.insert(births, edit["position"], [born] * edit["count"])
         shape = [1] * parameter.dim()
         shape[axis] = len(births)
         stages = torch.tensor(births, device=parameter.device).view(shape)

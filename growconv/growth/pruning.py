@@ -57,25 +57,15 @@ class PruneBack(Policy):
         """Whether `when` is."""
         return self.when.personal
 
-    def choose(
-        self, model: nn.Module, sites: Sequence[GrowthSite], scores: Mapping[GrowthSite, Tensor], cost: ModelCost
-    ) -> dict[GrowthSite, list[int]]:
-        """The channels to take away, by site.
-
-        Args:
-            sites: sites from which channels may be removed.
-            scores: importance (width,) of each site's channels.
-            cost: the model's cost meter.
-
-        Returns:
-            Indices of the channels to remove, in whole groups; as few as the budget allows.
+    def choose(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> dict[GrowthSite, list[int]]:
+        """The channels to take away of each site, in whole groups; as few as the budget allows.
 
         Raises:
             ScheduleError: the budget cannot be reached with `keep` channels everywhere.
         """
         blocks = []
         for order, site in enumerate(sites):
-            score = scores[site].double().cpu()
+            score = norm_scores(site)
             relative = (score / score.mean().clamp(min=1e-300)).view(-1, site.granularity).sum(1)
             least = -(-self.keep // site.granularity)
             ranked = torch.argsort(relative, stable=True)[: max(0, len(relative) - least)]
@@ -104,12 +94,7 @@ class PruneBack(Policy):
 
 
 class Sizes:
-    """Parameters and FLOPs that a model would have without some channels, several sites at once.
-
-    Args:
-        sites: sites from which channels may be removed.
-        cost: the model's cost meter.
-    """
+    """Parameters and FLOPs that a model would have without some channels of several sites at once."""
 
     def __init__(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> None:
         self.tensors = {id(parameter): parameter for parameter in model.parameters()}

@@ -17,7 +17,7 @@ from growconv.growth.amplitude import AmplitudeChoice, choose_amplitudes, mean_l
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
-from growconv.growth.pruning import PruneBack, norm_scores
+from growconv.growth.pruning import PruneBack
 from growconv.network.apply import grow, shrink
 from growconv.network.event import GrowthEvent, Optimizers
 from growconv.network.model import undisturbed
@@ -395,7 +395,7 @@ class Round:
         """Shrink to a pruning policy's budget."""
         prunable = [cast(GrowthSite, site) for site in sites if site.own_method is None]
         with self.phase("collect"), undisturbed(self.model):
-            chosen = pruning.choose(self.model, prunable, {site: norm_scores(site) for site in prunable}, self.cost)
+            chosen = pruning.choose(self.model, prunable, self.cost)
         with self.phase("surgery"):
             for site, channels in chosen.items():
                 event = shrink(self.model, site, channels, optimizer=self.optimizer)

@@ -34,7 +34,6 @@ from growconv.growth.settings import (
     check_limits,
     check_owner,
     checked_sites,
-    measured_of,
 )
 from growconv.growth.stop import Budget, Stop
 from growconv.growth.validation import check_schedule, history_from
@@ -49,6 +48,9 @@ from growconv.network.site import GrowthSite, Site
 from growconv.solvers.base import Channels, Solver, get_solver, require_count
 
 logger = logging.getLogger("growconv.growth")
+
+KEPT = ("initial_widths", "visits", "rounds", "last_step", "last_epoch", "last_pruning")
+"""What a resumed run needs of the situation."""
 
 
 class GrowthScheduler:
@@ -163,12 +165,12 @@ class GrowthScheduler:
         check_limits(amplitude_cap=amplitude_cap, optimizer_state=optimizer_state, held_out=held_out)
         check_limits(samples=samples, relative_error=relative_error, times=times)
         self.amplitude_cap = None if amplitude_cap is None else float(amplitude_cap)
-        self.learning_rate = learning_rate
-        self.optimizer_state = optimizer_state
-        self.pruning = pruning
+        self.learning_rate, self.pruning, self.optimizer_state = learning_rate, pruning, optimizer_state
         self.held_out = float(held_out)
         self.relative_error = as_relative_error(samples, relative_error, self.solver, self.sites)
-        self.measured = measured_of(self.where, self.solver, self.amplitude, self.sites)
+        searched = self.amplitude == "line_search" and not self.solver.function_preserving
+        closed_form = all(site.closed_form for site in self.sites)
+        self.measured = self.where.measures(searched=searched, closed_form=closed_form)
         self.statistics = dict(statistics or {})
         self.seed = seed
         check_owner(optimizer, self.sites)
@@ -188,7 +190,6 @@ class GrowthScheduler:
         self.spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.flops_spent = 0.0
         self.decisions: list[str] = []
-        self._last_pruning: int | None = None
         self._prunes = False
         self._top_rate = 0.0
         self._began = time.monotonic()
@@ -305,28 +306,25 @@ class GrowthScheduler:
                 and to the sites on both sides of a layer inserted into it; sites that it did not grow are left out.
             events: the changes to the model, for the history.
         """
-        found = [(site, self._name_before(site)) for site in sites]
-        sites = [site for site, before in found if before is not None]
-        self.sites, self.left_out = checked_sites(sites, self.model, self.solver)
-        names = {site.name: before for site, before in found if before is not None}
-        widths, visits = (
-            {site.name: known[names[site.name]] for site in self.sites}
-            for known in (self.now.initial_widths, self.now.visits)
-        )
+        known = {_ends(each, self.model): each.name for each in self.sites}
+        reading = {consumers: name for (_, consumers), name in reversed(known.items())}
+        before: dict[str, str] = {}
+        followed: list[Site] = []
+        for site in sites:
+            ends = _ends(site, self.model)
+            around = frozenset(path.removesuffix(IN_FRONT) for path in ends[1])
+            name = known.get(ends, reading.get(around))
+            if name is not None:
+                before[site.name] = name
+                followed.append(site)
+        self.sites, self.left_out = checked_sites(followed, self.model, self.solver)
+        widths = {site.name: self.now.initial_widths[before[site.name]] for site in self.sites}
+        visits = {site.name: self.now.visits[before[site.name]] for site in self.sites}
         self.now = replace(self.now, sites=self.sites, initial_widths=widths, visits=visits, cost=None)
         for event in events:
             self.history.append(replace(event, recipe=None))
         if self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
-
-    def _name_before(self, site: Site) -> str | None:
-        """The name of the scheduled site that a site of the deeper model comes from; None where there is none."""
-        known = {_ends(each, self.model): each.name for each in self.sites}
-        producers, consumers = _ends(site, self.model)
-        if (producers, consumers) in known:
-            return known[producers, consumers]
-        around = frozenset(path.removesuffix(IN_FRONT) for path in consumers)
-        return next((name for (_, read), name in known.items() if read == around), None)
 
     def cautions(self) -> list[str]:
         """Warnings about the next round, as far as they are known beforehand; one line each."""
@@ -352,13 +350,8 @@ class GrowthScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides model and optimizer, as JSON-able values."""
         return {
-            "initial_widths": dict(self.now.initial_widths),
+            **{name: getattr(self.now, name) for name in KEPT},
             "widths": {site.name: site.width for site in self.sites},
-            "visits": dict(self.now.visits),
-            "rounds": self.rounds,
-            "last_step": self.now.last_step,
-            "last_epoch": self.now.last_epoch,
-            "last_pruning": self._last_pruning,
             "seconds": self.seconds,
             "spent": dict(self.spent),
             "flops_spent": self.flops_spent,
@@ -380,9 +373,7 @@ class GrowthScheduler:
             policy.load_state_dict(state["policies"][name])
         self.history = history_from(state["history"])
         self.spent, self.flops_spent = dict(state["spent"]), float(state["flops_spent"])
-        kept = ("initial_widths", "visits", "rounds", "last_step", "last_epoch")
-        self.now = replace(self.now, **{name: state[name] for name in kept})
-        self._last_pruning = state["last_pruning"]
+        self.now = replace(self.now, **{name: state[name] for name in KEPT})
         if self.learning_rate is not None:
             self.learning_rate.follow(self.model, self.history)
         self._seconds_before, self._began = float(state["seconds"]), time.monotonic()
@@ -466,7 +457,7 @@ class GrowthScheduler:
         if self.times is not None and self.rounds >= self.times:
             answer = Decision(False, f"all {self.times} rounds are done")
         if self.pruning is not None:
-            pruning = self.pruning.when.decide(replace(self.now, last_step=self._last_pruning))
+            pruning = self.pruning.when.decide(replace(self.now, last_step=self.now.last_pruning))
             if pruning:
                 return answer.yes, True, [f"prune: {pruning.reason}"]
         return answer.yes, False, [answer.reason]
@@ -536,7 +527,7 @@ class GrowthScheduler:
         self.flops_spent += flops
         now, names = self.now, {site.name for site in asked}
         if self._prunes:
-            self._last_pruning, self._prunes = now.step, False
+            self.now, self._prunes = replace(now, last_pruning=now.step), False
         else:
             visits = {name: count + (name in names) for name, count in now.visits.items()}
             epoch = int(now.metrics["epoch"]) if "epoch" in now.metrics else now.last_epoch

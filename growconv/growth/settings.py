@@ -11,7 +11,6 @@ from torch import nn
 from growconv.errors import ArgumentTypeError, GrowthWarning, ScheduleError
 from growconv.growth.decision import Policy
 from growconv.growth.when import Every, When
-from growconv.growth.where import Measure, Where
 from growconv.limits import Limits
 from growconv.network.event import Optimizers
 from growconv.network.model import attribute
@@ -144,28 +143,6 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
                 expected="captured energies, as those of tiny, exact and functional",
                 fix="leave out sites with a method of their own, or use a policy that compares no gains",
             )
-
-
-def measured_of(
-    where: Where, solver: Solver, amplitude: float | Literal["line_search"], sites: Iterable[Site]
-) -> Measure | None:
-    """What is measured of the proposals for the policy that chooses among them.
-
-    Raises:
-        ScheduleError: a decrease, and no batches are held out, or the method's channels change nothing.
-    """
-    searched = amplitude == "line_search" and not solver.function_preserving
-    measured = where.measures(searched=searched, closed_form=all(site.closed_form for site in sites))
-    if measured == "decrease" and not searched:
-        silent = f"the channels of {solver.name!r} change nothing at first"
-        raise ScheduleError(
-            "by=decrease compares what new channels take off the held-out loss",
-            expected='amplitude="line_search", which holds batches out, and a method such as tiny',
-            got=silent if solver.function_preserving else f"amplitude={amplitude}",
-            where="where",
-            fix="choose another method or amplitude, or by=gradient",
-        )
-    return measured
 
 
 def as_when(every: int | None, when: When | None) -> When | None:

@@ -55,13 +55,10 @@ class Budget(Stop):
 
     def decide(self, situation: Situation) -> Decision:
         """Whether one of the limits is reached."""
-        spent = {
-            "parameters": (situation.parameters if self.parameters is not None else None, self.parameters),
-            "flops": (situation.flops if self.flops is not None else None, self.flops),
-            "seconds": (situation.seconds, self.seconds),
-        }
-        for name, (value, limit) in spent.items():
-            if limit is not None and value is not None and value >= limit:
+        for name in ("parameters", "flops", "seconds"):
+            limit = getattr(self, name)
+            value = None if limit is None else getattr(situation, name)
+            if value is not None and value >= limit:
                 return Decision(True, f"budget reached: {value:.6g} of {limit:.6g} {name}")
         return Decision(False, "the budget has room")
 

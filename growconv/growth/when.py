@@ -44,9 +44,12 @@ class Every(When):
 
     def decide(self, situation: Situation) -> Decision:
         """Due once per interval, even if the loop does not ask after every step."""
-        now, last = _clock(situation, self.unit)
+        now, last = situation.step, situation.last_step
+        if self.unit == "epoch":
+            now, last = situation.metrics.get("epoch"), situation.last_epoch
         if now is None:
             return Decision(False, f"no number of finished epochs reported at step {situation.step}")
+        now = int(now)
         start = self.interval if self.start is None else self.start
         if now < start:
             return Decision(False, f"{self.unit} {now} of {start}, the first round")
@@ -307,10 +310,3 @@ def _ascending(marks: list[Mark], above: int, where: str, example: str) -> list[
             "a list of times must be ascending and not empty", expected=f"for example {example}", got=marks, where=where
         )
     return marks
-
-
-def _clock(situation: Situation, unit: str) -> tuple[int | None, int | None]:
-    if unit == "step":
-        return situation.step, situation.last_step
-    epoch = situation.metrics.get("epoch")
-    return (None if epoch is None else int(epoch)), situation.last_epoch

@@ -39,6 +39,9 @@ class Where(Policy):
         Args:
             searched: batches are held out, and the method's channels change the loss.
             closed_form: every site has closed-form statistics, so that there are slopes.
+
+        Raises:
+            ScheduleError: it compares what cannot be measured.
         """
         return None
 
@@ -100,6 +103,13 @@ class _Comparing(Where):
 
     def measures(self, *, searched: bool, closed_form: bool) -> Measure | None:
         """What `by` says; the decrease before the slopes where it says nothing."""
+        if self.by == "decrease" and not searched:
+            raise ScheduleError(
+                "by=decrease compares what new channels take off the held-out loss",
+                expected='amplitude="line_search", which holds batches out, and a method such as tiny',
+                where="where",
+                fix="choose another method or amplitude, or by=gradient",
+            )
         if self.by == "decrease" or (self.by is None and searched):
             return "decrease"
         return "slopes" if self.by != "energy" and closed_form else None
@@ -110,12 +120,11 @@ class _Comparing(Where):
         Raises:
             ScheduleError: it was not measured for some proposal.
         """
-        decreases = [proposal.decrease for proposal in proposals]
-        if self.by in (None, "decrease") and None not in decreases:
+        if self.by in (None, "decrease") and all(proposal.decrease is not None for proposal in proposals):
             return [_shared(proposal) for proposal in proposals], "decrease"
-        slopes = [proposal.slopes for proposal in proposals]
-        if self.by != "energy" and not any(each is None for each in slopes):
-            return [each.tolist() for each in slopes if each is not None], "gradient"
+        slopes = [proposal.slopes.tolist() for proposal in proposals if proposal.slopes is not None]
+        if self.by != "energy" and len(slopes) == len(proposals):
+            return slopes, "gradient"
         for proposal in proposals:
             if self.by == "gradient" or proposal.gradient_energy is None:
                 raise ScheduleError(

@@ -170,7 +170,7 @@ def test_channels_that_do_harm_start_silent(chain, batches_of, proposed) -> None
     site, growth = proposed(model)
     harmful = replace(growth, outgoing={path: -weight for path, weight in growth.outgoing.items()})
     choice = choose_amplitudes(model, [(site, harmful)], batches_of(2, start=0, dtype=torch.float64), F.cross_entropy)
-    assert choice.amplitudes == (0.0,)
+    assert choice.strength == 0.0
     assert "silent" in choice.reason
     assert choice.held_out == (choice.losses[0.0],) * 2
 
@@ -277,6 +277,6 @@ def test_training_goes_on_as_well_as_without_growing(chain, sites_of, digits, ba
         site, growth = proposed(model, growconv.solvers.get_solver(method, **options), site=0, dtype=torch.float32)
         growth = rescaled(site, growth)
         choice = choose_amplitudes(model, [(site, growth)], batches_of(4, start=1500, size=64), F.cross_entropy)
-        growconv.grow(model, site, growth, amplitude=choice.amplitudes[0], optimizer=optimizer)
+        growconv.grow(model, site, growth, amplitude=choice.strength * choice.units[0], optimizer=optimizer)
         ratios.append(train(model, optimizer, steps[80:]) / train(plain, twin, steps[80:]))
     assert max(ratios) < 1.02, ratios
