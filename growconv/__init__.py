@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from growconv.convolution.cost import conv_cost
     from growconv.convolution.cp import CPConv, CPConv1d, CPConv2d, CPConv3d
     from growconv.convolution.kernels import (
+        commute_average_pool,
         compose_convs,
         compose_kernels,
         composite_matrix,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
         conv_pair,
         exact_locations,
     )
-    from growconv.convolution.pooling import commute_average_pool
     from growconv.convolution.split import split_kernel
     from growconv.convolution.toeplitz import toeplitz_adjoint, toeplitz_matrix
     from growconv.convolution.tucker import TuckerConv, TuckerConv1d, TuckerConv2d, TuckerConv3d
@@ -59,8 +59,8 @@ _PACKAGES = (
 _HOMES = {
     "convolution.cost": "conv_cost",
     "convolution.cp": "CPConv CPConv1d CPConv2d CPConv3d",
-    "convolution.kernels": "compose_convs compose_kernels composite_matrix composite_size conv_pair exact_locations",
-    "convolution.pooling": "commute_average_pool",
+    "convolution.kernels": "commute_average_pool compose_convs compose_kernels composite_matrix composite_size "
+    "conv_pair exact_locations",
     "convolution.split": "split_kernel",
     "convolution.toeplitz": "toeplitz_adjoint toeplitz_matrix",
     "convolution.tucker": "TuckerConv TuckerConv1d TuckerConv2d TuckerConv3d",

@@ -2,7 +2,7 @@
 
 PyTorch's convolution is a correlation, so the composite kernel is the full convolution of the second kernel with the
 first, summed over hidden channels. Hidden zero padding cuts the sum at the borders; `exact_locations` says where, and
-`composite_matrix` is right there, too.
+`composite_matrix` is right there, too. Average pooling is a convolution, and convolutions commute.
 """
 
 import math
@@ -20,6 +20,7 @@ from growconv.convolution.toeplitz import regroup, toeplitz_matrix
 from growconv.errors import ArgumentTypeError, GeometryError
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+AveragePool = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
 CONVS: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -218,8 +219,8 @@ def make_conv(
     """
     settings: dict[str, Any] = {"groups": groups, "bias": bias is not None, "padding_mode": padding_mode}
     settings |= {"stride": stride, "padding": padding, "dilation": dilation, "device": "meta"}
-    taps = tuple(weight.shape[2:])
-    conv = CONVS[len(taps)](weight.shape[1] * groups, weight.shape[0], taps, **settings)
+    settings |= {"kernel_size": tuple(weight.shape[2:])}
+    conv = CONVS[weight.dim() - 2](weight.shape[1] * groups, weight.shape[0], **settings)
     conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
     if bias is not None:
         conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
@@ -342,6 +343,81 @@ def composite_matrix(
     if after.bias is not None:
         offset = offset + after.bias.detach().repeat_interleave(outer.shape[0] // after.out_channels)
     return matrix, offset
+
+
+def commute_average_pool(first: nn.Module, second: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The same function with an average pooling and a convolution in the other order.
+
+    The stride of the second layer moves to the new last layer; the stride of a pooling that comes first becomes
+    dilation of the convolution; the padding of the first layer moves to the new first layer.
+
+    Args:
+        first: nn.AvgPool1d/2d/3d or nn.Conv1d/2d/3d.
+        second: the other of the two, without padding.
+
+    Returns:
+        Two new modules to apply in this order; the convolution shares its Parameters with the one given.
+
+    Raises:
+        GeometryError: no exact exchange exists: the second layer has padding (its border zeros are not the output of
+            the first), a convolution with stride comes before the pooling (it would need a dilated pooling), or the
+            pooling rounds its size up or leaves padding out of the average.
+        ArgumentTypeError: for other layers.
+
+    Example:
+        >>> pool, conv = growconv.commute_average_pool(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2))
+    """
+    if isinstance(first, AveragePool) and isinstance(second, Conv):
+        pool, conv, pool_first = first, second, True
+    elif isinstance(first, Conv) and isinstance(second, AveragePool):
+        pool, conv, pool_first = second, first, False
+    else:
+        raise ArgumentTypeError(
+            "one average pooling and one convolution are needed",
+            got=f"{type(first).__name__} then {type(second).__name__}",
+            where="commute_average_pool",
+        )
+    pooling, convolving = Geometry.of(pool), Geometry.of(conv)
+    problem = _why_not(pool, pooling, convolving, pool_first)
+    if problem:
+        raise GeometryError(problem, got=f"{first} then {second}", where="commute_average_pool")
+    last = tuple(s1 * s2 for s1, s2 in zip(pooling.stride, convolving.stride, strict=True))
+    padding = tuple(low for low, _ in (pooling if pool_first else convolving).padding)
+    none, one = (0,) * pooling.axes, (1,) * pooling.axes
+    divisor = {} if isinstance(pool, nn.AvgPool1d) else {"divisor_override": pool.divisor_override}
+    if pool_first:
+        dilation = tuple(d * s for d, s in zip(convolving.dilation, pooling.stride, strict=True))
+        new_conv = make_conv(conv.weight, conv.bias, one, padding, dilation, conv.groups)
+        return new_conv, type(pool)(pooling.kernel_size, last, none, **divisor)  # pyright: ignore[reportArgumentType]
+    new_pool = type(pool)(pooling.kernel_size, one, padding, **divisor)  # pyright: ignore[reportArgumentType]
+    return new_pool, make_conv(conv.weight, conv.bias, last, none, convolving.dilation, conv.groups)
+
+
+def _why_not(pool: AveragePool, pooling: Geometry, convolving: Geometry, pool_first: bool) -> str | None:
+    """One line saying why the layers do not commute; None where they do."""
+    second = convolving if pool_first else pooling
+    if pooling.axes != convolving.axes:
+        return "pooling and convolution have different numbers of axes"
+    if any(low or high for low, high in second.padding):
+        return "the second layer pads with zeros where the first one's output would have to stand"
+    if pooling.ceil_mode:
+        return "a pooling that rounds its size up averages over partial windows"
+    if pool_first:
+        padded = any(low for low, _ in pooling.padding)
+        return (
+            "a pooling that leaves padding out of its average is no convolution"
+            if (padded and not pool.count_include_pad)
+            else None
+        )
+    if max(convolving.stride) > 1:
+        return "after a convolution with stride the pooling would have to be dilated"
+    if convolving.padding_mode != "zeros" and any(low or high for low, high in convolving.padding):
+        return "a pooling can only pad with zeros"
+    if any(low != high for low, high in convolving.padding):
+        return "a pooling pads both sides alike"
+    if any(2 * low > size for (low, _), size in zip(convolving.padding, pooling.kernel_size, strict=True)):
+        return "torch's pooling cannot take over padding of more than half its window"
+    return None
 
 
 def _checked_pair(first: nn.Module, second: nn.Module, where: str) -> tuple[Conv, Conv]:

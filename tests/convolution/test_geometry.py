@@ -11,6 +11,8 @@ from growconv.convolution.toeplitz import toeplitz_matrix
 from growconv.errors import ArgumentTypeError, GeometryError
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 @st.composite
@@ -114,3 +116,20 @@ def test_images_that_do_not_fit_are_refused(size):
 def test_impossible_geometries_are_named(settings, words):
     with pytest.raises(GeometryError, match=words):
         toeplitz_matrix(torch.randn(4, 2, 3, 3), **settings)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.integers(1, 3), st.integers(3, 12), st.booleans())
+def test_pool_sizes_are_torchs(kernel, stride, padding, dilation, size, ceil_mode):
+    padding = min(padding, kernel // 2)
+    if size + 2 * padding < dilation * (kernel - 1) + 1:
+        return
+    for axes, maker in MAX_POOLS.items():
+        pool = maker(kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+        expected = tuple(pool(torch.zeros(1, 1, *(size,) * axes)).shape[2:])
+        assert Geometry.of(pool).output_size((size,) * axes) == expected
+    for axes, maker in AVG_POOLS.items():
+        if size < kernel:  # torch's avg_pool3d refuses what its padding would allow
+            continue
+        pool = maker(kernel, None, padding, ceil_mode=ceil_mode)
+        expected = tuple(pool(torch.zeros(1, 1, *(size,) * axes)).shape[2:])
+        assert Geometry.of(pool).output_size((size,) * axes) == expected
