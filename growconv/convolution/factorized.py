@@ -181,14 +181,7 @@ class FactorizedConv(nn.Module, ABC):
         self._implementation = value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            x: (n, C1, *size), or without the sample axis.
-
-        Returns:
-            (n, C2, *output size).
-        """
+        """Convolve (n, C1, *size), or without the sample axis, to (n, C2, *output size)."""
         *before, last = self.stages()
         for stage in before:
             x = stage.run(x)

@@ -133,13 +133,7 @@ def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CA
 
     The strength of a channel is its size (`solvers.weights`: behind a norm layer what that gives, else ‖α‖) times ‖ω‖;
     the strongest new one gets at most `strongest` of the old ones' mean, and ‖ω‖ alone at most four times that share of
-    theirs.
-
-    Args:
-        strongest: share of the old channels' mean strength, above 0.
-
-    Returns:
-        0 where the new or the old channels have no outgoing weights.
+    theirs. It is 0 where the new or the old channels have no outgoing weights.
     """
     own = site.cap(growth)
     if own is not None:

@@ -30,17 +30,10 @@ def is_first() -> bool:
 
 
 def from_first(compute: Callable[[], T], device: torch.device) -> T:
-    """Compute on rank 0 alone and give every rank the answer; an error there is raised on every rank.
-
-    Args:
-        compute: called on rank 0; without torch.distributed, here.
-        device: device through which the answer travels (a GPU under NCCL).
-
-    Returns:
-        Rank 0's answer, its tensors on `device`.
+    """Compute on rank 0 alone and give every rank the answer, through a device (a GPU under NCCL), its tensors there.
 
     Raises:
-        GrowthError: what `compute` raised on rank 0.
+        GrowthError: on every rank, what `compute` raised on rank 0.
     """
     if world_size() == 1:
         return compute()
@@ -70,10 +63,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def agreed(compute: Callable[[], T]) -> T:
-    """Compute something on every rank; what fails on one of them is raised on all, so that none waits for ever.
-
-    Args:
-        compute: without communication of its own.
+    """Compute, without communication, on every rank; what fails on one is raised on all, so that none waits for ever.
 
     Raises:
         Exception: this rank's own error.
@@ -121,13 +111,8 @@ def require_same(value: object, what: str, fix: str | None = None) -> None:
 def reduce_statistics(statistics: dict[str, PairStatistics]) -> dict[str, PairStatistics]:
     """The statistics over the samples of all ranks, the same bits on each.
 
+    They equal those of one process with all the samples up to rounding. Every rank has the same sites and quantities.
     Kept samples are joined on rank 0, which solves, in order of rank; the others keep their own.
-
-    Args:
-        statistics: of this rank, by site; every rank has the same sites and quantities.
-
-    Returns:
-        New statistics, equal to those of one process with all the samples up to rounding.
     """
     if world_size() == 1:
         return statistics

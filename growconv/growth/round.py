@@ -287,10 +287,7 @@ class Round:
         """Put proposals into the model, as far as there is room.
 
         The amplitudes of all whose amplitude is searched are chosen together. Others come first: they change old
-        weights, and what others do is measured on the model as it is then.
-
-        Args:
-            chosen: proposals of this round, each with the reason why it was chosen.
+        weights, and what others do is measured on the model as it is then. Each has the reason why it was chosen.
         """
         first, searched, others = len(self.events), [], []
         for each in chosen:

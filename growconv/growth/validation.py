@@ -192,11 +192,7 @@ def _there(module: nn.Module) -> dict[str, int]:
 
 
 def check_schedule(state: object, policies: Mapping[str, Policy]) -> None:
-    """Compare the saved state of a GrowthScheduler with what one has, down to the state of each policy.
-
-    Args:
-        state: what a file holds.
-        policies: those of the scheduler that is to take the state; they are left as they are.
+    """Compare the saved state of a GrowthScheduler with what one has, down to the state of each policy; change none.
 
     Raises:
         CheckpointError: names the entry.

@@ -13,14 +13,7 @@ def draw_batches(loader: Iterable[Any], count: int) -> list[Any]:
     """The first batches of a fresh pass over a loader.
 
     Generators that the loader and its sampler were given are put back, so that the training sees its own order of
-    samples. torch's global generator is the caller's business.
-
-    Args:
-        loader: a DataLoader or anything else that can be iterated more than once.
-        count: how many batches; fewer where the loader ends earlier.
-
-    Returns:
-        The batches.
+    samples. torch's global generator is the caller's business. They are fewer where the loader ends earlier.
 
     Raises:
         ScheduleError: a loader that keeps its workers, whose running pass a second one would break off; an empty one.
