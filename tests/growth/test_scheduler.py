@@ -470,6 +470,11 @@ def test_settings_that_contradict_are_refused_before_training(chain, sites_of, d
         GrowthScheduler(nn.Sequential(nn.Conv2d(1, 3, 3)), None, sites)
     with pytest.raises(SurgeryError, match="does not own"):
         GrowthScheduler(model, optimizer_of(other), sites)
+    flat = torch.optim.LBFGS(model.parameters())
+    LOSS(model(digits[0][:8]), digits[1][:8]).backward()
+    flat.step(lambda: LOSS(model(digits[0][:8]), digits[1][:8]).detach())
+    with pytest.raises(SurgeryError, match="cannot be enlarged"):
+        GrowthScheduler(model, flat, sites)
     with pytest.raises(GrowthError, match="no such growth method"):
         GrowthScheduler(model, optimizer, sites, method="tinny")
     for wrong in ({"where": Best(by="energy")}, {"when": GainAbove(0.1, 5)}, {"stop": NoGain()}):
