@@ -7,7 +7,7 @@ from growconv.linalg.bilinear import (
     bilinear_least_squares,
     shared_left_least_squares,
 )
-from growconv.linalg.quasi_newton import QuasiNewton
+from growconv.linalg.quasi_newton import Point, QuasiNewton
 from growconv.linalg.spectral import (
     RANK_TOLERANCE,
     Whitening,
@@ -24,6 +24,7 @@ __all__ = [
     "BilinearFit",
     "BilinearMetric",
     "DenseMetric",
+    "Point",
     "QuasiNewton",
     "Whitening",
     "bilinear_least_squares",

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
-from growconv.linalg.quasi_newton import QuasiNewton
+from growconv.linalg.quasi_newton import Point, QuasiNewton
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
 NARROWED = 256, 2048
@@ -293,7 +293,7 @@ class _LeftProblem:
             rights.append(right.view(left.shape[0], *target.shape[1:]))
         return rights, objective
 
-    def __call__(self, whitened: Tensor) -> "_Point":
+    def __call__(self, whitened: Tensor) -> Point:
         """Objective and its gradient; the right factors are at their optimum, so only the direct dependence counts."""
         left = self.whitening.unwhiten(whitened.mT).mT
         rights, objective = self.partners(left)
@@ -302,7 +302,7 @@ class _LeftProblem:
             flat = right.reshape(-1, right.shape[2])
             slope += form.pull(left, flat @ flat.mT)
             slope.addmm_(right.flatten(1), target.flatten(1).mT, alpha=-1)
-        return _Point(whitened, float(objective), 2 * self.whitening.whiten(slope.mT).mT.contiguous())
+        return Point(whitened, float(objective), 2 * self.whitening.whiten(slope.mT).mT.contiguous())
 
     def inverse(self, whitened: Tensor) -> Callable[[Tensor], Tensor]:
         """Inverse of the curvature with the right factors held: one block a filter.
@@ -344,15 +344,6 @@ class _LeftProblem:
         return _LeftProblem(forms, [t.float() for t in self.targets], Whitening(w.factor.float(), w.triangular, w.rank))
 
 
-@dataclass(eq=False)
-class _Point:
-    """Whitened left factors, the objective there and its gradient."""
-
-    theta: Tensor
-    loss: float
-    gradient: Tensor
-
-
 class _Descent:
     """One quasi-Newton run on a `_LeftProblem`, advanced in rounds of ten iterations."""
 
@@ -375,7 +366,7 @@ class _Descent:
     def _renew(self) -> None:
         """Orthonormal filters of the same span, what is known of the curvature with them, and the curvature there."""
         left, mix = torch.linalg.qr(self.point.theta.mT)
-        self.point = _Point(left.mT.contiguous(), self.point.loss, mix @ self.point.gradient)
+        self.point = Point(left.mT.contiguous(), self.point.loss, mix @ self.point.gradient)
         self._newton.pairs = [
             (torch.linalg.solve_triangular(mix.mT, step, upper=False), mix @ change)
             for step, change in self._newton.pairs

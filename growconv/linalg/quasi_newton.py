@@ -1,15 +1,16 @@
 """L-BFGS whose first inverse Hessian the problem itself supplies."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
 
 
-@runtime_checkable
-class Located(Protocol):
+@dataclass(eq=False)
+class Point:
     """A place of a search: the parameters, the loss there and its gradient."""
 
     theta: Tensor
@@ -17,7 +18,7 @@ class Located(Protocol):
     gradient: Tensor
 
 
-P = TypeVar("P", bound=Located)
+P = TypeVar("P", bound=Point)
 
 
 class QuasiNewton:
@@ -54,7 +55,7 @@ class QuasiNewton:
             del self.pairs[: -self.memory]
         return following
 
-    def _direction(self, point: Located, inverse: Map) -> Tensor:
+    def _direction(self, point: Point, inverse: Map) -> Tensor:
         """The two-loop recursion; a first step is a tenth of the parameters' size."""
         if not self.pairs:
             direction = -inverse(point.gradient)

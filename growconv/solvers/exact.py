@@ -35,7 +35,7 @@ class ExactChannels(NamedTuple):
 
     Attributes:
         alpha: (k, a), filters of the first conv, the bias last where it has one.
-        omega: per consumer (k, b, c), weights of the second conv.
+        omega: one tensor (k, b, c), weights of the second conv.
         gains: (k,) descending; the first k of them sum to what the first k filters capture with their best ω.
         history: the objective after each round, in the unit of ‖v⊥‖²/n and 0 for no channels; never rising.
     """
@@ -80,12 +80,14 @@ def exact(
             got=f"S_full {tuple(S_full.shape)}, N {tuple(N.shape)}",
             where="S_full",
         )
-    return minimise([(DenseMetric(S_full, patch), N.reshape(patch, taps, -1))], channels, rank_tolerance, **options)
+    terms = [(DenseMetric(S_full, patch), N.reshape(patch, taps, -1))]
+    alpha, omega, gains, history = minimise(terms, channels, rank_tolerance, **options)
+    return ExactChannels(alpha, (omega.unflatten(1, (taps, -1)),), gains, history)
 
 
 def minimise(
     terms: Sequence[tuple[BilinearMetric, Tensor]], channels: int, rank_tolerance: float, **options: Any
-) -> ExactChannels:
+) -> tuple[Float[Tensor, "k a"], Float[Tensor, "k columns"], Float[Tensor, " k"], tuple[float, ...]]:
     """Minimise the sum of J over the consumers, which share the filters.
 
     Args:
@@ -95,24 +97,20 @@ def minimise(
         **options: of `growconv.linalg.shared_left_least_squares`.
 
     Returns:
-        Channels in greedy order. A mix of the K channels by any invertible matrix gives the same Θ; in this one the
-        first channel is the best single one of the span, and so on, filters orthogonal in S and both sides of one norm.
+        Filters in greedy order, the weights (b, c) of one consumer after the other, gains and history. A mix of the K
+        channels by any invertible matrix gives the same Θ; in this one the first channel is the best single one of the
+        span, and so on, filters orthogonal in S and both sides of one norm.
     """
     fit = shared_left_least_squares(terms, channels, **options)
-    targets = [target for _, target in terms]
-    if fit.left.shape[0] == 0:
-        return ExactChannels(fit.left, fit.rights, fit.left.new_zeros(0), fit.history)
-    widths = [right[0].numel() for right in fit.rights]
-    stacked = torch.cat([right.flatten(1) for right in fit.rights], 1)
-    turn, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
+    omega = torch.cat([right.flatten(1) for right in fit.rights], 1)
+    if len(omega) == 0:
+        return fit.left, omega, omega.new_zeros(0), fit.history
+    turn, sigma, _ = torch.linalg.svd(omega, full_matrices=False)
     turn = turn[:, sigma > rank_tolerance * sigma[0]].mT
     rotation, gains = _greedy(turn @ fit.left, terms)
-    alpha, omega = rotation @ (turn @ fit.left), rotation @ (turn @ stacked)
+    alpha, omega = rotation @ (turn @ fit.left), rotation @ (turn @ omega)
     scale = omega.norm(dim=1, keepdim=True).clamp_min(torch.finfo(omega.dtype).tiny).sqrt()
-    alpha, omega = fix_signs(alpha * scale, omega / scale)
-    shapes = [(alpha.shape[0], *target.shape[1:]) for target in targets]
-    rights = tuple(part.reshape(shape) for part, shape in zip(omega.split(widths, 1), shapes, strict=True))
-    return ExactChannels(alpha, rights, gains, fit.history)
+    return *fix_signs(alpha * scale, omega / scale), gains, fit.history
 
 
 def _greedy(
@@ -140,9 +138,8 @@ def _greedy(
             chosen.append(basis)
             gains += [0.0] * remaining
             break
-        turn = torch.linalg.qr(torch.cat([best.mT, torch.eye(remaining, dtype=left.dtype, device=left.device)], 1))[
-            0
-        ].mT
+        unit = torch.eye(remaining, dtype=left.dtype, device=left.device)
+        turn = torch.linalg.qr(torch.cat([best.mT, unit], 1))[0].mT
         basis, captured = turn @ basis, 0.0
         for index, (gram, linear) in enumerate(zip(grams, linears, strict=True)):
             taps = linear.shape[1]
@@ -281,7 +278,7 @@ class Exact(Solver):
         starts = self.random_starts
         if starts is None:
             starts = None if all(isinstance(metric, DenseMetric) for metric, _ in terms) else 0
-        found = minimise(
+        alpha, omega, gains, _ = minimise(
             terms,
             channels,
             self.rank_tolerance,
@@ -290,9 +287,9 @@ class Exact(Solver):
             rounds=self.rounds,
             energy=subject.bottleneck_energy,
         )
-        reason = shortfall(found.alpha.shape[0], channels, "the best Θ")
-        omega = torch.cat([each.flatten(1) for each in found.omega], 1)
-        return assemble(request, self.name, found.alpha, omega, found.gains, reason, self.signs)
+        return assemble(
+            request, self.name, alpha, omega, gains, shortfall(len(alpha), channels, "the best Θ"), self.signs
+        )
 
     def _term(self, subject: PairStatistics, consumer: ConsumerStatistics) -> tuple[BilinearMetric, Tensor]:
         full = consumer.S_full

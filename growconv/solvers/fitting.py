@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.linalg import QuasiNewton, solve_psd
+from growconv.linalg import Point, QuasiNewton, solve_psd
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.energy import captured_share
@@ -178,21 +178,15 @@ def best_outgoing(equations: Mapping[Path, Equations], site: GrowthSite, like: T
     return {path: torch.cat(parts).contiguous() for path, parts in rows.items()}
 
 
-@dataclass
-class Point:
-    """One place of the search.
+@dataclass(eq=False)
+class Fitted(Point):
+    """One place of the search; its loss is what is left of ‖v⊥‖² on the fitting samples, as a share, minus one.
 
     Attributes:
-        theta: parameters of the filters, one row a unit.
-        loss: what is left of ‖v⊥‖² on the fitting samples, as a share, minus one.
-        gradient: of the loss with respect to theta.
         curvature: size of the loss's second derivative per unit, up to a common factor: ‖ω_k‖².
         outgoing: per consumer the best weights (out, K·ratio/groups, *kernel).
     """
 
-    theta: Tensor
-    loss: float
-    gradient: Tensor
     curvature: Tensor
     outgoing: Weights
 
@@ -211,7 +205,7 @@ class Objective:
     coordinates: Coordinates
     ridge: float = RIDGE
 
-    def __call__(self, theta: Tensor) -> Point:
+    def __call__(self, theta: Tensor) -> Fitted:
         """Loss and gradient at one place."""
         energy, theta = self.samples.energy, theta.detach().requires_grad_()
         filters = self.coordinates.filters(theta)
@@ -237,7 +231,7 @@ class Objective:
         curvature = torch.zeros_like(theta[:, 0])
         for weights in outgoing.values():
             curvature += weights.unflatten(1, (len(theta), -1)).movedim(1, 0).flatten(1).square().sum(1)
-        return Point(theta.detach(), loss, gradient, curvature, outgoing)
+        return Fitted(theta.detach(), loss, gradient, curvature, outgoing)
 
 
 class Search:
