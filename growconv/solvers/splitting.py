@@ -75,8 +75,15 @@ def lowest_eigenpairs(
                 following = following - (following * vector).sum(1, keepdim=True) * vector
         length = following.norm(dim=1, keepdim=True)
         if count == iterations or (tolerance > 0 and count % 4 == 0):
-            values, rotation = _lowest_ritz(torch.stack(basis, 1), torch.stack(products, 1))
-            lowest = torch.einsum("cj,cja->ca", rotation, torch.stack(basis, 1))
+            vectors = torch.stack(basis, 1)
+            small = vectors @ torch.stack(products, 1).mT
+            small = (small + small.mT) / 2
+            # directions that add nothing must not pass for an eigenvalue of zero
+            empty = vectors.norm(dim=2) < 0.5
+            small = small + torch.diag_embed(empty * (1 + small.abs().amax((1, 2)))[:, None])
+            ritz, rotations = torch.linalg.eigh(small)
+            values, rotation = ritz[:, 0], rotations[:, :, 0]
+            lowest = torch.einsum("cj,cja->ca", rotation, vectors)
             missing = length[:, 0] * rotation[:, -1].abs()  # ‖Sv − λv‖
             order = values.argsort()[:wanted]
             if bool((missing[order] <= tolerance * values[order].abs()).all()):
@@ -87,17 +94,6 @@ def lowest_eigenpairs(
     lowest = lowest / lowest.norm(dim=1, keepdim=True).clamp_min(1e-300)
     largest = lowest.gather(1, lowest.abs().argmax(1, keepdim=True))
     return values, lowest * torch.where(largest < 0, -1.0, 1.0)
-
-
-def _lowest_ritz(vectors: Float[Tensor, "c j a"], images: Float[Tensor, "c j a"]) -> tuple[Tensor, Tensor]:
-    """Lowest Ritz values (c,) and their coefficients (c, j) in orthonormal bases and what the matrices make of them."""
-    small = vectors @ images.mT
-    small = (small + small.mT) / 2
-    # directions that add nothing must not pass for an eigenvalue of zero
-    empty = vectors.norm(dim=2) < 0.5
-    small = small + torch.diag_embed(empty * (1 + small.abs().amax((1, 2)))[:, None])
-    values, rotations = torch.linalg.eigh(small)
-    return values[:, 0], rotations[:, :, 0]
 
 
 def smooth_kinks(width: float) -> dict[str, Callable[..., Tensor]]:

@@ -356,12 +356,9 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
     typical = float(old_sizes(site).mean()) * min(1.0, math.sqrt(FASTER * site.width / growth.channels))
     if scaling_norms(site) and typical > 0:
         scale = typical / new_sizes(site, changed)
-        like = next(iter(growth.incoming.values()))
-        each = scale.repeat_interleave(site.granularity)
-        changed = replace(
-            changed, norm_scale=(each if growth.norm_scale is None else each * growth.norm_scale).to(like)
-        )
-        factor = factor * scale
+        factor, each = factor * scale, scale.repeat_interleave(site.granularity)
+        each = each if growth.norm_scale is None else each * growth.norm_scale
+        changed = replace(changed, norm_scale=each.to(next(iter(growth.incoming.values()))))
     return replace(changed, outgoing={p: scaled_columns(w, 1 / factor) for p, w in growth.outgoing.items()})
 
 
