@@ -31,7 +31,7 @@ from growconv.linalg.optimizers import LBFGS
 from growconv.network import layers
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent, Optimizers
-from growconv.network.model import example_arguments, unwrapped
+from growconv.network.model import example_arguments, undisturbed, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
 from growconv.solvers.tiny import tiny
@@ -75,7 +75,7 @@ class RankStatistics:
 def collect_rank_statistics(
     model: nn.Module, sites: Iterable[RankSite], batches: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
 ) -> dict[str, RankStatistics]:
-    """Moments of factorized convolutions on some batches; parameters and their gradients stay as they are.
+    """Moments of factorized convolutions on some batches; the model and all random numbers stay as they are.
 
     Args:
         model: the raw model of the sites, in the mode in which to measure.
@@ -95,7 +95,6 @@ def collect_rank_statistics(
     """
     model, sites = unwrapped(model), tuple(sites)
     modules = {site.path: site.module for site in sites}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     calls: list[tuple[str, Tensor, Tensor]] = []
     equations: dict[str, Equations] = {}
     energies, samples, count = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0), 0
@@ -103,7 +102,7 @@ def collect_rank_statistics(
     def called(path: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         calls.append((path, arguments[0].detach(), output))
 
-    with ExitStack() as hooks:
+    with undisturbed(model), ExitStack() as hooks:
         for path, module in modules.items():
             hooks.callback(module.register_forward_hook(partial(called, path)).remove)
         for count, (inputs, targets) in enumerate(batches, start=1):
@@ -124,9 +123,6 @@ def collect_rank_statistics(
                 energies[path] += float(v.square().sum())
                 samples[path] += 0 if path in seen else len(x)
                 seen.add(path)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     if not count:
         raise StatisticsError("the statistics have zero samples", fix="pass at least one batch")
     found = {}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import growconv
-from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SolverError, SurgeryError
+from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SolverError, StatisticsError, SurgeryError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.rank import RankSite, find_rank_sites
 from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
@@ -104,6 +104,14 @@ def test_rank_statistics_are_moments_of_patches():
     torch.testing.assert_close(statistics.M, patches.T @ v / n)
     assert statistics.gradient_energy == pytest.approx(float(v.square().sum() / n))
     assert statistics.samples == n
+
+
+def test_a_loss_that_is_not_finite_leaves_the_buffers_as_they_were():
+    model = nn.Sequential(nn.BatchNorm2d(3), growconv.CPConv2d(3, 2, 3, rank=1)).double()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(StatisticsError, match="finite"):
+        collect_rank_statistics(model, [RankSite(model, "1")], data(), lambda z, _: z.sum() * float("inf"))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_new_terms_beat_drawn_ones_and_give_what_the_factors_cannot():
