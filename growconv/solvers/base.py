@@ -55,11 +55,6 @@ class Request:
     generator: torch.Generator | None = None
 
     @property
-    def model(self) -> nn.Module:
-        """The model that the site belongs to; do not change it."""
-        return self.site.model
-
-    @property
     def number(self) -> int:
         """`channels` as a number."""
         return cast(int, self.channels)
