@@ -92,10 +92,8 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
         ordered = sorted(axes, key=lambda axis: _place(axis[0], order))
         signature = tuple((key, count) for key, count, _ in ordered)
         grouped.setdefault(signature, []).append((ordered[0][2], root))
-    found = [Space([root for _, root in sorted(classes)], dict(signature)) for signature, classes in grouped.items()]
-    first = {space.roots[0]: min(grouped[tuple(space.counts.items())])[0] for space in found}
-    found.sort(key=lambda space: (order.get(next(iter(space.counts))[0], 0), first[space.roots[0]]))
-    return found, why
+    first = [(order.get(signature[0][0][0], 0), min(classes)[0], signature) for signature, classes in grouped.items()]
+    return [Space([root for _, root in sorted(grouped[each])], dict(each)) for _, _, each in sorted(first)], why
 
 
 def _place(key: Key, order: Mapping[str, int]) -> tuple[bool, int, Key]:

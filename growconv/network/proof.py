@@ -7,7 +7,7 @@ sites of a copy grow by a few units whose outgoing weights are zero; the output 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -92,17 +92,12 @@ class Proof:
         if not chosen:
             consumers = {path for site in self.sites.values() for path in site.consumers}
             hooks = {path: _record(recorded.setdefault(path, [])) for path in consumers}
-        handles = []
-        for path, hook in hooks.items():
-            handles.append(module_at(self.model, path).register_forward_pre_hook(hook, with_kwargs=True))
-        for path, entries in _gathered(chosen, OUT).items():
-            hook = _disturb(entries, still)
-            handles.append(module_at(self.model, path).register_forward_hook(hook))
-        try:
+        with ExitStack() as stack:
+            for path, hook in hooks.items():
+                stack.enter_context(module_at(self.model, path).register_forward_pre_hook(hook, with_kwargs=True))
+            for path, entries in _gathered(chosen, OUT).items():
+                stack.enter_context(module_at(self.model, path).register_forward_hook(_disturb(entries, still)))
             return self._outputs(self.model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _outputs(self, model: nn.Module, example: Example) -> list[Tensor]:
         """A run with random operations held still."""

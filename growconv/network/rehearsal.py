@@ -8,7 +8,7 @@ must arrive where they did.
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -159,9 +159,7 @@ class Widening:
             own = {run.space for run in runs}
             if single & own and own == {run.space for run in self.axes.get(key, ())}:
                 self.axes[key] = runs
-        layout = self.layout()
-        axes = {key: runs for key, runs in layout.axes.items() if key[1] != FILL}
-        return Layout(axes, layout.channels, layout.dims, layout.attributes)
+        return replace(self.layout(), axes={key: runs for key, runs in self.axes.items() if key[1] != FILL})
 
     def _alone(self, failed: Verdict) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""

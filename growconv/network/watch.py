@@ -3,13 +3,13 @@
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
 from growconv.network import layers
 from growconv.network.model import tensors_in
@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):
         self.model = model
         self.running: list[tuple[str, nn.Module]] = [("", model)]
         self._given: list[Tensor | None] = []  # what the layers that are running were given
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._thread = threading.get_ident()
 
     def _is_one_call(self, module: nn.Module) -> bool:
@@ -65,8 +65,8 @@ class Watch(TorchDispatchMode):
                 enter, leave = self._pushed(path), self._popped
             else:
                 continue
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         super().__enter__()
         return self
 
@@ -75,9 +75,7 @@ class Watch(TorchDispatchMode):
     ) -> None:
         """Stop watching, and take the hooks off."""
         super().__exit__(kind, error, trace)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
