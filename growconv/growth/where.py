@@ -204,16 +204,13 @@ class Greedy(_Comparing):
 
     def choose(self, proposals: Sequence[Proposal], parameters: float | int, flops: float | int) -> Chosen:
         """Fill the allowance from the most worthwhile block of channels down."""
-        values, name = self.values(proposals)
-        width = sum(proposal.site.width for proposal in proposals)
-        left = {
-            "channels": min(
-                math.inf if self.channels is None else self.channels,
-                math.inf if self.share is None else int(self.share * width),
-            ),
-            "parameters": min(parameters * self._share, math.inf if self.parameters is None else self.parameters),
-            "flops": min(flops * self._share, math.inf if self.flops is None else self.flops),
-        }
+        values, measure = self.values(proposals)
+        left = {"channels": math.inf, "parameters": parameters * self._share, "flops": flops * self._share}
+        if self.share is not None:
+            left["channels"] = int(self.share * sum(proposal.site.width for proposal in proposals))
+        for name in left:
+            limit = getattr(self, name)
+            left[name] = left[name] if limit is None else min(left[name], limit)
         blocks = []
         for order, (proposal, value) in enumerate(zip(proposals, values, strict=True)):
             size = proposal.site.granularity
@@ -234,9 +231,9 @@ class Greedy(_Comparing):
         for order, proposal in enumerate(proposals):
             offered, count = proposal.growth.channels, min(taken[order], proposal.growth.channels)
             if count == offered:
-                answer.append((proposal, f"all {offered} channels are worth their {self.per}, by {name}"))
+                answer.append((proposal, f"all {offered} channels are worth their {self.per}, by {measure}"))
             elif count:
-                reason = f"{count} of {offered} channels rank high enough, {name} per {self.per}"
+                reason = f"{count} of {offered} channels rank high enough, {measure} per {self.per}"
                 answer.append((replace(proposal, growth=proposal.growth.subset(range(count), reason)), reason))
         return answer
 
