@@ -72,11 +72,6 @@ class Numbers:
             self.count += count
         return self._first[key][0]
 
-    @property
-    def axes(self) -> Iterable[Key]:
-        """The axes that have numbers."""
-        return self._first.keys()
-
     def range_of(self, key: Key) -> range:
         """The numbers of an axis; empty for one that was not met."""
         first, count = self._first.get(key, (0, 0))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -357,7 +358,7 @@ class Widening:
         groups = [self._groups[path] for path, _ in space.counts if path in self._groups]
         shuffled = [first * second for first in groups for second in groups]  # one of each group in each group
         guesses = dict.fromkeys((*groups, *BLOCKS, *shuffled))
-        for blocks, neighbours in ((blocks, neighbours) for blocks in guesses for neighbours in (False, True)):
+        for blocks, neighbours in product(guesses, (False, True)):
             whole = blocks in (1, len(space.roots)) and neighbours
             if (blocks, neighbours) in space.tried or len(space.roots) % blocks or whole:
                 continue
@@ -386,11 +387,7 @@ class Widening:
         All their producers get more outputs, twice as many each time. What becomes of the classes of each space tells
         how many of them a unit takes, once twice the outputs give twice as many new classes.
 
-        Args:
-            seeds: the spaces to begin with.
-
-        Returns:
-            Whether some were joined.
+        Returns whether some were joined.
         """
         waiting = self._together([self.spaces[number] for number in seeds])
         found, joint, more = {}, False, 1

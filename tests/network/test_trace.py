@@ -128,7 +128,7 @@ def test_a_slope_that_all_channels_share_is_of_none_of_them() -> None:
     slope, norm = nn.PReLU(), nn.GroupNorm(1, 4)
     for middle in ([slope], [slope, norm], [norm, slope]):
         numbers = looked(nn.Sequential(nn.Conv2d(3, 4, 1), *middle, nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 4, 4))
-        (shared,) = (numbers.range_of(key) for key in numbers.axes if key[1] == ENTRY)
+        (shared,) = (numbers.range_of((path, ENTRY)) for path in numbers.shapes)
         assert numbers.roots()[shared[0]] not in numbers.roots()[numbers.range_of(("0", OUT))]
 
 
