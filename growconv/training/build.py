@@ -89,13 +89,10 @@ def resized(images: Tensor, pixels: int | None) -> Tensor:
 
 
 def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) -> None:
-    """Refuse a model whose output does not fit the dataset's targets, before any training.
+    """Refuse a model whose output does not fit the dataset's targets, before any training, by a ConfigError.
 
     Args:
         pixels: side to which the images are scaled; None: as they are.
-
-    Raises:
-        ConfigError: for example a label map where one class an image is asked for.
     """
     inputs, targets = dataset.batch(dataset.train, torch.arange(min(2, len(dataset.train))))
     inputs, where = resized(inputs, pixels), type(model).__name__
@@ -120,11 +117,7 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
 
 
 def choose_sites(config: Config, sites: Sequence[GrowthSite]) -> tuple[GrowthSite, ...]:
-    """The sites that the run of a whole config grows, of all sites of its model.
-
-    Raises:
-        ConfigError: none is left.
-    """
+    """The sites that the run of a whole config grows, of all sites of its model; a ConfigError where none is left."""
     growth = config["growth"]
     patterns = growth["sites"]
     if patterns is None:
@@ -154,10 +147,7 @@ def _solver(growth: Config) -> Solver:
 def make_policy(node: Any, where: str) -> Any:
     """A policy of growconv.growth from {_target_: its dotted path, option: value, ...}, or a list of them.
 
-    Options may be policies; anything else is passed on. `where` names the setting in messages.
-
-    Raises:
-        ConfigError: an unknown policy or option.
+    Options may be policies; anything else is passed on. A ConfigError names the setting `where`.
     """
     if isinstance(node, list | tuple):
         return [make_policy(entry, where) for entry in node]

@@ -293,11 +293,7 @@ def restore(
 
 
 def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Give a fresh small model, and its optimizer, the shapes of a checkpoint; `restore` fills it.
-
-    Raises:
-        CheckpointError: it is another model. Nothing has changed then.
-    """
+    """Give a fresh small model, and its optimizer, the shapes of a checkpoint; all or nothing. `restore` fills it."""
     rehearse(found.history, model, found.model.values())
     found.history.replay(model, optimizer)
 
@@ -341,11 +337,7 @@ _JSON: dict[Any, Any] = {int: int, float: int | float, float | None: int | float
 
 
 def position_of(found: Checkpoint) -> Position:
-    """Where a checkpoint's run stands, each number of the type that it has in a run.
-
-    Raises:
-        CheckpointError: it does not say so.
-    """
+    """Where a checkpoint's run stands, each number of the type that it has in a run; else a CheckpointError."""
     try:
         position = Position(**found.state["position"])
     except (KeyError, TypeError) as error:

@@ -74,12 +74,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def check_options(node: DictConfig, prefix: str = "") -> None:
-    """Refuse options that nothing reads, that are missing or outside their limits.
+    """Refuse options that nothing reads, that are missing or outside their limits, by a ConfigError that names one.
 
     Hydra's + adds any key; only the open mappings (args, solver, ...) may have keys of their own.
-
-    Raises:
-        ConfigError: names the first such option.
     """
     schema = OmegaConf.get_type(node)
     known = {entry.name: entry for entry in dataclass_fields(schema)} if is_dataclass(schema) else None
@@ -99,11 +96,7 @@ def check_options(node: DictConfig, prefix: str = "") -> None:
 
 
 def check_together(config: Mapping[str, Any]) -> None:
-    """Refuse options of a whole config that contradict each other.
-
-    Raises:
-        ConfigError: names them.
-    """
+    """Refuse options of a whole config that contradict each other, by a ConfigError that names them."""
     growth, trainer, schedule = config["growth"], config["trainer"], config["lr_schedule"]["name"]
     grows = growth["method"] != "none"
     spread = grows and growth["every"] is None and growth["when"] is None
@@ -210,11 +203,7 @@ def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def locate(target: str, where: str) -> Any:
-    """The class or function that a dotted path names, for example "torch.nn.Sequential".
-
-    Raises:
-        ConfigError: there is none; names the setting `where`.
-    """
+    """The class or function that a dotted path names; a ConfigError about the setting `where`, where there is none."""
     module, _, name = target.rpartition(".")
     names: list[str] = []
     try:

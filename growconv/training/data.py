@@ -117,10 +117,9 @@ class Dataset:
 
 
 def shift_and_flip(images: Tensor, generator: torch.Generator, pad: int, flip: bool) -> Tensor:
-    """Per image a shift by up to `pad` pixels in each direction, zeros moving in; with `flip` half of them mirrored.
+    """Images (n, channels, height, width), each shifted by up to `pad` pixels in each direction, zeros moving in.
 
-    Args:
-        images: (n, channels, height, width).
+    With `flip` half of them are mirrored.
     """
     count, _, height, width = images.shape
     shifts = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
@@ -145,13 +144,9 @@ def require_kornia(config: Mapping[str, Any]) -> None:
 
 
 def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020): the operations are drawn for the batch, their signs and shifts for each image.
+    """RandAugment (Cubuk et al. 2020) of grey or colour images (n, channels, height, width), 0 to 1; others are refused.
 
-    Args:
-        images: (n, channels, height, width), 0 to 1.
-
-    Raises:
-        ConfigError: the images are neither grey nor in colour.
+    The operations are drawn for the batch, their signs and shifts for each image.
     """
     channels = images.shape[1]
     if channels not in (1, 3):
@@ -168,13 +163,10 @@ def mix(kind: str, images: Tensor, labels: Tensor, classes: int, generator: torc
     Args:
         kind: "mixup" (Zhang et al. 2018) blends, "cutmix" (Yun et al. 2019) puts in a rectangle.
         images: (n, channels, height, width).
-        labels: (n,) of `classes` classes.
+        labels: (n,) of `classes` classes; other targets are refused.
 
     Returns:
         The mixed images, and the share of each class in them, (n, classes).
-
-    Raises:
-        ConfigError: the targets are no class an image.
     """
     if labels.is_floating_point() or labels.dim() != 1:
         raise ConfigError("only images with a single class each can be mixed", where="trainer.mix", got=kind)

@@ -47,9 +47,6 @@ def run(
 
     Returns:
         The summary of the run.
-
-    Raises:
-        GrowthError: what is wrong with config, data, model or directory.
     """
     require_installed(config["logger"])
     require_kornia(config)

@@ -50,8 +50,7 @@ def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
 def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """A copy of a model that takes in its weights and buffers after every step: θ̄ ← decay · θ̄ + (1 − decay) · θ.
 
-    Args:
-        decay: 0.999 remembers about a thousand steps; None: no average is wanted.
+    A decay of 0.999 remembers about a thousand steps; None: no average is wanted.
     """
     if decay is None:
         return None
@@ -510,10 +509,7 @@ def global_batch_size(config: Mapping[str, Any], dataset: Dataset, world: int) -
     """Samples of one optimizer step over all processes; the whole training split where that is smaller.
 
     Where `trainer.batch_size` is null, they follow from the samples: 128, 64 or 32, the largest that leaves an epoch 32
-    steps, and a multiple of the processes.
-
-    Raises:
-        ConfigError: a batch that cannot be shared evenly.
+    steps, and a multiple of the processes. A batch that cannot be shared evenly is a ConfigError.
     """
     options = config["trainer"]
     samples = len(dataset.train)

@@ -161,8 +161,7 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
 def class_of(module: ModuleType, name: str, kind: type, where: str) -> type[Any]:
     """A class of a kind that torch.optim or torch.optim.lr_scheduler offers; by its dotted path one of the user's own.
 
-    Raises:
-        ConfigError: there is none, or it does not serve; names the option `where`.
+    A ConfigError about the option `where`, where there is none or it does not serve.
     """
     if "." in str(name):
         own = locate(name, where)

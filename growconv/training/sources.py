@@ -1,4 +1,7 @@
-"""Where images come from: embedded, computed, on disk, or downloaded with a checksum. Nothing here unpickles."""
+"""Where images come from: embedded, computed, on disk, or downloaded with a checksum. Nothing here unpickles.
+
+What is missing, damaged or not what was published is a DataError.
+"""
 
 import gzip
 import hashlib
@@ -196,11 +199,7 @@ def images(root: str | Path, image_size: int, channels: int) -> RawData:
 
 
 def existing_root(root: str | Path) -> Path:
-    """The folder that data.root names; the default one is made where it is missing.
-
-    Raises:
-        DataError: there is no such folder.
-    """
+    """The folder that data.root names; the default one is made where it is missing, another one is asked for."""
     folder = Path(root).expanduser()
     if folder == Path(DEFAULT_ROOT).expanduser():
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,11 +213,7 @@ def existing_root(root: str | Path) -> Path:
 
 
 def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path:
-    """The file in the user's root, else in the dataset's system folder, else downloaded into root and checked.
-
-    Raises:
-        DataError: it is nowhere, or what was downloaded is not what was published.
-    """
+    """The file in the user's root, else in the dataset's system folder, else downloaded into root and checked."""
     root = existing_root(root)
     places = [folder / remote.name for folder in (root, SYSTEM_FOLDERS.get(dataset)) if folder is not None]
     found = next((path for path in places if path.is_file()), None)
@@ -244,9 +239,6 @@ def read_idx(path: Path, content: str | None = None) -> np.ndarray:
 
     Args:
         content: SHA-256 of the decompressed bytes; None skips the comparison.
-
-    Raises:
-        DataError: truncated, no IDX file, or another content than published.
     """
     try:
         with gzip.open(path) as stream:

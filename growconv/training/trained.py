@@ -51,11 +51,7 @@ def load_run(run: str | Path, *, best: bool = False, trust: bool = False) -> nn.
 
 
 def read_run(run: str | Path, best: bool = False) -> Checkpoint:
-    """The newest good checkpoint of a run, or its best one.
-
-    Raises:
-        CheckpointError: there is none, or it was not written by a run.
-    """
+    """The newest good checkpoint of a run, or its best one; a CheckpointError where there is none that a run wrote."""
     path = Path(run)
     if not path.exists():
         raise CheckpointError("there is no such run", where=str(path), fix="give the directory of a run")

@@ -123,11 +123,7 @@ def require_trusted(
 
 
 def require_trusted_parts(config: Mapping[str, Any], file: Path, *parts: str) -> None:
-    """Refuse to use groups of a checkpoint's config, such as the model's, where they are foreign code.
-
-    Raises:
-        ConfigError: names it.
-    """
+    """Refuse groups of a checkpoint's config, such as the model's, where they are foreign code, by a ConfigError."""
     for key, name in strange_names({part: config[part] for part in parts}):
         fix = "read that code; then trust it: --trust, in Python load_run(run, trust=True)"
         raise _strange(key, name, f"{file}: {key}", fix)
