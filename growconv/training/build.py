@@ -94,7 +94,7 @@ def check_output(model: nn.Module, dataset: Dataset, pixels: int | None = None) 
     Args:
         pixels: side to which the images are scaled; None: as they are.
     """
-    inputs, targets = dataset.batch(dataset.train, torch.arange(min(2, len(dataset.train))))
+    inputs, targets = dataset.batch(dataset.train, torch.arange(2))
     inputs, where = resized(inputs, pixels), type(model).__name__
     mode = model.training
     try:

@@ -144,7 +144,7 @@ def require_kornia(config: Mapping[str, Any]) -> None:
 
 
 def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020) of grey or colour images (n, channels, height, width), 0 to 1; others are refused.
+    """RandAugment (Cubuk et al. 2020) of grey or colour images (n, channels, height, width), 0 to 1; refuses others.
 
     The operations are drawn for the batch, their signs and shifts for each image.
     """

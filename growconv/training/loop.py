@@ -205,7 +205,7 @@ class Trainer:
         if self.options["compile"]:
             torch.compiler.reset()  # what was compiled for the old shapes is of no more use
         self._wrapped = self.devices.wrap(self.model, self.options["compile"])
-        inputs, targets = self._batch(torch.arange(min(2, len(self.dataset.train))))
+        inputs, targets = self._batch(torch.arange(2))
         self._side = self._side_now()
         self._sample_flops = training_flops(self.model, resized(inputs, self._side), targets, self.loss)
 
@@ -261,12 +261,14 @@ class Trainer:
         anywhere = self.devices.sum(torch.tensor(float(came is not None), device=self.devices.device))
         return (came or signal.SIGTERM) if float(anywhere) > 0 else None
 
-    def _batch(self, index: Tensor, augment: torch.Generator | None = None, part: slice | None = None) -> Any:
+    def _batch(self, index: Tensor, augment: torch.Generator | None = None) -> Any:
+        """Inputs and targets of training samples; augmented ones are those of all processes, which share them."""
         inputs, targets = self.dataset.batch(self.dataset.train, index, augment)
         if augment is not None and self.options["mix"] != "none":
             inputs, targets = mix(self.options["mix"], inputs, targets, self.dataset.classes, augment)
-        if part is not None:
-            inputs, targets = inputs[part], targets[part]
+        if augment is not None:  # drawn for the whole batch, so that the run is the same on any number of processes
+            share = slice(self.devices.rank, None, self.devices.world_size)
+            inputs, targets = inputs[share], targets[share]
         return self._converted(inputs), targets.to(self.devices.dtype) if self.dataset.regression else targets
 
     def _converted(self, inputs: Tensor) -> Tensor:
@@ -281,10 +283,8 @@ class Trainer:
         factor = self.lr_schedule(*self._done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        # Drawn for the whole batch, so that the run is the same on any number of processes.
-        augment = generator_for(self.config["seed"], "augment", position.epoch, position.batch)
-        share = slice(devices.rank, None, devices.world_size)
-        inputs, targets = self._batch(index, augment, share)
+        drawn = generator_for(self.config["seed"], "augment", position.epoch, position.batch)
+        inputs, targets = self._batch(index, drawn)
         inputs = resized(inputs, self._side)
         count = self.options["accumulate"]
         parts = list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
@@ -344,7 +344,7 @@ class Trainer:
         if self._at_end or position.deepened >= due:
             return False
         position.deepened = due
-        inputs, _ = self._batch(torch.arange(min(2, len(self.dataset.train))))
+        inputs, _ = self._batch(torch.arange(2))
         made = copy_blocks(self.model, depth["blocks"], inputs, identity=depth["identity"], optimizer=self.optimizer)
         events = [replace(event, step=position.step) for event in made]
         if self.scheduler is None:
