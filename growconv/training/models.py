@@ -4,6 +4,7 @@ Every builder takes the same arguments. `width` scales every channel count; `hid
 skip connection ties to others (inside a residual block, or everywhere in a plain chain): what most methods grow.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -64,6 +65,11 @@ def unit(
     return convolution, make_norm(norm, outgoing), make_activation(activation)
 
 
+def classifier(channels: int, classes: int) -> dict[str, nn.Module]:
+    """The mean over the grid and a linear layer: the end of a network, by the names of its parts."""
+    return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, classes)}
+
+
 class ConvPair(nn.Module):
     """conv → activation → conv, a label map out: the student of the synthetic teacher."""
 
@@ -88,7 +94,7 @@ class ConvPair(nn.Module):
         return self.conv2(self.activation(self.norm(self.conv1(x))))
 
 
-class PlainNet(nn.Module):
+class PlainNet(nn.Sequential):
     """Convolutions one after the other, halving the grid where the plan says so, its mean, and a linear layer.
 
     Args:
@@ -106,7 +112,6 @@ class PlainNet(nn.Module):
         norm: str = "batch",
         activation: str = "relu",
     ):
-        super().__init__()
         features: list[nn.Module] = []
         channels, size = in_channels, image_size
         for entry in plan:
@@ -117,12 +122,8 @@ class PlainNet(nn.Module):
             elif size >= 2:
                 features.append(nn.MaxPool2d(2))
                 size //= 2
-        self.features = nn.Sequential(*[layer for layer in features if not isinstance(layer, nn.Identity)])
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        features = [layer for layer in features if not isinstance(layer, nn.Identity)]
+        super().__init__(OrderedDict(features=nn.Sequential(*features), **classifier(channels, classes)))
 
 
 class BasicBlock(nn.Module):
@@ -158,7 +159,7 @@ class PreactivationBlock(nn.Module):
         return self.conv2(self.activation2(self.norm2(self.conv1(y)))) + self.shortcut(x)
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(nn.Sequential):
     """A stem, stages of residual blocks that halve the grid from the second on, the mean over the grid, a linear layer.
 
     Args:
@@ -184,7 +185,6 @@ class ResidualNet(nn.Module):
         inner_norm: str | None = None,
         downsampling_stem: bool = False,
     ):
-        super().__init__()
         channels = scaled(stem, width)
         preactivation = block is PreactivationBlock
         large = downsampling_stem and image_size >= 96
@@ -193,7 +193,6 @@ class ResidualNet(nn.Module):
             entry += [make_norm(norm, channels), make_activation(activation)]
         if large:
             entry.append(nn.MaxPool2d(3, stride=2, padding=1))
-        self.stem = nn.Sequential(*entry)
         blocks = []
         for index, (planned, count) in enumerate(stages):
             outgoing, middle = scaled(planned, width), scaled(planned, width * hidden)
@@ -201,16 +200,10 @@ class ResidualNet(nn.Module):
                 stride = 2 if index > 0 and position == 0 else 1
                 blocks.append(block(channels, middle, outgoing, stride, norm, activation, inner_norm or norm))
                 channels = outgoing
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(make_norm(norm, channels), make_activation(activation)) if preactivation else None
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.blocks(self.stem(x))
-        if self.head is not None:
-            y = self.head(y)
-        return self.classifier(torch.flatten(self.pool(y), 1))
+        parts: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(*entry), blocks=nn.Sequential(*blocks))
+        if preactivation:
+            parts["head"] = nn.Sequential(make_norm(norm, channels), make_activation(activation))
+        super().__init__(parts | classifier(channels, classes))
 
 
 class InvertedResidual(nn.Module):
@@ -231,7 +224,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(nn.Sequential):
     """MobileNetV2 (Sandler et al. 2018); on images under 96 pixels the first two halvings are left out."""
 
     def __init__(
@@ -244,13 +237,12 @@ class MobileNetV2(nn.Module):
         norm: str = "batch",
         activation: str = "relu",
     ):
-        super().__init__()
         large = image_size >= 96
         # expansion, channels, blocks, stride of the first block (Table 2 of the paper)
         table = ((1, 16, 1, 1), (6, 24, 2, 2 if large else 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
         table += ((6, 160, 3, 2), (6, 320, 1, 1))
-        channels = scaled(32, width)
-        self.stem = nn.Sequential(*unit(in_channels, channels, 3, norm, activation, 2 if large else 1))
+        channels, last = scaled(32, width), scaled(1280, width * hidden)
+        stem = nn.Sequential(*unit(in_channels, channels, 3, norm, activation, 2 if large else 1))
         blocks = []
         for expansion, planned, count, stride in table:
             outgoing = scaled(planned, width)
@@ -259,14 +251,9 @@ class MobileNetV2(nn.Module):
                 step = stride if position == 0 else 1
                 blocks.append(InvertedResidual(channels, middle, outgoing, step, norm, activation))
                 channels = outgoing
-        self.blocks = nn.Sequential(*blocks)
-        last = scaled(1280, width * hidden)
-        self.head = nn.Sequential(*unit(channels, last, 1, norm, activation))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(last, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.head(self.blocks(self.stem(x)))), 1))
+        head = nn.Sequential(*unit(channels, last, 1, norm, activation))
+        parts = OrderedDict(stem=stem, blocks=nn.Sequential(*blocks), head=head, **classifier(last, classes))
+        super().__init__(parts)
 
 
 class DoubleConv(nn.Module):
