@@ -33,7 +33,7 @@ class Limits:
         if isinstance(value, str):
             return value in self.choices
         if isinstance(value, bool):
-            return self.least is self.above is self.most is self.below is None
+            return {self.least, self.above, self.most, self.below} == {None}  # not where numbers are limited
         if value is None or isinstance(value, Mapping):
             return True
         if not isinstance(value, int | float) or not math.isfinite(value):
