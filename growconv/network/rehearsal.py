@@ -600,6 +600,8 @@ class Widening:
             if runs is not None and np.array_equal(owners_of(runs, now)[:, 0], owners_of(self.axes[key], now)[:, 0]):
                 self.axes[key] = runs
                 return {}
+            if (actual < 0).all():  # what is made of all channels, as their mean, is of none
+                return dict.fromkeys(involved, "its channels depend on each other")
         if len(actual) < len(expected):
             return dict.fromkeys(involved, f"a literal size in the code: new channels do not arrive at {key[0]}")
         return dict.fromkeys(

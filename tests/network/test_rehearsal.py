@@ -147,6 +147,11 @@ def test_literal_sizes_are_told_in_the_words_of_the_code(operation: object, reas
     assert reason in str(explain_sites(model, X)[0].reason)
 
 
+def test_the_mean_of_a_single_channel_is_told() -> None:
+    model = Net(lambda m, x: m.b(m.a(x).mean(1, keepdim=True)), a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(1, 2, 1)).double()
+    assert explain_sites(model, X)[0].reason == "its channels depend on each other"
+
+
 def test_halves_that_a_split_needs_equal_grow_together() -> None:
     """The halves of one layer go different ways, as in YOLOv8's C2f."""
 
