@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
 from growconv.network import layers
@@ -71,7 +73,8 @@ def find_sites(
     Args:
         model: the raw model, on any device, in any mode.
         example_input: what its forward takes: a tensor, a tuple of arguments or a mapping of keyword arguments; a list
-            of several such examples where different inputs call different layers. A batch of one or two is enough.
+            of several such examples where different inputs call different layers. A batch of one is enough; where
+            training needs two, it is taken twice.
         modes: the modes in which it runs: "eval", "train" or both, which also finds heads used only in training.
         rehearse: False only follows the numbers at the current widths; the sites returned are presumed, not proved.
 
@@ -254,7 +257,8 @@ def analyse(
 def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> list[Example]:
     """Send numbers through a copy, from every example in every mode; of those one for each way through the model."""
     ways: dict[tuple[int, tuple[str, ...]], Example] = {}
-    for example in examples:
+    waiting = list(examples)
+    for example in waiting:  # which gets longer
         model.train(example.training)
         same_chance()
         before = len(numbers.cuts)
@@ -267,11 +271,20 @@ def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> li
             error = failure.failures[0].error
             if isinstance(error, TraceError):
                 raise error from None
-            if example.training and numbers.order:  # a batch of one in front of a batch norm, mostly
+            if example.training and numbers.order:
+                given = tensors_in(example.arguments)
+                if given and all(each.shape[:1] == (1,) for each in given):  # a batch of one in front of a batch norm
+                    example.arguments = tree_map(_twice, example.arguments)
+                    waiting.append(example)
+                    continue
                 ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
                 continue
             raise _no_run(model, example.arguments, error) from error
     return list(ways.values())
+
+
+def _twice(leaf: object) -> object:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:

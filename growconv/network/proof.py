@@ -49,6 +49,7 @@ class Proof:
         self.model = model
         self.examples = examples
         self.sites = {number: site.of(model) for number, site in sites.items()}
+        self._given: dict[str, Tensor] = {}  # per consumer what its first call was given
 
     def failures(self) -> dict[int, str]:
         """The sites that fail, and why."""
@@ -57,7 +58,7 @@ class Proof:
             found = self._watched(example, before)
             if found:
                 return found
-        return self._grown(before)
+        return self._altered() or self._grown(before)
 
     # ------------------------------------------------------------------------------------------ nothing else reads
 
@@ -66,6 +67,7 @@ class Proof:
         recorded: dict[str, list[Tensor]] = {}
         try:
             before = outputs[example] = self._run(example, recorded, ())
+            self._given |= {path: calls[0] for path, calls in recorded.items() if calls}
         except Exception:
             if example.training:
                 return {}  # a batch of one in front of a batch norm, mostly
@@ -110,6 +112,27 @@ class Proof:
 
     # ------------------------------------------------------------------------------------------ new channels
 
+    def _altered(self) -> dict[int, str]:
+        """The sites with a consumer whose own forward makes something else of its weights once it has more of them.
+
+        The run of the grown model shows it too, but would have to be repeated to tell which of many sites it is.
+        """
+        found: dict[int, str] = {}
+        for number, site in self.sites.items():
+            for path in () if site.copied else site.consumers:
+                layer = site.layer(path)
+                if layer.plain or path not in self._given:
+                    continue
+                x, filters, bias = self._given[path], layer.filters(), layer.bias()
+                axis = layer.channel_axis(x.dim())
+                parts = x.unflatten(axis, (layer.groups, -1))
+                wider = torch.cat([parts, parts.narrow(axis + 1, 0, 1)], axis + 1).flatten(axis, axis + 1)
+                columns = torch.cat([filters, torch.zeros_like(filters[:, :1])], 1)
+                with torch.no_grad():
+                    if not _close([layer.apply(wider, columns, bias)], [layer.apply(x, filters, bias)], ROUNDING):
+                        found[number] = f"{CHANGED}: {path} makes something else of its weights once it has more"
+        return found
+
     def _grown(self, before: Mapping[Example, list[Tensor]]) -> dict[int, str]:
         """The sites whose new channels change what the model gives; `before` is what it gave."""
         numbers = list(self.sites)
@@ -151,7 +174,7 @@ class Proof:
         for example, exact in doubtful.items():  # float64 tells a real difference from one of rounding
             old = None if exact is None else self._in_double(example)
             if exact is None or old is None or not _close(exact, old, EXACT):
-                return self._why_changed(part)
+                return f"{CHANGED}: the code makes something of all channels or of their number"
         return None
 
     def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: list[Journal]) -> None:
@@ -172,14 +195,6 @@ class Proof:
     def _carry_out(self, plan: Plan, undo: list[Journal]) -> None:
         undo.append(Journal(self.model, values=[change.tensor for change in plan.changes if not change.resizes]))
         exchange(self.model, plan.changes, plan.attributes, ())
-
-    def _why_changed(self, part: Sequence[int]) -> str:
-        consumers = [path for number in part for path in self.sites[number].consumers]
-        kinds = {path: type(module_at(self.model, path)) for path in consumers}
-        own = next((path for path, kind in kinds.items() if not kind.forward.__module__.startswith("torch.")), None)
-        if own is None:
-            return f"{CHANGED}: the code makes something of all channels or of their number"
-        return f"{CHANGED}: {own} makes something else of its weights once it has more"
 
     def _in_double(self, example: Example) -> list[Tensor] | None:
         """What the copy gives in float64; None where it is in float64 already, or does not run in it."""

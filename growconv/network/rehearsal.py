@@ -28,8 +28,9 @@ MORE_UNITS = (1, 2, 3)
 """Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
 BLOCKS = (1, 2, 3, 4, 8)
 """Numbers of blocks that are tried beside the groups of the convolutions on the way."""
-PATIENCE = 60
-"""Rehearsals after which spaces that fail are given no further chance: what the search may cost has an end."""
+PATIENCE = 60, 4
+"""Rehearsals after which spaces that fail are given no further chance, and how many more for each that got its reason:
+what the search may cost has an end."""
 Codes = NDArray[np.int64]
 """Per entry of an axis its space, unit and block in one number; -1 for entries that never grow."""
 INTERLEAVED = "its channels are interleaved in a way that is not followed"
@@ -81,12 +82,14 @@ class Verdict:
         alone: those of them that would fail without the others too.
         fixed: those of them on which an operation failed that takes one width only.
         led: those of them that failed since sizes had followed another space that grows by copies, and which.
+        supposed: whether they were only near an error of the code itself, and others may be to blame.
     """
 
     reasons: dict[int, str] = field(default_factory=dict)
     alone: set[int] = field(default_factory=set)
     fixed: set[int] = field(default_factory=set)
     led: dict[int, int] = field(default_factory=dict)
+    supposed: bool = False
 
 
 class Widening:
@@ -129,8 +132,8 @@ class Widening:
             parts = sorted(self._cut() & failed.reasons.keys())
             if self._join_copied(failed.led) or self._join(n for n in parts if not self.spaces[n].alone):
                 continue
-            for number, reason in self._alone(failed).items():
-                patient = self._rehearsals < PATIENCE
+            for number, reason in self._alone(failed, live).items():
+                patient = self._patient
                 if patient and not self._bind([number], Verdict({number: reason}), one=True).reasons:
                     continue
                 if patient and number not in failed.fixed:
@@ -162,18 +165,26 @@ class Widening:
                 self.axes[key] = runs
         return replace(self.layout(), axes={key: runs for key, runs in self.axes.items() if key[1] != FILL})
 
-    def _alone(self, failed: Verdict) -> dict[int, str]:
+    @property
+    def _patient(self) -> bool:
+        first, each = PATIENCE
+        return self._rehearsals < first + each * sum(space.reason is not None for space in self.spaces)
+
+    def _alone(self, failed: Verdict, live: Sequence[int]) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
-        if len(failed.reasons) == 1 or self._rehearsals >= PATIENCE:
+        if (len(failed.reasons) == 1 and not failed.supposed) or not self._patient:
             return failed.reasons
         doubtful = [number for number in sorted(failed.reasons) if not self.spaces[number].cleared]
         again = self._attempt(doubtful or sorted(failed.reasons))
+        if failed.supposed and not again.reasons:  # those around the error are not to blame
+            again = Verdict(dict.fromkeys(live, next(iter(failed.reasons.values()))))
         found = {number: again.reasons[number] for number in again.alone}
         for number in sorted(again.reasons.keys() - again.alone):
-            if self._rehearsals < PATIENCE:
-                single = self._attempt([number]).reasons
-                self.spaces[number].cleared = not single
-                found |= single
+            if self._patient:
+                single = self._attempt([number])
+                self.spaces[number].cleared = not single.reasons
+                failed.fixed |= {number} if single.supposed else set()
+                found |= single.reasons
         return found or failed.reasons
 
     def layout(self) -> Layout:
@@ -242,8 +253,9 @@ class Widening:
                 if len(alike) == 1:
                     verdict.led[number] = alike[0]
             spaces = spaces or ahead
+            verdict.supposed |= each.supposed and bool(spaces)
             verdict.reasons |= dict.fromkeys(spaces - verdict.reasons.keys(), text)
-            verdict.alone |= spaces if len(spaces) == 1 or each.fixed else set()
+            verdict.alone |= spaces if (len(spaces) == 1 and not each.supposed) or each.fixed else set()
             verdict.fixed |= spaces if each.fixed else set()
             if not verdict.reasons:
                 return Verdict(dict.fromkeys(live, text))
@@ -394,7 +406,7 @@ class Widening:
 
         def rates(group: Group, more: int) -> list[int]:
             if more not in found:
-                found[more] = self._counted({key: more * n for each in waiting for key, n in each.shares.items()})
+                found[more] = self._counted(waiting, more)
             return [found[more][self._signature(space)] - len(space.roots) for space in group.spaces]
 
         while waiting:
@@ -435,20 +447,42 @@ class Widening:
             groups += [Group(spaces)] if len(spaces) > 1 else []
         return groups
 
-    def _counted(self, more: Mapping[Key, int]) -> Counter[Signature]:
-        """The classes of every signature once layers have so many more outputs; none where the code takes no such."""
-        space, found, axes = len(self.spaces), Numbers(), dict[Key, tuple[Run, ...]]()
-        for key, count in more.items():
-            axes[key] = Run(None, len(self.numbers.range_of(key))), Run(space, 1, count, tuple(range(count)))
-        try:
-            with pretending(self.model, Layout(axes, (), self.dims), [0] * (space + 1), [0] * space + [1]):
-                self._look(found)
-        except LookFailed:
-            return Counter()
-        return Counter(
-            frozenset((key, count) for key, count, _ in axes if key[0] not in self.dims)
-            for axes in found.signatures().values()
-        )
+    def _counted(self, groups: Sequence[Group], more: int) -> Counter[Signature]:
+        """The classes of every signature once the producers of some groups have so many times more of their shares.
+
+        Attributes that count channels of a group follow: those that do so already, or all where the code fails then.
+        There are no classes where it fails even so.
+        """
+        space, axes = len(self.spaces), dict[Key, tuple[Run, ...]]()
+        for key, share in (each for group in groups for each in group.shares.items()):
+            run = Run(space, 1, more * share, tuple(range(more * share)))
+            axes[key] = Run(None, len(self.numbers.range_of(key))), run
+        telling = self._telling(groups, more)
+        for places in (telling.keys() & self.bound, telling.keys()):
+            attributes = tuple(SizeAttribute(*place, {space: telling[place]}) for place in places)
+            layout, found = Layout(axes, (), self.dims, attributes), Numbers()
+            try:
+                with pretending(self.model, layout, [0] * (space + 1), [0] * space + [1]):
+                    self._look(found)
+            except LookFailed:
+                continue
+            self.bound = self.bound | places
+            return Counter(
+                frozenset((key, count) for key, count, _ in axes if key[0] not in self.dims)
+                for axes in found.signatures().values()
+            )
+        return Counter()
+
+    def _telling(self, groups: Sequence[Group], more: int) -> dict[Attribute, int]:
+        """The attributes that count channels of one group, and by how much they are then larger."""
+        found: dict[Attribute, int] = {}
+        for group in groups:
+            own = {number for number, space in enumerate(self.spaces) if space in group.spaces}
+            for place, counted in self.numbers.literals.items():
+                larger, left = divmod(more * len(counted), group.unit)
+                if not left and _spaces(self._codes[np.asarray(counted, dtype=np.int64)]) <= own:
+                    found[place] = larger
+        return found
 
     def _signature(self, space: Space) -> Signature:
         return frozenset(each for each in space.counts.items() if each[0][0] not in self.dims)

@@ -8,7 +8,7 @@ together; whatever else meets a number blocks it, and its name is the reason.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import walk_tb
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -38,11 +39,13 @@ class Ran:
 
     Attributes:
         name: path of the layer, or name of the operation.
+        place: of an operation: the path of the module that was running, the name, and how often that was met before.
         sizes: the whole numbers that the operation was given.
         gave: what it returned, with what makes zeros of its shape for each tensor.
     """
 
     name: str
+    place: tuple[str, str, int] = ("", "", 0)
     sizes: list[int] = field(default_factory=list)
     gave: object = None
 
@@ -53,15 +56,17 @@ class Failure:
 
     Attributes:
         error: what was raised.
-        numbers: those that the failing operation met, where it was an operation.
+        numbers: those that the failing operation met; of an error in the code itself, those around it.
         more: by how much sizes that it was given differ from those at other widths.
         fixed: whether it was told all sizes, and the same ones as there, so that it takes no other width at all.
+        supposed: whether it is only supposed that these numbers are to blame, since the code itself raised the error.
     """
 
     error: Exception
     numbers: set[int] = field(default_factory=set)
     more: set[int] = field(default_factory=set)
     fixed: bool = False
+    supposed: bool = False
 
 
 class LookFailed(Exception):
@@ -101,10 +106,11 @@ def look(
     mode = _Mode(model, numbers, before, pretending)
     with torch.set_grad_enabled(not pretending), one_run(model, arguments) as (given, named):
         try:
-            with mode:
+            with mode, _Functions(mode):
                 output = model(*given, **named)
         except Exception as error:
-            mode.fail(Failure(error))
+            if all(error is not each.error for each in mode.failures):
+                mode.fail(Failure(error, mode.around(error), supposed=True))
             raise LookFailed(mode.failures, _raised_in(error, model)) from error
         if mode.failures:
             raise LookFailed(mode.failures) from mode.failures[0].error
@@ -171,7 +177,9 @@ class _Mode(Watch):
         self.differentiable: set[str] = set()
         self.failures: list[Failure] = []
         self.trail: list[Ran] = []
-        self._before = before
+        self._before = {ran.place: ran for ran in before}
+        self._met: dict[tuple[str, str], int] = defaultdict(int)
+        self._last: list[Tensor] = []  # companions of the last operation's tensors
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self._owned, self._alias = owned_tensors(model)
@@ -271,7 +279,9 @@ class _Mode(Watch):
         name = operations.name_of(func)
         leaves = tree_leaves((args, kwargs))
         sources = [item for item in leaves if isinstance(item, Tensor)]
-        ran = Ran(name, [item for item in leaves if type(item) is int])
+        where = self.running[-1][0], name
+        ran = Ran(name, (*where, self._met[where]), [item for item in leaves if type(item) is int])
+        self._met[where] += 1
         if name not in operations.ALIASES:  # whether gradients are asked for changes those
             self.trail.append(ran)
         for tensor in sources:
@@ -306,14 +316,43 @@ class _Mode(Watch):
 
     def fail(self, failure: Failure) -> None:
         """Note an error, unless an earlier one may have caused it."""
-        if not self.failures or failure.numbers:
+        if not self.failures or failure.numbers or failure.more:
             self.failures.append(failure)
+
+    def around(self, error: Exception) -> set[int]:
+        """The numbers of the last operation and of what the innermost function of the model's code holds."""
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        own = [each for each in frames if not each.f_globals["__name__"].startswith(("torch.", "growconv."))]
+        held = tree_leaves(own[-1].f_locals) if own else []
+        near = [*self._last, *(self._known[id(each)][1] for each in held if id(each) in self._known)]
+        met = {number for companion in near for number in torch.unique(compact(companion)).tolist()} - {NONE}
+        return set() if SPOILT in met else met
+
+    def reshaped(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A reshape that refuses its sizes, as the operations that it turns into and that are watched."""
+        if tensor.is_contiguous():
+            return torch.ops.aten.view(tensor, shape)
+        return torch.ops.aten._unsafe_view(tensor.clone(memory_format=torch.contiguous_format), shape)
+
+    def sliced(self, tensor: Tensor, index: object) -> None:
+        """Note the sizes that slices were told which take all there is: those are no operations."""
+        items = index if isinstance(index, tuple) else (index,)
+        if any(not (item is None or item is Ellipsis or isinstance(item, int | slice)) for item in items):
+            return
+        axis, taken = 0, sum(isinstance(item, int | slice) for item in items)
+        for item in items:
+            axis += (tensor.dim() - taken) * (item is Ellipsis)
+            if isinstance(item, slice) and item.stop == tensor.shape[axis]:
+                along = _along(self.companion(tensor), axis)
+                if _several(along):
+                    self._note([len(along)], [along])
+            axis += isinstance(item, int | slice)
 
     def _as_before(self, error: Exception, ran: Ran, sources: Sequence[Tensor], written: Tensor | None) -> object:
         """What an operation that fails gave at other widths, or what it was to write to."""
         met = {number for tensor in sources for number in torch.unique(compact(self.companion(tensor))).tolist()}
-        known = self._before[len(self.trail) - 1] if len(self.trail) <= len(self._before) else None
-        if known is None or known.name != ran.name:
+        known = self._before.get(ran.place)
+        if known is None:
             self.fail(Failure(error, {number for number in met if number >= 0}))
             raise error
         if SPOILT not in met:
@@ -335,6 +374,7 @@ class _Mode(Watch):
         self, func: OpOverload, name: str, args: tuple, kwargs: dict, sources: list[Tensor], results: list[Tensor]
     ) -> None:
         companions = {id(tensor): self.companion(tensor) for tensor in sources}
+        self._last = list(companions.values())
         if torch.Tag.inplace_view in func.tags:  # unsqueeze_, transpose_, ...
             own = companions[id(args[0])]
             own = own.contiguous() if name == "as_strided_" else own  # this one reads memory
@@ -428,6 +468,8 @@ class _Mode(Watch):
             if any(max(part, default=NONE) >= 0 for part in parts):
                 self.numbers.cuts += parts
                 self._note(given, parts)
+                along = _along(whole, dim % whole.dim())
+                self._note([len(along)], [along])  # what is told may be a part of it, as half
         elif name == "slice":
             dim = args[1] if args[1:] else 0
             start, end = (*args[2:4], None, None)[:2]
@@ -643,6 +685,29 @@ class _Mode(Watch):
 
 def _zeros_like(tensor: Tensor) -> Callable[[], Tensor]:
     return partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what the dispatcher does not: slices that take all there is, and reshapes that refuse their sizes."""
+
+    def __init__(self, mode: _Mode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run a function."""
+        kwargs = dict(kwargs or {})
+        if func is Tensor.__getitem__ and not self.mode.pretending:
+            with torch._C._DisableTorchDispatch():
+                self.mode.sliced(*args)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if func not in (Tensor.reshape, torch.reshape):
+                raise
+            return self.mode.reshaped(args[0], tree_leaves(kwargs.get("shape", args[1:])))
 
 
 def _has_numbers(companion: Tensor) -> bool:

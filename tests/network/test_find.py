@@ -207,3 +207,21 @@ def test_finding_does_not_disturb_other_threads() -> None:
 def test_a_batch_of_one_that_a_norm_refuses_in_training_keeps_no_site_back() -> None:
     layers = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)]
     assert [each.name for each in find_sites(nn.Sequential(*layers), torch.randn(1, 3, 8, 8))] == ["0 -> 2", "2 -> 4"]
+
+
+def test_an_example_of_one_sample_is_taken_twice_where_training_needs_more() -> None:
+    """A head that only training calls, behind a batch norm at one location."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+            self.head = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)
+            )
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = torch.relu(self.a(x))
+            return (self.b(y), self.head(y)) if self.training else (self.b(y),)
+
+    assert [site.name for site in find_sites(Net(), torch.randn(1, 3, 6, 6))] == ["a -> b, head.1", "head.1 -> head.3"]

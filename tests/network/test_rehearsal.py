@@ -238,3 +238,114 @@ def test_a_space_of_one_channel_is_laid_out_by_where_new_ones_arrive() -> None:
     found = analyse(last, X)
     assert found.layout.axes["b", IN] == (Run(0, 16, 1, tuple(range(16))),)
     referee.check(last, X, found.sites)
+
+
+class Sliced(nn.Module):
+    """As in timm's GhostNet: a slice that takes all channels, so that it is no operation until there are more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 8
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.c(torch.cat([y, self.b(y)], 1)[:, : self.channels, :])
+
+
+def test_a_size_that_a_slice_of_everything_is_told_follows() -> None:
+    model = Sliced().double()
+    (site,) = find_sites(model, X)
+    assert (site.producers, site.granularity) == (("a",), 1)
+    assert referee.check(model, X, [site], units=[3]).model.channels == 14
+
+
+class Chunks(nn.Module):
+    """As in Res2Net: parts of one layer's outputs, each of which goes through a layer of its own.
+
+    Args:
+        first: whether these layers read their part alone; else also what the one before gives.
+    """
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.width = first, 3
+        self.a, self.d = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = F.relu(self.a(x)).split(self.width, 1)
+        found = list[Tensor]()
+        for conv, part in zip(self.convs, parts[:3], strict=True):
+            found.append(conv(part + found[-1] if found and not self.first else part))
+        return self.d(torch.cat([*found, parts[3]], 1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_parts_of_one_size_that_an_attribute_tells_grow_together(first: bool) -> None:
+    model = Chunks(first).double()
+    sites = find_sites(model, X)
+    joint = sites[0]
+    assert (joint.ratio("a", OUT), joint.granularity, joint.width) == (4, 1, 3)
+    assert {path for site in sites for path in site.producers} == {"a", "convs.0", "convs.1", "convs.2"}
+    assert referee.check(model, X, sites, units=[2] * len(sites)).model.width == 5
+
+
+class Halves(nn.Module):
+    """As in cross-stage networks: halves by a size that is worked out from an attribute, unpacked one by one."""
+
+    def __init__(self, literal: bool) -> None:
+        super().__init__()
+        self.literal, self.channels = literal, 8
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = F.relu(self.a(x)).split(4 if self.literal else self.channels // 2, 1)
+        return self.c(torch.cat([first, self.b(second)], 1))
+
+
+def test_halves_of_a_number_in_an_attribute_grow_together() -> None:
+    model = Halves(literal=False).double()
+    sites = find_sites(model, X)
+    assert [(site.name, site.ratio(site.producers[0], OUT)) for site in sites] == [("a -> b, c", 2), ("b -> c", 1)]
+    assert referee.check(model, X, sites, units=[2, 1]).model.channels == 12
+
+
+def test_an_error_of_the_code_itself_is_blamed_on_the_channels_around_it() -> None:
+    """However many places raise one: the search does not run out of patience with all the other layers."""
+    model = nn.Sequential(*(Halves(literal=True) for _ in range(8))).double()
+    table = explain_sites(model, X)
+    for number in range(8):
+        a, b, c = (next(row for row in table if row.path == f"{number}.{name}") for name in "abc")
+        assert "too many values to unpack" in str(a.reason)
+        assert b.growable
+        assert c.growable or number == 7
+
+
+def test_a_reshape_that_refuses_its_sizes_is_blamed_on_what_it_met() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y = m.b(y.transpose(1, 2).reshape(len(x), 6, 4, -1).tanh().transpose(1, 2))
+        return m.d(F.relu(m.c(y)))
+
+    model = Net(
+        forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 3, 1), c=nn.Conv2d(3, 5, 1), d=nn.Conv2d(5, 2, 1)
+    ).double()
+    table = {row.path: row.reason for row in explain_sites(model, X)}
+    assert "shape '[2, 6, 4, -1]' is invalid" in str(table["a"]) or "literal size" in str(table["a"])
+    assert table["b"] is None
+    assert table["c"] is None
+
+
+def test_standardised_layers_of_one_tap_can_pretend() -> None:
+    """The training mode of a batch norm refuses a single value, as timm's standardised convolutions would give it."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+            return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Standardised(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
+    table = explain_sites(model, X)
+    assert "2 makes something else of its weights" in str(table[0].reason)
+    assert table[1].growable

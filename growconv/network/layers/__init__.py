@@ -145,7 +145,8 @@ def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tenso
     axis = layer.channel_axis(x.dim())
     inputs = x.shape[axis] if layer.groups > 1 else layer.size(IN)
     count = outputs or layer.size(OUT) * inputs // layer.size(IN)
-    one = layer.apply(x.narrow(axis, 0, 1), x.new_zeros(1, 1, *layer.kernel_size), None, groups=1)
+    twice = x.narrow(axis, 0, 1).expand(*x.shape[:axis], 2, *x.shape[axis + 1 :])  # one weight has no variance
+    one = layer.apply(twice, x.new_zeros(1, 2, *layer.kernel_size), None, groups=1)
     return x.new_zeros(*one.shape[:axis], count, *one.shape[axis + 1 :])
 
 
