@@ -482,7 +482,7 @@ class _Mode(Watch):
         else:
             for axis, size in enumerate(args[1] if isinstance(args[1], list | tuple) else ()):
                 along = _along(self.companion(results[0]), axis)
-                if isinstance(size, int) and _several(along):
+                if isinstance(size, int) and size > 1 and _several(along):
                     self._note([size], [along])
 
     def _note(
