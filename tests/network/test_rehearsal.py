@@ -130,18 +130,19 @@ def test_a_size_that_is_left_open_is_no_number_of_channels() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.shape, self.channels = (1, -1, 1, 1), [6]
+            self.shape, self.channels, self.same = (1, -1, 1, 1), [6], [6]
             self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
             self.scale = nn.Parameter(torch.ones(6))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x) * self.scale.view(self.shape)
-            return self.b(y.view(len(x), *self.channels, 36).tanh().view_as(y))
+            y = y.view(len(x), *self.channels, 36).tanh().view(len(x), *self.same, 36)
+            return self.b(y.unflatten(2, (6, 6)))
 
     model = Scaled().double()
     (site,) = find_sites(model, X)
     grown = referee.check(model, X, [site], units=[2]).model
-    assert (grown.shape, grown.channels) == ((1, -1, 1, 1), [8])
+    assert (grown.shape, grown.channels, grown.same) == ((1, -1, 1, 1), [8], [8])
 
 
 def test_an_attribute_that_has_the_number_by_chance_stays() -> None:
