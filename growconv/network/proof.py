@@ -121,7 +121,7 @@ class Proof:
         for number, site in self.sites.items():
             for path in () if site.copied else site.consumers:
                 layer = site.layer(path)
-                if layer.plain or path not in self._given:
+                if layer.plain or len(layer.slots(IN)) > 1 or path not in self._given:  # a mask comes with its entries
                     continue
                 x, filters, bias = self._given[path], layer.filters(), layer.bias()
                 axis = layer.channel_axis(x.dim())

@@ -112,6 +112,7 @@ class Widening:
         self.bound: set[Attribute] = set()
         self._bound_for = set[tuple[frozenset[int], bool]]()
         self._rehearsals = 0
+        self._laid_out: dict[tuple[int, ...], tuple[dict[Key, tuple[Run, ...]], set[int]]] = {}
         self._groups = {
             path: layers.groups_of(module)
             for path, module in model.named_modules()
@@ -270,6 +271,7 @@ class Widening:
 
     def _recount(self) -> None:
         """Per number its code; -1 for numbers of no space."""
+        self._laid_out.clear()
         by_root = np.full(self.numbers.count, -1, dtype=np.int64)
         for number, space in enumerate(self.spaces):
             unit, block = np.divmod(np.arange(len(space.roots)), space.blocks if space.neighbours else space.units)
@@ -350,13 +352,17 @@ class Widening:
 
     def _lay_out(self, live: Sequence[int]) -> set[int]:
         """Read off the runs of every axis at the present widths; the spaces that form none."""
-        self.axes, torn, owners = {}, set[int](), dict[Key, list[int]]()
-        for number in live:
-            for key in self.spaces[number].counts:
-                owners.setdefault(key, []).append(number)
-        for key, own in owners.items():
-            self.axes[key], left = self._runs(key, own)
-            torn |= left
+        if tuple(live) not in self._laid_out:
+            axes, torn, owners = dict[Key, tuple[Run, ...]](), set[int](), dict[Key, list[int]]()
+            for number in live:
+                for key in self.spaces[number].counts:
+                    owners.setdefault(key, []).append(number)
+            for key, own in owners.items():
+                axes[key], left = self._runs(key, own)
+                torn |= left
+            self._laid_out[tuple(live)] = axes, torn
+        axes, torn = self._laid_out[tuple(live)]
+        self.axes = dict(axes)
         return torn
 
     def _next_guess(self, number: int, reason: str) -> None:

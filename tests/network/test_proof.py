@@ -174,3 +174,17 @@ def test_the_growths_that_prove_keep_the_function() -> None:
     grow(model, hidden, silent_growth(hidden, 3), 0.0)
     assert (stream.width, hidden.width) == (12, 9)
     torch.testing.assert_close(model(example), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mask_over_the_weights_of_a_consumer_keeps_no_site_back() -> None:
+    class Masked(nn.Conv2d):
+        def __init__(self, *arguments: int) -> None:
+            super().__init__(*arguments)
+            self.register_buffer("mask", (torch.arange(self.weight.numel()) % 3 > 0).view_as(self.weight).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.weight * self.mask, self.bias)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Masked(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
+    referee.check(model, X, find_sites(model, X))
+    assert reasons(model) == {"0": None, "2": None, "4": "it is the model's output"}
