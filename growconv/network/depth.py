@@ -294,7 +294,7 @@ def _edited(
     method: str,
     widths: tuple[int, int],
     reason: str,
-    **details: float,
+    **details: float | bool,
 ) -> GrowthEvent:
     """Carry out an edit and tell about it."""
     optimizers, before = as_optimizers(optimizer), count_parameters(model)

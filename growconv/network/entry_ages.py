@@ -74,7 +74,7 @@ class Average:
     own: Callable[[int], float]
     shared: Callable[[int], float]
     scale: Callable[[int], float]
-    until: float
+    until: float | int
 
     def coefficients(self, age: int, gap: int, now: int) -> tuple[float, float]:
         """(a, b) such that a · state + b · gradient^power before the step gives the right average after it.
@@ -131,7 +131,7 @@ def _until(beta: float) -> int:
     return max(EXACT, math.ceil(math.log(SETTLED) / math.log(beta))) if 0 < beta < 1 else 0
 
 
-def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float:
+def steps_young(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], born: int) -> float | int:
     """For how many steps the optimizer has to treat entries that came at its step `born` differently; 0 for never."""
     if isinstance(optimizer, (torch.optim.NAdam, torch.optim.RAdam)):
         return max(map(_until, map(float, group["betas"])))
@@ -361,7 +361,7 @@ def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
             mine.forget()
 
 
-def _steps_left(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]) -> float:
+def _steps_left(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]) -> float | int:
     newest = max(max(came) for came in state[AGES]["born"] if came)
     return newest + steps_young(optimizer, group, state, newest) - _count(state)
 
