@@ -322,7 +322,7 @@ class _Mode(Watch):
     def around(self, error: Exception) -> set[int]:
         """The numbers of the last operation and of what the innermost function of the model's code holds."""
         frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-        own = [each for each in frames if not each.f_globals["__name__"].startswith(("torch.", "growconv."))]
+        own = [each for each in frames if each.f_globals["__name__"].split(".")[0] not in ("torch", "growconv")]
         held = tree_leaves(own[-1].f_locals) if own else []
         near = [*self._last, *(self._known[id(each)][1] for each in held if id(each) in self._known)]
         met = {number for companion in near for number in torch.unique(compact(companion)).tolist()} - {NONE}
@@ -337,7 +337,7 @@ class _Mode(Watch):
     def sliced(self, tensor: Tensor, index: object) -> None:
         """Note the sizes that slices were told which take all there is: those are no operations."""
         items = index if isinstance(index, tuple) else (index,)
-        if any(not (item is None or item is Ellipsis or isinstance(item, int | slice)) for item in items):
+        if any(not (item is None or item is Ellipsis or type(item) in (int, slice)) for item in items):
             return
         axis, taken = 0, sum(isinstance(item, int | slice) for item in items)
         for item in items:
@@ -699,11 +699,12 @@ class _Functions(TorchFunctionMode):
     ) -> object:
         """Run a function."""
         kwargs = dict(kwargs or {})
-        if func is Tensor.__getitem__ and not self.mode.pretending:
-            with torch._C._DisableTorchDispatch():
-                self.mode.sliced(*args)
         try:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if func is Tensor.__getitem__ and not self.mode.pretending:
+                with torch._C._DisableTorchDispatch():
+                    self.mode.sliced(*args)
+            return output
         except RuntimeError:
             if func not in (Tensor.reshape, torch.reshape):
                 raise

@@ -188,3 +188,16 @@ def test_a_mask_over_the_weights_of_a_consumer_keeps_no_site_back() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Masked(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
     referee.check(model, X, find_sites(model, X))
     assert reasons(model) == {"0": None, "2": None, "4": "it is the model's output"}
+
+
+def test_a_consumer_that_refuses_more_inputs_by_itself_is_told_and_not_raised() -> None:
+    class Strict(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.any() or x.shape[1] == 4:
+                return super().forward(x)
+            raise LookupError("four channels only")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Strict(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
+    found = reasons(model)
+    assert "four channels only" in str(found["0"])
+    assert found["2"] is None
