@@ -1,6 +1,6 @@
 """Grow other people's models: every site of pytorchcv's, transformers' and MONAI's architectures, by three channels.
 
-    python -m experiments.benchmarks.architectures [--only NAME ...] [--print] [--kept FILE]
+    python -m experiments.benchmarks.architectures [--zoo torchvision|timm] [--only NAME ...] [--print] [--kept FILE]
 
 For each architecture: convolutions, those that are proved growable, sites, CPU seconds to find the sites against the
 price that is allowed (2 s and 20 forward passes of the example on one thread), CPU seconds to grow all of them by 3
@@ -8,7 +8,8 @@ channels (or the next whole number of groups; by copies where channels depend on
 in eval and in train mode relative to its largest entry in float32, layers whose new weights get no gradient although
 their old ones do, whether the number of parameters is the one predicted and whether the recorded events give the same
 network on a fresh model, and why the other convolutions cannot grow. Weights are random, batch norms are calibrated on
-a batch; nothing is downloaded.
+a batch; nothing is downloaded. --zoo measures models of torchvision or timm instead, where these are installed, and has
+a section of its own.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.benchmarks import idioms
+from experiments.benchmarks import idioms, zoos
 from experiments.benchmarks.growing import EXACT, TOLERANCE, Builder, Outcome, measure
 from experiments.benchmarks.table import write_section
 
@@ -136,6 +137,7 @@ def _monai(model: str, *arguments: object, **options: object) -> Builder:
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", choices=zoos.ZOOS, help="models of this library instead")
     parser.add_argument("--only", nargs="*", help="parts of names")
     parser.add_argument("--kept", type=Path, help="file of finished outcomes, from which an interrupted run goes on")
     parser.add_argument("--finished", action="store_true", help="write what --kept has, compute nothing")
@@ -143,9 +145,10 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    chosen = zoos.ZOOS[options.zoo]() if options.zoo else architectures()
     kept = json.loads(options.kept.read_text()) if options.kept and options.kept.exists() else {}
     outcomes = []
-    for name, (build, shape) in architectures().items():
+    for name, (build, shape) in chosen.items():
         if options.only and not any(part in name for part in options.only):
             continue
         if options.finished and name not in kept:
@@ -156,18 +159,23 @@ def main() -> None:
                 options.kept.write_text(json.dumps(kept))
         outcomes.append(Outcome(**kept[name]))
         print(outcomes[-1], flush=True)
-    notes = [summary(outcomes), reasons(outcomes), *LEGEND]
+    shares = "" if options.zoo else f": {_shares(outcomes)}"
+    notes = [summary(outcomes, shares), reasons(outcomes), *LEGEND]
     print("\n\n".join(notes[:2]))
-    if options.print or options.only:
-        return
+    if not (options.print or options.only):
+        _write(options.zoo, outcomes, notes)
+
+
+def _write(zoo: str | None, outcomes: Sequence[Outcome], notes: Sequence[str]) -> None:
+    """The section of the results; a zoo has one of its own."""
     write_section(
-        "architectures",
-        "Growing other people's architectures",
-        "python -m experiments.benchmarks.architectures",
+        f"architectures-{zoo}" if zoo else "architectures",
+        f"Growing {zoo}'s models" if zoo else "Growing other people's architectures",
+        "python -m experiments.benchmarks.architectures" + (f" --zoo {zoo}" if zoo else ""),
         COLUMNS,
         [_row(outcome) for outcome in outcomes],
         notes,
-        packages=("pytorchcv", "transformers", "monai"),
+        packages=(zoo,) if zoo else ("pytorchcv", "transformers", "monai"),
     )
 
 
@@ -180,17 +188,15 @@ LEGEND = (
     '20 forward passes of the example, on one thread. "change": the largest change of an output divided by the largest '
     "output, in float32, after all sites have grown by 3 channels or the next number of whole groups at amplitude 0; "
     'by copies where channels depend on each other ("n by copies").',
-    '"no gradient": layers whose new weights get no gradient in two training steps, the first at amplitude 0; layers '
-    'whose old weights get none either are not counted. "(draw n)": three random channels behind a ReLU, most often in '
-    "squeeze-and-excite layers, were all zero on the batch of 3 and were drawn again.",
+    '"no gradient": layers whose new weights get no gradient in three training steps, the first at amplitude 0; '
+    'layers whose old weights get none either are not counted. "(draw n)": three random channels behind a ReLU, most '
+    "often in squeeze-and-excite layers, were all zero on the batch of 3 and were drawn again.",
 )
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """What the table says as a whole."""
+def summary(outcomes: Sequence[Outcome], shares: str = "") -> str:
+    """What the table says as a whole, with the shares of some of its parts."""
     convolutions, growable = (sum(getattr(o, field) for o in outcomes) for field in ("convolutions", "growable"))
-    common = [outcome for outcome in outcomes if outcome.name.startswith(WIDELY_USED)]
-    first = [outcome for outcome in outcomes if outcome.name not in further()]
     over = [f"{o.name} ({o.find_seconds:.1f} s, allowed {o.allowed_seconds:.1f})" for o in outcomes if not o.in_time]
     rounded = [
         f"{o.name} ({mode}): {o.changes[mode]:.0e} in float32, {exact:.0e} in float64"
@@ -200,16 +206,25 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     ]
     text = (
         f"{len(outcomes)} architectures, {convolutions} convolutions, {growable} proved growable "
-        f"({growable / max(1, convolutions):.1%}): {_share(common)} in the {len(common)} architectures of the most "
-        f"widely used families, {_share(first)} in the {len(first)} of the first version. Output unchanged in eval and "
-        f"train mode in {sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 "
-        f"where float32 rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; replay on a "
-        f"fresh model gives the same network in {sum(o.replayed for o in outcomes)}; new weights of "
+        f"({growable / max(1, convolutions):.1%}){shares}. Output unchanged in eval and train mode in "
+        f"{sum(o.unchanged for o in outcomes)} ({TOLERANCE:.0e} in float32, or {EXACT:.0e} in float64 where float32 "
+        f"rounds more); parameter count as predicted in {sum(o.counted for o in outcomes)}; replay on a fresh model "
+        f"gives the same network in {sum(o.replayed for o in outcomes)}; new weights of "
         f"{sum(o.dead for o in outcomes)} layers get no gradient; sites found within the allowed time in "
         f"{len(outcomes) - len(over)}."
     )
     text += f" Over time: {', '.join(over)}." if over else ""
     return text + (f" Where float32 changes more: {'; '.join(rounded)}." if rounded else "")
+
+
+def _shares(outcomes: Sequence[Outcome]) -> str:
+    """The shares of the widely used families and of the first version of the table."""
+    common = [outcome for outcome in outcomes if outcome.name.startswith(WIDELY_USED)]
+    first = [outcome for outcome in outcomes if outcome.name not in further()]
+    return (
+        f"{_share(common)} in the {len(common)} architectures of the most widely used families, {_share(first)} in the "
+        f"{len(first)} of the first version"
+    )
 
 
 def _share(outcomes: Sequence[Outcome]) -> str:

@@ -243,9 +243,10 @@ def _errors(rows: Sequence[LayerRow]) -> list[str]:
 def _untrained(
     model: nn.Module, sites: Sequence[GrowthSite], example: Tensor, optimizer: torch.optim.Optimizer
 ) -> tuple[int, int]:
-    """Layers whose new weights get no gradient in two training steps, and how often filters were drawn again.
+    """Layers whose new weights get no gradient in three training steps, and how often filters were drawn again.
 
-    The first step is at amplitude 0, where outgoing weights have gradients; in the second incoming ones have too.
+    The first step is at amplitude 0, where outgoing weights have gradients; in the second incoming ones have too, or in
+    the third where a norm whose scale begins at 0 keeps the outgoing ones at 0 for a step.
     """
     redrawn = 0
     sites = [site.of(model) for site in sites]
@@ -255,7 +256,11 @@ def _untrained(
         for site in {id(site): site for site, _ in dead}.values():
             _draw_again(site)
         dead = _dead(model, sites, IN, example, optimizer)
-    return len(dead) + len(_dead(model, sites, OUT, example, optimizer)), redrawn
+    late = _dead(model, sites, OUT, example, optimizer)
+    if late:
+        later = _dead(model, sites, OUT, example, optimizer)
+        late = [each for each in late if each in later]
+    return len(dead) + len(late), redrawn
 
 
 def _dead(
