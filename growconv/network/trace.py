@@ -405,6 +405,8 @@ class _Mode(Watch):
                 self._normalize_layers(args, companions, results)
             elif name in operations.PRODUCTS:
                 self._multiply(name, args, companions, results)
+            elif name == "convolution" and args[8] == args[0].shape[1] == args[1].shape[0] == results[0].shape[1]:
+                self._filter(args, companions, results)
             elif operations.is_pointwise(func):
                 self._pointwise(args, sources, companions, results)
             else:
@@ -612,6 +614,17 @@ class _Mode(Watch):
                 self._put(result, own)
             elif result.dim() == 1 and len(result) == len(first):
                 self._put(result, first)
+
+    def _filter(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
+        """A convolution outside of layers with one kernel for each channel, as a blur."""
+        own, kernels = companions[id(args[0])], companions[id(args[1])]
+        first = self.numbers.unify_along(range(2, own.dim()), compact(own, keep=(1,)))
+        self._note([args[8]], [_along(own, 1)])
+        for other in (kernels, companions.get(id(args[2]))):
+            if other is not None and _varies(other, 0):  # else a single one for all, however many
+                each = self.numbers.unify_along(range(1, other.dim()), compact(other, keep=(0,)))
+                self.numbers.unify(first, each.view(1, -1, *[1] * (own.dim() - 2)).expand_as(first))
+        self._put(results[0], first)
 
     def _normalize_layers(self, args: tuple, companions: dict[int, Tensor], results: list[Tensor]) -> None:
         """A layer norm: all entries of the last axes together, with a scale and a shift for each."""

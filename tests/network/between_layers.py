@@ -256,6 +256,22 @@ def mutable(**tensors: Tensor) -> Callable[[], Net]:
     return build
 
 
+def blurred() -> Net:
+    """`a`, a blur with a kernel for each channel in a buffer and their number in an attribute, and one for all, `b`."""
+
+    def blur(m: Net, y: Tensor) -> Tensor:
+        y = F.conv2d(F.pad(y, (1, 1, 1, 1), "reflect"), m.kernels, stride=2, groups=m.channels)
+        y = F.conv_transpose2d(y, m.kernels, m.shift, stride=2, groups=m.channels)
+        return F.conv2d(y, m.kernels[:1].expand(y.shape[1], 1, 3, 3), groups=y.shape[1])
+
+    model = between(blur)()
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    model.register_buffer("kernels", torch.outer(kernel, kernel).repeat(8, 1, 1, 1))
+    model.register_buffer("shift", torch.rand(8))
+    model.channels = 8
+    return model
+
+
 def normed() -> Net:
     model = between(functional_norms)()
     model.weight, model.bias = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.rand(8))
@@ -349,6 +365,7 @@ CASES: dict[str, Case] = {
     "composite activations": Case(between(composite), ONE),
     "Dropout2d": Case(module(lambda: nn.Dropout2d(0.5)), ONE),
     "layer scale and buffer": Case(mutable(), ONE),
+    "blur": Case(blurred, ONE),
     "standardised weights": Case(
         lambda: nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), Standardised(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)),
         {"2 -> 4": 1},  # weights of 0 change the standardised ones beside them

@@ -72,6 +72,7 @@ class Zoo(nn.Module):
         self.a, self.b, self.d = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(8, 8, 1)
         self.h, self.g, self.fc = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1), nn.Linear(8, 8)
         self.big, self.scale = nn.Linear(128, 6), nn.Parameter(torch.rand(8, 1, 1))
+        self.register_buffer("kernels", torch.rand(1, 1, 3, 3).repeat(8, 1, 1, 1))
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,6 +125,7 @@ CODES: dict[str, Callable[[Zoo, Tensor], Tensor]] = {
     "pixel shuffle": lambda m, x: m.g(F.pixel_shuffle(m.a(x), 2)),
     "flatten": lambda m, x: m.big(F.adaptive_avg_pool2d(m.a(x), 4).flatten(1)),
     "pool and pad": lambda m, x: m.b(F.pad(F.max_pool2d(m.a(x), 2), (1, 1, 0, 1), mode="reflect")),
+    "blur": lambda m, x: m.b(F.conv2d(F.relu(m.a(x)), m.kernels, padding=1, groups=len(m.kernels))),
     "dropout": lambda m, x: m.b(F.dropout(F.relu(m.a(x)), 0.0)),
 }
 
