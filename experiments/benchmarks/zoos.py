@@ -18,7 +18,7 @@ CLASSIFIERS = (
 SEGMENTERS = ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 TIMM = (
     "resnet18", "resnet26t", "resnetblur50", "seresnext26d_32x4d", "res2net50_26w_4s", "resnest14d",
-    "skresnet18", "ecaresnet26t", "cspresnet50", "cs3darknet_s", "dla34", "hrnet_w18_small", 
+    "skresnet18", "ecaresnet26t", "cspresnet50", "cs3darknet_s", "dla34", "hrnet_w18_small",
     "efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv4_conv_small",
     "mixnet_s", "ghostnet_100", "ghostnetv2_100", "rexnet_100", "regnetx_002", "regnety_002", "nf_regnet_b0",
     "eca_nfnet_l0", "convnext_atto", "convnextv2_atto", "repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9",
