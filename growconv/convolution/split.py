@@ -19,7 +19,7 @@ from torch import Tensor
 from growconv.convolution.geometry import PerAxis, per_axis
 from growconv.convolution.kernels import compose_kernels, pair_steps
 from growconv.errors import ArgumentValueError, GeometryError
-from growconv.linalg import bilinear_least_squares
+from growconv.linalg import bilinear_least_squares, conjugate_gradients
 
 Pair = tuple[Tensor, Tensor]
 
@@ -266,28 +266,17 @@ class _Target:
         first, second = pair
         composed, transposed = torch.func.vjp(self.compose, first, second)[:2]
 
-        def normal(one: Tensor, two: Tensor) -> Tensor:
-            image = transposed(self.compose(one, second) + self.compose(first, two))
-            return flat(image) + damping * flat((one, two))
-
         def flat(parts: Pair) -> Tensor:
             return torch.cat([part.flatten() for part in parts])
 
         def pair_of(vector: Tensor) -> Pair:
             return vector[: first.numel()].view_as(first), vector[first.numel() :].view_as(second)
 
-        residual = flat(transposed(self.kernel - composed))
-        solution, direction = torch.zeros_like(residual), residual.clone()
-        energy = goal = residual @ residual
-        for _ in range(300):
-            image = normal(*pair_of(direction))
-            length = energy / (direction @ image).clamp_min(torch.finfo(image.dtype).tiny)
-            solution, residual = solution + length * direction, residual - length * image
-            previous, energy = energy, residual @ residual
-            if energy <= 1e-20 * goal:
-                break
-            direction = residual + (energy / previous) * direction
-        return pair_of(solution)
+        def normal(vector: Tensor) -> Tensor:
+            one, two = pair_of(vector)
+            return flat(transposed(self.compose(one, second) + self.compose(first, two))) + damping * vector
+
+        return pair_of(conjugate_gradients(normal, flat(transposed(self.kernel - composed)), 300, 1e-10))
 
 
 def _balanced(pair: Pair) -> Pair:

@@ -7,7 +7,7 @@ from growconv.linalg.bilinear import (
     bilinear_least_squares,
     shared_left_least_squares,
 )
-from growconv.linalg.quasi_newton import Point, QuasiNewton
+from growconv.linalg.search import Point, QuasiNewton, conjugate_gradients, descending, eliminated, solve_blocks
 from growconv.linalg.spectral import (
     RANK_TOLERANCE,
     Whitening,
@@ -28,11 +28,15 @@ __all__ = [
     "QuasiNewton",
     "Whitening",
     "bilinear_least_squares",
+    "conjugate_gradients",
+    "descending",
+    "eliminated",
     "fix_signs",
     "leading_svd",
     "require_finite",
     "shared_left_least_squares",
     "shrink",
+    "solve_blocks",
     "solve_psd",
     "whiten",
 ]

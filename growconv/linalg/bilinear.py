@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import ArgumentValueError
-from growconv.linalg.quasi_newton import Point, QuasiNewton
+from growconv.linalg.search import Point, QuasiNewton
 from growconv.linalg.spectral import Whitening, fix_signs, leading_svd, require_finite, solve_psd, whiten
 
 NARROWED = 256, 2048
@@ -380,12 +380,7 @@ class _Descent:
         if self.rounds and self.rounds & (self.rounds - 1) == 0:
             self._renew()
         self.rounds += 1
-        for _ in range(10):
-            following = self._newton.step(self._problem, self.point, self._inverse)
-            self.stalled = following is None
-            if following is None:
-                break
-            self.point = following
+        self.point, self.stalled = self._newton.run(self._problem, self.point, 10, self._inverse)
         self.history.append(self.point.loss)
         scale = abs(self.point.loss)
         if self._energy is not None:

@@ -34,9 +34,3 @@ class Adam(_WithoutDynamo, torch.optim.Adam):
     """torch.optim.Adam without the import of torch._dynamo."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-
-
-class LBFGS(_WithoutDynamo, torch.optim.LBFGS):
-    """torch.optim.LBFGS without the import of torch._dynamo."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.LBFGS.step))

@@ -14,7 +14,15 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.limits import limited
-from growconv.linalg import BilinearMetric, DenseMetric, fix_signs, shared_left_least_squares
+from growconv.linalg import (
+    BilinearMetric,
+    DenseMetric,
+    descending,
+    eliminated,
+    fix_signs,
+    shared_left_least_squares,
+    solve_blocks,
+)
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.assembly import assemble, require_moments, require_samples, require_statistics, shortfall
 from growconv.solvers.base import Request, Solver, register
@@ -145,28 +153,13 @@ def _greedy(
             taps = linear.shape[1]
             turned = torch.einsum("jk,kbld,ml->jbmd", turn, gram.view(remaining, taps, remaining, taps), turn)
             linear = torch.einsum("jk,kbc->jbc", turn, linear)
-            partner = torch.linalg.solve(turned[0, :, 0], linear[0])
-            captured += float((linear[0] * partner).sum())
-            across = turned[1:, :, 0]  # (k, b, e)
-            explained = torch.linalg.solve(turned[0, :, 0], across.flatten(0, 1).mT).mT.view_as(across)
-            rest = turned[1:, :, 1:] - torch.einsum("kbe,eld->kbld", explained, turned[0, :, 1:])
-            grams[index] = rest.reshape((remaining - 1) * taps, (remaining - 1) * taps)
-            linears[index] = linear[1:] - torch.einsum("kbe,ec->kbc", across, partner)
+            captured += float((linear[0] * solve_blocks(turned[0, :, 0], linear[0])).sum())
+            rest, linears[index] = eliminated(turned, linear, 0)
+            grams[index] = rest.flatten(2).flatten(0, 1)
         chosen.append(basis[:1])
         gains.append(captured)
         basis = basis[1:]
     return torch.cat(chosen), left.new_tensor(descending(gains))
-
-
-def descending(gains: Sequence[float]) -> list[float]:
-    """Pool neighbours that rise into their mean, until none does."""
-    pools: list[tuple[float, int]] = []
-    for gain in gains:
-        pools.append((gain, 1))
-        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-            (last, count), (before, more) = pools.pop(), pools.pop()
-            pools.append(((last * count + before * more) / (count + more), count + more))
-    return [mean for mean, count in pools for _ in range(count)]
 
 
 class SampleMetric:

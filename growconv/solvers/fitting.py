@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.linalg import Point, QuasiNewton, solve_psd
+from growconv.linalg import Point, QuasiNewton, descending, eliminated, solve_blocks, solve_psd
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.energy import captured_share
-from growconv.solvers.exact import descending
 from growconv.solvers.weights import Filters, normal, old_filters
 from growconv.statistics.columns import columns
 from growconv.statistics.own_update import Equations
@@ -312,30 +311,20 @@ def greedy_order(
         The order, and what each of the channels adds, in that order, in the unit of ‖v⊥‖² summed over samples. Channels
         that pay only together share their gain evenly, so that the gains descend and keep their sum.
     """
-    grams, crosses = [], []
+    pairs = []
     for equation in equations.values():
-        size = equation.gram.shape[0] // channels
         gram = equation.gram.clone()
         gram.diagonal().mul_(1 + ridge).add_(torch.finfo(gram.dtype).tiny)
-        grams.append(gram.view(channels, size, channels, size))
-        crosses.append(equation.cross.view(channels, size, -1).clone())
+        blocks = (channels, len(gram) // channels)
+        pairs.append((gram.view(*blocks, *blocks), equation.cross.view(*blocks, -1)))
     left, order, gains = list(range(channels)), [], []
     while left and len(order) != wanted:
-        blocks = [(gram[left, :, left], cross[left]) for gram, cross in zip(grams, crosses, strict=True)]
-        captured = torch.stack([(cross * _solve(gram, cross)).sum((1, 2)) for gram, cross in blocks]).sum(0)
-        chosen = left.pop(int(captured.argmax()))
-        order.append(chosen)
-        gains.append(captured.max())
-        for r, gram in enumerate(grams):
-            explained = _solve(gram[chosen, :, chosen], gram[chosen].flatten(1)).view_as(gram[chosen])
-            crosses[r] = crosses[r] - torch.einsum("bld,bc->ldc", explained, crosses[r][chosen])
-            grams[r] = gram - torch.einsum("kgb,bld->kgld", gram[:, :, chosen], explained)
+        captured = pairs[0][0].new_zeros(len(left))
+        for gram, cross in pairs:
+            captured += (cross * solve_blocks(gram.diagonal(0, 0, 2).movedim(2, 0), cross)).sum((1, 2))
+        chosen = int(captured.argmax())
+        order.append(left.pop(chosen))
+        gains.append(captured[chosen])
+        pairs = [eliminated(gram, cross, chosen) for gram, cross in pairs]
     added = torch.stack(gains).clamp_min(0)
     return order, added.new_tensor(descending(added.tolist()))
-
-
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """G⁻¹·right, one matrix or a batch; a block that is not positive definite any more has nothing left to give."""
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    solution = torch.cholesky_solve(right, factor)
-    return torch.where((failed == 0)[..., None, None], solution.nan_to_num(), torch.zeros_like(right))

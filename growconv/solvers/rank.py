@@ -11,7 +11,7 @@ is minimised over kernels Θ of the form that new terms have: rank-one for CP, l
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +26,7 @@ from growconv.convolution.cp import CPConv
 from growconv.convolution.factorized import FactorizedConv
 from growconv.convolution.tucker import TuckerConv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
-from growconv.linalg import bilinear_least_squares, solve_psd
-from growconv.linalg.optimizers import LBFGS
+from growconv.linalg import Point, QuasiNewton, bilinear_least_squares, conjugate_gradients, solve_psd
 from growconv.network import layers
 from growconv.network.apply import grow
 from growconv.network.event import GrowthEvent, Optimizers
@@ -286,7 +285,7 @@ def _random_terms(site: RankSite, terms: int, generator: torch.Generator | None)
 
 
 def _beyond_existing(
-    module: FactorizedConv, moment: Float[Tensor, "d c"], gram: Float[Tensor, "d d"], iterations: int = 200
+    module: FactorizedConv, moment: Float[Tensor, "d c"], gram: Float[Tensor, "d d"]
 ) -> Float[Tensor, "d c"]:
     """M⊥ = M − S2·δW for the best first-order update δW that the existing factors (and the bias) can make.
 
@@ -299,35 +298,18 @@ def _beyond_existing(
         output = output if twin.bias is None else torch.cat([output, twin.bias[None]])
         probe = torch.zeros_like(output).requires_grad_()
         # Linear in the probe, so that its own derivative is the forward product.
-        pulled = torch.autograd.grad(output, values, probe, create_graph=True)
+        slopes = torch.autograd.grad(output, values, probe, create_graph=True)
+        pulled = torch.cat([slope.flatten() for slope in slopes])
 
-    def pull(change: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, values, change, retain_graph=True)
+    def pull(change: Tensor) -> Tensor:
+        slopes = torch.autograd.grad(output, values, change, retain_graph=True)
+        return torch.cat([slope.flatten() for slope in slopes])
 
-    def forward(step: tuple[Tensor, ...]) -> Tensor:
+    def forward(step: Tensor) -> Tensor:
         return torch.autograd.grad(pulled, probe, step, retain_graph=True)[0]
 
-    def inner(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(a * b).sum() for a, b in zip(one, two, strict=True)]).sum()
-
-    residual = pull(moment)
-    direction = residual
-    update = torch.zeros_like(moment)
-    energy = goal = inner(residual, residual)
-    for _ in range(iterations):
-        if float(energy) <= 1e-16 * float(goal):
-            break
-        change = forward(direction)
-        image = pull(gram @ change)
-        curvature = inner(direction, image)
-        if float(curvature) <= 0:
-            break
-        length = energy / curvature
-        update = update + length * change
-        residual = tuple(r - length * i for r, i in zip(residual, image, strict=True))
-        previous, energy = energy, inner(residual, residual)
-        direction = tuple(r + (energy / previous) * d for r, d in zip(residual, direction, strict=True))
-    return moment - gram @ update
+    step = conjugate_gradients(lambda step: pull(gram @ forward(step)), pull(moment), 200, 1e-8)
+    return moment - gram @ forward(step)
 
 
 def _input_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int) -> tuple[Tensor, Tensor]:
@@ -363,58 +345,52 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
     fit = bilinear_least_squares(gram, target, terms, random_starts=0, rounds=3)
     windows = _filled(fit.right, terms, live=True).reshape(terms, *module.kernel_size, module.out_channels)
     along = [windows.movedim(axis + 1, 1).flatten(2) for axis in range(module.axes)]
-    bilinear = [_filled(fit.left, terms, live=True), *(torch.linalg.svd(each)[0][:, :, 0] for each in along)]
-    generator = torch.Generator().manual_seed(0)
-    starts = [bilinear] + [
-        [torch.randn(terms, size, generator=generator, dtype=torch.float64).to(residual) for size in sizes]
-        for _ in range(2)
+    starts = [
+        torch.cat([_filled(fit.left, terms, live=True), *(torch.linalg.svd(each)[0][:, :, 0] for each in along)], 1)
     ]
-    searches = [_Search(start, residual, gram) for start in starts]
-    for search in searches:
-        search.advance(20)
-    best = min(searches, key=lambda search: search.lowest)
-    best.advance(100)
+    generator = torch.Generator().manual_seed(0)
+    starts += [torch.randn(terms, sum(sizes), generator=generator, dtype=torch.float64).to(residual) for _ in range(2)]
+    problem = _Separable(residual, gram, sizes)
+    searches = []
+    for start in starts:
+        newton = QuasiNewton(memory=20)
+        searches.append((newton, newton.run(problem, problem(start), 40)[0]))
+    newton, point = min(searches, key=lambda each: each[1].loss)
+    vectors = problem.vectors(newton.run(problem, point, 100)[0].theta)
     names = [f"axis_factor_{axis}" for axis in range(module.axes)]
-    return best.best[0], best.partner(best.best)[0].T, dict(zip(names, best.best[1:], strict=True))
+    return vectors[0], problem.partner(vectors)[0].T, dict(zip(names, vectors[1:], strict=True))
 
 
-class _Search:
-    """L-BFGS over input vectors and axis factors of rank-one terms."""
+@dataclass(frozen=True)
+class _Separable:
+    """The objective of rank-one terms as a function of their input vectors and axis factors, side by side in a row."""
 
-    def __init__(self, start: list[Tensor], residual: Tensor, gram: Tensor) -> None:
-        self._residual, self._gram = residual, gram
-        unit = [normalize(part) for part in start]
-        self._point = [nn.Parameter(part.clone()) for part in unit]
-        self.best, self.lowest = unit, float(self.partner(unit)[1])
-        self._scale = abs(self.lowest) or 1.0
+    residual: Tensor
+    gram: Tensor
+    sizes: tuple[int, ...]
+
+    def vectors(self, theta: Tensor) -> list[Tensor]:
+        """Unit input vectors (K, C1) and axis factors (K, taps)."""
+        return [normalize(part) for part in theta.split(self.sizes, 1)]
 
     def partner(self, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Best output vectors (K, C2) and the objective with them."""
         columns = vectors[0]
         for part in vectors[1:]:
             columns = (columns.unsqueeze(2) * part.unsqueeze(1)).flatten(1)  # (K, D)
-        linear = columns @ self._residual
-        form = columns @ self._gram @ columns.T
+        linear = columns @ self.residual
+        form = columns @ self.gram @ columns.T
         lift = 1e-8 * form.diagonal().mean().clamp_min(torch.finfo(form.dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(form + lift * torch.eye(len(form)).to(form))
         outgoing = solve_psd(form.detach(), linear) if bool(failed) else torch.cholesky_solve(linear, factor)
         return outgoing, -(linear * outgoing).sum()
 
-    def advance(self, iterations: int) -> None:
-        """Search on for so many iterations."""
-        optimizer = LBFGS(self._point, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
-
-        def evaluate() -> Tensor:
-            optimizer.zero_grad()
-            value = self.partner([normalize(part) for part in self._point])[1] / self._scale
-            value.backward()
-            if float(value.detach()) * self._scale < self.lowest:
-                self.lowest = float(value.detach()) * self._scale
-                self.best = [normalize(part.detach()) for part in self._point]
-            return value
-
+    def __call__(self, theta: Tensor) -> Point:
+        """Objective and gradient at one place."""
         with torch.enable_grad():
-            optimizer.step(evaluate)  # pyright: ignore[reportArgumentType]
+            theta = theta.detach().requires_grad_()
+            loss = self.partner(self.vectors(theta))[1]
+        return Point(theta.detach(), float(loss.detach()), torch.autograd.grad(loss, theta)[0])
 
 
 def _filled(part: Tensor, terms: int, live: bool = False) -> Tensor:
