@@ -159,7 +159,16 @@ class ConsumerSums:
     _open: "dict[frozenset[str], _SizedSums]" = field(default_factory=dict)
     _problem: PairProblem | None = None
 
-    def add(self, problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, samples: int, moments: bool = True) -> None:
+    def add(
+        self,
+        problem: PairProblem,
+        x: Tensor,
+        h: Tensor,
+        v: Tensor,
+        samples: int,
+        moments: bool = True,
+        M: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -169,12 +178,15 @@ class ConsumerSums:
             v: desired change of the consumer's output (n, C2, *out).
             samples: how many new samples these are; 0 for a further call on the same ones.
             moments: whether to sum second moments.
+            M: this batch's M, where it is known already.
         """
-        self.add_only(self.quantities if moments else self.quantities - SECOND_MOMENTS, problem, x, h, v)
+        self.add_only(self.quantities if moments else self.quantities - SECOND_MOMENTS, problem, x, h, v, M)
         self.count(v, samples)
         self.moment_samples += samples if moments else 0
 
-    def add_only(self, names: frozenset[str], problem: PairProblem, x: Tensor, h: Tensor, v: Tensor) -> None:
+    def add_only(
+        self, names: frozenset[str], problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, M: Tensor | None = None
+    ) -> None:
         """Add to some sums what a batch, whose samples are counted already, has for them.
 
         Args:
@@ -183,6 +195,7 @@ class ConsumerSums:
             x: input of the producer.
             h: input of the consumer.
             v: desired change of the consumer's output.
+            M: this batch's M, where it is known already.
         """
         if not names:
             return
@@ -193,7 +206,7 @@ class ConsumerSums:
             if part not in self._open:
                 self._open[part] = _SizedSums(self, shape, part, x.shape[0])
                 self.choices |= self._open[part].choices
-            self._open[part].add(*inputs)
+            self._open[part].add(*inputs, M if "M" in part else None)
 
     def _parts(
         self, names: frozenset[str], problem: PairProblem, maps: tuple[Tensor, Tensor, Tensor]
@@ -275,7 +288,7 @@ class _SizedSums:
     def _by(self, path: str) -> frozenset[str]:
         return frozenset(name for name, choice in self.choices.items() if choice.path == path)
 
-    def add(self, x: Tensor, h: Tensor, v: Tensor) -> None:
+    def add(self, x: Tensor, h: Tensor, v: Tensor, M: Tensor | None) -> None:
         self.rows += x.shape[0]
         dense, unfold = self._by("dense"), self._by("unfold")
         if dense:
@@ -285,6 +298,9 @@ class _SizedSums:
             return
         for name, tensor in (("x", x), ("h", h), ("v", v)):
             self.maps.add(name, tensor.sum(dim=0))
+        if M is not None and "M" in unfold:
+            unfold -= {"M"}
+            self.unfolded.add("M", M)
         if unfold:
             add_unfolded_sums(self.unfolded, self.problem, unfold, x, h, v, self.scratch_bytes)
         if self.offset is not None:

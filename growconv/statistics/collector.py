@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -27,7 +27,7 @@ from growconv.statistics.pair import PairStatistics
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
 from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
-from growconv.statistics.sums import full_precision
+from growconv.statistics.sums import full_precision, is_exact
 
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
@@ -152,6 +152,7 @@ class StatisticsCollector:
         self._second = False
         self._complete = False
         self._losses = 0
+        self._due: Callable[[Tensor | None], None] | None = None  # what waits for the gradient of a consumer's weight
         self._updates: dict[tuple[str, str], Tensor] = {}
         self._pairs = [(collected, each) for collected in self._collected for each in collected.consumers.values()]
         self._measurements = [consumer for _, consumer in self._pairs]
@@ -250,6 +251,7 @@ class StatisticsCollector:
         Raises:
             StatisticsError: for a site that no sample or no gradient has reached.
         """
+        self._measure_due()
         if self._loss.differentiated:
             self.next_loss(told=False)
         if self._finished is None:
@@ -364,6 +366,7 @@ class StatisticsCollector:
             told: whether the caller knows this, rather than guesses it.
             number: which of all losses it is, for a second pass that leaves some of them out; None: they are counted.
         """
+        self._measure_due()
         loss, self._loss, self._pass = self._loss, Loss(told=told, number=number), None
         self._outputs = []
         for collected in self._collected:
@@ -455,6 +458,15 @@ class StatisticsCollector:
         if not output.requires_grad:
             output = replaced = output.detach().requires_grad_().clone()  # nothing before this layer trains
         done = False
+        # autograd computes M anyway, as the gradient of the weight, where a loop calls backward()
+        computes = (
+            not (each.loss.told or self._second) and self.path == "auto" and _differentiates_weight(output, module)
+        )
+
+        def measure(gradient: Tensor, weight: Tensor | None) -> None:
+            with full_precision(gradient.device):
+                for collected, consumer in self._consumed[path]:
+                    self._measure(collected, consumer, module, each, (gradient, weight), index)
 
         def backward(gradient: Tensor) -> None:
             nonlocal done
@@ -466,20 +478,37 @@ class StatisticsCollector:
                     "penalty, or that call backward() themselves, cannot be measured",
                 )
             done = each.loss.differentiated = True
-            with full_precision(gradient.device):
-                for collected, consumer in self._consumed[path]:
-                    self._measure(collected, consumer, module, each, gradient.detach(), index)
+            self._measure_due()
+            if computes:
+                self._due = partial(measure, gradient.detach())
+            else:
+                measure(gradient.detach(), None)
 
         output.register_hook(backward)
+        if computes and output.grad_fn is not None:
+            output.grad_fn.register_hook(lambda gradients, _: self._measure_due(gradients[1]))
         self._outputs.append(get_gradient_edge(output))  # stays right when the output is overwritten in place
         return replaced
 
     # ---------------------------------------------------------------------------------------------- one call
 
+    def _measure_due(self, weight: Tensor | None = None) -> None:
+        """Measure the call that waits for the gradient of its layer's weight; without it, where it does not come."""
+        due, self._due = self._due, None
+        if due is not None:
+            due(weight if weight is not None and is_exact(weight) else None)
+
     def _measure(
-        self, collected: _Site, consumer: Measurement, module: nn.Module, each: Pass, gradient: Tensor, index: int
+        self,
+        collected: _Site,
+        consumer: Measurement,
+        module: nn.Module,
+        each: Pass,
+        gradients: tuple[Tensor, Tensor | None],
+        index: int,
     ) -> None:
-        """Add what one call of a consumer tells, once its gradient has come."""
+        """Add what one call of a consumer tells, once its gradient has come, and that of its weight if it will."""
+        gradient, weight = gradients
         if not self._second:
             self._finished = None
         sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
@@ -516,7 +545,10 @@ class StatisticsCollector:
         if not sums.quantities:
             sums.count(v, count)
             return
+        M = None if weight is None else weight.to(exact).flatten(1).mT * scale
         for part, batch in enumerate(self._batches(site, consumer.path, x, (h, v), count, own is not None)):
+            if M is not None and batch.h is h and len(M) == h.shape[1] * batch.problem.second.taps:
+                batch = replace(batch, M=M)
             place = (loss.number, each.number, index, part)
             if self._second:
                 if place in consumer.missed:
@@ -584,6 +616,14 @@ class StatisticsCollector:
             where=collected.site.name,
             fix="lower the learning rate, pass the GradScaler as loss_scale, or collect with nonfinite='skip'",
         )
+
+
+def _differentiates_weight(output: Tensor, module: nn.Module) -> bool:
+    """Whether autograd's way back through a layer's output gives the gradient of the layer's own weight next to it."""
+    node = output.grad_fn
+    if node is None or node.name() != "ConvolutionBackward0":
+        return False
+    return getattr(node.next_functions[1][0], "variable", None) is getattr(module, "weight", module)
 
 
 def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_samples: int) -> frozenset[str]:

@@ -187,7 +187,7 @@ class Strip:
         """How the transformed axes are cut."""
         offsets = [[offset for _, _, offset in self.diagonals[axis]] for axis in self.transformed]
         reach = [(min(each), max(each)) for each in offsets]
-        return spectra.plan_tiling([self.sizes[axis] for axis in self.transformed], reach)
+        return spectra.plan_tiling([self.sizes[axis] for axis in self.transformed], reach, self.alike)
 
     @cached_property
     def _inverse(self) -> Tensor:

@@ -1,6 +1,8 @@
 """Batches held until W* is known: N, N_raw and P from x, h and v themselves; and the memory that copies are held in."""
 
+import contextlib
 import itertools
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -43,6 +45,16 @@ BLOCK_BYTES = 33 * 2**20
 take nothing, and it goes back to the system as a whole."""
 
 
+def _block(size: int) -> Tensor:
+    """Fresh memory, in large pages where the system has them: to take small ones costs more than to fill them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class Shelf:
     """Long-lived copies side by side in large blocks.
 
@@ -64,7 +76,7 @@ class Shelf:
         if like.device.type != "cpu":
             return torch.empty(like.shape, dtype=dtype, device=like.device)
         if size > len(self._block):
-            self._block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8)
+            self._block = _block(max(size, BLOCK_BYTES))
         part, self._block = self._block[:size], self._block[-(-size // 64) * 64 :]
         return part.view(dtype).view(like.shape)
 
@@ -86,6 +98,7 @@ class HeldBatch:
         made_from: what the function makes the inputs from.
         moments: whether second moments are summed of it too.
         kept: whether the tensors are kept samples, which stay as they are.
+        M: M without the entries of the bias, where autograd has computed it; None where it has not.
     """
 
     problem: PairProblem
@@ -96,6 +109,7 @@ class HeldBatch:
     made_from: tuple[Tensor, ...] = ()
     moments: bool = True
     kept: bool = False
+    M: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -145,7 +159,9 @@ def _joined(batches: list[HeldBatch]) -> HeldBatch:
     if len(batches) == 1:
         return batches[0]
     x, h, v = (torch.cat([getattr(each, name) for each in batches]) for name in "xhv")
-    return replace(batches[0], inputs=x, h=h, v=v, samples=sum(each.samples for each in batches))
+    given = [each.M for each in batches if each.M is not None]
+    M = torch.stack(given).sum(dim=0) if len(given) == len(batches) else None
+    return replace(batches[0], inputs=x, h=h, v=v, samples=sum(each.samples for each in batches), M=M)
 
 
 @dataclass(frozen=True, eq=False)

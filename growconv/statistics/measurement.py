@@ -94,7 +94,7 @@ class Measurement:
         for moments in (True, False):
             for each in grouped(batch for batch in small if batch.moments == moments):
                 with full_precision(each.v.device):
-                    self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments)
+                    self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments, each.M)
 
     def _settle(self, entries: int, projects: bool) -> None:
         """Hold no longer: sum P, or leave N to a second pass."""

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 LONGEST_TRANSFORM = 48
-"""Maps that need a longer transform are cut into tiles."""
+"""Maps that need a longer transform are cut into tiles; a map that meets itself only beyond twice as much, since whole
+it is transformed once, and tiles of both sides differ."""
 TILE_TRANSFORM = 32
 """Length of a tile's transform, about."""
 PRODUCT_BYTES = 2 * 2**20
@@ -51,19 +52,21 @@ class Tiling:
         return math.prod(self.tiles)
 
 
-def plan_tiling(sizes: Sequence[tuple[int, int]], reach: Sequence[tuple[int, int]]) -> Tiling:
+def plan_tiling(sizes: Sequence[tuple[int, int]], reach: Sequence[tuple[int, int]], alike: bool = False) -> Tiling:
     """The shortest transforms that keep the offsets apart, or tiles.
 
     Args:
         sizes: locations of the first and of the second map, by axis.
         reach: lowest and highest offset, by axis.
+        alike: whether a map meets itself.
     """
+    longest = 2 * LONGEST_TRANSFORM if alike else LONGEST_TRANSFORM
     lengths, tile, tiles, lowest = [], [], [], []
     for (first, second), (low, high) in zip(sizes, reach, strict=True):
         whole = max(first - low, second + high, first, second)
         low = min(low, 0)  # tiles of the first map begin before those of the second
         span = max(high, 0) - low
-        count = 1 if whole <= LONGEST_TRANSFORM else math.ceil(second / max(1, TILE_TRANSFORM - span))
+        count = 1 if whole <= longest else math.ceil(second / max(1, TILE_TRANSFORM - span))
         tile.append(math.ceil(second / count))
         lengths.append(whole if count == 1 else tile[-1] + span)
         lowest.append(0 if count == 1 else low)

@@ -53,6 +53,13 @@ def _exact_products() -> Iterator[None]:
         backends.cudnn.allow_tf32 = convolution
 
 
+def is_exact(tensor: Tensor) -> bool:
+    """Whether autograd's own products of tensors of this type and device are in full precision as things are set."""
+    convolution: Any = getattr(torch.backends.mkldnn, "conv", None)
+    shortcut = convolution is not None and convolution.fp32_precision not in ("none", "ieee")
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and not shortcut
+
+
 class Totals(dict[str, Tensor]):
     """Named sums. Each addend comes in the precision of its batch, the sums are float64."""
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import growconv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
-from growconv.statistics import StatisticsCollector, collect_statistics
+from growconv.statistics import StatisticsCollector, collect_statistics, unfolded
 
 X = torch.randn(6, 3, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -288,3 +288,50 @@ def test_sites_without_closed_form_keep_samples_only():
     kept = found[stream.name].samples_kept
     assert set(kept.x) == set(stream.producers)
     assert set(kept.h) == set(kept.v) == set(stream.consumers)
+
+
+def test_m_is_the_gradient_that_autograd_computes_anyway(monkeypatch):
+    """Next to the same loop by torch.autograd.grad, which leaves the gradients of weights out."""
+    model = network()
+    site = site_of(model)
+    with StatisticsCollector(model, site) as collector:
+        for _ in range(2):
+            torch.autograd.grad(F.cross_entropy(model(X), Y), collector.outputs)
+    expected = collector.statistics[site.name]
+    assert float(expected.M.abs().max()) > 0
+
+    def unused(*_):
+        raise AssertionError("M is computed a second time")
+
+    monkeypatch.setattr(unfolded, "weight_gradient", unused)
+    with StatisticsCollector(model, site, quantities=("S", "update")) as collector:
+        for _ in range(2):
+            F.cross_entropy(model(X), Y).backward()
+    found = collector.statistics[site.name]
+    for name in ("S", "S2", "M"):
+        torch.testing.assert_close(found.consumer.moments[name], expected.consumer.moments[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["full", "convolutions in bfloat16", "autocast"])
+def test_m_is_computed_anew_where_autograd_is_allowed_less_than_full_precision(precision, monkeypatch):
+    convolution = getattr(torch.backends.mkldnn, "conv", None)
+    if convolution is None:
+        pytest.skip("this torch has no precision of convolutions to set")
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return own(*arguments)
+
+    own = unfolded.weight_gradient
+    monkeypatch.setattr(unfolded, "weight_gradient", counted)
+    model = network()
+    collector = StatisticsCollector(model, site_of(model), quantities=("S", "update"))
+    before, convolution.fp32_precision = convolution.fp32_precision, "bf16" if "bfloat16" in precision else "ieee"
+    try:
+        with collector, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            F.cross_entropy(model(X), Y).backward()
+    finally:
+        convolution.fp32_precision = before
+    assert next(iter(collector.statistics.values())).M is not None
+    assert bool(calls) == (precision != "full")
