@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from growconv.convolution.geometry import Geometry
-from growconv.convolution.unfold import pad, tap_multiplicities, unfold, windows
+from growconv.convolution.unfold import pad, tap_multiplicities, windows
 from growconv.statistics.problem import PairProblem
 from growconv.statistics.sums import Totals
 
@@ -166,50 +166,77 @@ def _add_slab(
     slab: _Slab,
 ) -> None:
     x, h, v = maps
-    outputs = slice(slab.first_output, slab.end_output)
-    reads_outputs = slab.end_output > slab.first_output
-    if quantities & {"S2", "P"} and reads_outputs:
-        hp = _consumer_patches(problem, h, outputs)  # (n, d, *out)
-        if "S2" in quantities and slab.new_outputs < slab.end_output:
-            fresh = hp[:, :, slab.new_outputs - slab.first_output :]
-            totals.add("S2", gram(fresh.transpose(0, 1).reshape(fresh.shape[1], -1)))
-    if "S" in quantities and problem.local:
-        totals.add("S", gram(_weighted_rows(problem, x, q, slab)))
-        quantities -= {"S"}
-    if not quantities & {"S", "N_raw", "P", "patch_gram"}:
-        return
-    u = _patches(problem, x, slab)  # (n, a, *hidden rows)
-    if quantities & {"N_raw", "P"} and reads_outputs:
-        padded = _pad_slab(problem, u, slab)
-        unpadded = _without_padding(problem.second)
+    first, second = problem.first, problem.second
+    rows = slice(slab.low, slab.high)
+    if "S2" in quantities and slab.new_outputs < slab.end_output:
+        own = _window_rows(_samples_last(h, second), second, slice(slab.new_outputs, slab.end_output))
+        totals.add("S2", gram(own.reshape(problem.consumer_entries, -1)))
+    if "patch_gram" in quantities:
+        own = _window_rows(_samples_last(x, first), first, rows if problem.local else slice(None))
+        totals.add("patch_gram", gram(own.reshape(problem.patch_entries, -1)))
+    if "S" in quantities:
+        totals.add("S", gram(_weighted_patches(problem, x, q[rows].sqrt(), rows)))
+    seen = _seen_from_inputs(second) if problem.local else None
+    if "N_raw" in quantities and seen is not None:
+        totals.add("N_raw", _correlation(problem, x, v, seen, rows))
+        quantities -= {"N_raw"}
+    if quantities & {"N_raw", "P"} and slab.end_output > slab.first_output:
+        outputs, unpadded = slice(slab.first_output, slab.end_output), _without_padding(second)
+        padded = _padded_slab(problem, x, slab)
         if "N_raw" in quantities:
             totals.add("N_raw", weight_gradient(padded, v[:, :, outputs], unpadded))
         if "P" in quantities:
-            totals.add("P", weight_gradient(padded, hp, unpadded))
-        del padded
-    if "patch_gram" in quantities:
-        plain = u if problem.local else unfold(x, problem.first)
-        totals.add("patch_gram", gram(plain.transpose(0, 1).reshape(plain.shape[1], -1)))
-    if "S" in quantities:
-        weighted = u * q[slab.low : slab.high].sqrt()
-        del u
-        totals.add("S", gram(weighted.transpose(0, 1).reshape(weighted.shape[1], -1)))
+            totals.add("P", weight_gradient(padded, _patch_maps(h, second, outputs), unpadded))
 
 
-def _weighted_rows(problem: PairProblem, x: Tensor, q: Tensor, slab: _Slab) -> Float[Tensor, "a p"]:
-    """√q·U of a slab as rows, written once."""
+def _samples_last(maps: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "c *padded n"]:
+    """Padded maps with the samples side by side, so that windows are copied in long runs."""
+    padded = pad(maps, geometry)
+    return padded.flatten(1).T.contiguous().view(*padded.shape[1:], len(padded))
+
+
+def _window_rows(
+    maps: Float[Tensor, "c *padded n"], geometry: Geometry, rows: slice
+) -> Float[Tensor, "c *kernel_and_output n"]:
+    """View of windows of some rows of the output grid."""
+    view, axes = maps, geometry.axes
+    for axis in range(axes):
+        view = view.unfold(1 + axis, geometry.effective_size[axis], geometry.stride[axis])
+        view = view[..., :: geometry.dilation[axis]]
+    view = view.permute(0, *range(2 + axes, 2 + 2 * axes), *range(1, 2 + axes))
+    return view[(slice(None),) * (1 + axes) + (rows,)]
+
+
+def _weighted_patches(problem: PairProblem, x: Tensor, weights: Tensor, rows: slice) -> Float[Tensor, "a p"]:
+    """√q·U of some rows of the hidden grid, written once."""
+    if problem.local:
+        view = _window_rows(_samples_last(x, problem.first), problem.first, rows)
+        weighted = torch.mul(view, weights.unsqueeze(-1), out=x.new_empty(view.shape))
+    else:
+        weighted = (problem.features(x) * weights).transpose(0, 1)
+    return weighted.reshape(problem.patch_entries, -1)
+
+
+def _seen_from_inputs(geometry: Geometry) -> Geometry | None:
+    """The windows of the output that each input location gives to, in the reverse order of taps; None for no such."""
+    reach = [size - 1 for size in geometry.effective_size]
+    if geometry.padding_mode != "zeros" or set(geometry.stride) != {1}:
+        return None
+    sides = tuple((size - low, size - high) for size, (low, high) in zip(reach, geometry.padding, strict=True))
+    return replace(geometry, padding=sides) if min(map(min, sides)) >= 0 else None
+
+
+def _correlation(problem: PairProblem, x: Tensor, v: Tensor, seen: Geometry, rows: slice) -> Float[Tensor, "a b c"]:
+    """N_raw of some rows of the hidden grid: their patches times the windows of v that they give to."""
     first = problem.first
-    view = _window_rows(x, first, slice(slab.low, slab.high))
-    rows = view.permute(*range(1, 2 + first.axes), 0, *range(2 + first.axes, 2 + 2 * first.axes))
-    weighted = torch.mul(rows, q[slab.low : slab.high].sqrt(), out=x.new_empty(rows.shape))
-    return weighted.view(problem.patch_entries, -1)
+    patches = _window_rows(_samples_last(x, first), first, rows).reshape(problem.patch_entries, -1)
+    given = _window_rows(_samples_last(v, seen), seen, rows).reshape(v.shape[1] * seen.taps, -1)
+    return (patches @ given.T).view(-1, v.shape[1], seen.taps).flip(2).mT
 
 
 def _add_full(totals: Totals, problem: PairProblem, x: Tensor, slab: _Slab) -> None:
     second = problem.second
-    view = windows(
-        _pad_slab(problem, _patches(problem, x, slab), slab), _without_padding(second)
-    )  # (n, a, *taps, *out)
+    view = windows(_padded_slab(problem, x, slab), _without_padding(second))  # (n, a, *taps, *out)
     order = (1, *range(2, 2 + second.axes), 0, *range(2 + second.axes, 2 + 2 * second.axes))
     totals.add("S_full", gram(view.permute(order).reshape(problem.patch_entries * second.taps, -1)))
 
@@ -218,26 +245,16 @@ def _without_padding(geometry: Geometry) -> Geometry:
     return replace(geometry, padding=((0, 0),) * geometry.axes, padding_mode="zeros", ceil_mode=False)
 
 
-def _consumer_patches(problem: PairProblem, h: Tensor, outputs: slice) -> Float[Tensor, "n d *out"]:
-    view = _window_rows(h, problem.second, outputs)
-    return view.reshape(h.shape[0], problem.consumer_entries, *view.shape[2 + problem.second.axes :])
+def _patch_maps(maps: Tensor, geometry: Geometry, rows: slice) -> Float[Tensor, "n a *rows"]:
+    """Patches of some rows of the output grid."""
+    view = windows(pad(maps, geometry), geometry)[(slice(None),) * (2 + geometry.axes) + (rows,)]
+    return view.reshape(len(maps), -1, *view.shape[2 + geometry.axes :])
 
 
-def _patches(problem: PairProblem, x: Tensor, slab: _Slab) -> Float[Tensor, "n a *rows"]:
-    if not problem.local or slab.high - slab.low == problem.hidden_size[0]:
-        return problem.features(x)
-    view = _window_rows(x, problem.first, slice(slab.low, slab.high))
-    return view.reshape(x.shape[0], problem.patch_entries, *view.shape[2 + problem.first.axes :])
-
-
-def _window_rows(maps: Tensor, geometry: Geometry, rows: slice) -> Tensor:
-    """Windows (n, c, *kernel, *output) of some rows of the output grid."""
-    return windows(pad(maps, geometry), geometry)[(slice(None),) * (2 + geometry.axes) + (rows,)]
-
-
-def _pad_slab(problem: PairProblem, u: Tensor, slab: _Slab) -> Tensor:
+def _padded_slab(problem: PairProblem, x: Tensor, slab: _Slab) -> Float[Tensor, "n a *padded"]:
     """The slab's patches with zeros for the rows of other slabs, cropped or padded to what its outputs read."""
-    second = problem.second
+    second, rows = problem.second, slice(slab.low, slab.high)
+    u = _patch_maps(x, problem.first, rows) if problem.local else problem.features(x)
     if (slab.high - slab.low, slab.end_output - slab.first_output) == (problem.hidden_size[0], problem.output_size[0]):
         return pad(u, second)
     sides: list[int] = []
