@@ -8,17 +8,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from growconv.convolution.decomposition import Fit
 from growconv.convolution.geometry import Geometry, PerAxis
 from growconv.convolution.kernels import CONVS, Conv, make_conv
+from growconv.convolution.unfold import convolve
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GeometryError
 
 Rank = int | float | str | tuple[int, ...] | list[int]
 """What a user may ask for: a number of terms, a share of the full kernel's parameters, or "same" for all of them."""
 
-_FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _ONE = {axes: Geometry.covering((1,) * axes) for axes in CONVS}
 
 
@@ -36,13 +35,8 @@ class Stage(NamedTuple):
     groups: int = 1
 
     def run(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolve; what a convolution cannot pad itself is padded before."""
-        geometry, padding = self.geometry, [low for low, _ in self.geometry.padding]
-        if geometry.padding_mode != "zeros" or any(low != high for low, high in geometry.padding):
-            mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-            x = functional.pad(x, [amount for pair in reversed(geometry.padding) for amount in pair], mode)
-            padding = [0] * geometry.axes
-        return _FORWARD[geometry.axes](x, self.weight, bias, geometry.stride, padding, geometry.dilation, self.groups)
+        """Convolve."""
+        return convolve(x, self.weight, self.geometry, bias, self.groups)
 
 
 class FactorizedConv(nn.Module, ABC):
@@ -308,10 +302,6 @@ class FactorizedConv(nn.Module, ABC):
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         parts += [] if self.bias is not None else ["bias=False"]
         return ", ".join([*parts, f"rank={self.rank}, implementation={self.implementation!r}"])
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """A conv over the module's own geometry; `weight` may be any kernel with this module's taps."""
-        return Stage(weight, self.geometry, groups).run(x, bias)
 
 
 def one_tap(weight: Tensor, axes: int) -> Stage:

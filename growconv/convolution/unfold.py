@@ -14,9 +14,9 @@ from growconv.convolution.geometry import Geometry
 from growconv.errors import GeometryError
 
 
-def pad(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "n c *padded"]:
+def pad(x: Float[Tensor, "*n c *size"], geometry: Geometry) -> Float[Tensor, "*n c *padded"]:
     """Feature maps with the padding of a geometry, with ceil_mode also the zeros that the last windows reach."""
-    size = tuple(x.shape[2:])
+    size = tuple(x.shape[-geometry.axes :])
     output = geometry.output_size(size)
     sides: list[int] = []
     extra: list[int] = []
@@ -28,6 +28,21 @@ def pad(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "n c
     if any(sides):
         x = F.pad(x, sides) if geometry.padding_mode == "zeros" else F.pad(x, sides, mode=geometry.padding_mode)
     return F.pad(x, extra) if any(extra) else x
+
+
+def convolve(
+    x: Float[Tensor, "*n c *size"],
+    weight: Float[Tensor, "k c_per_group *taps"],
+    geometry: Geometry,
+    bias: Float[Tensor, " k"] | None = None,
+    groups: int = 1,
+) -> Float[Tensor, "*n k *output"]:
+    """The convolution of a geometry with any weights; what torch's cannot pad itself is padded before."""
+    padding = [low for low, _ in geometry.padding]
+    if geometry.padding_mode != "zeros" or any(low != high for low, high in geometry.padding):
+        x, padding = pad(x, geometry), [0] * geometry.axes
+    function = (F.conv1d, F.conv2d, F.conv3d)[geometry.axes - 1]
+    return function(x, weight, bias, geometry.stride, padding, geometry.dilation, groups)
 
 
 def windows(padded: Float[Tensor, "n c *padded"], geometry: Geometry) -> Float[Tensor, "n c *kernel_and_output"]:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.convolution.geometry import Geometry
-from growconv.convolution.unfold import pad, unfold
+from growconv.convolution.unfold import convolve, unfold
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.limits import limited
 from growconv.linalg import (
@@ -174,8 +172,7 @@ class SampleMetric:
     def __init__(
         self, parts: Sequence[tuple[PairProblem, Tensor]], samples: int, reduced: Float[Tensor, "a a"]
     ) -> None:
-        self._parts = [(problem, pad(x, problem.first)) for problem, x in parts]
-        self._samples, self._reduced = samples, reduced
+        self._parts, self._samples, self._reduced = parts, samples, reduced
 
     def reduced(self) -> Tensor:
         """S."""
@@ -199,32 +196,27 @@ class SampleMetric:
         for problem, chunk in self._chunks(left):
             with torch.enable_grad():
                 variable = left.detach().requires_grad_()
-                padded = pad(self._hidden(problem, variable, chunk), problem.second)
+                hidden = self._hidden(problem, variable, chunk)
                 kernels = root.reshape(-1, len(left), *problem.second.kernel_size)
-                energy = _convolve(padded, kernels, problem.second).square().sum() / (2 * self._samples)
+                energy = convolve(hidden, kernels, problem.second).square().sum() / (2 * self._samples)
                 total += torch.autograd.grad(energy, variable)[0]
         return total
 
     def _chunks(self, left: Tensor) -> Iterator[tuple[PairProblem, Tensor]]:
-        for problem, padded in self._parts:
+        for problem, x in self._parts:
             new = len(left) * problem.second.taps * math.prod(problem.output_size)
             per_sample = max(new, problem.patch_entries * math.prod(problem.first_output_size))
-            for chunk in padded.split(max(1, CHUNK_ENTRIES // per_sample)):
+            for chunk in x.split(max(1, CHUNK_ENTRIES // per_sample)):
                 yield problem, chunk
 
-    def _hidden(self, problem: PairProblem, left: Tensor, padded: Tensor) -> Tensor:
+    def _hidden(self, problem: PairProblem, left: Tensor, x: Tensor) -> Tensor:
         entries, left = problem.patch_entries, problem.here(left)
         kernels = left[:, :entries].reshape(len(left), problem.channels[0], *problem.first.kernel_size)
-        hidden = problem.between(_convolve(padded, kernels, problem.first))
+        hidden = problem.between(convolve(x, kernels, problem.first))
         if problem.first_bias:
             bias = left[:, entries].view(1, -1, *[1] * problem.first.axes)
             hidden = hidden + bias * problem.constant(left.dtype, left.device)
         return hidden
-
-
-def _convolve(padded: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[geometry.axes - 1]
-    return convolve(padded, kernels, None, geometry.stride, 0, geometry.dilation)
 
 
 @register("exact")

@@ -7,19 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from growconv.convolution.unfold import pad
+from growconv.convolution.unfold import convolve
 from growconv.statistics.accumulator import ConsumerSums
 from growconv.statistics.problem import PairProblem
 from growconv.statistics.sums import full_precision
 
 GROUP_BYTES = 6 * 2**20
 """Calls on small batches are summed together up to this size: every product has costs that no sample adds to."""
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def applied_update(
@@ -34,10 +31,7 @@ def applied_update(
     second, update = problem.second, update.to(h)
     weight, bias = (update[:-1], update[-1]) if problem.second_bias else (update, None)
     weight = weight.T.reshape(-1, h.shape[1], *second.kernel_size)
-    padding: int | tuple[int, ...] = tuple(low for low, _ in second.padding)
-    if second.padding_mode != "zeros" or any(low != high for low, high in second.padding):
-        h, padding = pad(h, second), 0
-    return _CONVOLUTIONS[second.axes](h, weight, bias, second.stride, padding, second.dilation)
+    return convolve(h, weight, second, bias)
 
 
 BLOCK_BYTES = 33 * 2**20

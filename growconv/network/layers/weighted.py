@@ -21,7 +21,9 @@ from torch.nn.utils import parametrize
 from growconv.convolution.cost import multiplications_per_output
 from growconv.convolution.cp import CPConv
 from growconv.convolution.factorized import FactorizedConv
+from growconv.convolution.geometry import Geometry
 from growconv.convolution.tucker import TuckerConv
+from growconv.convolution.unfold import convolve
 from growconv.errors import SurgeryError
 from growconv.network.layers.base import Adapter, Part, Slot, stored
 from growconv.network.layers.normalized import NormalizedWeight, normalized_weight, problem
@@ -377,7 +379,7 @@ class Factorized(Weighted):
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Convolve with a full kernel."""
-        return self.module.convolve(x, weight, bias, groups or 1)  # pyright: ignore[reportCallIssue]
+        return convolve(x, weight, Geometry.of(self.module), bias, groups or 1)
 
     def multiplications(self) -> float:
         """Those of the convolutions that it runs; what builds a kernel from factors is left out."""
