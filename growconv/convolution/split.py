@@ -7,6 +7,7 @@ always suffice: with C0·taps1 of them the first kernel can pass on every entry 
 one can place every entry of its output.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -129,11 +130,11 @@ def _candidates(kernel: Tensor, hidden: int, composition: "_Composition") -> Ite
     starts = _low_rank_start(kernel, hidden, composition)
     for count, rounds in ((0, 10), (4, 60)) if starts else ((4, 60),):
         fit = bilinear_least_squares(
-            composition, stacked, hidden, starts=starts, random_starts=count, rounds=rounds, tolerance=1e-7
+            [(composition, stacked)], hidden, starts=starts, random_starts=count, rounds=rounds, tolerance=1e-7
         )
         missing = hidden - fit.left.shape[0]  # fewer terms came back: the kernel is zero
         left = torch.nn.functional.pad(fit.left, (0, 0, 0, missing))
-        right = torch.nn.functional.pad(fit.right, (0, 0, 0, 0, 0, missing))
+        right = torch.nn.functional.pad(fit.rights[0], (0, 0, 0, 0, 0, missing))
         yield left, right.permute(2, 0, 1).flatten(1)
 
 
@@ -195,15 +196,16 @@ class _Composition:
         inputs: int,
         device: torch.device,
     ) -> None:
-        position = torch.zeros(1, 1, dtype=torch.long, device=device)
-        for axis, length in enumerate(size):
-            one = inner[axis] * torch.arange(taps1[axis], device=device)[:, None]
-            two = reach[axis] * torch.arange(taps2[axis], device=device)[None, :]
-            position = position[:, None, :, None] * length + (one + two)[None, :, None, :]
-            position = position.flatten(2, 3).flatten(0, 1)
-        self.position = position  # (taps1, taps2): composite tap that a pair of taps adds to
-        self.length = int(torch.tensor(size).prod())
-        self.multiplicity = torch.bincount(position.flatten(), minlength=self.length).double()
+        def place(taps: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
+            """Where in the composite kernel, row-major, each tap lies."""
+            found = torch.zeros(1, dtype=torch.long, device=device)
+            for count, step, length in zip(taps, steps, size, strict=True):
+                found = (found[:, None] * length + step * torch.arange(count, device=device)).flatten()
+            return found
+
+        self.position = place(taps1, inner)[:, None] + place(taps2, reach)  # of pairs of taps, (taps1, taps2)
+        self.length = math.prod(size)
+        self.multiplicity = torch.bincount(self.position.flatten(), minlength=self.length).double()
         self.inputs = inputs
 
     def reduced(self) -> Tensor:

@@ -14,8 +14,8 @@ from growconv.convolution.geometry import Geometry
 from growconv.errors import GeometryError
 
 
-def pad(x: Float[Tensor, "*n c *size"], geometry: Geometry) -> Float[Tensor, "*n c *padded"]:
-    """Feature maps with the padding of a geometry, with ceil_mode also the zeros that the last windows reach."""
+def pad(x: Tensor, geometry: Geometry) -> Tensor:
+    """Feature maps (n, C, *size), or one (C, *size), with their padding; in ceil_mode with all that windows read."""
     size = tuple(x.shape[-geometry.axes :])
     output = geometry.output_size(size)
     sides: list[int] = []
@@ -31,13 +31,16 @@ def pad(x: Float[Tensor, "*n c *size"], geometry: Geometry) -> Float[Tensor, "*n
 
 
 def convolve(
-    x: Float[Tensor, "*n c *size"],
+    x: Tensor,
     weight: Float[Tensor, "k c_per_group *taps"],
     geometry: Geometry,
     bias: Float[Tensor, " k"] | None = None,
     groups: int = 1,
-) -> Float[Tensor, "*n k *output"]:
-    """The convolution of a geometry with any weights; what torch's cannot pad itself is padded before."""
+) -> Tensor:
+    """The convolution of a geometry with any weights, of (n, C, *size) or without the sample axis.
+
+    What torch's convolution cannot pad itself is padded before.
+    """
     padding = [low for low, _ in geometry.padding]
     if geometry.padding_mode != "zeros" or any(low != high for low, high in geometry.padding):
         x, padding = pad(x, geometry), [0] * geometry.axes

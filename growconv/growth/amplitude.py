@@ -139,8 +139,8 @@ def amplitude_cap(site: Site, growth: ChannelGrowth, strongest: float | int = CA
     if own is not None:
         return strongest * own
     site, units = cast(GrowthSite, site), growth.channels // site.granularity
-    new = norms_of([weight.double().transpose(0, 1) for weight in growth.outgoing.values()], units)
-    old = norms_of([columns_of(site, path).double().transpose(0, 1) for path in site.consumers], units_of(site))
+    new = norms_of(map(Tensor.double, growth.outgoing.values()), units, 1)
+    old = norms_of([columns_of(site, path).double() for path in site.consumers], units_of(site), 1)
     largest, typical = float((new_sizes(site, growth) * new).max()), float(old_sizes(site).mean() * old.mean())
     if largest <= 0:
         return 0.0

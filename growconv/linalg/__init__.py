@@ -1,12 +1,6 @@
 """Linear algebra of the solvers. Pure tensor functions: they know nothing of layers."""
 
-from growconv.linalg.bilinear import (
-    BilinearFit,
-    BilinearMetric,
-    DenseMetric,
-    bilinear_least_squares,
-    shared_left_least_squares,
-)
+from growconv.linalg.bilinear import BilinearFit, BilinearMetric, DenseMetric, bilinear_least_squares
 from growconv.linalg.search import Point, QuasiNewton, conjugate_gradients, descending, eliminated, solve_blocks
 from growconv.linalg.spectral import (
     RANK_TOLERANCE,
@@ -34,7 +28,6 @@ __all__ = [
     "fix_signs",
     "leading_svd",
     "require_finite",
-    "shared_left_least_squares",
     "shrink",
     "solve_blocks",
     "solve_psd",

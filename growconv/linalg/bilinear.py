@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -145,35 +145,8 @@ class BilinearFit:
     history: tuple[float, ...]
     converged: bool
 
-    @property
-    def right(self) -> Tensor:
-        """(k, b, c) of the first, usually only, term."""
-        return self.rights[0]
-
 
 def bilinear_least_squares(
-    metric: Tensor | BilinearMetric, target: Float[Tensor, "a b c"], rank: int, **options: Any
-) -> BilinearFit:
-    """Minimise ⟨Θ, GΘ⟩ − 2⟨target, Θ⟩ over Θ_abc = Σ_k left_ka right_kbc, with K = `rank`.
-
-    To approach a tensor Y in the metric, ‖Y − Θ‖²_G, pass target = G·Y.
-
-    Args:
-        metric: G as a matrix (a·b, a·b) in the order (a, b), or anything with the methods of `BilinearMetric`.
-        target: linear term (a, b, c).
-        rank: number of terms K; cut to the number of directions that the reduced metric supports.
-        **options: of `shared_left_least_squares`.
-
-    Returns:
-        The best fit found. Its `left` spans what matters: any invertible mix of the K terms is as good.
-
-    Raises:
-        ArgumentValueError: a rank below 1, shapes that do not fit, or entries that are not finite.
-    """
-    return shared_left_least_squares([(metric, target)], rank, **options)
-
-
-def shared_left_least_squares(
     terms: Sequence[tuple[Tensor | BilinearMetric, Tensor]],
     rank: int,
     *,
@@ -183,7 +156,9 @@ def shared_left_least_squares(
     rounds: int | None = None,
     energy: float | None = None,
 ) -> BilinearFit:
-    """Bilinear least squares with several (metric, target) terms whose Θs share their left factors.
+    """Minimise the sum over terms of ⟨Θ, GΘ⟩ − 2⟨target, Θ⟩ for Θ_abc = Σ_k left_ka right_kbc, `left` being shared.
+
+    To approach a tensor Y in the metric, ‖Y − Θ‖²_G, pass target = G·Y.
 
     Variable projection (Golub & Pereyra 1973): for given left factors the best right factors solve one linear system of
     size K·b, so only the left factors are searched, by L-BFGS in the coordinates that whiten the reduced metric.
@@ -192,7 +167,8 @@ def shared_left_least_squares(
     8 ... rounds. The problem has local minima: the better half of the starts goes on after as many rounds.
 
     Args:
-        terms: per term its metric and linear target (a, b, c); b and c may differ between terms.
+        terms: per term its metric G, as a matrix (a·b, a·b) in the order (a, b) or anything with the methods of
+            `BilinearMetric`, and its target (a, b, c); b and c may differ between terms.
         rank: number of terms K; cut to the number of directions that the reduced metrics support.
         starts: left factors (k, a) to start from, besides the closed form of the reduced metric.
         random_starts: descents from random filters. None takes 16, and 3 where a metric is above ROUGH_BYTES. Their
@@ -204,7 +180,8 @@ def shared_left_least_squares(
             to the end. None where it is not known.
 
     Returns:
-        The best fit found; never worse than the closed form of the reduced metric with its best right factors.
+        The best fit found; never worse than the closed form of the reduced metric with its best right factors. Its
+        `left` spans what matters: any invertible mix of the K filters is as good.
 
     Raises:
         ArgumentValueError: a rank below 1, shapes that do not fit, or entries that are not finite.

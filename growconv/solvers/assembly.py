@@ -173,8 +173,7 @@ def assemble(
 def empty(request: Request, method: str, reason: str) -> ChannelGrowth:
     """A proposal of no channels, with the reason."""
     none, outgoing = old_filters(request.site).picked([]), silent_outgoing(request.site, 0)
-    gains, asked = none.like.new_zeros(0), request.number
-    return none.proposed(method, outgoing, gains, requested=asked, reason=reason, expected_decrease=0.0)
+    return none.proposed(method, outgoing, requested=request.number, reason=reason, expected_decrease=0.0)
 
 
 def norm_moments(subject: PairStatistics, filters: Filters) -> dict[str, Moments]:

@@ -15,10 +15,10 @@ from growconv.limits import limited
 from growconv.linalg import (
     BilinearMetric,
     DenseMetric,
+    bilinear_least_squares,
     descending,
     eliminated,
     fix_signs,
-    shared_left_least_squares,
     solve_blocks,
 )
 from growconv.network.proposal import ChannelGrowth
@@ -67,7 +67,7 @@ def exact(
         channels: how many, at least 1.
         rank_tolerance: singular values of Θ below this share of the largest count as zero; the energy that goes with
             them is of the order of its square.
-        **options: of `growconv.linalg.shared_left_least_squares`.
+        **options: of `growconv.linalg.bilinear_least_squares`.
 
     Returns:
         `channels` channels, or fewer where no more can help; none where N is zero. ω is (k, b, c) in either case.
@@ -100,14 +100,14 @@ def minimise(
         terms: per consumer its quadratic form and N (a, b, c).
         channels: how many, at least 1.
         rank_tolerance: share of the largest singular value of Θ below which one counts as zero.
-        **options: of `growconv.linalg.shared_left_least_squares`.
+        **options: of `growconv.linalg.bilinear_least_squares`.
 
     Returns:
         Filters in greedy order, the weights (b, c) of one consumer after the other, gains and history. A mix of the K
         channels by any invertible matrix gives the same Θ; in this one the first channel is the best single one of the
         span, and so on, filters orthogonal in S and both sides of one norm.
     """
-    fit = shared_left_least_squares(terms, channels, **options)
+    fit = bilinear_least_squares(terms, channels, **options)
     omega = torch.cat([right.flatten(1) for right in fit.rights], 1)
     if len(omega) == 0:
         return fit.left, omega, omega.new_zeros(0), fit.history
@@ -139,7 +139,7 @@ def _greedy(
     chosen, gains = [], []
     for remaining in range(channels, 0, -1):
         single = [(DenseMetric(gram, remaining), linear) for gram, linear in zip(grams, linears, strict=True)]
-        best = shared_left_least_squares(single, 1, random_starts=0, tolerance=1e-4).left
+        best = bilinear_least_squares(single, 1, random_starts=0, tolerance=1e-4).left
         if len(best) == 0:  # nothing is left to capture
             chosen.append(basis)
             gains += [0.0] * remaining

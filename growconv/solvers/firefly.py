@@ -28,10 +28,11 @@ from growconv.solvers.weights import (
     columns_of,
     filter_norms,
     normal,
+    norms_of,
     of_units,
     outgoing_norms,
     random_filters,
-    scaled_columns,
+    scaled_units,
     silent_outgoing,
 )
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
@@ -146,13 +147,10 @@ class Candidates:
 
     def weights(self) -> tuple[Filters, dict[str, Tensor]]:
         """α at the old filters' mean norm, ω at norm 1 as (out, entries, *kernel)."""
-        squares, filters = [], self.filters
-        for weight in self.outgoing.values():
-            squares.append(weight.unflatten(1, (filters.units, -1)).transpose(0, 1).flatten(1).square().sum(1))
-        total = torch.stack(squares).sum(0)
-        factor = 1 / total.sqrt().clamp_min(torch.finfo(total.dtype).tiny)
-        outgoing = {path: scaled_columns(weight, factor) for path, weight in self.outgoing.items()}
-        return filters.at_norm(self.norm), outgoing
+        norms = norms_of(self.outgoing.values(), self.filters.units, 1)
+        factor = 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        outgoing = {path: scaled_units(weight, factor, 1) for path, weight in self.outgoing.items()}
+        return self.filters.at_norm(self.norm), outgoing
 
     def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> Tensor:
         """⟨v, δz⟩ on a piece of the samples."""
@@ -182,7 +180,7 @@ class Candidates:
                 filters, outgoing = self.weights()
                 read = piece.read(*filters.weights)
             with torch.enable_grad():
-                scaled = {path: scaled_columns(weight, strength) for path, weight in outgoing.items()}
+                scaled = {path: scaled_units(weight, strength, 1) for path, weight in outgoing.items()}
                 total += torch.autograd.grad(self.decrease(piece, scaled, read), strength)[0]
         return total.detach() / len(self.kept)
 
@@ -193,7 +191,7 @@ class Candidates:
         filters, outgoing = self.weights()
         for path, weight in outgoing.items():
             own = weight[:, of_units(order, weight.shape[1] // filters.units)]
-            outgoing[path] = scaled_columns(own, signs).contiguous()
+            outgoing[path] = scaled_units(own, signs, 1).contiguous()
         filters, measured, expected, reason = filters.picked(order), {}, 0.0, NOTHING_TO_GAIN
         if order:
             measured = self.kept.moments(*filters.weights)

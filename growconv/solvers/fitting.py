@@ -18,7 +18,7 @@ from growconv.linalg import Point, QuasiNewton, descending, eliminated, solve_bl
 from growconv.network.seats import Inserted
 from growconv.network.site import GrowthSite
 from growconv.solvers.energy import captured_share
-from growconv.solvers.weights import Filters, normal, old_filters
+from growconv.solvers.weights import Filters, normal, norms_of, old_filters
 from growconv.statistics.columns import columns
 from growconv.statistics.own_update import Equations
 from growconv.statistics.samples import KeptPass, KeptSamples, Maps
@@ -227,10 +227,7 @@ class Objective:
             for slope, part in zip(slopes, torch.autograd.grad(left_over, free, allow_unused=True), strict=True):
                 slope += 0 if part is None else part
         (gradient,) = torch.autograd.grad(list(filters.rows.values()), theta, slopes)
-        curvature = torch.zeros_like(theta[:, 0])
-        for weights in outgoing.values():
-            curvature += weights.unflatten(1, (len(theta), -1)).movedim(1, 0).flatten(1).square().sum(1)
-        return Fitted(theta.detach(), loss, gradient, curvature, outgoing)
+        return Fitted(theta.detach(), loss, gradient, norms_of(outgoing.values(), len(theta), 1).square(), outgoing)
 
 
 class Search:

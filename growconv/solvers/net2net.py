@@ -27,7 +27,7 @@ from growconv.solvers.weights import (
     not_rewritable,
     of_units,
     old_filters,
-    scaled_columns,
+    scaled_units,
     with_scaled_columns,
 )
 
@@ -103,12 +103,11 @@ class Net2Net(Solver):
         kept, shared = draw_shares(copied, old.units, self.imbalance, generator, 1 if self.keeps == "function" else 2)
         units, outgoing, revised = copied.tolist(), {}, {}
         for path in site.consumers:
-            outgoing[path] = scaled_columns(columns_of(site, path)[:, units].flatten(1, 2), shared).contiguous()
+            outgoing[path] = scaled_units(columns_of(site, path)[:, units].flatten(1, 2), shared, 1).contiguous()
             revised[f"{path}.weight"] = with_scaled_columns(site, path, kept)
         growth = old.picked(units).proposed(
             self.name,
             outgoing,
-            old.like.new_zeros(requested),
             requested=requested,
             revised=revised,
             copied_from=torch.tensor(of_units(units, size), device=old.like.device),

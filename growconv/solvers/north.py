@@ -181,8 +181,7 @@ class North(Solver):
             gram = responses @ responses.mT / responses.shape[1]
             measured["rank"] = effective_dimension(gram, self.tolerance, self.relative) / len(gram)
         outgoing = silent_outgoing(site, filters.units * site.granularity)
-        gains = next(iter(outgoing.values())).new_zeros(filters.units * site.granularity)
-        return filters.proposed(self.name, outgoing, gains, requested=request.number, measured=measured, **others)
+        return filters.proposed(self.name, outgoing, requested=request.number, measured=measured, **others)
 
     def _gram(self, request: Request, path: str, old: Tensor) -> Tensor:
         """Second moment of a producer's patches; the identity where responses are not looked at."""

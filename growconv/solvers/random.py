@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from growconv.limits import limited
 from growconv.network.proposal import ChannelGrowth
 from growconv.solvers.base import Request, Solver, register
-from growconv.solvers.weights import columns_of, normal, random_filters, scaled_columns, silent_outgoing
+from growconv.solvers.weights import (
+    columns_of,
+    normal,
+    norms_of,
+    random_filters,
+    scaled_units,
+    silent_outgoing,
+    units_of,
+)
 
 
 @register("random")
@@ -35,10 +41,7 @@ class Random(Solver):
         site, count, generator = request.site, request.number, request.generator
         filters, outgoing = random_filters(site, count, generator), silent_outgoing(site, count)
         for path, zeros in outgoing.items() if self.outgoing > 0 else ():
-            old = columns_of(site, path)
-            norm = old.transpose(0, 1).flatten(1).norm(dim=1).mean() * self.outgoing
+            norm = norms_of([columns_of(site, path)], units_of(site), 1).mean() * self.outgoing
             drawn = normal(tuple(zeros.shape), zeros, generator)
-            units = drawn.unflatten(1, (filters.units, -1)).transpose(0, 1).flatten(1)
-            outgoing[path] = scaled_columns(drawn, norm / units.norm(dim=1))
-        filters, gains = filters.each(lambda rows: self.gain * rows), torch.zeros(count, dtype=torch.float64)
-        return filters.proposed(self.name, outgoing, gains.to(filters.like.device), requested=count)
+            outgoing[path] = scaled_units(drawn, norm / norms_of([drawn], filters.units, 1), 1)
+        return filters.each(lambda rows: self.gain * rows).proposed(self.name, outgoing, requested=count)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -34,22 +34,8 @@ from growconv.network.model import example_arguments, undisturbed, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
 from growconv.solvers.tiny import tiny
+from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.own_update import Equations, own_equations
-
-
-@runtime_checkable
-class LayerMoments(Protocol):
-    """What rank growth reads of one layer: `RankStatistics`, or one of the consumers of `PairStatistics`."""
-
-    @property
-    def M(self) -> Tensor:
-        """(D, C2): (1/n) Σ Hp v, rows (C1, *kernel_size) and a constant entry last where the layer has a bias."""
-        ...
-
-    @property
-    def S2(self) -> Tensor:
-        """(D, D): (1/n) Σ Hp Hpᵀ."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +44,8 @@ class RankStatistics:
 
     Attributes:
         growth_site: the layer's rank.
-        M: (D, C2), float64; the constant entry last where the layer has a bias.
-        S2: (D, D).
+        M: (D, C2): (1/n) Σ Hp v, rows (C1, *kernel_size) and a constant entry last where the layer has a bias; float64.
+        S2: (D, D): (1/n) Σ Hp Hpᵀ.
         gradient_energy: ‖v‖²/n.
         samples: number of samples n.
     """
@@ -136,7 +122,7 @@ def collect_rank_statistics(
 def grow_rank(
     module: nn.Module,
     ranks: int | tuple[int, ...],
-    statistics: LayerMoments | None = None,
+    statistics: RankStatistics | ConsumerStatistics | None = None,
     *,
     amplitude: float | int = 1.0,
     optimizer: Optimizers = None,
@@ -207,7 +193,7 @@ def grow_rank(
     )
 
 
-def solve_rank(site: RankSite, statistics: LayerMoments, terms: int) -> ChannelGrowth:
+def solve_rank(site: RankSite, statistics: RankStatistics | ConsumerStatistics, terms: int) -> ChannelGrowth:
     """The best new terms of one rank: minimise ⟨Θ, S2 Θ⟩ − 2⟨M⊥, Θ⟩ over kernels that so many terms can make.
 
     Args:
@@ -219,11 +205,14 @@ def solve_rank(site: RankSite, statistics: LayerMoments, terms: int) -> ChannelG
 
     Raises:
         ArgumentValueError: for an impossible number of terms.
+        StatisticsError: for a consumer whose M and S2 were not collected.
         SolverError: for moments of another layer, or of an output that the loss does not depend on.
     """
     site.require_room(terms)
     module = site.module
     size = module.in_channels * math.prod(module.kernel_size)
+    if statistics.M is None or statistics.S2 is None:
+        raise StatisticsError("M and S2 were not collected", where=site.name, fix="collect with quantities={'M', 'S2'}")
     moment, gram = statistics.M.double(), statistics.S2.double()
     total = size + (module.bias is not None)
     if moment.shape != (total, module.out_channels) or gram.shape != (total, total):
@@ -317,8 +306,8 @@ def _input_terms(residual: Tensor, gram: Tensor, module: TuckerConv, terms: int)
     outputs = module.out_factor.detach().double()
     basis, mixing = torch.linalg.qr(outputs)
     target = (residual @ basis).reshape(module.in_channels, -1, basis.shape[1])
-    fit = bilinear_least_squares(gram, target, terms, random_starts=2)
-    left, right = _filled(fit.left, terms, live=True), _filled(fit.right, terms)
+    fit = bilinear_least_squares([(gram, target)], terms, random_starts=2)
+    left, right = _filled(fit.left, terms, live=True), _filled(fit.rights[0], terms)
     slices = torch.linalg.pinv(mixing) @ right.flatten(0, 1).T  # (r2, K·taps)
     return left, slices.reshape(-1, terms, *module.kernel_size)
 
@@ -342,8 +331,8 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
     """
     sizes = (module.in_channels, *module.kernel_size)
     target = residual.reshape(module.in_channels, -1, module.out_channels)
-    fit = bilinear_least_squares(gram, target, terms, random_starts=0, rounds=3)
-    windows = _filled(fit.right, terms, live=True).reshape(terms, *module.kernel_size, module.out_channels)
+    fit = bilinear_least_squares([(gram, target)], terms, random_starts=0, rounds=3)
+    windows = _filled(fit.rights[0], terms, live=True).reshape(terms, *module.kernel_size, module.out_channels)
     along = [windows.movedim(axis + 1, 1).flatten(2) for axis in range(module.axes)]
     starts = [
         torch.cat([_filled(fit.left, terms, live=True), *(torch.linalg.svd(each)[0][:, :, 0] for each in along)], 1)

@@ -82,8 +82,7 @@ class VarianceTransfer(Solver):
             rest = old.new_zeros(old.shape[0], single, *old.shape[2:])
             outgoing[path] = torch.cat([half, -half, rest], 1).flatten(1, 2)
         revised, reason = self._rescaled(site, requested) if self.rescale else ({}, None)
-        gains = filters.like.new_zeros(requested)
-        return filters.proposed(self.name, outgoing, gains, requested=requested, reason=reason, revised=revised)
+        return filters.proposed(self.name, outgoing, requested=requested, reason=reason, revised=revised)
 
     def _rescaled(self, site: GrowthSite, channels: int) -> tuple[dict[str, Tensor], str | None]:
         fixed = not_rewritable(site, *site.producers, *site.consumers)

@@ -107,22 +107,24 @@ class Filters:
 
     def scaled(self, factor: Float[Tensor, " units"]) -> "Filters":
         """Every unit times a number."""
-        return self.each(lambda rows: scaled_rows(rows, factor))
+        return self.each(lambda rows: scaled_units(rows, factor))
 
     @property
     def norms(self) -> Float[Tensor, " units"]:
         """Norm of every unit's filters, biases included, over all producers."""
-        filters, biases = self.weights
-        return norms_of([*filters.values(), *biases.values()], self.units)
+        return norms_of(self.rows.values(), self.units)
 
     def at_norm(self, norm: float) -> "Filters":
         """Every unit scaled to one norm; a unit of zeros stays as it is."""
         own = self.norms
         return self.scaled(torch.where(own > 0, norm / torch.where(own > 0, own, 1.0), 1.0))
 
-    def proposed(self, method: str, outgoing: dict[str, Tensor], gains: Tensor, **others: Any) -> ChannelGrowth:
-        """A proposal of these filters; the arguments are fields of `ChannelGrowth`."""
+    def proposed(
+        self, method: str, outgoing: dict[str, Tensor], gains: Tensor | None = None, **others: Any
+    ) -> ChannelGrowth:
+        """A proposal of these filters; the arguments are fields of `ChannelGrowth`, and no gains are zeros."""
         filters, biases = self.weights
+        gains = self.like.new_zeros(self.units * self.site.granularity) if gains is None else gains
         return ChannelGrowth(self.site.name, method, filters, outgoing, gains, biases, **others)
 
 
@@ -167,7 +169,7 @@ def with_scaled_columns(
     """
     layer, at = site.layer(path), _columns(site, path)
     filters = (filters_of(site, path) if revised is None else layer.as_stored(revised)).clone()
-    filters[at] = scaled_columns(filters[at], factor)
+    filters[at] = scaled_units(filters[at], factor, 1)
     return layer.as_stored(filters)
 
 
@@ -182,24 +184,18 @@ def _columns(site: GrowthSite, path: str) -> tuple[Tensor, Tensor]:
 
 def outgoing_norms(site: GrowthSite) -> Float[Tensor, " units"]:
     """Norm of the weights on each old unit, over all consumers."""
-    return torch.cat([columns_of(site, path).transpose(0, 1).flatten(1) for path in site.consumers], 1).norm(dim=1)
+    return norms_of((columns_of(site, path) for path in site.consumers), units_of(site), 1)
 
 
-def norms_of(tensors: Iterable[Tensor], units: int) -> Float[Tensor, " units"]:
-    """Norm of each unit's part of some tensors, whose first axes list entries unit by unit."""
-    return torch.stack([each.reshape(units, -1).square().sum(1) for each in tensors]).sum(0).sqrt()
+def norms_of(tensors: Iterable[Tensor], units: int, axis: int = 0) -> Float[Tensor, " units"]:
+    """Norm of each unit's part of tensors that list entries unit by unit along an axis: 0, or 1 of outgoing weights."""
+    return torch.cat([each.movedim(axis, 0).reshape(units, -1) for each in tensors], 1).norm(dim=1)
 
 
-def scaled_rows(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
-    """Filters with each unit's rows times a number."""
-    rows = factor.to(weight).repeat_interleave(len(weight) // max(len(factor), 1))
-    return weight * rows.view(-1, *[1] * (weight.dim() - 1))
-
-
-def scaled_columns(weight: Tensor, factor: Float[Tensor, " units"]) -> Tensor:
-    """Outgoing weights with each unit's columns times a number."""
-    columns = factor.to(weight).repeat_interleave(weight.shape[1] // max(len(factor), 1))
-    return weight * columns.view(1, -1, *[1] * (weight.dim() - 2))
+def scaled_units(weight: Tensor, factor: Float[Tensor, " units"], axis: int = 0) -> Tensor:
+    """Weights with each unit's entries along an axis times a number: 0 of filters, 1 of outgoing weights."""
+    each = factor.to(weight).repeat_interleave(weight.shape[axis] // max(len(factor), 1))
+    return weight * each.view(-1, *[1] * (weight.dim() - 1 - axis))
 
 
 def of_units(order: Sequence[int], size: int) -> list[int]:
@@ -332,13 +328,13 @@ def scaled(
     """A proposal with each unit's filters times a number, norms to match, and its outgoing weights times another."""
     incoming, biases, norms, columns = {}, {}, {}, growth.outgoing
     for path, weight in growth.incoming.items():
-        incoming[path] = scaled_rows(weight, factor)
+        incoming[path] = scaled_units(weight, factor)
     for path, bias in growth.incoming_bias.items():
-        biases[path] = scaled_rows(bias, factor)
+        biases[path] = scaled_units(bias, factor)
     for path, (mean, variance) in growth.norms.items():
-        norms[path] = (scaled_rows(mean, factor), scaled_rows(variance, factor.square()))
+        norms[path] = (scaled_units(mean, factor), scaled_units(variance, factor.square()))
     if outgoing is not None:
-        columns = {path: scaled_columns(weight, outgoing) for path, weight in columns.items()}
+        columns = {path: scaled_units(weight, outgoing, 1) for path, weight in columns.items()}
     return replace(growth, incoming=incoming, incoming_bias=biases, norms=norms, outgoing=columns)
 
 
@@ -359,7 +355,7 @@ def at_old_scale(site: GrowthSite, growth: ChannelGrowth) -> ChannelGrowth:
         factor, each = factor * scale, scale.repeat_interleave(site.granularity)
         each = each if growth.norm_scale is None else each * growth.norm_scale
         changed = replace(changed, norm_scale=each.to(next(iter(growth.incoming.values()))))
-    return replace(changed, outgoing={p: scaled_columns(w, 1 / factor) for p, w in growth.outgoing.items()})
+    return replace(changed, outgoing={p: scaled_units(w, 1 / factor, 1) for p, w in growth.outgoing.items()})
 
 
 def _norms(site: GrowthSite, growth: ChannelGrowth) -> Float[Tensor, " units"]:

@@ -61,8 +61,7 @@ def test_within_a_percent_of_twenty_restarts() -> None:
         found = energy - float(solve(stats, "exact", channels=channels, signs=False).gains.sum())
         others = [
             bilinear_least_squares(
-                DenseMetric(stats.S_full, len(N)),
-                N,
+                [(DenseMetric(stats.S_full, len(N)), N)],
                 channels,
                 starts=[torch.randn(channels, len(N), generator=generator, dtype=N.dtype)],
                 random_starts=0,
