@@ -247,22 +247,21 @@ def _untrained(
 ) -> tuple[int, int]:
     """Layers whose new weights get no gradient in three training steps, and how often filters were drawn again.
 
-    The first step is at amplitude 0, where outgoing weights have gradients; in the second incoming ones have too, or in
-    the third where a norm whose scale begins at 0 keeps the outgoing ones at 0 for a step.
+    The first step is at amplitude 0, where outgoing weights have gradients, or in the second where a norm whose scale
+    begins at 0 keeps those of a whole branch; then incoming ones have too.
     """
-    redrawn = 0
+    redrawn, found = 0, 0
     sites = [site.of(model) for site in sites]
-    dead = _dead(model, sites, IN, example, optimizer)
-    while dead and redrawn < DRAWS:
-        redrawn += 1
-        for site in {id(site): site for site, _ in dead}.values():
-            _draw_again(site)
-        dead = _dead(model, sites, IN, example, optimizer)
-    late = _dead(model, sites, OUT, example, optimizer)
-    if late:
-        later = _dead(model, sites, OUT, example, optimizer)
-        late = [each for each in late if each in later]
-    return len(dead) + len(late), redrawn
+    _dead(model, sites, IN, example, optimizer)
+    for side in (IN, OUT):
+        dead = _dead(model, sites, side, example, optimizer)
+        while dead and redrawn < DRAWS:
+            redrawn += 1
+            for site in {id(site): site for site, _ in dead}.values():
+                _draw_again(site)
+            dead = _dead(model, sites, side, example, optimizer)
+        found += len(dead)
+    return found, redrawn
 
 
 def _dead(

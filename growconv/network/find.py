@@ -74,7 +74,7 @@ def find_sites(
         model: the raw model, on any device, in any mode.
         example_input: what its forward takes: a tensor, a tuple of arguments or a mapping of keyword arguments; a list
             of several such examples where different inputs call different layers. A batch of one is enough; where
-            training needs two, it is taken twice.
+            training needs two, it is taken twice, mirrored and halved the second time.
         modes: the modes in which it runs: "eval", "train" or both, which also finds heads used only in training.
         rehearse: False only follows the numbers at the current widths; the sites returned are presumed, not proved.
 
@@ -284,7 +284,10 @@ def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> li
 
 
 def _twice(leaf: object) -> object:
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
+    """A sample and another one: batch norms blow up the rounding errors by which two of the same differ."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.cat([leaf, leaf.flip(-1) / 2 if leaf.is_floating_point() else leaf])
 
 
 def _refuse_layers(model: nn.Module, numbers: Numbers, spaces: Sequence[Space]) -> None:
