@@ -13,7 +13,7 @@ CLASSIFIERS = (
     "alexnet", "vgg11_bn", "squeezenet1_0", "squeezenet1_1", "densenet121", "googlenet", "inception_v3",
     "resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small",
     "mobilenet_v3_large", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s",
-    "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny", "maxvit_t",
+    "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
 )  # fmt: skip
 SEGMENTERS = ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 TIMM = (
