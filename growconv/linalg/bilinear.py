@@ -136,14 +136,12 @@ class BilinearFit:
         rights: per term (k, b, c), the best partner of `left`.
         objective: Σ ⟨Θ, GΘ⟩ − 2⟨target, Θ⟩ reached, 0 for Θ = 0.
         history: the objective after each round of the winning descent, never rising.
-        converged: the last round's progress fell below the tolerance.
     """
 
     left: Tensor
     rights: tuple[Tensor, ...]
     objective: float
     history: tuple[float, ...]
-    converged: bool
 
 
 def bilinear_least_squares(
@@ -195,7 +193,7 @@ def bilinear_least_squares(
     stacked = torch.cat([target.flatten(1) for target in targets], 1)
     if rank == 0 or not bool((stacked != 0).any()):
         rights = tuple(target.new_zeros(0, *target.shape[1:]) for target in targets)
-        return BilinearFit(stacked.new_zeros(0, size), rights, 0.0, (0.0,), converged=True)
+        return BilinearFit(stacked.new_zeros(0, size), rights, 0.0, (0.0,))
     problem = _LeftProblem(forms, targets, whitening)
     rough = problem.rough()
     dear = rough is not problem
@@ -217,7 +215,7 @@ def bilinear_least_squares(
     rights = tuple(part.view_as(right) for part, right in zip(parts, rights, strict=True))
     reached = float(objective)
     history = (*(value for value in best.history if value > reached), reached)
-    return BilinearFit(left, rights, reached, history, best.converged)
+    return BilinearFit(left, rights, reached, history)
 
 
 def _check(targets: Sequence[Tensor], rank: int, starts: Sequence[Tensor]) -> None:

@@ -92,14 +92,14 @@ def whiten(gram: Float[Tensor, "a a"], rank_tolerance: float = RANK_TOLERANCE) -
     require_finite(gram=gram)
     size = gram.shape[0]
     gram = (gram + gram.mT).div_(2)
-    largest = _largest_eigenvalue(gram)
+    largest = _largest_growth(gram, 8)
     if largest <= 0.0:
         return Whitening(gram.new_zeros(size, 0), triangular=False, rank=0)
     jitter = 4 * torch.finfo(gram.dtype).eps * largest
     gram.diagonal().add_(jitter)  # in place: a copy of a large matrix costs as much as its factor
     factor, failed = torch.linalg.cholesky_ex(gram)
     gram.diagonal().sub_(jitter)
-    if not bool(failed) and _smallest_eigenvalue(factor) > rank_tolerance * largest:
+    if not bool(failed) and _largest_growth(factor, 4, inverse=True) * rank_tolerance * largest < 1:
         return Whitening(factor, triangular=True, rank=size)
     values, vectors = torch.linalg.eigh(gram.double())
     if float(values[0]) < -1e-3 * float(values[-1]):
@@ -120,26 +120,20 @@ def _probe(size: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(size, columns, generator=generator, dtype=torch.float64).to(like)
 
 
-def _largest_eigenvalue(gram: Tensor, iterations: int = 8) -> float:
-    """Power iteration with a few vectors: a lower bound, right to a few percent, which is all a threshold needs."""
-    vectors = _probe(gram.shape[0], min(4, gram.shape[0]), gram).mT.contiguous()  # rows: a fifth of the time of columns
+def _largest_growth(matrix: Tensor, iterations: int, inverse: bool = False) -> float:
+    """How much a Gram matrix, or the inverse of one given by its Cholesky factor, lengthens a vector at most.
+
+    By power iteration with a few vectors: a lower bound, right to a few percent, which is all a threshold needs.
+    """
+    vectors = _probe(len(matrix), min(4, len(matrix)), matrix).mT.contiguous()  # rows: a fifth of the time of columns
     size = 0.0
     for _ in range(iterations):
-        vectors = (vectors / vectors.norm(dim=1, keepdim=True)) @ gram
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        vectors = torch.cholesky_solve(vectors.mT, matrix).mT if inverse else vectors @ matrix
         size = float(vectors.norm(dim=1).max())
         if size == 0.0:
             break
     return size
-
-
-def _smallest_eigenvalue(factor: Tensor, iterations: int = 4) -> float:
-    """Inverse iteration with a Cholesky factor: an upper bound, right to a few percent."""
-    vectors = _probe(factor.shape[0], min(4, factor.shape[0]), factor)
-    size = 0.0
-    for _ in range(iterations):
-        vectors = torch.cholesky_solve(vectors / vectors.norm(dim=0), factor)
-        size = float(vectors.norm(dim=0).max())
-    return 1 / size if size > 0 else 0.0
 
 
 def solve_psd(
@@ -197,7 +191,7 @@ def _ridged_factor(gram: Tensor, unit: float, tolerance: float) -> tuple[Tensor,
     """Cholesky factor of G/unit + τ·1 and τ, in float32 where that is enough."""
     for dtype in (torch.float32, torch.float64):
         scaled = torch.div(gram, unit, out=torch.empty_like(gram, dtype=dtype))
-        ridge = tolerance * _largest_eigenvalue(scaled, iterations=3)
+        ridge = tolerance * _largest_growth(scaled, 3)
         scaled.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(scaled)
         if not bool(failed):

@@ -12,6 +12,7 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, So
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.rank import RankSite, find_rank_sites
 from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
+from growconv.statistics.consumer import ConsumerStatistics
 
 
 def net(dtype=torch.float64):
@@ -209,6 +210,9 @@ def test_impossible_rank_growth():
         grow_rank(model[0], 1)
     with pytest.raises(SolverError, match="another layer"):
         grow_rank(model[4], 1, statistics)
+    pair = ConsumerStatistics("2", 1, (8, 6, 3, 3), True, {}, 0.0)
+    with pytest.raises(StatisticsError, match="M and S2 were not collected"):
+        grow_rank(model[2], 1, pair)
     with pytest.raises(SiteError, match="rank"):
         RankSite(model, "0")
     with pytest.raises(SiteError, match="no such"):
