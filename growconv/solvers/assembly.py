@@ -293,8 +293,7 @@ def pulled_back(piece: KeptPass, read: Maps, outgoing: Mapping[str, Tensor]) -> 
     with torch.enable_grad():
         calls, layout = tree_flatten(read)
         leaves = [each.detach().requires_grad_() for each in calls]
-        pairs = piece.beside_v(piece.added(tree_unflatten(leaves, layout), outgoing))
-        total = torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
+        total = piece.agreement(piece.added(tree_unflatten(leaves, layout), outgoing))
         return tree_unflatten(torch.autograd.grad(total, leaves), layout)
 
 

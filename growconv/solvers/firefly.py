@@ -35,7 +35,7 @@ from growconv.solvers.weights import (
     scaled_units,
     silent_outgoing,
 )
-from growconv.statistics.samples import KeptPass, KeptSamples, Maps
+from growconv.statistics.samples import KeptSamples
 
 SAMPLES = 128
 """Of the kept samples at least this many take part in one gradient step."""
@@ -152,11 +152,6 @@ class Candidates:
         outgoing = {path: scaled_units(weight, factor, 1) for path, weight in self.outgoing.items()}
         return self.filters.at_norm(self.norm), outgoing
 
-    def decrease(self, piece: KeptPass, outgoing: dict[str, Tensor], read: Maps) -> Tensor:
-        """⟨v, δz⟩ on a piece of the samples."""
-        pairs = piece.beside_v(piece.added(read, outgoing))
-        return torch.stack([(delta * wanted).sum() for delta, wanted in pairs]).sum()
-
     def train(self, steps: int, learning_rate: float) -> None:
         """Step one: gradient ascent on the candidates' summed Taylor gains; they do not see each other."""
         free = [*self.filters.rows.values(), *self.outgoing.values()]
@@ -167,7 +162,7 @@ class Candidates:
                 part = parts[step % len(parts)]
                 for piece in part.passes:
                     filters, outgoing = self.weights()
-                    decrease = self.decrease(piece, outgoing, piece.read(*filters.weights))
+                    decrease = piece.agreement(piece.added(piece.read(*filters.weights), outgoing))
                     (-decrease / len(part)).backward(inputs=free)
                 optimizer.step()
 
@@ -181,7 +176,7 @@ class Candidates:
                 read = piece.read(*filters.weights)
             with torch.enable_grad():
                 scaled = {path: scaled_units(weight, strength, 1) for path, weight in outgoing.items()}
-                total += torch.autograd.grad(self.decrease(piece, scaled, read), strength)[0]
+                total += torch.autograd.grad(piece.agreement(piece.added(read, scaled)), strength)[0]
         return total.detach() / len(self.kept)
 
     @torch.no_grad()
@@ -198,9 +193,8 @@ class Candidates:
             decrease, energy = self.kept.like.new_zeros(2)
             for piece in self.kept.passes:
                 added = piece.added(piece.read(*filters.weights, Inserted(norms=measured)), outgoing)
-                for delta, wanted in piece.beside_v(added):
-                    decrease += (delta * wanted).sum()
-                    energy += delta.square().sum()
+                decrease += piece.agreement(added)
+                energy += sum(delta.square().sum() for calls in added.values() for delta in calls)
             scale = decrease / energy if strength is None else strength
             outgoing = {path: weight * scale.to(weight) for path, weight in outgoing.items()}
             expected = float(decrease * scale) / len(self.kept)

@@ -124,11 +124,10 @@ def splitting_matrices(kept: KeptSamples, smoothing: float) -> tuple[Product, Fl
     theta = old.matrix.requires_grad_()
 
     def objective() -> Tensor:
-        weights, total = old.from_matrix(theta).weights, []
+        weights, total = old.from_matrix(theta).weights, theta.new_zeros(())
         for each in kept.passes:
-            changes = each.added(each.read(*weights, inserted), columns)
-            total += [(change * v).sum() for change, v in each.beside_v(changes)]
-        return -torch.stack(total).sum() / len(kept)
+            total = total + each.agreement(each.added(each.read(*weights, inserted), columns))
+        return -total / len(kept)
 
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(objective(), theta, create_graph=True)

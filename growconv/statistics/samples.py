@@ -91,6 +91,10 @@ class KeptPass:
         for path, calls in changes.items():
             yield from zip(calls, self.v[path], strict=True)
 
+    def agreement(self, changes: Mapping[str, Calls]) -> Tensor:
+        """⟨v, δz⟩, summed over samples, consumers and calls."""
+        return torch.stack([(delta * wanted).sum() for delta, wanted in self.beside_v(changes)]).sum()
+
     def design(self, path: str, read: Calls) -> list[Tensor]:
         """What a consumer multiplies its new columns with, (d, p) for each of its groups, all calls side by side.
 
