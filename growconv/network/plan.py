@@ -20,7 +20,7 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import found_at, module_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
-from growconv.network.tensors import Change, Insertion
+from growconv.network.tensors import Change
 
 AGAIN = "solve again on statistics of the model as it is now"
 
@@ -46,6 +46,7 @@ class Plan:
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
+        path = path.rstrip(".")  # a bare tensor has no name of its own
         tensor = tensor_at(self.model, path)
         if id(tensor) not in self._of_tensor:
             self._of_tensor[id(tensor)] = Change(path, tensor)
@@ -56,17 +57,8 @@ class Plan:
         """The lengths of the axes of a site's layout, which nothing changes as long as the plan is being made."""
         return self._sizes.setdefault(id(site.layout), (site.layout, site.sizes))[1]
 
-    def insert(self, path: str, insertion: Insertion) -> None:
-        """Add an insertion, unless a shared tensor has it already."""
-        insertions = self.change(path).insertions
-        if insertion not in insertions:
-            insertions.append(insertion)
-
-    def add(self, path: str, parts: Sequence[layers.Part], added: Mapping[str, int]) -> None:
-        """Add new entries of one layer; `added` says per side how many more it has after all that is planned so far."""
-        adapter = layers.adapter(module_at(self.model, path))
-        for name, insertion in parts:
-            self.insert(f"{path}.{name}", insertion)
+    def lengthen(self, adapter: layers.Adapter, path: str, added: Mapping[str, int]) -> None:
+        """Let a layer follow its new or missing entries, of which `added` says how many more each side has."""
         for name, values in adapter.revised(lambda name: self.change(f"{path}.{name}")).items():
             self.change(f"{path}.{name}").revised = values
         all_added = self._added.setdefault(path, Counter())
@@ -166,18 +158,14 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     sizes = plan.sizes(site)
 
     for path, sides in _sides(site).items():
-        gone: dict[str, list[int]] = {}
+        adapter, gone = site.adapter(path), dict[str, int]()
         for side in sides:
             entries, per_unit = site.entries(path, side, sizes), site.layout.per_unit((path, side), site.space)
-            gone[side] = [entries[unit * per_unit + each] for unit in units for each in range(per_unit)]
-        if path in site.layout.dims:
-            plan.change(path).removed[site.layout.dims[path]] = tuple(sorted(gone[ENTRY]))
-            continue
-        adapter = layers.adapter(module_at(plan.model, path))
-        for side, entries in gone.items():
+            gone[side] = -len(units) * per_unit
+            own = [entries[unit * per_unit + each] for unit in units for each in range(per_unit)]
             for slot in adapter.slots(side):
-                plan.change(f"{path}.{slot.name}").removed[slot.axis] = slot.positions(entries, adapter.size(side))
-        plan.add(path, [], {side: -len(entries) for side, entries in gone.items()})
+                plan.change(f"{path}.{slot.name}").removed[slot.axis] = slot.positions(own, adapter.size(side))
+        plan.lengthen(adapter, path, gone)
     plan.follow(site, -len(units))
     return plan
 
@@ -211,16 +199,13 @@ def tied_weights(site: Site, shared: Mapping[str, Sequence[str]] | None = None) 
         return parts.setdefault(names[0], {each: set() for each in names})
 
     for path, sides in sorted(_sides(site).items(), key=lambda item: item[0] in site.layout.dims):  # bare ones last
-        if path in site.layout.dims:
-            own = parts_of(path)
-            where = f"{path} (used on its own)" if own.get(path) else path
-            own.setdefault(where, set()).add((ENTRY, site.layout.dims[path]))
-            continue
         for side in sides if concerned else ():
-            for slot in layers.adapter(module_at(site.model, path)).slots(side):
-                name = f"{path}.{slot.name}"
+            for slot in site.adapter(path).slots(side):
+                name = f"{path}.{slot.name}".rstrip(".")
                 if name in concerned:
-                    parts_of(name)[name].add((side, slot.axis))
+                    own = parts_of(name)
+                    where = f"{name} (used on its own)" if not slot.name and own.get(name) else name
+                    own.setdefault(where, set()).add((side, slot.axis))
     for own in parts.values():
         if any(part != next(iter(own.values())) for part in own.values()):
             return f"{' and '.join(own)} are one weight, but play different parts for these channels"
@@ -240,20 +225,15 @@ def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
     """New channels for every layer and bare tensor of a site."""
     sizes, units = plan.sizes(site), channels // site.granularity
     for path, sides in _sides(site).items():
-        places = {side: site.layout.places((path, side), site.space, units, sizes) for side in sides}
-        if path in site.layout.dims:
-            axis, own = site.layout.dims[path], values(path, ENTRY).get("")
-            for place in places[ENTRY]:
-                part = None if own is None else place.of(own).movedim(0, axis)
-                plan.insert(path, Insertion(axis, place.position, len(place.entries), part))
-            continue
-        adapter, parts = layers.adapter(module_at(plan.model, path)), list[layers.Part]()
-        if isinstance(adapter, layers.Weighted) and GROUP_OUT in sides:
-            parts += adapter.group_insertions(places[GROUP_IN], places[GROUP_OUT], values(path, GROUP_OUT))
-        else:
-            for side in sides:
-                parts += adapter.insertions(side, places[side], values(path, side))
-        plan.add(path, parts, {side: units * site.layout.per_unit((path, side), site.space) for side in sides})
+        adapter, layout = site.adapter(path), site.layout
+        places = {side: layout.places((path, side), site.space, units, sizes) for side in sides}
+        for side in sides:
+            listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
+            for name, insertion in adapter.insertions(side, places[side], values(path, listed), places[listed]):
+                insertions = plan.change(f"{path}.{name}").insertions
+                if insertion not in insertions:  # a shared tensor may have it already
+                    insertions.append(insertion)
+        plan.lengthen(adapter, path, {side: units * layout.per_unit((path, side), site.space) for side in sides})
     plan.follow(site, units)
 
 
@@ -270,11 +250,12 @@ class NewEntries:
         """By tensor name, for a path and side."""
         entries = self.site.layout.per_unit((path, side), self.site.space) * self.growth.channels
         entries //= self.site.granularity
-        if path in self.site.layout.dims:
-            return {"": self._bare(path, entries)}
-        if side == ENTRY:
-            return self._normalised(path, entries)
-        return {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried}[side](path, entries)
+        kinds = {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried, ENTRY: self._normalised}
+        found = (self._bare if path in self.site.layout.dims else kinds[side])(path, entries)
+        copied = self._copied(path, side) if side in (ENTRY, GROUP_OUT) else None
+        if copied is None:
+            return found
+        return {name: _mixed(copied, old, found.get(name)) for name, old in self.site.adapter(path).old(side).items()}
 
     def _produced(self, path: str, entries: int) -> dict[str, Tensor]:
         layer, growth, label = self.site.layer(path), self.growth, f"incoming weights of {path}"
@@ -301,42 +282,34 @@ class NewEntries:
                 raise SurgeryError("a variance is negative", where=path, expected="at least 0", got=got)
         if scale is not None:
             scale = self._per_entry(scale, entries, f"norm_scale for {path}")
-        fresh, old = norm.transparent(mean, variance, scale), self._copied(path, ENTRY)
-        if old is None:
-            return fresh
-        return {s.name: _mixed(old, tensor_at(norm.module, s.name), fresh.get(s.name)) for s in norm.slots(ENTRY)}
+        return norm.transparent(mean, variance, scale)
 
     def _carried(self, path: str, entries: int) -> dict[str, Tensor]:
-        layer = self.site.layer(path)
-        filters, old, bias = self.growth.carried.get(path), self._copied(path, GROUP_OUT), layer.bias()
+        layer, filters = self.site.layer(path), self.growth.carried.get(path)
         if filters is None:
             filters = layer.identity(entries)
         else:
             filters = self._fitted(filters, layer.shape(GROUP_OUT, entries), f"new filters of {path}")
-        if old is None:
-            return {"weight": filters}
-        copies = {"weight": _mixed(old, layer.filters(), filters)}
-        return copies if bias is None else copies | {"bias": _mixed(old, bias, torch.zeros_like(bias[:1]))}
+        return {"weight": filters, "bias": filters.new_zeros(entries)}
 
-    def _bare(self, path: str, entries: int) -> Tensor:
+    def _bare(self, path: str, entries: int) -> dict[str, Tensor]:
         """New entries of a bare tensor, its channel axis in front."""
         site, growth = self.site, self.growth
         tensor = tensor_at(site.model, path).detach()
         front = tensor.movedim(site.layout.dims[path], 0)
         shape = (entries, *front.shape[1:])
-        old = self._copied(path, ENTRY)
-        if old is not None:
-            return _mixed(old, front, front[site.entries(path, ENTRY)].mean(0, keepdim=True))
         if path in site.producers:
-            return self._fitted(_padded(growth.incoming[path], shape), shape, f"incoming entries of {path}")
-        if path in site.consumers:
+            found = self._fitted(_padded(growth.incoming[path], shape), shape, f"incoming entries of {path}")
+        elif path in site.consumers:
             given = _padded(growth.outgoing[path].movedim(1, 0), shape)
-            return self._fitted(given, shape, f"outgoing entries of {path}") * self.amplitude
-        if path in growth.entries:
-            return self._fitted(growth.entries[path], shape, f"new entries of {path}")
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            return front[-1:].expand(shape)
-        return front[site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
+            found = self._fitted(given, shape, f"outgoing entries of {path}") * self.amplitude
+        elif path in growth.entries:
+            found = self._fitted(growth.entries[path], shape, f"new entries of {path}")
+        elif not tensor.is_floating_point() and not tensor.is_complex():
+            found = front[-1:].expand(shape)
+        else:
+            found = front[site.entries(path, ENTRY)].mean(0, keepdim=True).expand(shape)
+        return {"": found}
 
     def _per_entry(self, value: Tensor, entries: int, label: str) -> Tensor:
         """A value a channel, or one an entry, as one an entry."""
@@ -497,12 +470,11 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
     require_finite(replacement, label, site)
     if replacement.dim() != tensor.dim():
         raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
-    keys: dict[int, tuple[Key, int]] = {site.layout.dims.get(path, -1): ((path, ENTRY), 1)}
-    for side in (OUT, IN, ENTRY, GROUP_OUT, GROUP_IN):
-        if (owner, side) in site.layout.axes and layers.has_side(module, side):
-            for slot in layers.adapter(module).slots(side):
-                if slot.name == name:
-                    keys.setdefault(slot.axis, ((owner, side), slot.groups))
+    keys: dict[int, tuple[Key, int]] = {}
+    for at, side in site.layout.axes:
+        for slot in site.adapter(at).slots(side) if at in (owner, path) and side != FILL else ():
+            if f"{at}.{slot.name}".rstrip(".") == path:
+                keys[slot.axis] = (at, side), slot.groups
     result, where = tensor.detach().clone(), []
     for axis, length in enumerate(replacement.shape):
         at = list(range(length))

@@ -115,6 +115,12 @@ class Site(ABC):
         """What knows a convolution or linear layer of the site's model."""
         return layers.weighted(module_at(self.model, path))
 
+    def adapter(self, path: str) -> layers.Adapter:
+        """What knows a layer or bare tensor of the site's model."""
+        if path in self.layout.dims:
+            return layers.Bare(cast(Tensor, attribute(self.model, path)), self.layout.dims[path])
+        return layers.adapter(module_at(self.model, path))
+
     def ratio(self, path: str, side: str = IN) -> Fraction:
         """Entries of one channel along an axis of a layer: H·W behind a flattened (K, H, W) map, mostly 1."""
         return self.layout.ratio((path, side), self.space)

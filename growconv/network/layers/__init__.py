@@ -11,13 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from growconv.errors import SiteError
-from growconv.network.layers.base import Adapter, Part, Slot, stored
+from growconv.network.layers.base import Adapter, Bare, stored
 from growconv.network.layers.norms import GroupNorm, Norm, PReLU
 from growconv.network.layers.weighted import Convolution, Factorized, Rank, TransposedConvolution, Weighted
 from growconv.network.layout import IN, OUT
 
 __all__ = [
-    "Adapter", "Norm", "Part", "Slot", "Weighted", "adapter", "channel_axis", "described", "groups_of",
+    "Adapter", "Bare", "Norm", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
     "norm", "pretended", "ranks", "scale_of", "size", "stored", "weighted",
 ]  # fmt: skip

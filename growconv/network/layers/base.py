@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
-from growconv.network.layout import Place
+from growconv.network.layout import ENTRY, Place
 from growconv.network.tensors import Change, Insertion
 
 Part = tuple[str, Insertion]
@@ -25,6 +25,20 @@ class Slot:
     name: str
     axis: int
     groups: int = 1
+
+    def stretches(self, places: Sequence[Place], size: int) -> list[tuple[int, int]]:
+        """Where new entries of a side of this size come along the axis: before which old entry, and how many."""
+        one, found = size // self.groups, [list[tuple[int, int]]() for _ in range(self.groups)]
+        for place in places:
+            group = (place.position - 1) // one if self.groups > 1 else 0  # they come behind their group's old ones
+            found[group].append((place.position - group * one, len(place.entries)))
+        if any(own != found[0] for own in found):
+            raise SurgeryError(
+                "every group of a grouped convolution has to get the same number of new channels",
+                expected=f"equal shares for {self.groups} groups",
+                got={place.position: len(place.entries) for place in places},
+            )
+        return found[0]
 
     def positions(self, entries: Sequence[int], size: int) -> tuple[int, ...]:
         """Where entries of a side of this size lie along the axis; SurgeryError if not every group has the same."""
@@ -64,18 +78,44 @@ class Adapter(ABC):
         """The stored tensors with entries for the channels of a side."""
 
     @abstractmethod
+    def old(self, side: str) -> dict[str, Tensor]:
+        """What it has for the channels of a side, as `insertions` takes it: per tensor the entries along axis 0."""
+
+    @abstractmethod
     def channel_axis(self, ndim: int) -> int:
         """The channel axis of an input or output with so many axes."""
 
     @abstractmethod
-    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
+    def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
+        """New entries of a stored tensor in the order in which they lie along its axis, or one for all; None: zeros.
+
+        Args:
+            slot: the tensor, one of the side's.
+            side: the side that they come along.
+            order: which of the new entries in `values` comes first, second, ... along the side.
+            values: per tensor the entries of the new channels, channel by channel.
+        """
+
+    def insertions(
+        self, side: str, places: Sequence[Place], values: Mapping[str, Tensor], listed: Sequence[Place] | None = None
+    ) -> list[Part]:
         """New entries of every stored tensor along a side.
 
         Args:
             side: one of the layer's.
             places: where they come along it.
             values: per tensor the entries of the new channels, channel by channel; zeros for those missing.
+            listed: where they come along the side whose entries `values` has; None: along this one.
         """
+        parts, order = list[Part](), [entry for place in (listed or places) for entry in place.entries]
+        for slot in self.slots(side):
+            stretches, start = slot.stretches(places, self.size(side)), 0
+            new = self.entries(slot, side, order, values)
+            for position, count in stretches:
+                own = new if new is None or new.shape[slot.axis] == 1 else new.narrow(slot.axis, start, count)
+                parts.append((slot.name, Insertion(slot.axis, position, count, own)))
+                start += count
+        return parts
 
     @abstractmethod
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
@@ -105,6 +145,45 @@ class Adapter(ABC):
             if hasattr(parameter, "device_mesh"):
                 return f"{name} is sharded over devices"
         return None
+
+
+class Bare(Adapter):
+    """A parameter or buffer outside of layers.
+
+    Args:
+        tensor: as it is now.
+        dim: along which of its dimensions the entries for the channels lie.
+    """
+
+    sides = (ENTRY,)
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self.tensor, self.dim = tensor, dim
+
+    def size(self, side: str) -> int:
+        """Its length."""
+        return self.tensor.shape[self.dim]
+
+    def slots(self, side: str) -> list[Slot]:
+        """The tensor itself, under no name."""
+        return [Slot("", self.dim)]
+
+    def old(self, side: str) -> dict[str, Tensor]:
+        """The tensor itself."""
+        return {"": self.tensor.detach().movedim(self.dim, 0)}
+
+    def channel_axis(self, ndim: int) -> int:
+        """The dimension."""
+        return self.dim
+
+    def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
+        """Those given, with the channel axis in front."""
+        own = values.get("")
+        return None if own is None else own[list(order)].movedim(0, self.dim)
+
+    def counts(self, added: Mapping[str, int]) -> dict[str, int]:
+        """None."""
+        return {}
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:

@@ -5,8 +5,8 @@ length and a direction of their own. New entries inside the slices make them lon
 entries of w stay as they are.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from growconv.network.layers.base import Part
 from growconv.network.tensors import Change, without
 
 
@@ -48,27 +47,15 @@ class NormalizedWeight:
         """The stored tensors that are as long as an axis of the weight."""
         return [self.direction, self.length] if axis == self.dim else [self.direction]
 
-    def parts(self, parts: Sequence[Part]) -> list[Part]:
-        """New entries of the stored tensors instead of those of the weight."""
-        found: list[Part] = []
-        for name, each in parts:
-            if name != "weight":
-                found.append((name, each))
-            elif each.values is None:
-                found += [(name, each) for name in self.names(each.axis)]
-            elif each.axis == self.dim:
-                values = each.values.to(self._g())
-                length = _norms(values, self.dim)
-                direction = torch.where(length > 0, values, torch.ones_like(values))  # zeros have no direction: v/‖v‖
-                found += [
-                    (self.direction, replace(each, values=direction)),
-                    (self.length, replace(each, values=length)),
-                ]
-            else:
-                g, v = self._g().detach(), self._v().detach()
-                scale = torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
-                found.append((self.direction, replace(each, values=each.values.to(g) * scale)))
-        return found
+    def entries(self, name: str, axis: int, values: Tensor) -> Tensor:
+        """New entries of a stored tensor, from those of the weight along an axis."""
+        g, v = self._g().detach(), self._v().detach()
+        if axis != self.dim:
+            return values.to(g) * torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
+        length = _norms(values.to(g), self.dim)
+        if name == self.length:
+            return length
+        return torch.where(length > 0, values.to(g), torch.ones_like(length))  # zeros have no direction: v/‖v‖
 
     def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Lengths of the old slices that leave the old entries of the weight alone; no direction where it was zero."""

@@ -8,9 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from growconv.errors import SurgeryError
-from growconv.network.layers.base import Adapter, Part, Slot, stored
-from growconv.network.layout import ENTRY, Place
-from growconv.network.tensors import Insertion
+from growconv.network.layers.base import Adapter, Slot, stored
+from growconv.network.layout import ENTRY
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -29,7 +28,12 @@ class Norm(Adapter):
 
     def slots(self, side: str) -> list[Slot]:
         """Weight, bias and running statistics, as far as it has them."""
-        return [Slot(name, 0) for name in TENSORS if stored(self.module, name) is not None]
+        return [Slot(name, 0) for name in self.old(side)]
+
+    def old(self, side: str) -> dict[str, Tensor]:
+        """Its tensors."""
+        found = {name: stored(self.module, name) for name in TENSORS}
+        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
     def channel_axis(self, ndim: int) -> int:
         """Axis 1; 0 for an instance norm that is given no sample axis."""
@@ -41,15 +45,10 @@ class Norm(Adapter):
         """Entries that are normalised together with others."""
         return []
 
-    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
-        """New entries of every tensor; `values` per tensor (entries,)."""
-        parts = []
-        for slot in self.slots(side):
-            given = values.get(slot.name)
-            for place in places:
-                own = None if given is None else place.of(given)
-                parts.append((slot.name, Insertion(0, place.position, len(place.entries), own)))
-        return parts
+    def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
+        """Those given for the tensor, (entries,)."""
+        given = values.get(slot.name)
+        return None if given is None else given[list(order)]
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """The number of channels."""
@@ -86,8 +85,8 @@ class Norm(Adapter):
 
     def copied(self, x: Tensor, index: Tensor) -> Tensor:
         """What the layer does to new channels that copy old entries, (entries,), with its running statistics."""
-        own = (stored(self.module, name) for name in TENSORS)
-        return self._applied(x, [None if each is None else each.detach()[index].to(x) for each in own])
+        own = self.old(ENTRY)
+        return self._applied(x, [own[name][index].to(x) if name in own else None for name in TENSORS])
 
     def _applied(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         """The layer with other TENSORS; without a mean, the batch's own."""

@@ -9,7 +9,7 @@ stored lists all channels of one side, group after group, and the other has thos
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
@@ -25,10 +25,10 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.tucker import TuckerConv
 from growconv.convolution.unfold import convolve
 from growconv.errors import SurgeryError
-from growconv.network.layers.base import Adapter, Part, Slot, stored
+from growconv.network.layers.base import Adapter, Slot, stored
 from growconv.network.layers.normalized import NormalizedWeight, normalized_weight, problem
-from growconv.network.layout import GROUP_IN, GROUP_OUT, IN, OUT, Place
-from growconv.network.tensors import Change, Insertion
+from growconv.network.layout import GROUP_IN, GROUP_OUT, IN, OUT
+from growconv.network.tensors import Change
 
 
 class Weighted(Adapter):
@@ -122,9 +122,11 @@ class Weighted(Adapter):
         turned, (per_output, per_weight) = self.as_stored(weight, groups), self._beside
         parameters = {**self.module._parameters, "weight": turned, "bias": bias}
         for name, tensor in per_output.items():
-            parameters[name] = _widened(tensor, len(weight))
+            mean = tensor.mean(0, keepdim=True).expand(len(weight), *tensor.shape[1:])
+            parameters[name] = mean if len(weight) < len(tensor) else torch.cat([tensor, mean[len(tensor) :]])
         for name, tensor in per_weight.items():
-            parameters[name] = tensor if tensor.shape == turned.shape else _spread(tensor, turned.shape)
+            mean = tensor.mean((0, 1), keepdim=True)
+            parameters[name] = tensor if tensor.shape == turned.shape else mean.expand(turned.shape)
         twin.__dict__["_parameters"] = parameters
         twin.__dict__.update(zip(self.names, (weight.shape[0], weight.shape[1] * groups), strict=True))
         if groups != self.groups:
@@ -178,6 +180,11 @@ class Weighted(Adapter):
         weights = [Slot(name, axis, groups) for name in (*names, *self._beside[1])]
         return weights if side in (IN, GROUP_IN) else [*weights, *own]
 
+    def old(self, side: str) -> dict[str, Tensor]:
+        """Filters and bias of outputs."""
+        bias = self.bias()
+        return {"weight": self.filters().detach()} | ({} if bias is None else {"bias": bias.detach()})
+
     @cached_property
     def _beside(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a subclass stores beside weight and bias, by name.
@@ -207,79 +214,30 @@ class Weighted(Adapter):
         strange = [name for name, tensor in tensors if name not in known and tensor.numel() > 1]
         return f"nobody knows which channels its {strange[0]} belongs to" if strange else None
 
-    def insertions(self, side: str, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
-        """New entries along outputs or inputs.
+    def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
+        """New entries of the weight, the bias, and whatever else a subclass has: of that the mean of the old ones.
 
         Args:
-            side: OUT or IN.
-            places: where they come, along all channels of that side; inside every group for a grouped convolution.
+            slot: the tensor.
+            side: OUT or IN, where every group gets channels, or GROUP_IN or GROUP_OUT for whole groups.
+            order: of the entries in `values`, those of a group one after the other; for whole groups along the outputs.
             values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
         """
-        listed, weight, parts = self._listed(side), values.get("weight"), list[Part]()
-        size, rows = self.size(side) // self.groups, self.size(OUT) // self.groups
-        groups = [(place.position - 1) // size for place in places]  # new entries come behind their group's old ones
-        shares: dict[int, list[tuple[int, int, Tensor | None]]] = {}  # group, entries and weights, by stored position
-        for group, place in zip(groups, places, strict=True):
-            new = None
-            if weight is not None and side == IN:  # columns of its own group, for the outputs that read it
-                own = [each.entries for owner, each in zip(groups, places, strict=True) if owner == group]
-                column = {entry: index for index, entry in enumerate(sorted(chain(*own)))}
-                new = weight[group * rows : (group + 1) * rows, [column[entry] for entry in place.entries]]
-            elif weight is not None:
-                new = place.of(weight)
-            new = new.transpose(0, 1) if new is not None and self.transposed else new
-            position = place.position if listed else place.position - group * size
-            shares.setdefault(position, []).append((group, len(place.entries), new))
-        for position, share in shares.items():
-            owners, counts, blocks = zip(*share, strict=True)
-            if not listed and (owners != tuple(range(self.groups)) or len(set(counts)) > 1):
-                raise SurgeryError(
-                    "every group of a grouped convolution has to get the same number of new channels",
-                    expected=f"equal shares for {self.groups} groups",
-                    got={place.position: len(place.entries) for place in places},
-                )
-            new = None if weight is None else torch.cat(blocks)
-            parts.append(("weight", Insertion(0 if listed else 1, position, counts[0], new)))
-        return self._stored_parts(parts) + (self._per_output(places, values) if side == OUT else [])
-
-    def group_insertions(
-        self, places_in: Sequence[Place], places_out: Sequence[Place], values: Mapping[str, Tensor]
-    ) -> list[Part]:
-        """New entries of a grouped convolution that gets whole groups.
-
-        Args:
-            places_in: where the new channels come along the inputs.
-            places_out: where they come along the outputs.
-            values: "weight": filters (entries, in/groups, *kernel) of the new groups, channel by channel along the
-                outputs; "bias" (entries,).
-        """
-        inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
-        for size, places in ((inputs, places_in), (outputs, places_out)):
-            if any(place.position % size or len(place.entries) % size for place in places):
-                expected = f"multiples of {size}"
-                raise SurgeryError("groups come as a whole, between others", expected=expected, got=places)
-        if not self.transposed:
-            return self.insertions(OUT, places_out, values)
-        weight, parts = values.get("weight"), list[Part]()
-        written = [entry for place in places_out for entry in place.entries]
-        for place in places_in:
-            count = len(place.entries) // inputs
-            own, written = written[: count * outputs], written[count * outputs :]
-            rows = None if weight is None else self.as_stored(weight[own], count)
-            parts.append(("weight", Insertion(0, place.position, len(place.entries), rows)))
-        return self._stored_parts(parts) + self._per_output(places_out, values)
-
-    def _stored_parts(self, parts: list[Part]) -> list[Part]:
-        """New entries of the weight as the layer stores them; tensors with an entry for each weight get their mean."""
-        if self._normalized is not None:
-            return self._normalized.parts(parts)
-        beside = []
-        for name, tensor in self._beside[1].items():
-            for _, each in parts:
-                shape = list(tensor.shape)
-                shape[each.axis] = each.count
-                beside.append((name, replace(each, values=_spread(tensor.detach(), shape))))
-        return parts + beside
+        for beside, axes in zip(self._beside, ((0,), (0, 1)), strict=True):
+            if slot.name in beside:
+                return beside[slot.name].detach().mean(axes, keepdim=True)
+        given = values.get("bias" if slot.name == "bias" else "weight")
+        if given is None or slot.name == "bias":
+            return None if given is None else given[list(order)]
+        groups = self.groups
+        if side == IN:  # every group of outputs has the columns of its own inputs
+            places = torch.tensor(order).view(groups, -1).argsort(1).argsort(1)
+            filters = torch.cat([rows[:, own] for rows, own in zip(given.chunk(groups), places, strict=True)])
+        else:
+            filters = given[list(order)]
+            groups = groups if side == OUT else len(order) * groups // self.size(OUT)
+        new = self.as_stored(filters, groups)
+        return new if self._normalized is None else self._normalized.entries(slot.name, slot.axis, new)
 
     def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Lengths of weight-normalized filters that got longer or shorter."""
@@ -292,25 +250,14 @@ class Weighted(Adapter):
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """Numbers of channels, and of groups where whole groups come or go."""
-        found = {}
+        found, whole = {}, self.size(IN) // self.groups
+        if added.get(GROUP_IN, 0) % whole:
+            raise SurgeryError("groups come as a whole", expected=f"multiples of {whole}", got=added[GROUP_IN])
         for side, more in added.items():
             found[self.names[side in (IN, GROUP_IN)]] = self.size(side) + more
         if added.get(GROUP_IN):
-            found["groups"] = self.groups + added[GROUP_IN] * self.groups // self.size(IN)
+            found["groups"] = self.groups + added[GROUP_IN] // whole
         return found
-
-    def _per_output(self, places: Sequence[Place], values: Mapping[str, Tensor]) -> list[Part]:
-        """New entries of the bias, and of whatever else a subclass has for each output: the mean of the old ones."""
-        parts = []
-        for place in places:
-            count, own = len(place.entries), values.get("bias")
-            insertion = Insertion(0, place.position, count, None if own is None else place.of(own))
-            if self.bias() is not None:
-                parts.append(("bias", insertion))
-            for name, tensor in self._beside[0].items():
-                new = _widened(tensor.detach(), len(tensor) + count)[len(tensor) :]
-                parts.append((name, replace(insertion, values=new)))
-        return parts
 
 
 class Convolution(Weighted):
@@ -392,14 +339,3 @@ class Factorized(Weighted):
     def problem(self) -> str:
         """Why it gets no channels."""
         return "its kernel is stored as factors, which grow in rank (growconv.find_rank_sites) and not in channels"
-
-
-def _spread(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor with an entry for each weight, for other numbers of channels: everywhere the mean at each tap."""
-    return tensor.mean((0, 1), keepdim=True).expand(shape)
-
-
-def _widened(tensor: Tensor, rows: int) -> Tensor:
-    """A tensor with one entry for each output, for another number of outputs: further ones have the mean."""
-    mean = tensor.mean(0, keepdim=True).expand(rows, *tensor.shape[1:])
-    return mean if rows < len(tensor) else torch.cat([tensor, mean[len(tensor) :]])

@@ -51,10 +51,17 @@ def example(module: nn.Module, channels: int) -> Tensor:
 def enlarged(module: nn.Module, parts: list, added: dict[str, int]) -> nn.Module:
     """A copy of a layer with new entries."""
     model = nn.ModuleDict({"layer": copy.deepcopy(module) if "weight" in module._parameters else module})
-    plan = Plan(model)
-    plan.add("layer", parts, added)
-    exchange(model, plan.changes, plan.attributes, ())
+    exchange(model, (plan := planned(model, parts, added)).changes, plan.attributes, ())
     return model["layer"]
+
+
+def planned(model: nn.ModuleDict, parts: list, added: dict[str, int]) -> Plan:
+    """What new entries of a layer change."""
+    plan = Plan(model)
+    for name, insertion in parts:
+        plan.change(f"layer.{name}").insertions.append(insertion)
+    plan.lengthen(layers.adapter(model["layer"]), "layer", added)
+    return plan
 
 
 def shares(groups: int, size: int, units: int) -> list[Place]:
@@ -96,8 +103,7 @@ def test_new_inputs_add_what_their_columns_compute(module: nn.Module, units: int
     added = layer.apply(more.unflatten(1, (units, groups)).transpose(1, 2).flatten(1, 2), columns, None)
     parts = layer.insertions(IN, shares(groups, inputs // groups, units), {"weight": columns})
     model = nn.ModuleDict({"layer": module})
-    plan = Plan(model)
-    plan.add("layer", parts, {IN: units * groups})
+    plan = planned(model, parts, {IN: units * groups})
     both = layer.revised(lambda name: plan.change(f"layer.{name}"))
     assert {change.path for change in plan.changes if change.revised is not None} == {f"layer.{name}" for name in both}
     exchange(model, plan.changes, plan.attributes, ())
@@ -120,7 +126,8 @@ def test_new_groups_stand_beside_the_old_ones(
     places_in = [Place(inputs * groups, tuple(range(inputs * units)))]
     places_out = [Place(outputs * groups, tuple(range(outputs * units)))]
     alone = layer.apply(new, filters, None, groups=units)
-    parts = layer.group_insertions(places_in, places_out, {"weight": filters})
+    parts = layer.insertions(GROUP_IN, places_in, {"weight": filters}, places_out)
+    parts += layer.insertions(GROUP_OUT, places_out, {"weight": filters})
     grown = enlarged(module, parts, {GROUP_IN: inputs * units, GROUP_OUT: outputs * units})
     both = torch.cat([expected, alone], 1)
     torch.testing.assert_close(grown(torch.cat([old, new], 1)), both, rtol=1e-9, atol=1e-9)
@@ -161,7 +168,7 @@ def test_masks_of_weights_stay_what_they_are_at_every_tap() -> None:
     for side, new in ((OUT, (2, 3, 3)), (IN, (4, 2, 3))):
         parts = layers.weighted(module).insertions(side, [Place(3, (0, 1))], {"weight": torch.randn(new)})
         (values,) = (each.values for name, each in parts if name == "mask")
-        torch.testing.assert_close(values, module.mask[:1, :1].expand(new))
+        torch.testing.assert_close(values.expand(new), module.mask[:1, :1].expand(new))
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
@@ -169,7 +176,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SurgeryError, match="every group"):
         layer.insertions(IN, [Place(4, (0,))], {})
     with pytest.raises(SurgeryError, match="groups come as a whole"):
-        layer.group_insertions([Place(3, (0, 1))], [Place(4, (0, 1))], {})
+        layer.counts({GROUP_IN: 3, GROUP_OUT: 2})
     with pytest.raises(SurgeryError, match="lose the same"):
         layer.slots(IN)[0].positions([0], 4)
     with pytest.raises(SurgeryError, match="whole groups"):
