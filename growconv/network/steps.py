@@ -14,6 +14,7 @@ from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten
 from growconv.network.seats import Region, region_of
 from growconv.network.site import GrowthSite, sizes_of
 from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
+from growconv.network.tape import Step as Recorded
 
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
@@ -114,13 +115,16 @@ def _at_zero(region: Region) -> dict[str, float | bool]:
     return {"dead_at_zero": not moved[0], "dead_above_zero": not moved[1], "at_zero": strongest}
 
 
+Way = tuple[tuple[Step, ...], str | None, str | None]
+"""The steps in front of a value, the producer that they start from, and what keeps them from being a chain."""
+
+
 def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
     """The routes of one site on a recording."""
-    walker = _Walker(tape, site)
-    found: dict[tuple[str, str], Route] = {}
+    ways, found = _ways(tape, site), dict[tuple[str, str], Route]()
     for consumer in site.consumers:
         for call in tape.calls[consumer]:
-            for steps, producer, problem in walker.back(call.inputs[0]):
+            for steps, producer, problem in ways.get(call.inputs[0]) or [_beginning(tape, call.inputs[0])]:
                 for path in site.producers if producer is None else (producer,):
                     route = Route(path, consumer, steps, problem)
                     known = found.setdefault((path, consumer), route)
@@ -130,142 +134,112 @@ def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
     return tuple(found.values())
 
 
-Branch = tuple[tuple[Step, ...], str | None, str | None]
-"""Steps in front of a value, the producer that they start from, and what keeps them from being a chain."""
+def _beginning(tape: Tape, value: int) -> Way:
+    return (), None, f"{tape.values[value].source} makes channels of its own"
 
 
-class _Walker:
-    """Goes back from a consumer's input to the producers that it comes from."""
-
-    def __init__(self, tape: Tape, site: GrowthSite) -> None:
-        self.tape = tape
-        self.site = site
-        self.hot, self.made = hot_values(tape, site)
-        self.maker = tape.makers
-        self.known: dict[int, list[Branch]] = {}
-
-    def back(self, value: int) -> list[Branch]:
-        """What leads to a value: one branch, or those of all that sums on the way add up."""
-        start = value
-        if start not in self.known:
-            steps: list[Step] = []
-            while value not in self.made:
-                before = self._step(value, steps)
-                if isinstance(before, str):
-                    self.known[start] = [(tuple(reversed(steps)), None, before)]
-                    break
-                if isinstance(before, list):
-                    own = tuple(reversed(steps))
-                    branches = [branch for each in before for branch in self.back(each)]
-                    self.known[start] = _told_apart([((*first, *own), path, why) for first, path, why in branches])
-                    break
-                value = before
-            else:
-                producer: str = self.maker[value].path  # pyright: ignore[reportAttributeAccessIssue]
-                self.known[start] = [(tuple(reversed(steps)), producer, None)]
-        return self.known[start]
-
-    def _step(self, value: int, steps: list[Step]) -> int | list[int] | str:
-        """The value before one, or those that it is the sum of, or what keeps it from having one; adds the steps."""
-        maker = self.maker.get(value)
-        if maker is None:
-            return f"{self.tape.values[value].source} makes channels of its own"
-        if isinstance(maker, Rewritten):
-            steps.append(Other("a write in place"))
-        elif isinstance(maker, LayerCall):
-            steps += self._layer(maker)
-        sources = list(dict.fromkeys(number for number in maker.inputs if number in self.hot))
-        if not sources:
-            return "a tensor that is written to makes channels of its own"
-        if len(sources) == 1:
-            if not isinstance(maker, Operation):
-                return sources[0]
-            found, before = self._operation(maker, sources[0], value)
-            steps += found
-            return before
-        start = self._composite(value)
-        if start is not None:
-            steps.append(Activation(f"composite {maker.name.rstrip('_')}" if isinstance(maker, Operation) else ""))
-            return start
-        if isinstance(maker, Operation) and self._sums(maker, value, sources):
-            return sources
-        return f"{maker.name if isinstance(maker, Operation) else 'a write in place'} joins several producers"
-
-    def _sums(self, maker: Operation, value: int, sources: Sequence[int]) -> bool:
-        """Whether an operation adds values of one shape up as they are."""
-        shapes = {self.tape.values[number].tensor.shape for number in (*sources, value)}
-        return maker.name.rstrip("_") == "add" and maker.kwargs.get("alpha", 1) == 1 and len(shapes) == 1
-
-    def _composite(self, value: int) -> int | None:
-        """The single value from which an elementwise expression such as x·sigmoid(x) is computed, or None."""
-        frontier = {value}
-        while True:
-            latest = max(frontier)
-            maker = self.maker.get(latest)
-            if latest in self.made or not isinstance(maker, Operation) or not operations.is_pointwise(maker.func):
-                return None
-            frontier.remove(latest)
-            frontier |= {number for number in maker.inputs if number in self.hot}
-            if any(self.tape.values[number].source is not None for number in frontier):
-                return None
-            if len(frontier) == 1:
-                return next(iter(frontier))
-
-    def _layer(self, call: LayerCall) -> list[Step]:
-        module = self.site.model.get_submodule(call.path)
-        if layers.is_weighted(module):
-            if layers.is_transposed(module):
-                return [Other(type(module).__name__)]
-            return [Depthwise(call.path, Geometry.of(module))]
-        if not layers.norm(module).normalises:
-            return [Activation("prelu", call.path, homogeneous=True, alone=True)]
-        return [Norm(call.path)]
-
-    def _operation(self, step: Operation, source: int, value: int) -> tuple[list[Step], int]:
-        """What an operation with one hot value is, and the value in front of it."""
-        before, after = self.tape.values[source].tensor, self.tape.values[value].tensor
-        name = step.name.rstrip("_")
-        if name in _NOTHING and before.shape == after.shape:
-            return [], source
-        if name == "as_strided" and torch.equal(before, after):  # pooling to one location, in another memory format
-            return [], source
-        if operations.is_pointwise(step.func) and before.shape == after.shape:
-            others = [self.tape.values[number].tensor for number in step.inputs if number != source]
-            if any(tensor.numel() > 1 for tensor in others):
-                return [Other(name)], source
-            alone = step.module and not list(self.site.model.get_submodule(step.module).children())
-            path = step.module if alone else None
-            return [Activation(name, path, name in _HOMOGENEOUS, alone=all(each.dim() == 0 for each in others))], source
-        if name == "squeeze":
-            inner = self._one_axis_pool(source)
-            if inner is not None:
-                return inner
-        if name in _VIEWS:
-            return _view(name, before, after), source
-        if name == "cat" and after.dim() > 1:
-            axis = step.args[1] if len(step.args) > 1 else 0
-            return [] if axis in (1, 1 - after.dim()) else [Other(name)], source
-        return pooling(step, before, after) or [Other(name)], source
-
-    def _one_axis_pool(self, value: int) -> tuple[list[Step], int] | None:
-        """A pooling of one axis, which torch runs as one of two: unsqueeze, pooling, squeeze."""
-        pool = self.maker.get(value)
-        if not isinstance(pool, Operation) or len(pool.inputs) != 1:
-            return None
-        start = self.maker.get(pool.inputs[0])
-        if not isinstance(start, Operation) or start.name != "unsqueeze" or start.inputs[0] not in self.hot:
-            return None
-        before, after = (self.tape.values[number].tensor for number in (pool.inputs[0], value))
-        found = pooling(pool, before, after)
-        if found is None or len(found) != 1 or before.dim() != 4:
-            return None
-        return [_one_axis(found[0])], start.inputs[0]
+def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
+    """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up."""
+    hot, made = hot_values(tape, site)
+    ways: dict[int, list[Way]] = {}
+    alike: dict[int, list[int]] = {}  # per value those from which alone it is computed entry by entry, nearest first
+    for step in tape.steps:
+        sources = list(dict.fromkeys(number for number in step.inputs if number in hot))
+        pointwise = isinstance(step, Operation) and operations.is_pointwise(step.func)
+        for value in step.outputs:
+            if value in made:
+                ways[value] = [((), step.path, None)]  # pyright: ignore[reportAttributeAccessIssue]
+            if value in made or value not in hot:
+                continue
+            for number in sources:
+                ways.setdefault(number, [_beginning(tape, number)])
+            lines = [alike.get(each, [] if tape.values[each].source else [each]) for each in sources]
+            common = [each for each in lines[0] if all(each in line for line in lines)] if sources and pointwise else []
+            alike[value] = [value, *common]
+            before, steps, problem = sources, (), None
+            if len(sources) == 1:
+                before, steps = _steps(tape, step, sources[0], value, site)
+            elif common:
+                before, steps = common[:1], [Activation(f"composite {_name(step)}")]
+            elif not sources:
+                problem = "a tensor that is written to makes channels of its own"
+            elif not _sums(tape, step, value, sources):
+                problem = f"{_name(step)} joins several producers"
+            found = [((*first, *steps), path, why) for each in before for first, path, why in ways[each]]
+            if len({path for _, path, _ in found}) < len(found):
+                problem = problem or "several ways lead from one producer to one consumer"
+            ways[value] = found if problem is None else [((), None, problem)]
+    return ways
 
 
-def _told_apart(branches: Sequence[Branch]) -> list[Branch]:
-    """The branches, where all come from different producers; else one that says so."""
-    several = len({producer for _, producer, _ in branches}) < len(branches)
-    return [((), None, "several ways lead from one producer to one consumer")] if several else list(branches)
+def _name(step: Recorded) -> str:
+    """What an operation is called, in place or not."""
+    return step.name.rstrip("_") if isinstance(step, Operation) else "a write in place"
+
+
+def _sums(tape: Tape, step: Recorded, value: int, sources: Sequence[int]) -> bool:
+    """Whether a step adds values of one shape up as they are."""
+    shapes = {tape.values[number].tensor.shape for number in (*sources, value)}
+    return (
+        isinstance(step, Operation) and _name(step) == "add" and step.kwargs.get("alpha", 1) == 1 and len(shapes) == 1
+    )
+
+
+def _steps(tape: Tape, step: Recorded, source: int, value: int, site: GrowthSite) -> tuple[list[int], Sequence[Step]]:
+    """The value that another is made of, as a list, and the steps between them."""
+    name, before, after = _name(step), tape.values[source].tensor, tape.values[value].tensor
+    found: Sequence[Step] = ()
+    if isinstance(step, LayerCall):
+        module = site.model.get_submodule(step.path)
+        if layers.is_transposed(module):
+            found = [Other(type(module).__name__)]
+        elif layers.is_weighted(module):
+            found = [Depthwise(step.path, Geometry.of(module))]
+        elif layers.norm(module).normalises:
+            found = [Norm(step.path)]
+        else:
+            found = [Activation("prelu", step.path, homogeneous=True, alone=True)]
+    elif isinstance(step, Rewritten):
+        found = [Other(name)]
+    elif (name in _NOTHING and before.shape == after.shape) or (name == "as_strided" and torch.equal(before, after)):
+        pass  # pooling to one location comes as as_strided in another memory format
+    elif operations.is_pointwise(step.func) and before.shape == after.shape:
+        others = [tape.values[number].tensor for number in step.inputs if number != source]
+        if any(tensor.numel() > 1 for tensor in others):
+            found = [Other(name)]
+        else:
+            own = step.module and not list(site.model.get_submodule(step.module).children())
+            alone = all(each.dim() == 0 for each in others)
+            found = [Activation(name, step.module if own else None, name in _HOMOGENEOUS, alone=alone)]
+    elif name == "squeeze" and (pool := _one_axis_pool(tape, source)):
+        return pool
+    elif name in _VIEWS:
+        flat = before.dim() > 2 and after.dim() == 2 and before.shape[0] == after.shape[0]
+        if before.shape != after.shape:
+            found = [Flatten(tuple(before.shape[2:]))] if flat else [Other(name)]
+    elif name != "cat" or after.dim() < 2 or (*step.args, 0)[1] not in (1, 1 - after.dim()):
+        found = pooling(step, before, after) or [Other(name)]
+    return [source], found
+
+
+def _one_axis_pool(tape: Tape, value: int) -> tuple[list[int], list[Step]] | None:
+    """A pooling of one axis, which torch runs as one of two: unsqueeze, pooling, squeeze."""
+    pool = tape.makers.get(value)
+    start = tape.makers.get(pool.inputs[0]) if isinstance(pool, Operation) and len(pool.inputs) == 1 else None
+    if not isinstance(pool, Operation) or not isinstance(start, Operation) or start.name != "unsqueeze":
+        return None
+    before, after = (tape.values[number].tensor for number in (pool.inputs[0], value))
+    (only,) = pooling(pool, before, after) or [None]
+    if before.dim() != 4:
+        return None
+    if isinstance(only, AdaptivePool):
+        return [start.inputs[0]], [AdaptivePool(only.output_size[1:], only.average)]
+    if not isinstance(only, Pool):
+        return None
+    own = only.geometry
+    sizes = (own.kernel_size[1:], own.stride[1:], own.dilation[1:], own.padding[1:])
+    geometry = Geometry(*sizes, ceil_mode=own.ceil_mode)
+    return [start.inputs[0]], [Pool(geometry, only.average, only.counts_padding)]
 
 
 def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None:
@@ -277,7 +251,7 @@ def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None
         if dims != set(range(2, before.dim())):
             return None
         pool = AdaptivePool((1,) * axes, average=name == "mean")
-        return [pool] if after.dim() == before.dim() else [Flatten((1,) * axes), pool]
+        return [pool] if after.dim() == before.dim() else [pool, Flatten((1,) * axes)]
     if name.lstrip("_").startswith("adaptive_"):
         return [AdaptivePool(tuple(after.shape[2:]), average="avg" in name)]
     if not name.startswith(_WINDOWED) or "unpool" in name:
@@ -304,25 +278,3 @@ def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None
 
 _AVERAGE = ("ceil_mode", "count_include_pad", "divisor_override")
 _MAXIMUM = ("dilation", "ceil_mode")
-
-
-def _view(name: str, before: Tensor, after: Tensor) -> list[Step]:
-    """A change of shape: nothing, a flattened grid, or something else."""
-    if before.shape == after.shape:
-        return []
-    if before.dim() > 2 and after.dim() == 2 and before.shape[0] == after.shape[0]:
-        return [Flatten(tuple(before.shape[2:]))]
-    return [Other(name)]
-
-
-def _one_axis(step: Step) -> Step:
-    """A pooling of two axes of which the first has one entry, as one of the second."""
-    if isinstance(step, AdaptivePool):
-        return AdaptivePool(step.output_size[1:], step.average)
-    if isinstance(step, Pool):
-        own = step.geometry
-        geometry = Geometry(
-            own.kernel_size[1:], own.stride[1:], own.dilation[1:], own.padding[1:], ceil_mode=own.ceil_mode
-        )
-        return Pool(geometry, step.average, step.counts_padding)
-    return step
