@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any, SupportsFloat
 
 from torch import nn
-from torch.optim import Optimizer
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError
-from growconv.network.event import GrowthEvent, Optimizers, count_parameters, not_in_step
+from growconv.network.event import GrowthEvent, Optimizers, carried_out, not_in_step
 from growconv.network.model import unwrapped
-from growconv.network.optimizer import Journal, as_optimizers, check_optimizers, exchange, refresh
+from growconv.network.optimizer import as_optimizers, check_optimizers, exchange
 from growconv.network.plan import Plan, plan_growth, plan_removal
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -65,7 +64,7 @@ def _grown(
     return _carried_out(
         site,
         plan_growth(site, growth, amplitude),
-        as_optimizers(optimizer),
+        optimizer,
         # a teacher's weights may be frozen
         partial(_grown, site=site, growth=growth, amplitude=amplitude, trains=False),
         method=growth.method,
@@ -100,7 +99,7 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
     return _carried_out(
         site,
         plan_removal(site, channels),
-        as_optimizers(optimizer),
+        optimizer,
         partial(shrink, site=site, channels=tuple(channels)),
         method="shrink",
         channels=-len(set(map(int, channels))),
@@ -111,44 +110,31 @@ def shrink(model: nn.Module, site: Site, channels: Sequence[int], optimizer: Opt
 
 
 def _carried_out(
-    site: Site,
-    plan: Plan,
-    optimizers: Sequence[Optimizer],
-    again: Callable[..., GrowthEvent],
-    channels: int,
-    **told: Any,
+    site: Site, plan: Plan, optimizer: object, again: Callable[..., GrowthEvent], channels: int, **told: Any
 ) -> GrowthEvent:
     """Do what is planned, all or nothing; `told` are the event's own entries, `again` does it to another model."""
+    optimizers, width = as_optimizers(optimizer), site.width
     check_optimizers(optimizers, plan.parameters())
-    model, width, before = site.model, site.width, count_parameters(site.model)
-    event = GrowthEvent(
+
+    def recipe(model: nn.Module, optimizer: Optimizers) -> GrowthEvent:
+        found = _site_of(site, unwrapped(model), trains=False).width
+        if found != width:
+            raise not_in_step(site.name, f"{width} channels", found)
+        return again(model=model, optimizer=optimizer)
+
+    return carried_out(
+        site.model,
+        optimizers,
+        partial(exchange, site.model, plan.changes, plan.attributes, optimizers),
+        [change.tensor for change in plan.changes if not change.resizes],
         site=site.name,
         channels=channels,
         width_before=width,
         width_after=width + channels,
         edits=tuple(plan.edits()),
-        parameters_before=before,
-        parameters_after=before + plan.added_parameters(),
-        recipe=partial(_at_same_width, site, width, again),
+        recipe=recipe,
         **told,
     )
-    journal = Journal(model, optimizers, [change.tensor for change in plan.changes if not change.resizes])
-    try:
-        exchange(model, plan.changes, plan.attributes, optimizers)
-        refresh(model)
-        return event
-    except BaseException:
-        journal.restore()
-        raise
-
-
-def _at_same_width(
-    site: Site, width: int, again: Callable[..., GrowthEvent], model: nn.Module, optimizer: Optimizers
-) -> GrowthEvent:
-    found = _site_of(site, unwrapped(model), trains=False).width
-    if found != width:
-        raise not_in_step(site.name, f"{width} channels", found)
-    return again(model=model, optimizer=optimizer)
 
 
 def _site_of(site: object, model: nn.Module, trains: bool) -> Site:

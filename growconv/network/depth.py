@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from growconv.convolution.geometry import Geometry, PerAxis, per_axis
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SurgeryError
 from growconv.network import blocks, layers
-from growconv.network.event import Edit, GrowthEvent, Optimizers, count_parameters
+from growconv.network.event import Edit, GrowthEvent, Optimizers, carried_out
 from growconv.network.layout import IN
 from growconv.network.model import example_arguments, undisturbed, unwrapped
-from growconv.network.optimizer import Journal, add_parameters, as_optimizers
+from growconv.network.optimizer import add_parameters, as_optimizers
 from growconv.network.routes import Activation
 from growconv.network.site import GrowthSite
 
@@ -297,15 +298,10 @@ def _edited(
     **details: float | bool,
 ) -> GrowthEvent:
     """Carry out an edit and tell about it."""
-    optimizers, before = as_optimizers(optimizer), count_parameters(model)
-    journal = Journal(model, optimizers)
-    try:
-        blocks.apply_block_edit(model, edit, optimizers)
-        told, after = (site, method, 0, *widths, 0.0, (), reason, (edit,)), count_parameters(model)
-        return GrowthEvent(*told, before, after, details=details)
-    except BaseException:
-        journal.restore()
-        raise
+    optimizers = as_optimizers(optimizer)
+    told = {"site": site, "method": method, "width_before": widths[0], "width_after": widths[1], "details": details}
+    told |= {"channels": 0, "amplitude": 0.0, "gains": (), "reason": reason, "edits": (edit,)}
+    return carried_out(model, optimizers, partial(blocks.apply_block_edit, model, edit, optimizers), **told)
 
 
 def _activation(site: GrowthSite, path: str) -> str:

@@ -146,6 +146,31 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def carried_out(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    change: Callable[[], None],
+    values: Iterable[Tensor] = (),
+    **told: Any,
+) -> GrowthEvent:
+    """Change a model, as a whole or not at all, and tell about it.
+
+    Args:
+        optimizers: all that train it.
+        change: changes them.
+        values: tensors whose entries it overwrites.
+        **told: the event's own entries.
+    """
+    before, journal = count_parameters(model), Journal(model, optimizers, values)
+    try:
+        change()
+        refresh(model)
+        return GrowthEvent(parameters_before=before, parameters_after=count_parameters(model), **told)
+    except BaseException:
+        journal.restore()
+        raise
+
+
 def apply_edits(model: nn.Module, edits: Iterable[Edit], optimizer: Optimizers = None) -> None:
     """Give a fresh model the shapes of a grown one; new entries are zero until its state is loaded. All or nothing.
 

@@ -4,12 +4,12 @@ A rank term is a hidden channel inside the layer: one factor produces it, the ke
 factor consumes it. So it has a layout like channels between two layers, and is planned, put in and scheduled like them.
 """
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from growconv.convolution.decomposition import cp_kernel
 from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
@@ -110,40 +110,36 @@ class RankSite(Site):
 
     def kernel(self, growth: ChannelGrowth) -> Tensor:
         """What new terms add to the full kernel at amplitude 1, (C2, C1, *kernel_size)."""
-        incoming, outgoing = growth.incoming[self.producers[0]], growth.outgoing[self.consumers[0]]
-        if self.side is None:
-            return cp_kernel([outgoing, incoming.T, *(growth.entries[path].T for path in self.followers)])
-        if self.side == "in":
-            half = self._factor("out_factor").to(outgoing) @ outgoing.flatten(1)
-            kernel = torch.einsum("ckt,ki->cit", half.unflatten(1, (growth.channels, -1)), incoming)
-        else:
-            inputs = self._factor("in_factor").to(incoming) @ incoming.flatten(2)
-            kernel = torch.einsum("ck,kit->cit", outgoing, inputs)
-        return kernel.unflatten(2, layers.weighted(self.module).kernel_size)
+        twin, new = object.__new__(type(self.module)), self._terms(growth)
+        dtype = next(iter(new.values())).dtype
+        factors = {
+            name: None if each is None else each.detach().to(dtype) for name, each in self.module._parameters.items()
+        }
+        for path, terms in new.items():
+            factors[path.rpartition(".")[2]] = terms.movedim(0, self.layout.dims[path])
+        vars(twin).update(vars(self.module), _parameters=factors)
+        return twin.weight
 
-    def _factor(self, name: str) -> Tensor:
-        return self.module.get_parameter(name).detach()
+    def _terms(self, growth: ChannelGrowth) -> dict[str, Tensor]:
+        """By factor the entries of new terms along axis 0."""
+        outgoing = {path: each.transpose(0, 1) for path, each in growth.outgoing.items()}
+        return growth.incoming | growth.entries | outgoing
 
-    def added(self, growth: ChannelGrowth, x: Tensor) -> Tensor:
-        """What new terms add to the layer's output at amplitude 1, given its input."""
-        return layers.weighted(self.module).apply(x, self.kernel(growth).to(x))
+    def _norms(self, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Norms of terms: on the incoming side, with what carries them, and on the outgoing side."""
+        order = (*self.producers, *self.followers, *self.consumers)
+        norms = [factors[path].double().flatten(1).norm(dim=1) for path in order]
+        return torch.stack(norms[:-1]).prod(0), norms[-1]
 
     def term_norms(self) -> tuple[Tensor, Tensor]:
         """Norms (rank,) of the old terms: on the incoming side, with what carries them, and on the outgoing side."""
-        norms = []
-        for path in (*self.producers, *self.followers, *self.consumers):
-            tensor = self.model.get_parameter(path).detach().double()
-            norms.append(tensor.movedim(self.layout.dims[path], 0).flatten(1).norm(dim=1))
-        return torch.stack(norms[:-1]).prod(0), norms[-1]
+        factors = {path: self.model.get_parameter(path).detach() for path in self.layout.dims}
+        return self._norms({path: each.movedim(self.layout.dims[path], 0) for path, each in factors.items()})
 
     def cap(self, growth: ChannelGrowth) -> float:
         """The amplitude at which the strongest new term is as strong as the mean of the old ones."""
-        incoming = growth.incoming[self.producers[0]].double().flatten(1).norm(dim=1)
-        for path in self.followers:
-            incoming = incoming * growth.entries[path].double().norm(dim=1)
-        outgoing = growth.outgoing[self.consumers[0]].double().transpose(0, 1).flatten(1).norm(dim=1)
-        strongest = float((incoming * outgoing).max())
-        old = self.term_norms()
+        incoming, outgoing = self._norms(self._terms(growth))
+        strongest, old = float((incoming * outgoing).max()), self.term_norms()
         return float(old[0].mean() * old[1].mean()) / strongest if strongest > 0 else 0.0
 
     def __repr__(self) -> str:

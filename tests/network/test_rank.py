@@ -101,7 +101,6 @@ def test_sites_of_a_layer_alone_and_refusals() -> None:
         entries={"axis_factor_0": torch.ones(1, 3), "axis_factor_1": torch.ones(1, 3)},
     ))  # fmt: skip
     assert layer.rank == 3
-    assert site.added(growth_of_ones(site), torch.ones(1, 3, 4, 4)).shape == (1, 4, 2, 2)
     for terms in (0, 25, True):
         with pytest.raises(ArgumentValueError, match="number of new terms is impossible"):
             site.require_room(terms)
@@ -123,10 +122,3 @@ def test_sites_of_a_layer_alone_and_refusals() -> None:
         RankSite(nn.Sequential(layer), "0").of(nn.Sequential())
     assert "of at most 27" in str(site)
     assert copy.deepcopy(site).width == 3
-
-
-def growth_of_ones(site: RankSite) -> ChannelGrowth:
-    return ChannelGrowth(
-        site.name, "rank", {"in_factor": torch.ones(1, 3)}, {"out_factor": torch.ones(4, 1)}, torch.zeros(1),
-        entries={"axis_factor_0": torch.ones(1, 3), "axis_factor_1": torch.ones(1, 3)},
-    )  # fmt: skip
