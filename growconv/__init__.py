@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from growconv.convolution.unfold import mask_tensor
     from growconv.errors import GrowthError, GrowthWarning
     from growconv.growth import Budget, GrowthScheduler
-    from growconv.network.apply import grow, shrink
     from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
     from growconv.network.entry_ages import follow_ages
-    from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits
+    from growconv.network.event import GrowthEvent, GrowthHistory, apply_edits, grow, shrink
     from growconv.network.find import explain_sites, find_sites, site
     from growconv.network.proposal import ChannelGrowth
     from growconv.network.rank import RankSite, find_rank_sites
@@ -67,10 +66,9 @@ _HOMES = {
     "convolution.unfold": "mask_tensor",
     "errors": "GrowthError GrowthWarning",
     "growth": "Budget GrowthScheduler",
-    "network.apply": "grow shrink",
     "network.depth": "insert_copy insert_layer merge_pair split_conv",
     "network.entry_ages": "follow_ages",
-    "network.event": "GrowthEvent GrowthHistory apply_edits",
+    "network.event": "GrowthEvent GrowthHistory apply_edits grow shrink",
     "network.find": "explain_sites find_sites site",
     "network.proposal": "ChannelGrowth",
     "network.rank": "RankSite find_rank_sites",

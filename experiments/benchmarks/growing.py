@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.network.apply import grow
-from growconv.network.event import GrowthEvent, apply_edits
+from growconv.network.event import GrowthEvent, apply_edits, grow
 from growconv.network.find import LayerRow, analyse, rows_of
 from growconv.network.layout import IN, OUT
 from growconv.network.model import attribute, same_chance, tensors_in

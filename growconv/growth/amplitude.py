@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentValueError, StatisticsError
 from growconv.growth.decision import Batch, Loss
 from growconv.network import layers
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.model import example_arguments, undisturbed
 from growconv.network.optimizer import Journal, refresh
 from growconv.network.proposal import ChannelGrowth

@@ -18,8 +18,7 @@ from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
 from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
 from growconv.growth.pruning import PruneBack
-from growconv.network.apply import grow, shrink
-from growconv.network.event import GrowthEvent, Optimizers
+from growconv.network.event import GrowthEvent, Optimizers, grow, shrink
 from growconv.network.model import undisturbed
 from growconv.network.optimizer import Journal
 from growconv.network.plan import plan_size

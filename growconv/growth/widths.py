@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from growconv.errors import SiteError
-from growconv.network.apply import grow, shrink
+from growconv.network.event import grow, shrink
 from growconv.network.site import GrowthSite
 from growconv.solvers.base import solve
 

@@ -20,8 +20,7 @@ from growconv.network.event import Edit, GrowthEvent, Optimizers, carried_out
 from growconv.network.layout import IN
 from growconv.network.model import example_arguments, undisturbed, unwrapped
 from growconv.network.optimizer import add_parameters, as_optimizers
-from growconv.network.routes import Activation
-from growconv.network.site import GrowthSite
+from growconv.network.site import Activation, GrowthSite
 
 KINDS = ("convolution", "residual")
 

@@ -27,8 +27,7 @@ from growconv.network.numbers import Numbers
 from growconv.network.plan import shared_names, tied_weights
 from growconv.network.proof import Proof, awake
 from growconv.network.rehearsal import Example, Widening
-from growconv.network.routes import Route
-from growconv.network.site import GrowthSite, sizes_of
+from growconv.network.site import GrowthSite, Route, sizes_of
 from growconv.network.steps import routes_of
 from growconv.network.trace import LookFailed, look, owned_tensors
 

@@ -18,8 +18,7 @@ from growconv.errors import SiteError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
-from growconv.network.routes import Activation, Depthwise, Norm, Pool
-from growconv.network.site import GrowthSite
+from growconv.network.site import Activation, Depthwise, GrowthSite, Norm, Pool
 from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values
 
 Moments = tuple[Tensor, Tensor]

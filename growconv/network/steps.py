@@ -10,9 +10,20 @@ from growconv.convolution.geometry import Geometry
 from growconv.network import layers, operations
 from growconv.network.layout import OUT
 from growconv.network.model import Arguments, one_run, tensors_in
-from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Route, Step
 from growconv.network.seats import Region, region_of
-from growconv.network.site import GrowthSite, sizes_of
+from growconv.network.site import (
+    Activation,
+    AdaptivePool,
+    Depthwise,
+    Flatten,
+    GrowthSite,
+    Norm,
+    Other,
+    Pool,
+    Route,
+    Step,
+    sizes_of,
+)
 from growconv.network.tape import LayerCall, Operation, Rewritten, Tape, hot_values
 from growconv.network.tape import Step as Recorded
 

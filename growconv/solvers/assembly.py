@@ -13,8 +13,8 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, 
 from growconv.linalg import fix_signs, require_finite
 from growconv.network import layers
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Activation, Other
 from growconv.network.seats import Inserted, Moments
+from growconv.network.site import Activation, Other
 from growconv.solvers.base import Request
 from growconv.solvers.weights import (
     Filters,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, SolverError, did_you_mean
 from growconv.limits import require_limits
-from growconv.network.apply import shrink
+from growconv.network.event import shrink
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
 from growconv.network.proposal import ChannelGrowth

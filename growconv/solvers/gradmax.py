@@ -11,8 +11,7 @@ from growconv.errors import SolverError
 from growconv.limits import limited
 from growconv.linalg import RANK_TOLERANCE, leading_svd
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Norm
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, Norm
 from growconv.solvers.assembly import (
     NOT_TAKEN,
     assemble,

@@ -28,8 +28,7 @@ from growconv.convolution.tucker import TuckerConv
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, StatisticsError
 from growconv.linalg import Point, QuasiNewton, bilinear_least_squares, conjugate_gradients, solve_psd
 from growconv.network import layers
-from growconv.network.apply import grow
-from growconv.network.event import GrowthEvent, Optimizers
+from growconv.network.event import GrowthEvent, Optimizers, grow
 from growconv.network.model import example_arguments, undisturbed, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite

@@ -20,8 +20,7 @@ from growconv.errors import SolverError
 from growconv.network import layers
 from growconv.network.layout import IN
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Norm
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, Norm
 from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.weights import (
     bias_of,

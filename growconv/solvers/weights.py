@@ -20,8 +20,7 @@ from torch import Tensor
 from growconv.network import layers
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.routes import Activation, Depthwise, Norm, Other
-from growconv.network.site import GrowthSite
+from growconv.network.site import Activation, Depthwise, GrowthSite, Norm, Other
 
 FASTER = 1 / 8
 """What new channels behind a norm layer may add to how fast the layer that reads them learns. That grows with the sum

@@ -14,8 +14,7 @@ from growconv.convolution.geometry import Geometry
 from growconv.convolution.unfold import pad, unfold, windows
 from growconv.errors import StatisticsError
 from growconv.network import layers
-from growconv.network.routes import AdaptivePool, Depthwise, Flatten, Pool, Route
-from growconv.network.site import GrowthSite
+from growconv.network.site import AdaptivePool, Depthwise, Flatten, GrowthSite, Pool, Route
 
 GridStep = Pool | AdaptivePool | Depthwise
 """Steps of a route that change the grid; norms and activations count as the identity, a flattening only renames."""

@@ -9,7 +9,7 @@ from torch import nn
 from growconv.errors import ScheduleError
 from growconv.growth import GrowthScheduler, StageRates, WarmUp, WidthRates
 from growconv.growth.learning_rate import stages_of
-from growconv.network.apply import shrink
+from growconv.network.event import shrink
 
 LOSS = nn.functional.cross_entropy
 OPTIMIZERS = {

@@ -11,7 +11,7 @@ from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import ScheduleError
 from growconv.growth import AtSteps, GrowthScheduler, ModelCost, PruneBack
 from growconv.growth.pruning import Sizes, norm_scores
-from growconv.network.apply import shrink
+from growconv.network.event import shrink
 
 LOSS = nn.functional.cross_entropy
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.network.apply import grow
-from growconv.network.event import GrowthEvent, apply_edits
+from growconv.network.event import GrowthEvent, apply_edits, grow
 from growconv.network.layout import IN, OUT
 from growconv.network.model import example_arguments, tensors_in
 from growconv.network.plan import plan_size

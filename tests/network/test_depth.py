@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentValueError, GrowthError, SiteError, SurgeryError
-from growconv.network.apply import grow
 from growconv.network.depth import insert_copy, insert_layer, merge_pair, split_conv
-from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters
+from growconv.network.event import GrowthEvent, GrowthHistory, count_parameters, grow
 from growconv.network.layout import IN, OUT
-from growconv.network.routes import Route
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, Route
 from tests.network import hand
-from tests.network.test_apply import everything, interrupt_everywhere, same
+from tests.network.test_event import everything, interrupt_everywhere, same
 
 Surgery = Callable[[nn.Module, torch.optim.Optimizer | None], GrowthEvent]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import growconv
-from growconv.network.apply import shrink
 from growconv.network.entry_ages import AGES, EXACT, SETTLED, AgeHooks, boxes, cut, follow_ages, gap_at
+from growconv.network.event import shrink
 from growconv.network.find import find_sites
 from growconv.network.optimizer import migrate
 from growconv.network.tensors import Change, Insertion

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from growconv.errors import SurgeryError
-from growconv.network.apply import grow, shrink
-from growconv.network.event import GrowthHistory
+from growconv.network.event import GrowthHistory, grow, shrink
 from growconv.network.find import find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.optimizer import exchange

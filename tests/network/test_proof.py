@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import explain_sites, find_sites
 from growconv.network.proof import Proof, copied_growth, silent_growth
 from growconv.network.rehearsal import Example

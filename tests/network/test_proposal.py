@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from growconv.errors import SolverError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
 from tests.network import hand
 

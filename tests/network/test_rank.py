@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from growconv.convolution.cp import CPConv1d, CPConv2d
 from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import ArgumentValueError, SiteError, SurgeryError
-from growconv.network.apply import grow, shrink
-from growconv.network.event import GrowthHistory
+from growconv.network.event import GrowthHistory, grow, shrink
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite, find_rank_sites

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.network.layout import IN, OUT
 from growconv.network.seats import Inserted, Region, region_of

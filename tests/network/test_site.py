@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from growconv.errors import SiteError
-from growconv.network.apply import grow, shrink
+from growconv.network.event import grow, shrink
 from growconv.network.find import find_sites, site
 from tests.network import referee, zoo
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT
-from growconv.network.routes import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Step
+from growconv.network.site import Activation, AdaptivePool, Depthwise, Flatten, Norm, Other, Pool, Step
 from growconv.network.steps import recorded_routes
 from growconv.network.tape import Tape
 from tests.network import hand

@@ -20,8 +20,7 @@ from torch import nn
 import growconv
 from growconv.errors import CheckpointError
 from growconv.growth.scheduler import GrowthScheduler
-from growconv.network.apply import grow
-from growconv.network.event import GrowthHistory
+from growconv.network.event import GrowthHistory, grow
 from growconv.network.find import find_sites
 from growconv.solvers.base import solve
 from growconv.training.checkpoint import (

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from growconv.errors import ArgumentValueError, StatisticsError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.solvers import Request, get_solver, solve
 from growconv.solvers.firefly import Candidates

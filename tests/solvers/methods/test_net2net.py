@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from growconv.errors import ArgumentValueError, SolverError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.base import get_solver

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from growconv.errors import ArgumentValueError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.network.seats import Inserted
 from growconv.solvers import solve

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from growconv.errors import ArgumentValueError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.solvers import solve
 from growconv.solvers.splitting import lowest_eigenpairs, splitting_matrices

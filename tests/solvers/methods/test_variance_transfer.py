@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from growconv.errors import SolverError
-from growconv.network.apply import grow
+from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.solvers import get_solver, solve
 from growconv.solvers.variance_transfer import batch_norm_behind
