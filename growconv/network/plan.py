@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Sizes, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Sizes
 from growconv.network.model import found_at, module_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
@@ -133,7 +133,7 @@ def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan:
 def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels, a multiple of the site's granularity, would add."""
     plan = Plan(site.model)
-    _add(plan, site, channels, lambda path, side: {})
+    _add(plan, site, channels)
     return plan.added_parameters()
 
 
@@ -221,15 +221,16 @@ def _sides(site: Site) -> dict[str, list[str]]:
     return found
 
 
-def _add(plan: Plan, site: Site, channels: int, values: Values) -> None:
-    """New channels for every layer and bare tensor of a site."""
+def _add(plan: Plan, site: Site, channels: int, values: Values | None = None) -> None:
+    """New channels for every layer and bare tensor of a site; zeros without values."""
     sizes, units = plan.sizes(site), channels // site.granularity
     for path, sides in _sides(site).items():
         adapter, layout = site.adapter(path), site.layout
         places = {side: layout.places((path, side), site.space, units, sizes) for side in sides}
         for side in sides:
             listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
-            for name, insertion in adapter.insertions(side, places[side], values(path, listed), places[listed]):
+            own = {} if values is None else values(path, listed)
+            for name, insertion in adapter.insertions(side, places[side], own, places[listed]):
                 insertions = plan.change(f"{path}.{name}").insertions
                 if insertion not in insertions:  # a shared tensor may have it already
                     insertions.append(insertion)
@@ -390,14 +391,16 @@ def positions_now(
             )
     if then == now and length == size:
         return list(range(length))
-    owners = owners_of(layout.axes.get(key, ()), now).tolist()  # new units always came behind the old ones of a run
-    old = [at for at, (space, unit, _) in enumerate(owners) if space < 0 or unit < then[space]]
+    new = set[int]()  # units always come behind the old ones of a run
+    for space, units_then in then.items():
+        new.update(layout.entries(key, space, sizes)[units_then * layout.per_unit(key, space) :])
+    old = [at for at in range(sizes(key)) if at not in new]
     if len(old) != length * groups:
         raise _misshapen(label, site, f"{size} entries for {key[0]} ({key[1]})", length)
-    inside = [[at - group * size for at in old[group * length : (group + 1) * length]] for group in range(groups)]
-    if any(each != inside[0] for each in inside):
+    inside = {tuple(at % size for at in old[start : start + length]) for start in range(0, len(old), length)}
+    if len(inside) > 1:
         raise SurgeryError(f"the groups that the {label} belong to have grown unequally", where=key[0], fix=AGAIN)
-    return inside[0]
+    return list(inside.pop())
 
 
 def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:

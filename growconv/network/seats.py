@@ -111,11 +111,8 @@ class Region:
         """
         for path, numbers in self.outputs.items():
             if len(new.get(path, ())) != len(numbers):
-                problem, expected = (
-                    "the values of new channels are needed from every producer",
-                    f"{len(numbers)} tensors",
-                )
-                raise SiteError(problem, where=path, expected=expected, got=len(new.get(path, ())))
+                problem, got = "the values of new channels are needed from every producer", len(new.get(path, ()))
+                raise SiteError(problem, where=path, expected=f"{len(numbers)} tensors", got=got)
         path = next(iter(self.outputs))
         entries, per_unit = new[path][0].shape[self._axis(path, new[path][0])], self.places[path, OUT].shape[1]
         count, rest = divmod(entries, per_unit)
@@ -337,9 +334,8 @@ class _Go:
         if region.narrow and name in operations.VIEWS:
             return args[0] if args[0].dim() == len(args[1]) else args[0].flatten(1)
         if name in operations.NORMALIZING:  # it writes to its running statistics
-            args = tuple(
-                each.clone() if i in (3, 4) and isinstance(each, Tensor) else each for i, each in enumerate(args)
-            )
+            kept = [each.clone() if isinstance(each, Tensor) else each for each in args[3:5]]
+            args = (*args[:3], *kept, *args[5:])
         if name in _SIZED and region.samples != region.recorded:
             args = tuple(self._resized(each) if isinstance(each, list) else each for each in args)
         if torch.Tag.nondeterministic_seeded in step.func.tags:
@@ -438,12 +434,13 @@ def is_plain(site: GrowthSite) -> bool:
     Args:
         site: with routes as they were when it was found.
     """
-    steps = [step for route in site.routes for step in route.steps]
-    chains = bool(site.routes) and all(route.problem is None for route in site.routes)
-    plain = chains and all(
-        step.alone if isinstance(step, Activation) else isinstance(step, Depthwise | Norm | Pool) for step in steps
-    )
-    return plain and _in_order(_places(site, site.sizes), site.sizes)
+    for route in site.routes:
+        for step in route.steps:
+            if not (step.alone if isinstance(step, Activation) else isinstance(step, Depthwise | Norm | Pool)):
+                return False
+        if route.problem is not None:
+            return False
+    return bool(site.routes) and _in_order(_places(site, sizes := site.sizes), sizes)
 
 
 def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Region:
@@ -460,9 +457,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
         SiteError: a consumer was called that reads nothing from the producers; the tape does not hold what is needed.
     """
     hot, made = hot_values(tape, site)
-    steps: list[Step] = []
-    needed: set[int] = set()
-    inside: set[int] = set()
+    steps, needed, inside, memories = list[Step](), set[int](), set[int](), set[int]()
     calls = dict.fromkeys((*site.producers, *site.consumers), 0)
     for step in reversed(tape.steps):
         path = step.path if isinstance(step, LayerCall) else None
@@ -470,15 +465,15 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
             if not hot.issuperset(step.inputs):
                 raise SiteError("a call of this layer reads nothing of what the producers give", where=path)
             calls[path] += 1
-        elif any(number in needed and number in hot and number not in made for number in step.outputs):
-            inside.update(step.outputs)
-        else:
+        elif needed.isdisjoint(hot.intersection(step.outputs) - made):
             continue
+        else:
+            inside.update(step.outputs)
         steps.append(step)
         needed.update(step.inputs)
-    needed -= inside
-    outputs: dict[str, tuple[int, ...]] = {}
-    shapes: dict[int, torch.Size] = {}
+        if isinstance(step, Operation) and step.writes:
+            memories.update(tape.values[number].storage for number in step.outputs)
+    outputs, shapes = dict[str, tuple[int, ...]](), dict[int, torch.Size]()
     samples: set[int | None] = set()  # None: a layer was given a single sample
     for path in site.producers:
         if path in site.layout.dims:
@@ -492,25 +487,20 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
     sizes = sizes or site.sizes
     places = _places(site, sizes)
     narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
-    kept = needed - made if narrow else needed | made
-    writing = [step for step in steps if isinstance(step, Operation) and step.writes]
-    memories = {tape.values[number].storage for step in writing for number in step.outputs}
+    constants, bare, created = dict[int, Tensor](), dict[int, tuple[int, Tensor] | None](), set[int]()
+    for number in (needed - inside) | made:
+        if tape.values[number].storage in memories:
+            created.add(number)
+        if number not in made or not narrow:
+            constants[number] = _constant(tape, number, site)
+            if tape.values[number].source:
+                bare[number] = _along(tape, number, site, sizes)
     recorded = samples.pop() if len(samples) == 1 else None
+    steps, lengths = steps[::-1], {key: sizes(key) for key in places}
     return Region(
-        site=site,
-        steps=tuple(reversed(steps)),
-        constants={number: _constant(tape, number, site) for number in kept},
-        created=frozenset(number for number in needed | made if tape.values[number].storage in memories),
-        outputs=outputs,
-        shapes=shapes,
-        calls=calls,
-        bare={number: _along(tape, number, site, sizes) for number in kept if tape.values[number].source},
-        places=places,
-        sizes={key: sizes(key) for key in places},
-        narrow=narrow,
-        samples=recorded,
-        recorded=recorded,
-    )
+        site, tuple(steps), constants, frozenset(created), outputs, shapes, calls, bare, places, lengths, narrow,
+        samples=recorded, recorded=recorded,
+    )  # fmt: skip
 
 
 def _constant(tape: Tape, number: int, site: GrowthSite) -> Tensor:
@@ -548,8 +538,7 @@ def _places(site: GrowthSite, sizes: Sizes) -> dict[Key, Tensor]:
             continue
         device = next(iter(site.model.get_submodule(path).parameters()), torch.empty(0)).device
         found[path, side] = torch.tensor(site.entries(path, side, sizes), device=device).view(units, -1)
-    order = [(path, OUT) for path in site.producers] + [(path, IN) for path in site.consumers]
-    return {key: found[key] for key in (*order, *found) if key in found}
+    return found
 
 
 def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:

@@ -310,7 +310,9 @@ class GrowthSite(Site):
     @property
     def no_closed_form(self) -> str | None:
         """Why the closed-form statistics do not apply; None where they do."""
-        for path, side in (*((path, OUT) for path in self.producers), *((path, IN) for path in self.consumers)):
+        for path, side in self.axes:
+            if side not in (OUT, IN):
+                continue
             module = module_at(self.model, path)
             if layers.is_transposed(module):
                 return f"{path} is a transposed convolution"
@@ -385,8 +387,8 @@ class GrowthSite(Site):
                     fix="find the sites again: growconv.find_sites(model, example_input)",
                 )
         for path in (*self.producers, *self.consumers) if trains else ():
-            weights = [p for name, p in module_at(self.model, path).named_parameters() if "weight" in name]
-            if {weight.requires_grad for weight in weights} == {False}:
+            trained = [p.requires_grad for n, p in module_at(self.model, path).named_parameters() if "weight" in n]
+            if trained and not any(trained):
                 raise SiteError(
                     f"the weight of {path} is frozen (requires_grad=False)",
                     where=self.name,
