@@ -104,12 +104,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def check_replaceable(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[tuple[str, nn.Parameter]]:
-    """Check that a module and its parameters can go, whose paths and Parameters are returned.
-
-    Raises:
-        SiteError: a module that cannot be replaced.
-        SurgeryError: a parameter that another module shares, or that no optimizer owns.
-    """
+    """The paths and Parameters of a module that is to go; errors where it, or a parameter, cannot."""
     inside = list(module_at(model, path).modules())
     outside = [each for each in model.modules() if all(each is not own for own in inside)]
     shared = {id(parameter) for module in outside for parameter in module.parameters(recurse=False)}
@@ -171,10 +166,8 @@ def _pair(model: nn.Module, path: str, children: dict[str, nn.Module]) -> None:
 def path_before(path: str, model: nn.Module) -> str:
     """The path that a layer had before anything was put in front of it or behind its block.
 
-    Copies have the path of their original; what was put in front of a layer has that layer's, and IN_FRONT.
-
-    Args:
-        path: module path in the model as it is now, or as it was at some time before.
+    Copies have the path of their original; what was put in front of a layer has that layer's, and IN_FRONT. `path` is
+    one of the model as it is now, or as it was at some time before.
     """
     module, parts = model, []
     for part in path.split("."):

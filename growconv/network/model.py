@@ -17,11 +17,7 @@ Arguments = tuple[tuple, dict[str, object]]
 
 
 def unwrapped(model: object) -> nn.Module:
-    """The model itself, after refusing what is none.
-
-    Raises:
-        ArgumentTypeError: for something that is no module, or a compiled or data-parallel wrapper around one.
-    """
+    """The model itself; ArgumentTypeError for what is none, or a compiled or data-parallel wrapper around one."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("a model is needed", expected="torch.nn.Module", got=type(model).__name__)
     if isinstance(model, torch.jit.ScriptModule):
@@ -64,11 +60,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def attribute(model: nn.Module, path: str) -> Tensor | nn.Module:
-    """The module, parameter or buffer at a dotted path; the model itself for "".
-
-    Raises:
-        AttributeError: there is none.
-    """
+    """The module, parameter or buffer at a dotted path, the model itself for ""; AttributeError where there is none."""
     found = found_at(model, path)
     if found is None:
         raise AttributeError(f"{type(model).__name__} has no module, parameter or buffer {path}")
@@ -131,10 +123,6 @@ def one_run(model: nn.Module, arguments: Arguments) -> Iterator[Arguments]:
 
     Put back afterwards: buffers and plain attributes of modules, their values and the lists and mappings among them, as
     the state of a recurrent layer, counters and moving averages.
-
-    Args:
-        model: the copy.
-        arguments: of its forward.
     """
     kept, tensors, holders = [], list(model.buffers()), []
     for module in model.modules():
@@ -185,9 +173,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Kept: train or eval mode of every module, the values of all buffers (running statistics of norm layers), every
     parameter's .grad and requires_grad, and the random number generators of Python, NumPy and torch (CPU and
     the model's GPUs).
-
-    Args:
-        model: the model to protect.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -225,8 +210,7 @@ def _foreign(value: object) -> Iterator[object]:
 def copied(model: nn.Module) -> nn.Module:
     """A copy of a model to work on; what cannot be copied of one that a trainer holds (trainer, hooks) is shared.
 
-    Raises:
-        TraceError: the model has tensors that cannot be copied.
+    TraceError where tensors cannot be copied.
     """
     try:
         return copy.deepcopy(model)

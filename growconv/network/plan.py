@@ -26,10 +26,7 @@ AGAIN = "solve again on statistics of the model as it is now"
 
 
 class Plan:
-    """All changes of one growth or removal, or of growths of several sites at once.
-
-    Args:
-        model: the model that they are for.
+    """All changes of one growth or removal, or of growths of several sites of a model at once.
 
     Attributes:
         changes: one per tensor, also where several modules share it.
@@ -138,14 +135,7 @@ def plan_size(site: Site, channels: int) -> int:
 
 
 def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
-    """Plan and validate the removal of channels; nothing is changed.
-
-    Args:
-        channels: their indices; whole units where channels come in groups.
-
-    Raises:
-        SurgeryError: for channels that are not there, all of them, or parts of a group.
-    """
+    """Plan and validate the removal of channels, by index; SurgeryError for all of them, or parts of a group."""
     index, size = sorted({int(channel) for channel in channels}), site.granularity
     if not index or index[0] < 0 or index[-1] >= site.width or len(index) == site.width:
         expected = f"some, but not all, of the channels 0 to {site.width - 1}"
@@ -225,16 +215,17 @@ def _add(plan: Plan, site: Site, channels: int, values: Values | None = None) ->
     """New channels for every layer and bare tensor of a site; zeros without values."""
     sizes, units = plan.sizes(site), channels // site.granularity
     for path, sides in _sides(site).items():
-        adapter, layout = site.adapter(path), site.layout
-        places = {side: layout.places((path, side), site.space, units, sizes) for side in sides}
+        adapter, layout, added = site.adapter(path), site.layout, dict[str, int]()
         for side in sides:
             listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
             own = {} if values is None else values(path, listed)
-            for name, insertion in adapter.insertions(side, places[side], own, places[listed]):
+            places, order = (layout.places((path, each), site.space, units, sizes) for each in (side, listed))
+            added[side] = units * layout.per_unit((path, side), site.space)
+            for name, insertion in adapter.insertions(side, places, own, order):
                 insertions = plan.change(f"{path}.{name}").insertions
                 if insertion not in insertions:  # a shared tensor may have it already
                     insertions.append(insertion)
-        plan.lengthen(adapter, path, {side: units * layout.per_unit((path, side), site.space) for side in sides})
+        plan.lengthen(adapter, path, added)
     plan.follow(site, units)
 
 

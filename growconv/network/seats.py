@@ -169,11 +169,7 @@ class Region:
         return layer.apply(read, weight, None, layer.groups)
 
     def by_group(self, path: str, side: str, entries: int) -> Tensor:
-        """The entries of new channels, channel by channel, in the order in which the groups of a layer have them.
-
-        Raises:
-            SiteError: the groups have unlike shares of the channels.
-        """
+        """The entries of new channels, channel by channel, in the order in which the groups of a layer have them."""
         groups = layers.groups_of(self.site.model.get_submodule(path))
         one = self.places[path, side][0] // (self.sizes[path, side] // groups)
         counts = [int((one == group).sum()) for group in range(groups)]
@@ -191,14 +187,7 @@ class Region:
         return self.samples != self.recorded or (several and (self.narrow or self._half_agrees()))
 
     def part(self, index: slice | Tensor) -> "Region":
-        """The region for some of the samples.
-
-        Args:
-            index: a slice, or a tensor of indices.
-
-        Raises:
-            SiteError: the operations need all samples together.
-        """
+        """The region for some of the samples; SiteError where the operations need all of them together."""
         if not self.divisible:
             raise SiteError(
                 "what lies between the layers needs all samples of a batch together",
@@ -429,11 +418,7 @@ class _Go:
 
 
 def is_plain(site: GrowthSite) -> bool:
-    """Whether a region of a site needs no values of its pass, since its steps are run on new channels alone.
-
-    Args:
-        site: with routes as they were when it was found.
-    """
+    """Whether a region needs no values of its pass, by the site's routes: its steps are run on new channels alone."""
     for route in site.routes:
         for step in route.steps:
             if not (step.alone if isinstance(step, Activation) else isinstance(step, Depthwise | Norm | Pool)):
@@ -444,14 +429,10 @@ def is_plain(site: GrowthSite) -> bool:
 
 
 def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Region:
-    """The part of a recording that lies between the producers and consumers of a site.
+    """The part of a recording that lies between the producers and consumers of a site; it holds only what it needs.
 
     Args:
-        tape: a recorded forward pass of the site's model.
         sizes: the lengths of the axes, if they are known.
-
-    Returns:
-        The region; it holds only what it needs of the tape.
 
     Raises:
         SiteError: a consumer was called that reads nothing from the producers; the tape does not hold what is needed.

@@ -114,11 +114,6 @@ class Route:
         first = self.steps[0] if self.steps else None
         return first.path if isinstance(first, Norm) else None
 
-    @property
-    def local(self) -> bool:
-        """True when no step changes the grid: only norms and elementwise functions."""
-        return self.problem is None and all(isinstance(step, (Norm, Activation)) for step in self.steps)
-
 
 # ------------------------------------------------------------------------------------------ sites
 
@@ -152,14 +147,7 @@ class Site(ABC):
 
     @abstractmethod
     def check(self, *, trains: bool = True) -> None:
-        """Check that the model has this site.
-
-        Args:
-            trains: whether the weights that new channels need must be trainable.
-
-        Raises:
-            SiteError: it has not, or not any more.
-        """
+        """Check that the model still has this site, with trainable weights if `trains`; SiteError if not."""
 
     def refusal(self, method: str) -> str | None:
         """Why a growth method cannot serve this site; None where it can, or its own method serves it anyway."""

@@ -64,16 +64,9 @@ class Change:
 
 
 def enlarge(tensor: Tensor, insertions: Iterable[Insertion], fill: bool = True) -> Tensor:
-    """A longer tensor with the old entries in place.
+    """A longer tensor of the same dtype, device and memory format, with the old entries in place.
 
-    Args:
-        tensor: the old tensor; its dtype, device and memory format are kept.
-        insertions: what is put in where; positions count old entries. Where new entries of two axes meet, the result is
-            zero.
-        fill: put in their values; else new entries are zero.
-
-    Returns:
-        A new tensor.
+    Positions count old entries. New entries are zero without `fill`, and where those of two axes meet.
     """
     longer, done = tensor, list[Insertion]()
     in_order = sorted(insertions, key=attrgetter("axis", "position"))

@@ -28,17 +28,18 @@ class Slot:
 
     def stretches(self, places: Sequence[Place], size: int) -> list[tuple[int, int]]:
         """Where new entries of a side of this size come along the axis: before which old entry, and how many."""
-        one, found = size // self.groups, [list[tuple[int, int]]() for _ in range(self.groups)]
+        one, found = size // self.groups, dict[int, list[tuple[int, int]]]()
         for place in places:
             group = (place.position - 1) // one if self.groups > 1 else 0  # they come behind their group's old ones
-            found[group].append((place.position - group * one, len(place.entries)))
-        if any(own != found[0] for own in found):
+            found.setdefault(group, []).append((place.position - group * one, len(place.entries)))
+        shares = list(found.values())
+        if shares.count(shares[0]) != self.groups:
             raise SurgeryError(
                 "every group of a grouped convolution has to get the same number of new channels",
                 expected=f"equal shares for {self.groups} groups",
                 got={place.position: len(place.entries) for place in places},
             )
-        return found[0]
+        return shares[0]
 
     def positions(self, entries: Sequence[int], size: int) -> tuple[int, ...]:
         """Where entries of a side of this size lie along the axis; SurgeryError if not every group has the same."""
@@ -89,11 +90,7 @@ class Adapter(ABC):
     def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
         """New entries of a stored tensor in the order in which they lie along its axis, or one for all; None: zeros.
 
-        Args:
-            slot: the tensor, one of the side's.
-            side: the side that they come along.
-            order: which of the new entries in `values` comes first, second, ... along the side.
-            values: per tensor the entries of the new channels, channel by channel.
+        `order` says which of the entries in `values`, channel by channel, comes first, second, ... along the side.
         """
 
     def insertions(
@@ -124,11 +121,7 @@ class Adapter(ABC):
     def revised(self, change: Callable[[str], Change]) -> dict[str, Tensor]:
         """Other values of old entries that keep the old weights as they are, where the layer stores them otherwise.
 
-        Args:
-            change: what is planned for a stored tensor, by its name.
-
-        Returns:
-            Per stored tensor its old entries, in the shape before the change.
+        They are by stored tensor, in the shape before the change; `change` tells what is planned for one, by its name.
         """
         return {}
 
@@ -148,12 +141,7 @@ class Adapter(ABC):
 
 
 class Bare(Adapter):
-    """A parameter or buffer outside of layers.
-
-    Args:
-        tensor: as it is now.
-        dim: along which of its dimensions the entries for the channels lie.
-    """
+    """A parameter or buffer outside of layers, with its entries for the channels along dimension `dim`."""
 
     sides = (ENTRY,)
 

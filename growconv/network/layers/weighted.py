@@ -143,9 +143,6 @@ def _norms(tensor: Tensor, dim: int) -> Tensor:
 class Weighted(Adapter):
     """A layer with weights between its inputs and its outputs.
 
-    Args:
-        module: a convolution, transposed convolution or linear layer.
-
     Attributes:
         groups: groups of channels; 1 for a linear layer.
         kernel_size: taps per axis of the kernel; none for a linear layer.
@@ -326,11 +323,8 @@ class Weighted(Adapter):
     def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
         """New entries of the weight, the bias, and whatever else a subclass has: of that the mean of the old ones.
 
-        Args:
-            slot: the tensor.
-            side: OUT or IN, where every group gets channels, or GROUP_IN or GROUP_OUT for whole groups.
-            order: of the entries in `values`, those of a group one after the other; for whole groups along the outputs.
-            values: "weight": filters as in `shape`, channel by channel; "bias" (entries,).
+        Of `values`, "weight" has filters as in `shape`, channel by channel, and "bias" is (entries,). Along OUT and IN
+        every group gets channels; GROUP_IN and GROUP_OUT are whole groups, in the order of their outputs.
         """
         for beside, axes in zip(self._beside, ((0,), (0, 1)), strict=True):
             if slot.name in beside:
