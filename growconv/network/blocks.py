@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growconv.convolution.geometry import Geometry
-from growconv.convolution.kernels import compose_convs, make_conv
+from growconv.convolution.kernels import CONVS, compose_convs, make_conv
 from growconv.convolution.split import split_kernel
 from growconv.errors import SiteError, SurgeryError
 from growconv.network.optimizer import add_parameters, check_optimizers, owned_by, replace_parameters
@@ -18,7 +18,6 @@ IN_FRONT = ".inserted"
 """Ends `path_before` of whatever was put in front of a layer."""
 _FIRST = {frozenset({"inserted", "consumer"}): "consumer", frozenset({"original", "inserted"}): "original"}
 """By the names inside a pair that `edited` makes, the module that was there first."""
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -46,7 +45,7 @@ def identity_layer(kind: str, channels: int, axes: int, kernel_size: int, activa
     def layer(bias: bool = True) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
         if axes == 0:
             return nn.Linear(channels, channels, bias=bias)
-        return _CONVOLUTIONS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        return CONVS[axes](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)

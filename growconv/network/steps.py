@@ -256,36 +256,25 @@ def _one_axis_pool(tape: Tape, value: int) -> tuple[list[int], list[Step]] | Non
 def pooling(step: Operation, before: Tensor, after: Tensor) -> list[Step] | None:
     """The steps that a pooling of the grid is; None for any other operation."""
     name, axes = step.name, before.dim() - 2
+    given = {each.name: value for each, value in zip(step.func._schema.arguments, step.args, strict=False)}
+    given |= step.kwargs
     if name in ("mean", "amax") and axes > 0:
-        given = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
-        dims = {dim % before.dim() for dim in ([given] if isinstance(given, int) else given or ())}  # pyright: ignore
-        if dims != set(range(2, before.dim())):
+        dims = given.get("dim") or ()
+        if {dim % before.dim() for dim in ([dims] if isinstance(dims, int) else dims)} != set(range(2, before.dim())):
             return None
         pool = AdaptivePool((1,) * axes, average=name == "mean")
         return [pool] if after.dim() == before.dim() else [pool, Flatten((1,) * axes)]
     if name.lstrip("_").startswith("adaptive_"):
         return [AdaptivePool(tuple(after.shape[2:]), average="avg" in name)]
-    if not name.startswith(_WINDOWED) or "unpool" in name:
+    if not name.startswith(_WINDOWED) or "unpool" in name or given.get("divisor_override") is not None:
         return None
-    average = name.startswith("avg")
-    names = ("self", "kernel_size", "stride", "padding", *(_AVERAGE if average else _MAXIMUM))
-    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
 
     def spread(label: str, default: Sequence[int]) -> tuple[int, ...]:
-        found = list(given.get(label) or ())  # pyright: ignore[reportArgumentType]
+        found = list(given.get(label) or ())
         return tuple(found * axes if len(found) == 1 else found or default)
 
-    kernel = spread("kernel_size", ())
+    kernel, average = spread("kernel_size", ()), name.startswith("avg")
     padding = tuple((side, side) for side in spread("padding", (0,) * axes))
-    geometry = Geometry(
-        kernel,
-        spread("stride", kernel),
-        spread("dilation", (1,) * axes),
-        padding,
-        ceil_mode=bool(given.get("ceil_mode")),
-    )
+    sizes = (kernel, spread("stride", kernel), spread("dilation", (1,) * axes), padding)
+    geometry = Geometry(*sizes, ceil_mode=bool(given.get("ceil_mode")))
     return [Pool(geometry, average, average and bool(given.get("count_include_pad", True)))]
-
-
-_AVERAGE = ("ceil_mode", "count_include_pad", "divisor_override")
-_MAXIMUM = ("dilation", "ceil_mode")
