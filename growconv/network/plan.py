@@ -7,7 +7,7 @@ have shrunk, or nobody can tell, it is refused.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -101,10 +101,6 @@ class Plan:
                     shape[axis] -= len(entries)
                 total += math.prod(shape) - change.tensor.numel()
         return total
-
-
-Values = Callable[[str, str], Mapping[str, Tensor]]
-"""Per path and side the new entries by tensor name, channel by channel; a bare tensor's own are under ""."""
 
 
 def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan: Plan | None = None) -> Plan:
@@ -211,7 +207,7 @@ def _sides(site: Site) -> dict[str, list[str]]:
     return found
 
 
-def _add(plan: Plan, site: Site, channels: int, values: Values | None = None) -> None:
+def _add(plan: Plan, site: Site, channels: int, values: "NewEntries | None" = None) -> None:
     """New channels for every layer and bare tensor of a site; zeros without values."""
     sizes, units = plan.sizes(site), channels // site.granularity
     for path, sides in _sides(site).items():
@@ -239,7 +235,7 @@ class NewEntries:
         self.site, self.growth, self.amplitude, self.sizes = site, growth, amplitude, sizes
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
-        """By tensor name, for a path and side."""
+        """By tensor name, for a path and side, channel by channel; those of a bare tensor are under ""."""
         entries = self.site.layout.per_unit((path, side), self.site.space) * self.growth.channels
         entries //= self.site.granularity
         kinds = {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried, ENTRY: self._normalised}

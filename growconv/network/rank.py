@@ -14,7 +14,6 @@ from growconv.convolution.factorized import FactorizedConv
 from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
-from growconv.network.model import unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 
@@ -70,10 +69,8 @@ class RankSite(Site):
         self.followers = tuple(at[name] for name in rank.carriers)
         self.layout, self.space = Layout({(each, ENTRY): (Run(0, 1),) for each in dims}, (1,), dims), 0
 
-    def of(self, model: nn.Module | None) -> "RankSite":
-        """The same rank of another model with the same names; this one for None or its own model."""
-        model = self.model if model is None else unwrapped(model)
-        return self if model is self.model else RankSite(model, self.path, self.side)
+    def _in(self, model: nn.Module) -> "RankSite":
+        return RankSite(model, self.path, self.side)
 
     def check(self, *, trains: bool = True) -> None:
         """Check that the model has such a layer, trainable or not.

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, cast
+from typing import ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -122,6 +122,9 @@ REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
 """Per growth method, what says why it cannot serve a site. Methods enter themselves when they are registered."""
 
 
+Own = TypeVar("Own", bound="Site")
+
+
 class Site(ABC):
     """What every place that can grow has in common: data about where its channels lie, and arithmetic on it.
 
@@ -141,9 +144,14 @@ class Site(ABC):
     by_hand: bool = False
     own_method: ClassVar[str | None] = None
 
-    @abstractmethod
-    def of(self, model: nn.Module | None) -> "Site":
+    def of(self: Own, model: nn.Module | None) -> Own:
         """The same site of another model with the same names; this one for None or its own model."""
+        model = self.model if model is None else unwrapped(model)
+        return self if model is self.model else self._in(model)
+
+    @abstractmethod
+    def _in(self: Own, model: nn.Module) -> Own:
+        """The same site of another model."""
 
     @abstractmethod
     def check(self, *, trains: bool = True) -> None:
@@ -274,10 +282,8 @@ class GrowthSite(Site):
     copied: bool = False
     by_hand: bool = field(default=False, repr=False)
 
-    def of(self, model: nn.Module | None) -> "GrowthSite":
-        """The same site of another model with the same names; this one for None or its own model."""
-        model = self.model if model is None else unwrapped(model)
-        return self if model is self.model else replace(self, model=model)
+    def _in(self, model: nn.Module) -> "GrowthSite":
+        return replace(self, model=model)
 
     @property
     def alone(self) -> bool:
