@@ -149,8 +149,7 @@ class StatisticsCollector:
         self._outputs: list[GradientEdge] = []
         self._shelf = Shelf()
         self._finished: dict[str, PairStatistics] | None = None
-        self._second = False
-        self._complete = False
+        self._second = self._complete = False
         self._losses = 0
         self._due: Callable[[Tensor | None], None] | None = None  # what waits for the gradient of a consumer's weight
         self._updates: dict[tuple[str, str], Tensor] = {}
