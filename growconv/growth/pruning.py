@@ -1,6 +1,6 @@
 """Pruning back: taking away the channels that matter least, until the model fits into a budget again."""
 
-import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from growconv.errors import ScheduleError
 from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Policy
+from growconv.growth.validation import hollow
 from growconv.growth.when import When
 from growconv.limits import limited
 from growconv.network import layers
-from growconv.network.layout import ENTRY, GROUP_OUT, IN, OUT
+from growconv.network.event import count_parameters, shrink
+from growconv.network.layout import ENTRY
 from growconv.network.model import attribute
-from growconv.network.plan import plan_removal
 from growconv.network.site import GrowthSite
 from growconv.solvers.weights import columns_of, old_filters
 
@@ -70,15 +71,20 @@ class PruneBack(Policy):
             least = -(-self.keep // site.granularity)
             ranked = torch.argsort(relative, stable=True)[: max(0, len(relative) - least)]
             blocks += [(float(relative[group]) / site.granularity, order, int(group)) for group in ranked]
-        sizes = Sizes(model, sites, cost)
-        removed: dict[GrowthSite, list[int]] = {site: [] for site in sites}
-        for _, order, group in sorted(blocks):
-            if self._fits(*sizes.after(removed)):
-                break
-            size = sites[order].granularity
-            removed[sites[order]] += range(group * size, (group + 1) * size)
-        parameters, flops = sizes.after(removed)
-        if not self._fits(parameters, flops):
+        blocks.sort()
+
+        def without(count: int) -> dict[GrowthSite, list[int]]:
+            """The channels of so many blocks."""
+            removed: dict[GrowthSite, list[int]] = {}
+            for _, order, group in blocks[:count]:
+                size = sites[order].granularity
+                removed.setdefault(sites[order], []).extend(range(group * size, (group + 1) * size))
+            return {site: sorted(channels) for site, channels in removed.items()}
+
+        counts = range(len(blocks) + 1)
+        fewest = bisect_left(counts, True, key=lambda count: self._fits(*size_without(model, cost, without(count))))
+        if fewest == len(counts):
+            parameters, flops = size_without(model, cost, without(len(blocks)))
             raise ScheduleError(
                 "the model cannot be pruned to this budget",
                 expected=f"parameters ≤ {self.parameters}, flops ≤ {self.flops}",
@@ -86,50 +92,19 @@ class PruneBack(Policy):
                 where="PruneBack",
                 fix="raise the budget or list more sites",
             )
-        return {site: sorted(channels) for site, channels in removed.items() if channels}
+        return without(fewest)
 
     def _fits(self, parameters: int, flops: float | int) -> bool:
         within = self.parameters is None or parameters <= self.parameters
         return within and (self.flops is None or flops <= self.flops)
 
 
-class Sizes:
-    """Parameters and FLOPs that a model would have without some channels of several sites at once."""
-
-    def __init__(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> None:
-        self.tensors = {id(parameter): parameter for parameter in model.parameters()}
-        self.cuts: dict[int, list[tuple[int, GrowthSite, float]]] = {}
-        for site in sites:
-            if site.width > site.granularity:
-                for change in plan_removal(site, range(site.granularity)).changes:
-                    for axis, entries in change.removed.items():
-                        cut = (axis, site, len(entries) / site.granularity)
-                        self.cuts.setdefault(id(change.tensor), []).append(cut)
-        # Per layer its FLOPs, its inputs and outputs, and which of them go with which site: FLOPs fall with both.
-        self.costs: list[tuple[float, tuple[int, int], list[tuple[int, GrowthSite, float]]]] = []
-        for path in cost.locations:
-            layer = layers.weighted(model.get_submodule(path))
-            cuts = [
-                (int(side != IN), site, float(site.ratio(path, side)))
-                for site in sites
-                for where, side in site.axes
-                if where == path and side in (IN, OUT, GROUP_OUT)
-            ]
-            self.costs.append((cost.layer(path, layer.multiplications()), (layer.size(IN), layer.size(OUT)), cuts))
-
-    def after(self, removed: Mapping[GrowthSite, Sequence[int]]) -> tuple[int, float]:
-        """(parameters, flops) without the channels."""
-        shapes = {key: list(tensor.shape) for key, tensor in self.tensors.items()}
-        for key, shape in shapes.items():
-            for axis, site, ratio in self.cuts.get(key, ()):
-                shape[axis] -= round(len(removed.get(site, ())) * ratio)
-        flops = 0.0
-        for whole, sizes, cuts in self.costs:
-            left = [float(size) for size in sizes]
-            for axis, site, ratio in cuts:
-                left[axis] -= ratio * len(removed.get(site, ()))
-            flops += whole * left[0] * left[1] / (sizes[0] * sizes[1])
-        return sum(math.prod(shape) for shape in shapes.values()), flops
+def size_without(model: nn.Module, cost: ModelCost, removed: Mapping[GrowthSite, Sequence[int]]) -> tuple[int, int]:
+    """Parameters and FLOPs that a model would have without some channels: of a copy without memory that is shrunk."""
+    twin = hollow(model)
+    for site, channels in removed.items():
+        shrink(twin, site, channels)
+    return count_parameters(twin), ModelCost(twin, cost.locations).flops()
 
 
 def norm_scores(site: GrowthSite) -> Tensor:

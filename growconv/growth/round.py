@@ -32,7 +32,6 @@ from growconv.solvers.gradmax import gradmax
 from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
 from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
-from growconv.statistics.pair import PairStatistics
 
 ROOM_BYTES = 2**23
 """What statistics and samples may take in any case. Beyond this, and beyond half of what a training step holds, sites
@@ -42,13 +41,6 @@ Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
 """What a site is offered, ‖v‖²/n there, the samples behind it, and `Proposal.slopes`."""
 
 PHASES = ("collect", "solve", "amplitude", "surgery")
-
-
-def _slopes(subject: PairStatistics, channels: int) -> Tensor:
-    """See `Proposal.slopes`; zeros for channels beyond the rank of N_raw."""
-    raw = require_statistics(subject, "N_raw")
-    slopes = gradmax(torch.cat([each.flatten(1) for each in raw], 1)[:, None], max(1, channels)).gains[:channels]
-    return torch.nn.functional.pad(slopes, (0, channels - len(slopes)))
 
 
 def parts_of(
@@ -99,11 +91,14 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
     return 8 * entries
 
 
-def checked_batches(batches: Iterable[Any]) -> list[Batch]:
-    """Growth batches as a list of (inputs, targets) pairs.
+def divided(batches: Iterable[Any], held_out: float) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Growth batches for the statistics, and a share of them held out for the amplitude: at least one of each.
+
+    Args:
+        held_out: the share; 0: none are.
 
     Raises:
-        ScheduleError: there are none.
+        ScheduleError: there are too few.
         ArgumentTypeError: one of them is no pair.
     """
     data = list(batches)
@@ -118,21 +113,17 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
                 where=f"growth batch {index}",
                 fix="if the model computes its own loss: ({'name': value}, None) and loss=lambda out, _: out.loss",
             )
-    return [(inputs, targets) for inputs, targets in data]
-
-
-def split(batches: Sequence[Batch], held_out: float) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Growth batches for the statistics, and a share of them, at least one of each, held out for the amplitude."""
-    if len(batches) < 2:
+    if held_out and len(data) < 2:
         raise ScheduleError(
             "the amplitude needs samples that the solver has not seen",
             expected="at least two growth batches",
-            got=f"{len(batches)}",
+            got=f"{len(data)}",
             where="GrowthScheduler.grow",
             fix="pass more batches, or give the scheduler a fixed amplitude such as amplitude=1.0",
         )
-    count = min(len(batches) - 1, max(1, round(held_out * len(batches))))
-    return batches[:-count], batches[-count:]
+    pairs = [(inputs, targets) for inputs, targets in data]
+    count = min(len(pairs) - 1, max(1, round(held_out * len(pairs)))) if held_out else 0
+    return pairs[: len(pairs) - count], pairs[len(pairs) - count :]
 
 
 @dataclass
@@ -262,7 +253,11 @@ class Round:
                 continue
             given = statistics.get(site.name) if self.solver.reads else None
             growth = solve(given or cast(GrowthSite, site), self.solver, channels, self.model, self.generator)
-            slopes = _slopes(statistics[site.name], growth.channels) if self.slopes else None
+            slopes = None
+            if self.slopes:  # zeros for channels beyond the rank of N_raw
+                raw = torch.cat([each.flatten(1) for each in require_statistics(statistics[site.name], "N_raw")], 1)
+                slopes = gradmax(raw[:, None], max(1, growth.channels)).gains[: growth.channels]
+                slopes = nn.functional.pad(slopes, (0, growth.channels - len(slopes)))
             energy, samples = (None, None) if given is None else (given.gradient_energy, given.samples)
             answers.append((growth, energy, samples, slopes))
         return answers

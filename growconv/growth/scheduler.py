@@ -24,7 +24,7 @@ from growconv.growth.decision import Batch, Decision, Loss, Policy, Proposal, Si
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
 from growconv.growth.pruning import PruneBack
-from growconv.growth.round import PHASES, Round, checked_batches, split
+from growconv.growth.round import PHASES, Round, divided
 from growconv.growth.settings import (
     LeftOut,
     as_amplitude,
@@ -464,12 +464,10 @@ class GrowthScheduler:
 
     def _divided(self, batches: Iterable[Any]) -> tuple[Sequence[Batch], Sequence[Batch], ModelCost]:
         """Growth batches to fit and to choose the amplitude on, and the cost meter, which the first of them sets up."""
-        with undisturbed(self.model):
-            data = checked_batches(batches)
-        cost = self.now.cost or ModelCost.measure(self.model, data[0][0])
         searching = self.amplitude == "line_search" and not self.solver.function_preserving and not self._prunes
-        fitting, held_out = split(data, self.held_out) if searching else (data, ())
-        return fitting, held_out, cost
+        with undisturbed(self.model):
+            fitting, held_out = divided(batches, self.held_out if searching else 0.0)
+        return fitting, held_out, self.now.cost or ModelCost.measure(self.model, fitting[0][0])
 
     def _grown(self, work: Round) -> dict[Site, Channels]:
         """Ask, choose and apply; gives the sites that were asked."""

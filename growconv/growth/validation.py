@@ -86,7 +86,7 @@ def rehearse(history: GrowthHistory, model: nn.Module, saved: Iterable[Tensor]) 
         )
     edits: list[Any] = [edit for event in history for edit in event.edits]
     kernels = any(isinstance(edit, Mapping) and edit.keys() & {"split", "merge"} for edit in edits)
-    twin = _copied(model, with_data=kernels)  # new kernels are computed from those that are there
+    twin = hollow(model, with_data=kernels)  # new kernels are computed from those that are there
     try:
         for event in history:
             for edit in event.edits:
@@ -140,7 +140,7 @@ def _check_attribute(module: nn.Module, edit: Mapping[str, Any], most: int) -> N
         raise _refused("An edit of the history sets an attribute that growing never sets.", edit)
 
 
-def _copied(model: nn.Module, with_data: bool) -> nn.Module:
+def hollow(model: nn.Module, with_data: bool = False) -> nn.Module:
     """A copy of a model to try on what is to be done, whose tensors have shapes but no memory unless `with_data`."""
     kept: dict[int, Any] = {}
     for module in () if with_data else model.modules():
