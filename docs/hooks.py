@@ -6,7 +6,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from growconv.training import usage
+from growconv.training import commands
 
 MARK = "<!-- options -->"
 
@@ -23,4 +23,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = page.file.src_uri
     if not config.repo_url and source != "changelog.md":
         page.edit_url = f"{'../' * (page.url.count('/') + 1)}docs/{source}"
-    return markdown.replace(MARK, usage.options_page()) if MARK in markdown else markdown
+    return markdown.replace(MARK, commands.options_page()) if MARK in markdown else markdown

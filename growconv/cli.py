@@ -30,9 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError, TrainingError, near
 from growconv.reporting.terminal import make_console, printable, shown
+from growconv.training import commands, failures
 from growconv.training import config as settings
-from growconv.training import failures, usage
-from growconv.training.commands import MODULES, CommandParser
+from growconv.training.commands import COMMANDS, MODULES, CommandParser
 
 # Ranks above 0 leave no trace of their own.
 SILENT = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
@@ -107,16 +107,12 @@ def _ways_on(error: BaseException) -> list[str]:
 def _dispatch(arguments: Sequence[str]) -> None:
     named = bool(arguments) and not arguments[0].startswith(("-", "+", "~")) and "=" not in arguments[0]
     command, rest = (arguments[0], arguments[1:]) if named else ("train", arguments)
-    if command not in usage.COMMANDS:
+    if command not in COMMANDS:
         raise _no_command(command, rest)
     parser = CommandParser(command)
     if {"-h", "--help"} & set(rest):
-        if command in MODULES:
-            print(parser.format_help().rstrip())
-        elif named:
-            print(usage.train_page() if command == "train" else usage.command_page(command))
-        else:
-            print(usage.first_page())
+        page = parser.format_help().rstrip() if command != "train" else commands.train_page()
+        print(page if named else commands.first_page())
         return
     if command in MODULES:
         given = parser.parse_args(rest)  # before anything is imported
@@ -161,30 +157,30 @@ def _complete(asked: str) -> bool:
     if not asked.startswith("query") or len(words) < 2:
         return False
     if len(words) == 2:
-        print(" ".join(command for command in usage.COMMANDS if command.startswith(words[1])))
+        print(" ".join(command for command in COMMANDS if command.startswith(words[1])))
     elif words[1] in MODULES:
         if asked == "query=fish":
             print("\n".join(sorted(glob.glob(f"{glob.escape(words[-1])}*"))))
         return True
-    elif words[1] in usage.COMMANDS:
+    elif words[1] in COMMANDS:
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
     return False
 
 
 def _no_command(word: str, rest: Sequence[str]) -> ConfigError:
     """The error of a first word that is no command: perhaps a flag without dashes, or a group without =."""
-    meant = near(word, [*usage.COMMANDS, "help", "version"])
+    meant = near(word, [*COMMANDS, "help", "version"])
     command = f"--{meant}" if meant in ("help", "version") else meant
     fix = f"did you mean: growconv {shlex.join([command, *rest])}" if command else None
-    if word in usage.GROUPS and rest:
+    if word in commands.GROUPS and rest:
         fix = f"did you mean: growconv {shlex.join([f'{word}={rest[0]}', *rest[1:]])}"
     return ConfigError(
-        f"there is no command {word!r}", expected=", ".join(usage.COMMANDS), fix=fix or "growconv --help lists them"
+        f"there is no command {word!r}", expected=", ".join(COMMANDS), fix=fix or "growconv --help lists them"
     )
 
 
 def _no_equals(text: str, command: str) -> ConfigError:
-    group = next((group for group in usage.GROUPS if text in usage.group_names(group)), None)
+    group = next((group for group in commands.GROUPS if text in commands.group_names(group)), None)
     fix = f"did you mean {group}={text}?" if group else None
     if command == "resume" or Path(text).is_dir():
         fix = f"did you mean resume={text}?"

@@ -40,7 +40,9 @@ def network(depth: int) -> nn.Module:
     """A CIFAR ResNet of 6n + 2 layers."""
     blocks = (depth - 2) // 6
     torch.manual_seed(0)
-    return ResidualNet(BasicBlock, ((16, blocks), (32, blocks), (64, blocks)), 16, 3, 10, 32)
+    return ResidualNet(
+        BasicBlock, ((16, blocks), (32, blocks), (64, blocks)), 16, in_channels=3, classes=10, image_size=32
+    )
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:

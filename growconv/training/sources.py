@@ -61,7 +61,9 @@ def synthetic(
     from growconv.training.models import ConvPair
 
     generator = torch.Generator().manual_seed(seed)
-    teacher = ConvPair(channels, outputs, image_size, hidden=hidden / 12, activation=activation)
+    teacher = ConvPair(
+        in_channels=channels, classes=outputs, image_size=image_size, hidden=hidden / 12, activation=activation
+    )
     with torch.no_grad():
         for layer in (teacher.conv1, teacher.conv2):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5, generator=generator)

@@ -11,7 +11,7 @@ import pytest
 
 from growconv import cli
 from growconv.cli import main
-from growconv.training import usage
+from growconv.training import commands as usage
 from growconv.training.config import compose, plain
 from growconv.training.options import RunConfig
 

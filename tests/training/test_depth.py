@@ -15,7 +15,7 @@ from growconv.growth.learning_rate import stages_of
 from growconv.network.depth import copy_blocks, insert_layer
 from growconv.network.find import find_sites
 from growconv.training.loop import Trainer
-from growconv.training.models import BasicBlock
+from growconv.training.models import BasicBlock, Kit
 from growconv.training.rundir import RunDirectory
 
 QUICK = [
@@ -32,7 +32,8 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [BasicBlock(4, 4, 4, 1, "batch", "relu", "batch"), BasicBlock(4, 6, 8, 2, "batch", "relu", "batch")]
+    kit = Kit(in_channels=4, classes=10, image_size=8)
+    blocks = [BasicBlock(kit, 4, 4, 4, 1), BasicBlock(kit, 4, 6, 8, 2)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from growconv.training import options, usage
+from growconv.training import commands, options
 
 
 def schemas():
@@ -17,13 +17,13 @@ def test_defaults_are_within_their_limits():
 
 
 def test_the_pages_name_every_group_file_and_option_with_a_meaning():
-    page = usage.train_page()
-    assert max(map(len, f"{usage.first_page()}\n{page}".splitlines())) <= 80
-    for group in usage.GROUPS:
-        for name in usage.group_names(group):
+    page = commands.train_page()
+    assert max(map(len, f"{commands.first_page()}\n{page}".splitlines())) <= 80
+    for group in commands.GROUPS:
+        for name in commands.group_names(group):
             assert f"\n  {name}" in page
-            assert usage._comment(group, name).endswith("."), (group, name)
+            assert commands._comment(group, name).endswith("."), (group, name)
     for schema in schemas():
-        for name, default, meaning, _ in usage._described(schema):
+        for name, default, meaning, _ in commands._described(schema):
             assert default, name
             assert meaning, name

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growconv.training.models import BasicBlock, InvertedResidual, ResidualNet, scaled
+from growconv.training.models import BasicBlock, InvertedResidual, Kit, ResidualNet, scaled
 
 STAGES = ((8, 2), (8, 1), (16, 2), (16, 1), (32, 2))
 """Channels of the stream after each block of the two nets below, and the block's stride."""
@@ -48,9 +48,9 @@ def residual_blocks(
     Args:
         middles: channels inside each block at factor 1.
     """
-    blocks, incoming = [], STAGES[0][0]
+    kit, blocks, incoming = Kit(in_channels, classes, image_size), [], STAGES[0][0]
     for (outgoing, stride), middle in zip(STAGES, middles, strict=True):
-        blocks.append(BasicBlock(incoming, scaled(middle, hidden), outgoing, stride, "batch", "relu", "batch"))
+        blocks.append(BasicBlock(kit, incoming, scaled(middle, hidden), outgoing, stride))
         incoming = outgoing
     return _Net(blocks, in_channels, classes, image_size)
 
@@ -63,8 +63,8 @@ def mobile_blocks(
     Args:
         middles: expanded channels of each block at factor 1.
     """
-    blocks, incoming = [], STAGES[0][0]
+    kit, blocks, incoming = Kit(in_channels, classes, image_size), [], STAGES[0][0]
     for (outgoing, stride), middle in zip(STAGES, middles, strict=True):
-        blocks.append(InvertedResidual(incoming, scaled(middle, hidden), outgoing, stride, "batch", "relu"))
+        blocks.append(InvertedResidual(kit, incoming, scaled(middle, hidden), outgoing, stride))
         incoming = outgoing
     return _Net(blocks, in_channels, classes, image_size)
