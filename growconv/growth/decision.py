@@ -124,7 +124,8 @@ class Proposal:
 class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
     """A small dataclass of hyperparameters; fields with init=False are its state.
 
-    The state holds numbers, strings, booleans, None and lists of them, so that it is JSON and a run resumes exactly.
+    The state holds numbers, strings, booleans, None and lists of them, so that it is JSON and a run resumes exactly;
+    under the names of fields that hold policies it has theirs.
 
     Attributes:
         personal: the policy reads the clock or reported metrics, which may differ between processes.
@@ -140,7 +141,13 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
 
     def state_dict(self) -> dict[str, object]:
         """The policy's state as JSON-able values."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if not entry.init}  # pyright: ignore[reportArgumentType]
+        state: dict[str, object] = {}
+        for entry in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, entry.name)
+            inside = [each.state_dict() for each in _policies_in(value)]
+            if inside or not entry.init:
+                state[entry.name] = value if not inside else inside if isinstance(value, list) else inside[0]
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore a state from `state_dict`.
@@ -152,7 +159,11 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
             CheckpointError: the state belongs to another policy.
         """
         expected = Policy.state_dict(self).keys()
-        if state.keys() != expected:
+        given: dict[str, list[Any]] = {
+            name: value if isinstance(value, list) else [value] for name, value in state.items()
+        }
+        inside = {name: _policies_in(getattr(self, name)) for name in expected}
+        if state.keys() != expected or any(own and len(own) != len(given[name]) for name, own in inside.items()):
             raise CheckpointError(
                 "the saved state belongs to another policy",
                 expected=sorted(expected),
@@ -161,4 +172,12 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
                 fix="resume with the policies that the run was started with",
             )
         for name, value in state.items():
-            setattr(self, name, value)
+            if not inside[name]:
+                setattr(self, name, value)
+            for policy, saved in zip(inside[name], given[name], strict=False):
+                policy.load_state_dict(saved)
+
+
+def _policies_in(value: object) -> list[Policy]:
+    """The policies that a field holds: itself one, or a list of them."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Policy)]

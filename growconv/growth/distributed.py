@@ -29,37 +29,41 @@ def is_first() -> bool:
     return world_size() == 1 or dist.get_rank() == 0
 
 
-def from_first(compute: Callable[[], T], device: torch.device) -> T:
-    """Compute on rank 0 alone and give every rank the answer, through a device (a GPU under NCCL), its tensors there.
+def from_first(compute: Callable[[], T], device: torch.device | None = None) -> T:
+    """Compute on rank 0 alone and give every rank the answer, tensors on its own device (None: the CPU).
 
     Raises:
-        GrowthError: on every rank, what `compute` raised on rank 0.
+        Exception: on rank 0, what `compute` raised.
+        GrowthError, OSError: the same on the others; for anything else a ScheduleError that tells of it.
     """
     if world_size() == 1:
         return compute()
-    box: list[Any] = [None]
+    box, failure = [b""], None
     if is_first():
+        outcome: tuple[Any, Exception | None] = None, None
         try:
-            answer = compute()
-        except GrowthError as error:
-            answer = error
+            outcome = compute(), None
         except Exception as error:
-            answer = ScheduleError("rank 0 failed while solving", got=repr(error), where="rank 0")
+            known = isinstance(error, GrowthError | OSError)
+            told = error if known else ScheduleError("rank 0 failed", got=repr(error), where="rank 0")
+            outcome, failure = (None, told), error
         stream = io.BytesIO()
-        torch.save(answer, stream)
+        torch.save(outcome, stream)
         box[0] = stream.getvalue()
-    dist.broadcast_object_list(box, src=0, device=device if device.type != "cpu" else None)
-    answer = torch.load(io.BytesIO(box[0]), map_location=device, weights_only=False)
-    if isinstance(answer, GrowthError):
-        raise answer
+    dist.broadcast_object_list(box, src=0)  # under NCCL through the process's own GPU
+    answer, told = torch.load(io.BytesIO(box[0]), map_location=device or "cpu", weights_only=False)
+    if told is not None:
+        raise failure or told
     return answer
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The average of a detached tensor over all ranks, the same bits on each."""
+def summed(value: Tensor) -> Tensor:
+    """The sum of a tensor, detached, over all ranks, the same bits on each."""
     if world_size() == 1:
-        return value
-    return _summed(value) / world_size()
+        return value.detach()
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def agreed(compute: Callable[[], T]) -> T:
@@ -121,11 +125,11 @@ def reduce_statistics(statistics: dict[str, PairStatistics]) -> dict[str, PairSt
 
 def _reduced(own: PairStatistics) -> PairStatistics:
     device = next(own.growth_site.model.get_submodule(own.growth_site.producers[0]).parameters()).device
-    total = int(_summed(torch.tensor(float(own.samples), dtype=torch.float64, device=device)).item())
+    total = int(summed(torch.tensor(float(own.samples), dtype=torch.float64, device=device)).item())
     share = own.samples / total
 
     def average(value: Tensor) -> Tensor:
-        return _summed(value * share)
+        return summed(value * share)
 
     consumers = []
     for held in own.consumers:
@@ -191,12 +195,6 @@ def _gathered(batches: tuple[KeptBatch, ...], model: nn.Module, device: torch.de
         return batches
     others = [_Unpickler(io.BytesIO(text), model, tensors, device).load() for text, tensors in parts[1:]]
     return tuple(batch for part in (batches, *others) for batch in part)
-
-
-def _summed(value: Tensor) -> Tensor:
-    total = value.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
 
 
 def parameter_hash(model: nn.Module) -> str:

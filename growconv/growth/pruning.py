@@ -42,17 +42,6 @@ class PruneBack(Policy):
         if self.parameters is None and self.flops is None:
             raise ScheduleError("pruning needs a budget", where="PruneBack", fix="give parameters or flops")
 
-    def state_dict(self) -> dict[str, object]:
-        """The state of `when`."""
-        return {"when": self.when.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Hand the state back to `when`."""
-        when = state.get("when")
-        if not isinstance(when, Mapping):
-            raise ScheduleError("the saved state belongs to another policy", got=state, where="PruneBack")
-        self.when.load_state_dict(when)
-
     @property
     def personal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether `when` is."""

@@ -16,7 +16,7 @@ from growconv.errors import ArgumentTypeError, ScheduleError
 from growconv.growth.amplitude import AmplitudeChoice, choose_amplitudes, mean_loss, rescaled
 from growconv.growth.cost import ModelCost, batch_size
 from growconv.growth.decision import Batch, Loss, Proposal
-from growconv.growth.distributed import agreed, from_first, mean_over_ranks, reduce_statistics, world_size
+from growconv.growth.distributed import agreed, from_first, reduce_statistics, summed, world_size
 from growconv.growth.pruning import PruneBack
 from growconv.network.event import GrowthEvent, Optimizers, grow, shrink
 from growconv.network.model import undisturbed
@@ -366,7 +366,7 @@ class Round:
 
     def _shared_loss(self, output: Any, targets: Any) -> Tensor:
         """The loss averaged over the processes, so that all of them choose the same amplitude."""
-        return mean_over_ranks(self.loss(output, targets))
+        return summed(self.loss(output, targets)) / world_size()
 
     def _tell(self, first: int, before: float, after: float) -> None:
         """Enter the held-out loss before and after into the events from `first` on.

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeVar
 
@@ -244,18 +244,6 @@ class _Combined(When):
         """Every member has to admit the proposal."""
         answers = [policy.admits(proposal) for policy in self.policies]
         return next((answer for answer in answers if not answer), answers[0])
-
-    def state_dict(self) -> dict[str, object]:
-        """The members' states in order."""
-        return {"policies": [policy.state_dict() for policy in self.policies]}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Hand the states back to the members."""
-        states = state.get("policies")
-        if not isinstance(states, list) or len(states) != len(self.policies):
-            raise ScheduleError("the saved state belongs to another combination", got=state, where=type(self).__name__)
-        for policy, member in zip(self.policies, states, strict=True):
-            policy.load_state_dict(member)
 
 
 @dataclass

@@ -8,11 +8,11 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,6 @@ from torch.optim import Optimizer
 
 from growconv.errors import ConfigError
 from growconv.training.config import no_sync_batchnorm
-
-T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long the processes of a run wait for one another before they give up."""
@@ -111,28 +109,6 @@ class Devices:
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad()
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, the same on each."""
-        if self.world_size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return value
-
-    def on_first(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, on every rank; an error there is raised on every rank."""
-        if self.world_size == 1:
-            return compute()
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = compute()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (running statistics of norm layers), which each rank has of its own."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError
+from growconv.growth.distributed import from_first
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import too_late
 from growconv.network.event import count_parameters
@@ -51,12 +52,12 @@ def run(
     require_installed(config["logger"])
     require_kornia(config)
     devices = make_devices(config["trainer"])
-    directory = Path(devices.on_first(lambda: str(directory)))
+    directory = Path(from_first(lambda: str(directory)))
     with alone_in(directory, devices), ExitStack() as stack:
         if config["trainer"]["deterministic"] and not torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(True)  # only where it is wanted: a call imports torch._dynamo
             stack.callback(torch.use_deterministic_algorithms, False)
-        resume = resume or (sweep and devices.on_first(lambda: _holds_same_run(RunDirectory(directory), config)))
+        resume = resume or (sweep and from_first(lambda: _holds_same_run(RunDirectory(directory), config)))
         dataset = make_dataset(config["data"]).to(devices.device)
         if devices.is_first and config["trainer"]["progress"] != "none":
             sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test"
@@ -82,7 +83,7 @@ def run(
 def alone_in(directory: Path, devices: Devices) -> Iterator[None]:
     """Inside, rank 0 holds the lock of a run directory; where another process has it, every rank gets the error."""
     with ExitStack() as stack:
-        devices.on_first(lambda: stack.enter_context(RunDirectory(directory).locked()))
+        from_first(lambda: stack.enter_context(RunDirectory(directory).locked()))
         yield
 
 
@@ -109,22 +110,22 @@ def run_one(
     devices = devices.for_one_run()
     files = RunDirectory(directory, active=devices.is_first)
     found: Checkpoint | None = None
-    if resume and devices.on_first(lambda: files.finished and not is_longer(files.config(), config)):
-        return devices.on_first(files.summary)
+    if resume and from_first(lambda: files.finished and not is_longer(files.config(), config)):
+        return from_first(files.summary)
     if resume:
-        found = devices.on_first(lambda: _found(files, config))
+        found = from_first(lambda: _found(files, config))
     begins = found is None
     if begins and origin is not None:
-        found = devices.on_first(lambda: find_checkpoint(origin))
+        found = from_first(lambda: find_checkpoint(origin))
     model = _placed_model(config, dataset, devices)
     weights = config["model"]["weights"]
     drawn = load_weights(model, weights, dataset.classes) if weights is not None and found is None else []
     trainer = Trainer(config, dataset, model, devices, files, title, found)
     if begins:
         about = {**environment(), "processes": devices.world_size, "layers": weight_shapes(model)}
-        devices.on_first(lambda: _start(files, config, about, resume))
+        from_first(lambda: _start(files, config, about, resume))
     else:
-        devices.on_first(lambda: files.prolong(config))
+        from_first(lambda: files.prolong(config))
     if devices.is_first:
         trainer.trackers = make_trackers(config, directory, None if begins else found)
     # From here on every process draws random numbers of its own (dropout).

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from growconv.errors import CheckpointError, ConfigError, TrainingError
 from growconv.growth.cost import training_flops
+from growconv.growth.distributed import from_first, summed
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import AtSteps, Every
 from growconv.network.depth import copy_blocks
@@ -258,7 +259,7 @@ class Trainer:
             return came
         if self.position.step % AGREE_EVERY and self.position.batch < self.epoch_steps:
             return None
-        anywhere = self.devices.sum(torch.tensor(float(came is not None), device=self.devices.device))
+        anywhere = summed(torch.tensor(float(came is not None), device=self.devices.device))
         return (came or signal.SIGTERM) if float(anywhere) > 0 else None
 
     def _batch(self, index: Tensor, augment: torch.Generator | None = None) -> Any:
@@ -329,7 +330,7 @@ class Trainer:
         self.devices.share_buffers(self.model)
         events = self.scheduler.grow(self.growth_batches(), self.loss, position.step)
         spent = torch.tensor(self.scheduler.flops_spent - before, dtype=torch.float64, device=self.devices.device)
-        position.growth_flops += float(self.devices.sum(spent))
+        position.growth_flops += float(summed(spent))
         if events:
             self._grown(events)
         else:
@@ -388,7 +389,7 @@ class Trainer:
         position.epoch += 1
         self._require_finite()
         samples = position.batch * self.batch_size
-        loss_sum, hits = self.devices.sum(self._sums).tolist()
+        loss_sum, hits = summed(self._sums).tolist()
         self._sums.zero_()
         val_loss, val_accuracy = self.evaluate(self.dataset.validation)
         position.seconds = time.monotonic() - self._clock
@@ -447,7 +448,7 @@ class Trainer:
                 else:
                     sums[1] += (output.argmax(1) == targets).double().mean() * len(inputs)
         model.train()
-        loss, score = devices.sum(sums).tolist()
+        loss, score = summed(sums).tolist()
         if self.dataset.regression:
             spread = (split.targets.double() - split.targets.double().mean()).square().sum()
             return loss / len(split), 1 - score / float(spread)
@@ -463,7 +464,7 @@ class Trainer:
         if self.average is not None:
             self.devices.share_buffers(self.judged)
             tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in self.average.state_dict().items()}
-        position.loss_sum, position.hits = self.devices.sum(self._sums).tolist()
+        position.loss_sum, position.hits = summed(self._sums).tolist()
         scaler = self.devices.scaler
         state = {
             "position": asdict(position),
@@ -476,7 +477,7 @@ class Trainer:
         }
         content: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         content |= {"history": self.history, "state": state, "tensors": tensors}
-        self.devices.on_first(lambda: save_in_turn(self.directory.checkpoints, best, **content))
+        from_first(lambda: save_in_turn(self.directory.checkpoints, best, **content))
 
     def _summary(self) -> dict[str, Any]:
         """The final figures; the test split is looked at here, once."""
