@@ -123,11 +123,7 @@ class Auto(Amount):
 
 
 def as_amount(amount: "Amount | int | float | str") -> Amount:
-    """Read the scheduler's short forms: an int is Fixed, a float Fraction, "auto" is Auto.
-
-    Raises:
-        ScheduleError: none of these.
-    """
+    """Read the scheduler's short forms: an int is Fixed, a float Fraction, "auto" is Auto."""
     if isinstance(amount, Amount):
         return amount
     if amount == "auto":

@@ -150,14 +150,7 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
         return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore a state from `state_dict`.
-
-        Args:
-            state: the state, also after a round trip through JSON.
-
-        Raises:
-            CheckpointError: the state belongs to another policy.
-        """
+        """Restore a state, also after a round trip through JSON; a CheckpointError for that of another policy."""
         expected = Policy.state_dict(self).keys()
         given: dict[str, list[Any]] = {
             name: value if isinstance(value, list) else [value] for name, value in state.items()

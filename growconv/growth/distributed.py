@@ -67,12 +67,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def agreed(compute: Callable[[], T]) -> T:
-    """Compute, without communication, on every rank; what fails on one is raised on all, so that none waits for ever.
-
-    Raises:
-        Exception: this rank's own error.
-        ScheduleError: another rank's.
-    """
+    """Compute on every rank, without communication; what fails on one is raised on all: none waits for ever."""
     if world_size() == 1:
         return compute()
     answer, error = None, None
@@ -91,11 +86,7 @@ def agreed(compute: Callable[[], T]) -> T:
 
 
 def require_same(value: object, what: str, fix: str | None = None) -> None:
-    """Check that a value is the same on every rank; `what` names it.
-
-    Raises:
-        ScheduleError: on every rank, where it is not.
-    """
+    """Raise a ScheduleError on every rank where a value, which `what` names, is not the same on all."""
     if world_size() == 1:
         return
     values: list[Any] = [None] * world_size()
@@ -207,25 +198,14 @@ def parameter_hash(model: nn.Module) -> str:
 
 
 def require_equal_parameters(model: nn.Module) -> None:
-    """Compare the parameter hashes of all ranks.
-
-    Raises:
-        ScheduleError: raised on every rank if one of them differs.
-    """
+    """Raise a ScheduleError on every rank where the parameters of one differ."""
     if world_size() > 1:
         fix = "build the model from the same seed on every rank, and grow it through the scheduler on all of them"
         require_same(parameter_hash(model), "parameters", fix)
 
 
 def rewrap(wrapper: DistributedDataParallel) -> DistributedDataParallel:
-    """Wrap the grown model again: DDP only reduces gradients of parameters that existed when it was built.
-
-    Args:
-        wrapper: the wrapper around the model before it grew; do not use it any more.
-
-    Returns:
-        A new wrapper with the same devices and settings.
-    """
+    """Wrap the grown model again: DDP only reduces gradients of parameters that existed when it was built."""
     own: dict[str, Any] = {} if wrapper.broadcast_buffers else {"broadcast_buffers": False}
     return DistributedDataParallel(
         wrapper.module,

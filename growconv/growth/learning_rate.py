@@ -217,12 +217,7 @@ def _growth_along(stages: Tensor, axis: int | None) -> float:
 
 
 def stages_of(model: nn.Module, history: GrowthHistory) -> dict[nn.Parameter, Tensor]:
-    """The stage of every entry of every parameter that has grown, as integers that broadcast to it.
-
-    Args:
-        model: the model with its present shapes.
-        history: how it came to them.
-    """
+    """The stage of every entry of every parameter that has grown, as integers that broadcast to it."""
     edits: dict[tuple[str, int], list[tuple[int, Mapping[str, Any]]]] = {}
     for stage, event in staged(history):
         for edit in cast(Sequence[Mapping[str, Any]], event.edits):

@@ -48,11 +48,7 @@ class PruneBack(Policy):
         return self.when.personal
 
     def choose(self, model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost) -> dict[GrowthSite, list[int]]:
-        """The channels to take away of each site, in whole groups; as few as the budget allows.
-
-        Raises:
-            ScheduleError: the budget cannot be reached with `keep` channels everywhere.
-        """
+        """The channels to take away of each site, in whole groups; as few as the budget allows, or a ScheduleError."""
         blocks = []
         for order, site in enumerate(sites):
             score = norm_scores(site)

@@ -92,15 +92,7 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
 
 
 def divided(batches: Iterable[Any], held_out: float) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Growth batches for the statistics, and a share of them held out for the amplitude: at least one of each.
-
-    Args:
-        held_out: the share; 0: none are.
-
-    Raises:
-        ScheduleError: there are too few.
-        ArgumentTypeError: one of them is no pair.
-    """
+    """Growth batches for the statistics, and a share of them held out for the amplitude: one at least, unless 0."""
     data = list(batches)
     if not data:
         raise ScheduleError("no growth batches", expected="at least one (inputs, targets) pair", where="grow")

@@ -280,15 +280,7 @@ class GrowthScheduler:
             return self._record(work, asked, spent.flops)
 
     def require_schedule(self, why: str, growth: bool = False) -> None:
-        """Check that something says when to change the model.
-
-        Args:
-            why: what needs a schedule.
-            growth: whether it has to be a schedule for growth, not only for pruning.
-
-        Raises:
-            ScheduleError: there is no schedule.
-        """
+        """Refuse, because of `why`, a scheduler without a schedule: for growth, or unless `growth` for pruning."""
         if self.when is None and (growth or self.pruning is None):
             raise ScheduleError(
                 f"{why}, and this scheduler has no schedule",
@@ -380,14 +372,7 @@ class GrowthScheduler:
         follow_ages(as_optimizers(self.optimizer))
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare a state with this schedule and its model, which must already have its grown shapes; changes nothing.
-
-        Args:
-            state: as for `load_state_dict`.
-
-        Raises:
-            CheckpointError: the state does not fit; the message says what.
-        """
+        """Compare a state with this schedule and its model as `load_state_dict` does, and change nothing."""
         check_schedule(state, self._policies())
         history_from(state["history"])
         own = self.state_dict()

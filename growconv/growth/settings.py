@@ -46,11 +46,7 @@ class LeftOut:
 def checked_sites(
     sites: Iterable[Site], model: nn.Module, solver: Solver
 ) -> tuple[tuple[Site, ...], tuple[LeftOut, ...]]:
-    """The sites of this model that a method can serve, and those of `find_sites` that it cannot.
-
-    Args:
-        sites: distinct ones; of the model, or of one with the same names.
-        model: the raw model.
+    """The distinct sites that a method can serve, of this model, and those of `find_sites` that it cannot.
 
     Raises:
         ScheduleError: no site is left, one is listed twice, or the method cannot serve one that was made by hand.
@@ -104,11 +100,7 @@ def _how_to_have(left_out: Sequence[LeftOut]) -> str:
 
 
 def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
-    """Check that the optimizers train every layer that will get new channels.
-
-    Raises:
-        SurgeryError: naming the first weight that none of them owns.
-    """
+    """Refuse optimizers that do not train every layer that will get new channels."""
     weights = []
     for site in sites:
         for path in (*site.producers, *site.consumers):
@@ -119,11 +111,7 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
 
 
 def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:
-    """Check that policies which compare gains have some that they can compare.
-
-    Raises:
-        ScheduleError: naming the policy.
-    """
+    """Refuse policies that compare gains where there are none that they can compare."""
     for policy in policies:
         if policy.compares and solver.gain_unit not in policy.compares:
             lack = "none" if solver.gain_unit in (None, "rank") else f"gains in another unit, {solver.gain_unit!r}"
@@ -146,11 +134,7 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
 
 
 def as_when(every: int | None, when: When | None) -> When | None:
-    """One policy from the two ways to say when.
-
-    Raises:
-        ScheduleError: both were given.
-    """
+    """One policy from the two ways to say when."""
     if every is not None and when is not None:
         raise ScheduleError("every and when both say when to grow", got=(every, when), fix="give one of them")
     if when is not None and not isinstance(when, When):
@@ -165,11 +149,7 @@ def as_when(every: int | None, when: When | None) -> When | None:
 
 
 def as_amplitude(amplitude: float | int | str) -> float | Literal["line_search"]:
-    """A finite amplitude, or "line_search".
-
-    Raises:
-        ScheduleError: neither.
-    """
+    """A finite amplitude, or "line_search"."""
     if amplitude == "line_search":
         return "line_search"
     if isinstance(amplitude, int | float) and not isinstance(amplitude, bool) and math.isfinite(amplitude):
@@ -180,11 +160,7 @@ def as_amplitude(amplitude: float | int | str) -> float | Literal["line_search"]
 
 
 def check_limits(**settings: object) -> None:
-    """Refuse settings outside of LIMITS; None stands for no cap and no limit of the rounds.
-
-    Raises:
-        ScheduleError: naming the setting.
-    """
+    """Refuse settings outside of LIMITS; None stands for no cap and no limit of the rounds."""
     for where, value in settings.items():
         limits, problem = LIMITS[where]
         if not limits.allow(value) or (value is None and where not in ("amplitude_cap", "times")):
@@ -192,11 +168,7 @@ def check_limits(**settings: object) -> None:
 
 
 def as_relative_error(samples: str, relative_error: float | int, solver: Solver, sites: Sequence[Site]) -> float | None:
-    """How well gains must be known before collecting ends; None where all batches are read.
-
-    Raises:
-        SolverError: the method or a site has no gains that more samples would make known.
-    """
+    """How well gains must be known before collecting ends; None where all batches are read."""
     if samples == "all":
         return None
     require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])

@@ -45,11 +45,7 @@ def most_entries(saved: Iterable[Tensor]) -> int:
 
 
 def history_from(records: Iterable[Mapping[str, Any]]) -> GrowthHistory:
-    """The history that records of a file tell, each field compared with its type; which there are, GrowthEvent knows.
-
-    Raises:
-        CheckpointError: a record misses a field, or has one that no event has, or not of this type.
-    """
+    """The history in records of a file; a CheckpointError where a field is missing, strange or of another type."""
     listed = list(records)
     for record in listed:
         if not isinstance(record, Mapping):
@@ -192,11 +188,7 @@ def _there(module: nn.Module) -> dict[str, int]:
 
 
 def check_schedule(state: object, policies: Mapping[str, Policy]) -> None:
-    """Compare the saved state of a GrowthScheduler with what one has, down to the state of each policy; change none.
-
-    Raises:
-        CheckpointError: names the entry.
-    """
+    """Refuse the saved state of a GrowthScheduler where it is not what one has, down to each policy's; change none."""
 
     def count(value: object) -> bool:
         return _is(value, *_NUMBER) and 0 <= value < math.inf

@@ -267,12 +267,7 @@ class AnyOf(_Combined):
 
 
 def too_late(growth: float, decay: float) -> str | None:
-    """What speaks against a last growth that comes when the learning rate falls already; None where it comes before.
-
-    Args:
-        growth: where the last growth comes, as a share of the run.
-        decay: where the learning rate begins to fall, as a share of the run.
-    """
+    """What speaks against a last growth, at a share of the run, when the learning rate falls already; or None."""
     if growth < decay:
         return None
     return (

@@ -115,11 +115,7 @@ class _Comparing(Where):
         return "slopes" if self.by != "energy" and closed_form else None
 
     def values(self, proposals: Sequence[Proposal]) -> tuple[list[list[float]], str]:
-        """What each channel of each proposal is worth, the cost not yet counted, and the name of that.
-
-        Raises:
-            ScheduleError: it was not measured for some proposal.
-        """
+        """What each channel of each proposal is worth, not counting its cost, and how that is called."""
         if self.by in (None, "decrease") and all(proposal.decrease is not None for proposal in proposals):
             return [_shared(proposal) for proposal in proposals], "decrease"
         slopes = [proposal.slopes.tolist() for proposal in proposals if proposal.slopes is not None]
@@ -280,11 +276,7 @@ def _shared(proposal: Proposal) -> list[float]:
 
 
 def as_where(where: "Where | str") -> Where:
-    """Read the scheduler's short forms "all", "best" and "round_robin".
-
-    Raises:
-        ScheduleError: none of these.
-    """
+    """Read the scheduler's short forms "all", "best" and "round_robin"."""
     forms = {"all": All, "best": Best, "round_robin": RoundRobin}
     if isinstance(where, Where):
         return where

@@ -21,7 +21,7 @@ from transformers import (
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.validation import history_from, rehearse
-from growconv.integrations.drawing import draw_batches
+from growconv.integrations import draw_batches
 from growconv.network.find import find_sites
 from growconv.network.model import undisturbed
 from growconv.network.site import GrowthSite

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.validation import history_from, rehearse
-from growconv.integrations.drawing import draw_batches
+from growconv.integrations import draw_batches
 from growconv.network.find import find_sites
 from growconv.network.model import undisturbed
 from growconv.network.site import GrowthSite
@@ -207,9 +207,6 @@ def load_grown(module: Module, path: str | Path) -> Module:
     Args:
         module: a fresh module with the small widths that the run began with; grown and filled in place.
         path: the checkpoint file.
-
-    Returns:
-        The same module.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model, or was not written with a GrowthCallback.

@@ -28,14 +28,7 @@ Rows = list[list[str]]
 
 
 def main(arguments: Namespace) -> None:
-    """Compare runs, and write and print what comes of it.
-
-    Args:
-        arguments: of `growconv compare`.
-
-    Raises:
-        ArgumentValueError: a comparison lies in the folder already.
-    """
+    """Compare runs, and write and print what comes of it."""
     output = arguments.output
     if any((output / name).exists() for name in FILES) and not arguments.overwrite:
         fix = "--overwrite replaces it, --output FOLDER writes elsewhere"
@@ -48,12 +41,7 @@ def main(arguments: Namespace) -> None:
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
-    """Write the table as comparison.md, .csv and .tex, runs.csv, and the figures as .svg and .png into a folder.
-
-    Args:
-        comparison: what to write.
-        output: the folder; made where it is missing. What lies there is replaced.
-    """
+    """Write the table as comparison.md, .csv and .tex, runs.csv, and the figures as .svg and .png into a folder."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "comparison.md").write_text(to_markdown(comparison), encoding="utf-8")
     (output / "comparison.tex").write_text(to_latex(comparison), encoding="utf-8")

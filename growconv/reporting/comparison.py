@@ -375,9 +375,6 @@ def standings(comparison: Comparison) -> list[Standing]:
 
     A run that grows saves FLOPs while it is small. It pays only where its loss ends below that of *every* fixed network
     of the same training FLOPs, not of the one alone that it ends as.
-
-    Args:
-        comparison: of runs of equal conditions; `--by` may name `trainer.flops` or `trainer.epochs`.
     """
     fixed, found = comparison.fixed, []
     for group in comparison.groups:

@@ -11,7 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from growconv.reporting.comparison import Comparison, Group, fixed_curves, network
 from growconv.reporting.records import RunRecord
 from growconv.reporting.run_plots import course, zoom
-from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, magnitude, method_style, shortened
+from growconv.reporting.style import DASHES, INK, SOFT, log_ticks, method_style, shortened
+from growconv.reporting.terminal import magnitude
 
 Styles = dict[str, tuple[str, str]]
 PANELS = 24

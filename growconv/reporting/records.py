@@ -162,11 +162,7 @@ def number(line: dict[str, Any], key: str, default: float = math.nan) -> float:
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML as growconv writes it: without aliases (which can unfold without end), not deep, no endless numbers.
-
-    Raises:
-        yaml.YAMLError: what is wrong with it.
-    """
+    """Read YAML as growconv writes it: without aliases (which can unfold without end), not deep, no endless numbers."""
     if len(text) > MOST_BYTES["yaml"]:
         raise yaml.YAMLError(f"more than {MOST_BYTES['yaml']} characters")
     depth = 0
@@ -186,11 +182,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """Read JSON that is not deep; whole numbers of too many digits become floats.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Read JSON that is not deep; whole numbers of too many digits become floats."""
     try:
         tree = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
     except RecursionError as error:
@@ -230,11 +222,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Inside, a file to write, which then gets its name: readers see the old content or the new, also after a crash.
-
-    Args:
-        path: its name; its folder exists.
-    """
+    """Inside, a file to write, which then gets its name: readers see the old content or the new, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     temporary.unlink(missing_ok=True)  # nothing lies there that writing would follow
     try:
@@ -248,11 +236,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_mapping(path: Path, fix: str = "run again, or leave this run out") -> dict[str, Any]:
-    """The mapping that a file of YAML or JSON of a run holds; empty where there is no file.
-
-    Raises:
-        CheckpointError: it is damaged, with `fix` as what to do.
-    """
+    """The mapping in a run's file of YAML or JSON, empty where there is none; a CheckpointError if damaged."""
     text = _read_text(path)
     if text is None:
         return {}

@@ -17,8 +17,8 @@ import yaml
 from growconv.errors import CheckpointError
 from growconv.reporting.records import METRICS, RunRecord, number, plain_text, read_run, replacing, to_number
 from growconv.reporting.run_plots import drawings, event_places, score_name
-from growconv.reporting.style import magnitude, save_figure, style_sheet, svg_text
-from growconv.reporting.terminal import shown, told
+from growconv.reporting.style import save_figure, style_sheet, svg_text
+from growconv.reporting.terminal import magnitude, shown, told
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -28,11 +28,7 @@ MOST_EVENTS = 1000
 
 
 def main(arguments: Namespace) -> None:
-    """Write the report of a run, and print where it lies.
-
-    Args:
-        arguments: of `growconv report`.
-    """
+    """Write the report of a run, and print where it lies."""
     print(shown(write_report(arguments.run, arguments.output)))
     if arguments.figures is not None:
         for path in write_figures(read_run(arguments.run), arguments.figures):
@@ -45,9 +41,6 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Args:
         run: run directory.
         output: file to write; None writes report.html into the run directory.
-
-    Returns:
-        The file written.
 
     Raises:
         CheckpointError: no run there, a damaged file, or no finished epoch yet; or the file cannot be written.

@@ -1,7 +1,6 @@
 """How every figure looks: colours of light and dark pages, one colour and marker a method, numbers on axes."""
 
 import io
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from growconv.reporting.terminal import metric
+from growconv.reporting.terminal import magnitude
 
 INK, SOFT, GRID, PAPER = "#1f2933", "#616e7c", "#e3e6e9", "#fefefe"
 BLUE, VERMILION, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#b8578f"
@@ -68,12 +67,7 @@ def _svg(figure: Figure) -> str:
 
 
 def svg_text(draw: Callable[[bool], Figure], name: str) -> str:
-    """A figure for wide and for narrow screens, as two inline SVG elements of which style sheets show one.
-
-    Args:
-        draw: takes whether the screen is narrow, gives the figure.
-        name: what the figure shows; read out by screen readers.
-    """
+    """A figure for wide and for narrow screens, as two inline SVG elements of which style sheets show one."""
     parts = []
     label = re.sub(r"[^\w ,]", "", name)
     for narrow in (False, True):
@@ -124,16 +118,6 @@ def magnitude_ticks(axis: Axes, which: str) -> None:
     chosen = axis.xaxis if which == "x" else axis.yaxis
     chosen.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
     chosen.set_minor_formatter(NullFormatter())
-
-
-def magnitude(value: float | int) -> str:
-    """A number with a suffix for its thousands: 12 345 is 12.3 k; small ones as 2e-4; a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    scale, prefix = metric(abs(value))
-    if prefix:
-        return f"{value / scale:.3g} {prefix}"
-    return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def shortened(text: str, length: int) -> str:

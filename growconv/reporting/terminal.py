@@ -29,6 +29,16 @@ def metric(size: float | int) -> tuple[float, str]:
     return 1.0, ""
 
 
+def magnitude(value: float | int) -> str:
+    """A number with a suffix for its thousands: 12 345 is 12.3 k; small ones as 2e-4; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    scale, prefix = metric(abs(value))
+    if prefix:
+        return f"{value / scale:.3g} {prefix}"
+    return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def make_console() -> Console:
     """Standard output: lines wrapped at words on a terminal and whole elsewhere, tables as wide as COLUMNS says."""
     console = _Screen()
@@ -55,11 +65,7 @@ def shown(path: Path) -> Path:
 
 
 def printable(text: str) -> str:
-    """Text of any origin as a terminal may get it: letters and line ends, no control characters.
-
-    Args:
-        text: what is to be printed.
-    """
+    """Text of any origin as a terminal may get it: letters and line ends, no control characters."""
     return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
 
 

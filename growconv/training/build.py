@@ -50,9 +50,6 @@ def make_model(config: Config, shape: tuple[int, int, int]) -> nn.Module:
 
     Args:
         shape: input channels, image size and classes.
-
-    Raises:
-        ConfigError: a target that cannot be found, or an option that it lacks.
     """
     model, growth = config["model"], config["growth"]
     grown = {"width": growth["start_width"], "hidden": growth["start"]} if grows(config) else {}

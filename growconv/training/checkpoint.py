@@ -77,9 +77,6 @@ def save_checkpoint(
         state: further JSON-able values.
         tensors: further tensors.
 
-    Returns:
-        The path.
-
     Raises:
         CheckpointError: the file could not be written, or a value is not JSON-able.
 
@@ -129,11 +126,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read one checkpoint file and compare its checksum.
-
-    Raises:
-        CheckpointError: missing, truncated, altered or no checkpoint of growconv.
-    """
+    """Read one checkpoint file and compare its checksum; a CheckpointError where it is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("there is no such checkpoint", where=str(path), fix="give a file, or a run's directory")
@@ -363,13 +356,7 @@ def damaged_state(found: Checkpoint, got: object) -> CheckpointError:
 
 
 def save_in_turn(folder: Path, best: bool, **content: Any) -> None:
-    """Write the last checkpoint of a run, and keep the one before it; at no moment is there none that is whole.
-
-    Args:
-        folder: the run's checkpoint folder.
-        best: whether it is the best so far, too.
-        **content: arguments of `save_checkpoint` but for the path.
-    """
+    """Write the last checkpoint of a run, and keep the one before it; at no moment is there none that is whole."""
     last, fresh = folder / LAST, folder / f".{LAST}.fresh"
     save_checkpoint(fresh, **content)
     copies = [(last, PREVIOUS)] if last.exists() else []

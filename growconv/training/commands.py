@@ -176,11 +176,7 @@ SPECIAL = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The arguments of one command; a mistake in them is an error like any other.
-
-    Args:
-        command: its name, a key of COMMANDS.
-    """
+    """The arguments of one of COMMANDS; a mistake in them is an error like any other."""
 
     def __init__(self, command: str) -> None:
         meaning, example = COMMANDS[command]

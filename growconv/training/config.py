@@ -43,11 +43,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """A run's config from command-line overrides such as "trainer.epochs=2", without a run directory.
-
-    Raises:
-        ConfigError: an override that does not fit, with what was probably meant.
-    """
+    """A run's config from overrides such as "trainer.epochs=2", with no run directory; `explain`s what does not fit."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -62,11 +58,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The config as nested dictionaries with every reference resolved; what config.yaml holds.
-
-    Raises:
-        ConfigError: an option that nothing reads, that needs a value, or whose value cannot be used.
-    """
+    """The config as nested dictionaries with every reference resolved, checked; what config.yaml holds."""
     check_options(config)
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
     check_together(values)
@@ -169,11 +161,7 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config that was read from a run's file, with values of the types that its schemas have.
-
-    Raises:
-        CheckpointError: an option is missing, unknown, of another type or outside its limits; names it.
-    """
+    """A config read from a run's file, with values of the types that its schemas have; else a CheckpointError."""
     groups = {entry.name: schema_of(entry.name, config.get(entry.name)) for entry in dataclass_fields(RunConfig)}
     missing = [name for name in groups if name not in config]
     typed: Any = OmegaConf.structured(RunConfig)
@@ -221,11 +209,7 @@ def locate(target: str, where: str) -> Any:
 
 
 def call_target(target: Any, given: Mapping[str, Any], where: str, offered: Mapping[str, Any] | None = None) -> Any:
-    """Call a class or function with the arguments that were set, and with those on offer that it takes.
-
-    Raises:
-        ConfigError: an argument that was set and that the target does not have or refuses, or one that it still lacks.
-    """
+    """Call a class or function with the arguments that were set, and those on offer that it takes; or a ConfigError."""
     parameters = inspect.signature(target).parameters.values()
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)

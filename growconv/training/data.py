@@ -91,11 +91,7 @@ class Dataset:
         return replace(self, **{part: getattr(self, part).to(device) for part in parts})
 
     def inputs(self, split: Split, index: Tensor, augment: torch.Generator | None = None) -> Tensor:
-        """Normalised inputs (n, channels, height, width) of the samples of these numbers (n,), float32.
-
-        Args:
-            augment: source of the augmentation's choices; None takes the images as they are.
-        """
+        """Normalised float32 inputs (n, channels, height, width) of samples by number (n,); augmented if `augment`."""
         images = split.inputs[index]
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if augment is not None and self.augmentation == "randaugment":

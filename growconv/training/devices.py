@@ -152,11 +152,7 @@ class Devices:
 
 
 def make_devices(trainer: Mapping[str, Any]) -> Devices:
-    """Device, precision and processes that the group trainer asks for; joins the processes of torchrun.
-
-    Raises:
-        ConfigError: fewer devices or processes than asked for, SyncBatchNorm without CUDA, or an unknown backend.
-    """
+    """Device, precision and processes of the group trainer, or a ConfigError; joins the processes of torchrun."""
     accelerator, gpus, backend = trainer["accelerator"], torch.cuda.device_count(), trainer["compile"]
     if accelerator == "auto":
         accelerator = "cuda" if gpus else "cpu"

@@ -45,9 +45,6 @@ def run(
         sweep: the run is one of many: what lies in its directory is gone on with, so that a sweep can be started again,
             and baselines are trained only where the config names them.
         name: what a sweep calls the run; None takes its directory's name.
-
-    Returns:
-        The summary of the run.
     """
     require_installed(config["logger"])
     require_kornia(config)
@@ -103,9 +100,6 @@ def run_one(
         title: what progress and tables call it.
         resume: go on with what lies there, if anything does.
         origin: directory of a finished run whose last state this one begins with, lengths and rates being its own.
-
-    Returns:
-        The summary.
     """
     devices = devices.for_one_run()
     files = RunDirectory(directory, active=devices.is_first)

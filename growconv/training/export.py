@@ -21,15 +21,7 @@ BATCHES = (1, 2, 5)
 
 
 def main(arguments: Namespace) -> None:
-    """Write RUN/model.pt2, or what --output names, and say how far its outputs are from those of the model.
-
-    Args:
-        arguments: of `growconv export`.
-
-    Raises:
-        ConfigError: a suffix of no known format, or packages that ONNX needs are missing.
-        TrainingError: the model cannot be exported, or the file computes something else; it is removed then.
-    """
+    """Write RUN/model.pt2, or what --output names, and say how far its outputs are from those of the model."""
     run: Path = arguments.run
     output: Path = arguments.output or (run if run.is_dir() else run.parent) / "model.pt2"
     if output.suffix not in _FORMATS:

@@ -97,11 +97,7 @@ def complain(text: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """One message for an error that ends a command.
-
-    Args:
-        error: a GrowthError speaks for itself; others are told in terms of what to do.
-    """
+    """One message for an error that ends a command; a GrowthError speaks for itself."""
     if isinstance(error, GrowthError):
         return str(error)
     first = next(iter(str(error).strip().splitlines()), "no more is known")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from growconv.errors import ConfigError
-from growconv.reporting.terminal import make_console
+from growconv.reporting.terminal import magnitude, make_console
 from growconv.training.build import grows, growth_flops, make_dataset
 from growconv.training.devices import make_devices
 from growconv.training.experiment import alone_in, run_one
-from growconv.training.progress import closing_table, si
+from growconv.training.progress import closing_table
 
 
 def stages(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -87,5 +87,5 @@ def run(config: Mapping[str, Any], directory: Path) -> None:
             origin = place
     if devices.is_first:
         make_console().print(closing_table(members, dataset.score))
-        alone = sum(summary["train_flops"] for _, summary in members)
-        print(f"the family took {si(reached + decays)}FLOP; its members one by one would have taken {si(alone)}FLOP")
+        together, alone = map(magnitude, (reached + decays, sum(summary["train_flops"] for _, summary in members)))
+        print(f"the family took {together}FLOP; its members one by one would have taken {alone}FLOP")

@@ -22,11 +22,7 @@ Options = Mapping[str, Any]
 
 
 class Logits(nn.Module):
-    """A model of transformers as one that puts out a tensor.
-
-    Args:
-        model: for image classification.
-    """
+    """A model of transformers for image classification as one that puts out a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -120,10 +120,7 @@ class Trainer:
         self._history = GrowthHistory()  # of a fixed model that was grown before its run
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end of the run, from wherever it stands.
-
-        Returns:
-            What summary.json holds.
+        """Train to the end of the run, from wherever it stands; gives what summary.json holds.
 
         Raises:
             ConfigError: `trainer.flops` does not pay for one step.
@@ -142,11 +139,7 @@ class Trainer:
         return self._summary()
 
     def resume(self, found: Checkpoint) -> None:
-        """Go on where a checkpoint was saved.
-
-        Raises:
-            CheckpointError: it was saved by another number of processes, or belongs to another model.
-        """
+        """Go on where a checkpoint was saved; a CheckpointError where it is of another model or number of processes."""
         world = found.state.get("world_size")
         if world != self.devices.world_size:
             raise CheckpointError(

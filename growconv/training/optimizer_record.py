@@ -29,11 +29,7 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def join(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state_dict that `split` took apart.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the record is damaged.
-    """
+    """The state_dict that `split` took apart; any error where the record is damaged."""
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in record["state"].items()}
     for name, tensor in tensors.items():
         index, key = name.split("/", 1)
@@ -51,11 +47,7 @@ def with_tuples(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any
 
 
 def check(saved: Mapping[str, Any], optimizer: Optimizer, where: str) -> None:
-    """Compare a state that `join` gave with an optimizer, whose parameters have the saved shapes already.
-
-    Raises:
-        CheckpointError: what does not fit; names the file `where`. Nothing has changed then.
-    """
+    """Refuse a state of `join` that does not fit an optimizer, whose parameters have the saved shapes already."""
     groups, own = saved["param_groups"], optimizer.param_groups
     numbers = [_members(group) for group in groups] if isinstance(groups, list) else []
     if [len(each) for each in numbers] != [len(group["params"]) for group in own]:

@@ -9,13 +9,7 @@ from rich.table import Table
 
 from growconv.network.event import GrowthEvent
 from growconv.network.find import LayerRow
-from growconv.reporting.terminal import make_console, make_table, metric, printable
-
-
-def si(number: float | int) -> str:
-    """A number with a metric prefix and three digits: 12345 -> 12.3k."""
-    scale, prefix = metric(abs(number))
-    return f"{number / scale:.3g}{prefix}"
+from growconv.reporting.terminal import magnitude, make_console, make_table, printable
 
 
 class TrainingProgress:
@@ -67,12 +61,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=done, state=self._state)
 
     def epoch(self, record: Mapping[str, Any], next_growth: int | None) -> None:
-        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side.
-
-        Args:
-            record: the line of metrics.jsonl.
-            next_growth: step of the next growth round; None: there is none, or nobody knows.
-        """
+        """Print the line of a finished epoch; without a bar the title stands before it, for runs side by side."""
         self._state = f"val {100 * record['val_accuracy']:.2f}%"
         self.step(record["step"], record["train_flops"])
         label = "" if self.mode == "bar" else f"{self.title}  "
@@ -80,10 +69,10 @@ class TrainingProgress:
         parts = [f"epoch {record['epoch']:>{len(last) - 1 if last else 2}}{last}", f"loss {record['train_loss']:.4f}"]
         parts.append(f"val {'R² ' if self.score == 'R²' else ''}{100 * record['val_accuracy']:.2f}%")
         parts += [f"width {record['width']}"] if record["width"] else []  # 0 of a fixed model
-        parts.append(f"{si(record['parameters'])} parameters")
+        parts.append(f"{magnitude(record['parameters'])} parameters")
         parts += [] if next_growth is None else [f"grows at {next_growth}"]
         limit = self.options["flops"]
-        parts.append(f"{si(record['train_flops'])}{f' of {si(limit)}' if limit else ''}FLOP")
+        parts.append(f"{magnitude(record['train_flops'])}{f' of {magnitude(limit)}' if limit else ''}FLOP")
         width = self.console.width - len(label) if self.console.is_terminal else math.inf
         while len("  ".join(parts)) > width and len(parts) > 2:  # what does not fit after epoch and loss is left out
             parts.pop()
@@ -116,7 +105,7 @@ def closing_table(rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> 
     for label, summary in rows:
         growing = f"{summary['growth_seconds']:.1f}" if summary["growth_seconds"] else ""
         scores = [f"{100 * summary[key]:.2f}" for key in ("test_accuracy", "best_val_accuracy")]
-        costs = [f"{summary['parameters']:,}", si(summary["train_flops"]), f"{summary['seconds']:.1f}", growing]
+        costs = [f"{summary['parameters']:,}", magnitude(summary["train_flops"]), f"{summary['seconds']:.1f}", growing]
         shown.append([printable(label), *scores, *costs])
     return make_table(["model"], titles, shown)
 

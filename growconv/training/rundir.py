@@ -83,11 +83,7 @@ class RunDirectory:
         return (self.path / SUMMARY).is_file()
 
     def start(self, config: Mapping[str, Any], versions: Mapping[str, Any]) -> None:
-        """Create the directory for a new run and write its config and what else tells how it was made.
-
-        Raises:
-            ConfigError: another run lies there.
-        """
+        """Make the directory of a new run, unless another lies there; write its config and how it was made."""
         if (self.path / METRICS).exists() or self.finished:
             fix = f"continue it: growconv resume={self.path}; or choose another: hydra.run.dir=..."
             raise ConfigError("this directory already contains a run", where=str(self.path), fix=fix)
@@ -112,11 +108,7 @@ class RunDirectory:
         return early if early.is_file() and not (self.path / CONFIG).is_file() else self.path / CONFIG
 
     def config(self) -> dict[str, Any]:
-        """The config of the run that lies here.
-
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
+        """The config of the run that lies here; a CheckpointError where it is missing or damaged."""
         path = self.config_file
         config = read_mapping(path, fix="restore it, or start a new run")
         if not config:

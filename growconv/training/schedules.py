@@ -58,16 +58,7 @@ def lr_factor(
 def make_lr_schedule(
     config: Mapping[str, Any], total: float | int, lr: float = 1.0, epoch_steps: int = 1
 ) -> Callable[[float | int, float | int], float]:
-    """The factor as a function of what is done, and of the size of the next step.
-
-    Args:
-        config: the group lr_schedule.
-        total: optimizer steps or training FLOPs of the run.
-        lr: the rate that the factor is of, which some of torch's schedules know.
-
-    Raises:
-        ConfigError: torch has no such schedule, or it does not take these arguments.
-    """
+    """The factor on the rate `lr`, as a function of what is done of `total`, and of the size of the next step."""
     name = config["name"]
     if name not in OWN_SCHEDULES:
         return TorchSchedule(config, int(total), lr, epoch_steps if config["every"] == "epoch" else 1)
@@ -125,11 +116,7 @@ def decay_begins(config: Mapping[str, Any]) -> float:
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
-    """The optimizer of the group optimizer: weights in one group, biases and norm layers without decay in another.
-
-    Raises:
-        ConfigError: the model has no parameter, torch has no such optimizer, or it does not take these arguments.
-    """
+    """The optimizer of the group optimizer: weights in one group, biases and norm layers without decay in another."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError("the model has no parameter to train", where=f"model={type(model).__name__}")

@@ -18,10 +18,9 @@ from growconv.network.event import count_parameters
 from growconv.network.find import find_sites
 from growconv.network.site import GrowthSite
 from growconv.reporting.records import read_run
-from growconv.reporting.terminal import make_console, make_table, shown
+from growconv.reporting.terminal import magnitude, make_console, make_table, shown
 from growconv.training import experiment
 from growconv.training.build import data_shape, make_model
-from growconv.training.progress import si
 from growconv.training.rundir import RunDirectory, write_atomically
 
 MOST = 64
@@ -33,9 +32,6 @@ def run(config: Mapping[str, Any], directory: Path) -> None:
 
     They lie in DIRECTORY/experiment/found.yaml: `growconv --config-dir DIRECTORY experiment=found growth=none` trains
     them from scratch.
-
-    Raises:
-        ConfigError: neither FLOPs nor parameters are limited, nothing grows, or the start leaves no room to grow.
     """
     _require_budget(config)
     experiment.run(config, directory, resume=(directory / "config.yaml").exists())
@@ -91,8 +87,9 @@ def _write_found(directory: Path) -> None:
     target = directory / "experiment" / "found.yaml"
     write_atomically(target, f"# @package _global_\n# Widths that `growconv search` found.\n{note}\n{text}")
     make_console().print(found_table(read_run(directory).events, reached, widths))
-    limits = ", ".join(f"{si(limit)} {name}" for name, limit in budget.items() if limit is not None)
-    print(f"{si(parameters)} parameters, {si(flops)} FLOPs of a sample's forward pass; the budget was {limits}")
+    limits = ", ".join(f"{magnitude(limit)} {name}" for name, limit in budget.items() if limit is not None)
+    sizes = f"{magnitude(parameters)} parameters, {magnitude(flops)} FLOPs of a sample's forward pass"
+    print(f"{sizes}; the budget was {limits}")
     print("to train these widths from scratch, with the data and the other options of this search:")
     print(f"  growconv --config-dir {shown(directory)} experiment=found growth=none")
 
@@ -100,13 +97,7 @@ def _write_found(directory: Path) -> None:
 def filled(
     model: nn.Module, sites: Sequence[GrowthSite], cost: ModelCost, budget: Mapping[str, float | None]
 ) -> dict[str, int]:
-    """Widen a model in its proportions as far as a budget allows: a short run may end before its budget is spent.
-
-    Args:
-        model: untrained; its weights are drawn anew for the last widths.
-        sites: those that are widened, of the model.
-        cost: of the model.
-        budget: `flops` of one sample's forward pass and `parameters`, at most; None: no limit.
+    """Widen an untrained model in its proportions, as far as a budget allows that a short run did not spend.
 
     Returns:
         Channels by the name of the site.

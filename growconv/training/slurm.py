@@ -57,9 +57,6 @@ def launch(function: Callable[..., JobReturn], settings: Mapping[str, Any], call
 
     Returns:
         What each call returned; for a job without a result, its error.
-
-    Raises:
-        ConfigError: no Slurm is there, or it refuses the jobs.
     """
     if (settings["nodes"] or 1) * (settings["tasks_per_node"] or 1) > 1:
         raise ConfigError(

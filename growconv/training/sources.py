@@ -134,13 +134,7 @@ def fashion_mnist(root: str | Path, download: bool = True) -> RawData:
 
 
 def cifar(name: str, root: str | Path, download: bool = True) -> RawData:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) from the binary version: 50 000 and 10 000 colour images of 32×32 pixels.
-
-    Args:
-        name: a key of CIFAR.
-        root: folder that holds the unpacked folder or the archive, and is downloaded into.
-        download: whether an archive that is nowhere may be downloaded.
-    """
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), the binary version: 50 000 and 10 000 colour images of 32×32."""
     layout, folder = CIFAR[name], existing_root(root)
     members, parts = (*layout.train, layout.test), []
     if (folder / layout.folder).is_dir() and not (folder / layout.archive.name).is_file():
@@ -237,11 +231,7 @@ def locate(dataset: str, remote: RemoteFile, root: Path, download: bool) -> Path
 
 
 def read_idx(path: Path, content: str | None = None) -> np.ndarray:
-    """An array of bytes from a gzipped IDX file (LeCun's format: magic number, sizes, bytes).
-
-    Args:
-        content: SHA-256 of the decompressed bytes; None skips the comparison.
-    """
+    """An array of bytes from a gzipped IDX file (magic number, sizes, bytes), whose SHA-256 is `content`, if known."""
     try:
         with gzip.open(path) as stream:
             raw = stream.read(MOST_BYTES + 1)

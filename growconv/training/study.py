@@ -59,11 +59,7 @@ class Study:
 
     @classmethod
     def read(cls, path: Path) -> "Study":
-        """Read and check a study's file, the settings of every variant included.
-
-        Raises:
-            ConfigError: an entry is missing, unknown or of another form, or names what is not there.
-        """
+        """Read and check a study's file, the settings of every variant included."""
         example = "name: mine, base: [data=digits], epochs: 8, seeds: [0, 1], baseline: a, variants: {a: [growth=none]}"
         try:
             entries = read_yaml(path.read_text(encoding="utf-8"))
@@ -207,14 +203,7 @@ def write_results(study: Study, runs: Path, output: Path) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    """Run a study and write its tables.
-
-    Args:
-        arguments: of `growconv study`.
-
-    Raises:
-        TrainingError: a run failed; the tables of the others are written.
-    """
+    """Run a study and write its tables."""
     if arguments.processes < 1:
         raise ConfigError(
             "at least one process is needed", where="--processes", expected="1 or more", got=arguments.processes

@@ -37,26 +37,14 @@ class Tracker:
         """Take the numbers of an epoch."""
 
     def events(self, history: Sequence[GrowthEvent], fresh: Sequence[GrowthEvent], widths: Mapping[str, int]) -> None:
-        """Take new growth events, and all events so far.
-
-        Args:
-            history: all events.
-            fresh: those of the last round.
-            widths: width of every site now.
-        """
+        """Take new growth events, and all events so far."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Take the final figures."""
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases: config, metrics, growth events as a table, widths over the run, spectra of the gains.
-
-    Args:
-        config: the run's config.
-        directory: the run directory; wandb's own files lie in it.
-        identity: id of the run to go on in; None starts a new one.
-    """
+    """Weights & Biases: config, metrics, growth events, widths, spectra; of a run `identity` that goes on, if any."""
 
     def __init__(self, config: Mapping[str, Any], directory: Path, identity: str | None) -> None:
         self.directory = directory
@@ -128,11 +116,7 @@ class TensorBoardTracker(Tracker):
 
 
 class CsvTracker(Tracker):
-    """metrics.csv and growth.csv in the run directory, each whole after every epoch and growth.
-
-    Args:
-        directory: the run directory.
-    """
+    """metrics.csv and growth.csv in the run directory, each whole after every epoch and growth."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -158,13 +142,7 @@ def require_installed(options: Mapping[str, Any]) -> None:
 
 
 def make_trackers(config: Mapping[str, Any], directory: Path, found: Checkpoint | None = None) -> list[Tracker]:
-    """The trackers of the group logger.
-
-    Args:
-        config: the run's config.
-        directory: the run directory; its name is the run's.
-        found: the checkpoint that the run goes on from; None: it begins.
-    """
+    """The trackers of the group logger; those of a run that goes on from a checkpoint go on, too."""
     options = config["logger"]
     members: list[Tracker] = [CsvTracker(directory)] if options["csv"] else []
     if options["tensorboard"]:

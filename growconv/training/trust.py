@@ -141,14 +141,7 @@ def _strange(key: str, name: str, where: str, fix: str) -> ConfigError:
 
 
 def require_trusted_file(file: Path, given: Collection[str]) -> None:
-    """Refuse a config file that Hydra is about to read itself (--config-path), as `require_trusted` does.
-
-    Args:
-        given: keys that the command line sets, whatever the file says.
-
-    Raises:
-        ConfigError: foreign names, hosts, settings of Hydra's own, references or further files.
-    """
+    """Refuse a config file that Hydra is about to read, as `require_trusted` does; but for keys given now."""
     if not file.is_file():
         return
     try:

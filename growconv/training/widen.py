@@ -48,15 +48,7 @@ class Targets(Amount):
 
 
 def main(arguments: Namespace) -> None:
-    """Grow a run's model once, save it with its optimizer as a run of a fixed model, and print what grew.
-
-    Args:
-        arguments: of `growconv grow`.
-
-    Raises:
-        ConfigError: a wish that makes no sense, or nothing that would grow.
-        CheckpointError: there is no run, or something lies where the new one would.
-    """
+    """Grow a run's model once, save it with its optimizer as a run of a fixed model, and print what grew."""
     _check(arguments)
     run = arguments.run.absolute()
     output = arguments.output or run.with_name(f"{run.stem}-grown")

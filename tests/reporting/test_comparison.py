@@ -19,7 +19,7 @@ from growconv.reporting.comparison import (
     paired_difference,
     standings,
 )
-from growconv.reporting.style import magnitude
+from growconv.reporting.terminal import magnitude
 from growconv.training.commands import CommandParser
 
 SMALL, LARGE = {"conv": [8, 3, 3, 3]}, {"conv": [16, 3, 3, 3]}
