@@ -10,21 +10,13 @@ from growconv.errors import GrowthError
 
 @dataclass(frozen=True)
 class Limits:
-    """What an option may be.
+    """What an option may be."""
 
-    Attributes:
-        least: smallest value.
-        above: what it has to exceed.
-        most: largest value.
-        below: what it has to stay under.
-        choices: the words that it may be.
-    """
-
-    least: int | float | None = None
-    above: int | float | None = None
-    most: int | float | None = None
-    below: int | float | None = None
-    choices: tuple[str, ...] = ()
+    least: int | float | None = None  # smallest value
+    above: int | float | None = None  # what it has to exceed
+    most: int | float | None = None  # largest value
+    below: int | float | None = None  # what it has to stay under
+    choices: tuple[str, ...] = ()  # the words that it may be
 
     def allow(self, value: object) -> bool:
         """Whether a value is within; each entry of a list is looked at, null and mappings pass."""

@@ -41,23 +41,14 @@ To = Callable[[float], None]
 
 @dataclass(frozen=True)
 class AmplitudeChoice:
-    """What `choose_amplitudes` found.
+    """What `choose_amplitudes` found."""
 
-    Attributes:
-        growths: the sites and proposals, as given.
-        units: per proposal, the amplitude at which its channels have strength 1 (`amplitude_cap`).
-        strength: that of the strongest new channel of every site, relative to the mean old one.
-        losses: mean held-out loss for each strength tried, including 0.
-        cap: the largest strength allowed; inf: no limit.
-        reason: why this strength was chosen, one line.
-    """
-
-    growths: tuple[Growth, ...]
-    units: tuple[float, ...]
-    strength: float
-    losses: dict[float, float]
-    cap: float
-    reason: str
+    growths: tuple[Growth, ...]  # the sites and proposals, as given
+    units: tuple[float, ...]  # per proposal, the amplitude at which its channels have strength 1 (`amplitude_cap`)
+    strength: float  # that of the strongest new channel of every site, relative to the mean old one
+    losses: dict[float, float]  # mean held-out loss for each strength tried, including 0
+    cap: float  # the largest strength allowed; inf: no limit
+    reason: str  # why this strength was chosen, one line
 
     @property
     def held_out(self) -> tuple[float, float]:

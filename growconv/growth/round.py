@@ -120,49 +120,29 @@ def divided(batches: Iterable[Any], held_out: float) -> tuple[Sequence[Batch], S
 
 @dataclass
 class Round:
-    """One round: proposals are asked for, taken and put into the model; or channels are pruned.
+    """One round: proposals are asked for, taken and put into the model; or channels are pruned."""
 
-    Attributes:
-        model: the raw model.
-        optimizer: its optimizer, a list of them, or None.
-        solver: the growth method.
-        amplitude: of new channels whose amplitude is not searched.
-        amplitude_cap: how far the search may go, see `choose_amplitudes`.
-        statistics: further options of `collect_statistics`.
-        relative_error: collect only until the sum of the gains is known this well at every site; None: all batches.
-        slopes: measure the slopes of proposals too; every site has closed-form statistics then.
-        fitting: growth batches of this process that statistics are collected on.
-        held_out: those that the amplitude is chosen on; none: it is not searched.
-        loss: loss(output, targets).
-        cost: the model's cost meter.
-        generator: randomness of methods that draw.
-        step: the training step.
-        maximum: channels that a site may get; None: as many as asked for.
-        room: gives the parameters and FLOPs that may still be added.
-        note: takes one line about each decision.
-        seconds: wall-clock seconds so far by phase, device work included.
-        events: what was changed so far.
-    """
-
-    model: nn.Module
-    optimizer: Optimizers
-    solver: Solver
-    amplitude: float
-    amplitude_cap: float | None
-    statistics: Mapping[str, Any]
+    model: nn.Module  # the raw model
+    optimizer: Optimizers  # its optimizer, a list of them, or None
+    solver: Solver  # the growth method
+    amplitude: float  # of new channels whose amplitude is not searched
+    amplitude_cap: float | None  # how far the search may go, see `choose_amplitudes`
+    statistics: Mapping[str, Any]  # further options of `collect_statistics`
+    # collect only until the sum of the gains is known this well at every site; None: all batches
     relative_error: float | None
-    slopes: bool
-    fitting: Sequence[Batch]
-    held_out: Sequence[Batch]
-    loss: Loss
-    cost: ModelCost
-    generator: torch.Generator
-    step: int
-    maximum: int | None
-    room: Callable[[], tuple[float, float]]
-    note: Callable[[str], None]
+    slopes: bool  # measure the slopes of proposals too; every site has closed-form statistics then
+    fitting: Sequence[Batch]  # growth batches of this process that statistics are collected on
+    held_out: Sequence[Batch]  # those that the amplitude is chosen on; none: it is not searched
+    loss: Loss  # loss(output, targets)
+    cost: ModelCost  # the model's cost meter
+    generator: torch.Generator  # randomness of methods that draw
+    step: int  # the training step
+    maximum: int | None  # channels that a site may get; None: as many as asked for
+    room: Callable[[], tuple[float, float]]  # gives the parameters and FLOPs that may still be added
+    note: Callable[[str], None]  # takes one line about each decision
+    # wall-clock seconds so far by phase, device work included
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    events: list[GrowthEvent] = field(default_factory=list)
+    events: list[GrowthEvent] = field(default_factory=list)  # what was changed so far
 
     @property
     def device(self) -> torch.device:

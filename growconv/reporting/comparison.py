@@ -44,15 +44,10 @@ _NOTED_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed."""
 
-    Attributes:
-        label: method and the settings in which this group differs from others of the same method.
-        runs: one record a seed, in the order of the seeds.
-    """
-
-    label: str
-    runs: tuple[RunRecord, ...]
+    label: str  # method and the settings in which this group differs from others of the same method
+    runs: tuple[RunRecord, ...]  # one record a seed, in the order of the seeds
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -90,36 +85,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference of two groups over their common seeds.
+    """Paired difference of two groups over their common seeds."""
 
-    Attributes:
-        mean: mean of (group - baseline) over the common seeds.
-        low: lower end of the 95 % interval (Student's t over the pairs); NaN for fewer than two pairs.
-        high: its upper end.
-        pairs: number of common seeds.
-    """
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
+    mean: float  # mean of (group - baseline) over the common seeds
+    low: float  # lower end of the 95 % interval (Student's t over the pairs); NaN for fewer than two pairs
+    high: float  # its upper end
+    pairs: int  # number of common seeds
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that `growconv compare` shows.
+    """Everything that `growconv compare` shows."""
 
-    Attributes:
-        groups: best mean test accuracy first.
-        baseline: the group that the others are measured against.
-        left_out: run directory and why it is not in the comparison.
-        notes: what a reader must know about the rest (missing seeds, repeated runs).
-    """
-
-    groups: tuple[Group, ...]
-    baseline: Group
-    left_out: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    groups: tuple[Group, ...]  # best mean test accuracy first
+    baseline: Group  # the group that the others are measured against
+    left_out: tuple[tuple[str, str], ...] = ()  # run directory and why it is not in the comparison
+    notes: tuple[str, ...] = ()  # what a reader must know about the rest (missing seeds, repeated runs)
 
     @property
     def fixed(self) -> list[Group]:
@@ -148,19 +129,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Standing:
-    """A growing group beside the fixed networks.
+    """A growing group beside the fixed networks."""
 
-    Attributes:
-        group: runs that grow.
-        best: the fixed network with the lowest mean test loss of those trained for as many FLOPs.
-        difference: test loss of the group less that of `best`, paired by seed; None without a common seed.
-        head_start: share of the head start that was kept, see `head_start_kept`; NaN where it cannot be told.
-    """
-
-    group: Group
-    best: Group
+    group: Group  # runs that grow
+    best: Group  # the fixed network with the lowest mean test loss of those trained for as many FLOPs
+    # test loss of the group less that of `best`, paired by seed; None without a common seed
     difference: Difference | None
-    head_start: float
+    head_start: float  # share of the head start that was kept, see `head_start_kept`; NaN where it cannot be told
 
 
 def paired_difference(differences: Sequence[float]) -> Difference | None:

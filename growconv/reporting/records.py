@@ -27,22 +27,15 @@ ENVIRONMENT = "environment.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The text files of one run directory.
+    """The text files of one run directory."""
 
-    Attributes:
-        path: the run directory.
-        config: nested settings of the run; empty where config.yaml is missing.
-        metrics: one dictionary an epoch, in file order.
-        events: one dictionary a growth event, in file order, each with `details`, `gains` and `reason`.
-        summary: final figures; empty where the run did not finish.
-        environment: command, versions and layers that the run wrote down at its start; empty where it wrote nothing.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    metrics: tuple[dict[str, Any], ...]
+    path: Path  # the run directory
+    config: dict[str, Any]  # nested settings of the run; empty where config.yaml is missing
+    metrics: tuple[dict[str, Any], ...]  # one dictionary an epoch, in file order
+    # one dictionary a growth event, in file order, each with `details`, `gains` and `reason`
     events: tuple[dict[str, Any], ...]
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # final figures; empty where the run did not finish
+    # command, versions and layers that the run wrote down at its start; empty where it wrote nothing
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property

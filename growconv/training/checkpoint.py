@@ -293,37 +293,21 @@ def replay(found: Checkpoint, model: nn.Module, optimizer: Optimizer | None = No
 
 @dataclass
 class Position:
-    """Where a run stands; all of it goes into the checkpoint.
+    """Where a run stands; all of it goes into the checkpoint."""
 
-    Attributes:
-        step: optimizer steps done.
-        epoch: finished epochs.
-        batch: batches of the present epoch done.
-        loss_sum: training loss summed over the present epoch's samples, as of the checkpoint.
-        hits: correct answers among them.
-        step_flops: FLOPs of all training steps so far.
-        growth_flops: FLOPs of all growth rounds so far, of all processes.
-        deepened: rounds of growth in depth so far.
-        seconds: wall-clock seconds of training, evaluation and growth.
-        growth_seconds: those spent on growing.
-        best: best validation accuracy so far.
-        first_loss: training loss of the first batch, to measure progress against.
-        metrics: the lines of metrics.jsonl.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    hits: float = 0.0
-    step_flops: float = 0.0
-    growth_flops: float = 0.0
-    deepened: int = 0
-    seconds: float = 0.0
-    growth_seconds: float = 0.0
-    best: float | None = None
-    first_loss: float | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # batches of the present epoch done
+    loss_sum: float = 0.0  # training loss summed over the present epoch's samples, as of the checkpoint
+    hits: float = 0.0  # correct answers among them
+    step_flops: float = 0.0  # FLOPs of all training steps so far
+    growth_flops: float = 0.0  # FLOPs of all growth rounds so far, of all processes
+    deepened: int = 0  # rounds of growth in depth so far
+    seconds: float = 0.0  # wall-clock seconds of training, evaluation and growth
+    growth_seconds: float = 0.0  # those spent on growing
+    best: float | None = None  # best validation accuracy so far
+    first_loss: float | None = None  # training loss of the first batch, to measure progress against
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
 
 _JSON: dict[Any, Any] = {int: int, float: int | float, float | None: int | float | None, list[dict[str, Any]]: list}

@@ -48,27 +48,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training, validation and test data with what a model must know of them.
+    """Training, validation and test data with what a model must know of them."""
 
-    Attributes:
-        name: name of the source.
-        train: training split.
-        validation: held out from the training data; model choices are made on it.
-        test: looked at once, at the end.
-        classes: number of classes, or of output channels for a regression.
-        mean: per channel, of the training inputs, in the unit of the inputs (0 to 1 for images).
-        std: per channel, likewise.
-        augmentation: see `DataConfig`.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    classes: int
-    mean: Tensor
-    std: Tensor
-    augmentation: str = "none"
+    name: str  # name of the source
+    train: Split  # training split
+    validation: Split  # held out from the training data; model choices are made on it
+    test: Split  # looked at once, at the end
+    classes: int  # number of classes, or of output channels for a regression
+    mean: Tensor  # per channel, of the training inputs, in the unit of the inputs (0 to 1 for images)
+    std: Tensor  # per channel, likewise
+    augmentation: str = "none"  # see `DataConfig`
 
     @property
     def shape(self) -> tuple[int, int, int]:

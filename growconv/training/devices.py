@@ -37,21 +37,13 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class Devices:
-    """Where and how a process of a run computes.
+    """Where and how a process of a run computes."""
 
-    Attributes:
-        device: its device.
-        precision: as trainer.precision.
-        rank: number of this process, from 0.
-        world_size: processes of the run.
-        scaler: keeps small float16 gradients from vanishing; see `for_one_run`.
-    """
-
-    device: torch.device
-    precision: str = "32-true"
-    rank: int = 0
-    world_size: int = 1
-    scaler: torch.amp.GradScaler | None = None
+    device: torch.device  # its device
+    precision: str = "32-true"  # as trainer.precision
+    rank: int = 0  # number of this process, from 0
+    world_size: int = 1  # processes of the run
+    scaler: torch.amp.GradScaler | None = None  # keeps small float16 gradients from vanishing; see `for_one_run`
 
     @property
     def is_first(self) -> bool:

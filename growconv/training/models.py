@@ -39,26 +39,17 @@ def scaled(channels: int, factor: float) -> int:
 
 @dataclass(frozen=True)
 class Kit:
-    """What every builder is given, and the layers of such a network.
+    """What every builder is given, and the layers of such a network."""
 
-    Attributes:
-        in_channels: of the images.
-        classes: outputs of the last layer.
-        image_size: side of an image in pixels.
-        width: factor on every channel count.
-        hidden: factor on the channels that no skip connection ties to others (inside a residual block, or everywhere in
-            a plain chain): what most methods grow.
-        norm: a key of NORMS.
-        activation: a key of ACTIVATIONS.
-    """
-
-    in_channels: int
-    classes: int
-    image_size: int
-    width: float = 1.0
+    in_channels: int  # of the images
+    classes: int  # outputs of the last layer
+    image_size: int  # side of an image in pixels
+    width: float = 1.0  # factor on every channel count
+    # factor on the channels that no skip connection ties to others (inside a residual block, or everywhere in a
+    # plain chain): what most methods grow
     hidden: float = 1.0
-    norm: str = "batch"
-    activation: str = "relu"
+    norm: str = "batch"  # a key of NORMS
+    activation: str = "relu"  # a key of ACTIVATIONS
 
     def free(self, channels: int) -> int:
         """A channel count that no skip connection ties to others."""

@@ -37,24 +37,15 @@ SAME_FOR_ALL = ("report=false", "baselines=[]", "trainer.progress=none", "logger
 
 @dataclass
 class Study:
-    """What a study.yaml says.
+    """What a study.yaml says."""
 
-    Attributes:
-        name: of the study; its runs lie in a folder of this name.
-        base: overrides of every run.
-        variants: name to overrides.
-        seeds: of every variant.
-        baseline: variant that the others are measured against.
-        epochs: passes over the data of the first part.
-        equal_flops: fixed variants that are run again at the growing variants' median training FLOPs.
-    """
-
-    name: str = MISSING
-    base: list[str] = MISSING
-    variants: dict[str, list[str]] = MISSING
-    seeds: list[int] = MISSING
-    baseline: str = MISSING
-    epochs: int = limited(MISSING, least=1)
+    name: str = MISSING  # of the study; its runs lie in a folder of this name
+    base: list[str] = MISSING  # overrides of every run
+    variants: dict[str, list[str]] = MISSING  # name to overrides
+    seeds: list[int] = MISSING  # of every variant
+    baseline: str = MISSING  # variant that the others are measured against
+    epochs: int = limited(MISSING, least=1)  # passes over the data of the first part
+    # fixed variants that are run again at the growing variants' median training FLOPs
     equal_flops: list[str] = field(default_factory=list)
 
     @classmethod
