@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from growconv.errors import CheckpointError, SurgeryError
 from growconv.growth.decision import Policy
 from growconv.network.event import GrowthHistory, apply_edit, count_parameters
-from growconv.network.model import attribute, found_at
+from growconv.network.model import attribute, copied, found_at
 from growconv.network.optimizer import refresh
 
 Kind = TypeVar("Kind")
@@ -82,7 +82,7 @@ def rehearse(history: GrowthHistory, model: nn.Module, saved: Iterable[Tensor]) 
         )
     edits: list[Any] = [edit for event in history for edit in event.edits]
     kernels = any(isinstance(edit, Mapping) and edit.keys() & {"split", "merge"} for edit in edits)
-    twin = hollow(model, with_data=kernels)  # new kernels are computed from those that are there
+    twin = copied(model) if kernels else hollow(model)  # new kernels are computed from those that are there
     try:
         for event in history:
             for edit in event.edits:
@@ -136,24 +136,16 @@ def _check_attribute(module: nn.Module, edit: Mapping[str, Any], most: int) -> N
         raise _refused("An edit of the history sets an attribute that growing never sets.", edit)
 
 
-def hollow(model: nn.Module, with_data: bool = False) -> nn.Module:
-    """A copy of a model to try on what is to be done, whose tensors have shapes but no memory unless `with_data`."""
-    kept: dict[int, Any] = {}
-    for module in () if with_data else model.modules():
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of a model to try on what is to be done: its tensors have shapes but no memory."""
+    empty: dict[int, Tensor] = {}
+    for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(tensor, Tensor):
-                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-                whole = isinstance(tensor, nn.Parameter)
-                kept.setdefault(id(tensor), nn.Parameter(empty, tensor.requires_grad) if whole else empty)
-    try:
-        return copy.deepcopy(model, kept)
-    except Exception as error:  # whatever an attribute of the user's raises
-        raise CheckpointError(
-            "The model cannot be copied, so the change cannot be tried on a copy first.",
-            where=type(model).__name__,
-            got=f"{type(error).__name__}: {error}",
-            fix="keep what cannot be copied (locks, files, generators) out of the model",
-        ) from error
+                like = torch.empty_like(tensor, device="meta", requires_grad=False)
+                trained = isinstance(tensor, nn.Parameter)
+                empty.setdefault(id(tensor), nn.Parameter(like, tensor.requires_grad) if trained else like)
+    return copied(model, empty)
 
 
 def _check_counts(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:

@@ -207,17 +207,17 @@ def _foreign(value: object) -> Iterator[object]:
         yield value
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
     """A copy of a model to work on; what cannot be copied of one that a trainer holds (trainer, hooks) is shared.
 
-    TraceError where tensors cannot be copied.
+    `instead` says by `id` what the copy has in place of objects. TraceError where tensors cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(instead or {}))
     except Exception:
         shared = {id(each): each for module in model.modules() for each in _foreign(list(vars(module).values()))}
     try:
-        return copy.deepcopy(model, shared)
+        return copy.deepcopy(model, shared | dict(instead or {}))
     except Exception as error:
         raise TraceError(
             f"the model cannot be copied to be looked at: {error}",
