@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
 from growconv.errors import CheckpointError, ConfigError, TrainingError, near
+from growconv.reporting.records import is_below
 from growconv.reporting.terminal import make_console, printable, shown
 from growconv.training import commands, failures
 from growconv.training import config as settings
@@ -224,11 +225,7 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     wanted = settings.plain(settings.compose(overrides))
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
     length = settings.length(stored)
-    changed = [
-        line
-        for line in settings.changes(stored, wanted)
-        if any(line.split(":")[0] == key or line.startswith(f"{key}.") for key in asked)
-    ]
+    changed = [line for line in settings.changes(stored, wanted) if is_below(line.split(":")[0], asked)]
     if changed:
         raise CheckpointError(
             "the run was made with another config",
@@ -238,7 +235,7 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
         )
     free = [key for key in (length, *settings.FREE_ON_RESUME) if key != length or key in asked]
     for name, key in itertools.product(asked, free):
-        if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."):
+        if is_below(name, [key]) or is_below(key, [name]):
             _copy_setting(wanted, stored, max(name, key, key=len).split("."))
     if not trust:
         require_trusted(stored, files.config_file, wanted, asked)

@@ -13,7 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from growconv.errors import ArgumentValueError, CheckpointError, did_you_mean
-from growconv.reporting.records import CONFIG, METRICS, SUMMARY, RunRecord, is_number, number, plain_text, read_run
+from growconv.reporting.records import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    RunRecord,
+    is_below,
+    is_number,
+    number,
+    plain_text,
+    read_run,
+)
 
 FIGURES = {
     "test_accuracy": "test %",
@@ -243,8 +253,8 @@ def _same_conditions(
     if not records:
         return [], []
     every = [record.settings for record in records]
-    keys = [key for key in dict.fromkeys(chain(*every)) if _below(key, conditions)]
-    keys = [key for key in keys if not _below(key, _NOT_A_TREATMENT) and (key not in by or key == "data.name")]
+    keys = [key for key in dict.fromkeys(chain(*every)) if is_below(key, conditions)]
+    keys = [key for key in keys if not is_below(key, _NOT_A_TREATMENT) and (key not in by or key == "data.name")]
     usual = {key: Counter(repr(one[key]) for one in every if key in one).most_common(1)[0][0] for key in keys}
     states = [tuple(repr(one[key]) if key in one else usual[key] for key in keys) for one in every]
     kept, left_out = Counter(states).most_common(1)[0][0], []
@@ -256,10 +266,6 @@ def _same_conditions(
             fix = "" if "data.name" in named else f"; --by {named} compares them"
             left_out.append((str(record.path), f"other conditions: {', '.join(told)}{fix}"))
     return [record for record, state in zip(records, states, strict=True) if state == kept], left_out
-
-
-def _below(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _group(records: Sequence[RunRecord], labels: Sequence[str]) -> tuple[list[Group], list[str]]:
@@ -291,7 +297,7 @@ def _labels(records: Sequence[RunRecord], by: Sequence[str] | None) -> list[str]
 
 def _differing(family: Sequence[dict[str, object]]) -> list[str]:
     """Settings in which runs differ, without those that are no treatment (seed, folders, logging)."""
-    keys = [key for key in dict.fromkeys(chain(*family)) if not _below(key, _NOT_A_TREATMENT)]
+    keys = [key for key in dict.fromkeys(chain(*family)) if not is_below(key, _NOT_A_TREATMENT)]
     return [key for key in keys if len({repr(settings.get(key)) for settings in family}) > 1]
 
 

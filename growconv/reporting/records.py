@@ -127,14 +127,19 @@ def _with_usual_parts(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, **usual, "site": plain_text(event["site"])}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested dictionary with dotted names; lists are leaves."""
-    for key, value in tree.items():
+def flatten(tree: Any, prefix: str = "", lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Leaves of a tree of mappings with dotted names; lists are leaves, or with `lists` have theirs by number."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{name}.")
+        if value and isinstance(value, (Mapping, list, tuple) if lists else Mapping):
+            yield from flatten(value, f"{name}.", lists)
         else:
             yield name, value
+
+
+def is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted name is one of these or lies below one of them."""
+    return f"{key}.".startswith(tuple(f"{name}." for name in names))
 
 
 def to_number(value: object, default: float = math.nan) -> float:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError, did_you_mean, near
-from growconv.reporting.records import flatten
+from growconv.reporting.records import flatten, is_below
 from growconv.training.options import OWN_SCHEDULES, SCHEMAS, RunConfig, schema_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -137,8 +137,8 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     """Settings that differ between two configs, but for those that may change on resume; one line each."""
     old, new = dict(flatten(dict(stored))), dict(flatten(dict(wanted)))
     same = {key for key in old if key in new and old[key] == new[key]}
-    free = {key for key in {**old, **new} if f"{key}.".startswith(tuple(f"{name}." for name in FREE_ON_RESUME))}
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if key not in same | free]
+    changed = [key for key in {**old, **new} if key not in same and not is_below(key, FREE_ON_RESUME)]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
 
 def length(config: Mapping[str, Any]) -> str:

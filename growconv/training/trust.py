@@ -17,7 +17,7 @@ from torch import nn
 
 from growconv.errors import ConfigError
 from growconv.growth.decision import Policy
-from growconv.reporting.records import read_yaml
+from growconv.reporting.records import flatten, is_below, read_yaml
 from growconv.solvers.base import Solver
 
 _OF_TORCH: dict[str, tuple[ModuleType, type]] = {
@@ -65,13 +65,13 @@ def strange_names(tree: object) -> Iterator[tuple[str, str]]:
     An option of another library's model that is a text, or asks for pretrained weights, counts as one: some name files
     of pickles, code on a hub, or hosts.
     """
-    leaves = list(_leaves(tree))
+    leaves = list(flatten(tree, lists=True))
     homes = [key for key, value in leaves if key.endswith("_target_") and str(value).startswith(f"{_LIBRARIES}.")]
-    options = tuple(f"{key.removesuffix('_target_')}{part}." for key in homes for part in ("options", "args"))
+    options = [f"{key.removesuffix('_target_')}{part}" for key in homes for part in ("options", "args")]
     for key, value in leaves:
         parts = key.split(".")
         named = "_target_" in parts or ("." in str(value) and (parts[-1] == "method" or key in _NAMING_CLASSES))
-        asks = f"{key}.".startswith(options) and (isinstance(value, str) or bool(value and "pretrained" in key))
+        asks = is_below(key, options) and (isinstance(value, str) or bool(value and "pretrained" in key))
         if asks or (named and not is_known(str(value))):
             yield key, str(value)
 
@@ -90,11 +90,10 @@ def require_trusted(
     Raises:
         ConfigError: shows the line.
     """
-    now = dict(_leaves(given))
+    now = dict(flatten(given, lists=True))
 
     def repeated(key: str, value: object) -> bool:
-        named = any(f"{key}.".startswith(f"{name}.") for name in asked)
-        return named and key in now and str(now[key]) == str(value)
+        return is_below(key, asked) and key in now and str(now[key]) == str(value)
 
     for key, name in strange_names(config):
         if not repeated(key, name):
@@ -151,7 +150,7 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
         raise ConfigError("This is not a YAML file of settings.", where=str(file), got=got) from error
     if not isinstance(config, Mapping):
         return
-    references = (key for key, value in _leaves(config) if isinstance(value, str) and "${" in value)
+    references = (key for key, value in flatten(config, lists=True) if isinstance(value, str) and "${" in value)
     for key in (*(key for key in ("hydra", "defaults") if key in config), *references):
         raise ConfigError(
             "Hydra would do more with this file than read settings, which you have not allowed.",
@@ -159,15 +158,6 @@ def require_trusted_file(file: Path, given: Collection[str]) -> None:
             fix="read the file; then say trust=true",
         )
     require_trusted(config, file, config, given)
-
-
-def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every value of a tree of mappings and lists that is neither, with its dotted key; a list's keys are numbers."""
-    if isinstance(tree, Mapping | list | tuple):
-        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def place(file: Path, key: str) -> str:
