@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError, TrainingError, near
+from growconv.errors import ConfigError, TrainingError, near
 from growconv.reporting.records import is_below
 from growconv.reporting.terminal import make_console, printable, shown
 from growconv.training import commands, failures
@@ -226,13 +226,8 @@ def resume(directory: str, overrides: Sequence[str], trust: bool = False) -> Non
     asked = {override.get_key_element() for override in OverridesParser.create().parse_overrides(list(overrides))}
     length = settings.length(stored)
     changed = [line for line in settings.changes(stored, wanted) if is_below(line.split(":")[0], asked)]
-    if changed:
-        raise CheckpointError(
-            "the run was made with another config",
-            where=str(Path(directory) / "config.yaml"),
-            got="\n    ".join(["", *changed]),
-            fix=f"resume it as it was (growconv resume={directory}), prolong it ({length}=MORE), or start a new run",
-        )
+    fix = f"resume it as it was (growconv resume={directory}), prolong it ({length}=MORE), or start a new run"
+    settings.require_unchanged(changed, Path(directory) / "config.yaml", fix)
     free = [key for key in (length, *settings.FREE_ON_RESUME) if key != length or key in asked]
     for name, key in itertools.product(asked, free):
         if is_below(name, [key]) or is_below(key, [name]):

@@ -147,7 +147,7 @@ def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys):
     assert json.loads(unfinished.read_text())["test_loss"] == expected["test_loss"]
     command[command.index("seed=0,1")] = "seed=5"
     assert main([*command, f"hydra.sweep.subdir='{folders[0].name}'"]) == 1
-    assert "other settings" in capsys.readouterr().err
+    assert "another config" in capsys.readouterr().err
     assert main(["compare", "sweep", "--output", "compared"]) == 0
     assert "tiny" in capsys.readouterr().out
 

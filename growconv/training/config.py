@@ -160,6 +160,13 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [line for line in differences(stored, wanted) if not (longer and line.startswith(f"{length(stored)}:"))]
 
 
+def require_unchanged(changed: Sequence[str], where: object, fix: str) -> None:
+    """Refuse to go on with a run under other settings: what `differences` or `changes` found."""
+    if changed:
+        got = "\n    ".join(["", *changed])
+        raise CheckpointError("the run was made with another config", where=str(where), got=got, fix=fix)
+
+
 def stored_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A config read from a run's file, with values of the types that its schemas have; else a CheckpointError."""
     groups = {entry.name: schema_of(entry.name, config.get(entry.name)) for entry in dataclass_fields(RunConfig)}

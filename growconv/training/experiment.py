@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from growconv import __version__
-from growconv.errors import CheckpointError, ConfigError
+from growconv.errors import CheckpointError
 from growconv.growth.distributed import from_first
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.growth.when import too_late
@@ -22,7 +22,7 @@ from growconv.network.event import count_parameters
 from growconv.reporting.terminal import make_console, shown
 from growconv.training.build import check_output, grows, make_dataset, make_model
 from growconv.training.checkpoint import Checkpoint, find_checkpoint
-from growconv.training.config import changes, differences, is_longer
+from growconv.training.config import changes, differences, is_longer, require_unchanged
 from growconv.training.data import Dataset, require_kornia, seed_for
 from growconv.training.devices import Devices, make_devices
 from growconv.training.libraries import load_weights
@@ -207,14 +207,8 @@ def _holds_same_run(files: RunDirectory, config: Mapping[str, Any]) -> bool:
     """Whether a run of this config lies in a directory of a sweep, finished or not."""
     if not (files.path / "config.yaml").is_file():
         return False
-    changed = differences(files.config(), config)
-    if changed:
-        raise ConfigError(
-            "this directory of the sweep contains a run with other settings",
-            where=str(files.path),
-            got="\n    ".join(["", *changed]),
-            fix="give the sweep a directory of its own: hydra.sweep.dir=runs/NAME",
-        )
+    fix = "give the sweep a directory of its own: hydra.sweep.dir=runs/NAME"
+    require_unchanged(differences(files.config(), config), files.path, fix)
     return True
 
 
@@ -234,12 +228,6 @@ def _found(files: RunDirectory, config: Mapping[str, Any]) -> Checkpoint | None:
     if not isinstance(stored, Mapping):
         got = type(stored).__name__
         raise CheckpointError("The checkpoint contains no config of a run.", where=where, got=got)
-    changed = changes(stored, config)
-    if changed:
-        raise CheckpointError(
-            "the run was made with another config",
-            where=where,
-            got="\n    ".join(["", *changed]),
-            fix="resume with the settings that the run was started with, or start a new run",
-        )
+    fix = "resume with the settings that the run was started with, or start a new run"
+    require_unchanged(changes(stored, config), where, fix)
     return found
