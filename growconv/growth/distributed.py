@@ -30,7 +30,10 @@ def is_first() -> bool:
 
 
 def from_first(compute: Callable[[], T], device: torch.device | None = None) -> T:
-    """Compute on rank 0 alone and give every rank the answer, tensors on its own device (None: the CPU).
+    """Compute on rank 0 alone and give every rank the answer, through its device and with tensors there.
+
+    Args:
+        device: of this rank; None where the answer has no tensors: under NCCL the current GPU.
 
     Raises:
         Exception: on rank 0, what `compute` raised.
@@ -50,7 +53,7 @@ def from_first(compute: Callable[[], T], device: torch.device | None = None) -> 
         stream = io.BytesIO()
         torch.save(outcome, stream)
         box[0] = stream.getvalue()
-    dist.broadcast_object_list(box, src=0)  # under NCCL through the process's own GPU
+    dist.broadcast_object_list(box, src=0, device=None if device is None or device.type == "cpu" else device)
     answer, told = torch.load(io.BytesIO(box[0]), map_location=device or "cpu", weights_only=False)
     if told is not None:
         raise failure or told
