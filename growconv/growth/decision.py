@@ -156,7 +156,11 @@ class Policy(ABC):  # noqa: B024 (its subclasses say what is abstract)
             name: value if isinstance(value, list) else [value] for name, value in state.items()
         }
         inside = {name: _policies_in(getattr(self, name)) for name in expected}
-        if state.keys() != expected or any(own and len(own) != len(given[name]) for name, own in inside.items()):
+        if state.keys() != expected or any(
+            len(own) != len(given[name]) or not all(isinstance(each, Mapping) for each in given[name])
+            for name, own in inside.items()
+            if own
+        ):
             raise CheckpointError(
                 "the saved state belongs to another policy",
                 expected=sorted(expected),

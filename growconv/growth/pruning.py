@@ -60,11 +60,11 @@ class PruneBack(Policy):
 
         def without(count: int) -> dict[GrowthSite, list[int]]:
             """The channels of so many blocks."""
-            removed: dict[GrowthSite, list[int]] = {}
+            removed: dict[GrowthSite, list[int]] = {site: [] for site in sites}
             for _, order, group in blocks[:count]:
                 size = sites[order].granularity
-                removed.setdefault(sites[order], []).extend(range(group * size, (group + 1) * size))
-            return {site: sorted(channels) for site, channels in removed.items()}
+                removed[sites[order]] += range(group * size, (group + 1) * size)
+            return {site: sorted(channels) for site, channels in removed.items() if channels}
 
         counts = range(len(blocks) + 1)
         fewest = bisect_left(counts, True, key=lambda count: self._fits(*size_without(model, cost, without(count))))

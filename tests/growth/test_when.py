@@ -116,6 +116,9 @@ def test_combinations_ask_every_member_and_keep_their_states():
     fresh = AllOf([Plateau("loss", patience=2), Every(5)])
     fresh.load_state_dict(json.loads(json.dumps(both.state_dict())))
     assert fresh.state_dict() == both.state_dict()
+    for other in ({"policies": [{}]}, {"policies": [1, 2]}, {"policies": {}}, {}):
+        with pytest.raises(CheckpointError, match="another policy"):
+            fresh.load_state_dict(other)
     assert both.personal
     assert not either.personal
 
