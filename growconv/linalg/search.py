@@ -34,13 +34,20 @@ class QuasiNewton:
         self.memory = memory
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def run(self, objective: Callable[[Tensor], P], point: P, steps: int, inverse: Map = _same) -> tuple[P, bool]:
-        """The place after so many steps, or after the last one that there is; and whether it was the last."""
+    def run(
+        self, objective: Callable[[Tensor], P], point: P, steps: int, inverse: Map = _same, tolerance: float = -1.0
+    ) -> tuple[P, bool]:
+        """The place after so many steps, or after the last one that there is; and whether there was no other.
+
+        The search ends with a step that lowers the loss by no more than a share `tolerance` of it.
+        """
         for _ in range(steps):
             following = self.step(objective, point, inverse)
             if following is None:
                 return point, True
-            point = following
+            gained, point = point.loss - following.loss, following
+            if gained <= tolerance * abs(point.loss):
+                break
         return point, False
 
     def step(self, objective: Callable[[Tensor], P], point: P, inverse: Map) -> P | None:

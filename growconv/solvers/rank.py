@@ -342,9 +342,9 @@ def _cp_terms(residual: Tensor, gram: Tensor, module: CPConv, terms: int) -> tup
     searches = []
     for start in starts:
         newton = QuasiNewton(memory=20)
-        searches.append((newton, newton.run(problem, problem(start), 40)[0]))
+        searches.append((newton, newton.run(problem, problem(start), 40, tolerance=1e-6)[0]))
     newton, point = min(searches, key=lambda each: each[1].loss)
-    vectors = problem.vectors(newton.run(problem, point, 100)[0].theta)
+    vectors = problem.vectors(newton.run(problem, point, 100, tolerance=1e-6)[0].theta)
     names = [f"axis_factor_{axis}" for axis in range(module.axes)]
     return vectors[0], problem.partner(vectors)[0].T, dict(zip(names, vectors[1:], strict=True))
 
