@@ -257,9 +257,9 @@ class Layout:
             if run.space == space:
                 for outer in range(run.outer):
                     slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
-                    entries = np.arange(units)[:, None] * per_unit + np.array(slots)
                     position = start + (outer + 1) * now[space] * run.inner
-                    found.append(Place(position, tuple(entries.ravel().tolist())))
+                    entries = tuple(unit * per_unit + slot for unit in range(units) for slot in slots)
+                    found.append(Place(position, entries))
             start += run.length(now)
         return found
 

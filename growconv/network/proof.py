@@ -50,6 +50,12 @@ class Proof:
         self.examples = examples
         self.sites = {number: site.of(model) for number, site in sites.items()}
         self._given: dict[str, Tensor] = {}  # per consumer what its first call was given
+        sizes = next(iter(self.sites.values())).sizes if sites else None  # all are sites of one model
+        self._entries = {
+            (number, side): {path: site.entries(path, side, sizes) for path in paths}
+            for number, site in self.sites.items()
+            for side, paths in ((OUT, site.producers), (IN, site.consumers))
+        }
 
     def failures(self) -> dict[int, str]:
         """The sites that fail, and why."""
@@ -83,23 +89,31 @@ class Proof:
         return {n: SEEN_TOGETHER if self.sites[n].copied else SEEN for n in _search(seen, list(self.sites))}
 
     def _run(
-        self, example: Example, recorded: dict[str, list[Tensor]], disturbed: Iterable[int], still: bool = False
+        self, example: Example, recorded: dict[str, list[Tensor]], disturbed: Sequence[int], still: bool = False
     ) -> list[Tensor]:
         """The outputs; recorded or, where sites are disturbed, with their consumers given what was recorded.
 
         With `still` nothing is disturbed, but all else is as if it were: the same kernels run on the same layouts.
         """
-        chosen = [self.sites[number] for number in disturbed]
-        hooks = {path: _hand(entries, iter(recorded.get(path, ()))) for path, entries in _gathered(chosen, IN).items()}
-        if not chosen:
+        read, written = (self._gathered(disturbed, side) for side in (IN, OUT))
+        hooks = {path: _hand(entries, iter(recorded.get(path, ()))) for path, entries in read.items()}
+        if not disturbed:
             consumers = {path for site in self.sites.values() for path in site.consumers}
             hooks = {path: _record(recorded.setdefault(path, [])) for path in consumers}
         with ExitStack() as stack:
             for path, hook in hooks.items():
                 stack.enter_context(module_at(self.model, path).register_forward_pre_hook(hook, with_kwargs=True))
-            for path, entries in _gathered(chosen, OUT).items():
+            for path, entries in written.items():
                 stack.enter_context(module_at(self.model, path).register_forward_hook(_disturb(entries, still)))
             return self._outputs(self.model, example)
+
+    def _gathered(self, numbers: Iterable[int], side: str) -> dict[str, Tensor]:
+        """Per layer the entries along one side of some sites."""
+        found: dict[str, list[int]] = {}
+        for number in numbers:
+            for path, entries in self._entries[number, side].items():
+                found.setdefault(path, []).extend(entries)
+        return {path: torch.tensor(entries) for path, entries in found.items()}
 
     def _outputs(self, model: nn.Module, example: Example) -> list[Tensor]:
         """A run with random operations held still."""
@@ -333,26 +347,15 @@ class _Still(TorchDispatchMode):
         return output.fill_(_STILL[name]) if name in _STILL else output
 
 
-def _gathered(sites: Iterable[GrowthSite], side: str) -> dict[str, list[int]]:
-    """Per layer the entries along one side of all sites."""
-    found: dict[str, list[int]] = {}
-    sizes = None
-    for site in sites:
-        sizes = sizes or site.sizes  # all are sites of one model
-        for path in site.producers if side == OUT else site.consumers:
-            found.setdefault(path, []).extend(site.entries(path, side, sizes))
-    return found
-
-
-def _disturb(entries: list[int], still: bool) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _disturb(entries: Tensor, still: bool) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """Other values everywhere, in no way that a norm, a softmax or the place of the largest would leave out."""
 
     def hook(module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         axis = layers.channel_axis(module, output.dim())
-        index = torch.tensor(entries, device=output.device)
-        chosen = output.index_select(axis, index)
-        changed = chosen if still else 1.37 * chosen + 0.31 + chosen.roll(1)  # by one entry, over all axes
-        return output.clone().index_copy_(axis, index, changed)
+        index, whole = entries.to(output.device), len(entries) == output.shape[axis]
+        chosen = output if whole else output.index_select(axis, index)
+        changed = chosen.clone() if still else chosen.roll(1).add_(chosen, alpha=1.37).add_(0.31)  # over all axes
+        return changed if whole else output.clone().index_copy_(axis, index, changed)
 
     return hook
 
@@ -364,14 +367,16 @@ def _record(recorded: list[Tensor]) -> Callable[[nn.Module, tuple, dict], None]:
     return hook
 
 
-def _hand(entries: list[int], recorded: Iterator[Tensor]) -> Callable[[nn.Module, tuple, dict], tuple | None]:
+def _hand(entries: Tensor, recorded: Iterator[Tensor]) -> Callable[[nn.Module, tuple, dict], tuple | None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         known, given = next(recorded, None), tensors_in([args, kwargs])[0]
         if known is None or known.shape != given.shape:
             return None
         axis = layers.channel_axis(module, given.dim())
-        index = torch.tensor(entries, device=given.device)
-        changed = given.clone().index_copy_(axis, index, known.index_select(axis, index))
+        changed = known.clone()
+        if len(entries) < known.shape[axis]:
+            index = entries.to(given.device)
+            changed = given.clone().index_copy_(axis, index, known.index_select(axis, index))
         if args and args[0] is given:
             return (changed, *args[1:]), kwargs
         return args, {name: changed if value is given else value for name, value in kwargs.items()}

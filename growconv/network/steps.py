@@ -57,7 +57,8 @@ def routes_of(
     known: dict[frozenset[str] | None, dict[str, float | bool]] = {}
     for each in sites:
         site = each.of(model)
-        routes = tuple(replace(r, behind=behind.get(r.consumer)) for r in recorded_routes(tape, site))
+        routes = recorded_routes(tape, site)
+        routes = tuple(replace(r, behind=behind[r.consumer]) if r.consumer in behind else r for r in routes)
         if replace(site, routes=routes).closed_form:
             kinds = _kinds(routes) if len(site.producers) == 1 else None
             probed = known.get(kinds) or _at_zero(region_of(tape, site, sizes))
