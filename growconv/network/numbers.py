@@ -115,8 +115,10 @@ class Numbers:
 
     def unify_along(self, axes: Sequence[int], companion: Tensor, loosely: bool = False) -> Tensor:
         """Tie the numbers along some axes of a companion; one of each is left there."""
+        axes = [axis for axis in axes if companion.shape[axis] > 1]
         first = companion.amax(tuple(axes), keepdim=True) if axes else companion
-        self.unify(first.expand_as(companion), companion, loosely)
+        if axes:
+            self.unify(first.expand_as(companion), companion, loosely)
         return first
 
     def block(self, companion: Tensor, reason: str) -> None:

@@ -17,7 +17,9 @@ _Value = TypeVar("_Value")
 
 
 @contextmanager
-def pretending(model: nn.Module, layout: Layout, now: Sequence[int], units: Sequence[int]) -> Iterator[None]:
+def pretending(
+    model: nn.Module, layout: Layout, now: Sequence[int], units: Sequence[int], shapes: layers.Shapes | None = None
+) -> Iterator[None]:
     """Inside, the layers of a model compute nothing but give outputs of the right shape, at other widths.
 
     Its tensors have the shapes of a wider model too, and sizes in attributes follow.
@@ -27,14 +29,16 @@ def pretending(model: nn.Module, layout: Layout, now: Sequence[int], units: Sequ
         layout: where the channels lie.
         now: units of every space as the model has them.
         units: units that they are to have.
+        shapes: of what its layers give, as far as they are known from earlier times; None: of none.
     """
+    shapes = {} if shapes is None else shapes
     added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
     with ExitStack() as undo:
         for module in model.modules():
             if layers.is_norm(module):
-                _put(undo, vars(module), "forward", lambda x, *_args, **_kwargs: x.clone())
+                _put(undo, vars(module), "forward", _pretended_norm)
             elif layers.is_weighted(module):
-                _put(undo, vars(module), "forward", partial(_pretend, module))
+                _put(undo, vars(module), "forward", partial(_pretend, module, shapes))
         for (path, side), runs in layout.axes.items():
             old, new = (sum(run.length(each) for run in runs) for each in (now, units))
             if path in layout.dims:
@@ -58,8 +62,13 @@ def pretending(model: nn.Module, layout: Layout, now: Sequence[int], units: Sequ
         yield
 
 
-def _pretend(module: nn.Module, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    return layers.pretended(module, x, None if layers.in_whole_groups(module) else layers.size(module, OUT))
+def _pretend(module: nn.Module, shapes: layers.Shapes, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    outputs = None if layers.in_whole_groups(module) else layers.size(module, OUT)
+    return layers.pretended(module, x, shapes, outputs)
+
+
+def _pretended_norm(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return x.clone() if any(x.stride()) else x.view_as(x)  # zeros on the memory of one stay so
 
 
 def _put(undo: ExitStack, holder: dict[str, _Value], name: str, value: _Value) -> None:

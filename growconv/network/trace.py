@@ -60,6 +60,7 @@ class Failure:
         more: by how much sizes that it was given differ from those at other widths.
         fixed: whether it was told all sizes, and the same ones as there, so that it takes no other width at all.
         supposed: whether it is only supposed that these numbers are to blame, since the code itself raised the error.
+        where: the module whose operation failed, with those of its attributes that have a size which that was told.
     """
 
     error: Exception
@@ -67,6 +68,7 @@ class Failure:
     more: set[int] = field(default_factory=set)
     fixed: bool = False
     supposed: bool = False
+    where: str = ""
 
 
 class LookFailed(Exception):
@@ -74,7 +76,8 @@ class LookFailed(Exception):
 
     Attributes:
         failures: those that are no consequence of earlier ones, in order.
-        stopped: path of the module whose code raised the error that ended the run; None where it ran to its end.
+        stopped: path of the module whose own code, no operation in it, raised the error that ended the run; None where
+            there is none.
     """
 
     def __init__(self, failures: Sequence[Failure], stopped: str | None = None) -> None:
@@ -109,8 +112,9 @@ def look(
             with mode, _Functions(mode):
                 output = model(*given, **named)
         except Exception as error:
-            if all(error is not each.error for each in mode.failures):
-                mode.fail(Failure(error, mode.around(error), supposed=True))
+            if any(error is each.error for each in mode.failures):
+                raise LookFailed(mode.failures) from error
+            mode.fail(Failure(error, mode.around(error), supposed=True))
             raise LookFailed(mode.failures, _raised_in(error, model)) from error
         if mode.failures:
             raise LookFailed(mode.failures) from mode.failures[0].error
@@ -232,6 +236,9 @@ class _Mode(Watch):
         if len(columns) > 1 and _varies(columns, 1) and bool((columns == columns[:1]).all()):
             numbers.across |= dict.fromkeys(columns[0].tolist(), path)
             columns = torch.full_like(columns, NONE)
+        if len(columns) == 1 and _varies(columns, 1) and _varies(numbers.tied(columns), 1):
+            text = "takes them one after the other as its only input"
+            numbers.block(columns, f"its channels depend on each other: {path} {text}")
         into, out = (GROUP_IN, GROUP_OUT) if layers.in_whole_groups(module) else (IN, OUT)
         numbers.consume((path, into), columns)
         out_axis = layers.channel_axis(module, output.dim())
@@ -277,9 +284,9 @@ class _Mode(Watch):
     def _operated(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         """Run an operation, then on the companions of its tensors."""
         name = operations.name_of(func)
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves_in([args, kwargs])
         sources = [item for item in leaves if isinstance(item, Tensor)]
-        where = self.running[-1][0], name
+        where = self.running[-1][0], "view" if name in operations.VIEWS else name  # which of them, memory tells
         ran = Ran(name, (*where, self._met[where]), [item for item in leaves if type(item) is int])
         self._met[where] += 1
         if name not in operations.ALIASES:  # whether gradients are asked for changes those
@@ -295,18 +302,19 @@ class _Mode(Watch):
             if owner is not None and name not in operations.ALIASES:
                 self.numbers.used_outside.setdefault(owner, name)
         steps = operations.in_steps(func)
-        if steps is not None and any(_has_numbers(self.companion(tensor)) for tensor in sources):
+        if steps is not None and any(_is_followed(self.companion(tensor)) for tensor in sources):
             TorchDispatchMode.__enter__(self)  # no new hooks
             try:
                 return steps(*args, **kwargs)
             finally:
                 TorchDispatchMode.__exit__(self, None, None, None)
         try:
-            output = func(*args, **kwargs)
+            output = _computed(func, args, kwargs, sources) if self.pretending else func(*args, **kwargs)
         except Exception as error:
             return self._as_before(error, ran, sources, args[0] if func._schema.is_mutable else None)
-        ran.gave = tree_map(lambda leaf: _zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
-        results = [item for item in tree_leaves(output) if isinstance(item, Tensor)]
+        if not self.pretending:
+            ran.gave = tree_map(lambda leaf: _zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
+        results = [item for item in _leaves_in(output) if isinstance(item, Tensor)]
         question = all(
             result.dim() == 0 and result.dtype is torch.bool for result in results
         )  # as whether all is finite
@@ -353,18 +361,25 @@ class _Mode(Watch):
         met = {number for tensor in sources for number in torch.unique(compact(self.companion(tensor))).tolist()}
         known = self._before.get(ran.place)
         if known is None:
-            self.fail(Failure(error, {number for number in met if number >= 0}))
+            self.fail(Failure(error, {number for number in met if number >= 0}, where=self._where(ran)))
             raise error
         if SPOILT not in met:
             sizes = list(zip(ran.sizes, known.sizes, strict=False))
             told = ran.name in operations.TOLD_ALL_SIZES and -1 not in ran.sizes and ran.sizes == known.sizes
             more = {now - before for now, before in sizes if now != before}
-            self.fail(Failure(error, {number for number in met if number >= 0}, more, told))
+            self.fail(Failure(error, {number for number in met if number >= 0}, more, told, where=self._where(ran)))
         output = written
         if output is None:
             output = tree_map(lambda leaf: leaf() if isinstance(leaf, partial) else leaf, known.gave)
         self._spoil(tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor))
         return output
+
+    def _where(self, ran: Ran) -> str:
+        path, module = self.running[-1]
+        sizes = {size for size in ran.sizes if size > 1} if ran.name in SIZED else set()
+        own = {name: value for name, value in vars(module).items() if name[0] != "_" and type(value) is int}
+        told = [f"{name}={value}" for name, value in own.items() if value in sizes]
+        return (path or type(module).__name__) + (f", where {', '.join(told)}" if told else "")
 
     def _spoil(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -669,15 +684,16 @@ class _Mode(Watch):
                 continue
             lead = len(shape) - own.dim()
             repeated = [d for d in range(len(shape)) if shape[d] > 1 and (d < lead or own.shape[d - lead] == 1)]
-            if any(_varies(base, d) for d in repeated):
+            varying = {d for d in range(len(shape)) if _varies(base, d)}
+            if varying & set(repeated):
                 # several entries of one channel may share it; where there is but one channel, those to come may too
-                tied = self.numbers.tied(base)
-                kept = [d for d in range(len(shape)) if _varies(tied, d)]
-                if not kept or set(kept) & set(repeated):
+                tied = self.numbers.tied(base) if varying - set(repeated) else base
+                kept = {d for d in varying if _varies(tied, d)}
+                if not kept or kept & set(repeated):
                     self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
                     continue
-            axes = [(_varies(base, d), _varies(spread, d)) for d in range(len(shape))]
-            if (True, False) in axes and (False, True) in axes:
+            across = {d for d in range(len(shape)) if _varies(spread, d)}
+            if varying - across and across - varying:
                 self.numbers.block(own, "it is multiplied or added to channels along another axis")
                 continue
             self.numbers.unify(base, spread)
@@ -696,6 +712,45 @@ class _Mode(Watch):
                 self._put(result, base)
 
 
+def _leaves_in(value: object) -> list[object]:
+    """What nested tuples, lists and mappings hold, as `tree_leaves`, many times as fast for an operation's few."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return [value]
+    found: list[object] = []
+    for item in value:
+        found += _leaves_in(item) if isinstance(item, tuple | list | dict) else (item,)
+    return found
+
+
+def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], sources: Sequence[Tensor]) -> object:
+    """What an operation gives on outputs of pretending layers, which are one entry again and again.
+
+    What is computed entry by entry of those alone is so too; before something else is written to one it gets memory.
+    """
+    writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+    if sources and operations.is_pointwise(func) and all(map(_is_one_entry, sources)):
+        shape = max((each.shape for each in sources), key=lambda shape: (len(shape), math.prod(shape)))
+        fits = all(_broadcasts(each.shape, shape) for each in sources) and (not writes or shape == args[0].shape)
+    else:
+        shape, fits = torch.Size(), False
+
+    def first(value: object) -> object:
+        return value.as_strided([1] * value.dim(), [1] * value.dim()) if isinstance(value, Tensor) else value
+
+    if fits:
+        output = func(*map(first, args), **{name: first(value) for name, value in kwargs.items()})
+        return args[0] if writes else tree_map(lambda leaf: leaf.expand(shape), output)
+    if writes and isinstance(args[0], Tensor) and not _writable(args[0]):
+        args[0].set_(args[0].contiguous())  # pyright: ignore[reportArgumentType]
+    return func(*args, **kwargs)
+
+
+def _is_one_entry(tensor: Tensor) -> bool:
+    return all(size == 1 or stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _zeros_like(tensor: Tensor) -> Callable[[], Tensor]:
     return partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
@@ -712,20 +767,25 @@ class _Functions(TorchFunctionMode):
     ) -> object:
         """Run a function."""
         kwargs = dict(kwargs or {})
-        try:
+        if func not in (Tensor.reshape, torch.reshape):
             output = func(*args, **kwargs)
             if func is Tensor.__getitem__ and not self.mode.pretending:
                 with torch._C._DisableTorchDispatch():
                     self.mode.sliced(*args)
             return output
+        try:
+            return func(*args, **kwargs)
         except RuntimeError:
-            if func not in (Tensor.reshape, torch.reshape):
-                raise
             return self.mode.reshaped(args[0], tree_leaves(kwargs.get("shape", args[1:])))
 
 
 def _has_numbers(companion: Tensor) -> bool:
     return bool((compact(companion) >= 0).any())
+
+
+def _is_followed(companion: Tensor) -> bool:
+    """Whether there are numbers, or would be if no operation had failed."""
+    return bool((compact(companion) != NONE).any())
 
 
 def _writable(companion: Tensor) -> bool:
@@ -773,7 +833,12 @@ def owned_tensors(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
         if not (layers.is_weighted(module) or layers.is_norm(module)):
             continue
         paths[module] = path
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        own = [*module._parameters.items(), *module._buffers.items()]
+        if module._modules:  # as those of a parametrization
+            own = [*module.named_parameters(), *module.named_buffers()]
+        for name, tensor in own:
+            if tensor is None:
+                continue
             owned[id(tensor)] = path
             if layers.is_weighted(module) and "weight" in name:
                 earlier = weights.setdefault(id(tensor), module)

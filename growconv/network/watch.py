@@ -91,7 +91,7 @@ class Watch(TorchDispatchMode):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
             if not self._foreign():
                 self.running.append((path, module))
-                with torch._C._DisableTorchDispatch():  # what is computed here is not watched
+                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # this is not watched
                     self._started(module, args, kwargs)
 
         return hook
@@ -111,7 +111,7 @@ class Watch(TorchDispatchMode):
             given = self._given[-1]
             self._given.pop()
             if not self._given and given is not None and output is not None:  # None: it raised an error
-                with torch._C._DisableTorchDispatch():
+                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                     self._called(path, module, given, output)
 
         return hook

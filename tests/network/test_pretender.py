@@ -4,7 +4,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.numbers import Numbers
@@ -35,6 +35,35 @@ def test_a_pretending_model_has_the_shapes_of_a_wider_one() -> None:
     assert twin.a.out_channels == 4
     assert all(torch.equal(new, old) for new, old in zip(twin.parameters(), model.parameters(), strict=True))
     assert torch.equal(twin(x), model(x))
+
+
+def test_what_is_written_to_outputs_that_are_only_pretended_arrives_where_it_does_in_a_wider_model() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = F.relu_(m.n(m.a(x)))
+        y = y.mul_(2).add_(m.c(x)).sigmoid() * F.max_pool2d(y, 3, 1, 1)
+        z = m.a(x)
+        z[:, :2] = y[:, 2:4]
+        z += y.flip(1)[:, : z.shape[1]] * torch.linspace(0, 1, y.shape[-1])
+        return m.b(torch.cat([y, z.transpose(1, 2).reshape(len(z), z.shape[1], -1).view_as(z)], 1))
+
+    def net(width: int) -> Net:
+        return Net(
+            run,
+            a=nn.Conv2d(3, width, 3, padding=1),
+            n=nn.BatchNorm2d(width),
+            c=nn.Conv2d(3, width, 1),
+            b=nn.Conv2d(2 * width, 2, 1),
+        )
+
+    plain = (Run(0, 1),)
+    axes = {("a", OUT): plain, ("n", ENTRY): plain, ("c", OUT): plain, ("b", IN): (*plain, Run(0, 1, slots=(1,)))}
+    model, x, told, true = net(4), torch.randn(2, 3, 5, 5), Numbers(), Numbers()
+    with pretending(model, Layout(axes, (1,), {}), [4], [6]):
+        look(model, ((x,), {}), told, pretending=True)
+    look(net(6), ((x,), {}), true)
+    assert told.columns.keys() == true.columns.keys()
+    for key, columns in true.columns.items():
+        assert (told.roots()[told.columns[key]] == true.roots()[columns]).all()
 
 
 def test_sizes_are_put_back() -> None:

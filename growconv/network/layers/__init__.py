@@ -17,7 +17,7 @@ from growconv.network.layers.weighted import Convolution, Factorized, Rank, Tran
 from growconv.network.layout import IN, OUT
 
 __all__ = [
-    "Adapter", "Bare", "Norm", "Weighted", "adapter", "channel_axis", "described", "groups_of",
+    "Adapter", "Bare", "Norm", "Shapes", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
     "norm", "pretended", "ranks", "scale_of", "size", "stored", "weighted",
 ]  # fmt: skip
@@ -134,20 +134,28 @@ def in_whole_groups(module: nn.Module) -> bool:
     return groups > 1 and groups >= size(module, IN) // groups
 
 
-def pretended(module: nn.Module, x: Tensor, outputs: int | None = None) -> Tensor:
-    """Zeros of the shape that a weighted layer gives for any number of input channels.
+Shapes = dict[tuple[nn.Module, tuple[int, ...]], tuple[int, ...]]
+"""Per layer and shape of its input, the channels left out, the shape of its output without them."""
+
+
+def pretended(module: nn.Module, x: Tensor, shapes: Shapes, outputs: int | None = None) -> Tensor:
+    """Zeros of the shape that a weighted layer gives for any number of input channels, on the memory of one.
 
     Args:
         x: its input.
+        shapes: those that are known; this one is added.
         outputs: how many it has; None: as many as now, whole groups more where it is given whole groups more.
     """
     layer = weighted(module)
     axis = layer.channel_axis(x.dim())
+    key = module, (*x.shape[:axis], *x.shape[axis + 1 :])
+    if key not in shapes:
+        twice = x.narrow(axis, 0, 1).expand(*x.shape[:axis], 2, *x.shape[axis + 1 :])  # one weight has no variance
+        one = layer.apply(twice, x.new_zeros(1, 2, *layer.kernel_size), None, groups=1).shape
+        shapes[key] = *one[:axis], *one[axis + 1 :]
     inputs = x.shape[axis] if layer.groups > 1 else layer.size(IN)
     count = outputs or layer.size(OUT) * inputs // layer.size(IN)
-    twice = x.narrow(axis, 0, 1).expand(*x.shape[:axis], 2, *x.shape[axis + 1 :])  # one weight has no variance
-    one = layer.apply(twice, x.new_zeros(1, 2, *layer.kernel_size), None, groups=1)
-    return x.new_zeros(*one.shape[:axis], count, *one.shape[axis + 1 :])
+    return x.new_zeros([1] * x.dim()).expand(*shapes[key][:axis], count, *shapes[key][axis:])
 
 
 def described(value: nn.Module | Tensor) -> str:
