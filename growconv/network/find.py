@@ -402,7 +402,11 @@ def rows_of(found: Analysis) -> Iterator[LayerRow]:
         )
         grown = next((found.of_space[number] for number in own if number in found.of_space), None)
         reasons = [found.spaces[number].reason for number in own]
-        reasons += [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
+        apart = [found.outputs.get((path, side)) for side in (OUT, GROUP_OUT)]
+        across = not found.numbers.across.keys().isdisjoint(found.numbers.range_of((path, OUT)))
+        reasons = (
+            apart + reasons if across else reasons + apart
+        )  # as half of a gate, which keeps the other from growing
         if path not in found.numbers.calls:
             outside = found.numbers.used_outside.get(path)
             reasons = [

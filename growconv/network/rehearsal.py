@@ -31,6 +31,8 @@ BLOCKS = (1, 2, 3, 4, 8)
 PATIENCE = 60, 4
 """Rehearsals after which spaces that fail are given no further chance, and how many more for each that got its reason:
 what the search may cost has an end."""
+FEW = 3
+"""So many spaces that fail are tried one by one at once; more of them first together without the others."""
 Codes = NDArray[np.int64]
 """Per entry of an axis its space, unit and block in one number; -1 for entries that never grow."""
 INTERLEAVED = "its channels are interleaved in a way that is not followed"
@@ -81,6 +83,7 @@ class Verdict:
         reasons: the spaces that failed, and why.
         alone: those of them that would fail without the others too.
         fixed: those of them on which an operation failed that takes one width only.
+        stuck: those of them that are fixed whatever attributes say.
         led: those of them that failed since sizes had followed another space that grows by copies, and which.
         supposed: whether they were only near an error of the code itself, and others may be to blame.
     """
@@ -88,6 +91,7 @@ class Verdict:
     reasons: dict[int, str] = field(default_factory=dict)
     alone: set[int] = field(default_factory=set)
     fixed: set[int] = field(default_factory=set)
+    stuck: set[int] = field(default_factory=set)
     led: dict[int, int] = field(default_factory=dict)
     supposed: bool = False
 
@@ -112,6 +116,7 @@ class Widening:
         self.bound: set[Attribute] = set()
         self._bound_for = set[tuple[frozenset[int], bool]]()
         self._rehearsals = 0
+        self._shapes: layers.Shapes = {}
         self._laid_out: dict[tuple[int, ...], tuple[dict[Key, tuple[Run, ...]], set[int]]] = {}
         self._groups = {
             path: layers.groups_of(module)
@@ -133,15 +138,28 @@ class Widening:
             parts = sorted(self._cut() & failed.reasons.keys())
             if self._join_copied(failed.led) or self._join(n for n in parts if not self.spaces[n].alone):
                 continue
-            for number, reason in self._alone(failed, live).items():
-                patient = self._patient
-                if patient and not self._bind([number], Verdict({number: reason}), one=True).reasons:
-                    continue
-                if patient and number not in failed.fixed:
-                    self._next_guess(number, reason)
-                else:
-                    self.spaces[number].reason = self.spaces[number].first or reason
+            found = self._alone(failed, live)
+            for number, reason in found.items():
+                self._change(number, reason, failed, len(found) <= FEW)
         return self.relay()
+
+    def _change(self, number: int, reason: str, failed: Verdict, few: bool) -> None:
+        """Let a space that fails be something else, or give it its reason.
+
+        Args:
+            failed: where it failed together with others.
+            few: whether it is worth while to try the next guess by itself.
+        """
+        space, patient = self.spaces[number], self._patient
+        tells = patient and number not in failed.stuck
+        if tells and not self._bind([number], Verdict({number: reason}), one=True).reasons:
+            return
+        if number in failed.fixed or not patient:
+            space.reason = space.first or reason
+            return
+        self._next_guess(number, reason)
+        while few and space.reason is None and self._patient and self._attempt([number]).reasons:
+            self._next_guess(number, reason)
 
     def presume(self) -> Layout:
         """The layout at the present widths, taken to hold at others."""
@@ -175,8 +193,13 @@ class Widening:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
         if (len(failed.reasons) == 1 and not failed.supposed) or not self._patient:
             return failed.reasons
+        if failed.alone:
+            return {number: failed.reasons[number] for number in sorted(failed.alone)}
         doubtful = [number for number in sorted(failed.reasons) if not self.spaces[number].cleared]
-        again = self._attempt(doubtful or sorted(failed.reasons))
+        if failed.supposed or not 0 < len(doubtful) <= FEW:
+            again = self._attempt(doubtful or sorted(failed.reasons))
+        else:
+            again = Verdict({number: failed.reasons[number] for number in doubtful})
         if failed.supposed and not again.reasons:  # those around the error are not to blame
             again = Verdict(dict.fromkeys(live, next(iter(failed.reasons.values()))))
         found = {number: again.reasons[number] for number in again.alone}
@@ -204,20 +227,19 @@ class Widening:
         more = {number: MORE_UNITS[place % len(MORE_UNITS)] for place, number in enumerate(live)}
         if len(live) == 1:
             more = {live[0]: 2}
-        failed = self._rehearse(live, more)
-        cut = {number for number in self._cut() & set(live) if self.spaces[number].units > more[number]}
-        if not failed.reasons and cut:  # a part of them, such as a quarter, is another only once there are many more
-            failed = self._rehearse(live, {number: self.spaces[number].units for number in cut})
-        return failed
+        for number in self._cut() & set(live):  # a part, such as a quarter, is another only once there are many more
+            units = self.spaces[number].units
+            more[number] += units if units > more[number] else 0
+        return self._rehearse(live, more)
 
     def _rehearse(self, live: Sequence[int], more: Mapping[int, int]) -> Verdict:
-        """Send the numbers through the pretending model at more units of some spaces."""
+        """Send the numbers through the pretending model at more units of some spaces; of a single one till it fails."""
         self._rehearsals += 1
         units = [now + more.get(number, 0) for number, now in enumerate(self._units)]
         layout, found = self.layout(), Numbers()
         try:
-            with pretending(self.model, layout, self._units, units):
-                self._look(found, on=True)
+            with pretending(self.model, layout, self._units, units, self._shapes):
+                self._look(found, on=len(live) > 1)
         except LookFailed as failed:
             if failed.stopped is not None:  # sizes that code of its kind may have compared tell numbers of channels
                 kind = type(module_at(self.model, failed.stopped))
@@ -243,6 +265,7 @@ class Widening:
         for each in failures:
             line = (str(each.error).splitlines() or [""])[0][:160]
             text = f"the code takes no other width: {type(each.error).__name__}: {line}"
+            text += f" (in {each.where})" if each.where else ""
             met = roots[list(each.numbers)]
             met = met[high[met] >= 0]
             spaces = _spaces(np.append(low[met], high[met])) & set(live)
@@ -402,37 +425,27 @@ class Widening:
     def _join(self, seeds: Iterable[int]) -> bool:
         """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.
 
-        All their producers get more outputs, twice as many each time. What becomes of the classes of each space tells
-        how many of them a unit takes, once twice the outputs give twice as many new classes.
+        All their producers get many more outputs, then twice as many. What becomes of the classes of each space tells
+        how many of them a unit takes, where twice the outputs give twice as many new classes.
 
         Returns whether some were joined.
         """
-        waiting = self._together([self.spaces[number] for number in seeds])
-        found, joint, more = {}, False, 1
-
-        def rates(group: Group, more: int) -> list[int]:
-            if more not in found:
-                found[more] = self._counted(waiting, more)
-            return [found[more][self._signature(space)] - len(space.roots) for space in group.spaces]
-
-        while waiting:
-            for group in waiting:
-                now = rates(group, more)
-                if min(now) < 0 or group.outputs(now) != {key: more * n for key, n in group.shares.items()}:
-                    continue
-                if rates(group, 2 * more) != [2 * rate for rate in now]:
-                    continue
-                if any(rate > len(space.roots) for space, rate in zip(group.spaces, now, strict=True)):
-                    least = more * min(group.shares.values())
-                    for space in group.spaces:
-                        space.reason = f"its channels only grow together, {least} or more at a time, and are too few"
-                elif any(self._replaced(group.spaces, now, last) for last in (False, True)):
-                    joint = True
-                else:
-                    continue
-                waiting = [each for each in waiting if each is not group]
-            more *= 2
-            waiting = [group for group in waiting if more < 2 * group.unit]
+        groups, joint = self._together([self.spaces[number] for number in seeds]), False
+        most = [1 << (2 * group.unit - 1).bit_length() - 1 for group in groups]
+        if not groups:
+            return False
+        once, twice = self._counted(groups, most), self._counted(groups, [2 * more for more in most])
+        for group, more, rates, double in zip(groups, most, once, twice, strict=True):
+            outputs = {key: more * share for key, share in group.shares.items()}
+            if min(rates) < 0 or group.outputs(rates) != outputs or double != [2 * rate for rate in rates]:
+                continue
+            parts = math.gcd(more, *rates)  # as often as the rates can be halved: a unit is that much smaller
+            units = [[(rate // parts) << power for rate in rates] for power in range(parts.bit_length())]
+            enough = [each for each in units if all(n <= len(s.roots) for n, s in zip(each, group.spaces, strict=True))]
+            joint |= any(self._replaced(group.spaces, each, last) for each in enough for last in (False, True))
+            for space in () if enough else group.spaces:
+                least = more // parts * min(group.shares.values())
+                space.reason = f"its channels only grow together, {least} or more at a time, and are too few"
         return joint
 
     def _together(self, seeds: Sequence[Space]) -> list[Group]:
@@ -453,39 +466,41 @@ class Widening:
             groups += [Group(spaces)] if len(spaces) > 1 else []
         return groups
 
-    def _counted(self, groups: Sequence[Group], more: int) -> Counter[Signature]:
-        """The classes of every signature once the producers of some groups have so many times more of their shares.
+    def _counted(self, groups: Sequence[Group], more: Sequence[int]) -> list[list[int]]:
+        """Per group how many more classes its spaces have, once its producers have so many times more of their shares.
 
         Attributes that count channels of a group follow: those that do so already, or all where the code fails then.
-        There are no classes where it fails even so.
+        Below 0: it fails even so.
         """
         space, axes = len(self.spaces), dict[Key, tuple[Run, ...]]()
-        for key, share in (each for group in groups for each in group.shares.items()):
-            run = Run(space, 1, more * share, tuple(range(more * share)))
-            axes[key] = Run(None, len(self.numbers.range_of(key))), run
+        for group, times in zip(groups, more, strict=True):
+            for key, share in group.shares.items():
+                run = Run(space, 1, times * share, tuple(range(times * share)))
+                axes[key] = Run(None, len(self.numbers.range_of(key))), run
         telling = self._telling(groups, more)
         for places in (telling.keys() & self.bound, telling.keys()):
             attributes = tuple(SizeAttribute(*place, {space: telling[place]}) for place in places)
             layout, found = Layout(axes, (), self.dims, attributes), Numbers()
             try:
-                with pretending(self.model, layout, [0] * (space + 1), [0] * space + [1]):
+                with pretending(self.model, layout, [0] * (space + 1), [0] * space + [1], self._shapes):
                     self._look(found)
             except LookFailed:
                 continue
             self.bound = self.bound | places
-            return Counter(
+            classes = Counter(
                 frozenset((key, count) for key, count, _ in axes if key[0] not in self.dims)
                 for axes in found.signatures().values()
             )
-        return Counter()
+            return [[classes[self._signature(each)] - len(each.roots) for each in group.spaces] for group in groups]
+        return [[-1]] * len(groups)
 
-    def _telling(self, groups: Sequence[Group], more: int) -> dict[Attribute, int]:
+    def _telling(self, groups: Sequence[Group], more: Sequence[int]) -> dict[Attribute, int]:
         """The attributes that count channels of one group, and by how much they are then larger."""
         found: dict[Attribute, int] = {}
-        for group in groups:
+        for group, times in zip(groups, more, strict=True):
             own = {number for number, space in enumerate(self.spaces) if space in group.spaces}
             for place, counted in self.numbers.literals.items():
-                larger, left = divmod(more * len(counted), group.unit)
+                larger, left = divmod(times * len(counted), group.unit)
                 if not left and _spaces(self._codes[np.asarray(counted, dtype=np.int64)]) <= own:
                     found[place] = larger
         return found
@@ -543,6 +558,7 @@ class Widening:
             if not self._attempt(live).reasons:
                 return Verdict()
         self.bound = before
+        failed.stuck = set() if still is failed else still.fixed
         return failed
 
     # ------------------------------------------------------------------------------------------ the widened model

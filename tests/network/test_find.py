@@ -12,6 +12,7 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, Tr
 from growconv.network.find import explain_sites, find_sites, site
 from tests.network import referee, zoo
 from tests.network.between_layers import CASES
+from tests.network.hand import Net
 from tests.network.refused import Refused
 
 SITES = {
@@ -90,6 +91,32 @@ def test_a_layer_that_cannot_grow_has_its_reason(how: str, reason: str) -> None:
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(row.reason)
     assert str(row.reason) in str(table)
+
+
+def test_attention_over_channels_says_which_layer_takes_them_one_after_the_other() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        return m.b(y * m.eca(y.mean((2, 3)).unsqueeze(1)).sigmoid().view(len(x), -1, 1, 1))
+
+    model = Net(forward, a=nn.Conv2d(3, 6, 1), eca=nn.Conv1d(1, 1, 3, padding=1), b=nn.Conv2d(6, 2, 1))
+    table = {row.path: row.reason for row in explain_sites(model, torch.randn(2, 3, 5, 5))}
+    assert table["a"] == "its channels depend on each other: eca takes them one after the other as its only input"
+
+
+def test_maps_of_one_channel_with_a_bare_parameter_for_each_position_are_read_as_one_channel() -> None:
+    model = Net(lambda m, x: m.b(m.place + m.a(x)), a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(1, 4, 3))
+    model.place = nn.Parameter(torch.randn(1, 1, 5, 5))
+    assert "one after the other" not in str(explain_sites(model, torch.randn(2, 3, 5, 5))[0].reason)
+
+
+def test_a_gate_that_a_layer_makes_along_another_axis_is_told() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        value, gate = m.a(x).chunk(2, -1)
+        return m.b(value * m.mix(m.norm(gate).transpose(1, 2)).transpose(1, 2))
+
+    model = Net(forward, a=nn.Linear(4, 12), norm=nn.LayerNorm(6), mix=nn.Linear(5, 5), b=nn.Linear(6, 3))
+    table = {row.path: row.reason for row in explain_sites(model, torch.randn(2, 5, 4))}
+    assert table["a"] == "mix reads it along another axis, and no other layer does"
 
 
 @pytest.mark.parametrize("how", ["channel mean", "layer norm of maps", "rms norm"])

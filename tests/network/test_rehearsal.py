@@ -1,5 +1,7 @@
 """Other widths, tried on copies that only pretend to compute: literal sizes, sizes in attributes, whole groups."""
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from growconv.network import layers
 from growconv.network.find import analyse, explain_sites, find_sites
 from growconv.network.layout import IN, OUT, Run, SizeAttribute
+from growconv.network.rehearsal import Verdict, Widening
 from tests.network import between_layers, referee
 from tests.network.hand import Net
 
@@ -356,6 +359,47 @@ def test_a_reshape_that_refuses_its_sizes_is_blamed_on_what_it_met() -> None:
     assert "shape '[2, 6, 4, -1]' is invalid" in str(table["a"]) or "literal size" in str(table["a"])
     assert table["b"] is None
     assert table["c"] is None
+
+
+class Attention(nn.Module):
+    """A residual block of attention whose heads have a literal size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_size = 3, 4
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.hidden, self.back = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return x + self.back(F.gelu(self.hidden(x)))
+
+
+@pytest.fixture
+def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many spaces each rehearsal was of."""
+    found, rehearse = list[int](), Widening._rehearse
+
+    def noted(self: Widening, live: Sequence[int], more: Mapping[int, int]) -> Verdict:
+        found.append(len(live))
+        return rehearse(self, live, more)
+
+    monkeypatch.setattr(Widening, "_rehearse", noted)
+    return found
+
+
+def test_blocks_that_fail_alike_take_no_more_rehearsals_than_a_few_of_them(rehearsals: list[int]) -> None:
+    taken = []
+    for blocks in (4, 8):
+        model = nn.Sequential(*(Attention() for _ in range(blocks)), nn.Linear(12, 2)).double()
+        rehearsals.clear()
+        table = {row.path: row for row in explain_sites(model, torch.randn(2, 5, 12, dtype=torch.float64))}
+        for number in range(blocks):
+            assert f"(in {number}, where heads=3, head_size=4)" in str(table[f"{number}.qkv"].reason)
+            assert table[f"{number}.hidden"].growable
+        taken.append(len(rehearsals))
+    assert taken[0] == taken[1]
 
 
 def test_standardised_layers_of_one_tap_can_pretend() -> None:
