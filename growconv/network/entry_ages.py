@@ -26,6 +26,7 @@ is exact, SparseAdam but for its ε. A CUDA graph of a step calls no hooks: capt
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from inspect import signature
 from itertools import count, groupby
 from typing import Any
@@ -260,6 +261,7 @@ class AgeHooks:
         self._all: list[Young] = []
         self._given: list[bool] = []  # which of them have a gradient
         self._young: list[Young] = []  # those
+        self._clocks: list[dict[str, Any]] = []  # ages of those whose steps the optimizer does not count
         self._batches: list[_Batch] = []
         self._twins: list[_Twin] = []
         self._left = 0.0  # steps until the first of the young is old
@@ -309,7 +311,9 @@ class AgeHooks:
         self._given = [parameter.grad is not None for _, parameter, _ in self._all]
         self._young = [each for each, given in zip(self._all, self._given, strict=True) if given]
         self._batches = _batches(optimizer, self._young)
-        self._left = min((_steps_left(optimizer, group, state) for group, _, state in self._young), default=math.inf)
+        self._clocks = [state[AGES] for _, _, state in self._young if "now" in state[AGES]]
+        alike = {(id(group), *state, _newest(state), _count(state)): (group, state) for group, _, state in self._young}
+        self._left = min((_steps_left(optimizer, *each) for each in alike.values()), default=math.inf)
 
     def after(self, optimizer: Optimizer, arguments: tuple, keywords: dict) -> None:
         """Put the twins' results in, count the step, and leave when all entries are old."""
@@ -317,9 +321,8 @@ class AgeHooks:
             return
         if self._twins:
             _step_twins(optimizer, self._twins)
-        for _, _, state in self._young:
-            if "now" in state.get(AGES, ()):  # the optimizer does not count the steps
-                state[AGES]["now"] += 1
+        for ages in self._clocks:
+            ages["now"] += 1
         for batch in self._batches:
             batch.now += 1
         self._left -= 1
@@ -362,30 +365,40 @@ def follow_ages(optimizers: Iterable[Any], changed: bool = True) -> None:
 
 
 def _steps_left(optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]) -> float | int:
-    newest = max(max(came) for came in state[AGES]["born"] if came)
+    newest = _newest(state)
     return newest + steps_young(optimizer, group, state, newest) - _count(state)
+
+
+def _newest(state: dict[str, Any]) -> int:
+    return max(max(came) for came in state[AGES]["born"] if came)
 
 
 def _batches(optimizer: Optimizer, young: Iterable[Young]) -> list[_Batch]:
     found: dict[tuple, _Batch] = {}
+    known: dict[tuple, list[str]] = {}  # averages by group and what the state holds
+    parts = cache(lambda *born: list(boxes(born)))  # most parameters share theirs with others
     for group, parameter, state in young:
-        now, kinds = _count(state), dict[tuple[int, ...], list[str]]()
-        for each in averages(optimizer, group, state):
-            shape = state[each.name].shape
+        now, kinds, sort = _count(state), dict[tuple[int, ...], list[str]](), (id(group), *state)
+        if sort not in known:
+            known[sort] = [each.name for each in averages(optimizer, group, state)]
+        for name in known[sort]:
+            shape = state[name].shape
             if len(shape) == parameter.dim():
                 reduced = tuple(axis for axis, size in enumerate(parameter.shape) if shape[axis] != size)
-                kinds.setdefault(reduced, []).append(each.name)
+                kinds.setdefault(reduced, []).append(name)
+        born = [came and tuple(came) for came in state[AGES]["born"]]
         for reduced, names in kinds.items():
-            for birth, box in boxes([None if axis in reduced else b for axis, b in enumerate(state[AGES]["born"])]):
-                views = {name: _real(cut(state[name], box)) for name in names}
-                dense = [view.is_contiguous() for view in views.values()]  # those go in one launch on a GPU
-                key = (id(group), birth, now, *names, reduced, parameter.dtype, parameter.device, *dense)
+            own = (*sort, now, *names, reduced, parameter.dtype, parameter.device)
+            for birth, box in parts(*(None if axis in reduced else came for axis, came in enumerate(born))):
+                views = [_real(cut(state[name], box)) for name in names]
+                # contiguous ones go in one launch on a GPU
+                key = (*own, birth, *(view.is_contiguous() for view in views if not view.is_cpu))
                 if key not in found:
                     due = birth + next(age for age in count(now + 1 - birth) if age % _gap(optimizer, age) == 0)
-                    found[key] = _Batch(group, state, now, due, birth, names, reduced)
+                    found[key] = _Batch(group, state, now, due, birth, names, reduced, views={n: [] for n in names})
                 found[key].cells.append((parameter, box))
-                for name, view in views.items():
-                    found[key].views.setdefault(name, []).append(view)
+                for name, view in zip(names, views, strict=True):
+                    found[key].views[name].append(view)
                     found[key].seen.append((state, name, state[name]))
     return list(found.values())
 
@@ -401,16 +414,21 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
     """Set averages so that the coming step gives the newest gradient the weight of the entries' age."""
-    now, gradients = batch.now + 1, list[Tensor]()
+    now = batch.now + 1
     age = now - batch.born
     batch.due = now + _gap(optimizer, age)
+    rules: list[tuple[Average, Tensor | None, float]] = []
     for each in averages(optimizer, batch.group, batch.state):
-        if each.name not in batch.views or age > each.until:
-            continue
+        if each.name in batch.names and age <= each.until:
+            keep, add = each.coefficients(age, _gap(optimizer, age - 1), now)
+            whole = each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15)
+            # a number would be wrapped in a tensor, one of another type converted, once for every view
+            precision = torch.promote_types(batch.views[each.name][0].dtype, torch.float32)
+            rules.append((each, None if whole else torch.tensor(keep, dtype=precision), add))
+    gradients = _gradients(optimizer, batch) if rules else []
+    for each, keep, add in rules:
         views = batch.views[each.name]
-        keep, add = each.coefficients(age, _gap(optimizer, age - 1), now)
-        gradients = gradients or _gradients(optimizer, batch)
-        if each.power == 1 and math.isclose(keep + add, 1, rel_tol=1e-15):
+        if keep is None:
             _batched._foreach_lerp_(views, gradients, add)
             continue
         _batched._foreach_mul_(views, keep)
@@ -426,7 +444,9 @@ def _weight_by_age(optimizer: Optimizer, batch: _Batch) -> None:
 def _gradients(optimizer: Optimizer, batch: _Batch) -> list[Tensor]:
     """What the optimizer will take for the gradient of each cell: unscaled, signed, with coupled weight decay."""
     given: list[tuple[Any, Box]] = [(parameter.grad, box) for parameter, box in batch.cells]
-    found = [_real(cut(grad.to_dense() if grad.is_sparse else grad, box)) for grad, box in given]
+    found = [cut(grad.to_dense() if grad.is_sparse else grad, box) for grad, box in given]
+    if found[0].is_complex():
+        found = [torch.view_as_real(part) for part in found]
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         found = [each / scale.to(each.device) for each in found]
