@@ -29,6 +29,9 @@ from growconv.statistics.problem import batched, pair_problem, site_input, site_
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision, is_exact
 
+JOINT_BYTES = 8 * 2**20
+"""What the common input of several producers, which is made anew for each consumer, may take at once."""
+
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
 
@@ -561,7 +564,7 @@ class StatisticsCollector:
     def _batches(
         self, site: GrowthSite, path: str, x: dict[str, Tensor], maps: tuple[Tensor, Tensor], count: int, kept: bool
     ) -> Iterator[HeldBatch]:
-        """One call of a consumer; of several producers in parts whose common input takes a quarter of the scratch.
+        """One call of a consumer; of several producers in parts whose common input takes JOINT_BYTES at most.
 
         That input is made when it is needed: where it is their patches, it is many times as large as their inputs.
         """
@@ -570,7 +573,7 @@ class StatisticsCollector:
             yield HeldBatch(*site_problem(site, path, x, h, v), samples=count, kept=kept)
             return
         problem, one, *_ = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])
-        step = max(1, self.scratch_bytes // (4 * one.numel() * one.element_size()))
+        step = max(1, min(JOINT_BYTES, self.scratch_bytes // 4) // (one.numel() * one.element_size()))
         for start in range(0, len(h), step):
             part = slice(start, start + step)
             raw = {producer: each[part] for producer, each in x.items()}

@@ -95,9 +95,10 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -
         return None
     if site.name not in each.kept:
         calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
+        known: dict[tuple[object, ...], Tensor] = {}
         x, h = (
             {
-                path: [_copied(path, tensor, model, shelf) for tensor in each.inputs.get(path, [])[: calls[path]]]
+                path: [_copied(path, given, model, shelf, known) for given in each.inputs.get(path, [])[: calls[path]]]
                 for path in paths
             }
             for paths in (site.producers, site.consumers)
@@ -106,11 +107,18 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -
     return each.kept[site.name]
 
 
-def _copied(path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf) -> Tensor:
+def _copied(
+    path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf, known: dict[tuple[object, ...], Tensor]
+) -> Tensor:
+    """A copy of a layer's input, one for all layers that are given the same memory."""
     if tensor is None:
         raise StatisticsError("an input of this layer has already been freed", where=path)
+    tensor = batched(tensor, model.get_submodule(path))
     exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-    return shelf.copy(batched(tensor, model.get_submodule(path)), exact)
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    if key not in known:
+        known[key] = shelf.copy(tensor, exact)
+    return known[key]
 
 
 def kept_batch(loss: Loss, site: GrowthSite, model: nn.Module, separate: bool) -> KeptBatch | None:

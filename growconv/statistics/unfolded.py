@@ -17,6 +17,10 @@ from growconv.statistics.sums import Totals
 
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
+CHUNK_BYTES = 2**25
+"""What the patches of a chunk take, however much scratch there is, unless they would have fewer than four times as many
+columns as rows: then adding up the products would cost too much beside them."""
+
 SYMMETRIC_BLOCK = 96
 """Rows of a Gram matrix that are multiplied at a time, with all that come after."""
 
@@ -152,7 +156,8 @@ def _chunks(problem: PairProblem, quantities: frozenset[str], itemsize: int, scr
     rows = problem.hidden_size[0]
     divisible = problem.local and problem.first.padding_mode == problem.second.padding_mode == "zeros"
     if per_sample <= scratch_bytes or not divisible:
-        return max(1, scratch_bytes // per_sample), rows
+        enough = max(CHUNK_BYTES // per_sample, 4 * problem.patch_entries // outputs)
+        return max(1, min(scratch_bytes // per_sample, enough)), rows
     slabs = math.ceil(per_sample / scratch_bytes)
     return 1, max(1, rows // slabs)
 

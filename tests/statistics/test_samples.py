@@ -56,3 +56,25 @@ def test_samples_of_several_image_sizes_stay_together() -> None:
             else:
                 growth = growconv.solve(found[site.name], method, 2)
             assert growth.channels in (0, 1, 2)
+
+
+def test_layers_that_read_the_same_map_share_its_copy() -> None:
+    class TwoReaders(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            hidden = torch.relu(self.first(x))
+            return (self.left(hidden) * self.right(hidden)).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = TwoReaders(), data(4, 8, 0).float()
+    (site,) = growconv.find_sites(model, x)
+    batches, quantities = [(x, torch.zeros(4, dtype=torch.long))], {"samples"}
+    found = collect_statistics(model, site, batches, F.cross_entropy, keep_samples=4, quantities=quantities)
+    ((kept,),) = (batch.passes for batch in found[site.name].samples_kept.batches)
+    (left,), (right,) = kept.h["left"], kept.h["right"]
+    assert left.data_ptr() == right.data_ptr() != kept.x["first"][0].data_ptr()
+    torch.testing.assert_close(left, torch.relu(model.first(x)).detach())
+    assert kept.v["left"][0].data_ptr() != kept.v["right"][0].data_ptr()
