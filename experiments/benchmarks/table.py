@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import growconv
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
 _PREAMBLE = "# Benchmarks\n\nEvery section is written by the command it names, unless the section says otherwise.\n"
 
@@ -32,8 +34,8 @@ def machine() -> str:
 
 def versions(*packages: str) -> str:
     """Python and package versions, in one line."""
-    found = [f"Python {platform.python_version()}"]
-    for package in ("torch", "growconv", *packages):
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"growconv {growconv.__version__}"]
+    for package in packages:
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -24,7 +24,7 @@ TIMM = (
     "eca_nfnet_l0", "convnext_atto", "convnextv2_atto", "repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9",
     "mobilevit_xxs", "mobilevitv2_050", "edgenext_xx_small", "levit_conv_128s", "poolformer_s12", "coatnet_pico_rw_224",
     "maxvit_rmlp_pico_rw_256", "halonet26t", "botnet26t_256", "lambda_resnet26t", "selecsls42b", "tresnet_m",
-    "ese_vovnet19b_dw", "legacy_xception", "inception_v3", "pnasnet5large",
+    "ese_vovnet19b_dw", "legacy_xception", "pnasnet5large",
 )  # fmt: skip
 SIDE = {"inception_v3": 299}
 """Of torchvision's models that are not asked for images of 224×224."""
@@ -40,7 +40,7 @@ def torchvision() -> Models:
         return lambda: library.get_model(name, weights=None, **without)
 
     found: Models = {name: (builder(name), _images(SIDE.get(name, 224))) for name in CLASSIFIERS}
-    return found | {name: (builder(name, weights_backbone=None), _images(224)) for name in SEGMENTERS}
+    return found | {name: (builder(name, weights_backbone=None), _images(128)) for name in SEGMENTERS}
 
 
 def timm() -> Models:
