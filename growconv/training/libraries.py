@@ -145,7 +145,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 def _library(module: str, command: str) -> ModuleType:
     try:
         return import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: operators built for another torch
         name = module.partition(".")[0]
         raise ConfigError(f"this needs {name}", where=f"model={name}", got=error, fix=command) from error
 

@@ -34,6 +34,16 @@ def images(tmp_path):
     return ["data=images", f"data.root={tmp_path / 'images'}", "data.validation=0.25"]
 
 
+def test_a_library_built_for_another_torch_is_refused(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(libraries, "import_module", broken)
+    with pytest.raises(ConfigError, match="this needs torchvision") as found:
+        libraries.torchvision("resnet18", 3, 10, {})
+    assert "nms does not exist" in str(found.value)
+
+
 def test_a_model_of_pytorchcv(images, tmp_path, capsys):
     pytest.importorskip("pytorchcv")
     run = tmp_path / "run"
