@@ -118,8 +118,8 @@ def prepared(build: Builder, shape: tuple[int, ...]) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "drop_rate"):  # of a functional dropout, in timm
-            module.drop_rate = 0.0
+        if "drop_rate" in vars(module):  # of a functional dropout, in timm
+            vars(module)["drop_rate"] = 0.0
     return model
 
 
