@@ -241,9 +241,10 @@ def _one_axis_pool(tape: Tape, value: int) -> tuple[list[int], list[Step]] | Non
     if not isinstance(pool, Operation) or not isinstance(start, Operation) or start.name != "unsqueeze":
         return None
     before, after = (tape.values[number].tensor for number in (pool.inputs[0], value))
-    (only,) = pooling(pool, before, after) or [None]
-    if before.dim() != 4:
+    found = pooling(pool, before, after) or []
+    if len(found) != 1 or before.dim() != 4:
         return None
+    (only,) = found
     if isinstance(only, AdaptivePool):
         return [start.inputs[0]], [AdaptivePool(only.output_size[1:], only.average)]
     if not isinstance(only, Pool):

@@ -36,6 +36,10 @@ CHAINS: dict[str, tuple[Code, list[Step]]] = {
         lambda m, y: m.c(F.max_pool1d(y.mean(3), 2)),
         [Other("mean"), Pool(Geometry((2,), (2,), (1,), ((0, 0),)), average=False)],
     ),
+    "mean of one axis, squeezed": (
+        lambda m, y: m.fc(y.mean(3).unsqueeze(2).mean((2, 3)).squeeze(-1)),
+        [Other("mean"), Other("unsqueeze"), AdaptivePool((1, 1), average=True), Flatten((1, 1))],
+    ),
     "sum of a window": (lambda m, y: m.b(F.avg_pool2d(y, 2, divisor_override=1)), [Other("avg_pool2d")]),
     "interpolated": (lambda m, y: m.b(F.interpolate(y, scale_factor=2)), [Other("upsample_nearest2d")]),
     "scaled by a map": (lambda m, y: m.b(y * m.map), [Other("mul")]),
