@@ -217,7 +217,8 @@ def test_two_tasks_of_srun_equal_two_processes_of_torchrun(sent_back, tmp_path):
 def test_nothing_is_taken_from_a_job_unasked(tmp_path):
     """Two tasks are two runs: one has the directory, and equals a run without Slurm; the other is told."""
     answer = subprocess.run(
-        ["srun", "--ntasks=2", "--kill-on-bad-exit=0", "--wait=0", "--label", *GROWCONV, *QUICK, f"hydra.run.dir={tmp_path / 'job'}"],
+        ["srun", "--ntasks=2", "--kill-on-bad-exit=0", "--wait=0", "--label",
+         *GROWCONV, *QUICK, f"hydra.run.dir={tmp_path / 'job'}"],
         capture_output=True, text=True, env=environment(), timeout=300,
     )  # fmt: skip
     assert answer.returncode == 1
