@@ -10,7 +10,7 @@ from growconv.errors import StatisticsError
 from growconv.statistics.constants import with_constants
 from growconv.statistics.dense import dense_sums
 from growconv.statistics.offset_path import OffsetPath, axis_problems
-from growconv.statistics.problem import PairProblem, folded
+from growconv.statistics.problem import PairProblem, folded, thinned
 from growconv.statistics.sums import Totals
 from growconv.statistics.unfolded import add_unfolded_sums
 
@@ -213,13 +213,16 @@ class ConsumerSums:
     ) -> dict[frozenset[str], tuple[PairProblem, tuple[Tensor, Tensor, Tensor]]]:
         """The statistics by the problem that they are computed on: what lies in between joins the producer, if it can.
 
-        The dense path, being the reference, does without; so do the producer's own patches, which come before.
+        So does the stride of a consumer of one tap. The dense path, being the reference, does without; so do the
+        producer's own patches, which come before.
         """
-        if self.path == "dense" or problem.local:
+        x, h, v = maps
+        local, x = folded(problem, x)
+        simpler, (x, h) = thinned(local, x, h)
+        if self.path == "dense" or simpler is problem:
             return {names: (problem, maps)}
-        local, x = folded(problem, maps[0])
         patches = names & {"patch_gram"}
-        parts = {patches: (problem, maps), names - patches: (local, (x, *maps[1:]))}
+        parts = {patches: (problem, maps), names - patches: (simpler, (x, h, v))}
         return {part: entry for part, entry in parts.items() if part}
 
     def count(self, v: Tensor, samples: int) -> None:

@@ -181,6 +181,30 @@ def folded(problem: PairProblem, x: Float[Tensor, "n c *size"]) -> tuple[PairPro
     return (local, maps) if fits else (problem, x)
 
 
+def thinned(
+    problem: PairProblem, x: Float[Tensor, "n c *size"], h: Float[Tensor, "n d *grid"]
+) -> tuple[PairProblem, tuple[Tensor, Tensor]]:
+    """The same pair without the hidden locations between those that a consumer of one tap reads, on axes with a stride.
+
+    Args:
+        problem: a pair; one that is not local stays as it is.
+        x: input of the producer.
+        h: input of the consumer.
+
+    Returns:
+        A pair whose producer takes the consumer's stride too, and x and h for it.
+    """
+    second = problem.second
+    axes = zip(second.kernel_size, second.padding, second.stride, strict=True)
+    steps = tuple(stride if taps == 1 and sides == (0, 0) else 1 for taps, sides, stride in axes)
+    if not problem.local or set(steps) == {1}:
+        return problem, (x, h)
+    fewer = h[(..., *(slice(None, None, step) for step in steps))]
+    first = replace(problem.first, stride=tuple(a * b for a, b in zip(problem.first.stride, steps, strict=True)))
+    second = replace(second, stride=tuple(a // b for a, b in zip(second.stride, steps, strict=True)))
+    return replace(problem, first=first, second=second, hidden_size=tuple(fewer.shape[2:])), (x, fewer)
+
+
 def _as_window(step: GridStep) -> Pool | Depthwise | None:
     """A step that is the same at every location, None where it is not."""
     if isinstance(step, AdaptivePool):

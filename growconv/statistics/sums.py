@@ -60,6 +60,10 @@ def is_exact(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and not shortcut
 
 
+PART = 2**18
+"""Entries that are added to a sum at a time."""
+
+
 class Totals(dict[str, Tensor]):
     """Named sums. Each addend comes in the precision of its batch, the sums are float64."""
 
@@ -71,7 +75,9 @@ class Totals(dict[str, Tensor]):
             value: the addend; the same shape each time.
         """
         if name in self:
-            self[name].add_(value)
+            # in parts, since an addend of another type is converted whole before it is added
+            for total, part in zip(self[name].view(-1).split(PART), value.reshape(-1).split(PART), strict=True):
+                total.add_(part)
         else:
             self[name] = value.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
