@@ -90,6 +90,16 @@ MODELS = {
         lambda: nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.AvgPool2d(3, 1), nn.Conv2d(5, 4, 2), *HEAD),
         (13, 14),
     ),
+    "one tap with a stride": (
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3, (2, 1), 1), nn.ReLU(), nn.Conv2d(5, 4, 1, (3, 2)), *HEAD),
+        (11, 8),
+    ),
+    "one tap with a stride on one axis, behind a pooling": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 5, 3, 1, 1), nn.AvgPool2d(2, 1), nn.Conv2d(5, 4, (1, 3), 2, (0, 1)), *HEAD
+        ),
+        (12, 9),
+    ),
     "depthwise": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 6, 1), nn.ReLU6(), nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Conv2d(6, 4, 1), *HEAD

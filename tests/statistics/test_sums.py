@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from growconv.statistics import sums
 from growconv.statistics.sums import full_precision
 from tests.hazards.test_precision import X, collected, difference, network
 
@@ -36,3 +37,13 @@ def test_switches_are_put_back():
     finally:
         torch.set_float32_matmul_precision(before)
     assert difference(found.S, collected(network()).S) < 1e-6
+
+
+def test_addends_come_in_parts_of_any_layout(monkeypatch):
+    monkeypatch.setattr(sums, "PART", 5)
+    values = [torch.randn(4, 3, dtype=torch.float32).T, torch.randn(3, 4), torch.randn(3, 4, dtype=torch.float64)]
+    totals = sums.Totals()
+    for value in values:
+        totals.add("S", value)
+    assert totals["S"].dtype == torch.float64
+    assert torch.equal(totals["S"], values[0].double() + values[1].double() + values[2])
