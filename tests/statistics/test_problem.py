@@ -95,9 +95,7 @@ MODELS = {
         (11, 8),
     ),
     "one tap with a stride on one axis, behind a pooling": (
-        lambda: nn.Sequential(
-            nn.Conv2d(3, 5, 3, 1, 1), nn.AvgPool2d(2, 1), nn.Conv2d(5, 4, (1, 3), 2, (0, 1)), *HEAD
-        ),
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3, 1, 1), nn.AvgPool2d(2, 1), nn.Conv2d(5, 4, (1, 3), 2, (0, 1)), *HEAD),
         (12, 9),
     ),
     "depthwise": (
