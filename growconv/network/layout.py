@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from growconv.errors import SiteError
 
@@ -51,6 +52,7 @@ class Sizes:
         self._lengths: dict[Key, int] = {}
         self.units: dict[int, int] = {}
         self.along: dict[Key, dict[int, int]] = {}
+        self.starts: dict[Key, list[int]] = {}
 
     def __call__(self, key: Key) -> int:
         """The length of an axis."""
@@ -94,11 +96,6 @@ class Place:
     position: int
     entries: tuple[int, ...]
 
-    def of(self, values: Tensor) -> Tensor:
-        """Those of the new entries that come here, from all along axis 0."""
-        whole = self.entries == tuple(range(len(values)))
-        return values if whole else values[list(self.entries)]
-
 
 @dataclass(frozen=True)
 class SizeAttribute:
@@ -141,15 +138,26 @@ class Layout:
     attributes: tuple[SizeAttribute, ...] = ()
 
     @cached_property
+    def _own(self) -> dict[Key, dict[int, list[int]]]:
+        """Per axis the runs of each space on it, by number."""
+        found: dict[Key, dict[int, list[int]]] = {}
+        for key, runs in self.axes.items():
+            own = found.setdefault(key, {})
+            for number, run in enumerate(runs):
+                if run.space is not None:
+                    own.setdefault(run.space, []).append(number)
+        return found
+
+    @cached_property
     def _rates(self) -> dict[Key, dict[int, int]]:
         """Per axis the entries of one unit of each space on it."""
-        found: dict[Key, dict[int, int]] = {}
-        for key, runs in self.axes.items():
-            rates = found.setdefault(key, {})
-            for run in runs:
-                if run.space is not None:
-                    rates[run.space] = rates.get(run.space, 0) + run.outer * run.inner
-        return found
+        return {
+            key: {
+                space: sum(self.axes[key][n].outer * self.axes[key][n].inner for n in runs)
+                for space, runs in own.items()
+            }
+            for key, own in self._own.items()
+        }
 
     @cached_property
     def _index(self) -> dict[int, list[Key]]:
@@ -209,6 +217,17 @@ class Layout:
             sizes.along[key] = {space: self.units(space, sizes) for space in self._rates.get(key, ())}
         return sizes.along[key]
 
+    def length_now(self, key: Key, sizes: Sizes) -> int:
+        """Entries along an axis at the number of units that every space on it has now."""
+        return self._starts(key, sizes)[-1]
+
+    def _starts(self, key: Key, sizes: Sizes) -> list[int]:
+        """Where every run of an axis starts now, and where the last one ends."""
+        if key not in sizes.starts:
+            now = self.units_along(key, sizes)
+            sizes.starts[key] = list(accumulate((run.length(now) for run in self.axes[key]), initial=0))
+        return sizes.starts[key]
+
     def _alone(self, space: int, sizes: Sizes) -> int:
         """The units of a space that one axis tells."""
         key, others = self._telling[space], {space: 0}
@@ -244,35 +263,42 @@ class Layout:
             raise SiteError("no layer tells the number of these channels", got=paths)
         return round(found)
 
-    def places(self, key: Key, space: int, units: int, sizes: Sizes) -> list[Place]:
-        """Where new units of a space come along an axis: after its old ones, in every run.
+    def places(self, key: Key, units: Mapping[int, int], sizes: Sizes) -> list[Place]:
+        """Where new units of spaces come along an axis: after the old ones of each, in every run.
 
         Args:
-            space: the space that grows.
-            units: how many more units.
+            units: how many more units each of the spaces gets; the entries of their new channels are counted in this
+                order.
             sizes: the length of every axis now.
         """
-        per_unit, now, found, start = self.per_unit(key, space), self.units_along(key, sizes), [], 0
-        for run in self.axes[key]:
-            if run.space == space:
+        found, now, starts, before = (
+            list[tuple[int, Place]](),
+            self.units_along(key, sizes),
+            self._starts(key, sizes),
+            0,
+        )
+        for space, more in units.items():
+            per_unit = self.per_unit(key, space)
+            for number in self._own[key].get(space, ()):
+                run = self.axes[key][number]
                 for outer in range(run.outer):
                     slots = run.slots[outer * run.inner : (outer + 1) * run.inner]
-                    position = start + (outer + 1) * now[space] * run.inner
-                    entries = tuple(unit * per_unit + slot for unit in range(units) for slot in slots)
-                    found.append(Place(position, entries))
-            start += run.length(now)
-        return found
+                    position = starts[number] + (outer + 1) * now[space] * run.inner
+                    entries = tuple(before + unit * per_unit + slot for unit in range(more) for slot in slots)
+                    found.append((number, Place(position, entries)))
+            before += more * per_unit
+        return [place for _, place in sorted(found, key=itemgetter(0))]
 
     def entries(self, key: Key, space: int, sizes: Sizes) -> list[int]:
         """The positions of a space's entries along an axis now, channel by channel."""
-        now, start, slots, rows = self.units_along(key, sizes), 0, list[int](), []
-        for run in self.axes[key]:
-            length = run.length(now)
-            if run.space == space:
-                at = np.arange(start, start + length).reshape(run.outer, now[space], run.inner)
-                rows.append(at.swapaxes(0, 1).reshape(now[space], -1))
-                slots += run.slots
-            start += length
+        now, starts, slots, rows = self.units(space, sizes), self._starts(key, sizes), list[int](), []
+        for number in self._own[key].get(space, ()):
+            run = self.axes[key][number]
+            at = np.arange(starts[number], starts[number + 1])
+            if run.outer == 1 and len(self._own[key][space]) == 1 and run.slots == tuple(range(run.inner)):
+                return at.tolist()
+            rows.append(at.reshape(run.outer, now, run.inner).swapaxes(0, 1).reshape(now, -1))
+            slots += run.slots
         return np.concatenate(rows, 1)[:, np.argsort(slots)].ravel().tolist() if rows else []
 
 

@@ -6,7 +6,6 @@ have shrunk, or nobody can tell, it is refused.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
@@ -20,7 +19,7 @@ from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT, K
 from growconv.network.model import found_at, module_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
-from growconv.network.tensors import Change
+from growconv.network.tensors import Change, Insertion
 
 AGAIN = "solve again on statistics of the model as it is now"
 
@@ -38,17 +37,19 @@ class Plan:
         self.changes: list[Change] = []
         self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
         self._of_tensor: dict[int, Change] = {}
+        self._of_path: dict[str, Change] = {}
         self._sizes: dict[int, tuple[Layout, Sizes]] = {}
-        self._added: dict[str, Counter[str]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
         path = path.rstrip(".")  # a bare tensor has no name of its own
-        tensor = tensor_at(self.model, path)
-        if id(tensor) not in self._of_tensor:
-            self._of_tensor[id(tensor)] = Change(path, tensor)
-            self.changes.append(self._of_tensor[id(tensor)])
-        return self._of_tensor[id(tensor)]
+        if path not in self._of_path:
+            tensor = tensor_at(self.model, path)
+            if id(tensor) not in self._of_tensor:
+                self._of_tensor[id(tensor)] = Change(path, tensor)
+                self.changes.append(self._of_tensor[id(tensor)])
+            self._of_path[path] = self._of_tensor[id(tensor)]
+        return self._of_path[path]
 
     def sizes(self, site: Site) -> Sizes:
         """The lengths of the axes of a site's layout, which nothing changes as long as the plan is being made."""
@@ -58,9 +59,7 @@ class Plan:
         """Let a layer follow its new or missing entries, of which `added` says how many more each side has."""
         for name, values in adapter.revised(lambda name: self.change(f"{path}.{name}")).items():
             self.change(f"{path}.{name}").revised = values
-        all_added = self._added.setdefault(path, Counter())
-        all_added.update(added)
-        for name, value in adapter.counts(all_added).items():
+        for name, value in adapter.counts(added).items():
             self.attributes[path, name] = value
 
     def follow(self, site: Site, units: int) -> None:
@@ -103,30 +102,42 @@ class Plan:
         return total
 
 
-def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0, plan: Plan | None = None) -> Plan:
+def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
     """Plan and validate a growth; nothing is changed.
 
     Args:
         growth: what; for the model as it is now.
         amplitude: multiplies the outgoing weights.
-        plan: a plan for other sites of the model, which this growth is added to; where new channels of two sites meet,
-            weights are zero.
 
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
-    check_proposal(site, growth)
-    plan = plan or Plan(site.model)
-    _add(plan, site, growth.channels, NewEntries(site, growth, amplitude, plan.sizes(site)))
-    for path, replacement in growth.revised.items():
-        plan.change(path).revised = revision(site, growth, path, replacement)
+    return plan_growths([(site, growth)], amplitude)
+
+
+def plan_growths(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float = 1.0) -> Plan:
+    """Plan and validate growths of several sites of a model in one; where new channels of two meet, weights are zero.
+
+    Args:
+        growths: one or more sites of one layout, each with what; see `plan_growth`.
+    """
+    plan = Plan(growths[0][0].model)
+    for site, growth in growths:
+        check_proposal(site, growth)
+    _add(
+        plan,
+        [(site, growth.channels, NewEntries(site, growth, amplitude, plan.sizes(site))) for site, growth in growths],
+    )
+    for site, growth in growths:
+        for path, replacement in growth.revised.items():
+            plan.change(path).revised = revision(site, growth, path, replacement)
     return plan
 
 
 def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels, a multiple of the site's granularity, would add."""
     plan = Plan(site.model)
-    _add(plan, site, channels)
+    _add(plan, [(site, channels, None)])
     return plan.added_parameters()
 
 
@@ -207,22 +218,52 @@ def _sides(site: Site) -> dict[str, list[str]]:
     return found
 
 
-def _add(plan: Plan, site: Site, channels: int, values: "NewEntries | None" = None) -> None:
-    """New channels for every layer and bare tensor of a site; zeros without values."""
-    sizes, units = plan.sizes(site), channels // site.granularity
-    for path, sides in _sides(site).items():
-        adapter, layout, added = site.adapter(path), site.layout, dict[str, int]()
-        for side in sides:
-            listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
-            own = {} if values is None else values(path, listed)
-            places, order = (layout.places((path, each), site.space, units, sizes) for each in (side, listed))
-            added[side] = units * layout.per_unit((path, side), site.space)
-            for name, insertion in adapter.insertions(side, places, own, order):
-                insertions = plan.change(f"{path}.{name}").insertions
-                if insertion not in insertions:  # a shared tensor may have it already
-                    insertions.append(insertion)
+def _add(plan: Plan, growing: Sequence[tuple[Site, int, "NewEntries | None"]]) -> None:
+    """New channels of sites for every layer and bare tensor of theirs, so many of each; zeros without values."""
+    on: dict[str, dict[str, list[tuple[Site, int, NewEntries | None]]]] = {}
+    for each in growing:
+        for path, sides in _sides(each[0]).items():
+            for side in sides:
+                on.setdefault(path, {}).setdefault(side, []).append(each)
+    for path, sides in on.items():
+        adapter, added = next(iter(sides.values()))[0][0].adapter(path), dict[str, int]()
+        for side, own in sides.items():
+            layout, alone = own[0][0].layout, any(slot.groups > 1 for slot in adapter.slots(side))
+            for part in [[each] for each in own] if alone else [own]:  # each site has its share of every group
+                _insert(plan, adapter, (path, side), part)
+            added[side] = sum(n // s.granularity * layout.per_unit((path, side), s.space) for s, n, _ in own)
         plan.lengthen(adapter, path, added)
-    plan.follow(site, units)
+    for site, channels, _ in growing:
+        plan.follow(site, channels // site.granularity)
+
+
+def _insert(
+    plan: Plan, adapter: layers.Adapter, key: Key, growing: Sequence[tuple[Site, int, "NewEntries | None"]]
+) -> None:
+    """New entries along one axis."""
+    (path, side), layout, sizes = key, growing[0][0].layout, plan.sizes(growing[0][0])
+    listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
+    units = {site.space: channels // site.granularity for site, channels, _ in growing}
+    places = order = layout.places(key, units, sizes)
+    if listed != side:
+        order = layout.places((path, listed), units, sizes)
+    values = _together([values(path, listed) for _, _, values in growing if values is not None], 1 if side == IN else 0)
+    found: dict[str, list[Insertion]] = {}
+    for name, insertion in adapter.insertions(side, places, values, order):
+        found.setdefault(name, []).append(insertion)
+    for name, own in found.items():
+        insertions = plan.change(f"{path}.{name}").insertions
+        known = set(insertions)  # a shared tensor may have them already
+        insertions += [insertion for insertion in own if insertion not in known]
+
+
+def _together(parts: Sequence[Mapping[str, Tensor]], axis: int) -> Mapping[str, Tensor]:
+    """The new entries of several sites, one after the other along an axis."""
+    if len(parts) < 2:
+        return parts[0] if parts else {}
+    device = next(iter(parts[0].values())).device
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([part[name].to(device) for part in parts], axis) for name in names}
 
 
 # ------------------------------------------------------------------------------------------ new entries

@@ -20,7 +20,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, module_at, one_run, same_chance, tensors_in
 from growconv.network.optimizer import Journal, exchange, refresh
-from growconv.network.plan import Plan, plan_growth
+from growconv.network.plan import Plan, plan_growth, plan_growths
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
@@ -197,17 +197,13 @@ class Proof:
 
     def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: list[Journal]) -> None:
         """Let some sites of the copy grow; what undoes it is added to `undo`."""
-        together, copies = Plan(self.model), []
-        for number in part:
-            site = self.sites[number]
-            channels = more[number] * site.granularity
-            if site.copied:
-                copies.append((site, channels))
-            else:
-                plan_growth(site, silent_growth(site, channels), plan=together)
-        self._carry_out(together, undo)
-        for site, channels in copies:  # these give old weights new values
-            self._carry_out(plan_growth(site, copied_growth(site, channels)), undo)
+        sites = [(self.sites[number], more[number] * self.sites[number].granularity) for number in part]
+        silent = [(site, silent_growth(site, channels)) for site, channels in sites if not site.copied]
+        if silent:
+            self._carry_out(plan_growths(silent), undo)
+        for site, channels in sites:
+            if site.copied:  # these give old weights new values
+                self._carry_out(plan_growth(site, copied_growth(site, channels)), undo)
         refresh(self.model)
 
     def _carry_out(self, plan: Plan, undo: list[Journal]) -> None:
@@ -266,10 +262,11 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     """
     generator = torch.Generator().manual_seed(0)
     incoming, biases, outgoing = {}, {}, {}
+    units = channels // site.granularity
     for path in site.producers:
         layer = layers.weighted(module_at(site.model, path))
         filters = layer.filters().detach()
-        count = int(channels * site.ratio(path, OUT))
+        count = units * site.layout.per_unit((path, OUT), site.space)
         noise = torch.randn(layer.shape(OUT, count), generator=generator, dtype=torch.float64)
         incoming[path] = noise.to(filters) * filters.square().mean().sqrt()
         bias = layer.bias()
@@ -277,7 +274,8 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
             biases[path] = bias.detach().new_zeros(count)
     for path in site.consumers:
         layer = layers.weighted(module_at(site.model, path))
-        outgoing[path] = layer.filters().detach().new_zeros(layer.shape(IN, int(channels * site.ratio(path))))
+        count = units * site.layout.per_unit((path, IN), site.space)
+        outgoing[path] = layer.filters().new_zeros(layer.shape(IN, count))
     return ChannelGrowth(
         site.name, "silent", incoming, outgoing, torch.zeros(channels), incoming_bias=biases, requested=channels
     )

@@ -371,7 +371,7 @@ class GrowthSite(Site):
                 )
         sizes = sizes or self.sizes
         for key in self.axes:
-            expected = self.layout.length(key, self.layout.units_along(key, sizes))
+            expected = self.layout.length_now(key, sizes)
             if expected != sizes(key):
                 raise SiteError(
                     "the layer does not have the width that the other layers of the site have",

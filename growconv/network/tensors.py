@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 
 import torch
@@ -71,18 +72,23 @@ def enlarge(tensor: Tensor, insertions: Iterable[Insertion], fill: bool = True) 
     longer, done = tensor, list[Insertion]()
     in_order = sorted(insertions, key=attrgetter("axis", "position"))
     for axis in range(tensor.dim()):
-        pieces, own, start = [], [each for each in in_order if each.axis == axis], 0
-        for each in own:
-            shape = (*tensor.shape[:axis], each.count, *tensor.shape[axis + 1 :])
-            values = each.values if fill else None
-            new = tensor.new_zeros(shape) if values is None else values.to(tensor).expand(shape)
-            new = enlarge(new, done, fill=False) if done else new
-            pieces += [longer.narrow(axis, start, each.position - start), new]
-            start = each.position
-        if own:
-            longer = torch.cat([*pieces, longer.narrow(axis, start, tensor.shape[axis] - start)], axis)
+        own = [each for each in in_order if each.axis == axis]
+        if not own:
+            continue
+        block = torch.cat([_entries(tensor, each, fill) for each in own], axis)
+        block = enlarge(block, done, fill=False) if done else block
+        old = longer.tensor_split([each.position for each in own], axis)
+        new = block.split([each.count for each in own], axis)
+        longer = torch.cat([*chain.from_iterable(zip(old, new, strict=False)), old[-1]], axis)
         done += own
     return keep_format(longer, tensor)
+
+
+def _entries(tensor: Tensor, insertion: Insertion, fill: bool) -> Tensor:
+    """The new entries of one insertion."""
+    axis, values = insertion.axis, insertion.values if fill else None
+    shape = (*tensor.shape[:axis], insertion.count, *tensor.shape[axis + 1 :])
+    return tensor.new_zeros(shape) if values is None else values.to(tensor).expand(shape)
 
 
 def keep_format(tensor: Tensor, like: Tensor) -> Tensor:

@@ -43,9 +43,8 @@ def test_new_units_come_where_the_layout_of_the_new_width_has_them(
         per_unit = layout.per_unit(KEY, space)
         expected = [tuple(o) for o in owners_of(runs, [u + more * (s == space) for s, u in enumerate(units)]).tolist()]
         grown = list(old)
-        for place in sorted(
-            layout.places(KEY, space, more, Sizes(sizes.__getitem__)), key=lambda place: -place.position
-        ):
+        places = layout.places(KEY, {space: more}, Sizes(sizes.__getitem__))
+        for place in sorted(places, key=lambda place: -place.position):
             new = [(space, units[space] + entry // per_unit, entry % per_unit) for entry in place.entries]
             grown[place.position : place.position] = new
         assert grown == expected

@@ -16,7 +16,7 @@ from growconv.network.event import GrowthHistory, grow, shrink
 from growconv.network.find import find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.optimizer import exchange
-from growconv.network.plan import Plan, plan_growth, plan_removal, plan_size, positions_now, tied_weights
+from growconv.network.plan import plan_growth, plan_growths, plan_removal, plan_size, positions_now, tied_weights
 from growconv.network.proof import silent_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import GrowthSite
@@ -93,9 +93,8 @@ def test_two_sites_in_one_plan_are_what_two_plans_give() -> None:
     expected, one_by_one = model(example), copy.deepcopy(model)
     sites = find_sites(model, example)
     assert len(sites) == 2
-    together = Plan(model)
+    together = plan_growths([(site, silent_growth(site, 2)) for site in sites])
     for site in sites:
-        plan_growth(site, silent_growth(site, 2), plan=together)
         grow(one_by_one, site.of(one_by_one), silent_growth(site.of(one_by_one), 2))
     exchange(model, together.changes, together.attributes, ())
     shapes = {name: value.shape for name, value in one_by_one.state_dict().items()}

@@ -48,7 +48,7 @@ class Norm(Adapter):
     def entries(self, slot: Slot, side: str, order: Sequence[int], values: Mapping[str, Tensor]) -> Tensor | None:
         """Those given for the tensor, (entries,)."""
         given = values.get(slot.name)
-        return None if given is None else given[list(order)]
+        return None if given is None else given[list(order)].to(self.old(side)[slot.name].dtype)
 
     def counts(self, added: Mapping[str, int]) -> dict[str, int]:
         """The number of channels."""
@@ -59,9 +59,10 @@ class Norm(Adapter):
 
         All are (entries,); no scale is 1.
         """
-        weight = (variance + float(getattr(self.module, "eps", 1e-5))).sqrt()
-        factor = 1.0 if scale is None else scale.to(weight)
-        return {"weight": weight * factor, "bias": mean * factor, "running_mean": mean, "running_var": variance}
+        weight, bias = (variance + float(getattr(self.module, "eps", 1e-5))).sqrt(), mean
+        if scale is not None:
+            weight, bias = weight * scale.to(weight), mean * scale.to(weight)
+        return {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (entries,) with which it is the identity on what it is given on average, in float64."""

@@ -68,7 +68,7 @@ def shares(groups: int, size: int, units: int) -> list[Place]:
     """Units of one channel in every group."""
     key = ("layer", OUT)
     layout = Layout({key: (Run(0, groups, 1, tuple(range(groups))),)}, (groups,), {})
-    return layout.places(key, 0, units, Sizes(lambda _: groups * size))
+    return layout.places(key, {0: units}, Sizes(lambda _: groups * size))
 
 
 @settings(max_examples=60, deadline=None)
