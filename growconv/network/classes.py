@@ -184,6 +184,9 @@ def runs_of(
 def _run(stretch: NDArray[np.int64], units: int, entries: int, met: Counter[tuple[int, int]]) -> Run:
     """The longest run at the start of a stretch of one space; what a block has had before is in `met`."""
     space, unit = int(stretch[0, 0]), stretch[:, 1]
+    if units == len(stretch) and entries == 1 and not stretch[:, 2].any() and (unit == np.arange(units)).all():
+        met[space, 0] += 1  # one after the other, as mostly
+        return Run(space, 1, 1, (met[space, 0] - 1,))
     # a space of one unit tells no repetitions: each goes on as long as the blocks do not fall
     others = np.flatnonzero(unit != unit[0] if units > 1 else np.diff(stretch[:, 2], prepend=stretch[0, 2]) < 0)
     inner = int(others[0]) if len(others) else len(stretch)

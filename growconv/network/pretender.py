@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from growconv.errors import SurgeryError
 from growconv.network import layers
 from growconv.network.layout import FILL, OUT, Layout
-from growconv.network.model import module_at
+from growconv.network.model import module_at, named_modules
 
 _Value = TypeVar("_Value")
 
@@ -34,7 +34,7 @@ def pretending(
     shapes = {} if shapes is None else shapes
     added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
     with ExitStack() as undo:
-        for module in model.modules():
+        for _, module in named_modules(model):
             if layers.is_norm(module):
                 _put(undo, vars(module), "forward", _pretended_norm)
             elif layers.is_weighted(module):

@@ -260,7 +260,7 @@ class Widening:
         self, failures: Sequence[Failure], found: Numbers, layout: Layout, units: Sequence[int], live: Sequence[int]
     ) -> Verdict:
         """The spaces that failing operations met, with the error; all where none is known to have met any."""
-        verdict, roots = Verdict(), found.roots()
+        verdict, roots, now = Verdict(), found.roots(), self._units
         low, high = self._by_class(found, {key: self._expected(layout, key, units) for key in layout.axes})
         for each in failures:
             line = (str(each.error).splitlines() or [""])[0][:160]
@@ -270,7 +270,7 @@ class Widening:
             met = met[high[met] >= 0]
             spaces = _spaces(np.append(low[met], high[met])) & set(live)
             # sizes that followed other channels than those which it met
-            ahead = {n for n in live if (units[n] - self._units[n]) * self.spaces[n].blocks in each.more} - spaces
+            ahead = {n for n in live if (units[n] - now[n]) * self.spaces[n].blocks in each.more} - spaces
             for number in spaces:
                 size = len(self.spaces[number].roots)
                 alike = [n for n in ahead if self.spaces[n].copied and len(self.spaces[n].roots) == size]
@@ -638,9 +638,13 @@ class Widening:
                 parts.append(np.full(run.outer, -1, dtype=np.int64))
                 continue
             space = self.spaces[run.space]
-            place = np.reshape(run.slots, (run.outer, 1, run.inner)) // max(1, space.counts.get(key, 1))
-            blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
+            entries = max(1, space.counts.get(key, 1))
             unit = np.arange(units[run.space])[:, None] * _UNIT
+            if space.blocks == 1 and not space.lies and max(run.slots) < entries:
+                parts.append(np.tile(run.space * _SPACE + unit, (run.outer, run.inner)).ravel())
+                continue
+            place = np.reshape(run.slots, (run.outer, 1, run.inner)) // entries
+            blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
             parts.append((run.space * _SPACE + unit + blocks[np.minimum(place, len(blocks) - 1)]).ravel())
         return np.concatenate(parts)
 

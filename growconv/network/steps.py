@@ -1,6 +1,6 @@
 """What lies between the producers and consumers of sites, step by step, read off one recorded run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from growconv.convolution.geometry import Geometry
 from growconv.network import layers, operations
 from growconv.network.layout import OUT
-from growconv.network.model import Arguments, one_run, tensors_in
+from growconv.network.model import Arguments, module_at, one_run, tensors_in
 from growconv.network.seats import Region, region_of
 from growconv.network.site import (
     Activation,
@@ -31,6 +31,7 @@ _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "al
 _VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
 _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
 _WINDOWED = ("max_pool", "avg_pool")
+SEVERAL_WAYS = "several ways lead from one to the other"
 
 
 def routes_of(
@@ -57,8 +58,7 @@ def routes_of(
     known: dict[frozenset[str] | None, dict[str, float | bool]] = {}
     for each in sites:
         site = each.of(model)
-        routes = recorded_routes(tape, site)
-        routes = tuple(replace(r, behind=behind[r.consumer]) if r.consumer in behind else r for r in routes)
+        routes = recorded_routes(tape, site, behind)
         if replace(site, routes=routes).closed_form:
             kinds = _kinds(routes) if len(site.producers) == 1 else None
             probed = known.get(kinds) or _at_zero(region_of(tape, site, sizes))
@@ -131,18 +131,19 @@ Way = tuple[tuple[Step, ...], str | None, str | None]
 """The steps in front of a value, the producer that they start from, and what keeps them from being a chain."""
 
 
-def recorded_routes(tape: Tape, site: GrowthSite) -> tuple[Route, ...]:
-    """The routes of one site on a recording."""
+def recorded_routes(tape: Tape, site: GrowthSite, behind: Mapping[str, str] | None = None) -> tuple[Route, ...]:
+    """The routes of one site on a recording; `behind` says which norm lies behind a consumer."""
     ways, found = _ways(tape, site), dict[tuple[str, str], Route]()
     for consumer in site.consumers:
+        norm = None if behind is None else behind.get(consumer)
         for call in tape.calls[consumer]:
             for steps, producer, problem in ways.get(call.inputs[0]) or [_beginning(tape, call.inputs[0])]:
                 for path in site.producers if producer is None else (producer,):
-                    route = Route(path, consumer, steps, problem)
-                    known = found.setdefault((path, consumer), route)
-                    if producer is not None and known != route:
-                        route = Route(path, consumer, (), "several ways lead from one to the other")
-                        found[path, consumer] = route
+                    known = found.get((path, consumer))
+                    if known is None:
+                        found[path, consumer] = Route(path, consumer, steps, problem, norm)
+                    elif producer is not None and (known.steps, known.problem) != (steps, problem):
+                        found[path, consumer] = Route(path, consumer, (), SEVERAL_WAYS, norm)
     return tuple(found.values())
 
 
@@ -154,33 +155,37 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
     """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up."""
     hot, made = hot_values(tape, site)
     ways: dict[int, list[Way]] = {}
-    alike: dict[int, list[int]] = {}  # per value those from which alone it is computed entry by entry, nearest first
-    for step in tape.steps:
+    alike: dict[
+        int, dict[int, None]
+    ] = {}  # per value those from which alone it is computed entry by entry, nearest first
+    for value in sorted(hot):  # in the order in which they were made
+        step = tape.makers.get(value)
+        if step is None:
+            continue
+        if value in made:
+            ways[value] = [((), step.path, None)]  # pyright: ignore[reportAttributeAccessIssue]
+            continue
         sources = list(dict.fromkeys(number for number in step.inputs if number in hot))
-        pointwise = isinstance(step, Operation) and operations.is_pointwise(step.func)
-        for value in step.outputs:
-            if value in made:
-                ways[value] = [((), step.path, None)]  # pyright: ignore[reportAttributeAccessIssue]
-            if value in made or value not in hot:
-                continue
-            for number in sources:
-                ways.setdefault(number, [_beginning(tape, number)])
-            lines = [alike.get(each, [] if tape.values[each].source else [each]) for each in sources]
-            common = [each for each in lines[0] if all(each in line for line in lines)] if sources and pointwise else []
-            alike[value] = [value, *common]
-            before, steps, problem = sources, (), None
-            if len(sources) == 1:
-                before, steps = _steps(tape, step, sources[0], value, site)
-            elif common:
-                before, steps = common[:1], [Activation(f"composite {_name(step)}")]
-            elif not sources:
-                problem = "a tensor that is written to makes channels of its own"
-            elif not _sums(tape, step, value, sources):
-                problem = f"{_name(step)} joins several producers"
-            found = [((*first, *steps), path, why) for each in before for first, path, why in ways[each]]
-            if len({path for _, path, _ in found}) < len(found):
-                problem = problem or "several ways lead from one producer to one consumer"
-            ways[value] = found if problem is None else [((), None, problem)]
+        for number in sources:
+            ways.setdefault(number, [_beginning(tape, number)])
+        common = dict[int, None]()
+        if sources and isinstance(step, Operation) and operations.is_pointwise(step.func):
+            first, *others = [alike.get(n, {} if tape.values[n].source else {n: None}) for n in sources]
+            common = {each: None for each in first if all(each in line for line in others)}
+        alike[value] = {value: None, **common}
+        before, steps, problem = sources, (), None
+        if len(sources) == 1:
+            before, steps = _steps(tape, step, sources[0], value, site)
+        elif common:
+            before, steps = [next(iter(common))], [Activation(f"composite {_name(step)}")]
+        elif not sources:
+            problem = "a tensor that is written to makes channels of its own"
+        elif not _sums(tape, step, value, sources):
+            problem = f"{_name(step)} joins several producers"
+        found = [((*first, *steps), path, why) for each in before for first, path, why in ways[each]]
+        if len({path for _, path, _ in found}) < len(found):
+            problem = problem or "several ways lead from one producer to one consumer"
+        ways[value] = found if problem is None else [((), None, problem)]
     return ways
 
 
@@ -202,7 +207,7 @@ def _steps(tape: Tape, step: Recorded, source: int, value: int, site: GrowthSite
     name, before, after = _name(step), tape.values[source].tensor, tape.values[value].tensor
     found: Sequence[Step] = ()
     if isinstance(step, LayerCall):
-        module = site.model.get_submodule(step.path)
+        module = module_at(site.model, step.path)
         if layers.is_transposed(module):
             found = [Other(type(module).__name__)]
         elif layers.is_weighted(module):

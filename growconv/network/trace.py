@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from growconv.errors import TraceError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, FILL, GROUP_IN, GROUP_OUT, IN, OUT
-from growconv.network.model import Arguments, module_at, one_run, tensors_in
+from growconv.network.model import Arguments, module_at, named_modules, one_run, tensors_in
 from growconv.network.numbers import NONE, SPOILT, Literals, Numbers, compact, narrowed
 from growconv.network.watch import Watch
 
@@ -187,8 +187,11 @@ class _Mode(Watch):
         self.calls: dict[str, int] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self._owned, self._alias = owned_tensors(model)
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._bare = {id(tensor): path for path, tensor in reversed(named) if id(tensor) not in self._owned}
+        self._bare: dict[int, str] = {}
+        for path, module in named_modules(model):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and id(tensor) not in self._owned:
+                    self._bare.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self._fills: dict[str, int] = defaultdict(int)
 
     # ------------------------------------------------------------------------------------------ companions
@@ -829,7 +832,7 @@ def owned_tensors(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
     alias: dict[str, str] = {}
     weights: dict[int, nn.Module] = {}
     paths: dict[nn.Module, str] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not (layers.is_weighted(module) or layers.is_norm(module)):
             continue
         paths[module] = path

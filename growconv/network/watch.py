@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growconv.network import layers
-from growconv.network.model import tensors_in
+from growconv.network.model import named_modules, tensors_in
 
 
 class Watch(TorchDispatchMode):
@@ -56,7 +56,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> "Watch":
         """Put hooks on every module and start to watch."""
-        for path, module in self.model.named_modules():
+        for path, module in named_modules(self.model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # those take no hooks, and hide what is inside
             if self._is_one_call(module):

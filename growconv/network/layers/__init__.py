@@ -37,6 +37,16 @@ def _find(module: object) -> Adapter | None:
     return found if found is not None and found.serves else None
 
 
+@cache
+def _is_of(layer: type, wanted: type[Adapter]) -> bool:
+    kind = _kind_of(layer)
+    return kind is not None and issubclass(kind, wanted)
+
+
+def _is(module: object, wanted: type[Adapter]) -> bool:
+    return _is_of(type(module), wanted) and _find(module) is not None
+
+
 def _require(module: nn.Module, kind: type[Kind], expected: str) -> Kind:
     found = _find(module)
     if not isinstance(found, kind):
@@ -68,12 +78,12 @@ def ranks(module: object) -> dict[str | None, Rank]:
 
 def is_weighted(module: object) -> bool:
     """True for a layer with weights between inputs and outputs: a convolution or a linear layer."""
-    return isinstance(_find(module), Weighted)
+    return _is(module, Weighted)
 
 
 def is_norm(module: object) -> bool:
     """True for a layer with an entry for each channel that treats every channel alike: a norm, or such a PReLU."""
-    return isinstance(_find(module), Norm)
+    return _is(module, Norm)
 
 
 def is_batch_norm(module: object) -> bool:
@@ -88,7 +98,7 @@ def is_dropout(module: object) -> bool:
 
 def is_transposed(module: object) -> bool:
     """True for a transposed convolution."""
-    return isinstance(_find(module), TransposedConvolution)
+    return _is(module, TransposedConvolution)
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
