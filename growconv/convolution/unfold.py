@@ -63,7 +63,7 @@ def unfold(x: Float[Tensor, "n c *size"], geometry: Geometry) -> Float[Tensor, "
     Rows are ordered channel first, then taps row-major, as torch.nn.functional.unfold has them.
     """
     view = windows(pad(x, geometry), geometry)
-    return view.reshape(x.shape[0], x.shape[1] * geometry.taps, -1)
+    return view.reshape(x.shape[0], x.shape[1] * geometry.taps, math.prod(view.shape[2 + geometry.axes :]))
 
 
 def fold(columns: Float[Tensor, "n a l"], geometry: Geometry, input_size: Sequence[int]) -> Float[Tensor, "n c *size"]:

@@ -146,9 +146,10 @@ def rescaled(site: Site, growth: ChannelGrowth) -> ChannelGrowth:
     scale of the filters has a meaning and the proposal comes back as it is. So does one that copies or changes old
     channels, or whose filters are all zero.
     """
-    if site.own_method or growth.channels == 0 or growth.revised or growth.copied_from is not None:
+    fixed = growth.channels == 0 or growth.revised or growth.copied_from is not None
+    if fixed or not isinstance(site, GrowthSite):
         return growth
-    site, units = cast(GrowthSite, site), growth.channels // site.granularity
+    units = growth.channels // site.granularity
     silent = norms_of([each.double() for each in growth.incoming.values()], units) == 0
     return growth if bool(silent.any()) or not_homogeneous(site) else at_old_scale(site, growth)
 

@@ -114,6 +114,7 @@ class ModelCost:
 
     def held(self, site: Site) -> float:
         """Approximate bytes of a site's x, h and v, per sample."""
+        site = site.measured
         return 4 * (self._entries((*site.producers, *site.consumers), IN) + self._entries(site.consumers, OUT))
 
     def _entries(self, paths: Iterable[str], side: str) -> float:

@@ -118,7 +118,7 @@ def reduce_statistics(statistics: dict[str, PairStatistics]) -> dict[str, PairSt
 
 
 def _reduced(own: PairStatistics) -> PairStatistics:
-    device = next(own.growth_site.model.get_submodule(own.growth_site.producers[0]).parameters()).device
+    device = next(own.growth_site.model.get_submodule(own.consumers[0].consumer).parameters()).device
     total = int(summed(torch.tensor(float(own.samples), dtype=torch.float64, device=device)).item())
     share = own.samples / total
 

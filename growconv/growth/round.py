@@ -23,13 +23,11 @@ from growconv.network.model import undisturbed
 from growconv.network.optimizer import Journal
 from growconv.network.plan import plan_size
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.rank import RankSite
 from growconv.network.site import GrowthSite, Site
 from growconv.solvers.assembly import require_statistics
-from growconv.solvers.base import Channels, Solver, solve
+from growconv.solvers.base import Channels, Solver, solve, solver_of
 from growconv.solvers.energy import Found, gains_known, until_known
 from growconv.solvers.gradmax import gradmax
-from growconv.solvers.rank import RankStatistics, collect_rank_statistics, solve_rank
 from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
 
@@ -65,8 +63,8 @@ def parts_of(
     parts: list[tuple[list[int], int]] = []
     taken = further = math.inf
     for index, site in enumerate(sites):
-        held = 0.0 if site.own_method else cost.held(site)
-        own = 0.0 if site.own_method else kept * held + moment_bytes(cast(GrowthSite, site), reads)
+        held = cost.held(site)
+        own = kept * held + moment_bytes(site, reads)
         if taken + own > room:
             parts.append(([], 0))
             taken = further = 0.0
@@ -75,10 +73,11 @@ def parts_of(
     return parts
 
 
-def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
+def moment_bytes(site: Site, reads: Set[str]) -> int:
     """What the averages of a site that are read take, in float64; one without closed form has none."""
     if not site.closed_form:
         return 0
+    site = site.measured
     patch = sum(site.layer(path).filters()[0].numel() + 1 for path in site.producers)
     entries = patch**2 if "patch" in reads else 0
     for path in site.consumers:
@@ -86,7 +85,8 @@ def moment_bytes(site: GrowthSite, reads: Set[str]) -> int:
         own, taps = second[0].numel() + 1, second[0, 0].numel()
         full = (patch * taps) ** 2
         sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}
-        sizes["N"] = own * (own + len(second)) + sizes["N_raw"]
+        sizes |= {"M": own * len(second), "S2": own**2}
+        sizes["N"] = sizes["M"] + sizes["S2"] + sizes["N_raw"]
         entries += sum(size for name, size in sizes.items() if name in reads)
     return 8 * entries
 
@@ -166,36 +166,41 @@ class Round:
 
         The model is as before afterwards.
         """
-        growing = [site for site in sites if site.room != 0]
-        ranks = [cast(RankSite, site) for site in growing if site.own_method == "rank"]
-        moments: dict[str, RankStatistics] = {}
-        kept = self.statistics.get("keep_samples", self.solver.keep_samples)
-        reads = self.solver.reads | (set() if self.relative_error is None else {"samples"})
-        reads |= {"N_raw"} if self.slopes else set()
-        answers: list[Answer] = []
+        groups: dict[str | None, dict[Site, Channels]] = {}
+        for site, channels in sites.items():
+            if site.room is not None:  # such a site cannot say by itself
+                channels = min(1 if channels == "auto" else channels, site.room)
+            if channels:
+                groups.setdefault(site.own_method, {})[site] = channels
+        answers: dict[Site, Answer] = {}
         with undisturbed(self.model):
-            if ranks:
-                with self.phase("collect"):
-                    moments = agreed(lambda: collect_rank_statistics(self.model, ranks, self.fitting, self.loss))
-            for part, room in from_first(partial(parts_of, growing, self.cost, reads, kept, self.fitting), self.device):
-                found: Found = {}  # those of the part before are gone now
-                asked: dict[Site, Channels] = {growing[index]: sites[growing[index]] for index in part}
-                wanted: dict[GrowthSite, Channels] = {
-                    cast(GrowthSite, site): count for site, count in asked.items() if site.own_method is None
-                }
-                if reads and wanted:
-                    with self.phase("collect"):
-                        found = self._collected(wanted, reads, room)
-                with self.phase("solve"):
-                    answers += from_first(partial(self._answers, asked, found, moments), self.device)
+            for asked in groups.values():
+                answers |= self._answers(solver_of(next(iter(asked)), self.solver), asked)
         return [
             Proposal(site, growth, energy, *self.cost.channel(site), samples, slopes)
-            for site, (growth, energy, samples, slopes) in zip(growing, answers, strict=True)
+            for site, (growth, energy, samples, slopes) in ((site, answers[site]) for site in sites if site in answers)
         ]
 
-    def _collected(self, asked: Mapping[GrowthSite, Channels], reads: Set[str], room: int) -> Found:
+    def _answers(self, solver: Solver, sites: Mapping[Site, Channels]) -> dict[Site, Answer]:
+        """What a method offers each of the sites that it serves."""
+        reads, kept = solver.reads, self.statistics.get("keep_samples", solver.keep_samples)
+        if solver is self.solver:  # not the own method of these sites
+            reads |= set() if self.relative_error is None else {"samples"}
+            reads |= {"N_raw"} if self.slopes else set()
+        listed, answers = list(sites), list[Answer]()
+        for part, room in from_first(partial(parts_of, listed, self.cost, reads, kept, self.fitting), self.device):
+            found: Found = {}  # those of the part before are gone now
+            asked: dict[Site, Channels] = {listed[index]: sites[listed[index]] for index in part}
+            if reads:
+                with self.phase("collect"):
+                    found = self._collected(solver, asked, reads, room)
+            with self.phase("solve"):
+                answers += from_first(partial(self._solved, solver, asked, found), self.device)
+        return dict(zip(listed, answers, strict=True))
+
+    def _collected(self, solver: Solver, asked: Mapping[Site, Channels], reads: Set[str], room: int) -> Found:
         """Statistics over all processes: of all batches, or of as many as make the gains known."""
-        model, solver, error = self.model, self.solver, self.relative_error
+        model, error = self.model, self.relative_error
         keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
         hold = room if world_size() == 1 else 0
         settings = {"quantities": reads, "hold_bytes": hold, **keep, **self.statistics}
@@ -204,29 +209,23 @@ class Round:
             own = collect_statistics(model, asked, part, self.loss, run=agreed, average=reduce_statistics, **settings)
             return reduce_statistics(own)
 
-        if error is None:
+        if error is None or solver is not self.solver:
             return collect(self.fitting)
+        pairs = cast(Mapping[GrowthSite, Channels], asked)
 
         def known(found: Found) -> bool:
-            return from_first(lambda: gains_known(found, asked, solver, error, model, self.generator), self.device)
+            return from_first(lambda: gains_known(found, pairs, solver, error, model, self.generator), self.device)
 
         return until_known(collect, self.fitting, known)
 
-    def _answers(
-        self, asked: Mapping[Site, Channels], statistics: Found, moments: Mapping[str, RankStatistics]
-    ) -> list[Answer]:
-        """What the solver offers each site."""
+    def _solved(self, solver: Solver, asked: Mapping[Site, Channels], statistics: Found) -> list[Answer]:
+        """What a method offers each site, on these statistics."""
         answers: list[Answer] = []
         for site, channels in asked.items():
-            if site.own_method == "rank":
-                terms = 1 if channels == "auto" else min(int(channels), site.room or 1)
-                seen = moments[site.name]
-                answers.append((solve_rank(cast(RankSite, site), seen, terms), seen.gradient_energy, None, None))
-                continue
-            given = statistics.get(site.name) if self.solver.reads else None
-            growth = solve(given or cast(GrowthSite, site), self.solver, channels, self.model, self.generator)
+            given = statistics.get(site.name) if solver.reads else None
+            growth = solve(given or site, solver, channels, self.model, self.generator)
             slopes = None
-            if self.slopes:  # zeros for channels beyond the rank of N_raw
+            if self.slopes and solver is self.solver:  # zeros for channels beyond the rank of N_raw
                 raw = torch.cat([each.flatten(1) for each in require_statistics(statistics[site.name], "N_raw")], 1)
                 slopes = gradmax(raw[:, None], max(1, growth.channels)).gains[: growth.channels]
                 slopes = nn.functional.pad(slopes, (0, growth.channels - len(slopes)))
@@ -271,7 +270,7 @@ class Round:
 
     def _silent(self, proposal: Proposal) -> bool:
         """Whether the new channels change no output at first."""
-        return self.solver.function_preserving and proposal.site.own_method is None
+        return solver_of(proposal.site, self.solver).function_preserving
 
     def _take_as_they_are(self, chosen: Sequence[tuple[Proposal, str]]) -> None:
         first = len(self.events)
@@ -322,7 +321,7 @@ class Round:
         seen: dict[str, Any] = {"samples": proposal.samples, "decrease": proposal.decrease}
         if growth.spectrum is not None:  # the gains of all candidates, where there were more than were taken
             seen["spectrum"] = growth.spectrum.tolist()
-        if self.solver.gain_unit == "energy" and proposal.gradient_energy:
+        if solver_of(proposal.site, self.solver).gain_unit == "energy" and proposal.gradient_energy:
             seen["captured_energy"] = float(growth.gains.sum()) / proposal.gradient_energy
         if proposal.slopes is not None:
             seen["slopes"] = proposal.slopes[: growth.channels].tolist()
@@ -356,7 +355,7 @@ class Round:
 
     def prune(self, pruning: PruneBack, sites: Sequence[Site]) -> None:
         """Shrink to a pruning policy's budget."""
-        prunable = [cast(GrowthSite, site) for site in sites if site.own_method is None]
+        prunable = [site for site in sites if isinstance(site, GrowthSite)]
         with self.phase("collect"), undisturbed(self.model):
             chosen = pruning.choose(self.model, prunable, self.cost)
         with self.phase("surgery"):

@@ -16,7 +16,7 @@ from growconv.network.event import Optimizers
 from growconv.network.model import attribute
 from growconv.network.optimizer import as_optimizers, check_optimizers
 from growconv.network.site import REFUSALS, GrowthSite, Site
-from growconv.solvers.base import SOLVERS, Solver, refusal_of
+from growconv.solvers.base import SOLVERS, Solver, refusal_of, solver_of
 from growconv.solvers.energy import require_known_gains
 
 LIMITS = {
@@ -63,7 +63,7 @@ def checked_sites(
     if not found:
         fix = "see growconv.explain_sites(model, example_input)"
         raise ScheduleError("no sites to grow", expected="at least one", where="sites", fix=fix)
-    refused = {name: refusal_of(solver, site) for name, site in found.items()}
+    refused = {name: refusal_of(solver_of(site, solver), site) for name, site in found.items()}
     left_out = tuple(LeftOut(found[name], reason) for name, reason in refused.items() if reason is not None)
     strict = next((each for each in left_out if each.site.by_hand), None)
     if strict is not None or len(left_out) == len(found):
@@ -112,6 +112,7 @@ def check_owner(optimizer: Optimizers, sites: Sequence[Site]) -> None:
 
 def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site]) -> None:
     """Refuse policies that compare gains where there are none that they can compare."""
+    serving = [name for name in sorted(SOLVERS) if any(isinstance(site, SOLVERS[name].serves) for site in sites)]
     for policy in policies:
         if policy.compares and solver.gain_unit not in policy.compares:
             lack = "none" if solver.gain_unit in (None, "rank") else f"gains in another unit, {solver.gain_unit!r}"
@@ -119,7 +120,7 @@ def check_gains(solver: Solver, policies: Iterable[Policy], sites: Sequence[Site
                 f"this policy compares gains in the unit {' or '.join(map(repr, sorted(policy.compares)))}, and method "
                 f"{solver.name!r} has {lack}",
                 where=type(policy).__name__,
-                expected=" or ".join(name for name in sorted(SOLVERS) if SOLVERS[name].gain_unit in policy.compares),
+                expected=" or ".join(name for name in serving if SOLVERS[name].gain_unit in policy.compares),
                 got=solver.name,
                 fix="use another method, or a policy that compares no gains, such as where=all or where=round_robin",
             )
@@ -171,5 +172,5 @@ def as_relative_error(samples: str, relative_error: float | int, solver: Solver,
     """How well gains must be known before collecting ends; None where all batches are read."""
     if samples == "all":
         return None
-    require_known_gains(solver, [cast(GrowthSite, site) for site in sites if site.own_method is None])
+    require_known_gains(solver, [site for site in sites if isinstance(site, GrowthSite)])
     return float(relative_error)

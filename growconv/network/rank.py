@@ -15,7 +15,7 @@ from growconv.errors import ArgumentValueError, SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, Layout, Run
 from growconv.network.proposal import ChannelGrowth
-from growconv.network.site import Site
+from growconv.network.site import GrowthSite, Site
 
 
 class RankSite(Site):
@@ -68,6 +68,11 @@ class RankSite(Site):
         self.producers, self.consumers = (at[rank.producer],), (at[rank.consumer],)
         self.followers = tuple(at[name] for name in rank.carriers)
         self.layout, self.space = Layout({(each, ENTRY): (Run(0, 1),) for each in dims}, (1,), dims), 0
+
+    @property
+    def measured(self) -> GrowthSite:
+        """The layer alone, as a consumer."""
+        return GrowthSite(self.model, self.name, self.kind, (), (), (self.path,), (), {}, self.layout, self.space)
 
     def _in(self, model: nn.Module) -> "RankSite":
         return RankSite(model, self.path, self.side)

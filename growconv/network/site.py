@@ -118,7 +118,7 @@ class Route:
 # ------------------------------------------------------------------------------------------ sites
 
 
-REFUSALS: dict[str, Callable[["GrowthSite"], str | None]] = {}
+REFUSALS: dict[str, Callable[["Site"], str | None]] = {}
 """Per growth method, what says why it cannot serve a site. Methods enter themselves when they are registered."""
 
 
@@ -129,8 +129,8 @@ class Site(ABC):
     """What every place that can grow has in common: data about where its channels lie, and arithmetic on it.
 
     Attributes:
-        own_method: name of the only method that can serve it; None where those of layers can. For the others see
-            GrowthSite; a bare parameter may produce and consume too.
+        own_method: name of the method that serves it, whichever serves the others; None where it has none of its own.
+            For the others see GrowthSite; a bare parameter may produce and consume too.
     """
 
     model: nn.Module
@@ -157,9 +157,21 @@ class Site(ABC):
     def check(self, *, trains: bool = True) -> None:
         """Check that the model still has this site, with trainable weights if `trains`; SiteError if not."""
 
+    @property
+    @abstractmethod
+    def measured(self) -> "GrowthSite":
+        """The layers that statistics are of: producers by what they read, consumers by what they read and give."""
+
     def refusal(self, method: str) -> str | None:
-        """Why a growth method cannot serve this site; None where it can, or its own method serves it anyway."""
-        return None
+        """Why a growth method, a registered name, cannot serve this site; None where it can.
+
+        Raises:
+            SiteError: there is no such method.
+        """
+        importlib.import_module("growconv.solvers")  # where the methods enter themselves
+        if method not in REFUSALS:
+            raise SiteError("no such growth method", expected=", ".join(sorted(REFUSALS)), got=repr(method))
+        return REFUSALS[method](self)
 
     @property
     def closed_form(self) -> bool:
@@ -286,6 +298,11 @@ class GrowthSite(Site):
         return replace(self, model=model)
 
     @property
+    def measured(self) -> "GrowthSite":
+        """The site itself."""
+        return self
+
+    @property
     def alone(self) -> bool:
         """Whether no axis of a producer or consumer holds other channels too."""
         return all(len(self.layout.axes[key]) == 1 for key in self.axes if key[1] in (OUT, IN))
@@ -335,19 +352,6 @@ class GrowthSite(Site):
                 if isinstance(step, Depthwise) and self.granularity > 1:
                     return f"{step.path} is grouped, so new channels come in groups"
         return None
-
-    def refusal(self, method: str) -> str | None:
-        """Why a growth method, a registered name, cannot serve this site; None where it can.
-
-        Raises:
-            SiteError: there is no such method.
-        """
-        importlib.import_module("growconv.solvers")  # where the methods enter themselves
-        if method not in REFUSALS:
-            raise SiteError("no such growth method", expected=", ".join(sorted(REFUSALS)), got=repr(method))
-        if self.copied and method != "net2net":
-            return "its channels depend on each other: only copies of all of them keep the function (net2net)"
-        return REFUSALS[method](self)
 
     def check(self, sizes: Sizes | None = None, *, trains: bool = True) -> None:
         """Check that the model has this site: its layers by name and kind, their sizes, and weights that can train.

@@ -13,6 +13,7 @@ from growconv.solvers.gradmax import GradMax, GradMaxChannels, gradmax
 from growconv.solvers.net2net import Net2Net
 from growconv.solvers.north import North
 from growconv.solvers.random import Random
+from growconv.solvers.rank import Rank
 from growconv.solvers.senn import Senn
 from growconv.solvers.splitting import Splitting
 from growconv.solvers.tiny import Tiny, TinyChannels, tiny
@@ -33,6 +34,7 @@ __all__ = [
     "Net2Net",
     "North",
     "Random",
+    "Rank",
     "Request",
     "Senn",
     "Solver",

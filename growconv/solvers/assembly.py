@@ -182,7 +182,7 @@ def norm_moments(subject: PairStatistics, filters: Filters) -> dict[str, Moments
     The moments are linear and quadratic in the filters: mean αᵀE[U], variance αᵀE[UUᵀ]α − mean². Those behind several
     producers are measured on the kept samples.
     """
-    site, norms = subject.growth_site, {}
+    site, norms = subject.growth_site.measured, {}
     firsts = {route.norm: layers.norm(site.model.get_submodule(route.norm)) for route in site.routes if route.norm}
     if len(site.producers) > 1 and firsts and bool((filters.matrix != 0).any()):
         found = require_samples(subject, "a norm layer").moments(*filters.weights)

@@ -16,6 +16,7 @@ from growconv.limits import require_limits
 from growconv.network.event import shrink
 from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.model import copied
+from growconv.network.plan import tensor_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.statistics.pair import PairStatistics
@@ -42,7 +43,7 @@ class Request:
     """The request for new channels at one site, with what is known about it.
 
     Attributes:
-        site: the site.
+        site: the site; of a rank its layer alone (`Site.measured`), the rank being `subject.growth_site`.
         channels: how many; validated, a multiple of the site's granularity. "auto" only for a method that `counts`.
         statistics: statistics of the site; None if there are none, which never happens for a method with non-empty
             `reads`.
@@ -70,8 +71,10 @@ class Solver(ABC):
 
     Attributes:
         name: set by `register`.
-        reads: statistics that the collector must fill ("S", "N", "N_raw", "S_full", "patch", "samples"); empty for a
-            method that looks at the weights alone. May be a property that depends on the hyperparameters.
+        serves: the kind of site: channels (GrowthSite), or ranks of factorized convolutions (RankSite).
+        reads: statistics that the collector must fill ("S", "N", "N_raw", "S_full", "patch", "samples"; of ranks "M"
+            and "S2"); empty for a method that looks at the weights alone. May be a property that depends on the
+            hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
         gain_unit: unit of the channels' gains: "energy", captured energy in the unit of ‖v‖²/n; "score", the unit of
             the `score` that the proposal measured; "loss", comparable between sites, but not a share of a whole;
@@ -88,6 +91,7 @@ class Solver(ABC):
     """
 
     name: ClassVar[str] = ""
+    serves: ClassVar[type[Site]] = GrowthSite
     reads: frozenset[str] = frozenset()
     keep_samples: int = 512
     gain_unit: GainUnit | None = None
@@ -142,7 +146,7 @@ def register(name: str) -> Callable[[SolverClass], SolverClass]:
             )
         solver.name = name
         SOLVERS[name] = solver
-        REFUSALS[name] = lambda site: solver().refusal(site)
+        REFUSALS[name] = lambda site: refusal_of(solver(), site)
         return solver
 
     return enter
@@ -205,17 +209,17 @@ def _imported(path: str) -> str:
 
 
 def solve(
-    subject: PairStatistics | GrowthSite,
+    subject: PairStatistics | Site,
     method: "str | Solver" = "tiny",
     channels: Channels = 8,
     model: nn.Module | None = None,
     generator: torch.Generator | None = None,
     **hyperparameters: Any,
 ) -> ChannelGrowth:
-    """The new channels of one site.
+    """The new channels of one site, or new terms of a rank.
 
     Args:
-        subject: the site's PairStatistics, or the GrowthSite itself for a method that reads no statistics.
+        subject: the site's PairStatistics, or the site itself for a method that reads no statistics.
         method: name of a registered solver, or a Solver.
         channels: how many, at least 1; rounded up to whole units where the site grows by several channels at a time.
             "auto" keeps those whose held-out gain is above its error bar.
@@ -242,10 +246,10 @@ def solve(
     solver = get_solver(method, **hyperparameters)
     statistics = subject if isinstance(subject, PairStatistics) else None
     site = statistics.growth_site if statistics is not None else subject
-    if not isinstance(site, GrowthSite):
+    if not isinstance(site, Site):
         raise ArgumentTypeError(
             "solve takes the statistics of a site, or a site",
-            expected="PairStatistics or GrowthSite",
+            expected="PairStatistics, GrowthSite or RankSite",
             got=type(subject).__name__,
             where="solve",
         )
@@ -255,8 +259,8 @@ def solve(
     requested = _validated_channels(channels, site, solver)
     current = None if statistics is None else as_collected(statistics, site)
     there = site if current is None else current.growth_site
-    growth = _stored_as(solver.solve(Request(there, requested, current, generator)), there)
-    note = linearisation_note(site) if solver.linearises and growth.channels else None
+    growth = _stored_as(solver.solve(Request(there.measured, requested, current, generator)), there)
+    note = linearisation_note(site.measured) if solver.linearises and growth.channels else None
     if note is not None:
         warnings.warn(f"{site.name}: {note}", LinearisationWarning, stacklevel=2)
     if requested != channels:
@@ -267,21 +271,20 @@ def solve(
 
 def refusal_of(solver: Solver, site: Site) -> str | None:
     """Why a method, with the hyperparameters that it has, cannot serve a site; None where it can."""
-    if site.own_method is not None or cast(GrowthSite, site).copied:
-        return site.refusal(solver.name)  # what the site is decides, whatever the hyperparameters
-    return solver.refusal(cast(GrowthSite, site))
+    if not isinstance(site, solver.serves):
+        return f"it is a {type(site).__name__}, and this method serves a {solver.serves.__name__}"
+    if isinstance(site, GrowthSite) and site.copied and solver.name != "net2net":
+        return "its channels depend on each other: only copies of all of them keep the function (net2net)"
+    return solver.refusal(site.measured)
 
 
-def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics | None) -> None:
+def solver_of(site: Site, solver: Solver) -> Solver:
+    """The method that a schedule with this solver asks about a site: the site's own where it has one."""
+    return solver if site.own_method is None else get_solver(site.own_method)
+
+
+def _require_served(solver: Solver, site: Site, statistics: PairStatistics | None) -> None:
     """Refuse a site that the method cannot serve, or for which it would need statistics."""
-    if solver.reads and statistics is None:
-        raise SolverError(
-            f"the method {solver.name!r} needs statistics",
-            expected=f"PairStatistics with {', '.join(sorted(solver.reads))}",
-            got="a site",
-            where=site.name,
-            fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
-        )
     refused = refusal_of(solver, site)
     if refused is not None:
         serving = [name for name in sorted(SOLVERS) if site.refusal(name) is None]
@@ -290,6 +293,14 @@ def _require_served(solver: Solver, site: GrowthSite, statistics: PairStatistics
             got=refused,
             where=site.name,
             fix=f"use a method for which site.refusal(method) is None: {', '.join(serving) or 'none does'}",
+        )
+    if solver.reads and statistics is None:
+        raise SolverError(
+            f"the method {solver.name!r} needs statistics",
+            expected=f"PairStatistics with {', '.join(sorted(solver.reads))}",
+            got="a site",
+            where=site.name,
+            fix="collect them: growconv.collect_statistics(model, [site], batches, loss)",
         )
 
 
@@ -306,10 +317,10 @@ def require_count(solver: Solver, where: str, error: type[GrowthError]) -> None:
         )
 
 
-def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
+def _stored_as(growth: ChannelGrowth, site: Site) -> ChannelGrowth:
     """The proposal in the precision of the layers, with the widths that it belongs to; refused if it is not finite."""
     stored: list[dict[str, Tensor]] = []
-    for given in (growth.incoming, growth.incoming_bias, growth.outgoing):
+    for given in (growth.incoming, growth.incoming_bias, growth.outgoing, growth.entries):
         stored.append({})
         for path, weight in given.items():
             finite = torch.isfinite(weight)
@@ -320,10 +331,10 @@ def _stored_as(growth: ChannelGrowth, site: GrowthSite) -> ChannelGrowth:
                     where=f"{growth.site}, {path}",
                     fix="check the statistics: growth.gains and stats.S should be finite and of moderate size",
                 )
-            stored[-1][path] = weight.to(site.layer(path).filters())
-    incoming, biases, outgoing = stored
-    units = growth.units or site.units
-    return replace(growth, incoming=incoming, incoming_bias=biases, outgoing=outgoing, units=units)
+            bare = path in site.layout.dims
+            stored[-1][path] = weight.to(tensor_at(site.model, path) if bare else site.layer(path).filters())
+    names = ("incoming", "incoming_bias", "outgoing", "entries")
+    return replace(growth, units=growth.units or site.units, **dict(zip(names, stored, strict=True)))
 
 
 def linearisation_note(site: GrowthSite) -> str | None:
@@ -338,7 +349,7 @@ def linearisation_note(site: GrowthSite) -> str | None:
     )
 
 
-def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) -> Channels:
+def _validated_channels(channels: Channels, site: Site, solver: Solver) -> Channels:
     if channels == "auto":
         require_count(solver, site.name, SolverError)
         return channels
@@ -352,7 +363,7 @@ def _validated_channels(channels: Channels, site: GrowthSite, solver: Solver) ->
     return site.growable_channels(channels)
 
 
-def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics:
+def as_collected(statistics: PairStatistics, site: Site) -> PairStatistics:
     """The same statistics on a model of the widths at which they were collected.
 
     Where neighbours of the site, or the site itself, have grown since, that is a copy of the model without the channels
@@ -362,6 +373,8 @@ def as_collected(statistics: PairStatistics, site: GrowthSite) -> PairStatistics
     Raises:
         SolverError: channels have been taken away since, so that the statistics speak of what is no more.
     """
+    if not isinstance(site, GrowthSite):  # M and S2 of its layer are the same at any rank
+        return replace(statistics, growth_site=site)
     now, then = site.units, statistics.units
     changed = {space: (then[space], now[space]) for space in now if then.get(space, now[space]) != now[space]}
     if not changed and statistics.growth_site.model is site.model:

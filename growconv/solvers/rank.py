@@ -12,9 +12,7 @@ is minimised over kernels Θ of the form that new terms have: rank-one for CP, l
 import copy
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,99 +27,50 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SolverError, 
 from growconv.linalg import Point, QuasiNewton, bilinear_least_squares, conjugate_gradients, solve_psd
 from growconv.network import layers
 from growconv.network.event import GrowthEvent, Optimizers, grow
-from growconv.network.model import example_arguments, undisturbed, unwrapped
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rank import RankSite
+from growconv.solvers.base import Request, Solver, register
 from growconv.solvers.tiny import tiny
+from growconv.statistics.collect import collect_statistics
 from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.own_update import Equations, own_equations
+from growconv.statistics.pair import PairStatistics
 
 
-@dataclass(frozen=True, eq=False)
-class RankStatistics:
-    """Averages over samples of sums over locations, of one factorized convolution (MATH: M and S2).
+@register("rank")
+@dataclass(frozen=True)
+class Rank(Solver):
+    """The best new terms of a factorized convolution; a schedule asks it about every RankSite."""
 
-    Attributes:
-        growth_site: the layer's rank.
-        M: (D, C2): (1/n) Σ Hp v, rows (C1, *kernel_size) and a constant entry last where the layer has a bias; float64.
-        S2: (D, D): (1/n) Σ Hp Hpᵀ.
-        gradient_energy: ‖v‖²/n.
-        samples: number of samples n.
-    """
+    serves = RankSite
+    reads = frozenset({"M", "S2"})
+    gain_unit = "energy"
+    counts = False
 
-    growth_site: RankSite
-    M: Tensor
-    S2: Tensor
-    gradient_energy: float
-    samples: int
+    def solve(self, request: Request) -> ChannelGrowth:
+        """See `solve_rank`."""
+        return solve_rank(cast(RankSite, request.subject.growth_site), request.subject, request.number)
 
 
 def collect_rank_statistics(
-    model: nn.Module, sites: Iterable[RankSite], batches: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
-) -> dict[str, RankStatistics]:
-    """Moments of factorized convolutions on some batches; the model and all random numbers stay as they are.
-
-    Args:
-        model: the raw model of the sites, in the mode in which to measure.
-        sites: rank sites of its layers.
-        batches: (input, target) pairs.
-        loss: loss(model(input), target), averaged over the batch.
+    model: nn.Module, sites: Iterable[RankSite], batches: Iterable[object], loss: Callable[[Any, Any], Tensor]
+) -> dict[str, PairStatistics]:
+    """M and S2 of factorized convolutions, by `collect_statistics`, which also tells the arguments and errors.
 
     Returns:
-        Statistics by site name; both ranks of a Tucker convolution share their tensors.
-
-    Raises:
-        StatisticsError: for no batches, a layer that the forward pass does not call, or a loss that is not finite.
+        Statistics by site name, M (D, C2) and S2 (D, D) in float64. D runs over (C1, *kernel_size), with a constant
+        entry last where the layer has a bias. Both ranks of a Tucker convolution share their tensors.
 
     Example:
         >>> net = nn.Sequential(growconv.CPConv2d(1, 10, 8, rank=2), nn.Flatten())
         >>> found = growconv.collect_rank_statistics(net, growconv.find_rank_sites(net), batches, loss)
     """
-    model, sites = unwrapped(model), tuple(sites)
-    modules = {site.path: site.module for site in sites}
-    calls: list[tuple[str, Tensor, Tensor]] = []
-    equations: dict[str, Equations] = {}
-    energies, samples, count = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0), 0
-
-    def called(path: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        calls.append((path, arguments[0].detach(), output))
-
-    with undisturbed(model), ExitStack() as hooks:
-        for path, module in modules.items():
-            hooks.callback(module.register_forward_hook(partial(called, path)).remove)
-        for count, (inputs, targets) in enumerate(batches, start=1):
-            arguments, keywords = example_arguments(inputs)
-            calls.clear()
-            with torch.enable_grad():
-                value = loss(model(*arguments, **keywords), targets)
-            if value.numel() != 1 or not math.isfinite(value.item()):
-                raise StatisticsError("the loss must be one finite number", got=value, where=f"batch {count}")
-            outputs = [output for *_, output in calls]
-            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
-            seen = set()
-            for (path, x, output), gradient in zip(calls, gradients, strict=True):
-                # per sample, of a mean loss
-                v = torch.zeros_like(output).double() if gradient is None else -len(x) * gradient.double()
-                own = own_equations(modules[path], x.double(), v)
-                equations[path] = equations[path] + own if path in equations else own
-                energies[path] += float(v.square().sum())
-                samples[path] += 0 if path in seen else len(x)
-                seen.add(path)
-    if not count:
-        raise StatisticsError("the statistics have zero samples", fix="pass at least one batch")
-    found = {}
-    for site in sites:
-        if site.path not in equations:
-            raise StatisticsError("the forward pass does not call this layer", where=site.path)
-        n, (gram,), (moment,) = samples[site.path], equations[site.path].gram, equations[site.path].cross
-        found[site.name] = RankStatistics(site, moment / n, gram / n, energies[site.path] / n, n)
-    return found
+    return collect_statistics(model, sites, batches, loss, quantities=Rank.reads)
 
 
 def grow_rank(
     module: nn.Module,
     ranks: int | tuple[int, ...],
-    statistics: RankStatistics | ConsumerStatistics | None = None,
+    statistics: PairStatistics | ConsumerStatistics | None = None,
     *,
     amplitude: float | int = 1.0,
     optimizer: Optimizers = None,
@@ -192,7 +141,7 @@ def grow_rank(
     )
 
 
-def solve_rank(site: RankSite, statistics: RankStatistics | ConsumerStatistics, terms: int) -> ChannelGrowth:
+def solve_rank(site: RankSite, statistics: PairStatistics | ConsumerStatistics, terms: int) -> ChannelGrowth:
     """The best new terms of one rank: minimise ⟨Θ, S2 Θ⟩ − 2⟨M⊥, Θ⟩ over kernels that so many terms can make.
 
     Args:

@@ -130,6 +130,8 @@ SCRATCH_BYTES = 256 * 2**20
 
 SECOND_MOMENTS = frozenset({"S", "S_full", "S2", "patch_gram", "patch_mean"})
 """What settles long before the correlations with v do, and may be taken from fewer samples."""
+OF_CONSUMER = frozenset({"M", "S2"})
+"""What knows nothing of a producer."""
 TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})
 """What is summed; patch_mean comes with patch_gram."""
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from growconv.errors import ArgumentTypeError, StatisticsError
 from growconv.network import layers
 from growconv.network.model import example_arguments, undisturbed
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 from growconv.statistics.collector import Average, StatisticsCollector
 from growconv.statistics.pair import PairStatistics
 
 
 def collect_statistics(
     model: nn.Module,
-    sites: GrowthSite | Iterable[object],
+    sites: Site | Iterable[object],
     batches: Iterable[object],
     loss: Callable[[Any, Any], Tensor],
     *,

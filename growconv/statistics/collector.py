@@ -17,9 +17,9 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, St
 from growconv.network import layers
 from growconv.network.model import tensors_in, unwrapped
 from growconv.network.seats import is_plain, region_of
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, Site
 from growconv.network.tape import Tape
-from growconv.statistics.accumulator import PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
+from growconv.statistics.accumulator import OF_CONSUMER, PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch, Shelf
 from growconv.statistics.measurement import Measurement
@@ -46,8 +46,9 @@ class Scaler(Protocol):
 
 @dataclass(eq=False)
 class _Site:
-    """One site and what has been kept of its samples."""
+    """One site, or both ranks of one layer, as the layers that are measured, and what has been kept of its samples."""
 
+    sites: list[Site]
     site: GrowthSite
     consumers: dict[str, Measurement]
     kept: list[KeptBatch] = field(default_factory=list)
@@ -68,7 +69,8 @@ class StatisticsCollector:
 
     Args:
         model: the model that the sites belong to, not compiled or wrapped.
-        sites: where to collect; all sites of one model.
+        sites: where to collect; all sites of one model. Of a rank, M and S2 are collected as far as asked for, and no
+            samples.
         reduction: how the loss reduces over samples: with "mean" gradients are multiplied by the batch size, so that v
             is −∂(Σ_i loss_i)/∂z either way.
         full: also collect S_full.
@@ -105,7 +107,7 @@ class StatisticsCollector:
     def __init__(
         self,
         model: nn.Module,
-        sites: GrowthSite | Iterable[object],
+        sites: Site | Iterable[object],
         *,
         reduction: str = "mean",
         full: bool = False,
@@ -119,7 +121,7 @@ class StatisticsCollector:
         nonfinite: str = "error",
     ) -> None:
         self.model = unwrapped(model)
-        given = (sites,) if isinstance(sites, GrowthSite) else tuple(sites)
+        self.sites = tuple(map(self._checked, (sites,) if isinstance(sites, Site) else sites))
         self.quantities = _checked_quantities(quantities, full, keep_samples)
         for label, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
@@ -143,8 +145,10 @@ class StatisticsCollector:
         self.moments_every = moments_every
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
-        self._collected = [self._prepare(site) for site in given]
-        self.sites = tuple(collected.site for collected in self._collected)
+        groups: dict[object, list[Site]] = {}
+        for each in self.sites:
+            groups.setdefault(each if each.measured.producers else each.measured.consumers, []).append(each)
+        self._collected = list(map(self._prepare, groups.values()))
         self._handles: list[RemovableHandle] = []
         self._loss = Loss()
         self._pass: Pass | None = None
@@ -288,9 +292,9 @@ class StatisticsCollector:
                 if last:
                     consumer.let_go()
             kept = None
-            if self.keep_samples:
+            if self.keep_samples and site.producers:
                 kept = KeptSamples(site, tuple(collected.kept), {each.consumer: each for each in consumers})
-            result[site.name] = PairStatistics(
+            whole = PairStatistics(
                 site=site.name,
                 growth_site=site,
                 samples=max(consumer.samples for consumer in consumers),
@@ -306,12 +310,13 @@ class StatisticsCollector:
                 skipped_batches=collected.skipped,
                 notes=tuple(r.second_pass for r in collected.consumers.values() if r.second_pass),
             )
+            result |= {each.name: replace(whole, site=each.name, growth_site=each) for each in collected.sites}
         return result
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def _prepare(self, site: object) -> _Site:
-        if not isinstance(site, GrowthSite):
+    def _checked(self, site: object) -> Site:
+        if not isinstance(site, Site):
             raise ArgumentTypeError("a site is needed", expected="growconv.GrowthSite", got=type(site).__name__)
         if site.model is not self.model:
             raise SiteError(
@@ -319,12 +324,17 @@ class StatisticsCollector:
                 where=site.name,
                 fix="find the sites of the model that is collected on: growconv.find_sites(model, example_input)",
             )
+        return site
+
+    def _prepare(self, sites: list[Site]) -> _Site:
         wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
+        reason, site = sites[0].no_closed_form, sites[0].measured
+        if not site.producers:
+            wanted &= OF_CONSUMER
         several = len(site.producers) > 1
         if wanted == {"patch_gram"} and self.keep_samples and (several or not site.closed_form):
             wanted = frozenset()  # who reads it takes it from the samples there
-        reason = site.no_closed_form if wanted else None
-        if reason:
+        if wanted and reason:
             raise StatisticsError(
                 "this site has no closed-form statistics",
                 got=reason,
@@ -344,9 +354,9 @@ class StatisticsCollector:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
             sums = ConsumerSums(where, wanted, self.path, self.scratch_bytes)
             consumers[path] = Measurement(path, sums, self.moments_every)
-            if wanted:
+            if wanted and site.producers:
                 consumers[path].wait_for(self.quantities)
-        return _Site(site, consumers)
+        return _Site(sites, site, consumers)
 
     # ---------------------------------------------------------------------------------------------- hooks
 
@@ -416,7 +426,7 @@ class StatisticsCollector:
         return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
     def _wants_samples(self, collected: _Site) -> bool:
-        return self.keep_samples > collected.samples_kept
+        return bool(collected.site.producers) and self.keep_samples > collected.samples_kept
 
     def _check_pairs(self, collected: _Site, each: Pass) -> None:
         for path in collected.consumers:
@@ -569,7 +579,7 @@ class StatisticsCollector:
         That input is made when it is needed: where it is their patches, it is many times as large as their inputs.
         """
         h, v = maps
-        if len(site.producers) == 1:
+        if len(site.producers) < 2:
             yield HeldBatch(*site_problem(site, path, x, h, v), samples=count, kept=kept)
             return
         problem, one, *_ = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])
@@ -625,7 +635,7 @@ def _differentiates_weight(output: Tensor, module: nn.Module) -> bool:
     node = output.grad_fn
     if node is None or node.name() != "ConvolutionBackward0":
         return False
-    return getattr(node.next_functions[1][0], "variable", None) is getattr(module, "weight", module)
+    return getattr(node.next_functions[1][0], "variable", None) is module._parameters.get("weight", module)
 
 
 def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_samples: int) -> frozenset[str]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from growconv.errors import StatisticsError
-from growconv.network.site import GrowthSite
+from growconv.network.site import Site
 from growconv.statistics.accumulator import SCRATCH_BYTES, TENSOR_STATISTICS, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch
@@ -26,7 +26,7 @@ class PairStatistics:
         site: name of the site.
         growth_site: the site itself.
         samples: number of samples n.
-        consumers: one entry per consumer, in the order of site.consumers.
+        consumers: one entry per consumer, in the order of site.consumers; of a rank its layer.
         incoming_shapes: per producer, the shape of its filters (C0, *k1), or (features,) for a linear layer. Axis a
             has the patches of all producers one after the other, each ending in a constant entry if the producer has a
             bias.
@@ -45,7 +45,7 @@ class PairStatistics:
     """
 
     site: str
-    growth_site: GrowthSite
+    growth_site: Site
     samples: int
     consumers: tuple[ConsumerStatistics, ...]
     incoming_shapes: Mapping[str, tuple[int, ...]]

@@ -353,6 +353,8 @@ def site_problem(
 ) -> tuple[PairProblem, Tensor, Tensor, Tensor]:
     """The problem of a site and one of its consumers, as `pair_problem` gives it.
 
+    Without producers it is that of the consumer, a convolution, behind one that reads no channels.
+
     Several producers are one: a convolution that reads the inputs of all, where they have one geometry (1×1 kernels are
     one tap of it), else a linear layer on the grid of the consumer's input that reads their patches.
 
@@ -364,6 +366,10 @@ def site_problem(
         v: desired change of its output.
     """
     layer = site.model.get_submodule(consumer)
+    if not site.producers:
+        second, size = Geometry.of(layer), tuple(h.shape[2:])
+        channels, bias = (0, h.shape[1], v.shape[1]), layers.weighted(layer).bias() is not None
+        return PairProblem(linear_geometry(len(size)), second, (), size, size, channels, False, bias), h[:, :0], h, v
     producers = {path: site.model.get_submodule(path) for path in site.producers}
     found = {
         route.producer: pair_problem(route, producers[route.producer], layer, x[route.producer], h, v)

@@ -46,14 +46,15 @@ def ranks(tmp_path_factory):
 
 
 def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
-    expected = worker.moments(0, 1)
+    expected = worker.moments(0, 1) | worker.terms(0, 1)
     for number, rank in enumerate(ranks):
         assert rank["statistics"].keys() == expected.keys()
         for name, value in expected.items():
             if number > 0 and name.endswith("kept"):
                 continue  # rank 0, which solves, has the samples of all
             scale = float(value.abs().max()) or 1.0
-            torch.testing.assert_close(rank["statistics"][name], value, rtol=0, atol=1e-10 * scale, msg=name)
+            allowed = 1e-6 if name.startswith("solved") else 1e-10  # the former by conjugate gradients
+            torch.testing.assert_close(rank["statistics"][name], value, rtol=0, atol=allowed * scale, msg=name)
     assert float(expected["passes"]) == 1.0
     for name in [name for name in expected if name.endswith("twice")]:
         once = next(value for key, value in expected.items() if key.startswith(name[:-6]) and key.endswith(" N"))

@@ -10,10 +10,12 @@ import torch.distributed.nn.functional  # before the group is made, which its de
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from growconv.convolution.tucker import TuckerConv2d
 from growconv.errors import GrowthError, ScheduleError
 from growconv.growth import Best, Budget, GrowthScheduler, Plateau, parameter_hash, require_equal_parameters, rewrap
 from growconv.growth.distributed import agreed, reduce_statistics
 from growconv.network.find import find_sites
+from growconv.network.rank import find_rank_sites
 from growconv.statistics.collect import collect_statistics
 
 LOSS = nn.functional.cross_entropy
@@ -110,6 +112,20 @@ def train(rank, world, dtype=torch.float64, method="tiny", amplitude=0.3, where=
     return model, scheduler, hashes
 
 
+def terms(rank, world):
+    """M and S2 of a factorized layer over the processes, and its factors after a round of rank growth."""
+    torch.manual_seed(0)
+    model = nn.Sequential(TuckerConv2d(1, 6, 3, rank=(2, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(216, 5)).double()
+    own = share(growth_batches(), rank, world)
+    scheduler = GrowthScheduler(model, None, find_rank_sites(model), amplitude=0.3, amount=2)
+    (found,) = reduce_statistics(
+        collect_statistics(model, scheduler.sites, own, LOSS, quantities={"M", "S2"}, run=agreed)
+    ).values()
+    (event,) = scheduler.grow(own, LOSS, step=1)
+    solved = {"gains": torch.tensor(event.gains), **model.state_dict()}
+    return {"rank M": found.M, "rank S2": found.S2} | {f"solved {name}": value for name, value in solved.items()}
+
+
 def failures(rank, world):
     """Names of errors that have to be raised on both ranks."""
     seen = []
@@ -135,7 +151,7 @@ def failures(rank, world):
 def main(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    statistics = moments(rank, world)
+    statistics = moments(rank, world) | terms(rank, world)
     model, scheduler, hashes = train(rank, world)
     searched, _, searched_hashes = train(rank, world, torch.float32, amplitude="line_search")
     where = Best(by="decrease")

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from growconv.cli import run_name
 from growconv.errors import ConfigError
+from growconv.network.site import GrowthSite
 from growconv.solvers.base import SOLVERS
 from growconv.training import options
 from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain, variants
@@ -33,10 +34,12 @@ def test_every_file_of_every_group_composes(group, name):
         assert config["growth"]["method"] == name
 
 
-def test_every_solver_has_a_file_with_its_hyperparameters():
+def test_every_solver_of_channels_has_a_file_with_its_hyperparameters():
     """growth.solver in YAML mirrors the solver's dataclass, names and defaults."""
     files = {name for group, name in CHOICES if group == "growth"} - {"none"}
-    assert files == {name for name in SOLVERS if SOLVERS[name].__module__.startswith("growconv.")}
+    assert files == {
+        name for name, each in SOLVERS.items() if each.__module__.startswith("growconv.") and each.serves is GrowthSite
+    }
     for name in files:
         written = plain(compose([f"growth={name}"]))["growth"]["solver"]
         default = SOLVERS[name]()

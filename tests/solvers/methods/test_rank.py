@@ -1,6 +1,7 @@
 """Growth of the rank of CP and Tucker convolutions."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,10 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import growconv
-from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, SolverError, StatisticsError, SurgeryError
+from growconv.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ScheduleError,
+    SiteError,
+    SolverError,
+    StatisticsError,
+    SurgeryError,
+)
 from growconv.growth.scheduler import GrowthScheduler
+from growconv.growth.where import Best
 from growconv.network.rank import RankSite, find_rank_sites
-from growconv.solvers.rank import collect_rank_statistics, grow_rank, solve_rank
+from growconv.solvers import SOLVERS, get_solver, solve
+from growconv.solvers.rank import Rank, collect_rank_statistics, grow_rank, solve_rank
 from growconv.statistics.consumer import ConsumerStatistics
 
 
@@ -87,24 +98,112 @@ def test_rank_growth_by_finite_differences(path, ranks):
     assert all(gain >= 0 for gain in event.gains)
 
 
-def test_rank_statistics_are_moments_of_patches():
-    model = net()
-    site = RankSite(model, "2")
-    statistics = collect_rank_statistics(model, [site], data(), loss)[site.name]
-    rows, changes, n = [], [], 0
+def measured_layer(kind):
+    """A layer with strides, dilation and padding in a model, and what it reads."""
+    torch.manual_seed(3)
+    options = {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)}
+    layer = {
+        "cp": lambda: growconv.CPConv2d(6, 5, (3, 2), rank=4, **options),
+        "tucker": lambda: growconv.TuckerConv2d(6, 5, (3, 2), rank=(3, 4), bias=False, **options),
+        "rebuilt": lambda: growconv.CPConv2d(6, 5, 3, rank=4, padding=1, implementation="reconstructed"),
+        "circular": lambda: growconv.CPConv2d(6, 5, 3, rank=4, padding=1, padding_mode="circular"),
+    }[kind]()
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), layer, nn.Tanh(), nn.Conv2d(5, 4, 1)).double()
+
+
+def moments_by_hand(model):
+    """M, S2 and ‖v‖²/n of the layer: patches read off one by one, v from autograd."""
+    layer, rows, changes, n = model[2], [], [], 0
     for x, y in data():
         h = model[:2](x).detach()
-        z = model[2](h).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(model[3:](z), y), z)
-        patches = torch.cat([F.unfold(h, 3, padding=1), torch.ones(len(h), 1, 42, dtype=torch.float64)], dim=1)
+        z = layer(h).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(target_loss(model[3:](z), y), z)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(h, [layer.padding[1]] * 2 + [layer.padding[0]] * 2, mode=mode)
+        patches = F.unfold(padded, layer.kernel_size, stride=layer.stride, dilation=layer.dilation)
+        if layer.bias is not None:
+            patches = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
         rows.append(patches.transpose(1, 2).flatten(0, 1))
         changes.append((-len(x) * gradient).flatten(2).transpose(1, 2).flatten(0, 1))
         n += len(x)
     patches, v = torch.cat(rows), torch.cat(changes)
-    torch.testing.assert_close(statistics.S2, patches.T @ patches / n)
-    torch.testing.assert_close(statistics.M, patches.T @ v / n)
-    assert statistics.gradient_energy == pytest.approx(float(v.square().sum() / n))
-    assert statistics.samples == n
+    return patches.T @ v / n, patches.T @ patches / n, float(v.square().sum() / n)
+
+
+def target_loss(output, target):
+    return (output.mean((2, 3)) - target.mean((2, 3))).square().sum() / len(output)
+
+
+@pytest.mark.parametrize("path", ["auto", "dense", "unfold", "offset"])
+@pytest.mark.parametrize("kind", ["cp", "tucker", "rebuilt", "circular"])
+def test_the_collector_measures_a_factorized_layer_as_its_patches_say(kind, path):
+    model = measured_layer(kind)
+    sites = find_rank_sites(model)
+    if kind == "circular" and path == "offset":
+        with pytest.raises(StatisticsError, match="circular"):
+            growconv.collect_statistics(model, sites, data(), target_loss, path=path)
+        return
+    M, S2, energy = moments_by_hand(model)
+    with growconv.StatisticsCollector(model, sites, quantities=Rank.reads, path=path) as collector:
+        for x, y in data():
+            target_loss(model(x), y).backward()
+    for found in (growconv.collect_statistics(model, sites, data(), target_loss, path=path), collector.statistics):
+        assert list(found) == [site.name for site in sites]
+        for site in sites:
+            statistics = found[site.name]
+            torch.testing.assert_close(statistics.S2, S2, rtol=1e-10, atol=1e-10 * float(S2.abs().max()))
+            torch.testing.assert_close(statistics.M, M, rtol=1e-10, atol=1e-10 * float(M.abs().max()))
+            assert statistics.gradient_energy == pytest.approx(energy, rel=1e-10)
+            assert (statistics.samples, statistics.growth_site, statistics.samples_kept) == (24, site, None)
+            assert (statistics.S, statistics.N) == (None, None)
+        assert len({id(found[site.name].S2) for site in sites}) == 1  # both ranks of a Tucker convolution share it
+
+
+def test_ranks_and_channels_are_measured_in_one_pass():
+    model = nn.Sequential(*net(), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    sites = [*growconv.find_sites(model, data()[0][0]), *find_rank_sites(model)]
+    options = {"quantities": {"S", "N", "samples"}, "keep_samples": 12}
+    together = growconv.collect_statistics(model, sites, data(), loss, **options)
+    alone = collect_rank_statistics(model, find_rank_sites(model), data(), loss)
+    pair = growconv.collect_statistics(model, sites[:1], data(), loss, **options)[sites[0].name]
+    assert len(together) == len(sites) == len(alone) + 1
+    assert torch.equal(together[sites[0].name].N, pair.N)
+    assert len(together[sites[0].name].samples_kept) == 12
+    for name, statistics in alone.items():
+        assert torch.equal(together[name].M, statistics.M)
+        assert torch.equal(together[name].S2, statistics.S2)
+        assert together[name].samples_kept is None
+
+
+def test_calls_of_one_loss_add_up_and_batches_merge():
+    """A layer that is called twice in a pass, and a layer that is the model."""
+    torch.manual_seed(0)
+    layer = growconv.CPConv2d(4, 4, 3, padding=1, rank=3).double()
+    (site,) = find_rank_sites(layer)
+    batches = [(torch.randn(6, 4, 5, 5).double(), torch.randn(6, 4, 5, 5).double()) for _ in range(3)]
+
+    whole = collect_rank_statistics(layer, [site], batches, loss)[site.name]
+    first, second, third = (collect_rank_statistics(layer, [site], [each], loss)[site.name] for each in batches)
+    merged = first + second + third
+    torch.testing.assert_close(merged.M, whole.M)
+    torch.testing.assert_close(merged.S2, whole.S2)
+    model = nn.Sequential(layer, layer)
+    (site, *_) = find_rank_sites(model)
+    found = collect_rank_statistics(model, [site], batches, loss)[site.name]
+    rows, changes = [], []
+    for x, y in batches:
+        hidden = layer(x).detach().requires_grad_()
+        output = layer(hidden).detach().requires_grad_()
+        (last,) = torch.autograd.grad(loss(output, y), output)
+        (first,) = torch.autograd.grad(layer(hidden), hidden, last)
+        for h, gradient in ((x, first), (hidden.detach(), last)):
+            patches = torch.cat([F.unfold(h, 3, padding=1), torch.ones(6, 1, 25).double()], dim=1)
+            rows.append(patches.transpose(1, 2).flatten(0, 1))
+            changes.append((-6 * gradient).flatten(2).transpose(1, 2).flatten(0, 1))
+    patches, v = torch.cat(rows), torch.cat(changes)
+    torch.testing.assert_close(found.S2, patches.T @ patches / 18)
+    torch.testing.assert_close(found.M, patches.T @ v / 18)
+    assert found.samples == 18
 
 
 def test_a_loss_that_is_not_finite_leaves_the_buffers_as_they_were():
@@ -143,6 +242,62 @@ def test_new_terms_beat_drawn_ones_and_give_what_the_factors_cannot():
     more = solve_rank(site, statistics, 3)
     assert float(more.gains.sum()) > best
     assert more.gains.tolist() == sorted(more.gains.tolist(), reverse=True)
+
+
+def test_rank_is_a_method_of_the_registry_and_serves_ranks_alone():
+    model = nn.Sequential(*net(), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    pair = growconv.find_sites(model, data()[0][0])[0]
+    sites = find_rank_sites(model)
+    assert isinstance(get_solver("rank"), SOLVERS["rank"])
+    assert pair.refusal("rank") == "it is a GrowthSite, and this method serves a RankSite"
+    assert sites[0].refusal("tiny") == "it is a RankSite, and this method serves a GrowthSite"
+    assert sites[0].refusal("rank") is None
+    found = growconv.collect_statistics(model, [pair, *sites], data(), loss)
+    for site in sites:
+        growth, expected = solve(found[site.name], "rank", 2), solve_rank(site, found[site.name], 2)
+        assert growth.site == site.name
+        for name in ("incoming", "outgoing", "entries"):
+            assert getattr(growth, name).keys() == getattr(expected, name).keys()
+            assert all(torch.equal(each, getattr(expected, name)[path]) for path, each in getattr(growth, name).items())
+        assert growth.gains.tolist() == expected.gains.tolist()
+        assert growth.expected_decrease == expected.expected_decrease
+    twin = copy.deepcopy(model)
+    before, growth = mean_loss(twin), solve(found[sites[0].name], "rank", 1, twin)
+    assert growconv.grow(twin, sites[0].of(twin), growth, amplitude=1e-3).method == "rank"
+    assert mean_loss(twin) < before
+    assert (twin[2].rank, model[2].rank) == (5, 4)
+    with pytest.raises(SolverError, match=r"(?s)'tiny' cannot serve this site.*None: rank\b"):
+        solve(found[sites[0].name], "tiny", 1)
+    with pytest.raises(SolverError, match=r"(?s)'rank' cannot serve this site.*None: exact, .*tiny"):
+        solve(found[pair.name], "rank", 1)
+    with pytest.raises(SolverError, match="'rank' needs statistics"):
+        solve(sites[0], "rank", 1)
+    with pytest.raises(SolverError, match="no measure by which to choose"):
+        solve(found[sites[0].name], "rank", "auto")
+    with pytest.raises(ScheduleError, match="'rank' cannot serve any of these sites"):
+        GrowthScheduler(model, None, [pair], method="rank")
+    able = "exact or firefly or functional or gradmax or senn or splitting or tiny"
+    with pytest.raises(ScheduleError, match=rf"has none\n  expected: {able}\n"):
+        GrowthScheduler(model, None, [pair], method="random", where=Best(by="energy"))
+
+
+@pytest.mark.parametrize(
+    ("method", "amount", "terms"), [("random", 1, [1, 1]), ("functional", "auto", [1, 1]), ("rank", 100, [2, 4])]
+)
+def test_ranks_grow_beside_any_method(method, amount, terms):
+    """The schedule's method reads nothing, or samples, or is the ranks' own; terms beyond the room are cut."""
+    model = nn.Sequential(*net(), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    pairs, ranks = growconv.find_sites(model, data()[0][0]), find_rank_sites(model)[1:]
+    sites = ranks if method == "rank" else [*ranks, *pairs]
+    scheduler = GrowthScheduler(model, None, sites, method=method, amount=amount)
+    with warnings.catch_warnings(action="ignore"):  # few samples
+        events = {event.site: event for event in scheduler.grow(data(), loss)}
+    assert [events[site.name].channels for site in ranks] == terms
+    for site in ranks:
+        assert events[site.name].method == "rank"
+        assert 0 < events[site.name].details["captured_energy"] <= 1
+        assert events[site.name].details["samples"] == (24 if method == "random" else 12)  # it holds none out
+    assert method != "random" or "captured_energy" not in events[pairs[0].name].details
 
 
 def test_rank_growth_without_statistics_preserves_the_function_and_lives():
