@@ -3,7 +3,7 @@
 Operations that torch itself makes of simpler ones need no entry: numbers go through their steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -48,7 +48,7 @@ RESIZING |= _names(
 """Every location of the result reads many locations of the same entry of the leading axes."""
 
 REPEATABLE = _names("mean amax amin max min var std var_mean std_mean median")
-"""Reductions whose result stays as it is when every entry comes twice."""
+"""Reductions whose result stays as it is when every entry comes twice; see `is_repeatable`."""
 
 ALONG_LAST = _names("sort topk mode")
 """Reductions that go along the last axis where none is named; the others go along all."""
@@ -119,3 +119,13 @@ def is_pointwise(func: OpOverload) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     others = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
     return name in POINTWISE or any(torch.Tag.pointwise in each.tags for each in (func, *others))
+
+
+def is_repeatable(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether a reduction gives the same when every entry comes twice: no sum, and no variance over n - 1."""
+    name = name_of(func)
+    if name not in REPEATABLE or not name.startswith(("var", "std")):
+        return name in REPEATABLE
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    correction = given.get("correction", given.get("unbiased", True))
+    return correction is not None and not correction

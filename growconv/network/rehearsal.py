@@ -129,8 +129,7 @@ class Widening:
 
     def prove(self) -> Layout:
         """Give every space that cannot be widened its reason; the layout of the others."""
-        self._guess_all()
-        self._join([number for number, space in enumerate(self.spaces) if space.reason == INTERLEAVED])
+        self._join(self._guess_all())
         while live := [number for number, space in enumerate(self.spaces) if space.reason is None]:
             failed = self._bind(live, self._attempt(live))
             if not failed.reasons:
@@ -166,11 +165,16 @@ class Widening:
         self._guess_all()
         return self.relay()
 
-    def _guess_all(self) -> None:
-        """Into how many blocks the classes of each space fall at the present widths."""
+    def _guess_all(self) -> list[int]:
+        """Into how many blocks the classes of each space fall at the present widths; the spaces that fall into none."""
         self._bare_axes()
-        for number in self._lay_out([n for n, space in enumerate(self.spaces) if space.reason is None]):
-            self._next_guess(number, INTERLEAVED)
+        torn = sorted(self._lay_out([n for n, space in enumerate(self.spaces) if space.reason is None]))
+        for number in torn:
+            counts = self.spaces[number].counts if len(self.spaces[number].roots) == 1 else {}
+            parting = next((path for (path, _), count in counts.items() if count > 1 and path in self._groups), None)
+            text = f"its channels depend on each other, and the groups of {parting} part them"
+            self._next_guess(number, INTERLEAVED if parting is None else text)
+        return [number for number in torn if self.spaces[number].reason is not None]
 
     def relay(self) -> Layout:
         """The layout of all spaces that have no reason against them now."""

@@ -416,7 +416,7 @@ class _Mode(Watch):
                         self.numbers.block(companions[id(other)], f"{name} takes places from it")
                 self._resize(companions[id(args[0])], results)
             elif name in operations.REDUCING:
-                self._reduce(name, args, kwargs, companions[id(args[0])], results)
+                self._reduce(func, args, kwargs, companions[id(args[0])], results)
             elif name in operations.NORMALIZING:
                 self._scale(args, companions, results)
             elif name in operations.LAYER_NORMS:
@@ -604,7 +604,8 @@ class _Mode(Watch):
             if result.dim() == results[0].dim():
                 self._put(result, first)
 
-    def _reduce(self, name: str, args: tuple, kwargs: dict, companion: Tensor, results: list[Tensor]) -> None:
+    def _reduce(self, func: OpOverload, args: tuple, kwargs: dict, companion: Tensor, results: list[Tensor]) -> None:
+        name = operations.name_of(func)
         position = operations.REDUCING[name]
         dims = args[position] if len(args) > position else kwargs.get("dim")
         if isinstance(dims, bool) or dims is None or dims == []:
@@ -612,7 +613,7 @@ class _Mode(Watch):
         dims = [dim % max(companion.dim(), 1) for dim in ([dims] if isinstance(dims, int) else dims)]
         narrow = compact(companion)
         value = narrow.amax(dims, keepdim=True) if dims else narrow
-        several = name in operations.REPEATABLE and any(_varies(narrow, dim) for dim in dims)
+        several = operations.is_repeatable(func, args, kwargs) and any(_varies(narrow, dim) for dim in dims)
         # where some of each remain, they are taken pair by pair; what is made of all channels is of none
         loosely = several and not any(_varies(value, axis) for axis in range(value.dim()))
         self.numbers.unify_along(dims, narrow, loosely)
@@ -693,7 +694,7 @@ class _Mode(Watch):
                 tied = self.numbers.tied(base) if varying - set(repeated) else base
                 kept = {d for d in varying if _varies(tied, d)}
                 if not kept or kept & set(repeated):
-                    self.numbers.block(own, "it is multiplied or added to other channels by broadcasting")
+                    self.numbers.block(own, self._broadcast(base, own))
                     continue
             across = {d for d in range(len(shape)) if _varies(spread, d)}
             if varying - across and across - varying:
@@ -713,6 +714,13 @@ class _Mode(Watch):
         for result in results:
             if result.shape == shape:
                 self._put(result, base)
+
+    def _broadcast(self, base: Tensor, own: Tensor) -> str:
+        """Why what is computed of `base` and of `own`, which is the same for several entries of it, cannot grow."""
+        roots = [set(torch.unique(compact(self.numbers.tied(each))).tolist()) for each in (base, own)]
+        if roots[0] == roots[1] and len(roots[0]) == 1:  # as channels that are divided by their sum
+            return "its channels depend on each other"
+        return "it is multiplied or added to other channels by broadcasting"
 
 
 def _leaves_in(value: object) -> list[object]:

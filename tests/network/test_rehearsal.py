@@ -176,6 +176,15 @@ def test_the_mean_of_a_single_channel_is_told() -> None:
     assert explain_sites(model, X)[0].reason == "its channels depend on each other"
 
 
+def test_channels_that_are_normalised_together_but_lie_in_several_groups_say_so() -> None:
+    """A group of the norm that is new would move half of the channels of the last convolution to its other group."""
+    for groups in (1, 2):
+        layers = nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 4, 1, groups=groups)
+        row = explain_sites(nn.Sequential(*layers).double(), X)[0]
+        part = "its channels depend on each other, and the groups of 2 part them"
+        assert row.reason == (None if groups == 1 else part)
+
+
 def test_halves_that_a_split_needs_equal_grow_together() -> None:
     """The halves of one layer go different ways, as in YOLOv8's C2f."""
 

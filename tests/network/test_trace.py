@@ -98,6 +98,8 @@ def test_channels_that_are_computed_together_are_tied(
     [
         (lambda y: torch.einsum("nchw,cd->ndhw", y, torch.eye(4)), "multiplies its channels with each other"),
         (lambda y: y * y[:, :1], "by broadcasting"),
+        (lambda y: y / y.sum(1, keepdim=True), "depend on each other"),
+        (lambda y: y / (y.var(1, keepdim=True) + 1), "depend on each other"),
         (lambda y: torch.fft.fft(y).real, "is not followed"),
         (lambda y: y[y > 0].mean() * torch.ones(1, 4, 4, 4), "not followed|chooses entries"),
     ],
@@ -115,12 +117,27 @@ def test_what_is_not_followed_blocks(operation: Callable[[Tensor], Tensor], reas
         lambda y: y - y.mean(1, keepdim=True),
         lambda y: F.layer_norm(y, y.shape[1:]),
         lambda y: y / (y.square().mean(1, keepdim=True) + 1).sqrt(),
+        lambda y: y / (y.std(1, correction=0, keepdim=True) + 1),
+        lambda y: y - torch.var_mean(y, 1, unbiased=False, keepdim=True)[1],
     ],
 )
 def test_what_stays_where_all_channels_come_twice_ties_loosely(operation: Callable[[Tensor], Tensor]) -> None:
     numbers = through(operation)
     assert classes(numbers) == APART
     assert classes(numbers, loosely=True) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["var", "std", "var_mean", "std_mean"])
+@pytest.mark.parametrize("options", [{}, {"correction": 0}, {"correction": 1}, {"unbiased": False}, {"unbiased": True}])
+def test_a_variance_counts_as_one_that_copies_leave_alone_exactly_where_they_do(name: str, options: dict) -> None:
+    def computed(y: Tensor) -> Tensor:
+        found = getattr(torch, name)(y, 1, keepdim=True, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    y = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    alone = torch.allclose(computed(y), computed(torch.cat([y, y], 1)))
+    numbers = through(lambda y: y / (computed(y) + 1))
+    assert (classes(numbers) == APART) == alone == (not numbers.blocked.keys() & set(numbers.range_of(("a", OUT))))
 
 
 def test_a_slope_that_all_channels_share_is_of_none_of_them() -> None:
