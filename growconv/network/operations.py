@@ -126,6 +126,6 @@ def is_repeatable(func: OpOverload, args: Sequence[object], kwargs: Mapping[str,
     name = name_of(func)
     if name not in REPEATABLE or not name.startswith(("var", "std")):
         return name in REPEATABLE
-    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | dict(kwargs)
     correction = given.get("correction", given.get("unbiased", True))
     return correction is not None and not correction

@@ -508,28 +508,21 @@ class _Mode(Watch):
     def _note(
         self, sizes: list[int], parts: list[list[int]], found: Literals | None = None, depth: int | None = None
     ) -> None:
-        """Sizes of parts, where an attribute of the innermost module that has such numbers tells them.
+        """Sizes of parts, where an attribute of the innermost module that runs, or of one right inside, tells them.
 
         Args:
             found: what they are added to; None for `literals`.
             depth: how many of the modules that are running, from the innermost on; None for all.
         """
         found = self.numbers.literals if found is None else found
-        for path, module in () if self.pretending else self.running[::-1][:depth]:
-            for name, value in vars(module).items():
-                if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
-                    for index, part in enumerate(parts):
-                        found.setdefault((path, name, index), part)
-                    return
-            for size, part in zip(sizes, parts, strict=False):
-                for name, value in vars(module).items():
-                    if name.startswith("_") or isinstance(value, bool):
-                        continue
-                    if isinstance(value, int) and value == size:
-                        found.setdefault((path, name, None), part)
-                    elif isinstance(value, list | tuple) and all(type(v) is int for v in value) and size in value:
-                        found.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
-            if any(key[0] == path for key in found):
+        near = [] if self.pretending else [[each] for each in self.running[::-1][:depth]]
+        if near and depth is None:  # code may ask the modules inside, whose layers know their sizes anyway
+            ((outer, module),) = near[0]
+            inside = [(f"{outer}.{name}".lstrip("."), child) for name, child in module.named_children()]
+            near.append([each for each in inside if not (layers.is_weighted(each[1]) or layers.is_norm(each[1]))])
+        for level in near:
+            told = [_tells(*each, sizes, parts, found) for each in level]  # all of them
+            if any(told):
                 return
 
     def _filled(self, shape: Sequence[int], axis: int) -> Tensor:
@@ -664,26 +657,35 @@ class _Mode(Watch):
         first, second = (companions[id(tensor)] for tensor in args[-2:])
         row, column = compact(first).amax(-1), compact(second).amax(-2)
         mixed = bool((first.amin(-1) != first.amax(-1)).any()) or bool((second.amin(-2) != second.amax(-2)).any())
-        if mixed or (bool((row >= 0).any()) and bool((column >= 0).any())) or name in ("addmm", "baddbmm"):
+        if mixed or name in ("addmm", "baddbmm"):
             self._block(companions.values(), f"{name} multiplies its channels with each other")
             return
-        shape = results[0].shape
-        found = row[..., None].expand(shape) if bool((row >= 0).any()) else column[..., None, :].expand(shape)
-        self._put(results[0], found)
+        self._put(results[0], self._combined([row[..., None], column[..., None, :]], results[0].shape))
 
     def _pointwise(
         self, args: tuple, sources: list[Tensor], companions: dict[int, Tensor], results: list[Tensor]
     ) -> None:
         shape = results[0].shape
-        base: Tensor | None = None
-        fitting = [tensor for tensor in sources if _broadcasts(tensor.shape, shape)]
-        sizes = {id(tensor): compact(companions[id(tensor)]).numel() for tensor in fitting if tensor.shape != shape}
-        for tensor in sorted(fitting, key=lambda tensor: sizes.get(id(tensor), math.inf), reverse=True):
-            own = companions[id(tensor)]
+        fitting = [companions[id(tensor)] for tensor in sources if _broadcasts(tensor.shape, shape)]
+        if not fitting:
+            return
+        base = self._combined(fitting, shape)
+        if isinstance(args[0], Tensor) and results[0] is args[0]:
+            target = companions[id(args[0])]
+            if _writable(target):
+                target.copy_(base)
+                return
+        for result in results:
+            if result.shape == shape:
+                self._put(result, base)
+
+    def _combined(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """The companion of what is computed entry by entry of tensors with these companions, which broadcast."""
+        sizes = [math.inf if part.shape == shape else compact(part).numel() for part in parts]
+        order = sorted(range(len(parts)), key=lambda place: sizes[place], reverse=True)
+        base = parts[order[0]].expand(shape)
+        for own in (parts[place] for place in order[1:]):
             spread = own.expand(shape)
-            if base is None:
-                base = spread
-                continue
             if not _has_numbers(own):
                 continue
             lead = len(shape) - own.dim()
@@ -704,16 +706,7 @@ class _Mode(Watch):
             if bool((compact(base) == NONE).any()):
                 a, b = narrowed(base, spread)
                 base = torch.where(a == NONE, b, a).expand(shape)
-        if base is None:
-            return
-        if isinstance(args[0], Tensor) and results[0] is args[0]:
-            target = companions[id(args[0])]
-            if _writable(target):
-                target.copy_(base)
-                return
-        for result in results:
-            if result.shape == shape:
-                self._put(result, base)
+        return base
 
     def _broadcast(self, base: Tensor, own: Tensor) -> str:
         """Why what is computed of `base` and of `own`, which is the same for several entries of it, cannot grow."""
@@ -721,6 +714,27 @@ class _Mode(Watch):
         if roots[0] == roots[1] and len(roots[0]) == 1:  # as channels that are divided by their sum
             return "its channels depend on each other"
         return "it is multiplied or added to other channels by broadcasting"
+
+
+def _tells(path: str, module: nn.Module, sizes: list[int], parts: list[list[int]], found: Literals) -> bool:
+    """Whether attributes of a module are sizes of some parts; they are added to what was found."""
+    for name, value in vars(module).items():
+        if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
+            for index, part in enumerate(parts):
+                found.setdefault((path, name, index), part)
+            return True
+    told = False
+    for size, part in zip(sizes, parts, strict=False):
+        for name, value in vars(module).items():
+            if name.startswith("_") or isinstance(value, bool):
+                continue
+            if isinstance(value, int) and value == size:
+                found.setdefault((path, name, None), part)
+                told = True
+            elif isinstance(value, list | tuple) and all(type(v) is int for v in value) and size in value:
+                found.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
+                told = True
+    return told
 
 
 def _leaves_in(value: object) -> list[object]:

@@ -49,6 +49,11 @@ def squeeze_excite(m: Net, y: Tensor) -> Tensor:
     return y * gate.view(b, c, 1, 1)
 
 
+def pooled_by_weights(m: Net, y: Tensor) -> Tensor:
+    weights = m.weigh(y).flatten(2).softmax(2).unsqueeze(3)
+    return y + torch.matmul(y.flatten(2).unsqueeze(1), weights).view(*y.shape[:2], 1, 1)
+
+
 def shuffle(y: Tensor, groups: int) -> Tensor:
     n, c, h, w = y.size()
     return y.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
@@ -294,6 +299,9 @@ CASES: dict[str, Case] = {
     "view(n, c * h * w)": Case(into_linear(lambda y: y.view(y.size(0), y.size(1) * y.size(2) * y.size(3)), 64), ONE),
     "view(n, -1)": Case(into_linear(lambda y: y.view(y.size(0), -1), 64), ONE),
     "channels last, flattened": Case(into_linear(lambda y: y.permute(0, 2, 3, 1).reshape(len(y), -1), 64), ONE),
+    "pooled by weights": Case(  # as a global context: a map of one channel says how much every location counts
+        between(pooled_by_weights, weigh=nn.Conv2d(8, 1, 1)), {"a -> weigh, b": 1}
+    ),
     "mean": Case(into_linear(lambda y: y.mean((2, 3)), 4), ONE),
     "sequence": Case(into_linear(lambda y: y.flatten(2).transpose(1, 2), 4), ONE),
     "chunk": Case(between(halves, inputs=4), ONE),

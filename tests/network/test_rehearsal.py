@@ -101,6 +101,44 @@ def test_an_attribute_that_code_compares_a_size_with_follows() -> None:
     assert grown[2].channels > 4
 
 
+class Cell(nn.Module):
+    """A recurrent cell that tells how many channels its state has, and adds a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = 4
+        self.update = nn.Conv2d(4 + 6, 4, 1)
+
+    def forward(self, state: Tensor, context: Tensor) -> Tensor:
+        return state + self.update(torch.cat([state, context], 1)).tanh()
+
+
+class Recurrent(nn.Module):
+    """The state of a cell is cut from the context by what the cell tells, as in RAFT; another has 6 by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell = Heads(), Cell()
+        self.a, self.b = nn.Conv2d(2, 10, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.first(x))
+        state, context = y.split([self.cell.state, y.shape[1] - self.cell.state], 1)
+        for _ in range(2):
+            state = self.cell(state, F.relu(context))
+        return self.b(state)
+
+
+def test_an_attribute_of_a_module_inside_follows() -> None:
+    model = Recurrent().double()
+    sites = find_sites(model, X)
+    names = ["first.a -> first.b", "first.b -> a", "a + cell.update -> cell.update, b", "a -> cell.update"]
+    assert [site.name for site in sites] == names
+    grown = referee.check(model, X, sites).model
+    assert (grown.first.width, grown.cell.state) == (7, 7)
+    assert grown.a.out_channels == 7 + 7
+
+
 class Focal(nn.Module):
     """A normalised stream; what it gates inside of a block has as many channels, since the code says so."""
 
