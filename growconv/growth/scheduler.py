@@ -45,7 +45,7 @@ from growconv.network.event import GrowthEvent, GrowthHistory, Optimizers
 from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers
 from growconv.network.site import GrowthSite, Site
-from growconv.solvers.base import Channels, Solver, get_solver, require_count
+from growconv.solvers.base import Channels, Solver, get_solver, require_count, solver_of
 
 logger = logging.getLogger("growconv.growth")
 
@@ -449,7 +449,8 @@ class GrowthScheduler:
 
     def _divided(self, batches: Iterable[Any]) -> tuple[Sequence[Batch], Sequence[Batch], ModelCost]:
         """Growth batches to fit and to choose the amplitude on, and the cost meter, which the first of them sets up."""
-        searching = self.amplitude == "line_search" and not self.solver.function_preserving and not self._prunes
+        preserving = all(solver_of(site, self.solver).function_preserving for site in self.sites)
+        searching = self.amplitude == "line_search" and not preserving and not self._prunes
         with undisturbed(self.model):
             fitting, held_out = divided(batches, self.held_out if searching else 0.0)
         return fitting, held_out, self.now.cost or ModelCost.measure(self.model, fitting[0][0])
