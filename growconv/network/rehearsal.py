@@ -174,6 +174,8 @@ class Widening:
             parting = next((path for (path, _), count in counts.items() if count > 1 and path in self._groups), None)
             text = f"its channels depend on each other, and the groups of {parting} part them"
             self._next_guess(number, INTERLEAVED if parting is None else text)
+            if self.spaces[number].reason is None:
+                self.spaces[number].first = None  # where it may fail yet, that is the reason
         return [number for number in torn if self.spaces[number].reason is not None]
 
     def relay(self) -> Layout:

@@ -79,7 +79,7 @@ def test_every_site_of_a_model_is_found_and_grows_exactly(name: str) -> None:
         ("input", "size of tensor"),
         ("fixed tensor", "size of tensor"),
         ("recurrent", "rnn|lstm"),
-        ("gather", "interleaved"),
+        ("gather", "literal size"),
         ("matrix", "multiplies its channels with each other"),
         ("sort", "depend on each other"),
     ],
