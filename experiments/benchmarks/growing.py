@@ -223,7 +223,7 @@ def _class_of(row: LayerRow) -> str:
         return JOINT
     if "interleaved" in reason:
         return INTERLEAVED
-    if "literal size" in reason or "the code takes no other width" in reason or "takes other channels" in reason:
+    if "literal size" in reason or "the code fails at another width" in reason or "takes other channels" in reason:
         return LITERAL
     return DEPENDENT if "depend on each other" in reason or "of all channels" in reason else OTHER
 
@@ -231,7 +231,7 @@ def _class_of(row: LayerRow) -> str:
 def _errors(rows: Sequence[LayerRow]) -> list[str]:
     """Reasons beyond their class, the most frequent ones first."""
     said = Counter(
-        str(row.reason).removeprefix("the code takes no other width: ")
+        str(row.reason).removeprefix("the code fails at another width: ")
         for row in rows
         if _class_of(row) in (LITERAL, JOINT, OTHER)
     )

@@ -31,6 +31,8 @@ BLOCKS = (1, 2, 3, 4, 8)
 PATIENCE = 60, 4
 """Rehearsals after which spaces that fail are given no further chance, and how many more for each that got its reason:
 what the search may cost has an end."""
+DOUBLINGS = 3
+"""So often the outputs of spaces that only grow together are doubled, until they show how many make up a unit."""
 FEW = 3
 """So many spaces that fail are tried one by one at once; more of them first together without the others."""
 Codes = NDArray[np.int64]
@@ -50,7 +52,7 @@ class Example:
     trail: list[Ran] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Spaces that may grow together."""
 
@@ -134,8 +136,9 @@ class Widening:
             failed = self._bind(live, self._attempt(live))
             if not failed.reasons:
                 break
-            parts = sorted(self._cut() & failed.reasons.keys())
-            if self._join_copied(failed.led) or self._join(n for n in parts if not self.spaces[n].alone):
+            parts = [number for number in sorted(failed.reasons) if not self.spaces[number].alone]
+            cut = not self._cut().isdisjoint(parts)
+            if self._join_copied(failed.led) or (cut and self._join(parts)):
                 continue
             found = self._alone(failed, live)
             for number, reason in found.items():
@@ -270,7 +273,7 @@ class Widening:
         low, high = self._by_class(found, {key: self._expected(layout, key, units) for key in layout.axes})
         for each in failures:
             line = (str(each.error).splitlines() or [""])[0][:160]
-            text = f"the code takes no other width: {type(each.error).__name__}: {line}"
+            text = f"the code fails at another width: {type(each.error).__name__}: {line}"
             text += f" (in {each.where})" if each.where else ""
             met = roots[list(each.numbers)]
             met = met[high[met] >= 0]
@@ -431,28 +434,45 @@ class Widening:
     def _join(self, seeds: Iterable[int]) -> bool:
         """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.
 
-        All their producers get many more outputs, then twice as many. What becomes of the classes of each space tells
-        how many of them a unit takes, where twice the outputs give twice as many new classes.
-
         Returns whether some were joined.
         """
         groups, joint = self._together([self.spaces[number] for number in seeds]), False
-        most = [1 << (2 * group.unit - 1).bit_length() - 1 for group in groups]
-        if not groups:
-            return False
-        once, twice = self._counted(groups, most), self._counted(groups, [2 * more for more in most])
-        for group, more, rates, double in zip(groups, most, once, twice, strict=True):
-            outputs = {key: more * share for key, share in group.shares.items()}
-            if min(rates) < 0 or group.outputs(rates) != outputs or double != [2 * rate for rate in rates]:
-                continue
+        for group, (more, rates, complete) in self._rates(groups).items():
             parts = math.gcd(more, *rates)  # as often as the rates can be halved: a unit is that much smaller
             units = [[(rate // parts) << power for rate in rates] for power in range(parts.bit_length())]
-            enough = [each for each in units if all(n <= len(s.roots) for n, s in zip(each, group.spaces, strict=True))]
+            known = [len(space.roots) for space in group.spaces]
+            enough = [each for each in units if complete and all(n <= has for n, has in zip(each, known, strict=True))]
             joint |= any(self._replaced(group.spaces, each, last) for each in enough for last in (False, True))
+            least = more // parts * min(group.shares.values())
             for space in () if enough else group.spaces:
-                least = more // parts * min(group.shares.values())
-                space.reason = f"its channels only grow together, {least} or more at a time, and are too few"
+                space.reason = f"its channels only grow together, in units of {least} or more, and are too few for one"
         return joint
+
+    def _rates(self, groups: Sequence[Group]) -> dict[Group, tuple[int, list[int], bool]]:
+        """How many more classes the spaces of each group have, once its producers have so many times more outputs.
+
+        All producers get many more outputs, then twice as many, and so on. What becomes of the classes of each space
+        tells how many of them a unit takes, where twice the outputs give twice as many new classes.
+
+        Returns, of the groups where they do, how many times more of its shares each producer has, how many more classes
+        each space has then, and whether these are all new outputs: others are of classes such as there are none yet.
+        """
+        found: dict[Group, tuple[int, list[int], bool]] = {}
+        most = [1 << (2 * group.unit - 1).bit_length() - 1 for group in groups]
+        once = self._counted(groups, most) if groups else []
+        for _ in range(DOUBLINGS):
+            waiting = [n for n, group in enumerate(groups) if group not in found and min(once[n]) >= 0]
+            if not waiting:
+                break
+            more = [2 * times if n in waiting else times for n, times in enumerate(most)]
+            twice = self._counted(groups, more)
+            for n in waiting:
+                outputs = {key: most[n] * share for key, share in groups[n].shares.items()}
+                complete = groups[n].outputs(once[n]) == outputs
+                if twice[n] == [2 * rate for rate in once[n]] and (complete or min(once[n]) > 0):
+                    found[groups[n]] = most[n], once[n], complete
+            most, once = more, twice
+        return found
 
     def _together(self, seeds: Sequence[Space]) -> list[Group]:
         """Spaces to begin with, each with those of the same producers, and with others to begin with that it meets."""

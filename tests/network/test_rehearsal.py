@@ -248,12 +248,29 @@ def test_units_of_a_joint_space_and_the_channels_that_are_too_many_for_them() ->
     assert [(each.width, each.granularity) for each in find_sites(grown, X)] == [(20, 4)]
 
 
-def test_a_unit_of_more_channels_than_there_are_is_no_site() -> None:
-    table = explain_sites(between_layers.shuffled_units(units=4, channels=14).double(), X)
+@pytest.mark.parametrize(("units", "channels"), [(1, 8), (2, 8)])
+def test_halves_of_a_power_of_two_are_joined_with_what_meets_them_behind(units: int, channels: int) -> None:
+    """The last layer's channels form a run as they are, but fall into halves like the others once there are more."""
+    model = between_layers.shuffled_units(units, channels).double()
+    (site,) = find_sites(model, X)
+    assert len(site.producers) == units + 2
+    assert (site.width, site.granularity) == (channels, 2**units)
+    referee.check(model, X, [site], units=[3])
+
+
+@pytest.mark.parametrize(("units", "channels"), [(4, 14), (4, 10), (5, 12)])
+def test_a_unit_of_more_channels_than_there_are_is_no_site(units: int, channels: int) -> None:
+    """Also where there are too few for every way through the units to have some; with enough it grows by such units."""
+    table = explain_sites(between_layers.shuffled_units(units, channels).double(), X)
     reasons = {row.path: row.reason for row in table}
     assert not any(row.growable for row in table)
     assert reasons.pop("c") == "it is the model's output"
-    assert set(reasons.values()) == {"its channels only grow together, 16 or more at a time, and are too few"}
+    text = f"its channels only grow together, in units of {2**units} or more, and are too few for one"
+    assert set(reasons.values()) == {text}
+    wider = between_layers.shuffled_units(units, 3 * 2**units).double()
+    (site,) = find_sites(wider, X)
+    assert site.granularity == 2**units
+    referee.check(wider, X, [site], units=[1])
 
 
 def test_parts_whose_sizes_follow_stay_sites_of_their_own() -> None:
