@@ -1,6 +1,6 @@
 """Channel classes: what lives and dies together, gathered into channel spaces whose positions form runs."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -168,7 +168,7 @@ def runs_of(
     """
     edges = [0, *(np.flatnonzero(np.diff(axis[:, 0])) + 1).tolist(), len(axis)]
     runs: list[Run] = []
-    met: Counter[tuple[int, int]] = Counter()
+    met: dict[tuple[int, int], int] = defaultdict(int)
     for start, end in pairwise(edges):
         while start < end:
             space = int(axis[start, 0])
@@ -181,7 +181,7 @@ def runs_of(
     return tuple(runs)
 
 
-def _run(stretch: NDArray[np.int64], units: int, entries: int, met: Counter[tuple[int, int]]) -> Run:
+def _run(stretch: NDArray[np.int64], units: int, entries: int, met: dict[tuple[int, int], int]) -> Run:
     """The longest run at the start of a stretch of one space; what a block has had before is in `met`."""
     space, unit = int(stretch[0, 0]), stretch[:, 1]
     if units == len(stretch) and entries == 1 and not stretch[:, 2].any() and (unit == np.arange(units)).all():

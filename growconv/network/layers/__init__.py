@@ -32,19 +32,16 @@ def _kind_of(layer: type) -> type[Adapter] | None:
 
 
 def _find(module: object) -> Adapter | None:
-    kind = _kind_of(type(module))
-    found = None if kind is None else kind(cast(nn.Module, module))
-    return found if found is not None and found.serves else None
+    kind, layer = _kind_of(type(module)), cast(nn.Module, module)
+    return kind(layer) if kind is not None and kind.serves(layer) else None
 
 
-@cache
-def _is_of(layer: type, wanted: type[Adapter]) -> bool:
-    kind = _kind_of(layer)
-    return kind is not None and issubclass(kind, wanted)
+_is_kind_of = cache(issubclass)  # of an abstract class it takes long
 
 
 def _is(module: object, wanted: type[Adapter]) -> bool:
-    return _is_of(type(module), wanted) and _find(module) is not None
+    kind = _kind_of(type(module))
+    return kind is not None and _is_kind_of(kind, wanted) and kind.serves(cast(nn.Module, module))
 
 
 def _require(module: nn.Module, kind: type[Kind], expected: str) -> Kind:

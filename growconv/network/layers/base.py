@@ -65,9 +65,9 @@ class Adapter(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    @property
-    def serves(self) -> bool:
-        """Whether this very layer has an entry for each channel."""
+    @classmethod
+    def serves(cls, module: nn.Module) -> bool:
+        """Whether this very layer of one of these classes has an entry for each channel."""
         return True
 
     @abstractmethod

@@ -148,10 +148,10 @@ class PReLU(Norm):
     kinds = (nn.PReLU,)
     normalises = False
 
-    @property
-    def serves(self) -> bool:
+    @classmethod
+    def serves(cls, module: nn.Module) -> bool:
         """Whether it has a slope for each channel."""
-        return int(self.module.num_parameters) > 1  # pyright: ignore[reportArgumentType]
+        return int(module.num_parameters) > 1  # pyright: ignore[reportArgumentType]
 
     def transparent(self, mean: Tensor, variance: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """The mean slope: new channels get what the old ones have."""

@@ -204,8 +204,8 @@ class Weighted(Adapter):
         inputs, outputs = self.size(IN) // self.groups, self.size(OUT) // self.groups
         filters = self.filters().new_zeros(self.shape(GROUP_OUT, entries))
         centre = tuple((taps - 1) // 2 for taps in self.kernel_size)
-        for entry in range(entries):
-            filters[(entry, entry % outputs % inputs, *centre)] = 1
+        entry = torch.arange(entries, device=filters.device)
+        filters[(entry, entry % outputs % inputs, *centre)] = 1
         return filters.detach()
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
