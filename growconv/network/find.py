@@ -13,7 +13,6 @@ from growconv.network import layers
 from growconv.network.classes import Space, mark_copied, spaces_of
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
 from growconv.network.model import (
-    Arguments,
     copied,
     example_arguments,
     found_at,
@@ -25,6 +24,7 @@ from growconv.network.model import (
 )
 from growconv.network.numbers import Numbers
 from growconv.network.plan import shared_names, tied_weights
+from growconv.network.pretender import pretending
 from growconv.network.proof import Proof, awake
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.site import GrowthSite, Route, sizes_of
@@ -253,10 +253,13 @@ def analyse(
     return found
 
 
-def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> list[Example]:
-    """Send numbers through a copy, from every example in every mode; of those one for each way through the model."""
+def _send(numbers: Numbers, model: nn.Module, examples: list[Example]) -> list[Example]:
+    """Send numbers through a copy, from every example in every mode; of those one for each way through the model.
+
+    Examples that the training mode does not take are left out where it takes another.
+    """
     ways: dict[tuple[int, tuple[str, ...]], Example] = {}
-    waiting = list(examples)
+    waiting, refused = list(examples), dict[Example, Exception]()
     for example in waiting:  # which gets longer
         model.train(example.training)
         same_chance()
@@ -270,16 +273,34 @@ def _send(numbers: Numbers, model: nn.Module, examples: Sequence[Example]) -> li
             error = failure.failures[0].error
             if isinstance(error, TraceError):
                 raise error from None
-            if example.training and numbers.order:
-                given = tensors_in(example.arguments)
-                if given and all(each.shape[:1] == (1,) for each in given):  # a batch of one in front of a batch norm
-                    example.arguments = tree_map(_twice, example.arguments)
-                    waiting.append(example)
-                    continue
+            if not (example.training and numbers.order):
+                raise _no_run(model, example, error) from error
+            given = tensors_in(example.arguments)
+            if given and all(each.shape[:1] == (1,) for each in given):  # a batch of one in front of a batch norm
+                example.arguments = tree_map(_twice, example.arguments)
+                waiting.append(example)
+                continue
+            if _runs_without_values(model, example):
                 ways[id(example.arguments), ("failed",)] = example  # rehearsal pretends its way through
                 continue
-            raise _no_run(model, example.arguments, error) from error
+            del numbers.cuts[before:]
+            examples.remove(example)
+            refused[example] = error
+    if refused and not any(example.training for example in examples):
+        example, error = next(iter(refused.items()))
+        raise _no_run(model, example, error) from error
     return list(ways.values())
+
+
+def _runs_without_values(model: nn.Module, example: Example) -> bool:
+    """Whether a model that fails in training mode only fails on the values, as a batch norm of one value a channel."""
+    try:
+        same_chance()
+        with pretending(model, Layout({}, (), {}), [], []):
+            look(model, example.arguments, Numbers(), pretending=True)
+    except LookFailed:
+        return False
+    return True
 
 
 def _twice(leaf: object) -> object:
@@ -430,17 +451,23 @@ def _joined(paths: Sequence[str], by: str) -> str:
     return by.join(paths) if len(paths) <= 3 else f"{paths[0]}{by}{len(paths) - 1} more"
 
 
-def _no_run(model: nn.Module, arguments: Arguments, error: Exception) -> TraceError:
+def _no_run(model: nn.Module, example: Example, error: Exception) -> TraceError:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    given = tensors_in(arguments)
+    given = tensors_in(example.arguments)
     if any(not tensor.numel() for tensor in given):
         error = ValueError("a tensor of it is empty, and an empty one shows nothing of the channels")
     tensors = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in given]
     held = f"; its parameters are {parameter.dtype} on {parameter.device}" if parameter is not None else ""
+    fix = "pass an example with the shape, dtype and device that the model is trained with"
+    if example.training:
+        fix = (
+            "give an example for the training mode too, as find_sites(model, [x, (x, targets)]), or modes=('eval',), "
+            "where nothing tells what training reads"
+        )
     return TraceError(
-        f"the model does not run on the example input: {error}",
+        f"the model does not run on the example input{' in training mode' if example.training else ''}: {error}",
         expected=f"an input that {type(model).__name__} accepts{held}",
         got=", ".join(tensors) or "no tensor",
         where=type(model).__name__,
-        fix="pass an example with the shape, dtype and device that the model is trained with",
+        fix=fix,
     )

@@ -252,3 +252,30 @@ def test_an_example_of_one_sample_is_taken_twice_where_training_needs_more() -> 
             return (self.b(y), self.head(y)) if self.training else (self.b(y),)
 
     assert [site.name for site in find_sites(Net(), torch.randn(1, 3, 6, 6))] == ["a -> b, head.1", "head.1 -> head.3"]
+
+
+class Detector(nn.Module):
+    """In training it needs targets, and gives a loss that another layer has a part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.extra = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, images: list[Tensor], targets: list[Tensor] | None = None) -> dict[str, Tensor]:
+        y = F.relu(self.a(torch.stack(images)))
+        if not self.training:
+            return {"found": self.b(y)}
+        if targets is None:
+            raise AssertionError("targets should not be none when in training mode")
+        return {"loss": (self.b(y).mean((2, 3)) - torch.stack(targets)).square().mean() + self.extra(y).mean()}
+
+
+def test_a_model_that_training_gives_more_is_refused_without_it_in_words_that_help() -> None:
+    images, targets = [torch.randn(3, 6, 6)], [torch.randn(2)]
+    with pytest.raises(TraceError, match="in training mode: targets should not be none") as caught:
+        find_sites(Detector(), (images,))
+    assert "modes=('eval',)" in str(caught.value)
+    sites = find_sites(Detector(), [(images,), (images, targets)])
+    assert [site.name for site in sites] == ["a -> b, extra"]
+    table = explain_sites(Detector(), (images,), modes=("eval",))
+    assert "extra is used by none of the examples" in str(table[0].reason)
