@@ -58,7 +58,7 @@ class Failure:
         error: what was raised.
         numbers: those that the failing operation met; of an error in the code itself, those around it.
         more: by how much sizes that it was given differ from those at other widths.
-        fixed: whether it was told all sizes, and the same ones as there, so that it takes no other width at all.
+        fixed: whether it was told all sizes, and the same ones as there, so that it is taken to take no other width.
         supposed: whether it is only supposed that these numbers are to blame, since the code itself raised the error.
         where: the module whose operation failed, with those of its attributes that have a size which that was told.
     """
