@@ -115,7 +115,11 @@ class Widening:
         self.model = model
         self.dims: dict[str, int] = {}
         self.axes: dict[Key, tuple[Run, ...]] = {}
-        self.bound: set[Attribute] = set()
+        self.bound: set[Attribute] = {
+            (path, name, index)
+            for (path, name, index), counted in numbers.literals.items()
+            if layers.tells_its_entries(module_at(model, path), name) and len(np.unique(numbers.roots()[counted])) > 1
+        }
         self._bound_for = set[tuple[frozenset[int], bool]]()
         self._rehearsals = 0
         self._shapes: layers.Shapes = {}
@@ -275,9 +279,9 @@ class Widening:
             line = (str(each.error).splitlines() or [""])[0][:160]
             text = f"the code fails at another width: {type(each.error).__name__}: {line}"
             text += f" (in {each.where})" if each.where else ""
-            met = roots[list(each.numbers)]
-            met = met[high[met] >= 0]
-            spaces = _spaces(np.append(low[met], high[met])) & set(live)
+            spaces, near = (
+                _of_spaces(roots[list(numbers)], low, high) & set(live) for numbers in (each.numbers, each.near)
+            )
             # sizes that followed other channels than those which it met
             ahead = {n for n in live if (units[n] - now[n]) * self.spaces[n].blocks in each.more} - spaces
             for number in spaces:
@@ -285,11 +289,13 @@ class Widening:
                 alike = [n for n in ahead if self.spaces[n].copied and len(self.spaces[n].roots) == size]
                 if len(alike) == 1:
                     verdict.led[number] = alike[0]
-            spaces = spaces or ahead
-            verdict.supposed |= each.supposed and bool(spaces)
+            supposed = each.supposed or not (spaces or ahead)  # it may have followed the sizes of what is near
+            spaces = spaces or ahead or near
+            verdict.supposed |= supposed and bool(spaces)
             verdict.reasons |= dict.fromkeys(spaces - verdict.reasons.keys(), text)
-            verdict.alone |= spaces if (len(spaces) == 1 and not each.supposed) or each.fixed else set()
-            verdict.fixed |= spaces if each.fixed else set()
+            fixed = spaces if each.fixed and (each.supposed or not supposed) else set()
+            verdict.alone |= spaces if len(spaces) == 1 and not supposed else fixed
+            verdict.fixed |= fixed
             if not verdict.reasons:
                 return Verdict(dict.fromkeys(live, text))
         return verdict
@@ -693,6 +699,12 @@ class Widening:
         return dict.fromkeys(
             involved, f"a literal size in the code: channels arrive elsewhere at {key[0]} once there are more"
         )
+
+
+def _of_spaces(roots: Codes, low: Codes, high: Codes) -> set[int]:
+    """The spaces of some classes of the widened model, given the lowest and highest code of each."""
+    roots = roots[high[roots] >= 0]
+    return _spaces(np.append(low[roots], high[roots]))
 
 
 def _spaces(codes: Codes) -> set[int]:

@@ -7,11 +7,13 @@ together; whatever else meets a number blocks it, and its name is the reason.
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import walk_tb
+from types import FrameType
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ class Failure:
     Attributes:
         error: what was raised.
         numbers: those that the failing operation met; of an error in the code itself, those around it.
+        near: those that the code held which called the operation.
         more: by how much sizes that it was given differ from those at other widths.
         fixed: whether it was told all sizes, and the same ones as there, so that it is taken to take no other width.
         supposed: whether it is only supposed that these numbers are to blame, since the code itself raised the error.
@@ -65,6 +68,7 @@ class Failure:
 
     error: Exception
     numbers: set[int] = field(default_factory=set)
+    near: set[int] = field(default_factory=set)
     more: set[int] = field(default_factory=set)
     fixed: bool = False
     supposed: bool = False
@@ -332,12 +336,22 @@ class _Mode(Watch):
 
     def around(self, error: Exception) -> set[int]:
         """The numbers of the last operation and of what the innermost function of the model's code holds."""
-        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-        own = [each for each in frames if each.f_globals["__name__"].split(".")[0] not in ("torch", "growconv")]
-        held = tree_leaves(own[-1].f_locals) if own else []
-        near = [*self._last, *(self._known[id(each)][1] for each in held if id(each) in self._known)]
+        own = [frame for frame, _ in walk_tb(error.__traceback__) if _is_own(frame)]
+        near = [*self._last, *(self._held(own[-1]) if own else ())]
         met = {number for companion in near for number in torch.unique(compact(companion)).tolist()} - {NONE}
         return set() if SPOILT in met else met
+
+    def _held(self, frame: FrameType) -> list[Tensor]:
+        """The companions of what a function of the model's code holds."""
+        return [self._known[id(each)][1] for each in tree_leaves(frame.f_locals) if id(each) in self._known]
+
+    def _near(self) -> set[int]:
+        """The numbers that the function holds which called the operation."""
+        frame = sys._getframe()
+        while frame is not None and not _is_own(frame):
+            frame = frame.f_back
+        held = self._held(frame) if frame is not None else []
+        return {number for companion in held for number in torch.unique(compact(companion)).tolist() if number >= 0}
 
     def reshaped(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A reshape that refuses its sizes, as the operations that it turns into and that are watched."""
@@ -370,7 +384,8 @@ class _Mode(Watch):
             sizes = list(zip(ran.sizes, known.sizes, strict=False))
             told = ran.name in operations.TOLD_ALL_SIZES and -1 not in ran.sizes and ran.sizes == known.sizes
             more = {now - before for now, before in sizes if now != before}
-            self.fail(Failure(error, {number for number in met if number >= 0}, more, told, where=self._where(ran)))
+            numbers = {number for number in met if number >= 0}
+            self.fail(Failure(error, numbers, self._near(), more, told, where=self._where(ran)))
         output = written
         if output is None:
             output = tree_map(lambda leaf: leaf() if isinstance(leaf, partial) else leaf, known.gave)
@@ -648,7 +663,7 @@ class _Mode(Watch):
         self.numbers.unify_along(axes, compact(own), loosely=True)
         for axis in axes:
             along = _along(own, axis)
-            if max(along) >= 0 and len(along) > 1:
+            if _several(along):
                 self._note([len(along)], [along])
         self._put(results[0], own)
 
@@ -735,6 +750,11 @@ def _tells(path: str, module: nn.Module, sizes: list[int], parts: list[list[int]
                 found.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
                 told = True
     return told
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Whether it runs code of the model, not of torch or of this package."""
+    return str(frame.f_globals["__name__"]).split(".")[0] not in ("torch", "growconv")
 
 
 def _leaves_in(value: object) -> list[object]:

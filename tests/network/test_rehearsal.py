@@ -139,6 +139,34 @@ def test_an_attribute_of_a_module_inside_follows() -> None:
     assert grown.a.out_channels == 7 + 7
 
 
+class Attending(nn.Module):
+    """Queries, keys and values of a normalised stream, cut to its width; a second stream has nothing to do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.between, self.end = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.norm, self.qkv, self.back = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.start(x.flatten(2).transpose(1, 2))
+        n, positions, width = y.shape
+        q, k, v = self.qkv(self.norm(y)).reshape(n, positions, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = y + self.back(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width))
+        return self.end(F.relu(self.between(y)))
+
+
+def test_what_an_operation_takes_its_sizes_from_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the shape that a layer norm normalises follows whatever else fails."""
+    verdicts: list[Verdict] = []
+    attempt = Widening._attempt
+    monkeypatch.setattr(Widening, "_attempt", lambda *given: verdicts.append(attempt(*given)) or verdicts[-1])
+    table = {row.path: row for row in explain_sites(Attending().double(), X)}
+    for path in ("start", "back"):
+        assert "shape '[2, 36, 3, 2, 12]' is invalid" in str(table[path].reason)
+    assert table["between"].site == "between -> end"
+    assert all(len(verdict.reasons) <= 1 for verdict in verdicts)
+
+
 class Focal(nn.Module):
     """A normalised stream; what it gates inside of a block has as many channels, since the code says so."""
 

@@ -19,7 +19,7 @@ from growconv.network.layout import IN, OUT
 __all__ = [
     "Adapter", "Bare", "Norm", "Shapes", "Weighted", "adapter", "channel_axis", "described", "groups_of",
     "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
-    "norm", "pretended", "ranks", "scale_of", "size", "stored", "weighted",
+    "norm", "pretended", "ranks", "scale_of", "size", "stored", "tells_its_entries", "weighted",
 ]  # fmt: skip
 
 ADAPTERS: tuple[type[Adapter], ...] = (Factorized, TransposedConvolution, Convolution, Weighted, GroupNorm, Norm, PReLU)
@@ -71,6 +71,11 @@ def ranks(module: object) -> dict[str | None, Rank]:
     """The ranks of a factorized convolution, by side; none for anything else."""
     found = _find(module)
     return found.ranks() if isinstance(found, Factorized) else {}
+
+
+def tells_its_entries(module: object, name: str) -> bool:
+    """True for an attribute that always counts what the module is given, as the shape that a layer norm normalises."""
+    return name == "normalized_shape" and isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
 
 def is_weighted(module: object) -> bool:
