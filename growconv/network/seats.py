@@ -18,7 +18,7 @@ from growconv.errors import SiteError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
-from growconv.network.site import Activation, Depthwise, GrowthSite, Norm, Pool
+from growconv.network.site import Activation, AdaptivePool, Flatten, GrowthSite, Other
 from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values
 
 Moments = tuple[Tensor, Tensor]
@@ -421,7 +421,8 @@ def is_plain(site: GrowthSite) -> bool:
     """Whether a region needs no values of its pass, by the site's routes: its steps are run on new channels alone."""
     for route in site.routes:
         for step in route.steps:
-            if not (step.alone if isinstance(step, Activation) else isinstance(step, Depthwise | Norm | Pool)):
+            own = step.alone if isinstance(step, Activation | AdaptivePool | Flatten) else True
+            if isinstance(step, Other) or not own:
                 return False
         if route.problem is not None:
             return False
@@ -467,7 +468,7 @@ def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Regio
             samples.add(shape[0] if batched else None)
     sizes = sizes or site.sizes
     places = _places(site, sizes)
-    narrow = _in_order(places, sizes) and all(_is_narrow(tape, step, hot, site) for step in steps)
+    narrow = _in_order(places, sizes) and all(is_narrow(tape, step, hot, site) for step in steps)
     constants, bare, created = dict[int, Tensor](), dict[int, tuple[int, Tensor] | None](), set[int]()
     for number in (needed - inside) | made:
         if tape.values[number].storage in memories:
@@ -527,8 +528,12 @@ def _in_order(places: Mapping[Key, Tensor], sizes: Sizes) -> bool:
     return all(each.flatten().tolist() == list(range(sizes(key))) for key, each in places.items())
 
 
-def _is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
-    """Whether a step treats channels one by one and names no size of theirs."""
+def is_narrow(tape: Tape, step: Step, hot: set[int], site: GrowthSite) -> bool:
+    """Whether a step treats channels one by one and names no size of theirs.
+
+    Args:
+        hot: the values that have channels of the site.
+    """
     if not isinstance(step, Operation):
         return isinstance(step, LayerCall)
     name, args, values = step.name, step.args, tape.values

@@ -52,10 +52,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class AdaptivePool:
-    """Pooling to a fixed grid."""
+    """Pooling to a fixed grid; `alone` as for an activation, and naming no number of channels."""
 
     output_size: tuple[int, ...]
     average: bool
+    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ class Depthwise:
 
 @dataclass(frozen=True)
 class Flatten:
-    """The grid joins the channel axis: `grid` entries for each channel."""
+    """The grid joins the channel axis: `grid` entries for each channel; `alone` as for a pooling."""
 
     grid: tuple[int, ...]
+    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from growconv.convolution.geometry import Geometry
 from growconv.network import layers, operations
 from growconv.network.layout import OUT
 from growconv.network.model import Arguments, module_at, one_run, tensors_in
-from growconv.network.seats import Region, region_of
+from growconv.network.seats import Region, is_narrow, region_of
 from growconv.network.site import (
     Activation,
     AdaptivePool,
@@ -30,6 +30,7 @@ from growconv.network.tape import Step as Recorded
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
 _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
+_TO_HEADS = (AdaptivePool, Flatten)
 _WINDOWED = ("max_pool", "avg_pool")
 SEVERAL_WAYS = "several ways lead from one to the other"
 
@@ -176,6 +177,8 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
         before, steps, problem = sources, (), None
         if len(sources) == 1:
             before, steps = _steps(tape, step, sources[0], value, site)
+            if is_narrow(tape, step, hot, site):
+                steps = [replace(each, alone=True) if isinstance(each, _TO_HEADS) else each for each in steps]
         elif common:
             before, steps = [next(iter(common))], [Activation(f"composite {_name(step)}")]
         elif not sources:

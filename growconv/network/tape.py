@@ -231,6 +231,7 @@ class Tape(Watch):
         if not all(_has_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
             return func(*args, **kwargs)
         refs = tree_map(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        entries = _entries(args[0]) if func._schema.name.startswith("aten::as_strided") else None
         written = written_arguments(func, args, kwargs)
         shown = {number: each for tensor in written for number, each in self._secure(tensor).items()}
         output = func(*args, **kwargs)
@@ -244,6 +245,9 @@ class Tape(Watch):
         name, inputs = operation.name, [self.values[number] for number in operation.inputs]
         if name in operations.ALIASES and not written:
             return output  # the same memory: the same value
+        if entries is not None and entries == _entries(outputs[0]):  # so too, with other strides of axes of length 1
+            self._known[_memory(outputs[0])[0]][_memory(outputs[0])] = operation.inputs[0]
+            return output
         noisy = name in _RANDOM or (name in _NOISE_STAYS and bool(inputs) and all(each.noise for each in inputs))
         multiplied = name in ("mul", "mul_") and any(each.noise for each in inputs)
         if not noisy and (multiplied or name == "native_dropout"):  # what comes out without training
@@ -282,6 +286,12 @@ def _has_memory(tensor: Tensor) -> bool:
 def _memory(tensor: Tensor) -> Memory:
     address, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     return address, offset, tensor.shape, tuple(tensor.stride()), tensor.dtype
+
+
+def _entries(tensor: Tensor) -> tuple[object, ...]:
+    """Which entries of a storage a tensor shows, in order."""
+    address, offset, shape, strides, dtype = _memory(tensor)
+    return address, offset, shape, dtype, [each for each, size in zip(strides, shape, strict=True) if size > 1]
 
 
 def hot_values(tape: Tape, site: GrowthSite) -> tuple[set[int], set[int]]:

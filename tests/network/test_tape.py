@@ -67,3 +67,33 @@ def test_a_tape_that_holds_nothing_serves_plain_sites_and_refuses_others(mode: s
     new = {"trunk.0": [torch.randn(3, 5, 8, 8)]}
     held, light = (region.read(new)["trunk.5"] for region in regions)
     torch.testing.assert_close(light, held)
+
+
+HEADS = {
+    "pool": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    "grid": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)),
+    "mean": lambda: nn.Sequential(Mean(), nn.Linear(4, 3)),
+}
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_pooling_to_a_head_needs_nothing_held(head: str, memory: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), HEADS[head]())
+    (site,) = find_sites(model, torch.randn(2, 2, 6, 6))
+    assert is_plain(site)
+    x = torch.randn(3, 2, 6, 6).to(memory_format=memory)
+    regions = []
+    for holds in (True, False):
+        with torch.no_grad(), Tape(model, holds) as tape:
+            model(x)
+        regions.append(region_of(tape, site))
+    new = torch.randn(3, 5, 4, 4)
+    held, light = (region.read({"0": [new]})[site.consumers[0]][0] for region in regions)
+    torch.testing.assert_close(light, held)
+    torch.testing.assert_close(light, model[2][:-1](new.relu()))
