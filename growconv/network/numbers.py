@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from growconv.network.layout import Key
+from growconv.network.layout import ENTRY, Key
 
 NONE, SPOILT = -1, -2
 """Of an entry that belongs to no channel; of one that comes from an operation which failed."""
@@ -31,7 +31,7 @@ class Numbers:
 
     Attributes:
         count: how many there are.
-        blocked: per number why it cannot grow.
+        blocked: numbers that cannot grow and why, in the order in which that was found.
         columns: per axis of consumers, followers and carried inputs, the number that each position was given.
         across: numbers of channels that a layer was given one by one, since it runs along another axis than they.
         used_outside: layers whose weights an operation outside of them read, and which.
@@ -48,7 +48,7 @@ class Numbers:
     def __init__(self, strange: Iterable[Tensor] = ()) -> None:
         self.strange = {id(tensor) for tensor in strange}
         self.count = 0
-        self.blocked: dict[int, str] = {}
+        self.blocked: list[tuple[NDArray[np.int64], str]] = []
         self.across: dict[int, str] = {}
         self.used_outside: dict[str, str] = {}
         self.trained: dict[str, bool] = {}
@@ -123,9 +123,10 @@ class Numbers:
 
     def block(self, companion: Tensor, reason: str) -> None:
         """Let the numbers of a companion not grow."""
-        for number in torch.unique(compact(companion)).tolist():
-            if number >= 0:
-                self.blocked.setdefault(number, reason)
+        numbers = torch.unique(compact(companion)).cpu().numpy()
+        numbers = numbers[numbers >= 0]
+        if len(numbers):
+            self.blocked.append((numbers, reason))
 
     def consume(self, key: Key, columns: Tensor) -> None:
         """Note what an axis was given: columns (positions, uses)."""
@@ -139,24 +140,34 @@ class Numbers:
         self.columns[key] = new
 
     def reasons(self) -> dict[int, str]:
-        """Why classes are blocked, by root."""
+        """Why classes that something produces are blocked, by root."""
         found: dict[int, str] = {}
-        roots = self.roots()
-        for number, reason in self.blocked.items():
-            found.setdefault(int(roots[number]), reason)
+        roots, produced = self.roots(), self._produced()
+        for numbers, reason in self.blocked:
+            own = roots[numbers]
+            for root in np.unique(own[produced[own]]).tolist():
+                found.setdefault(root, reason)
         return found
 
     def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
-        """Per class, by its root, the axes that it lies on, with the number of its entries and the first of them."""
-        roots = np.append(self.roots(), NONE)  # of the number -1 too
+        """Per class that something produces, by its root, its axes, with the number of its entries and the first."""
+        roots, produced = np.append(self.roots(), NONE), self._produced()  # of the number -1 too
         parts = {key: roots[first : first + count] for key, (first, count) in self._first.items()}
         columns = {key: roots[np.maximum(numbers, NONE)] for key, numbers in self.columns.items()}
         found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
         for key, part in (*parts.items(), *columns.items()):
-            classes = np.unique(part, return_index=True, return_counts=True)
+            kept = np.flatnonzero(produced[part])
+            classes = np.unique(part[kept], return_index=True, return_counts=True)
             for root, first, count in zip(*(each.tolist() for each in classes), strict=True):
-                if root >= 0:
-                    found[root].append((key, count, first))
+                found[root].append((key, count, int(kept[first])))
+        return found
+
+    def _produced(self) -> NDArray[np.bool_]:
+        """Per number whether it is the root of what a layer gives or what fills up; bare tensors have many more."""
+        found = np.zeros(self.count + 1, dtype=bool)  # the last is of NONE
+        for (_, side), (first, count) in self._first.items():
+            if side != ENTRY:
+                found[self.roots()[first : first + count]] = True
         return found
 
 
