@@ -177,8 +177,8 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
         before, steps, problem = sources, (), None
         if len(sources) == 1:
             before, steps = _steps(tape, step, sources[0], value, site)
-            if is_narrow(tape, step, hot, site):
-                steps = [replace(each, alone=True) if isinstance(each, _TO_HEADS) else each for each in steps]
+            if any(isinstance(each, _TO_HEADS) for each in steps) and is_narrow(tape, step, hot, site):
+                steps = [replace(each, alone=True) for each in steps]  # pyright: ignore[reportCallIssue]
         elif common:
             before, steps = [next(iter(common))], [Activation(f"composite {_name(step)}")]
         elif not sources:

@@ -32,6 +32,8 @@ from growconv.statistics.sums import full_precision, is_exact
 JOINT_BYTES = 8 * 2**20
 """What the common input of several producers, which is made anew for each consumer, may take at once."""
 
+_CHOICES = {"reduction": ("mean", "sum"), "path": PATHS, "nonfinite": ("error", "skip")}
+
 Average = Callable[[dict[str, PairStatistics]], dict[str, PairStatistics]]
 
 
@@ -123,20 +125,18 @@ class StatisticsCollector:
         self.model = unwrapped(model)
         self.sites = tuple(map(self._checked, (sites,) if isinstance(sites, Site) else sites))
         self.quantities = _checked_quantities(quantities, full, keep_samples)
-        for label, value, allowed in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("path", path, PATHS),
-            ("nonfinite", nonfinite, ("error", "skip")),
-        ):
-            if value not in allowed:
-                raise ArgumentValueError(f"there is no such {label}", expected=" or ".join(allowed), got=repr(value))
-        for label, value, least in (
-            ("scratch_bytes", scratch_bytes, 1),
-            ("hold_bytes", hold_bytes, 0),
-            ("moments_every", moments_every, 1),
-        ):
-            if value is not None and value < least:
-                raise ArgumentValueError(f"{label} must be at least {least}", got=value)
+        for label, value in {"reduction": reduction, "path": path, "nonfinite": nonfinite}.items():
+            if value not in _CHOICES[label]:
+                expected = " or ".join(_CHOICES[label])
+                raise ArgumentValueError(f"there is no such {label}", expected=expected, got=repr(value))
+        least = {
+            "scratch_bytes": (scratch_bytes, 1),
+            "hold_bytes": (hold_bytes, 0),
+            "moments_every": (moments_every, 1),
+        }
+        for label, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ArgumentValueError(f"{label} must be at least {lowest}", got=value)
         self.reduction = reduction
         self.keep_samples = keep_samples
         self.path = path
