@@ -160,7 +160,7 @@ class Tape(Watch):
         return layers.is_dropout(module) or super()._is_one_call(module)
 
     def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or not given.numel():
             return
         number = self.number(given)
         if not layers.is_dropout(module):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from traceback import walk_tb
 from types import FrameType
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -226,6 +227,8 @@ class _Mode(Watch):
         numbers = self.numbers
         if not isinstance(output, Tensor):
             numbers.block(self.companion(given), f"{path} gives no single tensor")
+            return
+        if not given.numel():  # as what is cut out for boxes where there are none: it shows nothing
             return
         self.calls[path] = self.calls.get(path, 0) + 1
         self.trail.append(Ran(path))
@@ -734,7 +737,7 @@ class _Mode(Watch):
 def _tells(path: str, module: nn.Module, sizes: list[int], parts: list[list[int]], found: Literals) -> bool:
     """Whether attributes of a module are sizes of some parts; they are added to what was found."""
     for name, value in vars(module).items():
-        if isinstance(value, list | tuple) and len(value) == len(sizes) > 1 and list(value) == sizes:
+        if _are_sizes(value) and len(value) == len(sizes) > 1 and list(value) == sizes:
             for index, part in enumerate(parts):
                 found.setdefault((path, name, index), part)
             return True
@@ -746,10 +749,14 @@ def _tells(path: str, module: nn.Module, sizes: list[int], parts: list[list[int]
             if isinstance(value, int) and value == size:
                 found.setdefault((path, name, None), part)
                 told = True
-            elif isinstance(value, list | tuple) and all(type(v) is int for v in value) and size in value:
+            elif _are_sizes(value) and size in value:
                 found.setdefault((path, name, len(value) - 1 - list(value)[::-1].index(size)), part)
                 told = True
     return told
+
+
+def _are_sizes(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, list | tuple) and all(type(each) is int for each in value)
 
 
 def _is_own(frame: FrameType) -> bool:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
+from growconv.network.event import grow
 from growconv.network.find import explain_sites, find_sites, site
+from growconv.network.proof import silent_growth
 from tests.network import referee, zoo
 from tests.network.between_layers import CASES
 from tests.network.hand import Net
@@ -279,3 +281,26 @@ def test_a_model_that_training_gives_more_is_refused_without_it_in_words_that_he
     assert [site.name for site in sites] == ["a -> b, extra"]
     table = explain_sites(Detector(), (images,), modes=("eval",))
     assert "extra is used by none of the examples" in str(table[0].reason)
+
+
+def test_a_call_with_nothing_in_it_hides_no_other() -> None:
+    """A head for boxes of which there are none in eval mode."""
+
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(m.a(x))
+        boxes = y if m.training else y[:0]
+        return m.b(y), m.up(F.relu(m.norm(m.mask(boxes))))
+
+    parts = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 2, 1), "mask": nn.Conv2d(4, 5, 1), "norm": nn.BatchNorm2d(5)}
+    model = referee.prepared(Net(forward, **parts, up=nn.Conv2d(5, 2, 1)))
+    example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    sites = find_sites(model, example)
+    assert [site.name for site in sites] == ["a -> b, mask", "mask -> up"]
+    with torch.no_grad():
+        old = model.train()(example)
+    for each in sites:
+        grow(model, each, silent_growth(each, 2), 0.0)
+    with torch.no_grad():
+        assert all(torch.allclose(new, before) for new, before in zip(model(example), old, strict=True))
+    table = {row.path: row.reason for row in explain_sites(model, example, modes=("eval",))}
+    assert table["mask"] == "none of the examples calls it"

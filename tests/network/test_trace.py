@@ -274,3 +274,9 @@ def test_a_gate_of_all_channels_is_blocked_and_not_the_means_that_it_multiplies(
     assert classes(numbers) == [[0], [1], [2], [3]]
     assert not _blocked(numbers, "a")
     assert _blocked(numbers, "gate") == set(numbers.range_of(("gate", OUT)))
+
+
+def test_an_attribute_that_is_a_list_of_tensors_tells_no_sizes() -> None:
+    model = Net(lambda m, x: m.b(torch.cat(m.a(x).split([1, 3], 1), 1)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1))
+    model.anchors = [torch.ones(4, 4), torch.ones(4, 4)]
+    assert not looked(model, torch.randn(1, 3, 5, 5)).reasons().keys() & {0, 1, 2, 3}
