@@ -47,6 +47,9 @@ RESIZING |= _names(
 )
 """Every location of the result reads many locations of the same entry of the leading axes."""
 
+CUTTING = _names("roi_align roi_pool")
+"""The same of axis 1 alone: parts of any sample, as torchvision cuts them out for boxes."""
+
 REPEATABLE = _names("mean amax amin max min var std var_mean std_mean median")
 """Reductions whose result stays as it is when every entry comes twice; see `is_repeatable`."""
 
@@ -96,7 +99,8 @@ WRITING = _names("copy_ index_put_ _index_put_impl_ masked_scatter_ index_copy_ 
 PRODUCTS = _names("mm bmm addmm baddbmm")
 """Matrix products outside of layers."""
 
-_FOLLOWED = STRUCTURAL | RESIZING | REDUCING.keys() | NORMALIZING | LAYER_NORMS | CREATING | WRITING | PRODUCTS
+_FOLLOWED = STRUCTURAL | RESIZING | CUTTING | REDUCING.keys() | NORMALIZING | LAYER_NORMS
+_FOLLOWED |= CREATING | WRITING | PRODUCTS
 
 
 def in_steps(func: OpOverload) -> Callable | None:

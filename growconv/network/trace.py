@@ -426,13 +426,13 @@ class _Mode(Watch):
                 self._structural(func, name, args, kwargs, companions, results)
             elif name in operations.WRITING:
                 self._write(func, name, args, companions)
-            elif name in operations.RESIZING:
+            elif name in operations.RESIZING | operations.CUTTING:
                 for other in sources[1:]:
                     if name.startswith("max_unpool"):
                         self.numbers.unify(companions[id(args[0])], companions[id(other)])
                     else:
                         self.numbers.block(companions[id(other)], f"{name} takes places from it")
-                self._resize(companions[id(args[0])], results)
+                self._resize(companions[id(args[0])], results, name in operations.CUTTING)
             elif name in operations.REDUCING:
                 self._reduce(func, args, kwargs, companions[id(args[0])], results)
             elif name in operations.NORMALIZING:
@@ -608,9 +608,10 @@ class _Mode(Watch):
         else:
             self._block(companions.values(), "entries of it are written by index")
 
-    def _resize(self, companion: Tensor, results: list[Tensor]) -> None:
+    def _resize(self, companion: Tensor, results: list[Tensor], cutting: bool) -> None:
         leading = _same_leading(companion.shape, results[0].shape)
-        first = self.numbers.unify_along(range(leading, companion.dim()), compact(companion))
+        axes = [axis for axis in range(companion.dim()) if axis != 1] if cutting else range(leading, companion.dim())
+        first = self.numbers.unify_along(axes, compact(companion))
         for result in results:
             if result.dim() == results[0].dim():
                 self._put(result, first)

@@ -304,3 +304,41 @@ def test_a_call_with_nothing_in_it_hides_no_other() -> None:
         assert all(torch.allclose(new, before) for new, before in zip(model(example), old, strict=True))
     table = {row.path: row.reason for row in explain_sites(model, example, modes=("eval",))}
     assert table["mask"] == "none of the examples calls it"
+
+
+@torch.library.custom_op("growconv_tests::roi_pool", mutates_args=())
+def _cut_out(x: Tensor, boxes: Tensor) -> Tensor:
+    """Maps of 2 by 2 of the samples and from the corners that boxes (n, 3) tell."""
+    places = [(int(sample), int(row), int(column)) for sample, row, column in boxes.tolist()]
+    return torch.stack([x[n, :, row : row + 2, column : column + 2] for n, row, column in places])
+
+
+def _put_in(context: object, gradient: Tensor) -> tuple[Tensor, None]:
+    total = gradient.new_zeros(context.shape)
+    for each, (sample, row, column) in zip(gradient, context.boxes, strict=True):
+        total[sample, :, row : row + 2, column : column + 2] += each
+    return total, None
+
+
+def _keep_boxes(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.shape, ctx.boxes = inputs[0].shape, inputs[1].long().tolist()
+
+
+_cut_out.register_autograd(_put_in, setup_context=_keep_boxes)
+
+
+def test_maps_cut_out_for_boxes_keep_their_channels() -> None:
+    """The name is that of torchvision's operation, which cuts out finer."""
+    boxes = torch.tensor([[0.0, 1, 1], [1, 0, 2], [0, 2, 2], [1, 3, 0], [1, 1, 1]])
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        cut = _cut_out(F.relu(m.a(x)), boxes)
+        placed = torch.zeros(6, *cut.shape[1:], dtype=cut.dtype)
+        placed[torch.tensor([4, 2, 1, 0, 5])] = cut
+        return m.b(placed.flatten(1))
+
+    model = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Linear(16, 2)).double()
+    example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    sites = find_sites(model, example)
+    assert [site.name for site in sites] == ["a -> b"]
+    assert referee.untrained(referee.check(model, example, sites), example) == []
