@@ -17,6 +17,8 @@ from growconv.network.layout import ENTRY, Key
 
 NONE, SPOILT = -1, -2
 """Of an entry that belongs to no channel; of one that comes from an operation which failed."""
+MANY = 1 << 14
+"""Entries of a companion from which on it is worth while to look for repetitions."""
 Attribute = tuple[str, str, int | None]
 """A number that a module keeps: its path, the name, and the index where that is a list."""
 Literals = dict[Attribute, list[int]]
@@ -107,7 +109,7 @@ class Numbers:
 
     def unify(self, first: Tensor, second: Tensor, loosely: bool = False) -> None:
         """Tie the numbers of two companions of one shape, entry by entry."""
-        first, second = narrowed(first, second)
+        first, second = thinned(*narrowed(first, second))
         both = (first != second) & (first >= 0) & (second >= 0)
         if bool(both.any()):
             keys = torch.unique(first[both] * self.count + second[both]).cpu().numpy()
@@ -199,4 +201,21 @@ def narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     for axis in range(first.dim()):
         if first.shape[axis] > 1 and first.stride(axis) == 0 and second.stride(axis) == 0:
             first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
+    return first, second
+
+
+def thinned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of two companions of one shape, with what repeats itself along an axis left out: tokens behind another.
+
+    Small ones are returned as they are.
+    """
+    for axis in range(first.dim()) if first.numel() > MANY else ():
+        count = first.shape[axis] - 1
+        if count > 1:
+            ahead = [(each.narrow(axis, 1, count), each.narrow(axis, 0, count)) for each in (first, second)]
+            new = (ahead[0][0] != ahead[0][1]) | (ahead[1][0] != ahead[1][1])
+            kept = 1 + new.movedim(axis, 0).reshape(count, -1).any(1).nonzero().flatten()
+            if 2 * len(kept) < count:
+                kept = torch.cat([kept.new_zeros(1), kept])
+                first, second = (each.index_select(axis, kept) for each in (first, second))
     return first, second
