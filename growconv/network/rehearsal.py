@@ -434,8 +434,11 @@ class Widening:
             groups.setdefault(led[number], []).append(number)
         # the last first, so that along an axis with several of them blocks fall where one ends
         members = [[self.spaces[each] for each in (*own[::-1], ahead)] for ahead, own in groups.items()]
-        joint = [self._replaced(each, [len(space.roots) for space in each], False) for each in members]
-        return any(joint)
+        joint = False
+        for each in members:
+            if set(each) <= set(self.spaces):  # else one of them was joined to others before
+                joint |= self._replaced(each, [len(space.roots) for space in each], False)
+        return joint
 
     def _join(self, seeds: Iterable[int]) -> bool:
         """Make one space of those that only grow together: halves of a split, both branches of a shuffled unit.

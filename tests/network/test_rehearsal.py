@@ -193,6 +193,17 @@ def test_a_stream_and_what_its_blocks_cut_to_its_width_are_copied_together() -> 
     assert grown.model.norm.normalized_shape == (8,)
 
 
+def test_a_space_that_leads_one_and_follows_another_is_joined_once() -> None:
+    """As in PVT v2, where both are told in one rehearsal."""
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 1) for _ in range(4)]).double()
+    found = analyse(model, torch.randn(1, 4, 5, 5, dtype=torch.float64), rehearse=False)
+    widening = Widening(model, [], found.numbers, list(found.spaces))
+    first, second, third = widening.spaces
+    assert widening._join_copied({0: 1, 1: 2})
+    assert widening.spaces[1:] == [third]
+    assert widening.spaces[0].counts.keys() == first.counts.keys() | second.counts.keys()
+
+
 def test_a_size_that_is_left_open_is_no_number_of_channels() -> None:
     """As in ConvNeXt V2: a shape in an attribute with one size to be inferred."""
 
