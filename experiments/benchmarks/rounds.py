@@ -4,9 +4,8 @@
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.rounds --depths 20 --batch 128 --batches 20 --repeats 1
 
 CIFAR ResNets (He et al. 2016) on random 3×32×32 images; a round asks all pairs of a block for a quarter of their width,
-as by default, or with --streams the residual streams alone. Every round grows a copy of the same network. CPU time of
-one thread, a round and its steps in turn, medians; memory is what the process holds at its peak beyond what it held
-before.
+as by default, or the residual streams, or both (--sites). Every round grows a copy of the same network. CPU time of one
+thread, a round and its steps in turn, medians; memory is what the process holds at its peak beyond what it held before.
 """
 
 import argparse
@@ -61,9 +60,10 @@ def trained(depth: int, batch: Batch) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, optimizer
 
 
-def sites_of(model: nn.Module, batch: Batch, streams: bool) -> list[GrowthSite]:
-    """The sites between the two convolutions of a block, or the streams that several blocks add to."""
-    return [site for site in growconv.find_sites(model, batch[0][:2]) if (len(site.producers) > 1) == streams]
+def sites_of(model: nn.Module, batch: Batch, kind: str) -> list[GrowthSite]:
+    """The sites between the two convolutions of a block (pairs), those that several blocks add to (streams), or all."""
+    found = growconv.find_sites(model, batch[0][:2])
+    return [site for site in found if kind in ("all", "streams" if len(site.producers) > 1 else "pairs")]
 
 
 def peak(work: Callable[[], object]) -> float:
@@ -81,11 +81,11 @@ def _status(name: str) -> float:
     return 1024 * float(line.split()[1])
 
 
-def measured(depth: int, method: str, batches: list[Batch], repeats: int, streams: bool) -> list[object]:
+def measured(depth: int, method: str, batches: list[Batch], repeats: int, kind: str) -> list[object]:
     """A row of the table."""
     model, optimizer = trained(depth, batches[0])
     held = peak(lambda: step(model, optimizer, batches[0]))
-    sites = sites_of(model, batches[0], streams)
+    sites = sites_of(model, batches[0], kind)
     rounds, shares, peaks = [], [], []
     for _ in range(repeats):
         grown, own = copy.deepcopy((model, optimizer))
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=2, help="growth batches, a part of which is held out")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--streams", action="store_true")
+    parser.add_argument("--sites", choices=("pairs", "streams", "all"), default="pairs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FewSamplesWarning)
@@ -123,7 +123,7 @@ def main() -> None:
     rows = []
     for method in arguments.methods:
         for depth in arguments.depths:
-            rows.append(measured(depth, method, batches, arguments.repeats, arguments.streams))
+            rows.append(measured(depth, method, batches, arguments.repeats, arguments.sites))
             print(*rows[-1], sep="\t", flush=True)
     print(f"\n{machine()}; {versions()}\n\n{markdown_table(COLUMNS, rows)}")
 
