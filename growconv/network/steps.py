@@ -156,9 +156,8 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
     """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up."""
     hot, made = hot_values(tape, site)
     ways: dict[int, list[Way]] = {}
-    alike: dict[
-        int, dict[int, None]
-    ] = {}  # per value those from which alone it is computed entry by entry, nearest first
+    # per value those from which alone it is computed entry by entry, nearest first
+    alike: dict[int, dict[int, None]] = {}
     for value in sorted(hot):  # in the order in which they were made
         step = tape.makers.get(value)
         if step is None:
