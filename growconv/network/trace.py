@@ -351,9 +351,9 @@ class _Mode(Watch):
     def _near(self) -> set[int]:
         """The numbers that the function holds which called the operation."""
         frame = sys._getframe()
-        while frame is not None and not _is_own(frame):
+        while frame is not None and frame.f_code is not look.__code__ and not _is_own(frame):
             frame = frame.f_back
-        held = self._held(frame) if frame is not None else []
+        held = self._held(frame) if frame is not None and _is_own(frame) else []  # nothing of who looks at the model
         return {number for companion in held for number in torch.unique(compact(companion)).tolist() if number >= 0}
 
     def reshaped(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
