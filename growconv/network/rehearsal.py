@@ -586,7 +586,9 @@ class Widening:
         while counting and still.reasons and not one and self.bound != before | self.numbers.literals.keys():
             self.bound = before | self.numbers.literals.keys()
             still = self._attempt(live)  # which may tell of more of them
-        if still.reasons.keys() < together:
+        # or the code runs to its end only now, and all that fails then follows channels that are known
+        onward = failed.supposed and not still.supposed and still.reasons.keys() == still.led.keys()
+        if still.reasons.keys() < together or onward:
             return still
         for place in counting[:8] if one else ():  # others have the number of the channels by chance
             self.bound = before | {place}
