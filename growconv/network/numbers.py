@@ -109,7 +109,7 @@ class Numbers:
 
     def unify(self, first: Tensor, second: Tensor, loosely: bool = False) -> None:
         """Tie the numbers of two companions of one shape, entry by entry."""
-        first, second = thinned(*narrowed(first, second))
+        first, second = unrepeated(*narrowed(first, second))
         both = (first != second) & (first >= 0) & (second >= 0)
         if bool(both.any()):
             keys = torch.unique(first[both] * self.count + second[both]).cpu().numpy()
@@ -204,7 +204,7 @@ def narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def thinned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def unrepeated(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs of two companions of one shape, with what repeats itself along an axis left out: tokens behind another.
 
     Small ones are returned as they are.

@@ -261,9 +261,8 @@ def _together(parts: Sequence[Mapping[str, Tensor]], axis: int) -> Mapping[str, 
     """The new entries of several sites, one after the other along an axis."""
     if len(parts) < 2:
         return parts[0] if parts else {}
-    device = next(iter(parts[0].values())).device
     names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: torch.cat([part[name].to(device) for part in parts], axis) for name in names}
+    return {name: torch.cat([part[name].to(parts[0][name].device) for part in parts], axis) for name in names}
 
 
 # ------------------------------------------------------------------------------------------ new entries

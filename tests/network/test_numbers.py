@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from growconv.network import numbers as numbers_module
 from growconv.network.layout import OUT
-from growconv.network.numbers import Numbers, thinned
+from growconv.network.numbers import Numbers, unrepeated
 
 
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
@@ -42,7 +42,7 @@ def test_what_repeats_itself_is_left_out_and_no_pair_is_lost(shape: list[int], k
         return set(zip(*(each.flatten().tolist() for each in companions), strict=True))
 
     with mock.patch.object(numbers_module, "MANY", 0):
-        thin = thinned(first, second)
+        thin = unrepeated(first, second)
     assert pairs(thin) == pairs((first, second))
     assert thin[0].shape == thin[1].shape
     assert all(new <= old for new, old in zip(thin[0].shape, shape, strict=True))
