@@ -193,6 +193,39 @@ def test_a_stream_and_what_its_blocks_cut_to_its_width_are_copied_together() -> 
     assert grown.model.norm.normalized_shape == (8,)
 
 
+class Stage(nn.Module):
+    """A layer that takes the channels it was made for alone, and a block as in Focal."""
+
+    def __init__(self, given: int, width: int) -> None:
+        super().__init__()
+        self.given, self.embed = given, nn.Linear(given, width)
+        self.norm, self.into = nn.LayerNorm(width), nn.Linear(width, 2 * width + 1)
+        self.mix, self.back = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.given:
+            raise ValueError("this is not the number of channels in the configuration")
+        y = self.embed(x)
+        query, context, gate = self.into(self.norm(y)).split([y.shape[-1], y.shape[-1], 1], -1)
+        return y + self.back(query * self.mix(F.gelu(context) * gate))
+
+
+def test_code_that_checks_its_widths_between_such_streams_takes_no_more_rehearsals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As FocalNet: once all attributes follow, all streams fail in one rehearsal, and are joined after it."""
+    model = nn.Sequential(Stage(3, 4), Stage(4, 6), Stage(6, 5), nn.Linear(5, 2))
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    verdicts: list[Verdict] = []
+    attempt = Widening._attempt
+    monkeypatch.setattr(Widening, "_attempt", lambda *given: verdicts.append(attempt(*given)) or verdicts[-1])
+    model = referee.prepared(model)
+    sites = find_sites(model, x)
+    assert [(site.copied, site.width) for site in sites] == [(True, 4), (True, 6), (True, 5)]
+    assert [len(verdict.reasons) > 0 for verdict in verdicts] == [True, True, False]
+    referee.check(model, x, sites, units=[1, 1, 1])
+
+
 def test_a_space_that_leads_one_and_follows_another_is_joined_once() -> None:
     """As in PVT v2, where both are told in one rehearsal."""
     model = nn.Sequential(*[nn.Conv2d(4, 4, 1) for _ in range(4)]).double()
