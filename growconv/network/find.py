@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, TraceError
 from growconv.network import layers
 from growconv.network.classes import Space, mark_copied, spaces_of
+from growconv.network.failures import LookFailed
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout
 from growconv.network.model import (
     copied,
@@ -29,7 +30,7 @@ from growconv.network.proof import Proof, awake
 from growconv.network.rehearsal import Example, Widening
 from growconv.network.site import GrowthSite, Route, sizes_of
 from growconv.network.steps import routes_of
-from growconv.network.trace import LookFailed, look, owned_tensors
+from growconv.network.trace import look, owned_tensors
 
 MODES = {"eval": False, "train": True}
 

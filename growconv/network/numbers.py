@@ -1,9 +1,4 @@
-"""Numbers of channels, and which of them live and die together.
-
-Every tensor of a model that runs has a companion of its shape that holds, for each entry, the number of the channel
-that it belongs to (`network.trace`). Companions are constant along most axes; there they have stride 0, which keeps
-them small.
-"""
+"""Numbers of channels, and which of them live and die together."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,12 +8,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from growconv.network.companions import NONE, SPOILT, compact, narrowed, unrepeated
 from growconv.network.layout import ENTRY, Key
 
-NONE, SPOILT = -1, -2
-"""Of an entry that belongs to no channel; of one that comes from an operation which failed."""
-MANY = 1 << 14
-"""Entries of a companion from which on it is worth while to look for repetitions."""
 Attribute = tuple[str, str, int | None]
 """A number that a module keeps: its path, the name, and the index where that is a list."""
 Literals = dict[Attribute, list[int]]
@@ -185,37 +177,3 @@ def _lowest(labels: NDArray[np.int64], ties: Sequence[NDArray[np.int64]]) -> NDA
         np.minimum.at(labels, np.maximum(first, second), np.minimum(first, second))
         while (further := labels[labels]).tobytes() != labels.tobytes():
             labels = further
-
-
-def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:
-    """The companion with every axis along which it is constant by stride 0 cut to one entry, but for those to keep."""
-    kept = set(keep)
-    for axis in range(companion.dim()):
-        if axis not in kept and companion.shape[axis] > 1 and companion.stride(axis) == 0:
-            companion = companion.narrow(axis, 0, 1)
-    return companion
-
-
-def narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two companions of one shape, axes along which both are constant cut to one entry."""
-    for axis in range(first.dim()):
-        if first.shape[axis] > 1 and first.stride(axis) == 0 and second.stride(axis) == 0:
-            first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
-    return first, second
-
-
-def unrepeated(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of two companions of one shape, with what repeats itself along an axis left out: tokens behind another.
-
-    Small ones are returned as they are.
-    """
-    for axis in range(first.dim()) if first.numel() > MANY else ():
-        count = first.shape[axis] - 1
-        if count > 1:
-            ahead = [(each.narrow(axis, 1, count), each.narrow(axis, 0, count)) for each in (first, second)]
-            new = (ahead[0][0] != ahead[0][1]) | (ahead[1][0] != ahead[1][1])
-            kept = 1 + new.movedim(axis, 0).reshape(count, -1).any(1).nonzero().flatten()
-            if 2 * len(kept) < count:
-                kept = torch.cat([kept.new_zeros(1), kept])
-                first, second = (each.index_select(axis, kept) for each in (first, second))
-    return first, second

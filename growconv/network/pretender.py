@@ -1,15 +1,20 @@
 """A copy of a model that looks wider and computes nothing, for a while."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map
 
 from growconv.errors import SurgeryError
-from growconv.network import layers
+from growconv.network import layers, operations
+from growconv.network.companions import broadcasts, has_memory
 from growconv.network.layout import FILL, OUT, Layout
 from growconv.network.model import module_at, named_modules
 
@@ -98,3 +103,30 @@ def _lengthen(
     longer = longer.expand(*tensor.shape[:axis], int(tensor.shape[axis] * factor), *tensor.shape[axis + 1 :])
     longer = nn.Parameter(longer, False) if learnt else longer.clone()
     _put(undo, holder, name, made.setdefault((id(tensor), axis, factor), longer))
+
+
+def computed(func: OpOverload, args: tuple, kwargs: dict[str, object], sources: Sequence[Tensor]) -> object:
+    """What an operation gives on outputs of pretending layers, which are one entry again and again.
+
+    What is computed entry by entry of those alone is so too; before something else is written to one it gets memory.
+    """
+    writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+    if sources and operations.is_pointwise(func) and all(map(_is_one_entry, sources)):
+        shape = max((each.shape for each in sources), key=lambda shape: (len(shape), math.prod(shape)))
+        fits = all(broadcasts(each.shape, shape) for each in sources) and (not writes or shape == args[0].shape)
+    else:
+        shape, fits = torch.Size(), False
+
+    def first(value: object) -> object:
+        return value.as_strided([1] * value.dim(), [1] * value.dim()) if isinstance(value, Tensor) else value
+
+    if fits:
+        output = func(*map(first, args), **{name: first(value) for name, value in kwargs.items()})
+        return args[0] if writes else tree_map(lambda leaf: leaf.expand(shape), output)
+    if writes and isinstance(args[0], Tensor) and not has_memory(args[0]):
+        args[0].set_(args[0].contiguous())  # pyright: ignore[reportArgumentType]
+    return func(*args, **kwargs)
+
+
+def _is_one_entry(tensor: Tensor) -> bool:
+    return all(size == 1 or stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

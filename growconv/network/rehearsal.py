@@ -18,11 +18,12 @@ from torch import nn
 
 from growconv.network import layers
 from growconv.network.classes import Space, Torn, joined, runs_of
+from growconv.network.failures import Failure, LookFailed, Ran
 from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Run, SizeAttribute, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
 from growconv.network.numbers import Attribute, Numbers
 from growconv.network.pretender import pretending
-from growconv.network.trace import Failure, LookFailed, Ran, look
+from growconv.network.trace import look
 
 MORE_UNITS = (1, 2, 3)
 """Units that neighbouring spaces get in a rehearsal: different ones, so that spaces that only grow together show."""
