@@ -1,7 +1,7 @@
 """Channel classes: what lives and dies together, gathered into channel spaces whose positions form runs."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
 from growconv.network.numbers import Numbers
+
+Signature = frozenset[tuple[Key, int]]
+"""The axes that a class lies on, with its entries on each; bare parameters and buffers left out."""
 
 
 @dataclass(eq=False)
@@ -23,11 +26,7 @@ class Space:
             convolutions that are widened inside every group).
         neighbours: a unit takes neighbouring classes instead (even and odd channels that go different ways).
         reason: why it cannot grow; None as long as nothing speaks against it.
-        first: why it cannot grow as it was taken to at first.
-        tried: numbers of blocks that were found not to fit, and whether of neighbours.
         copied: its channels depend on each other in a way that only copies of all of them leave alone.
-        alone: it was tried whether it grows together with others.
-        cleared: it was found to fail only together with others.
         lies: of a space made of several, per axis the block of every entry of a unit, ascending; `counts` is 1 there.
     """
 
@@ -36,11 +35,7 @@ class Space:
     blocks: int = 1
     neighbours: bool = False
     reason: str | None = None
-    first: str | None = None
-    tried: set[tuple[int, bool]] = field(default_factory=set)
     copied: bool = False
-    alone: bool = False
-    cleared: bool = False
     lies: dict[Key, list[int]] = field(default_factory=dict)
 
     @property
@@ -60,6 +55,11 @@ class Space:
     def paths(self, *sides: str) -> tuple[str, ...]:
         """The layers whose axes of these sides the classes lie on, in forward order."""
         return tuple(dict.fromkeys(path for path, side in self.counts if side in sides))
+
+
+def signature(counts: Mapping[Key, int], bare: Container[str]) -> Signature:
+    """The signature of a class with so many entries on each axis; `bare` are the paths that are left out."""
+    return frozenset(each for each in counts.items() if each[0][0] not in bare)
 
 
 def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
@@ -121,7 +121,8 @@ def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Se
         columns += [member.roots[start + block : start + units * rate : rate] for block in range(rate)]
     keys = sorted(lies, key=lambda key: _place(key, {path: place for place, path in enumerate(order)}))
     roots = [root for unit in zip(*columns, strict=True) for root in unit]
-    return Space(roots, dict.fromkeys(keys, 1), len(columns), neighbours=True, lies=lies)
+    copied = any(member.copied for member in members)
+    return Space(roots, dict.fromkeys(keys, 1), len(columns), neighbours=True, copied=copied, lies=lies)
 
 
 def mark_copied(numbers: Numbers, spaces: Sequence[Space]) -> None:

@@ -27,10 +27,11 @@ from growconv.network.numbers import Numbers
 from growconv.network.plan import shared_names, tied_weights
 from growconv.network.pretender import pretending
 from growconv.network.proof import Proof, awake
-from growconv.network.rehearsal import Example, Widening
+from growconv.network.rehearsal import Example
 from growconv.network.site import GrowthSite, Route, sizes_of
 from growconv.network.steps import routes_of
 from growconv.network.trace import look, owned_tensors
+from growconv.network.widening import Widening
 
 MODES = {"eval": False, "train": True}
 
@@ -248,7 +249,7 @@ def analyse(
                 break
             for number, reason in failed.items():
                 spaces[number].reason = reason
-            found.layout = widening.relay()
+            found.layout = widening.arrangement.relay()
             sites = _sites(found)
         found.of_space = _routed(sites, twin, examples)
     return found
