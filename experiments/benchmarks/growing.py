@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
+from growconv.network.analysis import analyse
 from growconv.network.event import GrowthEvent, apply_edits, grow
-from growconv.network.find import LayerRow, analyse, rows_of
+from growconv.network.find import LayerRow, rows_of
 from growconv.network.layout import IN, OUT
 from growconv.network.model import attribute, same_chance, tensors_in
 from growconv.network.plan import plan_size

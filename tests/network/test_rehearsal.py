@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growconv.network.find import analyse, explain_sites, find_sites
+from growconv.network.analysis import analyse
+from growconv.network.find import explain_sites, find_sites
 from growconv.network.layout import IN, Run
 from growconv.network.rehearsal import Rehearsal, Verdict
 from tests.network import referee

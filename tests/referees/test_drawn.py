@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growconv.network.find import analyse, explain_sites, find_sites, rows_of
+from growconv.network.analysis import analyse
+from growconv.network.find import explain_sites, find_sites, rows_of
 from tests.network import drawn, referee
 
 EVERYTHING_GROWS = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from growconv.network.find import analyse, rows_of
+from growconv.network.analysis import analyse
+from growconv.network.find import rows_of
 from tests.network import referee
 
 
