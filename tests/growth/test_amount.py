@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy
 from growconv.errors import ScheduleError
 from growconv.growth import GrowthScheduler
 from growconv.growth.amount import Exponential, Fraction, ToWidth
-from growconv.network.site import GrowthSite
 from growconv.solvers import SOLVERS
 from tests.growth.made_up import situation
+from tests.methods import METHODS
 
 
 def test_fraction_counts_from_the_initial_width(three):
@@ -44,7 +44,7 @@ def test_exponential_widths_follow_the_paper(three, chain, sites_of):
     assert all((after - before) % 2 == 0 for before, after in itertools.pairwise(widths))
 
 
-@pytest.mark.parametrize("method", sorted(name for name in SOLVERS if SOLVERS[name].serves is GrowthSite))
+@pytest.mark.parametrize("method", METHODS)
 def test_the_number_is_left_to_methods_that_can_tell_it(method, chain, sites_of, batches_of):
     model = chain(3, 4)
     if not SOLVERS[method].counts:

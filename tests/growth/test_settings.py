@@ -15,14 +15,12 @@ from growconv.growth.stop import Budget, NoGain, TargetAccuracy
 from growconv.growth.when import AllOf, AnyOf, AtSteps, Every, GainAbove, fallen, too_late
 from growconv.growth.where import All, Best, Greedy, RankTrigger, RoundRobin, as_where
 from growconv.network.find import find_sites
-from growconv.network.site import GrowthSite
-from growconv.solvers import SOLVERS
 from growconv.training.config import compose, plain
 from growconv.training.experiment import cautions
 from growconv.training.schedules import decay_begins, lr_factor
+from tests.methods import METHODS
 
 LOSS = nn.functional.cross_entropy
-METHODS = sorted(name for name in SOLVERS if SOLVERS[name].serves is GrowthSite)
 
 
 def test_short_forms_mean_what_the_scheduler_says():

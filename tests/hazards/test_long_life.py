@@ -13,13 +13,10 @@ import growconv
 from growconv.errors import GrowthError
 from growconv.growth.scheduler import GrowthScheduler
 from growconv.network.find import find_sites
-from growconv.network.site import GrowthSite
 from growconv.solvers.base import SOLVERS
+from tests.methods import METHODS
 
 LOSS = nn.functional.cross_entropy
-METHODS = sorted(
-    name for name, each in SOLVERS.items() if each.__module__.startswith("growconv.") and each.serves is GrowthSite
-)
 
 
 def build(width=4, classes=10):

@@ -12,14 +12,14 @@ from torch import nn
 import growconv
 from growconv.errors import GrowthError
 from growconv.network.site import GrowthSite
-from growconv.solvers import SOLVERS, get_solver
+from growconv.solvers import get_solver
 from growconv.statistics import PairStatistics
+from tests.methods import METHODS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fewer kept"),
     pytest.mark.filterwarnings("ignore:.*what lies between"),
 ]
-METHODS = sorted(name for name in SOLVERS if SOLVERS[name].serves is GrowthSite)
 READING = [name for name in METHODS if get_solver(name).reads]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import growconv
 from growconv.errors import GrowthError
 from growconv.network.site import GrowthSite
-from growconv.solvers import SOLVERS, get_solver
+from growconv.solvers import get_solver
+from tests.methods import METHODS
 from tests.network import hand
 from tests.network.between_layers import shuffled_units
 
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*what lies between"),
 ]
-METHODS = sorted(name for name in SOLVERS if SOLVERS[name].serves is GrowthSite)
 CLOSED = {"tiny", "exact", "gradmax"}
 
 

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 
 from growconv.cli import run_name
 from growconv.errors import ConfigError
-from growconv.network.site import GrowthSite
 from growconv.solvers.base import SOLVERS
 from growconv.training import options
 from growconv.training.config import call_target, compose, conf_dir, differences, locate, plain, variants
+from tests.methods import METHODS
 
 LIBRARIES = ("timm", "torchvision", "transformers", "pytorchcv")
 GROUPS = ("data", "model", "growth", "optimizer", "lr_schedule", "trainer", "logger", "experiment")
@@ -37,9 +37,7 @@ def test_every_file_of_every_group_composes(group, name):
 def test_every_solver_of_channels_has_a_file_with_its_hyperparameters():
     """growth.solver in YAML mirrors the solver's dataclass, names and defaults."""
     files = {name for group, name in CHOICES if group == "growth"} - {"none"}
-    assert files == {
-        name for name, each in SOLVERS.items() if each.__module__.startswith("growconv.") and each.serves is GrowthSite
-    }
+    assert files == set(METHODS)
     for name in files:
         written = plain(compose([f"growth={name}"]))["growth"]["solver"]
         default = SOLVERS[name]()
