@@ -28,6 +28,20 @@ def blocks(page):
     return [match.groups() for match in BLOCK.finditer(page.read_text())]
 
 
+def write_files(found, folder):
+    """Write the blocks that have a title to the files of that name."""
+    for language, title, text in found:
+        if title and language in ("python", "yaml"):
+            (folder / title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / title).write_text(text)
+
+
+def forget_modules(folder):
+    """Take back the imports of files below a folder: another page has files of the same names."""
+    for name in [name for name, module in sys.modules.items() if str(folder) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=WARN if page.name in TRAINERS else []) for page in PAGES],
@@ -43,10 +57,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
         run = ["trainer.epochs=2", "data.limit=160", "growth=random", "growth.times=1", "baselines=[large]"]
         assert main([*run, "hydra.run.dir=runs/first", "trainer.progress=none"]) == 0
         capsys.readouterr()
-    for language, title, text in found:
-        if title and language in ("python", "yaml"):
-            (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / title).write_text(text)
+    write_files(found, tmp_path)
     printed = ""
     for language, title, text in found:
         if language == "python" and not title:
@@ -54,10 +65,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
             printed = capsys.readouterr().out
         elif language == "text":
             assert printed.split() == text.split()
-    for module in [
-        name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))
-    ]:
-        del sys.modules[module]
+    forget_modules(tmp_path)
 
 
 def test_the_examples_of_the_readme_print_what_they_say(capsys):
@@ -170,12 +178,10 @@ def test_every_command_line_that_is_shown_is_accepted(tmp_path, monkeypatch, cap
 
 
 def test_one_file_and_one_yaml_add_a_method_to_the_command_line(tmp_path):
-    for _, title, text in blocks(ROOT / "docs" / "how-to" / "own-method.md"):
-        if title:
-            (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / title).write_text(text)
+    write_files(blocks(ROOT / "docs" / "how-to" / "own-method.md"), tmp_path)
     arguments = (
-        "--config-dir my_conf growth=mirror growth.solver.scale=0.5 growth.times=1 trainer.epochs=1 baselines=[]"
+        "--config-dir my_conf growth=mirror growth.solver.scale=0.5 growth.times=1 trainer.epochs=1 baselines=[] "
+        "report=false"
     )
     done = subprocess.run(
         [sys.executable, "-m", "growconv", *arguments.split(), f"hydra.run.dir={tmp_path}/run"],
@@ -199,31 +205,25 @@ def test_one_file_and_one_yaml_add_a_method_to_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["own-data.md", "own-model.md"])
 def test_the_commands_of_a_page_run(name, tmp_path, monkeypatch):
+    """One after the other in one process; the runs without what the page does not speak of: baselines and a report."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as the page asks for
     found = blocks(DOCS / "how-to" / name)
-    for _, title, text in found:
-        if title:
-            (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / title).write_text(text)
+    write_files(found, tmp_path)
     if name == "own-data.md":  # its first block writes the pictures
         exec(compile(next(text for language, title, text in found if language == "python"), name, "exec"), {})
-    commands = [
-        line.removeprefix("$ growconv ") for _, _, text in found for line in text.splitlines() if "$ grow" in line
+    typed = [
+        shlex.split(line.removeprefix("$ growconv "))
+        for _, _, text in found
+        for line in text.splitlines()
+        if "$ grow" in line
     ]
-    environment = {
-        "PYTHONPATH": f"{tmp_path}:{ROOT}",
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path),
-    }
-    for command in commands:
-        arguments = [sys.executable, "-m", "growconv", *shlex.split(command)]
-        done = subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "summary.json").is_file()
-    assert (tmp_path / "run" / "growth.jsonl").read_text()
+    for words in typed:
+        assert main(words if words[0] == "sites" else [*words, "baselines=[]", "report=false"]) == 0
+    for folder in {word.partition("=")[2] for words in typed for word in words if word.startswith("hydra.run.dir=")}:
+        assert (tmp_path / folder / "summary.json").is_file()
+        assert (tmp_path / folder / "growth.jsonl").read_text()
+    forget_modules(tmp_path)
 
 
 @pytest.mark.long  # make docs builds it too

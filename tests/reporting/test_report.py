@@ -12,6 +12,7 @@ import pytest
 
 from growconv.errors import CheckpointError
 from growconv.reporting import report
+from tests.reporting.conftest import write_run
 
 CHROMIUM = next(
     (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
@@ -64,12 +65,27 @@ class Page(html.parser.HTMLParser):
             self.text.append(data)
 
 
-def test_the_report_is_complete_and_needs_nothing_else(make_run):
-    run = make_run("run")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of a run like any other, for all who only read it."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "run")
     path = report.write_report(run)
-    text = path.read_text()
-    page = Page(text)
     assert path == run / "report.html"
+    return path.read_text()
+
+
+@pytest.fixture
+def not_laid_out(monkeypatch):
+    """Figures are made but neither laid out nor written, which takes most of the time: for tests of the words around.
+
+    Others write each kind of figure.
+    """
+    monkeypatch.setattr(report, "svg_text", lambda draw, title: f"{draw(False)} {draw(True)}")
+
+
+def test_the_report_is_complete_and_needs_nothing_else(written):
+    text = written
+    page = Page(text)
     assert re.findall(r"<h2>(.*?)</h2>", text) == SECTIONS
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
     assert page.tags.count("script") == 1
@@ -110,12 +126,16 @@ def test_everything_from_the_run_is_escaped(make_run):
     assert "$y$ ${tiles}" in shown
 
 
-def test_a_run_without_growth_and_one_that_goes_on_have_a_report(make_run):
+def test_a_run_without_growth_has_a_report(make_run):
     fixed = make_run("fixed", method="none", growth=False)
     text = report.write_report(fixed).read_text()
     assert "This run did not grow." in text
     assert "<h2>Widths</h2>" not in text
     assert "<h2>Network before and after</h2>" in text
+
+
+@pytest.mark.usefixtures("not_laid_out")
+def test_a_run_that_goes_on_has_a_report(make_run):
     running = make_run("running")
     (running / "summary.json").unlink()
     assert "unfinished, so far:" in report.write_report(running).read_text()
@@ -131,6 +151,7 @@ def test_methods_without_gains_or_predictions_leave_those_figures_out(make_run):
     assert sections == [name for name in SECTIONS if name not in SECTIONS[4:7]]
 
 
+@pytest.mark.usefixtures("not_laid_out")
 def test_the_command_to_reproduce_quotes_what_the_shell_would_split(make_run):
     run = make_run("run")
     command = ["/bin/growconv", "growth=tiny", "data.root=/my data", "hydra.run.dir=here"]
@@ -155,6 +176,7 @@ def test_runs_that_cannot_be_reported_say_why_and_leave_no_file(make_run, tmp_pa
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.usefixtures("not_laid_out")
 def test_the_fixed_networks_beside_a_run_are_in_its_report(make_run):
     run = make_run("run", accuracy=0.9)
     make_run("run/fixed_small", method="none", growth=False, accuracy=0.8125, parameters=100)
@@ -173,19 +195,17 @@ def test_the_fixed_networks_beside_a_run_are_in_its_report(make_run):
     assert "fixed_odd" in table
 
 
-def test_only_the_page_s_own_script_may_run(make_run):
-    text = report.write_report(make_run("run")).read_text()
-    script = re.search("<script>(.*?)</script>", text, re.DOTALL)[1]
+def test_only_the_page_s_own_script_may_run(written):
+    script = re.search("<script>(.*?)</script>", written, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in text
+    assert f"script-src 'sha256-{digest}'" in written
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 800, 400])
-def test_a_real_browser_shows_the_page_without_sideways_scrolling(make_run, tmp_path, width):
+def test_a_real_browser_shows_the_page_without_sideways_scrolling(written, tmp_path, width):
     """The page is measured by itself: a script is added to a copy, the DOM is dumped after it ran."""
-    text = report.write_report(make_run("run")).read_text()
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # it would stop the probe
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", written)  # it would stop the probe
     probe = """<script>
     const shown = [...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 0);
     const sizes = shown.flatMap(e => [...e.querySelectorAll('text')].map(t => t.getBoundingClientRect().height));
