@@ -237,7 +237,8 @@ def test_sites_on_a_terminal_of_80_columns(here):
 
 def test_ctrl_c_prints_the_command_that_goes_on(here, capsys):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "growconv", "growth=none", "trainer.epochs=400", "hydra.run.dir=a b/run"]
+    arguments = ["growth=none", "trainer.epochs=400", "data.limit=160", "hydra.run.dir=a b/run"]
+    command = [sys.executable, "-m", "growconv", *arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background does not
     with subprocess.Popen(command, preexec_fn=hears, **options) as run:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -33,61 +35,80 @@ def losses(folder):
     return [json.loads(line)["train_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-AND_THREADS = """
-import os, pathlib, sys
+# Runs one after the other, each in a process group of its own: the first meets at torchrun's store, which then knows
+# it, so that the others meet at ports of theirs. Before a run is resumed, rank 0 takes back its end.
+IN_TURN = """
+import json, os, pathlib, sys
 from growconv.cli import main
 
-code = main(sys.argv[1:])
+for port, arguments in json.loads(sys.argv[1]):
+    if port:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    if arguments[0].startswith("resume=") and os.environ["RANK"] == "0":
+        folder = pathlib.Path(arguments[0].partition("=")[2])
+        (folder / "summary.json").unlink()
+        (folder / "checkpoint" / "last.safetensors").rename(folder / "checkpoint" / "gone")
+    code = main(arguments)
+    if code != 0:
+        sys.exit(code)
 print(f"rank {os.environ['RANK']}:", *(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
-sys.exit(code)
 """
+WITHOUT_NORM = [*QUICK, "model.norm=none", "trainer.precision=64-true", "growth.times=2", "seed=3"]
 
 
-def torchrun(arguments, processes=2, start=("-m", "growconv")):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes leave and print: a run without norm, then one with batch norm that is resumed."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder.with_suffix(".py")
+    script.write_text(IN_TURN)
+    with socket.create_server(("localhost", 0)) as one, socket.create_server(("localhost", 0)) as other:
+        ports = [held.getsockname()[1] for held in (one, other)]
+    runs = [
+        [None, [*WITHOUT_NORM, "trainer.devices=2", f"hydra.run.dir={folder / 'plain'}"]],
+        [ports[0], [*QUICK, "growth=random", "trainer.epochs=2", "growth.times=2", f"hydra.run.dir={folder / 'norm'}"]],
+        [ports[1], [f"resume={folder / 'norm'}"]],
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), json.dumps(runs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *start, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert answer.returncode == 0, answer.stderr[:6000]
+    return folder, answer.stdout
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(two, tmp_path):
     """Five growth events, no norm, float64: growing and training agree far below 1e-5."""
-    arguments = [*QUICK, "model.norm=none", "trainer.precision=64-true", "growth.times=2", "seed=3"]
-    assert main([*arguments, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    script = tmp_path.with_suffix(".py")
-    script.write_text(AND_THREADS)
-    answer = torchrun([*arguments, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"], start=[script])
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    folder, said = two
+    assert main([*WITHOUT_NORM, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
     # Threads of the process group end with it: one that outlives it can abort the process as it ends.
-    assert "rank 1:" in answer.stdout
-    assert "gloo" not in answer.stdout
-    one, two = final(tmp_path / "one"), final(tmp_path / "two")
-    assert len(one.history) == len(two.history) >= 5
+    assert "rank 1:" in said
+    assert "gloo" not in said
+    one, both = final(tmp_path / "one"), final(folder / "plain")
+    assert len(one.history) == len(both.history) >= 5
     for name, tensor in one.model.items():
-        torch.testing.assert_close(two.model[name], tensor, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-7, atol=0)
+        torch.testing.assert_close(both.model[name], tensor, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(losses(folder / "plain"), losses(tmp_path / "one"), rtol=1e-7, atol=0)
     # One run directory, and nothing of rank 1's anywhere.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
-    # The other world sizes are refused on resume.
-    (tmp_path / "two" / "summary.json").unlink()
-    assert main([f"resume={tmp_path / 'two'}"]) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["norm", "plain"]
 
 
-def test_two_processes_resume_with_batch_norm(tmp_path, capfd):
-    folder = tmp_path / "run"
-    arguments = [*QUICK, "growth=random", "trainer.epochs=2", "growth.times=2", f"hydra.run.dir={folder}"]
-    answer = torchrun(arguments)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    expected = final(folder)
-    (folder / "summary.json").unlink()
-    (folder / "checkpoint" / "last.safetensors").rename(folder / "checkpoint" / "gone")
-    answer = torchrun([f"resume={folder}"])
-    assert answer.returncode == 0, answer.stderr[-3000:]
+def test_two_processes_resume_with_batch_norm(two):
+    folder = two[0] / "norm"
+    expected = read_checkpoint(folder / "checkpoint" / "gone")
     for name, tensor in final(folder).model.items():
         assert torch.equal(tensor, expected.model[name]), name
-    (folder / "summary.json").unlink()
-    assert main([f"resume={folder}"]) == 1
-    assert "expected: 2 processes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("plain", "torchrun --nproc-per-node=2"), ("norm", "expected: 2 processes")]
+)
+def test_another_number_of_processes_is_refused_on_resume(name, words, two, tmp_path, capfd):
+    """The one asked for 2 devices, the other took those that torchrun gave."""
+    run = shutil.copytree(two[0] / name, tmp_path / "run")
+    (run / "summary.json").unlink()
+    assert main([f"resume={run}"]) == 1
+    assert words in capfd.readouterr().err
 
 
 def test_fewer_processes_than_asked_for(tmp_path, capsys):

@@ -13,8 +13,9 @@ from growconv.training.experiment import run
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 RECIPES = sorted(path.stem for path in (conf_dir() / "experiment").glob("*_*_*.yaml"))  # METHOD_MODEL_DATA
-# what two steps of a full recipe need to be quick: few samples, a round at the first step
+# what two steps of a recipe need to be quick: few samples, a round at the first step, a quarter of the width
 QUICK = ["trainer.epochs=1", "trainer.batch_size=8", "trainer.eval_batch_size=8", "trainer.progress=none"]
+QUICK += ["model.width=0.25"]
 
 
 @pytest.fixture
