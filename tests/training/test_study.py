@@ -20,7 +20,7 @@ def write(folder, **changes):
         "name": "small",
         "base": ["data=digits", "data.limit=200", "growth.times=1", "growth.samples=64", "growth.batch_size=16"],
         "epochs": 2,
-        "seeds": [0],
+        "seeds": [0, 1],
         "baseline": "fixed_large",
         "equal_flops": ["fixed_large"],
         "variants": {"fixed_large": ["growth=none"], "random": ["growth=random"]},
@@ -31,7 +31,7 @@ def write(folder, **changes):
 
 
 def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    path = write(tmp_path)
+    path = write(tmp_path, seeds=[0])
     arguments = [str(path), "--processes", "2", "--runs", str(tmp_path / "runs")]
     assert main(["study", *arguments]) == 0
     results = (tmp_path / "RESULTS.md").read_text()
