@@ -112,10 +112,11 @@ class ModelCost:
         norms = sum(map(layers.is_norm, self.model.modules()))
         return 4 * self._entries(self.locations, OUT) * (1 + norms / max(1, len(self.locations)))
 
-    def held(self, site: Site) -> float:
-        """Approximate bytes of a site's x, h and v, per sample."""
+    def maps(self, site: Site) -> dict[tuple[str, str], float]:
+        """Approximate bytes of a site's x, h and v, per sample: by layer, and whether it reads or gives them."""
         site = site.measured
-        return 4 * (self._entries((*site.producers, *site.consumers), IN) + self._entries(site.consumers, OUT))
+        read = {(path, IN): 4 * self._entries([path], IN) for path in (*site.producers, *site.consumers)}
+        return read | {(path, OUT): 4 * self._entries([path], OUT) for path in site.consumers}
 
     def _entries(self, paths: Iterable[str], side: str) -> float:
         """Entries that layers read or give, per sample."""

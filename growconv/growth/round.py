@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from growconv.solvers.energy import Found, gains_known, until_known
 from growconv.solvers.gradmax import gradmax
 from growconv.statistics.accumulator import SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
+from growconv.statistics.pair import Updates, best_updates
 
 ROOM_BYTES = 2**23
 """What statistics and samples may take in any case. Beyond this, and beyond half of what a training step holds, sites
@@ -43,8 +44,10 @@ PHASES = ("collect", "solve", "amplitude", "surgery")
 
 def parts_of(
     sites: Sequence[Site], cost: ModelCost, reads: Set[str], kept: int, batches: Sequence[Batch]
-) -> list[tuple[list[int], int]]:
+) -> tuple[list[list[int]], int]:
     """Sites in parts whose statistics leave a round's memory near that of a training step.
+
+    What several sites of a part read of a layer is kept once.
 
     Args:
         sites: in order.
@@ -54,23 +57,40 @@ def parts_of(
         batches: one of them stands for a training batch.
 
     Returns:
-        For each part the indices of its sites, and how many bytes of further batches may be held: 1, so none but kept
-        samples, where there is no room for all of them.
+        For each part the indices of its sites, and how many bytes of batches may be held until W* is known: 0 where
+        there is no room for all of them.
     """
     samples = sum(batch_size(inputs) for inputs, _ in batches)
     kept = min(kept, samples) if "samples" in reads else 0
     room = max(cost.activations() * batch_size(batches[0][0]) / 2, ROOM_BYTES)
-    parts: list[tuple[list[int], int]] = []
-    taken = further = math.inf
+    moments = sum(moment_bytes(site, reads | ({"update"} if "N" in reads else set())) for site in sites)
+    maps = {key: size for site in sites for key, size in cost.maps(site).items()}
+    if moments + (samples if "N" in reads else kept) * sum(maps.values()) <= room:
+        return [list(range(len(sites)))], int(room - moments)
+    parts: list[_Part] = []
     for index, site in enumerate(sites):
-        held = cost.held(site)
-        own = kept * held + moment_bytes(site, reads)
-        if taken + own > room:
-            parts.append(([], 0))
-            taken = further = 0.0
-        taken, further = taken + own, further + (samples - kept) * held
-        parts[-1] = ([*parts[-1][0], index], max(1, int(room - taken)) if taken + further <= room else 1)
-    return parts
+        alone = _Part([index], moment_bytes(site, reads), cost.maps(site))
+        place, joined = next(
+            (
+                (place, both)
+                for place, part in enumerate(parts)
+                if (both := part.with_(alone)).moments + kept * sum(both.maps.values()) <= room
+            ),
+            (len(parts), alone),
+        )
+        parts[place : place + 1] = [joined]
+    return [part.indices for part in parts], 0
+
+
+class _Part(NamedTuple):
+    """Sites whose statistics come from the same passes: which, the bytes of their averages, and of a sample's maps."""
+
+    indices: list[int]
+    moments: int
+    maps: dict[tuple[str, str], float]
+
+    def with_(self, other: "_Part") -> "_Part":
+        return _Part(self.indices + other.indices, self.moments + other.moments, self.maps | other.maps)
 
 
 def moment_bytes(site: Site, reads: Set[str]) -> int:
@@ -85,8 +105,8 @@ def moment_bytes(site: Site, reads: Set[str]) -> int:
         own, taps = second[0].numel() + 1, second[0, 0].numel()
         full = (patch * taps) ** 2
         sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}
-        sizes |= {"M": own * len(second), "S2": own**2}
-        sizes["N"] = sizes["M"] + sizes["S2"] + sizes["N_raw"]
+        sizes |= {"M": own * len(second), "S2": own**2, "update": own * len(second) + own**2}
+        sizes["N"] = sizes["N_raw"] + sizes["M"]  # W* is as large as M
         entries += sum(size for name, size in sizes.items() if name in reads)
     return 8 * entries
 
@@ -187,27 +207,52 @@ class Round:
         if solver is self.solver:  # not the own method of these sites
             reads |= set() if self.relative_error is None else {"samples"}
             reads |= {"N_raw"} if self.slopes else set()
-        listed, answers = list(sites), list[Answer]()
-        for part, room in from_first(partial(parts_of, listed, self.cost, reads, kept, self.fitting), self.device):
+        listed, answers = list(sites), dict[Site, Answer]()
+        parts, hold = from_first(partial(parts_of, listed, self.cost, reads, kept, self.fitting), self.device)
+        hold = hold if world_size() == 1 else 0
+        projects = "N" in reads and not hold
+        updates = cache(partial(self._best_updates, listed)) if projects else lambda count: Updates()
+        for part in parts:
             found: Found = {}  # those of the part before are gone now
             asked: dict[Site, Channels] = {listed[index]: sites[listed[index]] for index in part}
             if reads:
                 with self.phase("collect"):
-                    found = self._collected(solver, asked, reads, room)
+                    found = self._collected(solver, asked, {"quantities": reads, "hold_bytes": hold}, updates)
             with self.phase("solve"):
-                answers += from_first(partial(self._solved, solver, asked, found), self.device)
-        return dict(zip(listed, answers, strict=True))
+                offered = from_first(partial(self._solved, solver, asked, found), self.device)
+                answers |= zip(asked, offered, strict=True)
+        return answers
 
-    def _collected(self, solver: Solver, asked: Mapping[Site, Channels], reads: Set[str], room: int) -> Found:
+    def _statistics(self, sites: Iterable[Site], batches: Sequence[Batch], settings: Mapping[str, Any]) -> Found:
+        """Statistics of some batches over all processes."""
+        options = {"run": agreed, "average": reduce_statistics, **settings}
+        return reduce_statistics(collect_statistics(self.model, sites, batches, self.loss, **options))
+
+    def _best_updates(self, sites: Sequence[Site], count: int) -> Updates:
+        """W* of all consumers from the first growth batches: with these each part of the sites takes a single pass."""
+        reads, updates = frozenset({"update"}), Updates()
+        left_out = {"keep_samples", "quantities", "full", "hold_bytes"}
+        options = {name: value for name, value in self.statistics.items() if name not in left_out}
+        for part in from_first(partial(parts_of, sites, self.cost, reads, 0, self.fitting), self.device)[0]:
+            asked = [sites[index] for index in part]
+            found = self._statistics(asked, self.fitting[:count], {"quantities": reads, **options})
+            updates |= from_first(partial(best_updates, found), self.device)
+        return updates
+
+    def _collected(
+        self,
+        solver: Solver,
+        asked: Mapping[Site, Channels],
+        settings: Mapping[str, Any],
+        updates: Callable[[int], Updates],
+    ) -> Found:
         """Statistics over all processes: of all batches, or of as many as make the gains known."""
         model, error = self.model, self.relative_error
-        keep = {"keep_samples": solver.keep_samples} if "samples" in reads else {}
-        hold = room if world_size() == 1 else 0
-        settings = {"quantities": reads, "hold_bytes": hold, **keep, **self.statistics}
+        keep = {"keep_samples": solver.keep_samples} if "samples" in settings["quantities"] else {}
+        settings = {**settings, **keep, **self.statistics}
 
-        def collect(part: Sequence[Batch]) -> Found:
-            own = collect_statistics(model, asked, part, self.loss, run=agreed, average=reduce_statistics, **settings)
-            return reduce_statistics(own)
+        def collect(batches: Sequence[Batch]) -> Found:
+            return self._statistics(asked, batches, {**settings, "updates": updates(len(batches))})
 
         if error is None or solver is not self.solver:
             return collect(self.fitting)

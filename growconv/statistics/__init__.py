@@ -4,7 +4,7 @@ from growconv.statistics.collect import collect_statistics
 from growconv.statistics.collector import QUANTITIES, StatisticsCollector
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.own_update import best_update
-from growconv.statistics.pair import PairStatistics
+from growconv.statistics.pair import PairStatistics, best_updates
 from growconv.statistics.samples import KeptSamples
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "PairStatistics",
     "StatisticsCollector",
     "best_update",
+    "best_updates",
     "collect_statistics",
 ]

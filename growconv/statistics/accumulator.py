@@ -132,6 +132,8 @@ SECOND_MOMENTS = frozenset({"S", "S_full", "S2", "patch_gram", "patch_mean"})
 """What settles long before the correlations with v do, and may be taken from fewer samples."""
 OF_CONSUMER = frozenset({"M", "S2"})
 """What knows nothing of a producer."""
+OF_GRADIENT = frozenset({"N_raw", "M"})
+"""What v is correlated with."""
 TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})
 """What is summed; patch_mean comes with patch_gram."""
 

@@ -23,7 +23,7 @@ from growconv.statistics.accumulator import OF_CONSUMER, PATHS, QUANTITIES, SCRA
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch, Shelf
 from growconv.statistics.measurement import Measurement
-from growconv.statistics.pair import PairStatistics
+from growconv.statistics.pair import PairStatistics, Updates, best_updates
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
 from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
 from growconv.statistics.samples import KeptBatch, KeptSamples
@@ -88,6 +88,8 @@ class StatisticsCollector:
             Batches beyond that take a second pass, see `second_pass`. None: as `scratch_bytes`; beyond that N uses P,
             which costs about as much as everything else together, and the second pass only if P does not fit either.
             0 holds nothing, which several processes need, since they share W*.
+        updates: W* of consumers (`best_updates`), for those where it is known from another pass over the same batches:
+            their N is summed at once, and takes no second pass.
         moments_every: of how many losses one gives the second moments S, S_full, S2 and those of patches, which settle
             long before the correlations with v do and are the larger part of the cost. 1: all do.
         loss_scale: factor that the loss was multiplied by before backward(): a number, or a GradScaler.
@@ -118,6 +120,7 @@ class StatisticsCollector:
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
         hold_bytes: int | None = None,
+        updates: Updates | None = None,
         moments_every: int = 1,
         loss_scale: float | Scaler = 1.0,
         nonfinite: str = "error",
@@ -145,6 +148,7 @@ class StatisticsCollector:
         self.moments_every = moments_every
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
+        self._updates = dict(updates or {})
         groups: dict[object, list[Site]] = {}
         for each in self.sites:
             groups.setdefault(each if each.measured.producers else each.measured.consumers, []).append(each)
@@ -159,7 +163,6 @@ class StatisticsCollector:
         self._second = self._complete = False
         self._losses = 0
         self._due: Callable[[Tensor | None], None] | None = None  # what waits for the gradient of a consumer's weight
-        self._updates: dict[tuple[str, str], Tensor] = {}
         self._pairs = [(collected, each) for collected in self._collected for each in collected.consumers.values()]
         self._measurements = [consumer for _, consumer in self._pairs]
         self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
@@ -210,14 +213,9 @@ class StatisticsCollector:
         if not self.needs_second_pass:
             raise StatisticsError("no second pass is needed", fix="read collector.statistics")
         own = self.finished()
-        self._updates = {
-            (name, consumer.consumer): consumer.best_update
-            for name, stats in (own if average is None else average(own)).items()
-            for consumer in stats.consumers
-            if consumer.best_update is not None
-        }
+        updates = best_updates(own if average is None else average(own))
         for collected, consumer in self._pairs:
-            consumer.begin_second_pass(self._updates.get((collected.site.name, consumer.path)))
+            consumer.begin_second_pass(updates.get((collected.site.name, consumer.path)))
         self._second, self._losses = True, 0
         try:
             with self:
@@ -232,7 +230,6 @@ class StatisticsCollector:
             raise
         finally:
             self._second = False
-            self._updates = {}
 
     def misses(self, loss: int) -> bool:
         """Whether a second pass is to see what belongs to a loss; see `next_loss`."""
@@ -301,7 +298,7 @@ class StatisticsCollector:
                 consumers=tuple(consumers),
                 incoming_shapes={
                     path: tuple(layers.weighted(self.model.get_submodule(path)).filters().shape[1:])
-                    for path in site.producers
+                    for path in collected.sites[0].measured.producers
                 },
                 patch_mean=patches.get("patch_mean"),
                 patch_gram=patches.get("patch_gram"),
@@ -349,13 +346,16 @@ class StatisticsCollector:
             )
         if several:
             wanted -= {"patch_gram"}
+        if wanted <= OF_CONSUMER and not self.keep_samples:
+            site = replace(site, producers=())  # what these read is not needed
         consumers = {}
         for path in site.consumers:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
-            sums = ConsumerSums(where, wanted, self.path, self.scratch_bytes)
+            again = frozenset({"patch_gram"}) if consumers else frozenset[str]()  # the same of every consumer
+            sums = ConsumerSums(where, wanted - again, self.path, self.scratch_bytes)
             consumers[path] = Measurement(path, sums, self.moments_every)
             if wanted and site.producers:
-                consumers[path].wait_for(self.quantities)
+                consumers[path].expect_projection(self.quantities, self._updates.get((site.name, path)))
         return _Site(sites, site, consumers)
 
     # ---------------------------------------------------------------------------------------------- hooks
@@ -419,7 +419,7 @@ class StatisticsCollector:
             if tape is not None and called and self._wants_samples(collected):
                 with torch.no_grad():
                     each.regions[collected.site.name] = region_of(tape, collected.site)
-            if any(consumer.sums.quantities for consumer in collected.consumers.values()):
+            if any(consumer.sums_maps for consumer in collected.consumers.values()):
                 self._check_pairs(collected, each)
 
     def _measures(self) -> bool:
@@ -523,23 +523,23 @@ class StatisticsCollector:
         gradient, weight = gradients
         if not self._second:
             self._finished = None
-        sums, site, loss = consumer.projected if self._second else consumer.sums, collected.site, each.loss
+        site, loss = collected.site, each.loss
         if loss.number is None:
             loss.number, self._losses = self._losses, self._losses + 1
         kept = copied_calls(each, site, self.model, self._shelf)
         h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
-        if sums is None or h is None:
+        if h is None or (self._second and consumer.projected is None):
             return
         own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
         several = len(site.producers) > 1
-        copy = several and own is None and not self._second and bool(sums.quantities)  # for inputs made later
+        copy = several and own is None and not self._second and consumer.sums_maps  # for inputs made later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
         v = batched(gradient, module).to(exact)
         scale = -(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale()
         v = v * scale if own is None else torch.mul(v, scale, out=self._shelf.empty(v, exact))
         x: dict[str, Tensor] = {}
-        for path, found in zip(site.producers, inputs, strict=True) if sums.quantities else ():
+        for path, found in zip(site.producers, inputs, strict=True) if consumer.sums_maps else ():
             if found is None:
                 raise StatisticsError(
                     "the consumer was called more often than the producer, or before it",
@@ -554,8 +554,8 @@ class StatisticsCollector:
         if kept is not None:
             kept.v.setdefault(consumer.path, {})[index] = v
         count = self._new_samples(site.name, consumer.path, each)
-        if not sums.quantities:
-            sums.count(v, count)
+        if not consumer.sums_maps:
+            consumer.sums.count(v, count)
             return
         M = None if weight is None else weight.to(exact).flatten(1).mT * scale
         for part, batch in enumerate(self._batches(site, consumer.path, x, (h, v), count, own is not None)):
@@ -564,7 +564,7 @@ class StatisticsCollector:
             place = (loss.number, each.number, index, part)
             if self._second:
                 if place in consumer.missed:
-                    consumer.add_projected(batch, self._updates[site.name, consumer.path])
+                    consumer.add_projected(batch)
                 continue
             held = sum(each.held_bytes for each in self._measurements)
             room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes

@@ -24,6 +24,7 @@ class ConsumerStatistics:
         gradient_energy: ‖v‖²/n, summed over output locations and channels.
         pending: why N is missing, if it needs a second pass over the batches.
         held: batches from which N, N_raw and P are computed when they are read; None if `moments` is complete.
+        known_update: W*, where it was known before these samples were seen.
     """
 
     consumer: str
@@ -34,6 +35,7 @@ class ConsumerStatistics:
     gradient_energy: float
     pending: str | None = None
     held: Held | None = None
+    known_update: Float[Tensor, "d c"] | None = None
 
     @property
     def S(self) -> Float[Tensor, "a a"] | None:
@@ -89,6 +91,8 @@ class ConsumerStatistics:
     @cached_property
     def best_update(self) -> Float[Tensor, "d c"] | None:
         """W* = S2⁺ M, the best first-order update of the existing weights, with the bias in the last row."""
+        if self.known_update is not None:
+            return self.known_update
         if self.S2 is None or self.M is None:
             return None
         return solve_psd(self.S2, self.M)
@@ -145,9 +149,10 @@ class ConsumerStatistics:
                 expected=f"{self.consumer} with {sorted(self.moments)}",
                 got=f"{other.consumer} with {sorted(other.moments)}",
             )
-        if self.pending or other.pending or "N" in self.moments:
+        projected = "N" in self.moments and (self.known_update is None or self.known_update is not other.known_update)
+        if self.pending or other.pending or projected:
             raise StatisticsError(
-                "statistics projected in a second pass cannot be merged",
+                "statistics projected in a second pass, or off different W*, cannot be merged",
                 where=self.consumer,
                 fix="collect once over all batches, or with a larger scratch_bytes",
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.statistics.accumulator import QUANTITIES, ConsumerSums
+from growconv.statistics.accumulator import OF_GRADIENT, QUANTITIES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, Shelf, applied_update, grouped
 from growconv.statistics.sums import Totals, entries_text, full_precision
@@ -19,8 +19,8 @@ Place = tuple[int, int, int, int]
 class Measurement:
     """One consumer of one site.
 
-    N takes W*, which is known at the end. Batches are held for it while there is room; beyond that P is summed, or N
-    comes from a second pass over the batches that are not held.
+    N takes W*, which is known at the end, unless it was given. Batches are held for it while there is room; beyond that
+    P is summed, or N comes from a second pass over the batches that are not held.
 
     Attributes:
         path: module path of the consumer.
@@ -30,7 +30,8 @@ class Measurement:
         waiting: what is not summed as long as batches are held.
         held: these batches.
         small: batches that are to be summed together with the next ones.
-        projected: sums of the second pass.
+        update: W*, once it is known.
+        projected: sums over v⊥ in the place of v, from then on.
         second_pass: why there is to be one.
         missed: the batches that it is to see.
     """
@@ -42,20 +43,34 @@ class Measurement:
     waiting: frozenset[str] = frozenset()
     held: dict[Place, HeldBatch] = field(default_factory=dict)
     small: list[HeldBatch] = field(default_factory=list)
+    update: Tensor | None = None
     projected: ConsumerSums | None = None
     second_pass: str | None = None
     missed: set[Place] = field(default_factory=set)
 
-    def wait_for(self, quantities: frozenset[str]) -> None:
-        """Let what only N asks for wait, where it has a choice.
+    def expect_projection(self, quantities: frozenset[str], update: Tensor | None) -> None:
+        """Let what only N asks for wait, where it has a choice; with W* at hand, N is summed from the first batch on.
+
+        What does not depend on v is then summed together with N, since it reads the same patches.
 
         Args:
             quantities: all that was asked for.
+            update: W*; None where it is not known.
         """
-        others = frozenset[str]().union(*(QUANTITIES[name] for name in quantities - {"N"}))
-        if "N" in quantities and "P" not in others:
+        if "N" not in quantities:
+            return
+        others = self.sums.quantities & frozenset[str]().union(*(QUANTITIES[name] for name in quantities - {"N"}))
+        if update is not None:
+            self.update, self.sums.quantities = update, others & OF_GRADIENT
+            self.projected = replace(self.sums, quantities=others - OF_GRADIENT | {"N_raw"}, closed=Totals())
+        elif "P" not in others:
             self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
             self.sums.quantities -= self.waiting
+
+    @property
+    def sums_maps(self) -> bool:
+        """Whether anything is summed of a batch beside its energy."""
+        return bool(self.sums.quantities) or self.projected is not None
 
     @property
     def held_bytes(self) -> int:
@@ -94,7 +109,11 @@ class Measurement:
         for moments in (True, False):
             for each in grouped(batch for batch in small if batch.moments == moments):
                 with full_precision(each.v.device):
-                    self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments, each.M)
+                    if self.sums.quantities:
+                        self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments, each.M)
+                    else:
+                        self.sums.count(each.v, each.samples)
+                    self.add_projected(each)
 
     def _settle(self, entries: int, projects: bool) -> None:
         """Hold no longer: sum P, or leave N to a second pass."""
@@ -132,38 +151,43 @@ class Measurement:
         """
         if self.second_pass is None or update is None:
             return
+        self.update = update
         self.projected = ConsumerSums(self.sums.where, frozenset({"N_raw"}), self.sums.path, self.sums.scratch_bytes)
         for batch in grouped(self.held.values()):
             with full_precision(batch.v.device):
-                self.add_projected(batch, update)
+                self.add_projected(batch)
 
-    def add_projected(self, batch: HeldBatch, update: Tensor) -> None:
-        """Add a batch of the second pass.
+    def add_projected(self, batch: HeldBatch) -> None:
+        """Sum a batch with v⊥ in the place of v, where W* is known.
 
         Args:
             batch: its tensors.
-            update: W*.
         """
-        if self.projected is not None:
-            v = batch.v - applied_update(batch.problem, batch.h, update)
-            self.projected.add(batch.problem, batch.x, batch.h, v, samples=batch.samples)
+        if self.update is not None and self.projected is not None:
+            v = batch.v - applied_update(batch.problem, batch.h, self.update)
+            self.projected.add(batch.problem, batch.x, batch.h, v, batch.samples, batch.moments)
 
     def end_second_pass(self, statistics: ConsumerStatistics) -> None:
         """Give N to the statistics of the first pass, which then are complete."""
-        if self.projected is None:
-            return
+        if self.projected is not None:
+            statistics.moments |= self._projected_averages(self.projected)
+            statistics.pending = None
+
+    @staticmethod
+    def _projected_averages(sums: ConsumerSums) -> dict[str, Tensor]:
         with full_precision(torch.device("cpu")):
-            N = self.projected.averages()["N_raw"]
-        energy = N.new_tensor(self.projected.energy / self.projected.samples)
-        statistics.moments |= {"N": N, "N_energy": energy}
-        statistics.pending = None
+            averages = sums.averages()
+        N = averages.pop("N_raw")
+        return {**averages, "N": N, "N_energy": N.new_tensor(sums.energy / sums.samples)}
 
     # ------------------------------------------------------------------------------------------- results
 
     def describe(self) -> list[str]:
         """How each statistic is computed, a line each."""
         self.sum_up()
-        lines = self.sums.describe()
+        lines = self.sums.describe() if self.sums.quantities or self.projected is None else []
+        if self.projected is not None:
+            lines += [line.replace("N_raw", "N") for line in self.projected.describe()]
         if self.held:
             size = sum(batch.size for batch in self.held.values()) / 2**20
             lines.append(f"N from x, h and v, held of {len(self.held)} calls ({size:.3g} MiB)")
@@ -172,6 +196,8 @@ class Measurement:
     def let_go(self) -> None:
         """Let go of the sums, once their averages are known."""
         self.sums = replace(self.sums, closed=Totals(), _open={})
+        if self.projected is not None:
+            self.projected = replace(self.projected, closed=Totals(), _open={})
 
     def statistics(self, layer: nn.Module) -> tuple[ConsumerStatistics, dict[str, Tensor]]:
         """Averages over the samples so far, and those of the producer's patches.
@@ -182,6 +208,8 @@ class Measurement:
         self.sum_up()
         with full_precision(torch.device("cpu")):
             averages = self.sums.averages()
+        if self.projected is not None:
+            averages |= self._projected_averages(self.projected)
         patches = {name: averages.pop(name) for name in ("patch_mean", "patch_gram") if name in averages}
         held, weights, pending = None, layers.weighted(layer), None
         if self.held and not self.second_pass:
@@ -197,5 +225,6 @@ class Measurement:
             gradient_energy=self.sums.energy / self.sums.samples,
             pending=pending,
             held=held,
+            known_update=self.update,
         )
         return found, patches

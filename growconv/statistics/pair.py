@@ -15,6 +15,9 @@ from growconv.statistics.held import HeldBatch
 from growconv.statistics.problem import site_problem
 from growconv.statistics.samples import KeptSamples
 
+Updates = dict[tuple[str, str], Tensor]
+"""W* of consumers, by the names of site and consumer."""
+
 
 @dataclass(eq=False)
 class PairStatistics:
@@ -203,6 +206,16 @@ class PairStatistics:
         if self.skipped_batches:
             lines.append(f"  {self.skipped_batches} batches skipped: not finite")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def best_updates(statistics: Mapping[str, PairStatistics]) -> Updates:
+    """W* of every consumer that it is known of.
+
+    Args:
+        statistics: by name of the site.
+    """
+    consumers = ((name, each) for name, found in statistics.items() for each in found.consumers)
+    return {(name, each.consumer): each.best_update for name, each in consumers if each.best_update is not None}
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -27,6 +27,7 @@ class Pass:
         samples: per consumer how many samples its first call had.
         regions: per site what lies between its layers.
         kept: per site what is to be kept of it.
+        copies: of inputs, by the memory that they were in; layers that are given the same one share its copy.
         left_out: sites at which something was not finite.
     """
 
@@ -38,6 +39,7 @@ class Pass:
     samples: dict[str, int] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     kept: "dict[str, KeptCalls]" = field(default_factory=dict)
+    copies: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
 
     def take(self, path: str, index: int) -> Tensor | None:
@@ -95,10 +97,9 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -
         return None
     if site.name not in each.kept:
         calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
-        known: dict[tuple[object, ...], Tensor] = {}
         x, h = (
             {
-                path: [_copied(path, given, model, shelf, known) for given in each.inputs.get(path, [])[: calls[path]]]
+                path: [_copied(path, given, model, shelf, each) for given in each.inputs.get(path, [])[: calls[path]]]
                 for path in paths
             }
             for paths in (site.producers, site.consumers)
@@ -107,18 +108,16 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -
     return each.kept[site.name]
 
 
-def _copied(
-    path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf, known: dict[tuple[object, ...], Tensor]
-) -> Tensor:
-    """A copy of a layer's input, one for all layers that are given the same memory."""
+def _copied(path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf, each: Pass) -> Tensor:
+    """A copy of a layer's input, one for all layers that are given the same memory in a pass."""
     if tensor is None:
         raise StatisticsError("an input of this layer has already been freed", where=path)
     tensor = batched(tensor, model.get_submodule(path))
     exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
     key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if key not in known:
-        known[key] = shelf.copy(tensor, exact)
-    return known[key]
+    if key not in each.copies:
+        each.copies[key] = shelf.copy(tensor, exact)
+    return each.copies[key]
 
 
 def kept_batch(loss: Loss, site: GrowthSite, model: nn.Module, separate: bool) -> KeptBatch | None:

@@ -271,21 +271,12 @@ def pair_problem(
         StatisticsError: where the tensors do not fit the route.
     """
     where = f"{route.producer} -> {route.consumer}"
-    flattened = next((step.grid for step in route.steps if isinstance(step, Flatten)), None)
     if not layers.weighted(producer).kernel_size:
         x = _channels_first(x)
         first = linear_geometry(x.dim() - 2)
     else:
         first = Geometry.of(producer)
-    if layers.weighted(consumer).kernel_size:
-        second = Geometry.of(consumer)
-    elif flattened is None:
-        h, v = _channels_first(h), _channels_first(v)
-        second = linear_geometry(h.dim() - 2)
-    else:
-        second = Geometry.covering(flattened)
-        h = _unflattened(h, flattened, where)
-        v = v.reshape(*v.shape, *(1,) * len(flattened))
+    second, h, v = _consumed(route, consumer, h, v, where)
     problem = PairProblem(
         first=first,
         second=second,
@@ -310,6 +301,19 @@ def pair_problem(
             fix="check the site's steps: print(site), site.routes",
         )
     return problem, x, h, v
+
+
+def _consumed(
+    route: Route | None, consumer: nn.Module, h: Tensor, v: Tensor, where: str
+) -> tuple[Geometry, Tensor, Tensor]:
+    """A consumer as a convolution, and its input and output as maps; the route, if any, tells what was flattened."""
+    flattened = next((step.grid for step in route.steps if isinstance(step, Flatten)), None) if route else None
+    if layers.weighted(consumer).kernel_size:
+        return Geometry.of(consumer), h, v
+    if flattened is None:
+        h, v = _channels_first(h), _channels_first(v)
+        return linear_geometry(h.dim() - 2), h, v
+    return Geometry.covering(flattened), _unflattened(h, flattened, where), v.reshape(*v.shape, *(1,) * len(flattened))
 
 
 def _grid_steps(route: Route, size: tuple[int, ...]) -> tuple[GridStep, ...]:
@@ -353,7 +357,7 @@ def site_problem(
 ) -> tuple[PairProblem, Tensor, Tensor, Tensor]:
     """The problem of a site and one of its consumers, as `pair_problem` gives it.
 
-    Without producers it is that of the consumer, a convolution, behind one that reads no channels.
+    Without producers it is that of the consumer behind one that reads no channels.
 
     Several producers are one: a convolution that reads the inputs of all, where they have one geometry (1×1 kernels are
     one tap of it), else a linear layer on the grid of the consumer's input that reads their patches.
@@ -367,7 +371,9 @@ def site_problem(
     """
     layer = site.model.get_submodule(consumer)
     if not site.producers:
-        second, size = Geometry.of(layer), tuple(h.shape[2:])
+        route = next((each for each in site.routes if each.consumer == consumer), None)
+        second, h, v = _consumed(route, layer, h, v, site.name)
+        size = tuple(h.shape[2:])
         channels, bias = (0, h.shape[1], v.shape[1]), layers.weighted(layer).bias() is not None
         return PairProblem(linear_geometry(len(size)), second, (), size, size, channels, False, bias), h[:, :0], h, v
     producers = {path: site.model.get_submodule(path) for path in site.producers}

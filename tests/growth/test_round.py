@@ -87,10 +87,21 @@ def test_sites_in_parts_grow_as_all_at_once(chain, sites_of, batches_of, monkeyp
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
     scheduler = GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount=2)
     cost = ModelCost.measure(parts, batches[0][0])
-    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, 512, batches)) > 1
+    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, 512, batches)[0]) > 1
     scheduler.grow(batches, cross_entropy)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_every_part_takes_one_pass_once_w_is_known(chain, sites_of, batches_of, monkeypatch) -> None:
+    model, batches, calls = chain(3, 4, 5), batches_of(4), []
+    scheduler = GrowthScheduler(model, None, sites_of(model), method="tiny", amplitude=1.0)
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(
+        rounds, "parts_of", lambda sites, cost, reads, *_: ([[0, 2], [1]] if "N" in reads else [[0, 1, 2]], 0)
+    )
+    scheduler.grow(batches, cross_entropy)
+    assert sum(calls) == 3 * len(batches)  # one for all W*, one for each part
 
 
 def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
@@ -98,15 +109,14 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
 ) -> None:
     model, batches = chain(3, 4), batches_of(4)
     sites, cost = sites_of(model), ModelCost.measure(model, batches[0][0])
-    ((everything, room),) = rounds.parts_of(sites, cost, frozenset(), 0, batches)
+    (everything,), room = rounds.parts_of(sites, cost, frozenset(), 0, batches)
     assert everything == list(range(len(sites)))
     assert room == rounds.ROOM_BYTES
     monkeypatch.setattr(rounds, "ROOM_BYTES", 1000)
-    ((_, room),) = rounds.parts_of(sites, cost, frozenset(), 0, batches)
-    assert room == 1  # not all batches can be held, so none is
+    assert rounds.parts_of(sites, cost, {"N"}, 0, batches)[1] == 0  # not all batches can be held, so none is
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
-    parts = rounds.parts_of(sites, cost, frozenset({"samples"}), 512, batches)
-    assert [index for part, _ in parts for index in part] == everything
+    parts, _ = rounds.parts_of(sites, cost, frozenset({"samples"}), 512, batches)
+    assert [index for part in parts for index in part] == everything
     assert len(parts) > 1
 
 
@@ -120,7 +130,7 @@ def test_what_a_step_and_the_maps_of_a_site_take(chain, sites_of, batches_of):
         )
     model(x)
     ((producer, _), (read, given)) = shapes[site.producers[0]], shapes[site.consumers[0]]
-    assert cost.held(site) == 4 * (producer + read + given)
+    assert sum(cost.maps(site).values()) == 4 * (producer + read + given)
     assert (
         rounds.moment_bytes(site, {"S"})
         == 8 * growconv.collect_statistics(model, site, batches_of(1), LOSS, quantities={"S"})[site.name].S.numel()
