@@ -130,7 +130,7 @@ def test_sites_of_a_config(capsys, monkeypatch):
     assert "trainer.epoch" in capsys.readouterr().err
 
 
-def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys):
+def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys, monkeypatch):
     command = ["-m", *QUICK, "growth=tiny,random", "seed=0,1", "hydra.sweep.dir=sweep", "trainer.progress=none"]
     assert main(command) == 0
     folders = sorted(path for path in (here / "sweep").iterdir() if path.is_dir())
@@ -148,6 +148,7 @@ def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys):
     command[command.index("seed=0,1")] = "seed=5"
     assert main([*command, f"hydra.sweep.subdir='{folders[0].name}'"]) == 1
     assert "another config" in capsys.readouterr().err
+    monkeypatch.setattr("growconv.reporting.compare.save_figure", lambda *_: None)
     assert main(["compare", "sweep", "--output", "compared"]) == 0
     assert "tiny" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FREE_ON_RESUME = ("resume", "logger", "trainer.progress", "trainer.checkpoint_every", "data.root", "data.download")
 
 
+@cache
 def register_schemas() -> None:
-    """Make the schemas known to Hydra; safe to repeat."""
+    """Make the schemas known to Hydra, once for the process; safe to repeat."""
     store = ConfigStore.instance()
     for (group, name), schema in SCHEMAS.items():
         store.store(group=group, name=name, node=schema)

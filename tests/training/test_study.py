@@ -111,19 +111,28 @@ def test_fixed_variants_run_again_for_the_median_flops_of_growing_ones(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["digits_quick/study.yaml", "fashion_mnist/study.yaml", "fashion_mnist/levers.yaml"])
-def test_every_run_of_the_committed_studies_composes(name):
+def test_every_run_of_the_committed_studies_composes(name, monkeypatch):
+    """Reading a study composes each variant; what a run adds to it is its seed and its number of epochs."""
     from growconv.solvers import get_solver
     from growconv.training.build import make_policy
     from growconv.training.config import compose, plain
 
+    configs = []
+    monkeypatch.setattr(study.settings, "plain", lambda config: configs.append(plain(config)))
     committed = study.Study.read(ROOT / "experiments" / "studies" / name)
-    jobs = study.first_part(committed, Path("runs"))
-    variants = {path.parent.name: overrides for path, overrides in jobs.items()}
-    for overrides in variants.values():  # of one seed each
-        config = plain(compose(overrides))
+    monkeypatch.undo()
+    assert len(configs) == len(committed.variants)
+    for config in configs:
         if config["growth"]["method"] != "none":
             get_solver(config["growth"]["method"], **config["growth"]["solver"])
         make_policy(config["growth"]["amount"], "growth.amount")
+    jobs = study.first_part(committed, Path("runs"))
+    assert len(jobs) == len(committed.variants) * len(committed.seeds)
+    config = plain(compose(next(iter(jobs.values()))))
+    assert config == configs[0] | {
+        "seed": committed.seeds[0],
+        "trainer": {**config["trainer"], "epochs": committed.epochs},
+    }
 
 
 @pytest.mark.parametrize(
