@@ -213,6 +213,12 @@ def best_updates(statistics: Mapping[str, PairStatistics]) -> Updates:
 
     Args:
         statistics: by name of the site.
+
+    Example:
+        >>> first = growconv.collect_statistics(model, sites[0], batches, loss, quantities={"update"})
+        >>> known = growconv.statistics.best_updates(first)
+        >>> growconv.collect_statistics(model, sites[0], batches, loss, updates=known)[sites[0].name].N.shape
+        torch.Size([10, 9, 6])
     """
     consumers = ((name, each) for name, found in statistics.items() for each in found.consumers)
     return {(name, each.consumer): each.best_update for name, each in consumers if each.best_update is not None}
