@@ -4,16 +4,21 @@ import gc
 import os
 import random
 
+import pytest
+
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import settings
 
-torch.set_num_threads(1)
-settings.register_profile("growconv", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("growconv")
+def pytest_sessionstart(session):
+    """Prepare the processes that run tests; the one that hands them out to others need not wait for torch."""
+    if session.config.pluginmanager.has_plugin("dsession"):
+        return
+    import torch
+    from hypothesis import settings
+
+    torch.set_num_threads(1)
+    settings.register_profile("growconv", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("growconv")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,6 +35,9 @@ def pytest_collection():
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """Every test draws the same numbers, whatever ran before it in its process."""
+    import numpy as np
+    import torch
+
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
 
@@ -37,6 +45,8 @@ def pytest_runtest_setup():
 @pytest.fixture(autouse=True)
 def _no_determinism_left_behind():
     """Lightning's trainers set a switch of the whole process, under which some operations refuse to run."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled()
     yield
     if torch.are_deterministic_algorithms_enabled() != before:
