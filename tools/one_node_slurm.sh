@@ -33,6 +33,8 @@ StateSaveLocation=$run/state
 SlurmdSpoolDir=$run/spool
 ReturnToService=2
 KillWait=15
+# Such a job waits for the main loop of the scheduler, which comes every two seconds, not every sixty.
+SchedulerParameters=sched_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 # More than a small machine has: tests run side by side, and a job may wait for jobs of its own.
