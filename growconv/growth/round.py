@@ -235,7 +235,7 @@ class Round:
         options = {name: value for name, value in self.statistics.items() if name not in left_out}
         for part in from_first(partial(parts_of, sites, self.cost, reads, 0, self.fitting), self.device)[0]:
             asked = [sites[index] for index in part]
-            found = self._statistics(asked, self.fitting[:count], {"quantities": reads, **options})
+            found = self._statistics(asked, self.fitting[:count], {"quantities": reads, "hold_bytes": 0, **options})
             updates |= from_first(partial(best_updates, found), self.device)
         return updates
 

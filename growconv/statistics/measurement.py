@@ -98,7 +98,8 @@ class Measurement:
                 self.missed.add(place)
         if sum(each.size for each in (*self.small, batch)) > GROUP_BYTES:
             self.sum_up()
-        alone = bool(self.second_pass) or batch.size > GROUP_BYTES  # for want of room, or since no other would join it
+        cramped = bool(self.second_pass) or not (fits or projects)
+        alone = cramped or batch.size > GROUP_BYTES  # for want of room, or since no other would join it
         self.small.append(batch if alone or place in self.held else batch.copied(shelf))
         if alone:
             self.sum_up()
