@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from growconv.network import layers
-from growconv.network.classes import Space, Torn, runs_of
-from growconv.network.layout import ENTRY, FILL, Key, Layout, Run, SizeAttribute, owners_of
+from growconv.network.classes import Space
+from growconv.network.layout import ENTRY, FILL, Key, Layout, Run, SizeAttribute, Torn, owners_of, runs_of
 from growconv.network.model import module_at
 from growconv.network.numbers import Attribute, Numbers
 

@@ -1,14 +1,12 @@
-"""Channel classes: what lives and dies together, gathered into channel spaces whose positions form runs."""
+"""Channel classes: what lives and dies together, gathered into channel spaces."""
 
-from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from growconv.network.layout import GROUP_OUT, IN, OUT, Key, Run
+from growconv.network.layout import GROUP_OUT, IN, OUT, Key
 from growconv.network.numbers import Numbers
 
 Signature = frozenset[tuple[Key, int]]
@@ -140,68 +138,3 @@ def mark_copied(numbers: Numbers, spaces: Sequence[Space]) -> None:
                 space.reason = "its channels depend on each other and on others"
             else:
                 space.copied, space.blocks = True, len(space.roots)
-
-
-class Torn(Exception):
-    """The entries of a space do not form runs along an axis.
-
-    Attributes:
-        space: its number.
-    """
-
-    def __init__(self, space: int) -> None:
-        super().__init__(space)
-        self.space = space
-
-
-def runs_of(
-    axis: NDArray[np.int64], units: Sequence[int] | Mapping[int, int], entries: Sequence[int] | Mapping[int, int]
-) -> tuple[Run, ...]:
-    """The runs that an axis is made of.
-
-    Args:
-        axis: per entry its space, unit and block (n, 3); space -1 for entries that never grow.
-        units: per space its number of units.
-        entries: per space the entries that a class has along this axis.
-
-    Raises:
-        Torn: for a space whose entries are in no such order.
-    """
-    edges = [0, *(np.flatnonzero(np.diff(axis[:, 0])) + 1).tolist(), len(axis)]
-    runs: list[Run] = []
-    met: dict[tuple[int, int], int] = defaultdict(int)
-    for start, end in pairwise(edges):
-        while start < end:
-            space = int(axis[start, 0])
-            if space < 0:
-                runs.append(Run(None, end - start))
-                break
-            run = _run(axis[start:end], units[space], entries[space], met)
-            runs.append(run)
-            start += run.length(units)
-    return tuple(runs)
-
-
-def _run(stretch: NDArray[np.int64], units: int, entries: int, met: dict[tuple[int, int], int]) -> Run:
-    """The longest run at the start of a stretch of one space; what a block has had before is in `met`."""
-    space, unit = int(stretch[0, 0]), stretch[:, 1]
-    if units == len(stretch) and entries == 1 and not stretch[:, 2].any() and (unit == np.arange(units)).all():
-        met[space, 0] += 1  # one after the other, as mostly
-        return Run(space, 1, 1, (met[space, 0] - 1,))
-    # a space of one unit tells no repetitions: each goes on as long as the blocks do not fall
-    others = np.flatnonzero(unit != unit[0] if units > 1 else np.diff(stretch[:, 2], prepend=stretch[0, 2]) < 0)
-    inner = int(others[0]) if len(others) else len(stretch)
-    whole, left = divmod(len(stretch), units * inner)
-    for outer in dict.fromkeys((0 if left else whole, 1)):
-        length = outer * units * inner
-        if outer < 1 or length > len(stretch):
-            continue
-        grid = stretch[:length].reshape(outer, units, inner, 3)
-        if not (grid[..., 1] == np.arange(units)[:, None]).all() or (grid[..., 2] != grid[:, :1, :, 2]).any():
-            continue
-        slots = []
-        for block in grid[:, 0, :, 2].reshape(-1).tolist():
-            slots.append(block * entries + met[space, block])
-            met[space, block] += 1
-        return Run(space, outer, inner, tuple(slots))
-    raise Torn(space)

@@ -14,9 +14,9 @@ from torch import nn
 
 from growconv.network import layers
 from growconv.network.arrangement import Arrangement, Codes, spaces_in, spaces_of, units_of
-from growconv.network.classes import Signature, Torn, signature
+from growconv.network.classes import Signature, signature
 from growconv.network.failures import Failure, LookFailed, Ran
-from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, owners_of
+from growconv.network.layout import ENTRY, FILL, GROUP_OUT, OUT, Key, Layout, Torn, owners_of
 from growconv.network.model import Arguments, module_at, same_chance
 from growconv.network.numbers import Numbers
 from growconv.network.pretender import pretending

@@ -1,15 +1,11 @@
-"""Classes of channels, the spaces that they are gathered into, and the runs that their positions form."""
+"""Classes of channels, and the spaces that they are gathered into."""
 
-import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from growconv.network.classes import Torn, mark_copied, runs_of, spaces_of
-from growconv.network.layout import ENTRY, IN, OUT, Run, owners_of
+from growconv.network.classes import mark_copied, spaces_of
+from growconv.network.layout import ENTRY, IN, OUT
 from growconv.network.numbers import Numbers
 from growconv.network.trace import look
 from tests.network.hand import Net
@@ -70,28 +66,3 @@ def test_channels_that_depend_on_those_of_other_spaces_have_a_reason() -> None:
     spaces, _ = spaces_of(numbers)
     mark_copied(numbers, spaces)
     assert {space.reason for space in spaces} == {"its channels depend on each other and on others"}
-
-
-@given(st.lists(st.tuples(st.sampled_from([None, 0, 1]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4))
-def test_runs_are_read_off_their_own_positions(drawn: list[tuple[int | None, int, int]]) -> None:
-    slots, written = [0, 0], []
-    for space, outer, inner in drawn:
-        if space is None:
-            written.append(Run(None, outer))
-            continue
-        count = outer * inner
-        written.append(Run(space, outer, inner, tuple(range(slots[space], slots[space] + count))))
-        slots[space] += count
-    units, entries = [4, 3], [max(each, 1) for each in slots]
-    owners = owners_of(written, units)
-    blocks = np.where(owners[:, :1] < 0, -1, [[0, 0, 0]])[:, 0]
-    found = runs_of(np.column_stack([owners[:, 0], owners[:, 1], blocks]), units, entries)
-    read = owners_of(found, units)
-    assert np.array_equal(read[:, :2], owners[:, :2])
-    assert sorted(map(tuple, read[read[:, 0] >= 0].tolist())) == sorted(map(tuple, owners[owners[:, 0] >= 0].tolist()))
-
-
-def test_positions_in_no_order_are_torn() -> None:
-    with pytest.raises(Torn) as caught:
-        runs_of(np.array([[0, 0, 0], [0, 2, 0], [0, 1, 0], [0, 3, 0]]), [4], [1])
-    assert caught.value.space == 0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growconv.errors import SiteError
-from growconv.network.layout import IN, OUT, Layout, Run, Sizes, owners_of
+from growconv.network.layout import IN, OUT, Layout, Run, Sizes, Torn, owners_of, runs_of
 
 KEY = ("b", IN)
 
@@ -67,3 +67,28 @@ def test_runs_are_laid_out_in_order() -> None:
     found = owners_of(runs, [2])
     assert np.array_equal(found[:, 1], [-1, 0, 0, 1, 1, 0, 0, 1, 1])
     assert np.array_equal(found[:, 2], [-1, 0, 1, 0, 1, 2, 3, 2, 3])
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, 0, 1]), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4))
+def test_runs_are_read_off_their_own_positions(drawn: list[tuple[int | None, int, int]]) -> None:
+    slots, written = [0, 0], []
+    for space, outer, inner in drawn:
+        if space is None:
+            written.append(Run(None, outer))
+            continue
+        count = outer * inner
+        written.append(Run(space, outer, inner, tuple(range(slots[space], slots[space] + count))))
+        slots[space] += count
+    units, entries = [4, 3], [max(each, 1) for each in slots]
+    owners = owners_of(written, units)
+    blocks = np.where(owners[:, :1] < 0, -1, [[0, 0, 0]])[:, 0]
+    found = runs_of(np.column_stack([owners[:, 0], owners[:, 1], blocks]), units, entries)
+    read = owners_of(found, units)
+    assert np.array_equal(read[:, :2], owners[:, :2])
+    assert sorted(map(tuple, read[read[:, 0] >= 0].tolist())) == sorted(map(tuple, owners[owners[:, 0] >= 0].tolist()))
+
+
+def test_positions_in_no_order_are_torn() -> None:
+    with pytest.raises(Torn) as caught:
+        runs_of(np.array([[0, 0, 0], [0, 2, 0], [0, 1, 0], [0, 3, 0]]), [4], [1])
+    assert caught.value.space == 0
