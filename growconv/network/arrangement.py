@@ -108,14 +108,17 @@ class Arrangement:
 
     def expected(self, key: Key, runs: Sequence[Run], units: Sequence[int]) -> Codes:
         """The codes along an axis with these runs, at other numbers of units."""
-        owners = owners_of(runs, units)
-        number, unit, place = owners.T
-        codes = number * _SPACE + unit * _UNIT
-        for each in {run.space for run in runs if run.space is not None}:
-            space, own = self.spaces[each], number == each
+        parts = [np.empty(0, dtype=np.int64)]
+        for run in runs:
+            if run.space is None:
+                parts.append(np.full(run.outer, -1, dtype=np.int64))
+                continue
+            space = self.spaces[run.space]
             blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
-            codes[own] += blocks[np.minimum(place[own] // max(1, space.counts.get(key, 1)), len(blocks) - 1)]
-        return np.where(number < 0, -1, codes)
+            place = np.reshape(run.slots, (run.outer, 1, run.inner)) // max(1, space.counts.get(key, 1))
+            unit = np.arange(units[run.space])[:, None] * _UNIT
+            parts.append((run.space * _SPACE + unit + blocks[np.minimum(place, len(blocks) - 1)]).ravel())
+        return np.concatenate(parts)
 
     # ------------------------------------------------------------------------------------------ runs
 
@@ -192,7 +195,7 @@ class Arrangement:
 
     # ------------------------------------------------------------------------------------------ units
 
-    def bare_axes(self) -> None:
+    def _bare_axes(self) -> None:
         """Find along which of its dimensions a bare parameter has its channels."""
         for path, shape in self.numbers.shapes.items():
             numbers = self.numbers.range_of((path, ENTRY))
@@ -219,7 +222,7 @@ class Arrangement:
 
     def guess_all(self) -> list[int]:
         """Into how many blocks the classes of each space fall at the present widths; the spaces that fall into none."""
-        self.bare_axes()
+        self._bare_axes()
         torn = sorted(self.lay_out(self.live))
         for number in torn:
             counts = self.spaces[number].counts if len(self.spaces[number].roots) == 1 else {}
