@@ -4,7 +4,7 @@ All spaces are rehearsed together until none fails any more. One that fails is j
 attributes follow, or is taken to fall into units in another way; where none of it helps it is given its reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from growconv.network.arrangement import Arrangement, spaces_in
 from growconv.network.classes import Space
 from growconv.network.joining import Joining
 from growconv.network.layout import Layout
-from growconv.network.numbers import Numbers
+from growconv.network.numbers import Attribute, Numbers
 from growconv.network.rehearsal import Example, Rehearsal, Verdict
 
 PATIENCE = 60, 4
@@ -20,6 +20,9 @@ PATIENCE = 60, 4
 what the search may cost has an end."""
 FEW = 3
 """So many spaces that fail are tried one by one at once; more of them first together without the others."""
+
+MOST_ATTRIBUTES = 8
+"""So many attributes that count a space's channels are tried one by one: others have that number by chance."""
 
 
 class Widening:
@@ -37,14 +40,13 @@ class Widening:
         self.arrangement = Arrangement(model, numbers, spaces)
         self.rehearsal = Rehearsal(model, examples, self.arrangement)
         self.joining = Joining(self.arrangement, self.rehearsal)
-        self._cleared: set[tuple[Space, int, bool]] = set()  # found to fail only together with others, as they fell
-        self._bound_for: set[tuple[frozenset[int], bool]] = set()
+        self._bound_for: set[frozenset[Space] | Space] = set()
 
     def prove(self) -> Layout:
         """Give every space that cannot be widened its reason; the layout of the others."""
         self.joining.parts(self.arrangement.guess_all())
         while live := self.arrangement.live:
-            failed = self._bind(live, self.rehearsal.of(live))
+            failed = self._bind_all(live, self.rehearsal.of(live))
             if not failed.reasons:
                 break
             parts = [number for number in sorted(failed.reasons) if self.spaces[number] not in self.joining.tried]
@@ -68,8 +70,7 @@ class Widening:
             failed: where it failed together with others.
             few: whether it is worth while to try the next guess by itself.
         """
-        tells = self._patient and number not in failed.stuck
-        if tells and not self._bind([number], Verdict({number: reason}), one=True).reasons:
+        if self._patient and number not in failed.stuck and self._bind_one(number):
             return
         if number in failed.fixed or not self._patient:
             self.arrangement.refuse(number, reason)
@@ -83,57 +84,62 @@ class Widening:
         first, each = PATIENCE
         return self.rehearsal.count < first + each * sum(space.reason is not None for space in self.spaces)
 
-    def _as_taken(self, number: int) -> tuple[Space, int, bool]:
-        """A space as it is taken to fall into units."""
-        space = self.spaces[number]
-        return space, space.blocks, space.neighbours
-
     def _alone(self, failed: Verdict, live: Sequence[int]) -> dict[int, str]:
         """Of the spaces that failed together those that fail by themselves too; all of them where none does."""
         if (len(failed.reasons) == 1 and not failed.supposed) or not self._patient:
             return failed.reasons
         if failed.alone:
             return {number: failed.reasons[number] for number in sorted(failed.alone)}
-        doubtful = [number for number in sorted(failed.reasons) if self._as_taken(number) not in self._cleared]
-        if failed.supposed or not 0 < len(doubtful) <= FEW:
-            again = self.rehearsal.of(doubtful or sorted(failed.reasons))
-        else:
-            again = Verdict({number: failed.reasons[number] for number in doubtful})
+        again = failed
+        if failed.supposed or len(failed.reasons) > FEW:
+            again = self.rehearsal.of(sorted(failed.reasons))
         if failed.supposed and not again.reasons:  # those around the error are not to blame
             again = Verdict(dict.fromkeys(live, next(iter(failed.reasons.values()))))
         found = {number: again.reasons[number] for number in again.alone}
         for number in sorted(again.reasons.keys() - again.alone):
             if self._patient:
                 single = self.rehearsal.of([number])
-                self._cleared |= set() if single.reasons else {self._as_taken(number)}
                 failed.fixed |= {number} if single.supposed else set()
                 found |= single.reasons
         return found or failed.reasons
 
-    def _bind(self, live: Sequence[int], failed: Verdict, one: bool = False) -> Verdict:
-        """Let all attributes follow the widths, or one, if that gets spaces which fail further; tried once each."""
+    def _bind_all(self, live: Sequence[int], failed: Verdict) -> Verdict:
+        """Let all attributes follow the widths, if that gets the spaces which fail further; tried once for the same."""
         arranged, literals = self.arrangement, self.arrangement.numbers.literals
-        before, together = arranged.bound, frozenset(failed.reasons)
-        if (together, one) in self._bound_for:
+        before, together = arranged.bound, frozenset(self.spaces[number] for number in failed.reasons)
+        if together in self._bound_for:
             return failed
-        self._bound_for.add((together, one))
-        counting = [
-            place
-            for place, counted in sorted(literals.items(), key=str)
-            if place not in before and together & spaces_in(arranged.codes_of(counted))
-        ]
-        still = failed
-        while counting and still.reasons and not one and arranged.bound != before | literals.keys():
+        self._bound_for.add(together)
+        still, counting = failed, self._counting(failed.reasons)
+        while counting and still.reasons and arranged.bound != before | literals.keys():
             arranged.bound = before | literals.keys()
             still = self.rehearsal.of(live)  # which may tell of more of them
         # or the code runs to its end only now, and all that fails then follows channels that are known
         onward = failed.supposed and not still.supposed and still.reasons.keys() == still.led.keys()
-        if still.reasons.keys() < together or onward:
+        if still.reasons.keys() < failed.reasons.keys() or onward:
             return still
-        for place in counting[:8] if one else ():  # others have the number of the channels by chance
-            arranged.bound = before | {place}
-            if not self.rehearsal.of(live).reasons:
-                return Verdict()
         arranged.bound = before
         failed.stuck = set() if still is failed else still.fixed
         return failed
+
+    def _bind_one(self, number: int) -> bool:
+        """Let one attribute follow the widths, if a space that fails by itself does so no more then; tried once."""
+        arranged, before, space = self.arrangement, self.arrangement.bound, self.spaces[number]
+        counting = [] if space in self._bound_for else self._counting([number])
+        self._bound_for.add(space)
+        for place in counting[:MOST_ATTRIBUTES]:
+            arranged.bound = before | {place}
+            if not self.rehearsal.of([number]).reasons:
+                return True
+        arranged.bound = before
+        return False
+
+    def _counting(self, numbers: Iterable[int]) -> list[Attribute]:
+        """The attributes that do not follow the widths yet and count channels of some spaces."""
+        arranged, own = self.arrangement, set(numbers)
+        literals = sorted(arranged.numbers.literals.items(), key=str)
+        return [
+            place
+            for place, counted in literals
+            if place not in arranged.bound and own & spaces_in(arranged.codes_of(counted))
+        ]
