@@ -18,7 +18,7 @@ from growconv.errors import SiteError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Sizes
 from growconv.network.model import attribute
-from growconv.network.site import Activation, AdaptivePool, Flatten, GrowthSite, Other
+from growconv.network.site import GrowthSite
 from growconv.network.tape import LayerCall, Operation, Ref, Rewritten, Step, Tape, hot_values
 
 Moments = tuple[Tensor, Tensor]
@@ -419,14 +419,9 @@ class _Go:
 
 def is_plain(site: GrowthSite) -> bool:
     """Whether a region needs no values of its pass, by the site's routes: its steps are run on new channels alone."""
-    for route in site.routes:
-        for step in route.steps:
-            own = step.alone if isinstance(step, Activation | AdaptivePool | Flatten) else True
-            if isinstance(step, Other) or not own:
-                return False
-        if route.problem is not None:
-            return False
-    return bool(site.routes) and _in_order(_places(site, sizes := site.sizes), sizes)
+    if not site.routes or any(route.problem is not None or not route.narrow for route in site.routes):
+        return False
+    return _in_order(_places(site, sizes := site.sizes), sizes)
 
 
 def region_of(tape: Tape, site: GrowthSite, sizes: Sizes | None = None) -> Region:

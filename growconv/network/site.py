@@ -32,13 +32,11 @@ class Activation:
         name: of the operation: "relu", "silu"; "prelu" for a layer with a slope a channel.
         path: of the module that it runs in, where that is a module of its own.
         homogeneous: whether f(sx) = s·f(x) for every s > 0.
-        alone: whether it is one operation that reads no other tensor, such as a slope that all channels share.
     """
 
     name: str
     path: str | None = None
     homogeneous: bool = False
-    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class AdaptivePool:
-    """Pooling to a fixed grid; `alone` as for an activation, and naming no number of channels."""
+    """Pooling to a fixed grid."""
 
     output_size: tuple[int, ...]
     average: bool
-    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,9 @@ class Depthwise:
 
 @dataclass(frozen=True)
 class Flatten:
-    """The grid joins the channel axis: `grid` entries for each channel; `alone` as for a pooling."""
+    """The grid joins the channel axis: `grid` entries for each channel."""
 
     grid: tuple[int, ...]
-    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,7 @@ class Route:
         consumer: module path of the layer that consumes them.
         steps: what lies between, in forward order.
         problem: why the steps are no plain chain; None where they are.
+        narrow: whether each step treats channels one by one, so that it can be run on new ones alone.
         behind: path of the norm layer that alone takes what the consumer gives, and takes nothing else; None: no such.
         at_zero: what the consumer reads of a new channel of zeros, the entry farthest from 0; like the following looked
             at where the site has a closed form.
@@ -105,6 +102,7 @@ class Route:
     consumer: str
     steps: tuple[Step, ...]
     problem: str | None = None
+    narrow: bool = False
     behind: str | None = None
     at_zero: float = 0.0
     dead_at_zero: bool = False

@@ -30,7 +30,6 @@ from growconv.network.tape import Step as Recorded
 _NOTHING = frozenset(["clone", "_to_copy", "contiguous", "expand", "detach", "alias"])
 _VIEWS = operations.VIEWS | {"squeeze", "unsqueeze", "flatten"}
 _HOMOGENEOUS = frozenset(["relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "neg", "mul", "div"])
-_TO_HEADS = (AdaptivePool, Flatten)
 _WINDOWED = ("max_pool", "avg_pool")
 SEVERAL_WAYS = "several ways lead from one to the other"
 
@@ -134,17 +133,18 @@ Way = tuple[tuple[Step, ...], str | None, str | None]
 
 def recorded_routes(tape: Tape, site: GrowthSite, behind: Mapping[str, str] | None = None) -> tuple[Route, ...]:
     """The routes of one site on a recording; `behind` says which norm lies behind a consumer."""
-    ways, found = _ways(tape, site), dict[tuple[str, str], Route]()
+    (ways, narrow), found = _ways(tape, site), dict[tuple[str, str], Route]()
     for consumer in site.consumers:
         norm = None if behind is None else behind.get(consumer)
+        alone = all(call.inputs[0] in narrow for call in tape.calls[consumer])
         for call in tape.calls[consumer]:
             for steps, producer, problem in ways.get(call.inputs[0]) or [_beginning(tape, call.inputs[0])]:
                 for path in site.producers if producer is None else (producer,):
                     known = found.get((path, consumer))
                     if known is None:
-                        found[path, consumer] = Route(path, consumer, steps, problem, norm)
+                        found[path, consumer] = Route(path, consumer, steps, problem, alone, norm)
                     elif producer is not None and (known.steps, known.problem) != (steps, problem):
-                        found[path, consumer] = Route(path, consumer, (), SEVERAL_WAYS, norm)
+                        found[path, consumer] = Route(path, consumer, (), SEVERAL_WAYS, alone, norm)
     return tuple(found.values())
 
 
@@ -152,10 +152,13 @@ def _beginning(tape: Tape, value: int) -> Way:
     return (), None, f"{tape.values[value].source} makes channels of its own"
 
 
-def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
-    """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up."""
+def _ways(tape: Tape, site: GrowthSite) -> tuple[dict[int, list[Way]], set[int]]:
+    """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up.
+
+    Also the values up to which every step treats channels one by one.
+    """
     hot, made = hot_values(tape, site)
-    ways: dict[int, list[Way]] = {}
+    ways, narrow = dict[int, list[Way]](), set(made)
     # per value those from which alone it is computed entry by entry, nearest first
     alike: dict[int, dict[int, None]] = {}
     for value in sorted(hot):  # in the order in which they were made
@@ -168,6 +171,8 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
         sources = list(dict.fromkeys(number for number in step.inputs if number in hot))
         for number in sources:
             ways.setdefault(number, [_beginning(tape, number)])
+        if sources and narrow.issuperset(sources) and is_narrow(tape, step, hot, site):
+            narrow.add(value)
         common = dict[int, None]()
         if sources and isinstance(step, Operation) and operations.is_pointwise(step.func):
             first, *others = [alike.get(n, {} if tape.values[n].source else {n: None}) for n in sources]
@@ -176,8 +181,6 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
         before, steps, problem = sources, (), None
         if len(sources) == 1:
             before, steps = _steps(tape, step, sources[0], value, site)
-            if any(isinstance(each, _TO_HEADS) for each in steps) and is_narrow(tape, step, hot, site):
-                steps = [replace(each, alone=True) for each in steps]  # pyright: ignore[reportCallIssue]
         elif common:
             before, steps = [next(iter(common))], [Activation(f"composite {_name(step)}")]
         elif not sources:
@@ -188,7 +191,7 @@ def _ways(tape: Tape, site: GrowthSite) -> dict[int, list[Way]]:
         if len({path for _, path, _ in found}) < len(found):
             problem = problem or "several ways lead from one producer to one consumer"
         ways[value] = found if problem is None else [((), None, problem)]
-    return ways
+    return ways, narrow
 
 
 def _name(step: Recorded) -> str:
@@ -217,7 +220,7 @@ def _steps(tape: Tape, step: Recorded, source: int, value: int, site: GrowthSite
         elif layers.norm(module).normalises:
             found = [Norm(step.path)]
         else:
-            found = [Activation("prelu", step.path, homogeneous=True, alone=True)]
+            found = [Activation("prelu", step.path, homogeneous=True)]
     elif isinstance(step, Rewritten):
         found = [Other(name)]
     elif (name in _NOTHING and before.shape == after.shape) or (name == "as_strided" and torch.equal(before, after)):
@@ -228,8 +231,7 @@ def _steps(tape: Tape, step: Recorded, source: int, value: int, site: GrowthSite
             found = [Other(name)]
         else:
             own = step.module and not list(site.model.get_submodule(step.module).children())
-            alone = all(each.dim() == 0 for each in others)
-            found = [Activation(name, step.module if own else None, name in _HOMOGENEOUS, alone=alone)]
+            found = [Activation(name, step.module if own else None, name in _HOMOGENEOUS)]
     elif name == "squeeze" and (pool := _one_axis_pool(tape, source)):
         return pool
     elif name in _VIEWS:

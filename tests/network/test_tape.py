@@ -73,7 +73,13 @@ HEADS = {
     "pool": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
     "grid": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)),
     "mean": lambda: nn.Sequential(Mean(), nn.Linear(4, 3)),
+    "written out": lambda: nn.Sequential(Swish(), nn.Upsample(scale_factor=2), Mean(), nn.Linear(4, 3)),
 }
+
+
+class Swish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.sigmoid()
 
 
 class Mean(nn.Module):
@@ -83,7 +89,7 @@ class Mean(nn.Module):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_a_pooling_to_a_head_needs_nothing_held(head: str, memory: torch.memory_format) -> None:
+def test_what_treats_channels_one_by_one_needs_nothing_held(head: str, memory: torch.memory_format) -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), HEADS[head]())
     (site,) = find_sites(model, torch.randn(2, 2, 6, 6))
     assert is_plain(site)
