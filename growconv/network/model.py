@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from growconv.errors import ArgumentTypeError, TraceError
+from growconv.errors import ArgumentTypeError, SurgeryError, TraceError
 
 Arguments = tuple[tuple, dict[str, object]]
 """Positional and keyword arguments of a model's forward."""
@@ -78,6 +78,14 @@ def attribute(model: nn.Module, path: str) -> Tensor | nn.Module:
     found = found_at(model, path)
     if found is None:
         raise AttributeError(f"{type(model).__name__} has no module, parameter or buffer {path}")
+    return found
+
+
+def tensor_at(model: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer of a model; SurgeryError where there is none."""
+    found = found_at(model, path)
+    if not isinstance(found, Tensor):
+        raise SurgeryError("this parameter does not exist", where=path, fix="name parameters or buffers of the model")
     return found
 
 

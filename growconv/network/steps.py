@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
 from growconv.network import layers, operations
+from growconv.network.between import is_narrow, region_of
 from growconv.network.layout import OUT
 from growconv.network.model import Arguments, module_at, one_run, tensors_in
-from growconv.network.seats import Region, is_narrow, region_of
+from growconv.network.seats import Region
 from growconv.network.site import (
     Activation,
     AdaptivePool,

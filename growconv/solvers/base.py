@@ -15,8 +15,7 @@ from growconv.errors import ArgumentTypeError, ArgumentValueError, GrowthError, 
 from growconv.limits import require_limits
 from growconv.network.event import shrink
 from growconv.network.layout import ENTRY, IN, OUT
-from growconv.network.model import copied
-from growconv.network.plan import tensor_at
+from growconv.network.model import copied, tensor_at
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import REFUSALS, GrowthSite, Site
 from growconv.statistics.pair import PairStatistics

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
 from growconv.network import layers
+from growconv.network.between import is_plain, region_of
 from growconv.network.model import tensors_in, unwrapped
-from growconv.network.seats import is_plain, region_of
 from growconv.network.site import GrowthSite, Site
 from growconv.network.tape import Tape
 from growconv.statistics.accumulator import OF_CONSUMER, PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums

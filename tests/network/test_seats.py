@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from growconv.errors import SiteError
 from growconv.network import layers
+from growconv.network.between import region_of
 from growconv.network.event import grow
 from growconv.network.find import find_sites
 from growconv.network.layout import IN, OUT
-from growconv.network.seats import Inserted, Region, region_of
+from growconv.network.seats import Inserted, Region
 from growconv.network.site import GrowthSite
 from growconv.network.tape import Tape
 from tests.network import hand
@@ -201,7 +202,7 @@ def used(model: Zoo) -> Zoo:
 def forced(model: nn.Module, x: Tensor, site: GrowthSite) -> Region:
     """By seats, although the channels could be run alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("growconv.network.seats._in_order", lambda *_: False)
+        patch.setattr("growconv.network.between._in_order", lambda *_: False)
         return recorded(model, x, site)
 
 

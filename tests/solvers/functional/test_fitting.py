@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growconv.network.between import region_of
 from growconv.network.layout import IN, OUT
-from growconv.network.seats import region_of
 from growconv.network.tape import Tape
 from growconv.solvers.energy import captured_share
 from growconv.solvers.fitting import (
