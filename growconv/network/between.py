@@ -8,7 +8,7 @@ from torch import Tensor
 from growconv.errors import SiteError
 from growconv.network import layers, operations
 from growconv.network.layout import ENTRY, Key, Sizes
-from growconv.network.model import attribute
+from growconv.network.model import tensor_at
 from growconv.network.seats import Region
 from growconv.network.site import GrowthSite
 from growconv.network.tape import LayerCall, Operation, Step, Tape, hot_values
@@ -97,7 +97,7 @@ def _along(tape: Tape, number: int, site: GrowthSite, sizes: Sizes) -> tuple[int
     path, tensor = str(tape.values[number].source), tape.values[number].tensor
     if path not in site.layout.dims or (path, ENTRY) not in site.axes:
         return None
-    if tensor.shape != attribute(site.model, path).shape:  # pyright: ignore[reportAttributeAccessIssue]
+    if tensor.shape != tensor_at(site.model, path).shape:
         return None
     places = torch.tensor(site.entries(path, ENTRY, sizes), device=tensor.device)
     return site.layout.dims[path], places.view(site.layout.units(site.space, sizes), -1)

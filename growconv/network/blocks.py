@@ -89,7 +89,7 @@ def split(conv: nn.Module, hidden: int, first_size: Sequence[int]) -> tuple[nn.S
     return nn.Sequential(first, second).train(conv.training), float(found.residual)
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module:
+def block_at(model: nn.Module, path: str) -> nn.Module:
     """A module inside a model that can be replaced; SiteError where there is none, or it is in several places."""
     try:
         module = model.get_submodule(path)
@@ -104,7 +104,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def check_replaceable(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[tuple[str, nn.Parameter]]:
     """The paths and Parameters of a module that is to go; errors where it, or a parameter, cannot."""
-    inside = list(module_at(model, path).modules())
+    inside = list(block_at(model, path).modules())
     outside = [each for each in model.modules() if all(each is not own for own in inside)]
     shared = {id(parameter) for module in outside for parameter in module.parameters(recurse=False)}
     removed = [(f"{path}.{name}", parameter) for name, parameter in inside[0].named_parameters()]
@@ -130,7 +130,7 @@ def apply_block_edit(model: nn.Module, edit: Mapping, optimizers: Sequence[Optim
         KeyError: for an edit that is none of these.
     """
     path = edit["module"]
-    module = module_at(model, path)
+    module = block_at(model, path)
     if "insert" in edit:
         weight = next(module.parameters())
         new = identity_layer(**edit["insert"]).to(weight.device, weight.dtype).train(module.training)

@@ -75,7 +75,7 @@ def insert_layer(
         raise SiteError(
             "name the consumer that gets a layer in front", where=site.name, expected=expected, got=consumer
         )
-    layer = layers.weighted(blocks.module_at(model, path))
+    layer = layers.weighted(blocks.block_at(model, path))
     add_parameters(as_optimizers(optimizer), next(layer.module.parameters()), (), path)  # checks only
     values = {
         "kind": kind,
@@ -119,7 +119,7 @@ def insert_copy(
         >>> event = growconv.insert_copy(net, "0", example_input=torch.zeros(1, 4, 8, 8))
     """
     model = unwrapped(model)
-    block, silent = blocks.module_at(model, path), None
+    block, silent = blocks.block_at(model, path), None
     if identity and example_input is None:
         raise ArgumentValueError("an identity copy needs an example", expected="example_input=...", where=path)
     if example_input is not None:
@@ -165,7 +165,7 @@ def copy_blocks(
     model = unwrapped(model)
     named = [path for path, _ in model.named_modules() if any(fnmatchcase(path, pattern) for pattern in patterns)]
     outermost = [path for path in named if not any(path.startswith(f"{other}.") for other in named)]
-    shapes = {path: _seen(model, blocks.module_at(model, path), example_input, path) for path in outermost}
+    shapes = {path: _seen(model, blocks.block_at(model, path), example_input, path) for path in outermost}
     fitting = [path for path, (given, returned) in shapes.items() if given.shape == returned.shape]
     if not fitting:
         raise SiteError("no block that can be copied has such a path", got=list(patterns), fix="see named_modules()")
@@ -259,7 +259,7 @@ def split_conv(
         True
     """
     model = unwrapped(model)
-    conv = blocks.module_at(model, name)
+    conv = blocks.block_at(model, name)
     if not layers.is_plain_convolution(conv) or layers.groups_of(conv) != 1:
         raise SurgeryError(
             "only a plain convolution inside a model can be split",

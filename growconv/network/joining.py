@@ -58,15 +58,15 @@ class Joining:
 
     def copied(self, led: Mapping[int, int]) -> bool:
         """Join spaces that failed to the ones that their sizes have to follow, where those only grow by copies."""
-        groups: dict[int, list[int]] = {}
-        for number in sorted(led):
-            groups.setdefault(led[number], []).append(number)
-        # the last first, so that along an axis with several of them blocks fall where one ends
-        members = [[self._arranged.spaces[each] for each in (*own[::-1], ahead)] for ahead, own in groups.items()]
+        spaces, followers = self._arranged.spaces, dict[Space, list[Space]]()
+        for number, ahead in sorted(led.items()):
+            # the last first, so that along an axis with several of them blocks fall where one ends
+            followers.setdefault(spaces[ahead], []).insert(0, spaces[number])
         joint = False
-        for each in members:
-            if set(each) <= set(self._arranged.spaces):  # else one of them was joined to others before
-                joint |= self._replaced(each, [len(space.roots) for space in each], False)
+        for ahead, own in followers.items():
+            members = [*own, ahead]
+            if set(members) <= set(spaces):  # else one of them was joined to others before
+                joint |= self._replaced(members, [len(space.roots) for space in members], False)
         return joint
 
     def parts(self, seeds: Iterable[int]) -> bool:

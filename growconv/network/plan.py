@@ -95,32 +95,21 @@ class Plan:
         return total
 
 
-def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
-    """Plan and validate a growth; nothing is changed.
+def plan_growth(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float = 1.0) -> Plan:
+    """Plan and validate growths of sites of a model in one; where new channels of two meet, weights are zero.
 
     Args:
-        growth: what; for the model as it is now.
+        growths: one or more sites of one layout, each with what; for the model as it is now.
         amplitude: multiplies the outgoing weights.
 
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
-    return plan_growths([(site, growth)], amplitude)
-
-
-def plan_growths(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float = 1.0) -> Plan:
-    """Plan and validate growths of several sites of a model in one; where new channels of two meet, weights are zero.
-
-    Args:
-        growths: one or more sites of one layout, each with what; see `plan_growth`.
-    """
     plan = Plan(growths[0][0].model)
     for site, growth in growths:
         check_proposal(site, growth)
-    _add(
-        plan,
-        [(site, growth.channels, NewEntries(site, growth, amplitude, plan.sizes(site))) for site, growth in growths],
-    )
+    new = [(site, each.channels, NewEntries(site, each, amplitude, plan.sizes(site))) for site, each in growths]
+    _add(plan, new)
     for site, growth in growths:
         for path, replacement in growth.revised.items():
             plan.change(path).revised = revision(site, growth, path, replacement)

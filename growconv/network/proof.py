@@ -20,7 +20,7 @@ from growconv.network import layers, operations
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, module_at, one_run, same_chance, tensors_in
 from growconv.network.optimizer import Journal, exchange, refresh
-from growconv.network.plan import Plan, plan_growth, plan_growths
+from growconv.network.plan import Plan, plan_growth
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
 from growconv.network.site import GrowthSite
@@ -206,10 +206,10 @@ class Proof:
         sites = [(self.sites[number], more[number] * self.sites[number].granularity) for number in part]
         silent = [(site, silent_growth(site, channels)) for site, channels in sites if not site.copied]
         if silent:
-            self._carry_out(plan_growths(silent), undo)
+            self._carry_out(plan_growth(silent), undo)
         for site, channels in sites:
             if site.copied:  # these give old weights new values
-                self._carry_out(plan_growth(site, copied_growth(site, channels)), undo)
+                self._carry_out(plan_growth([(site, copied_growth(site, channels))]), undo)
         refresh(self.model)
 
     def _carry_out(self, plan: Plan, undo: list[Journal]) -> None:

@@ -178,9 +178,10 @@ class Rehearsal:
             culprits |= dict.fromkeys(own, text)
         if culprits:
             return culprits
+        new, owners = (high >= 0) & ~self._is_old(high), spaces_of(high)
         for root, reason in found.reasons().items():
-            if high[root] >= 0 and not self._is_old(high[root]):
-                culprits.setdefault(int(spaces_of(high[root])), reason)
+            if new[root]:
+                culprits.setdefault(int(owners[root]), reason)
         codes = np.append(np.maximum(high[roots], -1), -1)  # per number, and of none
         culprits |= self._cut_otherwise(found, codes, live)
         for key, expected in known.items():

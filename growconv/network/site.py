@@ -5,15 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from growconv.convolution.geometry import Geometry
 from growconv.errors import SiteError
 from growconv.network import layers
 from growconv.network.layout import ENTRY, GROUP_IN, GROUP_OUT, IN, OUT, Key, Layout, Sizes
-from growconv.network.model import attribute, found_at, module_at, unwrapped
+from growconv.network.model import attribute, found_at, module_at, tensor_at, unwrapped
 from growconv.network.proposal import ChannelGrowth
 
 
@@ -233,7 +233,7 @@ class Site(ABC):
     def adapter(self, path: str) -> layers.Adapter:
         """What knows a layer or bare tensor of the site's model."""
         if path in self.layout.dims:
-            return layers.Bare(cast(Tensor, attribute(self.model, path)), self.layout.dims[path])
+            return layers.Bare(tensor_at(self.model, path), self.layout.dims[path])
         return layers.adapter(module_at(self.model, path))
 
     def ratio(self, path: str, side: str = IN) -> Fraction:
@@ -416,7 +416,7 @@ def sizes_of(model: nn.Module, layout: Layout) -> Sizes:
     def length(key: Key) -> int:
         path, side = key
         if side == ENTRY and path in layout.dims:
-            return int(cast(Tensor, attribute(model, path)).shape[layout.dims[path]])
+            return int(tensor_at(model, path).shape[layout.dims[path]])
         return layers.size(module_at(model, path), side)
 
     return Sizes(length)

@@ -13,7 +13,7 @@ from growconv.network.event import GrowthHistory, grow, shrink
 from growconv.network.find import find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
 from growconv.network.optimizer import exchange
-from growconv.network.plan import plan_growth, plan_growths, plan_removal, plan_size, tied_weights
+from growconv.network.plan import plan_growth, plan_removal, plan_size, tied_weights
 from growconv.network.proof import silent_growth
 from growconv.network.proposal import ChannelGrowth
 from tests.network import hand
@@ -73,7 +73,7 @@ def test_plans_change_nothing_and_predict_sizes(name: str) -> None:
     model, _, site = hand.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     growth = hand.growth(site, 3)
-    plan = plan_growth(site, growth)
+    plan = plan_growth([(site, growth)])
     assert plan.added_parameters() == plan_size(site, growth.channels) > 0
     gone = plan_removal(site, range(site.granularity)).added_parameters()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -89,7 +89,7 @@ def test_two_sites_in_one_plan_are_what_two_plans_give() -> None:
     expected, one_by_one = model(example), copy.deepcopy(model)
     sites = find_sites(model, example)
     assert len(sites) == 2
-    together = plan_growths([(site, silent_growth(site, 2)) for site in sites])
+    together = plan_growth([(site, silent_growth(site, 2)) for site in sites])
     for site in sites:
         grow(one_by_one, site.of(one_by_one), silent_growth(site.of(one_by_one), 2))
     exchange(model, together.changes, together.attributes, ())
