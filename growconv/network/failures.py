@@ -59,11 +59,10 @@ class Failure:
 
     Attributes:
         error: what was raised.
-        numbers: those that the failing operation met; of an error in the code itself, those around it.
-        near: those that the code held which called the operation.
+        numbers: those that the failing operation met; none where the code itself raised the error.
+        near: those that the code held which called the operation; of an error of its own also the last operation's.
         more: by how much sizes that it was given differ from those at other widths.
         fixed: whether it was told all sizes, and the same ones as there, so that it is taken to take no other width.
-        supposed: whether it is only supposed that these numbers are to blame, since the code itself raised the error.
         where: the module whose operation failed, with those of its attributes that have a size which that was told.
     """
 
@@ -72,7 +71,6 @@ class Failure:
     near: set[int] = field(default_factory=set)
     more: set[int] = field(default_factory=set)
     fixed: bool = False
-    supposed: bool = False
     where: str = ""
 
 
@@ -135,7 +133,9 @@ class Failures:
         """All failures, once an error has ended the run: of an operation, or of the code of a module itself."""
         if any(error is each.error for each in self.found):
             return LookFailed(self.found)
-        self._add(Failure(error, self._around(error), supposed=True))
+        near = self._around(error)
+        if near or not self.found:
+            self.found.append(Failure(error, near=near))
         return LookFailed(self.found, _raised_in(error, model))
 
     def spoil(self, tensors: Iterable[Tensor]) -> None:

@@ -143,11 +143,11 @@ class Rehearsal:
                 alike = [n for n in ahead if arranged.spaces[n].copied and len(arranged.spaces[n].roots) == size]
                 if len(alike) == 1:
                     verdict.led[number] = alike[0]
-            supposed = each.supposed or not (spaces or ahead)  # it may have followed the sizes of what is near
+            supposed = not (spaces or ahead)  # it may have followed the sizes of what is near
             spaces = spaces or ahead or near
             verdict.supposed |= supposed and bool(spaces)
             verdict.reasons |= dict.fromkeys(spaces - verdict.reasons.keys(), text)
-            fixed = spaces if each.fixed and (each.supposed or not supposed) else set()
+            fixed = spaces if each.fixed and not supposed else set()
             verdict.alone |= spaces if len(spaces) == 1 and not supposed else fixed
             verdict.fixed |= fixed
             if not verdict.reasons:
