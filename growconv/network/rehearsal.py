@@ -43,7 +43,6 @@ class Verdict:
         reasons: the spaces that failed, and why.
         alone: those of them that would fail without the others too.
         fixed: those of them on which an operation failed that takes one width only.
-        stuck: those of them that are fixed whatever attributes say.
         led: those of them that failed since sizes had followed another space that grows by copies, and which.
         supposed: whether they were only near an error of the code itself, and others may be to blame.
     """
@@ -51,7 +50,6 @@ class Verdict:
     reasons: dict[int, str] = field(default_factory=dict)
     alone: set[int] = field(default_factory=set)
     fixed: set[int] = field(default_factory=set)
-    stuck: set[int] = field(default_factory=set)
     led: dict[int, int] = field(default_factory=dict)
     supposed: bool = False
 

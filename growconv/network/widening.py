@@ -70,9 +70,10 @@ class Widening:
             failed: where it failed together with others.
             few: whether it is worth while to try the next guess by itself.
         """
-        if self._patient and number not in failed.stuck and self._bind_one(number):
+        patient = self._patient and number not in failed.fixed
+        if patient and self._bind_one(number):
             return
-        if number in failed.fixed or not self._patient:
+        if not (patient and self._patient):
             self.arrangement.refuse(number, reason)
             return
         self.arrangement.next_guess(number, reason)
@@ -119,7 +120,7 @@ class Widening:
         if still.reasons.keys() < failed.reasons.keys() or onward:
             return still
         arranged.bound = before
-        failed.stuck = set() if still is failed else still.fixed
+        failed.fixed &= still.fixed
         return failed
 
     def _bind_one(self, number: int) -> bool:
