@@ -20,7 +20,6 @@ PATIENCE = 60, 4
 what the search may cost has an end."""
 FEW = 3
 """So many spaces that fail are tried one by one at once; more of them first together without the others."""
-
 MOST_ATTRIBUTES = 8
 """So many attributes that count a space's channels are tried one by one: others have that number by chance."""
 
@@ -108,11 +107,11 @@ class Widening:
         """Let all attributes follow the widths, if that gets the spaces which fail further; tried once for the same."""
         arranged, literals = self.arrangement, self.arrangement.numbers.literals
         before, together = arranged.bound, frozenset(self.spaces[number] for number in failed.reasons)
-        if together in self._bound_for:
+        if together in self._bound_for or not self._counting(failed.reasons):
             return failed
         self._bound_for.add(together)
-        still, counting = failed, self._counting(failed.reasons)
-        while counting and still.reasons and arranged.bound != before | literals.keys():
+        still = failed
+        while still.reasons and arranged.bound != before | literals.keys():
             arranged.bound = before | literals.keys()
             still = self.rehearsal.of(live)  # which may tell of more of them
         # or the code runs to its end only now, and all that fails then follows channels that are known
@@ -138,9 +137,8 @@ class Widening:
     def _counting(self, numbers: Iterable[int]) -> list[Attribute]:
         """The attributes that do not follow the widths yet and count channels of some spaces."""
         arranged, own = self.arrangement, set(numbers)
-        literals = sorted(arranged.numbers.literals.items(), key=str)
         return [
             place
-            for place, counted in literals
+            for place, counted in sorted(arranged.numbers.literals.items(), key=str)
             if place not in arranged.bound and own & spaces_in(arranged.codes_of(counted))
         ]
