@@ -85,6 +85,26 @@ def test_an_attribute_that_code_compares_a_size_with_follows() -> None:
     assert grown[2].channels > 4
 
 
+class Named(nn.Module):
+    """Keeps the number of its outputs, which is that of its inputs too, and uses it nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = 6
+        self.inside = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+def test_an_attribute_that_nothing_uses_stays_where_others_follow() -> None:
+    model = nn.Sequential(Heads(), nn.Conv2d(2, 6, 1), nn.ReLU(), Named(), nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
+    sites = find_sites(model, X)
+    assert [(each.path, each.name) for each in sites[0].layout.attributes] == [("0", "width")]
+    grown = referee.check(model, X, sites).model
+    assert (grown[0].width, grown[3].outputs) == (7, 6)
+
+
 class Cell(nn.Module):
     """A recurrent cell that tells how many channels its state has, and adds a part of its own."""
 
