@@ -132,14 +132,8 @@ class StatisticsCollector:
             if value not in _CHOICES[label]:
                 expected = " or ".join(_CHOICES[label])
                 raise ArgumentValueError(f"there is no such {label}", expected=expected, got=repr(value))
-        least = {
-            "scratch_bytes": (scratch_bytes, 1),
-            "hold_bytes": (hold_bytes, 0),
-            "moments_every": (moments_every, 1),
-        }
-        for label, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise ArgumentValueError(f"{label} must be at least {lowest}", got=value)
+        _require_at_least(1, scratch_bytes=scratch_bytes, moments_every=moments_every)
+        _require_at_least(0, hold_bytes=hold_bytes)
         self.reduction = reduction
         self.keep_samples = keep_samples
         self.path = path
@@ -636,6 +630,12 @@ def _differentiates_weight(output: Tensor, module: nn.Module) -> bool:
     if node is None or node.name() != "ConvolutionBackward0":
         return False
     return getattr(node.next_functions[1][0], "variable", None) is module._parameters.get("weight", module)
+
+
+def _require_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ArgumentValueError(f"{name} must be at least {least}", got=value)
 
 
 def _checked_quantities(quantities: Iterable[str] | None, full: bool, keep_samples: int) -> frozenset[str]:
