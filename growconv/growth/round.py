@@ -58,18 +58,19 @@ def parts_of(
 
     Returns:
         For each part the indices of its sites, and how many bytes of batches may be held until W* is known: 0 where
-        there is no room for all of them.
+        there is no room for all of them, 1 where all are kept samples, which are held anyway.
     """
     samples = sum(batch_size(inputs) for inputs, _ in batches)
     kept = min(kept, samples) if "samples" in reads else 0
     room = max(cost.activations() * batch_size(batches[0][0]) / 2, ROOM_BYTES)
-    moments = sum(moment_bytes(site, reads | ({"update"} if "N" in reads else set())) for site in sites)
+    projected = reads | ({"update"} if "N" in reads else set())
+    moments = sum(moment_bytes(site, projected) for site in sites)
     maps = {key: size for site in sites for key, size in cost.maps(site).items()}
     if moments + (samples if "N" in reads else kept) * sum(maps.values()) <= room:
         return [list(range(len(sites)))], int(room - moments)
     parts: list[_Part] = []
     for index, site in enumerate(sites):
-        alone = _Part([index], moment_bytes(site, reads), cost.maps(site))
+        alone = _Part([index], moment_bytes(site, projected if kept >= samples else reads), cost.maps(site))
         place, joined = next(
             (
                 (place, both)
@@ -79,7 +80,7 @@ def parts_of(
             (len(parts), alone),
         )
         parts[place : place + 1] = [joined]
-    return [part.indices for part in parts], 0
+    return [part.indices for part in parts], int(kept >= samples)
 
 
 class _Part(NamedTuple):

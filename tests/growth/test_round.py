@@ -80,14 +80,22 @@ def test_a_neighbour_that_shrinks_in_between_leaves_an_exact_growth_or_an_error(
         shapes = [parameter.shape for parameter in model.parameters()]
 
 
-def test_sites_in_parts_grow_as_all_at_once(chain, sites_of, batches_of, monkeypatch) -> None:
+@pytest.mark.parametrize("kept", [200, 512])
+def test_sites_in_parts_grow_as_all_at_once(kept, chain, sites_of, batches_of, monkeypatch) -> None:
+    """Where W* comes first, and where all samples are kept, so that none of them is looked at again."""
     whole = chain(3, 4).double()
     batches, parts = batches_of(4, dtype=torch.float64), copy.deepcopy(whole)
-    GrowthScheduler(whole, None, sites_of(whole), method="tiny", amount=2).grow(batches, cross_entropy)
+    GrowthScheduler(whole, None, sites_of(whole), method="tiny", amount=2, statistics={"keep_samples": kept}).grow(
+        batches, cross_entropy
+    )
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
-    scheduler = GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount=2)
+    scheduler = GrowthScheduler(
+        parts, None, sites_of(parts), method="tiny", amount=2, statistics={"keep_samples": kept}
+    )
     cost = ModelCost.measure(parts, batches[0][0])
-    assert len(rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, 512, batches)[0]) > 1
+    found, hold = rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, kept, batches)
+    assert len(found) > 1
+    assert hold == (kept == 512)
     scheduler.grow(batches, cross_entropy)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
