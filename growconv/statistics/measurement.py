@@ -62,7 +62,7 @@ class Measurement:
         others = self.sums.quantities & frozenset[str]().union(*(QUANTITIES[name] for name in quantities - {"N"}))
         if update is not None:
             self.update, self.sums.quantities = update, others & OF_GRADIENT
-            self.projected = replace(self.sums, quantities=others - OF_GRADIENT | {"N_raw"}, closed=Totals())
+            self.projected = self._sums_of(others - OF_GRADIENT | {"N_raw"})
         elif "P" not in others:
             self.waiting = QUANTITIES["N"] - QUANTITIES["update"] - others
             self.sums.quantities -= self.waiting
@@ -153,10 +153,13 @@ class Measurement:
         if self.second_pass is None or update is None:
             return
         self.update = update
-        self.projected = ConsumerSums(self.sums.where, frozenset({"N_raw"}), self.sums.path, self.sums.scratch_bytes)
+        self.projected = self._sums_of(frozenset({"N_raw"}))
         for batch in grouped(self.held.values()):
             with full_precision(batch.v.device):
                 self.add_projected(batch)
+
+    def _sums_of(self, quantities: frozenset[str]) -> ConsumerSums:
+        return ConsumerSums(self.sums.where, quantities, self.sums.path, self.sums.scratch_bytes)
 
     def add_projected(self, batch: HeldBatch) -> None:
         """Sum a batch with v⊥ in the place of v, where W* is known.

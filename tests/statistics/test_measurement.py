@@ -55,6 +55,17 @@ def test_with_w_known_n_is_summed_at_once(quantities, moments_every):
     torch.testing.assert_close(both.N, found.N, rtol=1e-9, atol=1e-12)
 
 
+def test_how_n_is_summed_with_w_known_is_told_once():
+    model = network()
+    site = site_of(model)
+    first = collect_statistics(model, site, [(X, Y)], F.cross_entropy, quantities={"update"})
+    collector = StatisticsCollector(model, site, quantities={"S", "N", "N_raw"}, updates=best_updates(first))
+    with collector:
+        F.cross_entropy(model(X), Y).backward()
+    told = [line.split(" by ")[0].strip() for line in collector.explain().splitlines()[1:]]
+    assert sorted(told) == ["N", "N_raw", "S"]
+
+
 def test_w_alone_asks_nothing_of_producers():
     """Of residual streams and of a linear layer behind a flattened map, against W* from the held batches."""
     torch.manual_seed(0)
