@@ -65,3 +65,31 @@ def test_a_run_loads_no_more_than_it_needs(tmp_path):
     assert "growconv.training.loop" in loaded
     heavy = {"torch._dynamo", "torchmetrics", "transformers", "lightning_fabric", "sklearn", "matplotlib", "wandb"}
     assert not loaded & heavy
+
+
+def test_nothing_compiled_is_loaded_once_training_runs(tmp_path):
+    """What Cython has compiled drops a Ctrl-C that comes while it is loaded."""
+    options = "growth=none trainer.epochs=2 data.limit=64 baselines=[] report=false"
+    arguments = [*options.split(), f"hydra.run.dir={tmp_path / 'run'}"]
+    loaded = loaded_after(
+        f"""
+import sys
+from growconv.cli import main
+from growconv.training.loop import Trainer
+
+def compiled():
+    return {{name for name, each in sys.modules.items() if str(getattr(each, "__file__", "")).endswith(".so")}}
+
+def fit(self):
+    before = compiled()
+    try:
+        return fits(self)
+    finally:
+        sys.modules |= {{f"late:{{name}}": None for name in compiled() - before}}
+
+fits, Trainer.fit = Trainer.fit, fit
+if main({arguments}): raise SystemExit(1)
+"""
+    )
+    assert "growconv.training.loop" in loaded
+    assert [name for name in loaded if name.startswith("late:")] == []

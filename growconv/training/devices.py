@@ -15,6 +15,9 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+
+# numpy loads it when it is first asked for, which would be the first save: Cython drops a Ctrl-C that comes meanwhile.
+import numpy.random as numpy_random
 import torch
 import torch.distributed as dist
 
@@ -121,7 +124,7 @@ class Devices:
         if self.device.type == "cuda":
             torchs["cuda"] = torch.cuda.get_rng_state()
         version, state, gauss = random.getstate()
-        numpy: Any = np.random.get_state()  # noqa: NPY002 (whatever draws from it has to go on)
+        numpy: Any = numpy_random.get_state()  # noqa: NPY002 (whatever draws from it has to go on)
         own = torchs, {"python": [version, list(state), gauss], "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]]}
         gathered: list[Any] = [own] * self.world_size
         if self.world_size > 1:
@@ -140,7 +143,7 @@ class Devices:
         version, state, gauss = values[str(rank)]["python"]
         random.setstate((version, tuple(state), gauss))
         name, keys, *rest = values[str(rank)]["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+        numpy_random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
 def make_devices(trainer: Mapping[str, Any]) -> Devices:
