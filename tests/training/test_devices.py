@@ -36,7 +36,7 @@ def losses(folder):
 
 
 # Runs one after the other, each in a process group of its own: the first meets at torchrun's store, which then knows
-# it, so that the others meet at ports of theirs. Before a run is resumed, rank 0 takes back its end.
+# it, so that the other meets at a port of its own.
 IN_TURN = """
 import json, os, pathlib, sys
 from growconv.cli import main
@@ -44,10 +44,6 @@ from growconv.cli import main
 for port, arguments in json.loads(sys.argv[1]):
     if port:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
-    if arguments[0].startswith("resume=") and os.environ["RANK"] == "0":
-        folder = pathlib.Path(arguments[0].partition("=")[2])
-        (folder / "summary.json").unlink()
-        (folder / "checkpoint" / "last.safetensors").rename(folder / "checkpoint" / "gone")
     code = main(arguments)
     if code != 0:
         sys.exit(code)
@@ -56,25 +52,33 @@ print(f"rank {os.environ['RANK']}:", *(path.read_text() for path in pathlib.Path
 WITHOUT_NORM = [*QUICK, "model.norm=none", "trainer.precision=64-true", "growth.times=2", "seed=3"]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes leave and print: a run without norm, then one with batch norm that is resumed."""
-    folder = tmp_path_factory.mktemp("two")
-    script = folder.with_suffix(".py")
-    script.write_text(IN_TURN)
-    with socket.create_server(("localhost", 0)) as one, socket.create_server(("localhost", 0)) as other:
-        ports = [held.getsockname()[1] for held in (one, other)]
-    runs = [
-        [None, [*WITHOUT_NORM, "trainer.devices=2", f"hydra.run.dir={folder / 'plain'}"]],
-        [ports[0], [*QUICK, "growth=random", "trainer.epochs=2", "growth.times=2", f"hydra.run.dir={folder / 'norm'}"]],
-        [ports[1], [f"resume={folder / 'norm'}"]],
-    ]
+def torchrun(script, runs):
+    """What two processes print that run one after the other."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), json.dumps(runs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert answer.returncode == 0, answer.stderr[:6000]
-    return folder, answer.stdout
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes leave and print: a run without norm, then one with batch norm, which two others resume."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder.with_suffix(".py")
+    script.write_text(IN_TURN)
+    with socket.create_server(("localhost", 0)) as held:
+        port = held.getsockname()[1]
+    runs = [
+        [None, [*WITHOUT_NORM, "trainer.devices=2", f"hydra.run.dir={folder / 'plain'}"]],
+        [port, [*QUICK, "growth=random", "trainer.epochs=2", "growth.times=2", f"hydra.run.dir={folder / 'norm'}"]],
+    ]
+    said = torchrun(script, runs)
+    (folder / "norm" / "summary.json").unlink()
+    (folder / "norm" / "checkpoint" / "last.safetensors").rename(folder / "norm" / "checkpoint" / "gone")
+    torchrun(script, [[None, [f"resume={folder / 'norm'}"]]])
+    return folder, said
 
 
 def test_two_processes_equal_one(two, tmp_path):
