@@ -80,18 +80,16 @@ def test_a_neighbour_that_shrinks_in_between_leaves_an_exact_growth_or_an_error(
         shapes = [parameter.shape for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize("samples", ["all", "auto"])
 @pytest.mark.parametrize("kept", [200, 512])
-def test_sites_in_parts_grow_as_all_at_once(kept, chain, sites_of, batches_of, monkeypatch) -> None:
+def test_sites_in_parts_grow_as_all_at_once(kept, samples, chain, sites_of, batches_of, monkeypatch) -> None:
     """Where W* comes first, and where all samples are kept, so that none of them is looked at again."""
     whole = chain(3, 4).double()
     batches, parts = batches_of(4, dtype=torch.float64), copy.deepcopy(whole)
-    GrowthScheduler(whole, None, sites_of(whole), method="tiny", amount=2, statistics={"keep_samples": kept}).grow(
-        batches, cross_entropy
-    )
+    options = {"method": "tiny", "amount": 2, "samples": samples, "statistics": {"keep_samples": kept}}
+    GrowthScheduler(whole, None, sites_of(whole), **options).grow(batches, cross_entropy)
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
-    scheduler = GrowthScheduler(
-        parts, None, sites_of(parts), method="tiny", amount=2, statistics={"keep_samples": kept}
-    )
+    scheduler = GrowthScheduler(parts, None, sites_of(parts), **options)
     cost = ModelCost.measure(parts, batches[0][0])
     found, hold = rounds.parts_of(scheduler.sites, cost, scheduler.solver.reads, kept, batches)
     assert len(found) > 1
