@@ -146,6 +146,13 @@ class Devices:
         numpy_random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
+def seed_global_generators(seed: int) -> None:
+    """Seed what models and data may draw from without a generator of their own: torch, numpy and Python."""
+    torch.manual_seed(seed)
+    numpy_random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
 def make_devices(trainer: Mapping[str, Any]) -> Devices:
     """Device, precision and processes of the group trainer, or a ConfigError; joins the processes of torchrun."""
     accelerator, gpus, backend = trainer["accelerator"], torch.cuda.device_count(), trainer["compile"]

@@ -24,7 +24,7 @@ from growconv.training.build import check_output, grows, make_dataset, make_mode
 from growconv.training.checkpoint import Checkpoint, find_checkpoint
 from growconv.training.config import changes, differences, is_longer, require_unchanged
 from growconv.training.data import Dataset, require_kornia, seed_for
-from growconv.training.devices import Devices, make_devices
+from growconv.training.devices import Devices, make_devices, seed_global_generators
 from growconv.training.libraries import load_weights
 from growconv.training.loop import Trainer, weight_shapes
 from growconv.training.progress import closing_table
@@ -122,8 +122,8 @@ def run_one(
         from_first(lambda: files.prolong(config))
     if devices.is_first:
         trainer.trackers = make_trackers(config, directory, None if begins else found)
-    # From here on every process draws random numbers of its own (dropout).
-    torch.manual_seed(seed_for(config["seed"], "training", devices.rank))
+    # From here on every process draws random numbers of its own, as for dropout.
+    seed_global_generators(seed_for(config["seed"], "training", devices.rank))
     if found is not None:
         trainer.resume(found)
     sites = "" if trainer.scheduler is None else f", {len(trainer.scheduler.sites)} sites to grow"
@@ -141,7 +141,7 @@ def run_one(
 
 def _placed_model(config: Mapping[str, Any], dataset: Dataset, devices: Devices) -> nn.Module:
     """The model as it begins, on the device; its outputs are checked for every size of the images."""
-    torch.manual_seed(seed_for(config["seed"], "weights"))
+    seed_global_generators(seed_for(config["seed"], "weights"))
     model = make_model(config, dataset.shape).to(devices.device)
     if config["trainer"]["sync_batchnorm"] and devices.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

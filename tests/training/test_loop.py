@@ -1,17 +1,19 @@
-"""Runs that are as long as their training FLOPs, and the moving average of the weights."""
+"""Runs as long as their training FLOPs, random numbers after a stop, and the moving average of the weights."""
 
 import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import growconv
 from growconv.cli import main
 from growconv.training.data import Dataset, Split, load_data
-from growconv.training.loop import global_batch_size, moving_average
+from growconv.training.loop import Trainer, global_batch_size, moving_average
 from growconv.training.models import small_cnn
 from growconv.training.rundir import RunDirectory
 
@@ -63,8 +65,6 @@ def test_fixed_runs_of_other_widths_spend_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from growconv.training.loop import Trainer
-
     whole = run(tmp_path / "whole", "trainer.flops=2e9", "trainer.checkpoint_every=1")
     step = Trainer._step
 
@@ -81,6 +81,31 @@ def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     timed = {"seconds", "growth_seconds", "peak_memory"}
     resumed = RunDirectory(tmp_path / "cut").summary()
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+
+
+def test_random_numbers_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a model draws from torch, numpy and Python, as for dropout; others were drawn before it is resumed."""
+    drawn: dict[int, tuple[float, ...]] = {}
+    step, last = Trainer._step, [-1]
+
+    def drawing(self: Trainer, index: Any) -> None:
+        if self.position.step == last[0]:
+            raise KeyboardInterrupt
+        drawn[self.position.step] = float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
+        step(self, index)
+
+    monkeypatch.setattr(Trainer, "_step", drawing)
+    once = ["growth=none", "trainer.epochs=2", "data.limit=160", "trainer.checkpoint_every=1"]
+    run(tmp_path / "whole", *once)
+    whole, last[0] = dict(drawn), len(drawn) // 2 + 1
+    drawn.clear()
+    assert main([*QUICK, *once, f"hydra.run.dir={tmp_path / 'cut'}"]) == 130
+    last[0] = -1
+    for reset in (torch.manual_seed, np.random.seed, random.seed):
+        reset(99)
+    assert main([f"resume={tmp_path / 'cut'}", "trainer.progress=none"]) == 0
+    assert drawn == whole
+    assert len({first for first, *_ in whole.values()}) == len(whole) > 2
 
 
 def test_a_run_whose_last_flops_went_into_growing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
