@@ -403,8 +403,8 @@ class RunConfig:
     """One run.
 
     Attributes:
-        seed: seed of weights, order of samples, augmentation and growth, and of what else is drawn from torch, numpy and
-            Python, as for dropout.
+        seed: seed of weights, order of samples, augmentation and growth, and of all else drawn from torch, numpy and
+            Python, such as dropout.
         baselines: fixed models trained for comparison with a growing one: "small" (its initial size) and "large" (the
             full model). null: both on digits outside a sweep, where they take seconds; otherwise none.
         report: whether to write report.html at the end.
