@@ -38,7 +38,7 @@ def pytest_runtest_setup():
     import numpy as np
     import torch
 
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
+    for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
         seed(0)
 
 

@@ -185,7 +185,11 @@ def same_chance() -> None:
     """Let the generators of Python, NumPy and torch start from the same place, inside of `undisturbed`."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the model may draw from it, as from drop path)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down the call stack for devices not in use
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(0)
 
 
 @contextmanager
