@@ -14,16 +14,20 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log, run_job
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -261,7 +265,7 @@ def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: 
     if sweep and command != "train":
         fix = "start it once for each setting"
         raise ConfigError("this command cannot run as a sweep", where=command, got="-m", fix=fix)
-    if not UNCHECKED & flags.keys():
+    if flags and not UNCHECKED & flags.keys():
         folder = flags.get("config_dir")
         found = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
         for variant in itertools.islice(settings.variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
@@ -287,7 +291,10 @@ def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: 
         word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value) if word is not True
     ]
     try:
-        _with_hydra([*words, *overrides], task)
+        if flags or any(override.key_or_group == "hydra.mode" for override in parsed):
+            _with_hydra([*words, *overrides], task)
+        else:
+            _composed_once(overrides, task)
     except KeyboardInterrupt as stop:
         if sweep:  # finished runs are left out when it is started again
             stop.add_note(typed)
@@ -405,24 +412,53 @@ def _require_trusted_path(flags: Mapping[str, Any], overrides: Sequence[str]) ->
     require_trusted_file(file, {text.split("=")[0].lstrip("+") for text in overrides})
 
 
+def _composed_once(overrides: Sequence[str], task: Callable[[DictConfig], float]) -> None:
+    """One run as Hydra makes it, of a config that is checked first: Hydra by itself would compose it twice more."""
+    with _own_logging(), settings.composed([*overrides, *_silent()]) as config:
+        settings.plain(settings.without_hydra(config))
+        config.hydra.mode = RunMode.RUN
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        callbacks = Callbacks(config)
+        callbacks.on_run_start(config=config, config_name="config")
+        context = HydraContext(GlobalHydra.instance().config_loader(), callbacks)
+        done = run_job(task, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+        callbacks.on_run_end(config=config, config_name="config", job_return=done)
+
+
+def _silent() -> Sequence[str]:
+    """What keeps a process that is not the first one from leaving traces."""
+    if _rank() == 0:
+        return ()
+    logging.disable(logging.WARNING)
+    return SILENT
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Remove afterwards what Hydra adds to Python's logging: its file may be gone with a run that never began."""
+    handlers = list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        for handler in [each for each in logging.root.handlers if each not in handlers]:
+            logging.root.removeHandler(handler)
+            handler.close()
+
+
 def _with_hydra(arguments: Sequence[str], task: Callable[[DictConfig], float]) -> None:
     """Run Hydra on these arguments, with errors raised rather than printed."""
-    if _rank() > 0:
-        arguments = [*arguments, *SILENT]
-        logging.disable(logging.WARNING)
-    before, shown, handlers = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), list(logging.root.handlers)
+    arguments = [*arguments, *_silent()]
+    before, shown = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [before[0] if before else "growconv", *arguments]
     decorate: Callable[[Any], Any] = hydra.main(
         version_base="1.3", config_path=str(settings.conf_dir()), config_name="config"
     )
     try:
-        decorate(task)()
+        with _own_logging():
+            decorate(task)()
     finally:
         sys.argv = before
-        for handler in [each for each in logging.root.handlers if each not in handlers]:
-            logging.root.removeHandler(handler)  # its file may be gone with a run that never began
-            handler.close()
         if shown is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

@@ -3,9 +3,11 @@
 Nothing here needs torch: a mistake is answered before anything heavy is loaded.
 """
 
+import copy
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from functools import cache
@@ -16,7 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from growconv.errors import CheckpointError, ConfigError, did_you_mean, near
@@ -44,19 +46,39 @@ def conf_dir() -> Path:
     raise ConfigError("the configuration files are missing", where=str(PACKAGE / "conf"), fix="install growconv again")
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """A run's config from overrides such as "trainer.epochs=2", with no run directory; `explain`s what does not fit."""
+@contextmanager
+def composed(overrides: Sequence[str]) -> Iterator[DictConfig]:
+    """A run's config from overrides such as "trainer.epochs=2", with Hydra's own part; inside, Hydra is at work.
+
+    Raises:
+        ConfigError: what does not fit, `explain`ed.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="growconv"):
         try:
-            return hydra_compose("config", list(overrides))
+            config = hydra_compose("config", list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise explain(error, overrides, GlobalHydra.instance().config_loader()) from error
+        yield config
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The same without Hydra's part, so that there is no run directory."""
+    with composed(overrides) as config:
+        return without_hydra(config)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy of a config without Hydra's part."""
+    config = copy.copy(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
