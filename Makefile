@@ -18,15 +18,18 @@ TYPED := tests/linalg tests/convolution tests/statistics tests/solvers/closed_fo
 	tests/growth/test_round.py tests/training/test_build.py \
 	-k "not all_paths_agree and not study_geometry and not twenty_restarts and not planted_channels"
 
-.PHONY: run test test-long lint types notebooks docs study wheel clean
+.PHONY: run test test-slow test-long lint types notebooks docs study wheel clean
 
 run: $(RUNTIME)  ## the default growth run: a small CNN on scikit-learn's digits, and a report of it
 	$(BIN)/growconv
 
-test: $(TOOLS)  ## all tests but the long ones
+test: $(TOOLS)  ## all tests but the slow and the long ones
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
-test-long: $(TOOLS)  ## the long proofs alone: twenty kills, full training runs
+test-slow: $(TOOLS)  ## proofs of many seconds: kills, sweeps, several processes, Slurm, every recipe, the README's examples
+	$(PYTEST) $(PARALLEL) -m slow $(ARGS)
+
+test-long: $(TOOLS)  ## proofs of many minutes: twenty kills, full training runs
 	$(PYTEST) -m long $(ARGS)
 
 lint: $(TOOLS)

@@ -130,6 +130,7 @@ def test_sites_of_a_config(capsys, monkeypatch):
     assert "trainer.epoch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys, monkeypatch):
     command = ["-m", *QUICK, "growth=random,net2net", "seed=0", "hydra.sweep.dir=sweep", "trainer.progress=none"]
     command += ["trainer.epochs=1"]
@@ -154,6 +155,7 @@ def test_a_sweep_skips_what_is_finished_and_goes_on_with_the_rest(here, capsys, 
     assert "net2net" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_over_cores(here):
     command = [sys.executable, "-m", "growconv", "-m", *QUICK, "growth=random", "seed=0,1", "hydra.sweep.dir=sweep"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -164,6 +166,7 @@ def test_a_sweep_over_cores(here):
     assert sorted(summary(path.parent)["seed"] for path in (here / "sweep").glob("*/summary.json")) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_search_by_optuna(here):
     """The shipped study, shortened: its best value is the best of its runs; started again, it runs none."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

@@ -68,6 +68,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
     forget_modules(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_readme_print_what_they_say(capsys):
     """Losses and the accuracy depend on the number of threads in their last digits: only their places count."""
     found = blocks(ROOT / "README.md")
@@ -163,6 +164,7 @@ def lines_of_growconv():
     return [line[line.index("growconv") + 1 :] for line in words if "growconv" in line]
 
 
+@pytest.mark.slow
 def test_every_command_line_that_is_shown_is_accepted(tmp_path, monkeypatch, capsys):
     """Up to where a run would begin; what needs files of its reader is read as arguments only."""
     monkeypatch.chdir(tmp_path)
@@ -226,7 +228,7 @@ def test_the_commands_of_a_page_run(name, tmp_path, monkeypatch):
     forget_modules(tmp_path)
 
 
-@pytest.mark.long  # make docs builds it too
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")],

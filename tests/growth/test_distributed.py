@@ -45,6 +45,7 @@ def ranks(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
     expected = worker.moments(0, 1) | worker.terms(0, 1)
     for number, rank in enumerate(ranks):
@@ -63,6 +64,7 @@ def test_statistics_of_two_processes_are_those_of_one(worker, ranks):
         assert name.endswith("kept") or torch.equal(value, ranks[1]["statistics"][name]), name
 
 
+@pytest.mark.slow
 def test_five_growth_rounds_leave_the_ranks_bitwise_equal(ranks):
     for key in ("hashes", "searched_hashes", "compared_hashes", "final", "events"):
         assert ranks[0][key] == ranks[1][key], key
@@ -71,6 +73,7 @@ def test_five_growth_rounds_leave_the_ranks_bitwise_equal(ranks):
     assert len(set(ranks[0]["searched_hashes"])) == 6
 
 
+@pytest.mark.slow
 def test_training_grown_data_parallel_equals_one_process_with_the_same_global_batch(worker, ranks):
     model, scheduler, _ = worker.train(0, 1)
     assert [[e.site, e.step, e.channels] for e in scheduler.history] == [event[:3] for event in ranks[0]["events"]]
@@ -79,6 +82,7 @@ def test_training_grown_data_parallel_equals_one_process_with_the_same_global_ba
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_one_rank_is_raised_on_both_and_changes_nothing(ranks):
     for rank in ranks:
         first, second, unchanged = rank["failures"]

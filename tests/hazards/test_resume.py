@@ -45,6 +45,7 @@ def kill_at(moments, folder, overrides):
     return whole["seconds"], records
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path):
     """Between two steps of training, inside a growth step, inside the writing of a checkpoint."""
     _, records = kill_at(["step:13", "growth:3", "write:6"], tmp_path, QUICK)

@@ -181,6 +181,7 @@ def test_a_pickle_of_a_stranger_is_not_run(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_grow_the_same_model(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     result = subprocess.run(

@@ -134,6 +134,7 @@ def is_tame(text):
     return not set(text) & set("\x1b\x07\x9b\u202e") and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_odd_runs_do_not_stop_the_others(make_run, tmp_path, capsys):
     """All of them beside two good runs: every one is compared or named with the reason, in a line."""
     for seed in (0, 1):

@@ -51,6 +51,7 @@ def option(overrides: list[str], name: str) -> str:
     return next(each.partition("=")[2] for each in reversed(overrides) if each.startswith(f"{name}="))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", questions.QUESTIONS)
 def test_every_run_composes_at_the_tuned_rate_with_the_seed_of_its_piece(question, tuned, tmp_path, monkeypatch):
     """Of runs that differ in numbers alone the first one is composed: each takes a fifth of a second."""

@@ -92,6 +92,7 @@ def test_width_goes_on_on_both_sides_of_a_layer_that_was_inserted(kind: str) -> 
         assert site.width == before[site.name] + first.get(site.consumers[-1], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", ["none", "net2net"])
 def test_a_run_grows_deeper_and_goes_on_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, growth: str

@@ -81,6 +81,7 @@ def two(tmp_path_factory):
     return folder, said
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(two, tmp_path):
     """Five growth events, no norm, float64: growing and training agree far below 1e-5."""
     folder, said = two
@@ -97,6 +98,7 @@ def test_two_processes_equal_one(two, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["norm", "plain"]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_with_batch_norm(two):
     folder = two[0] / "norm"
     expected = read_checkpoint(folder / "checkpoint" / "gone")
@@ -104,6 +106,7 @@ def test_two_processes_resume_with_batch_norm(two):
         assert torch.equal(tensor, expected.model[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"), [("plain", "torchrun --nproc-per-node=2"), ("norm", "expected: 2 processes")]
 )

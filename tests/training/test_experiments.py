@@ -57,6 +57,7 @@ def test_the_schedule_of_gradmax_is_the_papers():
     assert config["optimizer"]["weight_decay"] == 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_two_steps_and_grows(name, tmp_path, random_images):
     reported = name == RECIPES[0]  # figures take longer than two steps

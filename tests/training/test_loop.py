@@ -64,6 +64,7 @@ def test_fixed_runs_of_other_widths_spend_the_same(tmp_path: Path) -> None:
     assert min(spent) > 0.95e9
 
 
+@pytest.mark.slow
 def test_a_run_by_flops_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", "trainer.flops=2e9", "trainer.checkpoint_every=1")
     step = Trainer._step

@@ -42,6 +42,7 @@ def start(*command):
     )
 
 
+@pytest.mark.slow
 def test_two_resumes_at_once_leave_whole_files(tmp_path, capsys):
     """A run is killed; two processes resume it: one goes on, the other is told, no line stands in a file twice."""
     run = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Sweeps and single runs on a real Slurm: the one of this machine that tools/one_node_slurm.sh starts."""
 
+import fcntl
 import json
 import os
 import re
@@ -37,6 +38,15 @@ def cluster_is_there():
 needs_slurm = pytest.mark.skipif(
     not cluster_is_there(), reason="no Slurm for tests is there: as root, tools/one_node_slurm.sh up starts one"
 )
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path):
+    """One test at a time: the cluster has two processors."""
+    folder = Path("/run/growconv-slurm")
+    with (folder if cluster_is_there() else tmp_path).joinpath("tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def environment():
@@ -88,6 +98,7 @@ def test_a_job_has_ended_when_the_queue_says_so_or_has_forgotten_it():
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_sweep_on_cpu_nodes_with_one_failing_run_from_inside_a_job(tmp_path):
     """The settings as shipped. One run fails: it is named, the other one is kept, and equals a run without Slurm."""
     sweep = tmp_path / "sweep"
@@ -149,7 +160,7 @@ def requeue(folder, process, command, before):
 
 
 @needs_slurm
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_job_sent_back_to_the_queue_goes_on_bit_for_bit(tmp_path):
     """First as at a time limit (submitit's signal: growconv saves, and asks for the queue), then by hand."""
     folder = tmp_path / "back"
@@ -166,7 +177,7 @@ def test_a_job_sent_back_to_the_queue_goes_on_bit_for_bit(tmp_path):
 
 
 @needs_slurm
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_cancelled_job_is_told_and_the_sweep_ends(tmp_path):
     process = start_sweep(tmp_path / "cancelled")
     wait_for(lambda: list(tmp_path.glob("cancelled/*/metrics.jsonl")), process)
@@ -194,7 +205,7 @@ def documented_script(folder, arguments):
 
 
 @needs_slurm
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("sent_back", [False, True])
 def test_two_tasks_of_srun_equal_two_processes_of_torchrun(sent_back, tmp_path):
     """The documentation's script; sent back to the queue on its way, it goes on bit for bit."""
@@ -214,6 +225,7 @@ def test_two_tasks_of_srun_equal_two_processes_of_torchrun(sent_back, tmp_path):
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_nothing_is_taken_from_a_job_unasked(tmp_path):
     """Two tasks are two runs: one has the directory, and equals a run without Slurm; the other is told."""
     answer = subprocess.run(

@@ -30,6 +30,7 @@ def write(folder, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_a_study_runs_once_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     path = write(tmp_path, seeds=[0])
     arguments = [str(path), "--processes", "2", "--runs", str(tmp_path / "runs")]
