@@ -168,7 +168,8 @@ def lines_of_growconv():
 def test_every_command_line_that_is_shown_is_accepted(tmp_path, monkeypatch, capsys):
     """Up to where a run would begin; what needs files of its reader is read as arguments only."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_with_hydra", lambda *_: None)
+    for name in ("run_job", "_with_hydra"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: None)
     monkeypatch.setattr(cli, "show_sites", lambda overrides: plain(compose(overrides)))
     lines = lines_of_growconv()
     assert len(lines) > 60
