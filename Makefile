@@ -12,11 +12,11 @@ WORKERS ?= 2
 # Neighbouring tests stay together, so that what a module sets up once is set up once.
 PARALLEL = -n $(WORKERS) --dist worksteal
 # Where the tensors are, and a few whole runs of growth: these tests also run with every argument's and result's type and
-# shape checked (jaxtyping, beartype), which slows them by half and more; the four left out for their time add no function.
+# shape checked (jaxtyping, beartype), which slows them by half and more; the three left out for their time add no function.
 TYPED := tests/linalg tests/convolution tests/statistics tests/solvers/closed_forms tests/solvers/functional \
 	tests/solvers/methods tests/hazards/test_precision.py tests/referees/test_gromo.py tests/growth/test_learning_rate.py \
 	tests/growth/test_round.py tests/training/test_build.py \
-	-k "not all_paths_agree and not study_geometry and not twenty_restarts and not planted_channels"
+	-k "not all_paths_agree and not study_geometry and not planted_channels"
 
 .PHONY: run test test-slow test-long lint types notebooks docs study wheel clean
 

@@ -233,6 +233,7 @@ def on_a_terminal(columns, *arguments):
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
+@pytest.mark.slow
 def test_sites_on_a_terminal_of_80_columns(here):
     lines = on_a_terminal(80, "sites", "model=resnet20", "data=cifar10")
     assert max(map(len, lines)) <= 80

@@ -184,7 +184,10 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGHUP, signal.SIGUSR1))],
+    [
+        pytest.param(number, marks=pytest.mark.slow if number is signal.SIGTERM else pytest.mark.long)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    ],
 )
 def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
     run = tmp_path / "run"
@@ -203,6 +206,7 @@ def test_a_signal_saves_before_the_end(number, uninterrupted, tmp_path, capsys):
     assert summary["test_loss"] == uninterrupted["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_said(uninterrupted, tmp_path):
     run = tmp_path / "run"
     process = start(run, "trainer.progress=lines")

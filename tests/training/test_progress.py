@@ -1,10 +1,13 @@
 """What a run shows on a terminal."""
 
+import pytest
+
 from growconv import __version__
 from growconv.cli import main
 from tests.test_cli import QUICK, on_a_terminal
 
 
+@pytest.mark.slow
 def test_a_run_on_a_terminal_of_80_columns(here):
     lines = on_a_terminal(80, *QUICK, "growth=variance_transfer", "growth.times=1", "hydra.run.dir=run", "report=true")
     assert max(map(len, lines)) <= 80

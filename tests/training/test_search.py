@@ -41,6 +41,7 @@ def test_widths_are_set_and_weights_drawn_as_in_a_model_that_was_made_so() -> No
         set_widths(model, sites, {"3 -> 4": 9})
 
 
+@pytest.mark.slow
 def test_a_search_fills_its_budget_and_its_widths_train_from_scratch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

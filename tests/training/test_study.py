@@ -76,6 +76,7 @@ def test_every_variant_runs_with_every_seed(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_the_rest_is_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("growconv.reporting.compare.save_figure", lambda *_: None)
     variants = {"fixed_large": ["growth=none"], "broken": ["growth=none", "model.norm=nothing"]}

@@ -128,6 +128,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, capsys):
     assert len(identities) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_is_warned_about(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(tracking, "PATIENCE", 3)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sys
 import threading
+from functools import cache
 
 import pytest
 import yaml
@@ -31,9 +33,14 @@ def run(tmp_path):
     return folder
 
 
+@cache
+def quick_config():
+    return plain(compose([*QUICK, "baselines=[]"]))
+
+
 def store(run, *path, **values):
     """A config that somebody else wrote: one part of it replaced."""
-    config = plain(compose([*QUICK, "baselines=[]"]))
+    config = copy.deepcopy(quick_config())
     part = config
     for key in path:
         part = part[key]

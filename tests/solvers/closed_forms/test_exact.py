@@ -53,6 +53,7 @@ def test_old_channels_cost_their_own_number_on_top() -> None:
     assert left_over(model, batches, solve(stats, "exact", channels=3, signs=False)) > 1e-3
 
 
+@pytest.mark.slow
 def test_within_a_percent_of_twenty_restarts() -> None:
     model = pair(4, 2, 6)
     _, stats = collected(model, teacher_batches(model, channels=8, noise=0.5, size=(5, 6)), quantities=EVERYTHING)
