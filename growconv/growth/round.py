@@ -218,7 +218,10 @@ class Round:
             asked: dict[Site, Channels] = {listed[index]: sites[listed[index]] for index in part}
             if reads:
                 with self.phase("collect"):
-                    found = self._collected(solver, asked, {"quantities": reads, "hold_bytes": hold}, updates)
+                    options = {"quantities": reads, "hold_bytes": hold}
+                    if projects and "samples" in reads:
+                        options["keep_dtype"] = solver.keep_dtype
+                    found = self._collected(solver, asked, options, updates)
             with self.phase("solve"):
                 offered = from_first(partial(self._solved, solver, asked, found), self.device)
                 answers |= zip(asked, offered, strict=True)

@@ -75,6 +75,7 @@ class Solver(ABC):
             and "S2"); empty for a method that looks at the weights alone. May be a property that depends on the
             hyperparameters.
         keep_samples: how many samples the collector should keep where `reads` contains "samples".
+        keep_dtype: type in which a round that is short of memory keeps them; None: that of the statistics.
         gain_unit: unit of the channels' gains: "energy", captured energy in the unit of ‖v‖²/n; "score", the unit of
             the `score` that the proposal measured; "loss", comparable between sites, but not a share of a whole;
             "rank", no gains, but the `rank` of the old responses is measured; None: the method has no gains.
@@ -93,6 +94,7 @@ class Solver(ABC):
     serves: ClassVar[type[Site]] = GrowthSite
     reads: frozenset[str] = frozenset()
     keep_samples: int = 512
+    keep_dtype: torch.dtype | None = None
     gain_unit: GainUnit | None = None
     linearises: bool = False
     function_preserving: bool = False

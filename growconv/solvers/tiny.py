@@ -87,7 +87,8 @@ class Tiny(Solver):
     rank_tolerance: float = RANK_TOLERANCE
     shrinkage: float | Literal["auto"] = limited(0.0, least=0, most=1, choices=("auto",))
     signs: bool = True
-    keep_samples = 128  # enough for a sign
+    keep_samples = 128  # for signs; `experiments.benchmarks.signs` has what more and fewer give
+    keep_dtype = torch.bfloat16
     gain_unit = "energy"
     linearises = True
     needs_closed_form = True

@@ -66,6 +66,10 @@ def collect_statistics(
         for module in model.modules():
             if layers.is_dropout(module):
                 module.eval()
+        own = {parameter for layer in collector.layers for parameter in layer.parameters()}
+        for parameter in model.parameters():
+            if parameter.is_leaf and parameter not in own:
+                parameter.requires_grad_(False)  # what lies in front of the sites is not held for the way back
         with collector:
             run(lambda: _run(collector, batches, loss))
         if collector.needs_second_pass:
@@ -126,6 +130,7 @@ def _check(value: object, batch: int, nonfinite: str) -> None:
             "the loss does not depend on the sites",
             where=where,
             expected="a loss computed from the model's output, with gradients enabled",
+            fix="take the site out of torch.no_grad(); a checkpoint around it needs use_reentrant=False",
         )
     if nonfinite == "error" and not math.isfinite(value.item()):
         raise StatisticsError(

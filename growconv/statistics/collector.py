@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -77,6 +77,8 @@ class StatisticsCollector:
             is −∂(Σ_i loss_i)/∂z either way.
         full: also collect S_full.
         keep_samples: for how many samples to keep the tensors, per site.
+        keep_dtype: type in which they wait until everything is collected, such as torch.bfloat16 for less memory; None:
+            float32, or float64 where the model has it.
         quantities: what to collect, out of S, N (the correlation with v after projecting off the existing weights),
             N_raw, M, S2, P, update, S_full, patch (mean and second moment of the producer's patches; for sites without
             a closed form allowed only together with samples, and then left out) and samples; None for S and N. A
@@ -116,6 +118,7 @@ class StatisticsCollector:
         reduction: str = "mean",
         full: bool = False,
         keep_samples: int = 0,
+        keep_dtype: torch.dtype | None = None,
         quantities: Iterable[str] | None = None,
         path: str = "auto",
         scratch_bytes: int = SCRATCH_BYTES,
@@ -136,6 +139,7 @@ class StatisticsCollector:
         _require_at_least(0, hold_bytes=hold_bytes)
         self.reduction = reduction
         self.keep_samples = keep_samples
+        self.keep_dtype = keep_dtype
         self.path = path
         self.scratch_bytes = scratch_bytes
         self.hold_bytes = hold_bytes
@@ -235,6 +239,11 @@ class StatisticsCollector:
         return any(consumer.waits_for_second_pass for consumer in self._measurements)
 
     @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers of the sites that are measured."""
+        return tuple(map(self.model.get_submodule, self._waiting))
+
+    @property
     def outputs(self) -> tuple[GradientEdge, ...]:
         """The consumers' outputs of the current loss in the autograd graph, for torch.autograd.grad."""
         return tuple(self._outputs)
@@ -272,6 +281,7 @@ class StatisticsCollector:
 
     def _build(self, last: bool) -> dict[str, PairStatistics]:
         result = {}
+        wide = cache(Tensor.float)  # sites that share a tensor share what becomes of it
         for collected in self._collected:
             site = collected.site
             consumers: list[ConsumerStatistics] = []
@@ -284,7 +294,11 @@ class StatisticsCollector:
                     consumer.let_go()
             kept = None
             if self.keep_samples and site.producers:
-                kept = KeptSamples(site, tuple(collected.kept), {each.consumer: each for each in consumers})
+                batches = tuple(collected.kept)
+                if self.keep_dtype is not None:
+                    batches = tuple(each.widened(wide) for each in batches)
+                    collected.kept = [] if last else collected.kept
+                kept = KeptSamples(site, batches, {each.consumer: each for each in consumers})
             whole = PairStatistics(
                 site=site.name,
                 growth_site=site,
@@ -520,11 +534,12 @@ class StatisticsCollector:
         site, loss = collected.site, each.loss
         if loss.number is None:
             loss.number, self._losses = self._losses, self._losses + 1
-        kept = copied_calls(each, site, self.model, self._shelf)
+        kept = copied_calls(each, site, self.model, self._shelf, self.keep_dtype)
         h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
         if h is None or (self._second and consumer.projected is None):
             return
-        own = kept if kept is not None and index < len(kept.h[consumer.path]) else None
+        shared = self.keep_dtype is None and kept is not None and index < len(kept.h[consumer.path])
+        own = kept if shared else None
         several = len(site.producers) > 1
         copy = several and own is None and not self._second and consumer.sums_maps  # for inputs made later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
@@ -546,7 +561,9 @@ class StatisticsCollector:
         if not self._finite(collected, consumer, each, x, h, v):
             return
         if kept is not None:
-            kept.v.setdefault(consumer.path, {})[index] = v
+            kept.v.setdefault(consumer.path, {})[index] = (
+                v if self.keep_dtype is None else self._shelf.copy(v, self.keep_dtype)
+            )
         count = self._new_samples(site.name, consumer.path, each)
         if not consumer.sums_maps:
             consumer.sums.count(v, count)

@@ -91,15 +91,24 @@ class KeptCalls:
     v: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
-def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -> KeptCalls | None:
-    """What the layers of a site were given, copied with the first gradient; None where it is not to be kept."""
+def copied_calls(
+    each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf, dtype: torch.dtype | None
+) -> KeptCalls | None:
+    """What the layers of a site were given, copied with the first gradient; None where it is not to be kept.
+
+    Args:
+        dtype: of the copies; None: float32, or float64 of that.
+    """
     if site.name not in each.regions:
         return None
     if site.name not in each.kept:
         calls = each.regions[site.name].calls  # checkpointing calls layers once more on the way back
         x, h = (
             {
-                path: [_copied(path, given, model, shelf, each) for given in each.inputs.get(path, [])[: calls[path]]]
+                path: [
+                    _copied(path, given, model, shelf, each, dtype)
+                    for given in each.inputs.get(path, [])[: calls[path]]
+                ]
                 for path in paths
             }
             for paths in (site.producers, site.consumers)
@@ -108,15 +117,18 @@ def copied_calls(each: Pass, site: GrowthSite, model: nn.Module, shelf: Shelf) -
     return each.kept[site.name]
 
 
-def _copied(path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf, each: Pass) -> Tensor:
+def _copied(
+    path: str, tensor: Tensor | None, model: nn.Module, shelf: Shelf, each: Pass, dtype: torch.dtype | None
+) -> Tensor:
     """A copy of a layer's input, one for all layers that are given the same memory in a pass."""
     if tensor is None:
         raise StatisticsError("an input of this layer has already been freed", where=path)
     tensor = batched(tensor, model.get_submodule(path))
     exact = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+    dtype = dtype or exact
     key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if key not in each.copies:
-        each.copies[key] = shelf.copy(tensor, exact)
+        each.copies[key] = shelf.copy(tensor, dtype)
     return each.copies[key]
 
 

@@ -56,6 +56,11 @@ class KeptPass:
 
         return KeptPass(pick(self.x), pick(self.h), pick(self.v), self.region.part(index))
 
+    def widened(self, wide: Callable[[Tensor], Tensor]) -> "KeptPass":
+        """The same with something done to every tensor."""
+        x, h, v = ({path: tuple(map(wide, calls)) for path, calls in maps.items()} for maps in (self.x, self.h, self.v))
+        return replace(self, x=x, h=h, v=v)
+
     def produced(self, incoming: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Calls]:
         """What new filters (K·ratio, in/groups, *kernel) give, per producer and call."""
         found: dict[str, Calls] = {}
@@ -136,6 +141,10 @@ class KeptBatch:
         """Some of the samples."""
         parts = tuple(each.part(index) for each in self.passes)
         return KeptBatch(parts[0].samples, parts)
+
+    def widened(self, wide: Callable[[Tensor], Tensor]) -> "KeptBatch":
+        """The same with something done to every tensor."""
+        return replace(self, passes=tuple(each.widened(wide) for each in self.passes))
 
 
 @dataclass(frozen=True, eq=False)

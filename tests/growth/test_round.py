@@ -17,6 +17,7 @@ from growconv.growth import Budget
 from growconv.growth import round as rounds
 from growconv.growth.cost import ModelCost
 from growconv.solvers import get_solver
+from growconv.training.models import BasicBlock, ResidualNet
 
 LOSS = nn.functional.cross_entropy
 
@@ -97,6 +98,28 @@ def test_sites_in_parts_grow_as_all_at_once(kept, samples, chain, sites_of, batc
     scheduler.grow(batches, cross_entropy)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_streams_in_parts_have_the_gains_of_all_at_once(sites_of, batches_of, monkeypatch) -> None:
+    """Where memory is short, samples wait in bfloat16, which moves only what is measured on them: norms by 1e-3."""
+    torch.manual_seed(0)
+    whole = ResidualNet(BasicBlock, ((4, 1), (6, 1)), 4, in_channels=1, classes=10, image_size=8)
+    parts, found, seen = copy.deepcopy(whole), [], set()
+    collect = rounds.collect_statistics
+    monkeypatch.setattr(
+        rounds,
+        "collect_statistics",
+        lambda *args, **options: seen.add(options.get("keep_dtype")) or collect(*args, **options),
+    )
+    for model, room in ((whole, 2**30), (parts, 0)):
+        monkeypatch.setattr(rounds, "ROOM_BYTES", room)
+        scheduler = GrowthScheduler(model, None, sites_of(model), method="tiny", amount=2)
+        found.append(scheduler.grow(batches_of(6), cross_entropy))
+    assert seen == {None, torch.bfloat16}
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(torch.tensor(two.gains), torch.tensor(one.gains), rtol=1e-4, atol=0)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=5e-3, atol=1e-3)
 
 
 def test_every_part_takes_one_pass_once_w_is_known(chain, sites_of, batches_of, monkeypatch) -> None:

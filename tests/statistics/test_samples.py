@@ -21,6 +21,29 @@ def test_kept_samples_are_what_the_modules_saw():
     torch.testing.assert_close(kept.v["2"], -z.grad[:4], rtol=1e-4, atol=1e-6)
 
 
+def test_kept_samples_can_wait_in_a_shorter_type() -> None:
+    """They come back as float32, the statistics are the same; layers that read one map still share it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.Flatten()
+    )
+    sites = growconv.find_sites(model, X[:2])
+    options = {"quantities": {"S", "N", "samples"}, "keep_samples": 6}
+    long, short = (
+        collect_statistics(model, sites, [(X, Y)] * 2, F.cross_entropy, keep_dtype=dtype, **options)
+        for dtype in (None, torch.bfloat16)
+    )
+    for site in sites:
+        one, two = long[site.name], short[site.name]
+        torch.testing.assert_close(two.S, one.S)
+        torch.testing.assert_close(two.N, one.N)
+        for kind in ("x", "h", "v"):
+            for path, kept in getattr(one.samples_kept, kind).items():
+                assert torch.equal(getattr(two.samples_kept, kind)[path], kept.bfloat16().float())
+    first, second = (short[site.name].samples_kept.passes[0] for site in sites)
+    assert first.h["2"][0] is second.x["2"][0]
+
+
 def test_samples_of_several_image_sizes_stay_together() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
