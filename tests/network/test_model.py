@@ -19,7 +19,7 @@ class Wrapper(nn.Module):
         self._forward_module = module
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.torch.jit:FutureWarning")  # torch's own
 def test_wrapped_models_are_refused_by_name() -> None:
     model, example = zoo.build("chain")
     compiled = torch.compile(model)
