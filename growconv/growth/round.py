@@ -219,13 +219,18 @@ class Round:
             if reads:
                 with self.phase("collect"):
                     options = {"quantities": reads, "hold_bytes": hold}
-                    if projects and "samples" in reads:
-                        options["keep_dtype"] = solver.keep_dtype
+                    if projects and len(parts) > 1:
+                        options["keep_dtype"] = self._keep_dtype(solver, asked.values())
                     found = self._collected(solver, asked, options, updates)
             with self.phase("solve"):
                 offered = from_first(partial(self._solved, solver, asked, found), self.device)
                 answers |= zip(asked, offered, strict=True)
         return answers
+
+    def _keep_dtype(self, solver: Solver, channels: Iterable[Channels]) -> torch.dtype | None:
+        """The short type of kept samples where memory is short; None where gains are judged on them, or in float64."""
+        judged = self.relative_error is not None or "auto" in channels
+        return None if judged or next(self.model.parameters()).dtype == torch.float64 else solver.keep_dtype
 
     def _statistics(self, sites: Iterable[Site], batches: Sequence[Batch], settings: Mapping[str, Any]) -> Found:
         """Statistics of some batches over all processes."""

@@ -104,22 +104,27 @@ def test_streams_in_parts_have_the_gains_of_all_at_once(sites_of, batches_of, mo
     """Where memory is short, samples wait in bfloat16, which moves only what is measured on them: norms by 1e-3."""
     torch.manual_seed(0)
     whole = ResidualNet(BasicBlock, ((4, 1), (6, 1)), 4, in_channels=1, classes=10, image_size=8)
-    parts, found, seen = copy.deepcopy(whole), [], set()
+    parts, exact, found, seen = copy.deepcopy(whole), copy.deepcopy(whole).double(), [], []
     collect = rounds.collect_statistics
     monkeypatch.setattr(
         rounds,
         "collect_statistics",
-        lambda *args, **options: seen.add(options.get("keep_dtype")) or collect(*args, **options),
+        lambda *args, **options: seen.append(options.get("keep_dtype")) or collect(*args, **options),
     )
     for model, room in ((whole, 2**30), (parts, 0)):
         monkeypatch.setattr(rounds, "ROOM_BYTES", room)
         scheduler = GrowthScheduler(model, None, sites_of(model), method="tiny", amount=2)
         found.append(scheduler.grow(batches_of(6), cross_entropy))
-    assert seen == {None, torch.bfloat16}
+    assert set(seen) == {None, torch.bfloat16}
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(torch.tensor(two.gains), torch.tensor(one.gains), rtol=1e-4, atol=0)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=5e-3, atol=1e-3)
+    seen.clear()  # neither where gains are judged on the samples, nor in float64
+    GrowthScheduler(parts, None, sites_of(parts), method="tiny", amount="auto").grow(batches_of(6), cross_entropy)
+    doubles = batches_of(6, dtype=torch.float64)
+    GrowthScheduler(exact, None, sites_of(exact), method="tiny", amount=2).grow(doubles, cross_entropy)
+    assert set(seen) == {None}
 
 
 def test_every_part_takes_one_pass_once_w_is_known(chain, sites_of, batches_of, monkeypatch) -> None:
