@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import growconv
 from experiments.benchmarks.table import write_section
 from growconv.growth.cost import ModelCost
-from growconv.solvers.assembly import added_outputs
+from growconv.solvers.assembly import added_outputs, require_samples
 from growconv.solvers.energy import captured_share
 from growconv.solvers.tiny import Tiny
 from growconv.training.data import load_data
@@ -84,10 +84,11 @@ def captured(model: nn.Module, x: Tensor, y: Tensor) -> dict[int, list[list[floa
             growconv.collect_statistics(model, site, part, F.cross_entropy, **options)[site.name]
             for part in (batches, others)
         )
-        wanted = replace(unseen.samples_kept, consumers=subject.samples_kept.consumers).projected()
+        kept, others_kept = (require_samples(each, "a sign") for each in (subject, unseen))
+        wanted = replace(others_kept, consumers=kept.consumers).projected()
         row = []
         for count in COUNTS:
-            some = replace(subject, samples_kept=subject.samples_kept.subset(slice(0, count)))
+            some = replace(subject, samples_kept=kept.subset(slice(0, count)))
             growth = growconv.solve(some, solver, CHANNELS)
             row.append(captured_share(wanted, added_outputs(wanted, growth)))
         found[round(max(cost.locations[path] for path in site.consumers))].append(row)
