@@ -538,8 +538,7 @@ class StatisticsCollector:
         h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
         if h is None or (self._second and consumer.projected is None):
             return
-        shared = self.keep_dtype is None and kept is not None and index < len(kept.h[consumer.path])
-        own = kept if shared else None
+        own = kept if self.keep_dtype is None and kept is not None and index < len(kept.h[consumer.path]) else None
         several = len(site.producers) > 1
         copy = several and own is None and not self._second and consumer.sums_maps  # for inputs made later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
@@ -561,9 +560,8 @@ class StatisticsCollector:
         if not self._finite(collected, consumer, each, x, h, v):
             return
         if kept is not None:
-            kept.v.setdefault(consumer.path, {})[index] = (
-                v if self.keep_dtype is None else self._shelf.copy(v, self.keep_dtype)
-            )
+            copied = v if self.keep_dtype is None else self._shelf.copy(v, self.keep_dtype)
+            kept.v.setdefault(consumer.path, {})[index] = copied
         count = self._new_samples(site.name, consumer.path, each)
         if not consumer.sums_maps:
             consumer.sums.count(v, count)
