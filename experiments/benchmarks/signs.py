@@ -116,7 +116,7 @@ def main() -> None:
             for column in range(len(COUNTS) - 1):
                 values = [row[column] / most for row in found]
                 lost = [(row[column] - row[-1]) / most for row in found]
-                error = statistics.stdev(lost) / math.sqrt(len(lost))
+                error = statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else math.nan
                 cells.append(f"{statistics.mean(values):.2f} ± {error:.2f}")
             rows.append([name, locations, steps, len(found), *cells])
             print(*rows[-1], flush=True)
