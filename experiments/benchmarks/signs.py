@@ -114,8 +114,8 @@ def main() -> None:
             most = statistics.mean(row[-1] for row in found)
             cells = [f"{100 * most:.3f}"]
             for column in range(len(COUNTS) - 1):
-                values = [row[column] / most for row in found]
-                lost = [(row[column] - row[-1]) / most for row in found]
+                values = [row[column] / (most or math.nan) for row in found]
+                lost = [(row[column] - row[-1]) / (most or math.nan) for row in found]
                 error = statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else math.nan
                 cells.append(f"{statistics.mean(values):.2f} ± {error:.2f}")
             rows.append([name, locations, steps, len(found), *cells])
