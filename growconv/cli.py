@@ -265,7 +265,8 @@ def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: 
     if sweep and command != "train":
         fix = "start it once for each setting"
         raise ConfigError("this command cannot run as a sweep", where=command, got="-m", fix=fix)
-    if flags and not UNCHECKED & flags.keys():
+    alone = not flags and not any(text.lstrip("+").startswith("hydra.mode=") for text in overrides)
+    if not alone and not UNCHECKED & flags.keys():
         folder = flags.get("config_dir")
         found = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
         for variant in itertools.islice(settings.variants(overrides) if sweep else [overrides], CHECKED_VARIANTS):
@@ -273,12 +274,12 @@ def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: 
             if "cfg" not in flags:
                 settings.plain(config)
     errors: list[Exception] = []
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    same = {override.get_key_element() for override in parsed if not override.is_sweep_override()}
 
     def task(config: DictConfig) -> float:
         """`train`; the error of a single run is kept for the end, since Hydra would print it in its own way."""
         if sweep:  # called by what differs from the other runs
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            same = {override.get_key_element() for override in parsed if not override.is_sweep_override()}
             own = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0] not in same]
             return train(config, typed, name=", ".join(own))
         try:
@@ -291,10 +292,10 @@ def _train(command: str, overrides: list[str], flags: Mapping[str, Any], typed: 
         word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value) if word is not True
     ]
     try:
-        if flags or any(override.key_or_group == "hydra.mode" for override in parsed):
-            _with_hydra([*words, *overrides], task)
-        else:
+        if alone:
             _composed_once(overrides, task)
+        else:
+            _with_hydra([*words, *overrides], task)
     except KeyboardInterrupt as stop:
         if sweep:  # finished runs are left out when it is started again
             stop.add_note(typed)

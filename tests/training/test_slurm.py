@@ -43,10 +43,12 @@ needs_slurm = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def alone(tmp_path):
     """One test at a time: the cluster has two processors."""
-    folder = Path("/run/growconv-slurm")
-    with (folder if cluster_is_there() else tmp_path).joinpath("tests.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open("/run/growconv-slurm" if cluster_is_there() else tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def environment():
