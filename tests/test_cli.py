@@ -99,6 +99,8 @@ def test_policies_are_composed_in_yaml(here, capsys):
         (["data.limit=1"], ["data.limit", "two samples"]),
         (["data.limit=0"], ["data.limit"]),
         (["+surprise=1"], ["surprise"]),
+        (["a=["], ["a=[", "cannot be read", "quotes inside quotes"]),
+        (["hydra.mode=RUN", "trainer.epoch=3"], ["trainer.epoch", "did you mean trainer.epochs=3?"]),
         (["optimizer.lr=1e30", "growth=none", "optimizer=sgd"], ["finite", "optimizer.lr"]),
     ],
 )

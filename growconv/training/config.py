@@ -306,7 +306,7 @@ def _refused(error: OmegaConfBaseException, overrides: Sequence[str]) -> ConfigE
     """What omegaconf did not take: a key that is not there, or a value of another type."""
     path, problem = str(error.full_key), str(error.msg).splitlines()[0]
     if isinstance(error, AttributeError | KeyError):
-        asked = next((text for text in overrides if text.lstrip("+~").startswith(path)), path)
+        asked = next((text for text in overrides if is_below(text.lstrip("+~").partition("=")[0], [path])), path)
         parent = error.parent_node
         return _no_option(path, parent if isinstance(parent, DictConfig) else {}, asked)
     wanted = next((words for phrase, words in _TYPES.items() if phrase in problem), None)
