@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growconv.network.layout import GROUP_OUT, IN, OUT, Key
-from growconv.network.numbers import Numbers
+from growconv.network.numbers import Axes, Numbers
 
+UNREAD = "no layer reads it"
 Signature = frozenset[tuple[Key, int]]
 """The axes that a class lies on, with its entries on each; bare parameters and buffers left out."""
 
@@ -69,29 +70,38 @@ def spaces_of(numbers: Numbers) -> tuple[list[Space], dict[Key, str]]:
     reasons, order = numbers.reasons(), {path: place for place, path in enumerate(numbers.order)}
     used, roots = numbers.used_outside, numbers.roots()
     across = {int(roots[number]): path for number, path in numbers.across.items() if number >= 0}
-    grouped: dict[tuple[tuple[Key, int], ...], list[tuple[int, int]]] = {}
+    found, refused = list[tuple[int, int, Axes, Space]](), list[tuple[int, Axes, str]]()
+    for axes, classes in numbers.signatures().items():
+        against, ordered = _against(axes, used), tuple(sorted(axes, key=lambda axis: _place(axis[0], order)))
+        free = {root for root in classes.tolist() if against is None and root not in reasons}
+        if len(free) < len(classes):
+            first = next(root for root in classes.tolist() if root not in free)
+            reason = reasons.get(first, against)
+            if reason == UNREAD and first in across:
+                reason = f"{across[first]} reads it along another axis, and no other layer does"
+            refused.append((first, axes, str(reason)))
+        if free:
+            producer = ordered[0][0]
+            own = numbers.range_of(producer)
+            along = roots[own.start : own.stop].tolist()
+            members = [root for root in dict.fromkeys(along) if root in free]
+            place = order.get(producer[0], 0), along.index(members[0])
+            found.append((*place, ordered, Space(members, dict(ordered))))
     why: dict[Key, str] = {}
-    for root, axes in numbers.signatures().items():
-        reason = reasons.get(root)
-        outside = next((key[0] for key, _, _ in axes if key[0] in used), None)
-        if reason is None and outside is not None:
-            reason = f"the weights of {outside} are used outside of the layer ({used[outside]})"
-        if reason is None and not any(key[1] == OUT for key, _, _ in axes):
-            reason = "it is read from channels that cannot grow"
-        if reason is None and not any(key[1] == IN for key, _, _ in axes):
-            reason = "no layer reads it"
-            if root in across:
-                reason = f"{across[root]} reads it along another axis, and no other layer does"
-        if reason is not None:
-            for key, _, _ in axes:
-                if key[1] in (OUT, GROUP_OUT):
-                    why.setdefault(key, reason)
-            continue
-        ordered = sorted(axes, key=lambda axis: _place(axis[0], order))
-        signature = tuple((key, count) for key, count, _ in ordered)
-        grouped.setdefault(signature, []).append((ordered[0][2], root))
-    first = [(order.get(signature[0][0][0], 0), min(classes)[0], signature) for signature, classes in grouped.items()]
-    return [Space([root for _, root in sorted(grouped[each])], dict(each)) for _, _, each in sorted(first)], why
+    for _, axes, reason in sorted(refused):
+        why = {key: reason for key, _ in axes if key[1] in (OUT, GROUP_OUT)} | why
+    return [space for *_, space in sorted(found)], why
+
+
+def _against(axes: Axes, used: Mapping[str, str]) -> str | None:
+    """Why classes on such axes cannot grow, whatever their entries meet; None where nothing speaks against them."""
+    outside = next((key[0] for key, _ in axes if key[0] in used), None)
+    if outside is not None:
+        return f"the weights of {outside} are used outside of the layer ({used[outside]})"
+    sides = {key[1] for key, _ in axes}
+    if OUT not in sides:
+        return "it is read from channels that cannot grow"
+    return None if IN in sides else UNREAD
 
 
 def _place(key: Key, order: Mapping[str, int]) -> tuple[bool, int, Key]:
@@ -125,11 +135,10 @@ def joined(members: Sequence[Space], rates: Sequence[int], last: bool, order: Se
 
 def mark_copied(numbers: Numbers, spaces: Sequence[Space]) -> None:
     """Mark spaces whose channels are tied loosely; those that depend on each other across spaces get a reason."""
-    loose = numbers.loose_roots()
     owner = {root: number for number, space in enumerate(spaces) for root in space.roots}
-    classes: dict[int, set[int]] = {}
-    for root in owner:
-        classes.setdefault(int(loose[root]), set()).add(root)
+    classes: dict[int, list[int]] = {}
+    for root, lowest in zip(owner, numbers.loose_roots()[list(owner)].tolist(), strict=True):
+        classes.setdefault(lowest, []).append(root)
     for together in classes.values():
         involved = {owner[root] for root in together}
         for number in involved if len(together) > 1 else ():

@@ -1,6 +1,5 @@
 """Numbers of channels, and which of them live and die together."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +12,8 @@ from growconv.network.layout import ENTRY, Key
 
 Attribute = tuple[str, str, int | None]
 """A number that a module keeps: its path, the name, and the index where that is a list."""
+Axes = tuple[tuple[Key, int], ...]
+"""The axes that a class lies on, with its entries on each."""
 Literals = dict[Attribute, list[int]]
 """Attributes that count entries: the numbers of those entries."""
 
@@ -143,18 +144,20 @@ class Numbers:
                 found.setdefault(root, reason)
         return found
 
-    def signatures(self) -> dict[int, list[tuple[Key, int, int]]]:
-        """Per class that something produces, by its root, its axes, with the number of its entries and the first."""
+    def signatures(self) -> dict[Axes, NDArray[np.int64]]:
+        """The roots of the classes that something produces, ascending, by the axes that they lie on."""
         roots, produced = np.append(self.roots(), NONE), self._produced()  # of the number -1 too
         parts = {key: roots[first : first + count] for key, (first, count) in self._first.items()}
         columns = {key: roots[np.maximum(numbers, NONE)] for key, numbers in self.columns.items()}
-        found: dict[int, list[tuple[Key, int, int]]] = defaultdict(list)
+        met, axes = np.zeros(len(roots), dtype=np.int64), list[Axes]([()])  # per class which of the `axes`
         for key, part in (*parts.items(), *columns.items()):
-            kept = np.flatnonzero(produced[part])
-            classes = np.unique(part[kept], return_index=True, return_counts=True)
-            for root, first, count in zip(*(each.tolist() for each in classes), strict=True):
-                found[root].append((key, count, int(kept[first])))
-        return found
+            classes, counts = np.unique(part[produced[part]], return_counts=True)
+            onward, which = np.unique((met[classes] << 32) + counts, return_inverse=True)
+            met[classes] = which + len(axes)
+            axes += [(*axes[each >> 32], (key, each % (1 << 32))) for each in onward.tolist()]
+        order = np.argsort(met, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(met[order])) + 1)
+        return {axes[met[own[0]]]: own for own in groups if met[own[0]]}
 
     def _produced(self) -> NDArray[np.bool_]:
         """Per number whether it is the root of what a layer gives or what fills up; bare tensors have many more."""

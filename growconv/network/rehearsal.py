@@ -105,8 +105,10 @@ class Rehearsal:
             self._look(found, layout, now, units)
         except LookFailed:
             return None
-        counts = ({key: count for key, count, _ in axes} for axes in found.signatures().values())
-        return Counter(signature(each, layout.dims) for each in counts)
+        counts = Counter[Signature]()
+        for axes, classes in found.signatures().items():
+            counts[signature(dict(axes), layout.dims)] += len(classes)
+        return counts
 
     def parted(self) -> set[int]:
         """The spaces of which slices or splits take a part."""
