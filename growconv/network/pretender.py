@@ -40,8 +40,8 @@ def pretending(
     added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
     with ExitStack() as undo:
         for _, module in named_modules(model):
-            if layers.is_norm(module):
-                _put(undo, vars(module), "forward", _pretended_norm)
+            if layers.is_norm(module) or layers.is_dropout(module):
+                _put(undo, vars(module), "forward", _unchanged)
             elif layers.is_weighted(module):
                 _put(undo, vars(module), "forward", partial(_pretend, module, shapes))
         for (path, side), runs in layout.axes.items():
@@ -72,7 +72,7 @@ def _pretend(module: nn.Module, shapes: layers.Shapes, x: Tensor, *_args: object
     return layers.pretended(module, x, shapes, outputs)
 
 
-def _pretended_norm(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+def _unchanged(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return x.clone() if any(x.stride()) else x.view_as(x)  # zeros on the memory of one stay so
 
 

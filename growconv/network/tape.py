@@ -156,9 +156,6 @@ class Tape(Watch):
 
     # ------------------------------------------------------------------------------------------ layers
 
-    def _is_one_call(self, module: nn.Module) -> bool:
-        return layers.is_dropout(module) or super()._is_one_call(module)
-
     def _called(self, path: str, module: nn.Module, given: Tensor, output: object) -> None:
         if not isinstance(output, Tensor) or not given.numel():
             return

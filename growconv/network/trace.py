@@ -145,6 +145,9 @@ class _Mode(Watch):
         if not isinstance(output, Tensor):
             numbers.block(self.companions.of(given), f"{path} gives no single tensor")
             return
+        if layers.is_dropout(module):
+            self.companions.put(output, self.companions.of(given))
+            return
         if not given.numel():  # as what is cut out for boxes where there are none: it shows nothing
             return
         self.calls[path] = self.calls.get(path, 0) + 1

@@ -18,8 +18,8 @@ from growconv.network.model import named_modules, tensors_in
 class Watch(TorchDispatchMode):
     """Sees what a model runs inside a `with` block: only in this thread, and only hooks on this model.
 
-    A layer with weights or a norm layer is seen as one call, whatever it does inside; everything else as the aten
-    operations that reach the dispatcher.
+    A layer with weights, a norm layer or a dropout is seen as one call, whatever it does inside; everything else as the
+    aten operations that reach the dispatcher.
 
     Args:
         model: the model that will be called.
@@ -41,7 +41,7 @@ class Watch(TorchDispatchMode):
         self._thread = threading.get_ident()
 
     def _is_one_call(self, module: nn.Module) -> bool:
-        return layers.is_weighted(module) or layers.is_norm(module)
+        return layers.is_weighted(module) or layers.is_norm(module) or layers.is_dropout(module)
 
     def _started(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """A module that is no layer is about to run."""
