@@ -75,20 +75,17 @@ def enlarge(tensor: Tensor, insertions: Iterable[Insertion], fill: bool = True) 
         own = [each for each in in_order if each.axis == axis]
         if not own:
             continue
-        block = torch.cat([_entries(tensor, each, fill) for each in own], axis)
-        block = enlarge(block, done, fill=False) if done else block
+        shape, counts = list(tensor.shape), [each.count for each in own]
+        shape[axis] = sum(counts)
+        block = tensor.new_zeros(shape)
+        for each, entries in zip(own, block.split(counts, axis) if fill else (), strict=False):
+            if each.values is not None:
+                entries.copy_(each.values)
+        new = (enlarge(block, done, fill=False) if done else block).split(counts, axis)
         old = longer.tensor_split([each.position for each in own], axis)
-        new = block.split([each.count for each in own], axis)
         longer = torch.cat([*chain.from_iterable(zip(old, new, strict=False)), old[-1]], axis)
         done += own
     return keep_format(longer, tensor)
-
-
-def _entries(tensor: Tensor, insertion: Insertion, fill: bool) -> Tensor:
-    """The new entries of one insertion."""
-    axis, values = insertion.axis, insertion.values if fill else None
-    shape = (*tensor.shape[:axis], insertion.count, *tensor.shape[axis + 1 :])
-    return tensor.new_zeros(shape) if values is None else values.to(tensor).expand(shape)
 
 
 def keep_format(tensor: Tensor, like: Tensor) -> Tensor:

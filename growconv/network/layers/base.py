@@ -106,12 +106,12 @@ class Adapter(ABC):
         """
         parts, order = list[Part](), [entry for place in (listed or places) for entry in place.entries]
         for slot in self.slots(side):
-            stretches, start = slot.stretches(places, self.size(side)), 0
-            new = self.entries(slot, side, order, values)
-            for position, count in stretches:
-                own = new if new is None or new.shape[slot.axis] == 1 else new.narrow(slot.axis, start, count)
-                parts.append((slot.name, Insertion(slot.axis, position, count, own)))
-                start += count
+            stretches, new = slot.stretches(places, self.size(side)), self.entries(slot, side, order, values)
+            own: Sequence[Tensor | None] = [new] * len(stretches)
+            if new is not None and new.shape[slot.axis] > 1:
+                own = new.split([count for _, count in stretches], slot.axis)
+            for (position, count), entries in zip(stretches, own, strict=True):
+                parts.append((slot.name, Insertion(slot.axis, position, count, entries)))
         return parts
 
     @abstractmethod
