@@ -28,8 +28,7 @@ class NewEntries:
 
     def __call__(self, path: str, side: str) -> Mapping[str, Tensor]:
         """By tensor name, for a path and side, channel by channel; those of a bare tensor are under ""."""
-        entries = self.site.layout.per_unit((path, side), self.site.space) * self.growth.channels
-        entries //= self.site.granularity
+        entries = self.site.new_entries(path, side, self.growth.channels)
         kinds = {OUT: self._produced, IN: self._consumed, GROUP_OUT: self._carried, ENTRY: self._normalised}
         found = (self._bare if path in self.site.layout.dims else kinds[side])(path, entries)
         copied = self._copied(path, side) if side in (ENTRY, GROUP_OUT) else None

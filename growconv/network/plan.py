@@ -1,7 +1,7 @@
 """What a growth or removal will change: every tensor with its new entries, every attribute. Nothing is changed here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import FILL, GROUP_IN, GROUP_OUT, IN, Key, Layout, Sizes
+from growconv.network.layout import FILL, GROUP_IN, GROUP_OUT, IN, Key, Sizes
 from growconv.network.model import module_at, tensor_at
 from growconv.network.new_entries import NewEntries, check_proposal, revision
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.site import Site
 from growconv.network.tensors import Change, Insertion
+
+Growing = Sequence[tuple[Site, int]]
+"""Sites, and how many new channels each gets."""
+Values = Callable[[str, str, Growing], Mapping[str, Tensor]]
+"""Per path and side, the new entries of some sites, one site's after the other's; by tensor name, zeros if missing."""
 
 
 class Plan:
@@ -31,7 +36,6 @@ class Plan:
         self.attributes: dict[tuple[str, str], int | Sequence[int]] = {}
         self._of_tensor: dict[int, Change] = {}
         self._of_path: dict[str, Change] = {}
-        self._sizes: dict[int, tuple[Layout, Sizes]] = {}
 
     def change(self, path: str) -> Change:
         """The change of a tensor, which is one even where several modules share it."""
@@ -43,10 +47,6 @@ class Plan:
                 self.changes.append(self._of_tensor[id(tensor)])
             self._of_path[path] = self._of_tensor[id(tensor)]
         return self._of_path[path]
-
-    def sizes(self, site: Site) -> Sizes:
-        """The lengths of the axes of a site's layout, which nothing changes as long as the plan is being made."""
-        return self._sizes.setdefault(id(site.layout), (site.layout, site.sizes))[1]
 
     def lengthen(self, adapter: layers.Adapter, path: str, added: Mapping[str, int]) -> None:
         """Let a layer follow its new or missing entries, of which `added` says how many more each side has."""
@@ -105,11 +105,15 @@ def plan_growth(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float 
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
-    plan = Plan(growths[0][0].model)
     for site, growth in growths:
         check_proposal(site, growth)
-    new = [(site, each.channels, NewEntries(site, each, amplitude, plan.sizes(site))) for site, each in growths]
-    _add(plan, new)
+    sizes = growths[0][0].sizes
+    new = {site.space: NewEntries(site, growth, amplitude, sizes) for site, growth in growths}
+
+    def values(path: str, side: str, growing: Growing) -> Mapping[str, Tensor]:
+        return together([new[site.space](path, side) for site, _ in growing], 1 if side == IN else 0)
+
+    plan = plan_entries([(site, growth.channels) for site, growth in growths], values, sizes)
     for site, growth in growths:
         for path, replacement in growth.revised.items():
             plan.change(path).revised = revision(site, growth, path, replacement)
@@ -118,9 +122,7 @@ def plan_growth(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float 
 
 def plan_size(site: Site, channels: int) -> int:
     """Parameters that so many new channels, a multiple of the site's granularity, would add."""
-    plan = Plan(site.model)
-    _add(plan, [(site, channels, None)])
-    return plan.added_parameters()
+    return plan_entries([(site, channels)], lambda *_: {}, site.sizes).added_parameters()
 
 
 def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
@@ -133,9 +135,7 @@ def plan_removal(site: Site, channels: Sequence[int]) -> Plan:
     if len(units) * size != len(index):
         expected = f"runs of {size} channels that start at a multiple of {size}"
         raise SurgeryError("channels of this site go in whole groups", where=site.name, expected=expected, got=index)
-    plan = Plan(site.model)
-    sizes = plan.sizes(site)
-
+    plan, sizes = Plan(site.model), site.sizes
     for path, sides in _sides(site).items():
         adapter, gone = site.adapter(path), dict[str, int]()
         for side in sides:
@@ -200,9 +200,15 @@ def _sides(site: Site) -> dict[str, list[str]]:
     return found
 
 
-def _add(plan: Plan, growing: Sequence[tuple[Site, int, "NewEntries | None"]]) -> None:
-    """New channels of sites for every layer and bare tensor of theirs, so many of each; zeros without values."""
-    on: dict[str, dict[str, list[tuple[Site, int, NewEntries | None]]]] = {}
+def plan_entries(growing: Growing, values: Values, sizes: Sizes) -> Plan:
+    """Plan new channels of sites of one layout for every layer and bare tensor of theirs, unchecked.
+
+    Args:
+        growing: the sites, and how many new channels each gets.
+        values: gives the new entries of some of them along an axis.
+        sizes: the lengths of the axes now.
+    """
+    plan, on = Plan(growing[0][0].model), dict[str, dict[str, list[tuple[Site, int]]]]()
     for each in growing:
         for path, sides in _sides(each[0]).items():
             for side in sides:
@@ -210,28 +216,26 @@ def _add(plan: Plan, growing: Sequence[tuple[Site, int, "NewEntries | None"]]) -
     for path, sides in on.items():
         adapter, added = next(iter(sides.values()))[0][0].adapter(path), dict[str, int]()
         for side, own in sides.items():
-            layout, alone = own[0][0].layout, any(slot.groups > 1 for slot in adapter.slots(side))
+            alone = any(slot.groups > 1 for slot in adapter.slots(side))
             for part in [[each] for each in own] if alone else [own]:  # each site has its share of every group
-                _insert(plan, adapter, (path, side), part)
-            added[side] = sum(n // s.granularity * layout.per_unit((path, side), s.space) for s, n, _ in own)
+                _insert(plan, adapter, (path, side), part, values, sizes)
+            added[side] = sum(site.new_entries(path, side, channels) for site, channels in own)
         plan.lengthen(adapter, path, added)
-    for site, channels, _ in growing:
+    for site, channels in growing:
         plan.follow(site, channels // site.granularity)
+    return plan
 
 
-def _insert(
-    plan: Plan, adapter: layers.Adapter, key: Key, growing: Sequence[tuple[Site, int, "NewEntries | None"]]
-) -> None:
+def _insert(plan: Plan, adapter: layers.Adapter, key: Key, growing: Growing, values: Values, sizes: Sizes) -> None:
     """New entries along one axis."""
-    (path, side), layout, sizes = key, growing[0][0].layout, plan.sizes(growing[0][0])
+    (path, side), layout = key, growing[0][0].layout
     listed = GROUP_OUT if side == GROUP_IN else side  # filters of new groups are listed along the outputs
-    units = {site.space: channels // site.granularity for site, channels, _ in growing}
+    units = {site.space: channels // site.granularity for site, channels in growing}
     places = order = layout.places(key, units, sizes)
     if listed != side:
         order = layout.places((path, listed), units, sizes)
-    values = _together([values(path, listed) for _, _, values in growing if values is not None], 1 if side == IN else 0)
     found: dict[str, list[Insertion]] = {}
-    for name, insertion in adapter.insertions(side, places, values, order):
+    for name, insertion in adapter.insertions(side, places, values(path, listed, growing), order):
         found.setdefault(name, []).append(insertion)
     for name, own in found.items():
         insertions = plan.change(f"{path}.{name}").insertions
@@ -239,7 +243,7 @@ def _insert(
         insertions += [insertion for insertion in own if insertion not in known]
 
 
-def _together(parts: Sequence[Mapping[str, Tensor]], axis: int) -> Mapping[str, Tensor]:
+def together(parts: Sequence[Mapping[str, Tensor]], axis: int = 0) -> Mapping[str, Tensor]:
     """The new entries of several sites, one after the other along an axis."""
     if len(parts) < 2:
         return parts[0] if parts else {}

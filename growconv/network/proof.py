@@ -19,11 +19,12 @@ from growconv.errors import GrowthError
 from growconv.network import layers, operations
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, module_at, one_run, same_chance, tensors_in
+from growconv.network.new_entries import NewEntries, require_finite
 from growconv.network.optimizer import Journal, exchange, refresh
-from growconv.network.plan import Plan, plan_growth
+from growconv.network.plan import Growing, Plan, plan_entries, plan_growth, together
 from growconv.network.proposal import ChannelGrowth
 from growconv.network.rehearsal import MORE_UNITS, Example
-from growconv.network.site import GrowthSite
+from growconv.network.site import GrowthSite, Site
 
 SEEN = "something reads these channels that cannot be followed, such as NumPy, a scripted module or torch.vmap"
 SEEN_TOGETHER = "its channels depend on each other, and what is made of all of them is read beside its layers"
@@ -204,9 +205,9 @@ class Proof:
     def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: list[Journal]) -> None:
         """Let some sites of the copy grow; what undoes it is added to `undo`."""
         sites = [(self.sites[number], more[number] * self.sites[number].granularity) for number in part]
-        silent = [(site, silent_growth(site, channels)) for site, channels in sites if not site.copied]
+        silent = [(site, channels) for site, channels in sites if not site.copied]
         if silent:
-            self._carry_out(plan_growth(silent), undo)
+            self._carry_out(_silent_plan(silent), undo)
         for site, channels in sites:
             if site.copied:  # these give old weights new values
                 self._carry_out(plan_growth([(site, copied_growth(site, channels))]), undo)
@@ -266,25 +267,42 @@ def silent_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
     Args:
         channels: a multiple of its granularity.
     """
-    generator = torch.Generator().manual_seed(0)
-    incoming, biases, outgoing = {}, {}, {}
-    units = channels // site.granularity
-    for path in site.producers:
-        layer = layers.weighted(module_at(site.model, path))
-        filters = layer.filters().detach()
-        count = units * site.layout.per_unit((path, OUT), site.space)
-        noise = torch.randn(layer.shape(OUT, count), generator=generator, dtype=torch.float64)
-        incoming[path] = noise.to(filters) * filters.square().mean().sqrt()
-        bias = layer.bias()
-        if bias is not None:
-            biases[path] = bias.detach().new_zeros(count)
+    draw = torch.Generator().manual_seed(0)
+    new = {path: _drawn(site, path, site.new_entries(path, OUT, channels), draw) for path in site.producers}
+    biases = {path: own["bias"] for path, own in new.items() if "bias" in own}
+    outgoing = {}
     for path in site.consumers:
-        layer = layers.weighted(module_at(site.model, path))
-        count = units * site.layout.per_unit((path, IN), site.space)
-        outgoing[path] = layer.filters().new_zeros(layer.shape(IN, count))
+        layer = site.layer(path)
+        outgoing[path] = layer.filters().new_zeros(layer.shape(IN, site.new_entries(path, IN, channels)))
+    incoming = {path: own["weight"] for path, own in new.items()}
     return ChannelGrowth(
         site.name, "silent", incoming, outgoing, torch.zeros(channels), incoming_bias=biases, requested=channels
     )
+
+
+def _drawn(site: Site, path: str, entries: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """New filters of a producer at the size of its old ones, and their bias."""
+    layer, bias = site.layer(path), site.layer(path).bias()
+    filters = layer.filters().detach()
+    noise = torch.randn(layer.shape(OUT, entries), generator=draw, dtype=torch.float64)
+    weight = noise.to(filters) * filters.square().mean().sqrt()
+    require_finite(weight, f"incoming weights of {path}", site)
+    return {"weight": weight} | ({} if bias is None else {"bias": bias.detach().new_zeros(entries)})
+
+
+def _silent_plan(growing: Growing) -> Plan:
+    """What `silent_growth` makes of several sites at once: an axis on which many of them lie is drawn as a whole."""
+    draw, sizes = torch.Generator().manual_seed(0), growing[0][0].sizes
+
+    def values(path: str, side: str, own: Growing) -> Mapping[str, Tensor]:
+        if side == IN:
+            return {}
+        if side == OUT:
+            return _drawn(own[0][0], path, sum(site.new_entries(path, OUT, more) for site, more in own), draw)
+        empty = ((site, ChannelGrowth(site.name, "silent", {}, {}, torch.zeros(more))) for site, more in own)
+        return together([NewEntries(site, growth, 1.0, sizes)(path, side) for site, growth in empty])
+
+    return plan_entries(growing, values, sizes)
 
 
 def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:

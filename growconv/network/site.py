@@ -244,6 +244,10 @@ class Site(ABC):
         """The positions of the channels along an axis of a layer, now, channel by channel; `sizes` if known."""
         return self.layout.entries((path, side), self.space, sizes or self.sizes)
 
+    def new_entries(self, path: str, side: str, channels: int) -> int:
+        """Entries of so many new channels, whole units of them, along an axis of a layer."""
+        return channels // self.granularity * self.layout.per_unit((path, side), self.space)
+
     def growable_channels(self, channels: int) -> int:
         """The next number of channels that whole units allow, at least `channels`."""
         return -(-channels // self.granularity) * self.granularity
