@@ -128,8 +128,8 @@ def _at_zero(region: Region) -> dict[str, float | bool]:
     return {"dead_at_zero": not moved[0], "dead_above_zero": not moved[1], "at_zero": strongest}
 
 
-Way = tuple[tuple[Step, ...], str | None, str | None]
-"""The steps in front of a value, the producer that they start from, and what keeps them from being a chain."""
+Ways = tuple[dict[str | None, tuple[Step, ...]], str | None]
+"""The steps in front of a value by the producer that they start from, and what keeps those under None from starting."""
 
 
 def recorded_routes(tape: Tape, site: GrowthSite, behind: Mapping[str, str] | None = None) -> tuple[Route, ...]:
@@ -139,7 +139,9 @@ def recorded_routes(tape: Tape, site: GrowthSite, behind: Mapping[str, str] | No
         norm = None if behind is None else behind.get(consumer)
         alone = all(call.inputs[0] in narrow for call in tape.calls[consumer])
         for call in tape.calls[consumer]:
-            for steps, producer, problem in ways.get(call.inputs[0]) or [_beginning(tape, call.inputs[0])]:
+            chains, broken = ways.get(call.inputs[0]) or _beginning(tape, call.inputs[0])
+            for producer, steps in chains.items():
+                problem = broken if producer is None else None
                 for path in site.producers if producer is None else (producer,):
                     known = found.get((path, consumer))
                     if known is None:
@@ -149,17 +151,17 @@ def recorded_routes(tape: Tape, site: GrowthSite, behind: Mapping[str, str] | No
     return tuple(found.values())
 
 
-def _beginning(tape: Tape, value: int) -> Way:
-    return (), None, f"{tape.values[value].source} makes channels of its own"
+def _beginning(tape: Tape, value: int) -> Ways:
+    return {None: ()}, f"{tape.values[value].source} makes channels of its own"
 
 
-def _ways(tape: Tape, site: GrowthSite) -> tuple[dict[int, list[Way]], set[int]]:
+def _ways(tape: Tape, site: GrowthSite) -> tuple[dict[int, Ways], set[int]]:
     """Per value with channels of the site how it comes from the producers: one way, or those that a sum adds up.
 
     Also the values up to which every step treats channels one by one.
     """
     hot, made = hot_values(tape, site)
-    ways, narrow = dict[int, list[Way]](), set(made)
+    ways, narrow = dict[int, Ways](), set(made)
     # per value those from which alone it is computed entry by entry, nearest first
     alike: dict[int, dict[int, None]] = {}
     for value in sorted(hot):  # in the order in which they were made
@@ -167,11 +169,11 @@ def _ways(tape: Tape, site: GrowthSite) -> tuple[dict[int, list[Way]], set[int]]
         if step is None:
             continue
         if value in made:
-            ways[value] = [((), step.path, None)]  # pyright: ignore[reportAttributeAccessIssue]
+            ways[value] = {step.path: ()}, None  # pyright: ignore[reportAttributeAccessIssue]
             continue
         sources = list(dict.fromkeys(number for number in step.inputs if number in hot))
         for number in sources:
-            ways.setdefault(number, [_beginning(tape, number)])
+            ways.setdefault(number, _beginning(tape, number))
         if sources and narrow.issuperset(sources) and is_narrow(tape, step, hot, site):
             narrow.add(value)
         common = dict[int, None]()
@@ -188,10 +190,14 @@ def _ways(tape: Tape, site: GrowthSite) -> tuple[dict[int, list[Way]], set[int]]
             problem = "a tensor that is written to makes channels of its own"
         elif not _sums(tape, step, value, sources):
             problem = f"{_name(step)} joins several producers"
-        found = [((*first, *steps), path, why) for each in before for first, path, why in ways[each]]
-        if len({path for _, path, _ in found}) < len(found):
-            problem = problem or "several ways lead from one producer to one consumer"
-        ways[value] = found if problem is None else [((), None, problem)]
+        found, why = dict[str | None, tuple[Step, ...]](), None
+        for own, broken in (ways[each] for each in before):
+            if not found.keys().isdisjoint(own):
+                problem = problem or "several ways lead from one producer to one consumer"
+            found, why = found | own, why or broken
+        if steps:
+            found = {path: (*first, *steps) for path, first in found.items()}
+        ways[value] = (found, why) if problem is None else ({None: ()}, problem)
     return ways, narrow
 
 
