@@ -114,6 +114,9 @@ class Arrangement:
                 parts.append(np.full(run.outer, -1, dtype=np.int64))
                 continue
             space = self.spaces[run.space]
+            if space.blocks == 1 and run.slots == (0,):  # one after the other, as mostly
+                parts.append(run.space * _SPACE + np.arange(units[run.space]) * _UNIT)
+                continue
             blocks = np.append(space.on(key), space.blocks)  # the last is none: what was read off has more
             place = np.reshape(run.slots, (run.outer, 1, run.inner)) // max(1, space.counts.get(key, 1))
             unit = np.arange(units[run.space])[:, None] * _UNIT
