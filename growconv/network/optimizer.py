@@ -204,9 +204,14 @@ class Journal:
         self._mappings = [(each, dict(each)) for each in (*mappings, *map(vars, parameters))]
         self._lists = [(each, list(each)) for each in lists]
         self._gradients = [(each, each.grad, each.requires_grad) for each in parameters]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in values]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self.keep(values)
         self._grad_mode = torch.is_grad_enabled()
         self._dispatch_modes = len(_get_current_dispatch_mode_stack())
+
+    def keep(self, values: Iterable[Tensor]) -> None:
+        """Remember the values of tensors, as they are now."""
+        self._values += [(tensor, tensor.detach().clone()) for tensor in values]
 
     def restore(self) -> None:
         """Put everything back. Doing it twice does no harm."""
@@ -222,7 +227,7 @@ class Journal:
         for parameter, gradient, needed in self._gradients:
             parameter.requires_grad_(needed)
             parameter.grad = gradient
-        for tensor, value in self._values:
+        for tensor, value in reversed(self._values):
             tensor.detach().copy_(value)
         torch.set_grad_enabled(self._grad_mode)  # an interrupt may come where a `with torch.no_grad()` ends
 

@@ -172,7 +172,7 @@ class Proof:
         """Why some sites cannot grow together; None where they can."""
         doubtful: dict[Example, list[Tensor]] = {}
         differs = f"{CHANGED}: the code makes something of all channels or of their number"
-        undo: list[Journal] = []
+        undo = Journal(self.model)
         try:
             self._grow(part, more, undo)
             for example, old in before.items():
@@ -192,8 +192,7 @@ class Proof:
         except GrowthError as error:
             return f"{error.problem}" + (f" ({error.where})" if error.where else "")
         finally:
-            for journal in reversed(undo):
-                journal.restore()
+            undo.restore()
             refresh(self.model)
         for example, exact in doubtful.items():
             if example not in self._exact:
@@ -202,8 +201,8 @@ class Proof:
                 return differs
         return None
 
-    def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: list[Journal]) -> None:
-        """Let some sites of the copy grow; what undoes it is added to `undo`."""
+    def _grow(self, part: Sequence[int], more: Mapping[int, int], undo: Journal) -> None:
+        """Let some sites of the copy grow; `undo` is told of values that are overwritten."""
         sites = [(self.sites[number], more[number] * self.sites[number].granularity) for number in part]
         silent = [(site, channels) for site, channels in sites if not site.copied]
         if silent:
@@ -213,8 +212,8 @@ class Proof:
                 self._carry_out(plan_growth([(site, copied_growth(site, channels))]), undo)
         refresh(self.model)
 
-    def _carry_out(self, plan: Plan, undo: list[Journal]) -> None:
-        undo.append(Journal(self.model, values=[change.tensor for change in plan.changes if not change.resizes]))
+    def _carry_out(self, plan: Plan, undo: Journal) -> None:
+        undo.keep(change.tensor for change in plan.changes if not change.resizes)
         exchange(self.model, plan.changes, plan.attributes, ())
 
     def _in_double(self, example: Example) -> list[Tensor] | None:
