@@ -190,7 +190,10 @@ def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def require_finite(tensor: Tensor, label: str, site: Site) -> None:
     """Refuse a proposed tensor that is none, or not of finite numbers."""
-    if not isinstance(tensor, Tensor) or not bool(torch.isfinite(tensor).all()):
+    finite = isinstance(tensor, Tensor)
+    if finite and tensor.numel():  # many times as fast as looking at each entry; what is not a number comes through
+        finite = all(bool(torch.isfinite(edge)) for edge in torch.aminmax(tensor.detach()))
+    if not finite:
         got = "not all finite" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise SurgeryError(f"the {label} are no finite numbers", where=site.name, expected="a finite tensor", got=got)
 
@@ -256,7 +259,7 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
         for slot in site.adapter(at).slots(side) if at in (owner, path) and side != FILL else ():
             if f"{at}.{slot.name}".rstrip(".") == path:
                 keys[slot.axis] = (at, side), slot.groups
-    result, where = tensor.detach().clone(), []
+    where = []
     for axis, length in enumerate(replacement.shape):
         at = list(range(length))
         if axis in keys:
@@ -264,5 +267,8 @@ def revision(site: Site, growth: ChannelGrowth, path: str, replacement: Tensor) 
         elif length != tensor.shape[axis]:
             raise _misshapen(label, site, tuple(tensor.shape), tuple(replacement.shape))
         where.append(torch.tensor(at).view([-1 if each == axis else 1 for each in range(tensor.dim())]))
+    result = tensor.detach().clone()
+    if replacement.shape == result.shape:
+        return result.copy_(replacement.detach())
     result[tuple(where)] = replacement.detach().to(result)
     return result

@@ -320,10 +320,10 @@ def copied_growth(site: GrowthSite, channels: int) -> ChannelGrowth:
             biases[path] = torch.cat([bias.detach()[entries]] * times)
     for path in site.consumers:
         layer, entries = layers.weighted(module_at(site.model, path)), site.entries(path)
-        shared = layer.filters().detach().clone()
-        shared[:, entries] /= times + 1
-        outgoing[path] = torch.cat([shared[:, entries]] * times, dim=1)
-        revised[f"{path}.weight"] = layer.as_stored(shared)
+        filters, index = layer.filters().detach(), torch.tensor(entries, device=layer.filters().device)
+        shared = filters.index_select(1, index) / (times + 1)
+        outgoing[path] = torch.cat([shared] * times, dim=1)
+        revised[f"{path}.weight"] = layer.as_stored(filters.index_copy(1, index, shared))
     return ChannelGrowth(
         site.name,
         "copies",

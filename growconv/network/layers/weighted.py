@@ -333,12 +333,15 @@ class Weighted(Adapter):
         if given is None or slot.name == "bias":
             return None if given is None else given[list(order)]
         groups = self.groups
-        if side == IN:  # every group of outputs has the columns of its own inputs
+        if list(order) == list(range(len(order))):
+            filters = given
+        elif side == IN:  # every group of outputs has the columns of its own inputs
             places = torch.tensor(order).view(groups, -1).argsort(1).argsort(1)
             filters = torch.cat([rows[:, own] for rows, own in zip(given.chunk(groups), places, strict=True)])
         else:
             filters = given[list(order)]
-            groups = groups if side == OUT else len(order) * groups // self.size(OUT)
+        if side not in (IN, OUT):
+            groups = len(order) * groups // self.size(OUT)
         new = self.as_stored(filters, groups)
         return new if self._normalized is None else self._normalized.entries(slot.name, slot.axis, new)
 
