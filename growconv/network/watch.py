@@ -2,14 +2,14 @@
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from growconv.network import layers
 from growconv.network.model import named_modules, tensors_in
@@ -37,7 +37,8 @@ class Watch(TorchDispatchMode):
         self.model = model
         self.running: list[tuple[str, nn.Module]] = [("", model)]
         self._given: list[Tensor | None] = []  # what the layers that are running were given
-        self._hooks = ExitStack()
+        self._paths: dict[nn.Module, str] = {}
+        self._hooks: list[RemovableHandle] = []
         self._thread = threading.get_ident()
 
     def _is_one_call(self, module: nn.Module) -> bool:
@@ -59,14 +60,13 @@ class Watch(TorchDispatchMode):
         for path, module in named_modules(self.model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # those take no hooks, and hide what is inside
+            self._paths[module], enter, leave = path, self._pushed, self._popped
             if self._is_one_call(module):
-                enter, leave = self._entered, self._left(path)
-            elif path:
-                enter, leave = self._pushed(path), self._popped
-            else:
+                enter, leave = self._entered, self._left
+            elif not path:
                 continue
-            self._hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(leave, always_call=True))
         super().__enter__()
         return self
 
@@ -75,7 +75,9 @@ class Watch(TorchDispatchMode):
     ) -> None:
         """Stop watching, and take the hooks off."""
         super().__exit__(kind, error, trace)
-        self._hooks.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
@@ -87,14 +89,11 @@ class Watch(TorchDispatchMode):
     def _foreign(self) -> bool:
         return threading.get_ident() != self._thread
 
-    def _pushed(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-            if not self._foreign():
-                self.running.append((path, module))
-                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # this is not watched
-                    self._started(module, args, kwargs)
-
-        return hook
+    def _pushed(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        if not self._foreign():
+            self.running.append((self._paths[module], module))
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # this is not watched
+                self._started(module, args, kwargs)
 
     def _popped(self, *_: object) -> None:
         if not self._foreign() and len(self.running) > 1:
@@ -104,14 +103,10 @@ class Watch(TorchDispatchMode):
         if not self._foreign():
             self._given.append(next(iter(tensors_in([args, kwargs])), None))
 
-    def _left(self, path: str) -> Callable[[nn.Module, tuple, object], None]:
-        def hook(module: nn.Module, _args: tuple, output: object) -> None:
-            if self._foreign() or not self._given:
-                return
-            given = self._given[-1]
-            self._given.pop()
-            if not self._given and given is not None and output is not None:  # None: it raised an error
-                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                    self._called(path, module, given, output)
-
-        return hook
+    def _left(self, module: nn.Module, _args: tuple, output: object) -> None:
+        if self._foreign() or not self._given:
+            return
+        given = self._given.pop()
+        if not self._given and given is not None and output is not None:  # None: it raised an error
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                self._called(self._paths[module], module, given, output)
