@@ -43,13 +43,14 @@ class Companions:
         return [self._known[id(each)][1] for each in values if id(each) in self._known]
 
 
-def compact(companion: Tensor, keep: Iterable[int] = ()) -> Tensor:
+def compact(companion: Tensor, keep: Sequence[int] = ()) -> Tensor:
     """The companion with every axis along which it is constant by stride 0 cut to one entry, but for those to keep."""
-    kept = set(keep)
-    for axis in range(companion.dim()):
-        if axis not in kept and companion.shape[axis] > 1 and companion.stride(axis) == 0:
-            companion = companion.narrow(axis, 0, 1)
-    return companion
+    strides = companion.stride()
+    if 0 not in strides:
+        return companion
+    lengths = enumerate(zip(companion.shape, strides, strict=True))
+    shape = [size if stride or axis in keep else min(size, 1) for axis, (size, stride) in lengths]
+    return companion.as_strided(shape, strides)
 
 
 def narrowed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def varies(companion: Tensor, axis: int) -> bool:
     if companion.shape[axis] < 2 or companion.stride(axis) == 0:
         return False
     narrow = compact(companion, keep=(axis,))
-    return bool((narrow.amax(axis) != narrow.amin(axis)).any())
+    return bool((narrow != narrow.narrow(axis, 0, 1)).any())
 
 
 def along(companion: Tensor, axis: int) -> list[int]:

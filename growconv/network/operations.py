@@ -103,6 +103,7 @@ _FOLLOWED = STRUCTURAL | RESIZING | CUTTING | REDUCING.keys() | NORMALIZING | LA
 _FOLLOWED |= CREATING | WRITING | PRODUCTS
 
 
+@cache
 def in_steps(func: OpOverload) -> Callable | None:
     """What computes the same in simpler operations, by torch's own table; None for what is in one of these kinds."""
     if name_of(func) in _FOLLOWED or is_pointwise(func):
@@ -111,6 +112,7 @@ def in_steps(func: OpOverload) -> Callable | None:
     return func.decompose if composite else decomposition_table.get(func)
 
 
+@cache
 def name_of(func: OpOverload) -> str:
     """Name of an operation without namespace and overload: "relu_"."""
     return func.overloadpacket._qualified_op_name.split("::")[1]

@@ -324,8 +324,8 @@ class Propagation:
 
     def _broadcast(self, base: Tensor, own: Tensor) -> str:
         """Why what is computed of `base` and of `own`, which is the same for several entries of it, cannot grow."""
-        first, second = (self._numbers.tied(compact(each)).flatten() for each in (base, own))
-        if bool((second == second[0]).all()) and bool((first == second[0]).all()):  # as those divided by their sum
+        roots = self._numbers.tied(torch.cat([compact(each).flatten() for each in (base, own)]))
+        if bool((roots == roots[0]).all()):  # as channels that are divided by their sum
             return "its channels depend on each other"
         return "it is multiplied or added to other channels by broadcasting"
 
