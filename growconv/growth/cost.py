@@ -1,4 +1,4 @@
-"""The cost of a model, updated through growth without a new forward pass; and a counter of the FLOPs spent."""
+"""The cost of a model, updated through growth without a new forward pass."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,58 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from growconv.network import layers
 from growconv.network.layout import IN, OUT
 from growconv.network.model import copied, example_arguments, undisturbed
 from growconv.network.plan import plan_size
 from growconv.network.site import Site
-
-
-class FlopMeter(TorchDispatchMode):
-    """Counts inside its block every operation that torch.utils.flop_counter has a formula for, backward included.
-
-    These are convolutions and matrix products, at 2 × multiply-accumulates; decompositions of small matrices have no
-    formula. Unlike FlopCounterMode it attaches no hook to any module, so that statistics can be collected inside.
-
-    Attributes:
-        flops: operations so far.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True, torch's default, would import torch._dynamo at the first operation
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation and add its count."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            plain = getattr(formula, "__wrapped__", None)
-            if plain is None:
-                self.flops += int(formula(*args, **kwargs, out_val=result))
-            else:  # torch's own way to the shapes takes as long as a small product
-                self.flops += int(plain(*map(_shape, args), **_shape(kwargs), out_shape=_shape(result)))
-        return result
-
-
-def _shape(value: Any) -> Any:
-    """The same with the shapes of tensors in their place."""
-    if isinstance(value, Tensor):
-        return value.shape
-    if isinstance(value, dict):
-        return {name: _shape(each) for name, each in value.items()}
-    return [_shape(each) for each in value] if isinstance(value, list | tuple) else value
+from growconv.statistics.flops import FlopMeter
 
 
 class ModelCost:

@@ -19,7 +19,7 @@ from torch import nn
 from growconv.errors import CheckpointError, ScheduleError
 from growconv.growth.amount import Amount, Auto, as_amount, too_wide
 from growconv.growth.amplitude import CAP
-from growconv.growth.cost import FlopMeter, ModelCost
+from growconv.growth.cost import ModelCost
 from growconv.growth.decision import Batch, Decision, Loss, Policy, Proposal, Situation
 from growconv.growth.distributed import agreed, from_first, require_equal_parameters, require_same, world_size
 from growconv.growth.learning_rate import LearningRate
@@ -46,6 +46,7 @@ from growconv.network.model import undisturbed, unwrapped
 from growconv.network.optimizer import Journal, as_optimizers
 from growconv.network.site import GrowthSite, Site
 from growconv.solvers.base import Channels, Solver, get_solver, require_count, solver_of
+from growconv.statistics.flops import FlopMeter
 
 logger = logging.getLogger("growconv.growth")
 

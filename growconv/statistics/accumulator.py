@@ -1,7 +1,9 @@
 """Accumulators: sums over batches for one consumer, whatever the image sizes, by the path chosen for each statistic."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from growconv.errors import StatisticsError
 from growconv.statistics.constants import with_constants
 from growconv.statistics.dense import dense_sums
+from growconv.statistics.flops import count_once
 from growconv.statistics.offset_path import OffsetPath, axis_problems
 from growconv.statistics.problem import PairProblem, folded, thinned
 from growconv.statistics.sums import Totals
@@ -291,12 +294,16 @@ class _SizedSums:
         self.unfolded = Totals()
         self.maps = Totals()
         self.rows = 0
+        self.flops: dict[Hashable, int] = {}  # by the size of a batch and what was known of it
 
     def _by(self, path: str) -> frozenset[str]:
         return frozenset(name for name, choice in self.choices.items() if choice.path == path)
 
     def add(self, x: Tensor, h: Tensor, v: Tensor, M: Tensor | None) -> None:
-        self.rows += x.shape[0]
+        count_once(self.flops, (len(x), x.dtype, M is None), partial(self._add, x, h, v, M))
+
+    def _add(self, x: Tensor, h: Tensor, v: Tensor, M: Tensor | None) -> None:
+        self.rows += len(x)
         dense, unfold = self._by("dense"), self._by("unfold")
         if dense:
             names = dense | ({"patch_mean"} if "patch_gram" in dense else frozenset())

@@ -230,7 +230,8 @@ class Strip:
             scratch_bytes: bound on temporary memory.
         """
         spectral = 2 * self.tiling.frequencies * self.tiling.parts if self.transformed else 1
-        entries = spectral * self._folded * self._groups * sum(self._stacked(channels))
+        stacked = self._stacked(channels)[: 1 if self.alike else 2]  # maps that are cut alike share their spectra
+        entries = spectral * self._folded * self._groups * sum(stacked)
         enough = max(8, max(channels) // 4)
         most = scratch_bytes // 2 // (itemsize * entries)
         return max(1, min(max(enough, SPECTRA_BYTES // (itemsize * entries)), most))

@@ -169,18 +169,20 @@ def correlate(
     together = max(1, at_once // count)  # groups; frequencies are cut only where one group is too large
     result = first.new_zeros(groups, inverse.shape[1], channels * others)
     odd = torch.zeros_like(result) if same else result
-    for group in range(0, groups, together):
-        part = slice(group, group + together)
-        for start in range(0, count, at_once):
-            waves = inverse[:, None, :, start : start + at_once].expand(-1, result[part].shape[0], -1, -1)
-            a, b = (each[part, start : start + at_once].flatten(0, 1) for each in (first, second))
-            real = torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2))
-            imaginary = torch.bmm(a[:, 1].mT, b[:, 0])
+    for start in range(0, groups, together):
+        part = slice(start, start + together)
+        a, b = (each[part].flatten(0, 1) for each in (first, second))
+        own, own_odd = result[part], odd[part]
+        waves = inverse[:, None].expand(-1, len(own), -1, -1)
+        # all are cut before the turns, which are many and short: even a view has its price
+        factors = [a.flatten(1, 2).mT, b.flatten(1, 2), a[:, 1].mT, b[:, 0], *(() if same else (a[:, 0].mT, b[:, 1]))]
+        turns = zip(*(each.split(at_once) for each in factors), strict=True)
+        for wave, odd_wave, turn in zip(waves[0].split(at_once, 2), waves[1].split(at_once, 2), turns, strict=True):
+            real, imaginary = torch.bmm(turn[0], turn[1]), torch.bmm(turn[2], turn[3])
             if not same:
-                imaginary.baddbmm_(a[:, 0].mT, b[:, 1], alpha=-1)
-            shape = (*waves.shape[1:2], waves.shape[3], -1)
-            result[part].baddbmm_(waves[0], real.view(shape))
-            odd[part].baddbmm_(waves[1], imaginary.view(shape))
+                imaginary.baddbmm_(turn[4], turn[5], alpha=-1)
+            own.baddbmm_(wave, real.view(len(own), -1, channels * others))
+            own_odd.baddbmm_(odd_wave, imaginary.view(len(own), -1, channels * others))
     shape = (groups, inverse.shape[1], channels, others)
     if same:  # the imaginary part is its product less the transposed one
         return (result.view(shape) + odd.view(shape) - odd.view(shape).mT).transpose(0, 1)
