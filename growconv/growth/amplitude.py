@@ -29,8 +29,9 @@ weights raise the effective learning rate of the layers below, and a channel wit
 ones."""
 
 COARSE = (1.0, 1 / 4, 1 / 16, 1 / 64)
-"""Shares of the cap that are tried first; then the neighbours of the best, a factor of two away, are tried. Without a
-cap they are shares of a cap of 1, and the amplitude is doubled as long as the loss falls."""
+"""Shares of the cap that are tried first, until one is worse than the one before, which lowers the loss; then the
+neighbours of the best, a factor of two away, are tried. Without a cap they are shares of a cap of 1, and the amplitude
+is doubled as long as the loss falls."""
 
 MOST = 24
 """The most losses that are measured."""
@@ -104,9 +105,10 @@ def choose_amplitudes(
             where = ", ".join(site.name for site, _ in taken)
             raise StatisticsError("the loss on the held-out batches is not finite", got=losses[0.0], where=where)
         if any(units):
-            for share in COARSE:
-                measure(share * min(cap, 1.0))
-            best = _best(losses)
+            for strength in (share * min(cap, 1.0) for share in COARSE):
+                measure(strength)
+                if (best := _best(losses)) > strength:
+                    break  # a still weaker start would be worse
             if best > 0:
                 measure(best / 2)
                 measure(min(2 * best, cap))

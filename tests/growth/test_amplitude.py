@@ -46,12 +46,15 @@ def test_losses_are_those_of_grown_models(chain, sites_of, batches_of, proposed,
     site, growth = proposed(model)
     held_out = batches_of(2, start=600, dtype=torch.float64)
     choice = choose_amplitudes(model, [(site, growth)], held_out, F.cross_entropy)
-    assert len(choice.losses) >= 5
-    for strength, loss in choice.losses.items():
+    losses = {}
+    for strength in (0.0, *(2.0**-power for power in range(8))):
         grown = copy.deepcopy(model)
         growconv.grow(grown, sites_of(grown)[0], growth, amplitude=strength * choice.units[0])
-        assert mean_loss(grown, held_out) == pytest.approx(loss, rel=1e-9)
-    assert choice.losses[choice.strength] == min(choice.losses.values())
+        losses[strength] = mean_loss(grown, held_out)
+    assert choice.strength == min(losses, key=losses.__getitem__)  # though it tries only some of them
+    assert 4 <= len(choice.losses) < len(losses)
+    for strength, loss in choice.losses.items():
+        assert losses[strength] == pytest.approx(loss, rel=1e-9)
     assert 0.0 in choice.losses
     assert max(choice.losses) == choice.cap
     assert choice.cap * choice.units[0] == pytest.approx(amplitude_cap(site, growth))
@@ -68,7 +71,7 @@ def test_every_loss_is_that_of_the_grown_model(kind, mode, digits, sites_of, bat
     outgoing = {path: torch.randn_like(weight) for path, weight in growth.outgoing.items()}
     growth, batches = replace(growth, outgoing=outgoing), batches_of(2, start=600, dtype=torch.float64)
     choice = choose_amplitudes(model, [(site, growth)], batches, F.cross_entropy)
-    assert len(choice.losses) >= 5
+    assert len(choice.losses) >= 4
     for strength, loss in choice.losses.items():
         grown = copy.deepcopy(model)
         growconv.grow(grown, site, growth, amplitude=strength * choice.units[0])
