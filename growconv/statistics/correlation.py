@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +45,9 @@ def split_phases(maps: Float[Tensor, "n c *size"], steps: Sequence[int]) -> Floa
     view = padded.view(shape) if padded.is_contiguous() else padded.reshape(shape)
     return view.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
 
+
+Known = dict[Hashable, Tensor]
+"""Cuts and spectra of maps that several strips read."""
 
 DENSE_BLOCK = 2
 """Products per wanted one up to which all locations of a block are multiplied with all."""
@@ -130,19 +133,21 @@ class Strip:
         diagonals: by axis, where it has diagonals.
         steps: by axis of diagonals, the steps of both maps.
         sizes: by axis of diagonals, the locations of one phase of both maps.
-        symmetric: whether both maps are the same.
+        maps: names of the two maps, such as "xv".
     """
 
     blocks: dict[int, Block]
     diagonals: dict[int, tuple[Diagonal, ...]]
     steps: dict[int, tuple[int, int]]
     sizes: dict[int, tuple[int, int]]
-    symmetric: bool
+    maps: str
 
     @cached_property
     def alike(self) -> bool:
-        """Whether both maps are cut alike: what is correlated is then the same twice."""
-        return self.symmetric and all(each.locations[0] == each.locations[1] for each in self.blocks.values())
+        """Whether the map meets itself, cut alike: what is correlated is then the same twice."""
+        return self.maps[0] == self.maps[1] and all(
+            each.locations[0] == each.locations[1] for each in self.blocks.values()
+        )
 
     @cached_property
     def transformed(self) -> list[int]:
@@ -164,23 +169,48 @@ class Strip:
         found = spectra.grid([sorted({offset for _, _, offset in self.diagonals[axis]}) for axis in self.transformed])
         return tuple(each for each in found if each >= (0,) * len(each)) if self.alike else found
 
-    def products(self, first: Tensor, second: Tensor, scratch_bytes: int) -> Tensor:
+    def products(self, first: Tensor, second: Tensor, scratch_bytes: int, known: Known) -> Tensor:
         """(offsets, groups, phases·locations·c, phases·locations·d), summed over samples.
 
         Args:
             first: maps (n, c, *size).
             second: maps (n, d, *other).
             scratch_bytes: bound on temporary memory.
+            known: what strips have made of the maps of these samples; filled.
         """
-        left = self._cut(first, 0)
-        right = left if second is first and self.alike else self._cut(second, 1)
+        left, right = (self._factor(maps, side, known) for side, maps in enumerate((first, second)))
         if not self.transformed:
             return torch.bmm(left.mT, right).unsqueeze(0)
-        tiling = self.tiling
-        same = right is left and tiling.parts == 1
-        left = spectra.spectrum(spectra.cut_tiles(left, tiling, True), tiling)
-        right = left if same else spectra.spectrum(spectra.cut_tiles(right, tiling, False), tiling)
         return spectra.correlate(left, right, self._inverse.to(left), scratch_bytes // 2)
+
+    def _factor(self, maps: Tensor, side: int, known: Known) -> Tensor:
+        """What products take of a map: it is cut, and transformed where it has offsets."""
+        key = self._cuts[side]
+        if key not in known:
+            cut = self._cut(maps, side)
+            if self.transformed:
+                cut = spectra.spectrum(spectra.cut_tiles(cut, self.tiling, side == 0), self.tiling)
+            known[key] = cut
+        return known[key]
+
+    @cached_property
+    def _cuts(self) -> tuple[Hashable, Hashable]:
+        """Of both maps all that their cuts and spectra depend on."""
+        tilings = [None, None]
+        if self.transformed:
+            tilings = [self.tiling.lengths if self.tiling.parts == 1 else (side, self.tiling) for side in (0, 1)]
+        first, second = (
+            (
+                self.maps[side],
+                tuple((axis, self.steps[axis][side], min(self.sizes[axis])) for axis in self.diagonals),
+                tuple(self.phases[side]),
+                tuple((axis, block.locations[side], block.groups) for axis, block in self.blocks.items()),
+                tuple(self.transformed),
+                tilings[side],
+            )
+            for side in (0, 1)
+        )
+        return first, second
 
     @cached_property
     def tiling(self) -> spectra.Tiling:

@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from growconv.statistics.correlation import Strip, along_axis, blocks_of
+from growconv.statistics.correlation import Known, Strip, along_axis, blocks_of
 from growconv.statistics.offsets import MAPS, AxisFeatures, AxisProblem, axis_features
 from growconv.statistics.problem import PairProblem
 from growconv.statistics.sums import Totals
@@ -47,7 +47,6 @@ class Correlation:
         self.statistics = statistics
         self.features: list[AxisFeatures] = [axis_features(axis, maps, statistics) for axis in axes]
         self.steps = [(axis.step(maps[0]), axis.step(maps[1])) for axis in axes]
-        self.symmetric = maps[0] == maps[1]
 
     def count(self, axis: int, kind: str) -> int:
         """Number of features of a kind on an axis: diagonals "d" or singles "s"."""
@@ -80,7 +79,7 @@ class Correlation:
             steps = {axis: self.steps[axis] for axis in diagonals}
             sizes = {axis: self.coarse(axis) for axis in diagonals}
             found[kinds] = [
-                Strip(dict(zip(pairs, blocks, strict=True)), diagonals, steps, sizes, self.symmetric)
+                Strip(dict(zip(pairs, blocks, strict=True)), diagonals, steps, sizes, self.maps)
                 for blocks in itertools.product(*(blocks_of(self.features[axis].singles) for axis in pairs))
             ]
         return found
@@ -114,29 +113,30 @@ class OffsetPath:
             h: input of the consumer (n, C1, *grid).
             v: desired change of the consumer's output (n, C2, *out).
         """
-        maps = {"x": x, "h": h, "v": v}
+        strips = list(self._strips())
+        needed = (
+            each.samples_at_once(self._channels(each), x.element_size(), self.scratch_bytes) for _, each in strips
+        )
+        parts = math.ceil(len(x) / min(needed, default=len(x)))
+        for part in zip(*(maps.tensor_split(parts) for maps in (x, h, v)), strict=True):
+            maps, known = dict(zip("xhv", part, strict=True)), Known()
+            for name, strip in strips:
+                first, second = (maps[which] for which in strip.maps)
+                totals.add(name, strip.products(first, second, self.scratch_bytes, known))
+
+    def _strips(self) -> Iterator[tuple[str, Strip]]:
+        """All that is multiplied, each with the name of its sum."""
         for correlation in self.correlations.values():
-            first, second = (maps[which] for which in correlation.maps)
             for kinds, strips in correlation.strips.items():
-                for number, strip in enumerate(strips):
-                    channels = first.shape[1], second.shape[1]
-                    chunks = math.ceil(
-                        len(first) / strip.samples_at_once(channels, x.element_size(), self.scratch_bytes)
-                    )
-                    parts = first.tensor_split(chunks)
-                    others = parts if second is first else second.tensor_split(chunks)
-                    for part, other in zip(parts, others, strict=True):
-                        products = strip.products(part, other, self.scratch_bytes)
-                        totals.add(f"{correlation.maps}:{kinds}:{number}", products)
+                yield from ((f"{correlation.maps}:{kinds}:{number}", strip) for number, strip in enumerate(strips))
+
+    def _channels(self, strip: Strip) -> tuple[int, int]:
+        first, second = strip.maps
+        return self.channels[first], self.channels[second]
 
     def cost(self, samples: int) -> float:
         """Price of a batch, in multiply-adds of a large product."""
-        total = 0.0
-        for correlation in self.correlations.values():
-            first, second = correlation.maps
-            channels = self.channels[first], self.channels[second]
-            total += sum(strip.cost(channels, samples) for strips in correlation.strips.values() for strip in strips)
-        return total
+        return sum((strip.cost(self._channels(strip), samples) for _, strip in self._strips()), 0.0)
 
     # ------------------------------------------------------------------------------------ statistics from correlations
 

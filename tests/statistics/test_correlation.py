@@ -19,8 +19,8 @@ def test_pairs_of_rows_and_diagonals_of_columns(symmetric):
     diagonals = tuple((0, 0, offset) for offset in (-2, -1, 0, 1, 2))
     found = torch.zeros(len(PAIRS), len(diagonals), 2, second.shape[1], dtype=torch.float64)
     for block in blocks_of(PAIRS):
-        strip = Strip({0: block}, {1: diagonals}, {1: (1, 1)}, {1: (7, 7)}, symmetric)
-        strip.enter(found, strip.products(first, second, 1 << 20))
+        strip = Strip({0: block}, {1: diagonals}, {1: (1, 1)}, {1: (7, 7)}, "xx" if symmetric else "xv")
+        strip.enter(found, strip.products(first, second, 1 << 20, {}))
     for pair, (row, other) in enumerate(PAIRS):
         for diagonal, (_, _, offset) in enumerate(diagonals):
             expected = by_location(first[:, :, row], second[:, :, other], (offset,))
@@ -32,8 +32,8 @@ def test_phases_of_a_stride():
     maps = torch.randn(3, 2, 9, dtype=torch.float64, generator=generator)
     diagonals = tuple((p, q, o) for p in (0, 1) for q in (0, 1) for o in (-1, 0, 1))
     found = torch.zeros(len(diagonals), 2, 2, dtype=torch.float64)
-    strip = Strip({}, {0: diagonals}, {0: (2, 2)}, {0: (5, 5)}, True)
-    strip.enter(found, strip.products(maps, maps, 1 << 20))
+    strip = Strip({}, {0: diagonals}, {0: (2, 2)}, {0: (5, 5)}, "xx")
+    strip.enter(found, strip.products(maps, maps, 1 << 20, {}))
     for number, (phase, other, offset) in enumerate(diagonals):
         torch.testing.assert_close(found[number], by_location(maps[:, :, phase::2], maps[:, :, other::2], (offset,)))
 
