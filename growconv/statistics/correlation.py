@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,9 +46,6 @@ def split_phases(maps: Float[Tensor, "n c *size"], steps: Sequence[int]) -> Floa
     view = padded.view(shape) if padded.is_contiguous() else padded.reshape(shape)
     return view.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2))
 
-
-Known = dict[Hashable, Tensor]
-"""Cuts and spectra of maps that several strips read."""
 
 DENSE_BLOCK = 2
 """Products per wanted one up to which all locations of a block are multiplied with all."""
@@ -124,6 +122,27 @@ def _components(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int], list[
     return found
 
 
+class Known:
+    """Cuts and spectra of some samples' maps, which are kept as long as a strip is still to read them.
+
+    Args:
+        strips: those that do.
+    """
+
+    def __init__(self, strips: Iterable["Strip"]) -> None:
+        self._uses = Counter(cut for strip in strips for cut in strip.cuts)
+        self._made: dict[Hashable, Tensor] = {}
+
+    def take(self, cut: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What a strip reads, made where no other has done so."""
+        made = self._made.pop(cut, None)
+        made = make() if made is None else made
+        self._uses[cut] -= 1
+        if self._uses[cut]:
+            self._made[cut] = made
+        return made
+
+
 @dataclass(frozen=True)
 class Strip:
     """Correlations along whole diagonals of some axes, at the pairs of one block on each of the others.
@@ -176,25 +195,23 @@ class Strip:
             first: maps (n, c, *size).
             second: maps (n, d, *other).
             scratch_bytes: bound on temporary memory.
-            known: what strips have made of the maps of these samples; filled.
+            known: what strips make of the maps of these samples.
         """
-        left, right = (self._factor(maps, side, known) for side, maps in enumerate((first, second)))
+        left = known.take(self.cuts[0], lambda: self._factor(first, 0))
+        right = known.take(self.cuts[1], lambda: self._factor(second, 1))
         if not self.transformed:
             return torch.bmm(left.mT, right).unsqueeze(0)
         return spectra.correlate(left, right, self._inverse.to(left), scratch_bytes // 2)
 
-    def _factor(self, maps: Tensor, side: int, known: Known) -> Tensor:
+    def _factor(self, maps: Tensor, side: int) -> Tensor:
         """What products take of a map: it is cut, and transformed where it has offsets."""
-        key = self._cuts[side]
-        if key not in known:
-            cut = self._cut(maps, side)
-            if self.transformed:
-                cut = spectra.spectrum(spectra.cut_tiles(cut, self.tiling, side == 0), self.tiling)
-            known[key] = cut
-        return known[key]
+        cut = self._cut(maps, side)
+        if not self.transformed:
+            return cut
+        return spectra.spectrum(spectra.cut_tiles(cut, self.tiling, side == 0), self.tiling)
 
     @cached_property
-    def _cuts(self) -> tuple[Hashable, Hashable]:
+    def cuts(self) -> tuple[Hashable, Hashable]:
         """Of both maps all that their cuts and spectra depend on."""
         tilings = [None, None]
         if self.transformed:
@@ -260,9 +277,8 @@ class Strip:
             scratch_bytes: bound on temporary memory.
         """
         spectral = 2 * self.tiling.frequencies * self.tiling.parts if self.transformed else 1
-        stacked = self._stacked(channels)[: 1 if self.alike else 2]  # maps that are cut alike share their spectra
-        entries = spectral * self._folded * self._groups * sum(stacked)
-        enough = max(8, max(channels) // 4)
+        entries = spectral * self._folded * self._groups * sum(self._stacked(channels))
+        enough = max(8, max(self._stacked(channels)) // 4)
         most = scratch_bytes // 2 // (itemsize * entries)
         return max(1, min(max(enough, SPECTRA_BYTES // (itemsize * entries)), most))
 

@@ -113,16 +113,16 @@ class OffsetPath:
             h: input of the consumer (n, C1, *grid).
             v: desired change of the consumer's output (n, C2, *out).
         """
-        strips = list(self._strips())
-        needed = (
-            each.samples_at_once(self._channels(each), x.element_size(), self.scratch_bytes) for _, each in strips
-        )
-        parts = math.ceil(len(x) / min(needed, default=len(x)))
-        for part in zip(*(maps.tensor_split(parts) for maps in (x, h, v)), strict=True):
-            maps, known = dict(zip("xhv", part, strict=True)), Known()
-            for name, strip in strips:
-                first, second = (maps[which] for which in strip.maps)
-                totals.add(name, strip.products(first, second, self.scratch_bytes, known))
+        alike: dict[int, dict[str, Strip]] = {}  # by the number of parts that the batch is taken in
+        for name, strip in self._strips():
+            at_once = strip.samples_at_once(self._channels(strip), x.element_size(), self.scratch_bytes)
+            alike.setdefault(math.ceil(len(x) / at_once), {})[name] = strip
+        for parts, strips in alike.items():
+            for part in zip(*(maps.tensor_split(parts) for maps in (x, h, v)), strict=True):
+                maps, known = dict(zip("xhv", part, strict=True)), Known(strips.values())
+                for name, strip in strips.items():
+                    first, second = (maps[which] for which in strip.maps)
+                    totals.add(name, strip.products(first, second, self.scratch_bytes, known))
 
     def _strips(self) -> Iterator[tuple[str, Strip]]:
         """All that is multiplied, each with the name of its sum."""

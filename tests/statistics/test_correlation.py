@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from growconv.statistics import spectra
-from growconv.statistics.correlation import Strip, blocks_of
+from growconv.statistics.correlation import Known, Strip, blocks_of
 from tests.statistics import cases
 from tests.statistics.test_spectra import by_location
 
@@ -20,7 +20,7 @@ def test_pairs_of_rows_and_diagonals_of_columns(symmetric):
     found = torch.zeros(len(PAIRS), len(diagonals), 2, second.shape[1], dtype=torch.float64)
     for block in blocks_of(PAIRS):
         strip = Strip({0: block}, {1: diagonals}, {1: (1, 1)}, {1: (7, 7)}, "xx" if symmetric else "xv")
-        strip.enter(found, strip.products(first, second, 1 << 20, {}))
+        strip.enter(found, strip.products(first, second, 1 << 20, Known([strip])))
     for pair, (row, other) in enumerate(PAIRS):
         for diagonal, (_, _, offset) in enumerate(diagonals):
             expected = by_location(first[:, :, row], second[:, :, other], (offset,))
@@ -33,7 +33,7 @@ def test_phases_of_a_stride():
     diagonals = tuple((p, q, o) for p in (0, 1) for q in (0, 1) for o in (-1, 0, 1))
     found = torch.zeros(len(diagonals), 2, 2, dtype=torch.float64)
     strip = Strip({}, {0: diagonals}, {0: (2, 2)}, {0: (5, 5)}, "xx")
-    strip.enter(found, strip.products(maps, maps, 1 << 20, {}))
+    strip.enter(found, strip.products(maps, maps, 1 << 20, Known([strip])))
     for number, (phase, other, offset) in enumerate(diagonals):
         torch.testing.assert_close(found[number], by_location(maps[:, :, phase::2], maps[:, :, other::2], (offset,)))
 
