@@ -40,7 +40,7 @@ def pretending(
     added, made = dict[str, dict[str, int]](), dict[tuple[int, int, Fraction], Tensor]()
     with ExitStack() as undo:
         for _, module in named_modules(model):
-            if layers.is_norm(module) or layers.is_dropout(module):
+            if layers.is_norm(module) or layers.is_plain_dropout(module):
                 _put(undo, vars(module), "forward", _unchanged)
             elif layers.is_weighted(module):
                 _put(undo, vars(module), "forward", partial(_pretend, module, shapes))

@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
         self._thread = threading.get_ident()
 
     def _is_one_call(self, module: nn.Module) -> bool:
-        return layers.is_weighted(module) or layers.is_norm(module) or layers.is_dropout(module)
+        return layers.is_weighted(module) or layers.is_norm(module) or layers.is_plain_dropout(module)
 
     def _started(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """A module that is no layer is about to run."""

@@ -201,3 +201,31 @@ def test_a_consumer_that_refuses_more_inputs_by_itself_is_told_and_not_raised() 
     found = reasons(model)
     assert "four channels only" in str(found["0"])
     assert found["2"] is None
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_new_channels_without_weights_are_read_by_consumers_that_store_lengths(dim: int) -> None:
+    """Zeros have a length, but no direction: lengths along the inputs need one for each new channel."""
+    consumer = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 5, 3), dim=dim)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), consumer, nn.Conv2d(5, 2, 1)).double()
+    sites = find_sites(model, X)
+    assert [site.name for site in sites] == ["0 -> 2", "2 -> 3"]
+    referee.check(model, X, sites)
+
+
+class _Cuts(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :4]
+
+
+class _Gates(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.mean(1, keepdim=True)
+
+
+def test_a_dropout_with_a_forward_of_its_own_is_looked_into() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Cuts(), nn.Conv2d(4, 5, 3), _Gates(), nn.Conv2d(5, 2, 1)).double()
+    assert "a literal size in the code" in str(reasons(model)["0"])
+    (site,) = find_sites(model, X)
+    assert (site.name, site.copied, site.closed_form) == ("2 -> 4", True, False)
+    referee.check(model, X, [site])

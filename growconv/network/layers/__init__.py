@@ -18,7 +18,8 @@ from growconv.network.layout import IN, OUT
 
 __all__ = [
     "Adapter", "Bare", "Norm", "Shapes", "Weighted", "adapter", "channel_axis", "described", "groups_of",
-    "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_transposed", "is_weighted",
+    "has_side", "is_batch_norm", "is_dropout", "is_norm", "is_plain_convolution", "is_plain_dropout",
+    "is_transposed", "is_weighted",
     "norm", "pretended", "ranks", "scale_of", "size", "stored", "tells_its_entries", "weighted",
 ]  # fmt: skip
 
@@ -96,6 +97,11 @@ def is_batch_norm(module: object) -> bool:
 def is_dropout(module: object) -> bool:
     """True for a layer that does nothing but in training, where it leaves entries out at random."""
     return isinstance(module, _DropoutNd)
+
+
+def is_plain_dropout(module: nn.Module) -> bool:
+    """True for a dropout with torch's own forward, which leaves all channels where they are."""
+    return is_dropout(module) and type(module).forward.__module__ == _DropoutNd.__module__
 
 
 def is_transposed(module: object) -> bool:

@@ -65,9 +65,11 @@ class NormalizedWeight:
         """The stored tensors that are as long as an axis of the weight."""
         return [self.direction, self.length] if axis == self.dim else [self.direction]
 
-    def entries(self, name: str, axis: int, values: Tensor) -> Tensor:
-        """New entries of a stored tensor, from those of the weight along an axis."""
+    def entries(self, name: str, axis: int, values: Tensor | None) -> Tensor:
+        """New entries of a stored tensor, from those of the weight along an axis; None: zeros."""
         g, v = self._g().detach(), self._v().detach()
+        if values is None:
+            values = v.new_zeros([1 if each == axis else size for each, size in enumerate(v.shape)])
         if axis != self.dim:
             return values.to(g) * torch.where(g == 0, 1.0, _norms(v, self.dim) / g)
         length = _norms(values.to(g), self.dim)
@@ -330,8 +332,11 @@ class Weighted(Adapter):
             if slot.name in beside:
                 return beside[slot.name].detach().mean(axes, keepdim=True)
         given = values.get("bias" if slot.name == "bias" else "weight")
-        if given is None or slot.name == "bias":
-            return None if given is None else given[list(order)]
+        if given is None:
+            normalized = None if slot.name == "bias" else self._normalized
+            return None if normalized is None else normalized.entries(slot.name, slot.axis, None)
+        if slot.name == "bias":
+            return given[list(order)]
         groups = self.groups
         if list(order) == list(range(len(order))):
             filters = given
