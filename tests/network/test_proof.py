@@ -224,7 +224,7 @@ class _Gates(nn.Dropout):
 
 
 def test_a_dropout_with_a_forward_of_its_own_is_looked_into() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Cuts(), nn.Conv2d(4, 5, 3), _Gates(), nn.Conv2d(5, 2, 1)).double()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Cuts(0.0), nn.Conv2d(4, 5, 3), _Gates(0.0), nn.Conv2d(5, 2, 1)).double()
     assert "a literal size in the code" in str(reasons(model)["0"])
     (site,) = find_sites(model, X)
     assert (site.name, site.copied, site.closed_form) == ("2 -> 4", True, False)
