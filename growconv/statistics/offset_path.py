@@ -113,11 +113,11 @@ class OffsetPath:
             h: input of the consumer (n, C1, *grid).
             v: desired change of the consumer's output (n, C2, *out).
         """
-        alike: dict[int, dict[str, Strip]] = {}  # by the number of parts that the batch is taken in
+        together: dict[int, dict[str, Strip]] = {}  # by the number of parts that the batch is taken in
         for name, strip in self._strips():
             at_once = strip.samples_at_once(self._channels(strip), x.element_size(), self.scratch_bytes)
-            alike.setdefault(math.ceil(len(x) / at_once), {})[name] = strip
-        for parts, strips in alike.items():
+            together.setdefault(math.ceil(len(x) / at_once), {})[name] = strip
+        for parts, strips in together.items():
             for part in zip(*(maps.tensor_split(parts) for maps in (x, h, v)), strict=True):
                 maps, known = dict(zip("xhv", part, strict=True)), Known(strips.values())
                 for name, strip in strips.items():

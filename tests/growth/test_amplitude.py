@@ -72,6 +72,7 @@ def test_every_loss_is_that_of_the_grown_model(kind, mode, digits, sites_of, bat
     growth, batches = replace(growth, outgoing=outgoing), batches_of(2, start=600, dtype=torch.float64)
     choice = choose_amplitudes(model, [(site, growth)], batches, F.cross_entropy)
     assert len(choice.losses) >= 4
+    assert {0.0, 0.25, 1.0} <= choice.losses.keys()
     for strength, loss in choice.losses.items():
         grown = copy.deepcopy(model)
         growconv.grow(grown, site, growth, amplitude=strength * choice.units[0])

@@ -48,3 +48,20 @@ def test_larger_images_with_many_tiles(tile, monkeypatch):
     names = cases.SUMS - {"S_full"}
     expected = cases.unfolded(problem, names, x, h, v)
     cases.assert_equal(cases.by_offsets(problem, names, x, h, v), expected, 1e-10)
+
+
+def test_a_map_is_transformed_once_for_all_that_reads_it(monkeypatch):
+    transformed, spectrum = [], spectra.spectrum
+
+    def counted(maps, tiling):
+        transformed.append(maps.shape[2:])
+        return spectrum(maps, tiling)
+
+    monkeypatch.setattr(spectra, "spectrum", counted)
+    geometry = cases.Geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    problem = cases.PairProblem(geometry, geometry, (), (9, 9), (9, 9), (2, 3, 4), False, False)
+    x, h, v = cases.tensors(problem)
+    found = cases.by_offsets(problem, {"S", "N_raw"}, x, h, v)  # in two batches
+    assert transformed.count(torch.Size([2, 9, 9])) == 2  # x meets itself and v
+    assert transformed.count(torch.Size([4, 9, 9])) == 2
+    cases.assert_equal(found, cases.unfolded(problem, {"S", "N_raw"}, x, h, v), 1e-10)
