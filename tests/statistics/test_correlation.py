@@ -61,7 +61,8 @@ def test_a_map_is_transformed_once_for_all_that_reads_it(monkeypatch):
     geometry = cases.Geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
     problem = cases.PairProblem(geometry, geometry, (), (9, 9), (9, 9), (2, 3, 4), False, False)
     x, h, v = cases.tensors(problem)
-    found = cases.by_offsets(problem, {"S", "N_raw"}, x, h, v)  # in two batches
+    names = frozenset({"S", "N_raw"})
+    found = cases.by_offsets(problem, names, x, h, v)  # in two batches
     assert transformed.count(torch.Size([2, 9, 9])) == 2  # x meets itself and v
     assert transformed.count(torch.Size([4, 9, 9])) == 2
-    cases.assert_equal(found, cases.unfolded(problem, {"S", "N_raw"}, x, h, v), 1e-10)
+    cases.assert_equal(found, cases.unfolded(problem, names, x, h, v), 1e-10)
