@@ -3,6 +3,7 @@
 import math
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,9 +29,10 @@ from growconv.solvers.assembly import require_statistics
 from growconv.solvers.base import Channels, Solver, solve, solver_of
 from growconv.solvers.energy import Found, gains_known, until_known
 from growconv.solvers.gradmax import gradmax
-from growconv.statistics.accumulator import SCRATCH_BYTES
+from growconv.statistics.accumulator import OF_PRODUCERS, SCRATCH_BYTES
 from growconv.statistics.collect import collect_statistics
 from growconv.statistics.pair import Updates, best_updates
+from growconv.statistics.problem import widest_of
 
 ROOM_BYTES = 2**23
 """What statistics and samples may take in any case. Beyond this, and beyond half of what a training step holds, sites
@@ -101,6 +103,7 @@ def moment_bytes(site: Site, reads: Set[str]) -> int:
     site = site.measured
     patch = sum(site.layer(path).filters()[0].numel() + 1 for path in site.producers)
     entries = patch**2 if "patch" in reads else 0
+    producers, widest = Counter(route.consumer for route in site.routes), widest_of(site)
     for path in site.consumers:
         second = site.layer(path).filters()
         own, taps = second[0].numel() + 1, second[0, 0].numel()
@@ -108,6 +111,8 @@ def moment_bytes(site: Site, reads: Set[str]) -> int:
         sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}
         sizes |= {"M": own * len(second), "S2": own**2, "update": own * len(second) + own**2}
         sizes["N"] = sizes["N_raw"] + sizes["M"]  # W* is as large as M
+        if widest[path] != path and producers[path] == producers[widest[path]]:
+            sizes |= dict.fromkeys(OF_PRODUCERS, 0)  # the very tensors of the other
         entries += sum(size for name, size in sizes.items() if name in reads)
     return 8 * entries
 

@@ -123,4 +123,4 @@ def _mean_gram(site: GrowthSite, grams: list[Tensor]) -> Float[Tensor, "a a"]:
     for path in site.producers:
         counts += [producers.count(path)] * entries_of(site, path)
     root = torch.tensor(counts).to(grams[0]).sqrt()
-    return torch.stack(grams).sum(0) / (root[:, None] * root)
+    return sum(grams[1:], grams[0]) / (root[:, None] * root)

@@ -1,6 +1,7 @@
 """Accumulators: sums over batches for one consumer, whatever the image sizes, by the path chosen for each statistic."""
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,6 +136,8 @@ SECOND_MOMENTS = frozenset({"S", "S_full", "S2", "patch_gram", "patch_mean"})
 """What settles long before the correlations with v do, and may be taken from fewer samples."""
 OF_CONSUMER = frozenset({"M", "S2"})
 """What knows nothing of a producer."""
+OF_PRODUCERS = frozenset({"S", "S_full"})
+"""What knows nothing of a consumer but its kernel and its grid."""
 OF_GRADIENT = frozenset({"N_raw", "M"})
 """What v is correlated with."""
 TENSOR_STATISTICS = frozenset({"S", "S_full", "N_raw", "M", "S2", "P", "patch_gram"})
@@ -151,7 +154,7 @@ class ConsumerSums:
         path: "auto", "dense", "unfold" or "offset".
         scratch_bytes: bound on temporary memory.
         samples: how many samples were summed.
-        moment_samples: how many of them for second moments too.
+        moment_samples: how many of them for each second moment.
     """
 
     where: str
@@ -159,7 +162,7 @@ class ConsumerSums:
     path: str
     scratch_bytes: int
     samples: int = 0
-    moment_samples: int = 0
+    moment_samples: Counter[str] = field(default_factory=Counter)
     energy: float = 0.0
     closed: Totals = field(default_factory=Totals)
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -173,7 +176,7 @@ class ConsumerSums:
         h: Tensor,
         v: Tensor,
         samples: int,
-        moments: bool = True,
+        left_out: frozenset[str] = frozenset(),
         M: Tensor | None = None,
     ) -> None:
         """Add a batch.
@@ -184,12 +187,12 @@ class ConsumerSums:
             h: input of the consumer (n, C1, *grid).
             v: desired change of the consumer's output (n, C2, *out).
             samples: how many new samples these are; 0 for a further call on the same ones.
-            moments: whether to sum second moments.
+            left_out: second moments that are not summed of it.
             M: this batch's M, where it is known already.
         """
-        self.add_only(self.quantities if moments else self.quantities - SECOND_MOMENTS, problem, x, h, v, M)
+        self.add_only(self.quantities - left_out, problem, x, h, v, M)
         self.count(v, samples)
-        self.moment_samples += samples if moments else 0
+        self.moment_samples.update(dict.fromkeys(SECOND_MOMENTS - left_out, samples))
 
     def add_only(
         self, names: frozenset[str], problem: PairProblem, x: Tensor, h: Tensor, v: Tensor, M: Tensor | None = None
@@ -274,7 +277,7 @@ class ConsumerSums:
             found = part.finish()
             totals |= {name: value + totals[name] if name in totals else value for name, value in found.items()}
         return {
-            name: value / (self.moment_samples if name in SECOND_MOMENTS else self.samples)
+            name: value / (self.moment_samples[name] if name in SECOND_MOMENTS else self.samples)
             for name, value in totals.items()
         }
 

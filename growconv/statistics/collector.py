@@ -1,6 +1,7 @@
 """StatisticsCollector: hooks on a model in its own training loop that fill PairStatistics."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,13 @@ from growconv.network.between import is_plain, region_of
 from growconv.network.model import tensors_in, unwrapped
 from growconv.network.site import GrowthSite, Site
 from growconv.network.tape import Tape
-from growconv.statistics.accumulator import OF_CONSUMER, PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
+from growconv.statistics.accumulator import OF_CONSUMER, OF_PRODUCERS, PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import HeldBatch, Shelf
-from growconv.statistics.measurement import Measurement
+from growconv.statistics.measurement import Measurement, share
 from growconv.statistics.pair import PairStatistics, Updates, best_updates
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem, site_input, site_problem
+from growconv.statistics.problem import batched, pair_problem, site_input, site_problem, widest_of
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision, is_exact
 
@@ -53,6 +54,7 @@ class _Site:
     sites: list[Site]
     site: GrowthSite
     consumers: dict[str, Measurement]
+    widest: dict[str, str]
     kept: list[KeptBatch] = field(default_factory=list)
     skipped: int = 0
 
@@ -60,6 +62,10 @@ class _Site:
     def samples_kept(self) -> int:
         """Number of samples kept so far."""
         return sum(batch.samples for batch in self.kept)
+
+    def sharing(self, path: str) -> tuple[str, ...]:
+        """The consumers that have their S from where a consumer has it, itself included."""
+        return tuple(other for other, wide in self.widest.items() if wide == self.widest[path])
 
 
 class StatisticsCollector:
@@ -274,9 +280,12 @@ class StatisticsCollector:
     def explain(self) -> str:
         """How each statistic is computed, and why: one line each, below its site and consumer."""
         lines = []
-        for consumer in self._measurements:
+        for collected, consumer in self._pairs:
             lines.append(consumer.sums.where)
             lines += [f"  {line}" for line in consumer.describe()]
+            wide = collected.widest[consumer.path]
+            if consumer.apart is not None and wide != consumer.path:
+                lines.append(f"  {', '.join(sorted(consumer.apart.quantities))} by what is summed for {wide}")
         return "\n".join(lines)
 
     def _build(self, last: bool) -> dict[str, PairStatistics]:
@@ -292,13 +301,15 @@ class StatisticsCollector:
                 consumers.append(statistics)
                 if last:
                     consumer.let_go()
+            named = {each.consumer: each for each in consumers}
+            share(site, collected.widest, collected.consumers, named)
             kept = None
             if self.keep_samples and site.producers:
                 batches = tuple(collected.kept)
                 if self.keep_dtype is not None:
                     batches = tuple(each.widened(wide) for each in batches)
                     collected.kept = [] if last else collected.kept
-                kept = KeptSamples(site, batches, {each.consumer: each for each in consumers})
+                kept = KeptSamples(site, batches, named)
             whole = PairStatistics(
                 site=site.name,
                 growth_site=site,
@@ -356,15 +367,21 @@ class StatisticsCollector:
             wanted -= {"patch_gram"}
         if wanted <= OF_CONSUMER and not self.keep_samples:
             site = replace(site, producers=())  # what these read is not needed
-        consumers = {}
+        consumers, of_producers = {}, wanted & OF_PRODUCERS
+        widest = widest_of(site) if of_producers else {path: path for path in site.consumers}
+        users = Counter(widest.values())
         for path in site.consumers:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
             again = frozenset({"patch_gram"}) if consumers else frozenset[str]()  # the same of every consumer
-            sums = ConsumerSums(where, wanted - again, self.path, self.scratch_bytes)
-            consumers[path] = Measurement(path, sums, self.moments_every)
+            again |= of_producers if widest[path] != path else frozenset()
+            sums, apart = (
+                ConsumerSums(where, names, self.path, self.scratch_bytes) for names in (wanted - again, of_producers)
+            )
+            alone = users[widest[path]] == 1
+            consumers[path] = Measurement(path, sums, None if alone else apart, self.moments_every)
             if wanted and site.producers:
                 consumers[path].expect_projection(self.quantities, self._updates.get((site.name, path)))
-        return _Site(sites, site, consumers)
+        return _Site(sites, site, consumers, widest)
 
     # ---------------------------------------------------------------------------------------------- hooks
 
@@ -570,6 +587,8 @@ class StatisticsCollector:
         for part, batch in enumerate(self._batches(site, consumer.path, x, (h, v), count, own is not None)):
             if M is not None and batch.h is h and len(M) == h.shape[1] * batch.problem.second.taps:
                 batch = replace(batch, M=M)
+            if consumer.apart is not None and not each.has_all(site.name, collected.sharing(consumer.path), index):
+                batch = replace(batch, left_out=OF_PRODUCERS)
             place = (loss.number, each.number, index, part)
             if self._second:
                 if place in consumer.missed:

@@ -90,7 +90,7 @@ class HeldBatch:
         v: desired change of the consumer's output (n, C2, *out).
         samples: how many new samples these are; 0 for a further call on the same ones.
         made_from: what the function makes the inputs from.
-        moments: whether second moments are summed of it too.
+        left_out: second moments that are not summed of it.
         kept: whether the tensors are kept samples, which stay as they are.
         M: M without the entries of the bias, where autograd has computed it; None where it has not.
     """
@@ -101,7 +101,7 @@ class HeldBatch:
     v: Tensor
     samples: int
     made_from: tuple[Tensor, ...] = ()
-    moments: bool = True
+    left_out: frozenset[str] = frozenset()
     kept: bool = False
     M: Tensor | None = None
 

@@ -1,14 +1,17 @@
 """What one consumer's samples add up to, and how N is freed from what an update of the existing weights can give."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.statistics.accumulator import OF_GRADIENT, QUANTITIES, ConsumerSums
+from growconv.network.site import GrowthSite
+from growconv.statistics.accumulator import OF_GRADIENT, OF_PRODUCERS, QUANTITIES, SECOND_MOMENTS, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, Shelf, applied_update, grouped
+from growconv.statistics.problem import reaches
 from growconv.statistics.sums import Totals, entries_text, full_precision
 
 Place = tuple[int, int, int, int]
@@ -25,6 +28,7 @@ class Measurement:
     Attributes:
         path: module path of the consumer.
         sums: the sums over samples.
+        apart: S and S_full of passes that not all of those called that read alike; None where nobody else does.
         moments_every: of how many losses one gives second moments.
         losses: how many have been seen.
         waiting: what is not summed as long as batches are held.
@@ -38,6 +42,7 @@ class Measurement:
 
     path: str
     sums: ConsumerSums
+    apart: ConsumerSums | None = None
     moments_every: int = 1
     losses: int = 0
     waiting: frozenset[str] = frozenset()
@@ -70,7 +75,7 @@ class Measurement:
     @property
     def sums_maps(self) -> bool:
         """Whether anything is summed of a batch beside its energy."""
-        return bool(self.sums.quantities) or self.projected is not None
+        return bool(self.sums.quantities) or self.projected is not None or self.apart is not None
 
     @property
     def held_bytes(self) -> int:
@@ -88,7 +93,8 @@ class Measurement:
             shelf: for copies.
         """
         self.losses += batch.samples > 0  # none are new in a further call
-        batch = replace(batch, moments=(self.losses - 1) % self.moments_every == 0)
+        if (self.losses - 1) % self.moments_every:
+            batch = replace(batch, left_out=SECOND_MOMENTS)
         if fits and (self.waiting or (self.second_pass and batch.kept)):
             self.held[place] = batch = batch.copied(shelf)
         else:
@@ -107,13 +113,15 @@ class Measurement:
     def sum_up(self) -> None:
         """Sum what has waited for more."""
         small, self.small = self.small, []
-        for moments in (True, False):
-            for each in grouped(batch for batch in small if batch.moments == moments):
+        for left_out in dict.fromkeys(batch.left_out for batch in small):
+            for each in grouped(batch for batch in small if batch.left_out == left_out):
                 with full_precision(each.v.device):
                     if self.sums.quantities:
-                        self.sums.add(each.problem, each.x, each.h, each.v, each.samples, moments, each.M)
+                        self.sums.add(each.problem, each.x, each.h, each.v, each.samples, left_out, each.M)
                     else:
                         self.sums.count(each.v, each.samples)
+                    if self.apart is not None and left_out == OF_PRODUCERS:
+                        self.apart.add(each.problem, each.x, each.h, each.v, each.samples)
                     self.add_projected(each)
 
     def _settle(self, entries: int, projects: bool) -> None:
@@ -169,7 +177,7 @@ class Measurement:
         """
         if self.update is not None and self.projected is not None:
             v = batch.v - applied_update(batch.problem, batch.h, self.update)
-            self.projected.add(batch.problem, batch.x, batch.h, v, batch.samples, batch.moments)
+            self.projected.add(batch.problem, batch.x, batch.h, v, batch.samples, batch.left_out)
 
     def end_second_pass(self, statistics: ConsumerStatistics) -> None:
         """Give N to the statistics of the first pass, which then are complete."""
@@ -232,3 +240,38 @@ class Measurement:
             known_update=self.update,
         )
         return found, patches
+
+
+def share(
+    site: GrowthSite,
+    widest: Mapping[str, str],
+    measured: Mapping[str, Measurement],
+    found: Mapping[str, ConsumerStatistics],
+) -> None:
+    """Give consumers the S and S_full that another one, which reads all that they read, has summed.
+
+    Args:
+        site: whose consumers.
+        widest: per consumer that other one, see `widest_of`.
+        measured: the consumers.
+        found: their statistics, which are completed.
+    """
+    whole = {path: found[path].moments for path in set(widest.values())}
+    whole = {path: {name: moments[name] for name in OF_PRODUCERS & moments.keys()} for path, moments in whole.items()}
+    for path, wide in widest.items():
+        apart = measured[path].apart
+        if apart is None:
+            continue
+        of_all = (measured[wide].projected or measured[wide].sums).moment_samples
+        own = apart.averages() if apart.samples else {}
+        mask = None if wide == path else reaches(site, path)
+        for name, value in whole[wide].items():
+            if mask is not None and not mask.all():
+                entries = mask.repeat_interleave(len(value) // len(mask)).to(value)
+                value = value * entries[:, None] * entries
+            found[path].moments[name] = value
+        for name, value in own.items():
+            samples = apart.moment_samples[name]
+            rest = of_all[name] if name in whole[wide] else 0
+            together = samples * value + rest * found[path].moments.get(name, torch.zeros_like(value))
+            found[path].moments[name] = together / (samples + rest)

@@ -29,6 +29,7 @@ class Pass:
         kept: per site what is to be kept of it.
         copies: of inputs, by the memory that they were in; layers that are given the same one share its copy.
         left_out: sites at which something was not finite.
+        complete: per site, layers and call whether all of these layers had been called when that was first asked.
     """
 
     loss: "Loss"
@@ -41,6 +42,12 @@ class Pass:
     kept: "dict[str, KeptCalls]" = field(default_factory=dict)
     copies: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
+    complete: dict[tuple[str, tuple[str, ...], int], bool] = field(default_factory=dict)
+
+    def has_all(self, site: str, paths: tuple[str, ...], index: int) -> bool:
+        """Whether all of some layers of a site have been called so often; the same answer each time."""
+        known = all(len(self.inputs.get(path, ())) > index for path in paths)
+        return self.complete.setdefault((site, paths, index), known)
 
     def take(self, path: str, index: int) -> Tensor | None:
         """What a call was given; it is let go with the last one who asks."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from growconv.convolution.geometry import Geometry
@@ -475,6 +475,38 @@ def _as_linear(parts: Mapping[str, tuple[PairProblem, Tensor]]) -> _Joined:
         entries[path] = list(range(begin, begin + sum(each.shape[1] for each in own)))
     maps = torch.cat(features, 1)
     return _Joined(linear_geometry(maps.dim() - 2), maps, False, entries, before_steps=False)
+
+
+def widest_of(site: GrowthSite) -> dict[str, str]:
+    """Per consumer one that reads all that it reads, through the same kernel on the same grid; itself, or another.
+
+    S and S_full of both are the same, as far as what the one reads goes: what the layers give is not in them.
+    """
+    read: dict[str, dict[str, tuple[object, ...]]] = {path: {} for path in site.consumers}
+    for route in site.routes:
+        steps = tuple(step for step in route.steps if isinstance(step, Pool | AdaptivePool | Depthwise | Flatten))
+        read[route.consumer][route.producer] = steps
+    kernels = {path: _kernel(site.model.get_submodule(path)) for path in site.consumers}
+    found: dict[str, str] = {}
+    for path in sorted(site.consumers, key=lambda each: -len(read[each])):
+        others = (each for each in dict.fromkeys(found.values()) if kernels[each] == kernels[path])
+        found[path] = next((each for each in others if read[path].items() <= read[each].items()), path)
+    return found
+
+
+def _kernel(layer: nn.Module) -> Geometry | None:
+    """The geometry of a convolution; None for a linear layer, whose grid is that of its input."""
+    return Geometry.of(layer) if layers.weighted(layer).kernel_size else None
+
+
+def reaches(site: GrowthSite, consumer: str) -> Bool[Tensor, " a"]:
+    """Which entries of a site's axis a reach a consumer."""
+    read = {route.producer for route in site.routes if route.consumer == consumer}
+    found: list[bool] = []
+    for path in site.producers:
+        weighted = layers.weighted(site.model.get_submodule(path))
+        found += [path in read] * (weighted.filters()[0].numel() + (weighted.bias() is not None))
+    return torch.tensor(found)
 
 
 def site_input(site: GrowthSite, consumer: str, x: Mapping[str, Tensor], h: Tensor, v: Tensor) -> Tensor:

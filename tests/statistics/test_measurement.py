@@ -1,5 +1,7 @@
 """N where P does not fit: the second pass; second moments of some losses only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,73 @@ def test_moments_every_is_positive():
     model = network()
     with pytest.raises(ArgumentValueError, match="moments_every must be at least 1"):
         StatisticsCollector(model, site_of(model), moments_every=0)
+
+
+class Readers(nn.Module):
+    """A stream of two producers: `early` reads the first, `late` and `other` both; some batches skip some of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.down = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 1), nn.Conv2d(4, 5, 3, padding=1)
+        self.early, self.late, self.other = (nn.Conv2d(5, 4, 3, padding=1) for _ in range(3))
+        self.skipped = ()
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        found = [] if "early" in self.skipped else [self.early(x)]
+        x = x + self.down(torch.relu(self.up(x)))
+        found += [getattr(self, name)(x) for name in ("late", "other") if name not in self.skipped]
+        return torch.stack([each.mean(dim=(2, 3)) for each in found]).sum(dim=0)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["w searched", "w known"])
+@pytest.mark.parametrize("skips", [[(), (), ()], [(), ("late",), ("early", "other"), ("other",)]])
+def test_consumers_that_read_alike_share_s(monkeypatch, known, skips):
+    """Against the collection of each consumer alone, on the batches that call it."""
+    torch.manual_seed(0)
+    model = Readers().double()
+    site = next(each for each in growconv.find_sites(model, X[:1].double()) if each.producers == ("stem", "down"))
+    assert set(site.consumers) == {"up", "early", "late", "other"}
+    options = {"quantities": {"S", "N", "S_full"}, "hold_bytes": 0}
+    batches = [(X.double() + number, Y) for number in range(len(skips))]
+
+    def collect(site, chosen):
+        def loss(output, y):
+            return F.cross_entropy(output, y)
+
+        def run(each_pass):
+            numbers = iter(chosen)
+            hook = model.register_forward_pre_hook(lambda *_: setattr(model, "skipped", skips[next(numbers)]))
+            try:
+                each_pass()
+            finally:
+                hook.remove()
+
+        given = {"run": run, **options}
+        chosen_batches = [batches[number] for number in chosen]
+        if known:
+            first = collect_statistics(model, site, chosen_batches, loss, **given | {"quantities": {"update"}})
+            given["updates"] = best_updates(first)
+        return collect_statistics(model, site, chosen_batches, loss, **given)[site.name]
+
+    together = collect(site, range(len(skips)))
+    for each in together.consumers:
+        called = [number for number, skipped in enumerate(skips) if each.consumer not in skipped]
+        routes = tuple(route for route in site.routes if route.consumer == each.consumer)
+        alone = collect(replace(site, consumers=(each.consumer,), routes=routes), called).consumer
+        assert each.samples == alone.samples
+        assert each.moments.keys() == alone.moments.keys()
+        for name, value in alone.moments.items():
+            torch.testing.assert_close(each.moments[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_s_is_summed_once_for_consumers_that_read_alike():
+    torch.manual_seed(0)
+    model = Readers()
+    sites = growconv.find_sites(model, X[:1])
+    collector = StatisticsCollector(model, sites)
+    with collector:
+        F.cross_entropy(model(X), Y).backward()
+    told = collector.explain()
+    assert told.count("S by") == 5
+    assert told.count("S by what is summed for") == 2
