@@ -153,6 +153,7 @@ class StatisticsCollector:
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
         self._updates = dict(updates or {})
+        self._first: dict[str, Measurement] = {}  # per consumer, where M and S2 are summed, whatever the site
         groups: dict[object, list[Site]] = {}
         for each in self.sites:
             groups.setdefault(each if each.measured.producers else each.measured.consumers, []).append(each)
@@ -283,14 +284,17 @@ class StatisticsCollector:
         for collected, consumer in self._pairs:
             lines.append(consumer.sums.where)
             lines += [f"  {line}" for line in consumer.describe()]
-            wide = collected.widest[consumer.path]
+            wide, first = collected.widest[consumer.path], self._first[consumer.path]
             if consumer.apart is not None and wide != consumer.path:
                 lines.append(f"  {', '.join(sorted(consumer.apart.quantities))} by what is summed for {wide}")
+            if first is not consumer and (own := sorted(first.sums.quantities & OF_CONSUMER)):
+                lines.append(f"  {', '.join(own)} by what is summed for {first.sums.where}")
         return "\n".join(lines)
 
     def _build(self, last: bool) -> dict[str, PairStatistics]:
         result = {}
         wide = cache(Tensor.float)  # sites that share a tensor share what becomes of it
+        own: dict[str, dict[str, Tensor]] = {}  # per consumer M and S2, which are the same at every site
         for collected in self._collected:
             site = collected.site
             consumers: list[ConsumerStatistics] = []
@@ -298,6 +302,8 @@ class StatisticsCollector:
             for consumer in collected.consumers.values():
                 statistics, found = consumer.statistics(self.model.get_submodule(consumer.path))
                 patches = patches or found
+                moments = statistics.moments
+                moments |= own.setdefault(consumer.path, {name: moments[name] for name in OF_CONSUMER & moments.keys()})
                 consumers.append(statistics)
                 if last:
                     consumer.let_go()
@@ -374,11 +380,13 @@ class StatisticsCollector:
             where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
             again = frozenset({"patch_gram"}) if consumers else frozenset[str]()  # the same of every consumer
             again |= of_producers if widest[path] != path else frozenset()
+            again |= OF_CONSUMER if path in self._first else frozenset()
             sums, apart = (
                 ConsumerSums(where, names, self.path, self.scratch_bytes) for names in (wanted - again, of_producers)
             )
             alone = users[widest[path]] == 1
             consumers[path] = Measurement(path, sums, None if alone else apart, self.moments_every)
+            self._first.setdefault(path, consumers[path])
             if wanted and site.producers:
                 consumers[path].expect_projection(self.quantities, self._updates.get((site.name, path)))
         return _Site(sites, site, consumers, widest)

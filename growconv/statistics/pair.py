@@ -220,8 +220,16 @@ def best_updates(statistics: Mapping[str, PairStatistics]) -> Updates:
         >>> growconv.collect_statistics(model, sites[0], batches, loss, updates=known)[sites[0].name].N.shape
         torch.Size([10, 9, 6])
     """
-    consumers = ((name, each) for name, found in statistics.items() for each in found.consumers)
-    return {(name, each.consumer): each.best_update for name, each in consumers if each.best_update is not None}
+    known: dict[str, ConsumerStatistics] = {}
+    updates: Updates = {}
+    for name, found in statistics.items():
+        for each in found.consumers:
+            first = known.setdefault(each.consumer, each)
+            same = first.S2 is each.S2 and first.M is each.M and each.known_update is None
+            update = (first if same else each).best_update  # solved once for all sites that it reads
+            if update is not None:
+                updates[name, each.consumer] = update
+    return updates
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
