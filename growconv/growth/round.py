@@ -2,13 +2,14 @@
 
 import math
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,13 @@ Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
 PHASES = ("collect", "solve", "amplitude", "surgery")
 
 
+Sizes = Sequence[Mapping[tuple[str, str], float]]
+"""Per site the bytes of what it needs, by names; what several sites need has the same names at each."""
+
+
 def parts_of(
-    sites: Sequence[Site], cost: ModelCost, reads: Set[str], kept: int, batches: Sequence[Batch]
-) -> tuple[list[list[int]], int]:
+    sites: Sequence[Site], cost: ModelCost, reads: Set[str], kept: int, batches: Sequence[Batch], apart: bool = False
+) -> tuple[list[list[list[int]]], int]:
     """Sites in parts whose statistics leave a round's memory near that of a training step.
 
     What several sites of a part read of a layer is kept once.
@@ -57,64 +62,87 @@ def parts_of(
         reads: the statistics that are collected.
         kept: samples that are kept for a site, where `reads` has them.
         batches: one of them stands for a training batch.
+        apart: whether samples may come from passes of their own, over as many batches as they take, once the averages
+            of a part are known. They do where that takes fewer passes.
 
     Returns:
-        For each part the indices of its sites, and how many bytes of batches may be held until W* is known: 0 where
-        there is no room for all of them, 1 where all are kept samples, which are held anyway.
+        For each part the indices of its sites, in portions whose samples are kept at a time, and how many bytes of
+        batches may be held until W* is known: 0 where there is no room for all of them, 1 where all are kept samples,
+        which are held anyway.
     """
-    samples = sum(batch_size(inputs) for inputs, _ in batches)
-    kept = min(kept, samples) if "samples" in reads else 0
-    room = max(cost.activations() * batch_size(batches[0][0]) / 2, ROOM_BYTES)
-    projected = reads | ({"update"} if "N" in reads else set())
-    moments = sum(moment_bytes(site, projected) for site in sites)
-    maps = {key: size for site in sites for key, size in cost.maps(site).items()}
-    if moments + (samples if "N" in reads else kept) * sum(maps.values()) <= room:
-        return [list(range(len(sites)))], int(room - moments)
-    parts: list[_Part] = []
-    for index, site in enumerate(sites):
-        alone = _Part([index], moment_bytes(site, projected if kept >= samples else reads), cost.maps(site))
-        place, joined = next(
-            (
-                (place, both)
-                for place, part in enumerate(parts)
-                if (both := part.with_(alone)).moments + kept * sum(both.maps.values()) <= room
-            ),
-            (len(parts), alone),
-        )
-        parts[place : place + 1] = [joined]
-    return [part.indices for part in parts], int(kept >= samples)
+    sizes = list(accumulate((batch_size(inputs) for inputs, _ in batches), initial=0))
+    kept = min(kept, sizes[-1]) if "samples" in reads else 0
+    room = max(cost.activations() * sizes[1] / 2, ROOM_BYTES)
+    every = range(len(sites))
+    maps = [cost.maps(site) for site in sites]
+    held = [{key: kept * size for key, size in own.items()} for own in maps]
+    projected = [moment_bytes(site, reads | ({"update"} if "N" in reads else set())) for site in sites]
+    moments = _total(projected)
+    if moments + (sizes[-1] * _total(maps) if "N" in reads else _total(held)) <= room:
+        return [[list(every)]], int(room - moments)
+    own = projected if kept >= sizes[-1] else [moment_bytes(site, reads) for site in sites]
+    joint = [[part] for part in _packed(every, [one | other for one, other in zip(own, held, strict=True)], room)]
+    if not apart or kept >= sizes[-1]:
+        return joint, int(kept >= sizes[-1])
+    parts = [_portions(part, own, held, room) for part in _packed(every, own, room)]
+    first = bisect_left(sizes, kept)  # batches that samples take
+    passes = sum(len(batches) + (first * len(part) if len(part) > 1 else 0) for part in parts)
+    return (parts if passes < len(joint) * len(batches) else joint), 0
 
 
-class _Part(NamedTuple):
-    """Sites whose statistics come from the same passes: which, the bytes of their averages, and of a sample's maps."""
+def _portions(part: Sequence[int], moments: Sizes, held: Sizes, room: float) -> list[list[int]]:
+    """A part's sites in portions: beside their samples lie the averages of all that are still to be solved."""
+    portions, left = list[list[int]](), sorted(part, key=lambda index: sum(held[index].values()))
+    while left:
+        portion = _packed(left, held, room - _total(moments, left))[0]
+        portions.append(portion)
+        left = [index for index in left if index not in portion]
+    return portions
 
-    indices: list[int]
-    moments: int
-    maps: dict[tuple[str, str], float]
 
-    def with_(self, other: "_Part") -> "_Part":
-        return _Part(self.indices + other.indices, self.moments + other.moments, self.maps | other.maps)
+def _packed(indices: Iterable[int], sizes: Sizes, room: float) -> list[list[int]]:
+    """Indices in parts, each in the first that has room for what it needs; one that fits nowhere is alone."""
+    parts: list[list[int]] = []
+    for index in indices:
+        part = next((part for part in parts if _total(sizes, [*part, index]) <= room), None)
+        if part is None:
+            parts.append([index])
+        else:
+            part.append(index)
+    return parts
 
 
-def moment_bytes(site: Site, reads: Set[str]) -> int:
-    """What the averages of a site that are read take, in float64; one without closed form has none."""
+def _total(sizes: Sizes, indices: Sequence[int] | None = None) -> float:
+    """Bytes of what some sites need; None: all of them."""
+    chosen = sizes if indices is None else [sizes[index] for index in indices]
+    return sum({name: size for each in chosen for name, size in each.items()}.values())
+
+
+def moment_bytes(site: Site, reads: Set[str]) -> dict[tuple[str, str], float]:
+    """What the averages of a site that are read take, in float64; one without closed form has none.
+
+    Returns:
+        Bytes by layer or site and statistic. M, S2 and W* are a layer's own, and the same at each of its sites.
+    """
     if not site.closed_form:
-        return 0
+        return {}
     site = site.measured
     patch = sum(site.layer(path).filters()[0].numel() + 1 for path in site.producers)
-    entries = patch**2 if "patch" in reads else 0
+    found = {(site.name, "patch"): patch**2} if "patch" in reads else {}
     producers, widest = Counter(route.consumer for route in site.routes), widest_of(site)
     for path in site.consumers:
         second = site.layer(path).filters()
         own, taps = second[0].numel() + 1, second[0, 0].numel()
         full = (patch * taps) ** 2
         sizes = {"S": patch**2, "N_raw": patch * taps * len(second), "S_full": full if 8 * full <= SCRATCH_BYTES else 0}
-        sizes |= {"M": own * len(second), "S2": own**2, "update": own * len(second) + own**2}
-        sizes["N"] = sizes["N_raw"] + sizes["M"]  # W* is as large as M
+        sizes["N"] = sizes["N_raw"]
         if widest[path] != path and producers[path] == producers[widest[path]]:
             sizes |= dict.fromkeys(OF_PRODUCERS, 0)  # the very tensors of the other
-        entries += sum(size for name, size in sizes.items() if name in reads)
-    return 8 * entries
+        found |= {(f"{site.name}, {path}", name): size for name, size in sizes.items() if name in reads}
+        sizes = {"M": own * len(second), "S2": own**2, "N": own * len(second)}  # W*, which N takes, is as large as M
+        sizes["update"] = sizes["M"] + sizes["S2"]
+        found |= {(path, name): size for name, size in sizes.items() if name in reads}
+    return {name: 8.0 * entries for name, entries in found.items()}
 
 
 def divided(batches: Iterable[Any], held_out: float) -> tuple[Sequence[Batch], Sequence[Batch]]:
@@ -214,23 +242,52 @@ class Round:
             reads |= set() if self.relative_error is None else {"samples"}
             reads |= {"N_raw"} if self.slopes else set()
         listed, answers = list(sites), dict[Site, Answer]()
-        parts, hold = from_first(partial(parts_of, listed, self.cost, reads, kept, self.fitting), self.device)
+        apart = {"N", "samples"} <= reads and self._are_apart(solver)
+        parts, hold = from_first(partial(parts_of, listed, self.cost, reads, kept, self.fitting, apart), self.device)
         hold = hold if world_size() == 1 else 0
         projects = "N" in reads and not hold
         updates = cache(partial(self._best_updates, listed)) if projects else lambda count: Updates()
+        options: dict[str, Any] = {"hold_bytes": hold}
+        if projects and sum(map(len, parts)) > 1:
+            options["keep_dtype"] = self._keep_dtype(solver, sites.values())
         for part in parts:
             found: Found = {}  # those of the part before are gone now
-            asked: dict[Site, Channels] = {listed[index]: sites[listed[index]] for index in part}
+            several = len(part) > 1
+            every: list[Site] = [listed[index] for portion in part for index in portion]
             if reads:
                 with self.phase("collect"):
-                    options = {"quantities": reads, "hold_bytes": hold}
-                    if projects and len(parts) > 1:
-                        options["keep_dtype"] = self._keep_dtype(solver, asked.values())
-                    found = self._collected(solver, asked, options, updates)
-            with self.phase("solve"):
-                offered = from_first(partial(self._solved, solver, asked, found), self.device)
-                answers |= zip(asked, offered, strict=True)
+                    asked = {site: sites[site] for site in every}
+                    wanted = {"quantities": reads - ({"samples"} if several else set()), **options}
+                    found = self._collected(solver, asked, wanted, updates)
+            for portion in part:
+                asked = {listed[index]: sites[listed[index]] for index in portion}
+                if several:
+                    with self.phase("collect"):
+                        samples = self._samples(solver, asked, options)
+                        found |= {name: found[name].with_samples(each.samples_kept) for name, each in samples.items()}
+                with self.phase("solve"):
+                    offered = from_first(partial(self._solved, solver, asked, found), self.device)
+                    answers |= zip(asked, offered, strict=True)
+                for site in asked:
+                    found.pop(site.name, None)
         return answers
+
+    def _are_apart(self, solver: Solver) -> bool:
+        """Whether samples may come from passes of their own: who judges gains reads them together with the averages."""
+        judged = solver is self.solver and self.relative_error is not None
+        return not judged and self.statistics.get("nonfinite") != "skip" and "quantities" not in self.statistics
+
+    def _samples(self, solver: Solver, asked: Iterable[Site], options: Mapping[str, Any]) -> Found:
+        """Kept samples of some sites, over all processes, from as many batches as they take."""
+        kept = self.statistics.get("keep_samples", solver.keep_samples)
+        sizes = list(accumulate((batch_size(inputs) for inputs, _ in self.fitting), initial=0))
+        batches = self.fitting[: bisect_left(sizes, kept)]
+        settings = {**options, **self._further("full"), "quantities": frozenset({"samples"}), "keep_samples": kept}
+        return self._statistics(asked, batches, settings)
+
+    def _further(self, *left_out: str) -> dict[str, Any]:
+        """The user's options of the collection, without some."""
+        return {name: value for name, value in self.statistics.items() if name not in left_out}
 
     def _keep_dtype(self, solver: Solver, channels: Iterable[Channels]) -> torch.dtype | None:
         """The short type of kept samples where memory is short; None where gains are judged on them, or in float64."""
@@ -245,9 +302,8 @@ class Round:
     def _best_updates(self, sites: Sequence[Site], count: int) -> Updates:
         """W* of all consumers from the first growth batches: with these each part of the sites takes a single pass."""
         reads, updates = frozenset({"update"}), Updates()
-        left_out = {"keep_samples", "quantities", "full", "hold_bytes"}
-        options = {name: value for name, value in self.statistics.items() if name not in left_out}
-        for part in from_first(partial(parts_of, sites, self.cost, reads, 0, self.fitting), self.device)[0]:
+        options = self._further("keep_samples", "quantities", "full", "hold_bytes")
+        for (part,) in from_first(partial(parts_of, sites, self.cost, reads, 0, self.fitting), self.device)[0]:
             asked = [sites[index] for index in part]
             found = self._statistics(asked, self.fitting[:count], {"quantities": reads, "hold_bytes": 0, **options})
             updates |= from_first(partial(best_updates, found), self.device)
@@ -262,8 +318,10 @@ class Round:
     ) -> Found:
         """Statistics over all processes: of all batches, or of as many as make the gains known."""
         model, error = self.model, self.relative_error
-        keep = {"keep_samples": solver.keep_samples} if "samples" in settings["quantities"] else {}
-        settings = {**settings, **keep, **self.statistics}
+        if "samples" in settings["quantities"]:
+            settings = {**settings, "keep_samples": solver.keep_samples, **self.statistics}
+        else:
+            settings = {**settings, **self._further("keep_samples")}
 
         def collect(batches: Sequence[Batch]) -> Found:
             return self._statistics(asked, batches, {**settings, "updates": updates(len(batches))})

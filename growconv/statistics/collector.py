@@ -564,10 +564,8 @@ class StatisticsCollector:
         if h is None or (self._second and consumer.projected is None):
             return
         own = kept if self.keep_dtype is None and kept is not None and index < len(kept.h[consumer.path]) else None
-        several = len(site.producers) > 1
-        copy = several and own is None and not self._second and consumer.sums_maps  # for inputs made later
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
-        h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact, copy=copy)
+        h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact)
         v = batched(gradient, module).to(exact)
         scale = -(loss.samples[consumer.path] if self.reduction == "mean" else 1) / self._scale()
         v = v * scale if own is None else torch.mul(v, scale, out=self._shelf.empty(v, exact))
@@ -581,7 +579,7 @@ class StatisticsCollector:
                     fix="leave this site out: its calls cannot be paired",
                 )
             found = batched(found, self.model.get_submodule(path)) if own is None else own.x[path][index]
-            x[path] = found.to(exact, copy=copy)
+            x[path] = found.to(exact)
         if not self._finite(collected, consumer, each, x, h, v):
             return
         if kept is not None:
@@ -626,8 +624,9 @@ class StatisticsCollector:
             route = next(route for route in site.routes if route.consumer == path)
             producer, layer = (self.model.get_submodule(each) for each in (route.producer, path))
             _, _, own, wanted = pair_problem(route, producer, layer, raw[route.producer], h[part], v[part])
-            joint = partial(site_input, site, path, raw, h[part], v[part])
-            yield HeldBatch(problem, joint, own, wanted, count if start == 0 else 0, tuple(raw.values()))
+            shapes = {"h": _shaped(h[part]), "v": _shaped(v[part])}
+            joins = partial(site_input, site, path, **shapes)
+            yield HeldBatch(problem, raw, own, wanted, count if start == 0 else 0, joins, kept=kept)
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.
@@ -672,6 +671,11 @@ def _differentiates_weight(output: Tensor, module: nn.Module) -> bool:
     if node is None or node.name() != "ConvolutionBackward0":
         return False
     return getattr(node.next_functions[1][0], "variable", None) is module._parameters.get("weight", module)
+
+
+def _shaped(tensor: Tensor) -> Tensor:
+    """Something of the same shape, which takes no memory."""
+    return tensor.new_empty(1).expand(tensor.shape)
 
 
 def _require_at_least(least: int, **values: int | None) -> None:

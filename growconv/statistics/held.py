@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -85,35 +86,37 @@ class HeldBatch:
 
     Attributes:
         problem: shapes and geometry.
-        inputs: of the producer (n, C0, *size); a function that makes it anew where it would be large.
+        inputs: of the producer (n, C0, *size); of several producers each one's own, as its layer saw it.
         h: input of the consumer (n, C1, *grid).
         v: desired change of the consumer's output (n, C2, *out).
         samples: how many new samples these are; 0 for a further call on the same ones.
-        made_from: what the function makes the inputs from.
+        joins: makes one input of those of several producers, anew each time, since it may be large.
         left_out: second moments that are not summed of it.
         kept: whether the tensors are kept samples, which stay as they are.
         M: M without the entries of the bias, where autograd has computed it; None where it has not.
     """
 
     problem: PairProblem
-    inputs: Tensor | Callable[[], Tensor]
+    inputs: Tensor | Mapping[str, Tensor]
     h: Tensor
     v: Tensor
     samples: int
-    made_from: tuple[Tensor, ...] = ()
+    joins: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     left_out: frozenset[str] = frozenset()
     kept: bool = False
     M: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
-        """Input of the producer."""
-        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs()
+        """Input of the producer, or of all producers taken as one."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs
+        return cast(Callable[..., Tensor], self.joins)(self.inputs)
 
     @property
     def size(self) -> int:
         """Bytes."""
-        own = self.made_from or (self.x,)
+        own = (self.inputs,) if isinstance(self.inputs, Tensor) else self.inputs.values()
         return sum(each.numel() * each.element_size() for each in (*own, self.h, self.v))
 
     @property
@@ -122,10 +125,12 @@ class HeldBatch:
         return 0 if self.kept else self.size
 
     def copied(self, shelf: Shelf) -> "HeldBatch":
-        """A batch that nobody else changes; one whose inputs are made when they are needed is that already."""
-        if self.kept or not isinstance(self.inputs, Tensor):
+        """A batch that nobody else changes."""
+        if self.kept:
             return self
-        return replace(self, inputs=shelf.copy(self.inputs), h=shelf.copy(self.h), v=shelf.copy(self.v))
+        own = self.inputs
+        copied = shelf.copy(own) if isinstance(own, Tensor) else {path: shelf.copy(x) for path, x in own.items()}
+        return replace(self, inputs=copied, h=shelf.copy(self.h), v=shelf.copy(self.v))
 
 
 def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:
@@ -142,7 +147,7 @@ def grouped(batches: Iterable[HeldBatch]) -> Iterator[HeldBatch]:
         waiting: list[HeldBatch] = []
         for batch in alike:
             full = sum(each.size for each in (*waiting, batch)) > GROUP_BYTES
-            if waiting and (full or batch.made_from):
+            if waiting and (full or batch.joins is not None):
                 yield _joined(waiting)
                 waiting = []
             waiting.append(batch)

@@ -184,6 +184,11 @@ class PairStatistics:
             skipped_batches=self.skipped_batches + other.skipped_batches,
         )
 
+    def with_samples(self, kept: KeptSamples | None) -> "PairStatistics":
+        """The same with kept samples that were collected apart from them."""
+        consumers = {each.consumer: each for each in self.consumers}
+        return replace(self, samples_kept=None if kept is None else replace(kept, consumers=consumers))
+
     def _samples_with(self, other: "PairStatistics", consumers: Sequence[ConsumerStatistics]) -> KeptSamples | None:
         mine, theirs = self.samples_kept, other.samples_kept
         if mine is None or theirs is None:

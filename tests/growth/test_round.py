@@ -132,7 +132,7 @@ def test_every_part_takes_one_pass_once_w_is_known(chain, sites_of, batches_of, 
     scheduler = GrowthScheduler(model, None, sites_of(model), method="tiny", amplitude=1.0)
     model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     monkeypatch.setattr(
-        rounds, "parts_of", lambda sites, cost, reads, *_: ([[0, 2], [1]] if "N" in reads else [[0, 1, 2]], 0)
+        rounds, "parts_of", lambda sites, cost, reads, *_: ([[[0, 2]], [[1]]] if "N" in reads else [[[0, 1, 2]]], 0)
     )
     scheduler.grow(batches, cross_entropy)
     assert sum(calls) == 3 * len(batches)  # one for all W*, one for each part
@@ -143,15 +143,52 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
 ) -> None:
     model, batches = chain(3, 4), batches_of(4)
     sites, cost = sites_of(model), ModelCost.measure(model, batches[0][0])
-    (everything,), room = rounds.parts_of(sites, cost, frozenset(), 0, batches)
+    ((everything,),), room = rounds.parts_of(sites, cost, frozenset(), 0, batches)
     assert everything == list(range(len(sites)))
     assert room == rounds.ROOM_BYTES
     monkeypatch.setattr(rounds, "ROOM_BYTES", 1000)
     assert rounds.parts_of(sites, cost, {"N"}, 0, batches)[1] == 0  # not all batches can be held, so none is
     monkeypatch.setattr(rounds, "ROOM_BYTES", 0)
     parts, _ = rounds.parts_of(sites, cost, frozenset({"samples"}), 512, batches)
-    assert [index for part in parts for index in part] == everything
+    assert [index for (part,) in parts for index in part] == everything
     assert len(parts) > 1
+
+
+def test_samples_come_in_portions_where_that_takes_fewer_passes(sites_of, batches_of, monkeypatch) -> None:
+    """Eight batches, of which the samples take one: two parts by averages and samples, one by averages alone."""
+    torch.manual_seed(0)
+    model = ResidualNet(BasicBlock, ((4, 2), (6, 2)), 4, in_channels=1, classes=10, image_size=8)
+    batches, sites = batches_of(8), sites_of(model)
+    cost, reads = ModelCost.measure(model, batches[0][0]), frozenset({"S", "N", "samples"})
+    kept, room = len(batches[0][0]), sum(sum(rounds.moment_bytes(site, reads).values()) for site in sites)
+    monkeypatch.setattr(ModelCost, "activations", lambda self: 0.0)
+    monkeypatch.setattr(rounds, "ROOM_BYTES", room)
+    joint, _ = rounds.parts_of(sites, cost, reads, kept, batches)
+    ((*portions,),), hold = rounds.parts_of(sites, cost, reads, kept, batches, apart=True)
+    assert len(joint) > 1
+    assert all(len(part) == 1 for part in joint)
+    assert hold == 0
+    assert sorted(index for portion in portions for index in portion) == list(range(len(sites)))
+    assert len(portions) > 1
+    assert len(batches) + len(portions) < len(joint) * len(batches)
+    every = rounds.parts_of(sites, cost, reads, kept, batches[:1], apart=True)[0]
+    assert all(len(part) == 1 for part in every)  # nothing is won where the samples take all batches
+
+    grown = {}
+    for apart in (False, True):
+        twin = copy.deepcopy(model).double()
+        scheduler = GrowthScheduler(
+            twin, None, sites_of(twin), method="tiny", amount=2, statistics={"keep_samples": kept}
+        )
+        monkeypatch.setattr(rounds.Round, "_are_apart", lambda self, solver, apart=apart: apart)
+        passes: list[bool] = []
+        hook = twin.register_forward_hook(lambda *_, passes=passes: passes.append(torch.is_grad_enabled()))
+        scheduler.grow(batches_of(8, dtype=torch.float64), cross_entropy)
+        hook.remove()
+        grown[apart] = (twin.state_dict(), sum(passes))
+    assert grown[True][1] < grown[False][1]
+    for name, value in grown[False][0].items():
+        torch.testing.assert_close(grown[True][0][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_what_a_step_and_the_maps_of_a_site_take(chain, sites_of, batches_of):
@@ -166,7 +203,7 @@ def test_what_a_step_and_the_maps_of_a_site_take(chain, sites_of, batches_of):
     ((producer, _), (read, given)) = shapes[site.producers[0]], shapes[site.consumers[0]]
     assert sum(cost.maps(site).values()) == 4 * (producer + read + given)
     assert (
-        rounds.moment_bytes(site, {"S"})
+        sum(rounds.moment_bytes(site, {"S"}).values())
         == 8 * growconv.collect_statistics(model, site, batches_of(1), LOSS, quantities={"S"})[site.name].S.numel()
     )
 

@@ -203,3 +203,43 @@ def test_s_is_summed_once_for_consumers_that_read_alike():
     told = collector.explain()
     assert told.count("S by") == 5
     assert told.count("S by what is summed for") == 2
+
+
+class Concatenated(nn.Module):
+    """`last` reads the channels of both layers before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.last = nn.Conv2d(9, 4, 3, padding=1)
+
+    def forward(self, x):
+        one = torch.relu(self.first(x))
+        return self.last(torch.cat([one, torch.relu(self.second(one))], 1)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("hold_bytes", [None, 0])
+def test_what_concerns_a_consumer_alone_is_summed_once_for_all_its_sites(hold_bytes):
+    """Against each site collected alone."""
+    torch.manual_seed(0)
+    model = Concatenated().double()
+    sites = growconv.find_sites(model, X[:1].double())
+    assert [site.consumers for site in sites] == [("second", "last"), ("last",)]
+    batches = [(X.double(), Y), (X.double() + 1, Y)]
+    options = {"quantities": {"S", "N", "update"}, "hold_bytes": hold_bytes}
+    together = collect_statistics(model, sites, batches, F.cross_entropy, **options)
+    first, second = (together[site.name].consumers[-1] for site in sites)
+    assert first.S2 is second.S2
+    assert first.M is second.M
+    for site in sites:
+        alone = collect_statistics(model, site, batches, F.cross_entropy, **options)[site.name]
+        for one, other in zip(together[site.name].consumers, alone.consumers, strict=True):
+            assert one.moments.keys() == other.moments.keys()
+            for name in ("S", "N", "M", "S2", "best_update"):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-8, atol=1e-11)
+    known = best_updates(together)
+    assert known[sites[0].name, "last"] is known[sites[1].name, "last"]
+    collector = StatisticsCollector(model, sites)
+    with collector:
+        F.cross_entropy(model(X.double()), Y).backward()
+    assert f"M, S2 by what is summed for {sites[0].name}, consumer last" in collector.explain()
