@@ -263,8 +263,7 @@ class Round:
                 asked = {listed[index]: sites[listed[index]] for index in portion}
                 if several:
                     with self.phase("collect"):
-                        samples = self._samples(solver, asked, options)
-                        found |= {name: found[name].with_samples(each.samples_kept) for name, each in samples.items()}
+                        found |= self._with_samples(solver, asked, found, options)
                 with self.phase("solve"):
                     offered = from_first(partial(self._solved, solver, asked, found), self.device)
                     answers |= zip(asked, offered, strict=True)
@@ -277,13 +276,14 @@ class Round:
         judged = solver is self.solver and self.relative_error is not None
         return not judged and self.statistics.get("nonfinite") != "skip" and "quantities" not in self.statistics
 
-    def _samples(self, solver: Solver, asked: Iterable[Site], options: Mapping[str, Any]) -> Found:
-        """Kept samples of some sites, over all processes, from as many batches as they take."""
+    def _with_samples(self, solver: Solver, asked: Iterable[Site], found: Found, options: Mapping[str, Any]) -> Found:
+        """Statistics of some sites with kept samples, over all processes, from as many batches as these take."""
         kept = self.statistics.get("keep_samples", solver.keep_samples)
         sizes = list(accumulate((batch_size(inputs) for inputs, _ in self.fitting), initial=0))
         batches = self.fitting[: bisect_left(sizes, kept)]
         settings = {**options, **self._further("full"), "quantities": frozenset({"samples"}), "keep_samples": kept}
-        return self._statistics(asked, batches, settings)
+        samples = self._statistics(asked, batches, settings)
+        return {name: found[name].with_samples(each.samples_kept) for name, each in samples.items()}
 
     def _further(self, *left_out: str) -> dict[str, Any]:
         """The user's options of the collection, without some."""

@@ -30,7 +30,7 @@ from growconv.statistics.problem import batched, pair_problem, site_input, site_
 from growconv.statistics.samples import KeptBatch, KeptSamples
 from growconv.statistics.sums import full_precision, is_exact
 
-JOINT_BYTES = 16 * 2**20
+JOINT_BYTES = 4 * 2**20
 """What the common input of several producers, which is made anew for each consumer, may take at once."""
 
 _CHOICES = {"reduction": ("mean", "sum"), "path": PATHS, "nonfinite": ("error", "skip")}
