@@ -1,10 +1,9 @@
 """StatisticsCollector: hooks on a model in its own training loop that fill PairStatistics."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, partial
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -15,23 +14,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from growconv.errors import ArgumentTypeError, ArgumentValueError, SiteError, StatisticsError
-from growconv.network import layers
 from growconv.network.between import is_plain, region_of
 from growconv.network.model import tensors_in, unwrapped
-from growconv.network.site import GrowthSite, Site
+from growconv.network.site import Site
 from growconv.network.tape import Tape
-from growconv.statistics.accumulator import OF_CONSUMER, OF_PRODUCERS, PATHS, QUANTITIES, SCRATCH_BYTES, ConsumerSums
-from growconv.statistics.consumer import ConsumerStatistics
-from growconv.statistics.held import HeldBatch, Shelf
-from growconv.statistics.measurement import Measurement, share
+from growconv.statistics.accumulator import OF_PRODUCERS, PATHS, QUANTITIES, SCRATCH_BYTES
+from growconv.statistics.held import Shelf
+from growconv.statistics.measurement import Measurement
 from growconv.statistics.pair import PairStatistics, Updates, best_updates
 from growconv.statistics.passes import Loss, Pass, copied_calls, kept_batch
-from growconv.statistics.problem import batched, pair_problem, site_input, site_problem, widest_of
-from growconv.statistics.samples import KeptBatch, KeptSamples
+from growconv.statistics.problem import batched
+from growconv.statistics.site_measurement import SiteMeasurement, Wanted
 from growconv.statistics.sums import full_precision, is_exact
-
-JOINT_BYTES = 4 * 2**20
-"""What the common input of several producers, which is made anew for each consumer, may take at once."""
 
 _CHOICES = {"reduction": ("mean", "sum"), "path": PATHS, "nonfinite": ("error", "skip")}
 
@@ -45,27 +39,6 @@ class Scaler(Protocol):
     def get_scale(self) -> float:
         """The factor that losses are multiplied by now."""
         ...
-
-
-@dataclass(eq=False)
-class _Site:
-    """One site, or both ranks of one layer, as the layers that are measured, and what has been kept of its samples."""
-
-    sites: list[Site]
-    site: GrowthSite
-    consumers: dict[str, Measurement]
-    widest: dict[str, str]
-    kept: list[KeptBatch] = field(default_factory=list)
-    skipped: int = 0
-
-    @property
-    def samples_kept(self) -> int:
-        """Number of samples kept so far."""
-        return sum(batch.samples for batch in self.kept)
-
-    def sharing(self, path: str) -> tuple[str, ...]:
-        """The consumers that have their S from where a consumer has it, itself included."""
-        return tuple(other for other, wide in self.widest.items() if wide == self.widest[path])
 
 
 class StatisticsCollector:
@@ -144,20 +117,17 @@ class StatisticsCollector:
         _require_at_least(1, scratch_bytes=scratch_bytes, moments_every=moments_every)
         _require_at_least(0, hold_bytes=hold_bytes)
         self.reduction = reduction
-        self.keep_samples = keep_samples
-        self.keep_dtype = keep_dtype
-        self.path = path
-        self.scratch_bytes = scratch_bytes
         self.hold_bytes = hold_bytes
-        self.moments_every = moments_every
         self.loss_scale = loss_scale
         self.nonfinite = nonfinite
-        self._updates = dict(updates or {})
+        self.wanted = Wanted(
+            self.quantities, path, keep_samples, keep_dtype, scratch_bytes, moments_every, dict(updates or {})
+        )
         self._first: dict[str, Measurement] = {}  # per consumer, where M and S2 are summed, whatever the site
         groups: dict[object, list[Site]] = {}
         for each in self.sites:
             groups.setdefault(each if each.measured.producers else each.measured.consumers, []).append(each)
-        self._collected = list(map(self._prepare, groups.values()))
+        self._collected = [SiteMeasurement.of(each, self.wanted, self._first) for each in groups.values()]
         self._handles: list[RemovableHandle] = []
         self._loss = Loss()
         self._pass: Pass | None = None
@@ -170,7 +140,7 @@ class StatisticsCollector:
         self._due: Callable[[Tensor | None], None] | None = None  # what waits for the gradient of a consumer's weight
         self._pairs = [(collected, each) for collected in self._collected for each in collected.consumers.values()]
         self._measurements = [consumer for _, consumer in self._pairs]
-        self._consumed: dict[str, list[tuple[_Site, Measurement]]] = {}
+        self._consumed: dict[str, list[tuple[SiteMeasurement, Measurement]]] = {}
         self._waiting: dict[str, int] = {}  # per layer how often a call's input is asked for
         for collected in self._collected:
             self._expect(collected)
@@ -280,59 +250,14 @@ class StatisticsCollector:
 
     def explain(self) -> str:
         """How each statistic is computed, and why: one line each, below its site and consumer."""
-        lines = []
-        for collected, consumer in self._pairs:
-            lines.append(consumer.sums.where)
-            lines += [f"  {line}" for line in consumer.describe()]
-            wide, first = collected.widest[consumer.path], self._first[consumer.path]
-            if consumer.apart is not None and wide != consumer.path:
-                lines.append(f"  {', '.join(sorted(consumer.apart.quantities))} by what is summed for {wide}")
-            if first is not consumer and (own := sorted(first.sums.quantities & OF_CONSUMER)):
-                lines.append(f"  {', '.join(own)} by what is summed for {first.sums.where}")
-        return "\n".join(lines)
+        return "\n".join(line for collected in self._collected for line in collected.explain(self._first))
 
     def _build(self, last: bool) -> dict[str, PairStatistics]:
-        result = {}
         wide = cache(Tensor.float)  # sites that share a tensor share what becomes of it
         own: dict[str, dict[str, Tensor]] = {}  # per consumer M and S2, which are the same at every site
+        result: dict[str, PairStatistics] = {}
         for collected in self._collected:
-            site = collected.site
-            consumers: list[ConsumerStatistics] = []
-            patches: dict[str, Tensor] = {}
-            for consumer in collected.consumers.values():
-                statistics, found = consumer.statistics(self.model.get_submodule(consumer.path))
-                patches = patches or found
-                moments = statistics.moments
-                moments |= own.setdefault(consumer.path, {name: moments[name] for name in OF_CONSUMER & moments.keys()})
-                consumers.append(statistics)
-                if last:
-                    consumer.let_go()
-            named = {each.consumer: each for each in consumers}
-            share(site, collected.widest, collected.consumers, named)
-            kept = None
-            if self.keep_samples and site.producers:
-                batches = tuple(collected.kept)
-                if self.keep_dtype is not None:
-                    batches = tuple(each.widened(wide) for each in batches)
-                    collected.kept = [] if last else collected.kept
-                kept = KeptSamples(site, batches, named)
-            whole = PairStatistics(
-                site=site.name,
-                growth_site=site,
-                samples=max(consumer.samples for consumer in consumers),
-                consumers=tuple(consumers),
-                incoming_shapes={
-                    path: tuple(layers.weighted(self.model.get_submodule(path)).filters().shape[1:])
-                    for path in collected.sites[0].measured.producers
-                },
-                patch_mean=patches.get("patch_mean"),
-                patch_gram=patches.get("patch_gram"),
-                samples_kept=kept,
-                units=site.units,
-                skipped_batches=collected.skipped,
-                notes=tuple(r.second_pass for r in collected.consumers.values() if r.second_pass),
-            )
-            result |= {each.name: replace(whole, site=each.name, growth_site=each) for each in collected.sites}
+            result |= collected.statistics(own, wide, last)
         return result
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -348,52 +273,9 @@ class StatisticsCollector:
             )
         return site
 
-    def _prepare(self, sites: list[Site]) -> _Site:
-        wanted = frozenset().union(*(QUANTITIES[name] for name in self.quantities))
-        reason, site = sites[0].no_closed_form, sites[0].measured
-        if not site.producers:
-            wanted &= OF_CONSUMER
-        several = len(site.producers) > 1
-        if wanted == {"patch_gram"} and self.keep_samples and (several or not site.closed_form):
-            wanted = frozenset()  # who reads it takes it from the samples there
-        if wanted and reason:
-            raise StatisticsError(
-                "this site has no closed-form statistics",
-                got=reason,
-                where=site.name,
-                fix="collect quantities=('samples',) only, for methods such as functional",
-            )
-        if several and wanted == {"patch_gram"}:
-            raise StatisticsError(
-                "the patches of several producers have no moments of their own",
-                where=site.name,
-                fix="collect quantities=('patch', 'samples') with keep_samples=512, say",
-            )
-        if several:
-            wanted -= {"patch_gram"}
-        if wanted <= OF_CONSUMER and not self.keep_samples:
-            site = replace(site, producers=())  # what these read is not needed
-        consumers, of_producers = {}, wanted & OF_PRODUCERS
-        widest = widest_of(site) if of_producers else {path: path for path in site.consumers}
-        users = Counter(widest.values())
-        for path in site.consumers:
-            where = site.name if len(site.consumers) == 1 else f"{site.name}, consumer {path}"
-            again = frozenset({"patch_gram"}) if consumers else frozenset[str]()  # the same of every consumer
-            again |= of_producers if widest[path] != path else frozenset()
-            again |= OF_CONSUMER if path in self._first else frozenset()
-            sums, apart = (
-                ConsumerSums(where, names, self.path, self.scratch_bytes) for names in (wanted - again, of_producers)
-            )
-            alone = users[widest[path]] == 1
-            consumers[path] = Measurement(path, sums, None if alone else apart, self.moments_every)
-            self._first.setdefault(path, consumers[path])
-            if wanted and site.producers:
-                consumers[path].expect_projection(self.quantities, self._updates.get((site.name, path)))
-        return _Site(sites, site, consumers, widest)
-
     # ---------------------------------------------------------------------------------------------- hooks
 
-    def _expect(self, collected: _Site) -> None:
+    def _expect(self, collected: SiteMeasurement) -> None:
         """Note which layers' calls a site asks for."""
         for path, consumer in collected.consumers.items():
             self._consumed.setdefault(path, []).append((collected, consumer))
@@ -415,7 +297,7 @@ class StatisticsCollector:
         loss, self._loss, self._pass = self._loss, Loss(told=told, number=number), None
         self._outputs = []
         for collected in self._collected:
-            missing = self.keep_samples - collected.samples_kept
+            missing = self.wanted.keep_samples - collected.samples_kept
             if missing <= 0:
                 continue
             batch = kept_batch(loss, collected.site, self.model, self.reduction == "sum" and not loss.told)
@@ -434,7 +316,7 @@ class StatisticsCollector:
         if self._loss.differentiated:
             self.next_loss(told=False)
         self._pass = self._loss.new_pass()
-        wanted = [] if self._second else [each.site for each in self._collected if self._wants_samples(each)]
+        wanted = [] if self._second else [each.site for each in self._collected if each.wants_samples]
         if wanted:
             self._tape = Tape(self.model, holds=not all(map(is_plain, wanted)))
             self._tape.__enter__()
@@ -449,7 +331,7 @@ class StatisticsCollector:
             return
         for collected in self._collected:
             called = any(each.inputs.get(path) for path in collected.site.consumers)
-            if tape is not None and called and self._wants_samples(collected):
+            if tape is not None and called and collected.wants_samples:
                 with torch.no_grad():
                     each.regions[collected.site.name] = region_of(tape, collected.site)
             if any(consumer.sums_maps for consumer in collected.consumers.values()):
@@ -458,10 +340,7 @@ class StatisticsCollector:
     def _measures(self) -> bool:
         return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
-    def _wants_samples(self, collected: _Site) -> bool:
-        return bool(collected.site.producers) and self.keep_samples > collected.samples_kept
-
-    def _check_pairs(self, collected: _Site, each: Pass) -> None:
+    def _check_pairs(self, collected: SiteMeasurement, each: Pass) -> None:
         for path in collected.consumers:
             read = len(each.inputs.get(path, ()))
             for producer in collected.site.producers:
@@ -504,9 +383,8 @@ class StatisticsCollector:
             output = replaced = output.detach().requires_grad_().clone()  # nothing before this layer trains
         done = False
         # autograd computes M anyway, as the gradient of the weight, where a loop calls backward()
-        computes = (
-            not (each.loss.told or self._second) and self.path == "auto" and _differentiates_weight(output, module)
-        )
+        computes = not each.loss.told and not self._second and self.wanted.path == "auto"
+        computes = computes and _differentiates_weight(output, module)
 
         def measure(gradient: Tensor, weight: Tensor | None) -> None:
             with full_precision(gradient.device):
@@ -545,7 +423,7 @@ class StatisticsCollector:
 
     def _measure(
         self,
-        collected: _Site,
+        collected: SiteMeasurement,
         consumer: Measurement,
         module: nn.Module,
         each: Pass,
@@ -556,14 +434,14 @@ class StatisticsCollector:
         gradient, weight = gradients
         if not self._second:
             self._finished = None
-        site, loss = collected.site, each.loss
+        site, loss, keep_dtype = collected.site, each.loss, self.wanted.keep_dtype
         if loss.number is None:
             loss.number, self._losses = self._losses, self._losses + 1
-        kept = copied_calls(each, site, self.model, self._shelf, self.keep_dtype)
+        kept = copied_calls(each, site, self.model, self._shelf, keep_dtype)
         h, *inputs = (each.take(path, index) for path in (consumer.path, *site.producers))
         if h is None or (self._second and consumer.projected is None):
             return
-        own = kept if self.keep_dtype is None and kept is not None and index < len(kept.h[consumer.path]) else None
+        own = kept if keep_dtype is None and kept is not None and index < len(kept.h[consumer.path]) else None
         exact = torch.float64 if torch.float64 in (h.dtype, gradient.dtype) else torch.float32
         h = (batched(h, module) if own is None else own.h[consumer.path][index]).to(exact)
         v = batched(gradient, module).to(exact)
@@ -583,14 +461,14 @@ class StatisticsCollector:
         if not self._finite(collected, consumer, each, x, h, v):
             return
         if kept is not None:
-            copied = v if self.keep_dtype is None else self._shelf.copy(v, self.keep_dtype)
+            copied = v if keep_dtype is None else self._shelf.copy(v, keep_dtype)
             kept.v.setdefault(consumer.path, {})[index] = copied
         count = self._new_samples(site.name, consumer.path, each)
         if not consumer.sums_maps:
             consumer.sums.count(v, count)
             return
         M = None if weight is None else weight.to(exact).flatten(1).mT * scale
-        for part, batch in enumerate(self._batches(site, consumer.path, x, (h, v), count, own is not None)):
+        for part, batch in enumerate(collected.batches(consumer.path, x, (h, v), count, own is not None)):
             if M is not None and batch.h is h and len(M) == h.shape[1] * batch.problem.second.taps:
                 batch = replace(batch, M=M)
             if consumer.apart is not None and not each.has_all(site.name, collected.sharing(consumer.path), index):
@@ -601,32 +479,9 @@ class StatisticsCollector:
                     consumer.add_projected(batch)
                 continue
             held = sum(each.held_bytes for each in self._measurements)
-            room = self.scratch_bytes if self.hold_bytes is None else self.hold_bytes
+            room = self.wanted.scratch_bytes if self.hold_bytes is None else self.hold_bytes
             fits = room > 0 and held + batch.extra <= room
             consumer.add(place, batch, fits, self.hold_bytes is None, self._shelf)
-
-    def _batches(
-        self, site: GrowthSite, path: str, x: dict[str, Tensor], maps: tuple[Tensor, Tensor], count: int, kept: bool
-    ) -> Iterator[HeldBatch]:
-        """One call of a consumer; of several producers in parts whose common input takes JOINT_BYTES at most.
-
-        That input is made when it is needed: where it is their patches, it is many times as large as their inputs.
-        """
-        h, v = maps
-        if len(site.producers) < 2:
-            yield HeldBatch(*site_problem(site, path, x, h, v), samples=count, kept=kept)
-            return
-        problem, one, *_ = site_problem(site, path, {producer: each[:1] for producer, each in x.items()}, h[:1], v[:1])
-        step = max(1, min(JOINT_BYTES, self.scratch_bytes // 4) // (one.numel() * one.element_size()))
-        for start in range(0, len(h), step):
-            part = slice(start, start + step)
-            raw = {producer: each[part] for producer, each in x.items()}
-            route = next(route for route in site.routes if route.consumer == path)
-            producer, layer = (self.model.get_submodule(each) for each in (route.producer, path))
-            _, _, own, wanted = pair_problem(route, producer, layer, raw[route.producer], h[part], v[part])
-            shapes = {"h": _shaped(h[part]), "v": _shaped(v[part])}
-            joins = partial(site_input, site, path, **shapes)
-            yield HeldBatch(problem, raw, own, wanted, count if start == 0 else 0, joins, kept=kept)
 
     def _new_samples(self, site: str, path: str, each: Pass) -> int:
         """How many samples a call adds.
@@ -647,7 +502,7 @@ class StatisticsCollector:
         return value
 
     def _finite(
-        self, collected: _Site, consumer: Measurement, each: Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
+        self, collected: SiteMeasurement, consumer: Measurement, each: Pass, x: dict[str, Tensor], h: Tensor, v: Tensor
     ) -> bool:
         named = [(f"the input of {path}", tensor) for path, tensor in x.items()]
         named += [(f"the input of {consumer.path}", h), (f"the gradient at the output of {consumer.path}", v)]
@@ -671,11 +526,6 @@ def _differentiates_weight(output: Tensor, module: nn.Module) -> bool:
     if node is None or node.name() != "ConvolutionBackward0":
         return False
     return getattr(node.next_functions[1][0], "variable", None) is module._parameters.get("weight", module)
-
-
-def _shaped(tensor: Tensor) -> Tensor:
-    """Something of the same shape, which takes no memory."""
-    return tensor.new_empty(1).expand(tensor.shape)
 
 
 def _require_at_least(least: int, **values: int | None) -> None:

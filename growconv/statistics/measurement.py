@@ -1,17 +1,14 @@
 """What one consumer's samples add up to, and how N is freed from what an update of the existing weights can give."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from growconv.network import layers
-from growconv.network.site import GrowthSite
 from growconv.statistics.accumulator import OF_GRADIENT, OF_PRODUCERS, QUANTITIES, SECOND_MOMENTS, ConsumerSums
 from growconv.statistics.consumer import ConsumerStatistics
 from growconv.statistics.held import GROUP_BYTES, Held, HeldBatch, Shelf, applied_update, grouped
-from growconv.statistics.problem import reaches
 from growconv.statistics.sums import Totals, entries_text, full_precision
 
 Place = tuple[int, int, int, int]
@@ -240,38 +237,3 @@ class Measurement:
             known_update=self.update,
         )
         return found, patches
-
-
-def share(
-    site: GrowthSite,
-    widest: Mapping[str, str],
-    measured: Mapping[str, Measurement],
-    found: Mapping[str, ConsumerStatistics],
-) -> None:
-    """Give consumers the S and S_full that another one, which reads all that they read, has summed.
-
-    Args:
-        site: whose consumers.
-        widest: per consumer that other one, see `widest_of`.
-        measured: the consumers.
-        found: their statistics, which are completed.
-    """
-    whole = {path: found[path].moments for path in set(widest.values())}
-    whole = {path: {name: moments[name] for name in OF_PRODUCERS & moments.keys()} for path, moments in whole.items()}
-    for path, wide in widest.items():
-        apart = measured[path].apart
-        if apart is None:
-            continue
-        of_all = (measured[wide].projected or measured[wide].sums).moment_samples
-        own = apart.averages() if apart.samples else {}
-        mask = None if wide == path else reaches(site, path)
-        for name, value in whole[wide].items():
-            if mask is not None and not mask.all():
-                entries = mask.repeat_interleave(len(value) // len(mask)).to(value)
-                value = value * entries[:, None] * entries
-            found[path].moments[name] = value
-        for name, value in own.items():
-            samples = apart.moment_samples[name]
-            rest = of_all[name] if name in whole[wide] else 0
-            together = samples * value + rest * found[path].moments.get(name, torch.zeros_like(value))
-            found[path].moments[name] = together / (samples + rest)
