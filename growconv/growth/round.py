@@ -253,10 +253,9 @@ class Round:
         for part in parts:
             found: Found = {}  # those of the part before are gone now
             several = len(part) > 1
-            every: list[Site] = [listed[index] for portion in part for index in portion]
+            asked: dict[Site, Channels] = {listed[index]: sites[listed[index]] for portion in part for index in portion}
             if reads:
                 with self.phase("collect"):
-                    asked = {site: sites[site] for site in every}
                     wanted = {"quantities": reads - ({"samples"} if several else set()), **options}
                     found = self._collected(solver, asked, wanted, updates)
             for portion in part:
