@@ -115,7 +115,7 @@ def _packed(indices: Iterable[int], sizes: Sizes, room: float) -> list[list[int]
 def _total(sizes: Sizes, indices: Sequence[int] | None = None) -> float:
     """Bytes of what some sites need; None: all of them."""
     chosen = sizes if indices is None else [sizes[index] for index in indices]
-    return sum({name: size for each in chosen for name, size in each.items()}.values())
+    return math.fsum({name: size for each in chosen for name, size in each.items()}.values())
 
 
 def moment_bytes(site: Site, reads: Set[str]) -> dict[tuple[str, str], float]:
