@@ -289,7 +289,7 @@ def _grown(
         raise ArgumentValueError("the amplitude must be finite", got=amplitude)
     return _carried_out(
         site,
-        plan_growth([(site, growth)], amplitude),
+        plan_growth(site, growth, amplitude),
         optimizer,
         # a teacher's weights may be frozen
         partial(_grown, site=site, growth=growth, amplitude=amplitude, trains=False),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growconv.errors import SurgeryError
 from growconv.network import layers
-from growconv.network.layout import FILL, GROUP_IN, GROUP_OUT, IN, Key, Sizes
+from growconv.network.layout import FILL, GROUP_IN, GROUP_OUT, Key, Sizes
 from growconv.network.model import module_at, tensor_at
 from growconv.network.new_entries import NewEntries, check_proposal, revision
 from growconv.network.proposal import ChannelGrowth
@@ -95,28 +95,23 @@ class Plan:
         return total
 
 
-def plan_growth(growths: Sequence[tuple[Site, ChannelGrowth]], amplitude: float = 1.0) -> Plan:
-    """Plan and validate growths of sites of a model in one; where new channels of two meet, weights are zero.
+def plan_growth(site: Site, growth: ChannelGrowth, amplitude: float = 1.0) -> Plan:
+    """Plan and validate the growth of a site.
 
     Args:
-        growths: one or more sites of one layout, each with what; for the model as it is now.
+        site: where, in the model as it is now.
+        growth: what.
         amplitude: multiplies the outgoing weights.
 
     Raises:
         SurgeryError: naming the tensor that does not fit.
     """
-    for site, growth in growths:
-        check_proposal(site, growth)
-    sizes = growths[0][0].sizes
-    new = {site.space: NewEntries(site, growth, amplitude, sizes) for site, growth in growths}
-
-    def values(path: str, side: str, growing: Growing) -> Mapping[str, Tensor]:
-        return together([new[site.space](path, side) for site, _ in growing], 1 if side == IN else 0)
-
-    plan = plan_entries([(site, growth.channels) for site, growth in growths], values, sizes)
-    for site, growth in growths:
-        for path, replacement in growth.revised.items():
-            plan.change(path).revised = revision(site, growth, path, replacement)
+    check_proposal(site, growth)
+    sizes = site.sizes
+    new = NewEntries(site, growth, amplitude, sizes)
+    plan = plan_entries([(site, growth.channels)], lambda path, side, _: new(path, side), sizes)
+    for path, replacement in growth.revised.items():
+        plan.change(path).revised = revision(site, growth, path, replacement)
     return plan
 
 

@@ -209,7 +209,7 @@ class Proof:
             self._carry_out(_silent_plan(silent), undo)
         for site, channels in sites:
             if site.copied:  # these give old weights new values
-                self._carry_out(plan_growth([(site, copied_growth(site, channels))]), undo)
+                self._carry_out(plan_growth(site, copied_growth(site, channels)), undo)
         refresh(self.model)
 
     def _carry_out(self, plan: Plan, undo: Journal) -> None:

@@ -137,7 +137,7 @@ def test_revisions_that_cannot_be_made_are_refused() -> None:
         ({"a.bias": torch.full((4,), torch.nan)}, "finite"),
     ]:
         with pytest.raises(SurgeryError, match=message):
-            plan_growth([(site, replace(hand.growth(site, 1), revised=revised))])
+            plan_growth(site, replace(hand.growth(site, 1), revised=revised))
 
 
 def test_whole_units_are_asked_for() -> None:
@@ -147,5 +147,5 @@ def test_whole_units_are_asked_for() -> None:
         plan_removal(site, [1, 2])
     odd = replace(growth, gains=torch.zeros(3))
     with pytest.raises(SurgeryError, match="cannot be added") as error:
-        plan_growth([(site, odd)])
+        plan_growth(site, odd)
     assert "ask for 4 channels" in str(error.value)

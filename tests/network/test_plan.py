@@ -1,6 +1,7 @@
 """Plans: copies, bare parameters, tied weights, sizes in attributes."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from growconv.network.event import GrowthHistory, grow, shrink
 from growconv.network.find import find_sites
 from growconv.network.layout import ENTRY, IN, OUT, Layout, Run, SizeAttribute
+from growconv.network.new_entries import NewEntries
 from growconv.network.optimizer import exchange
-from growconv.network.plan import plan_growth, plan_removal, plan_size, tied_weights
+from growconv.network.plan import Growing, plan_entries, plan_growth, plan_removal, plan_size, tied_weights, together
 from growconv.network.proof import silent_growth
 from growconv.network.proposal import ChannelGrowth
 from tests.network import hand
@@ -73,7 +75,7 @@ def test_plans_change_nothing_and_predict_sizes(name: str) -> None:
     model, _, site = hand.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     growth = hand.growth(site, 3)
-    plan = plan_growth([(site, growth)])
+    plan = plan_growth(site, growth)
     assert plan.added_parameters() == plan_size(site, growth.channels) > 0
     gone = plan_removal(site, range(site.granularity)).added_parameters()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -89,10 +91,16 @@ def test_two_sites_in_one_plan_are_what_two_plans_give() -> None:
     expected, one_by_one = model(example), copy.deepcopy(model)
     sites = find_sites(model, example)
     assert len(sites) == 2
-    together = plan_growth([(site, silent_growth(site, 2)) for site in sites])
+    sizes = sites[0].sizes
+    new = {site.space: NewEntries(site, silent_growth(site, 2), 1.0, sizes) for site in sites}
+
+    def values(path: str, side: str, growing: Growing) -> Mapping[str, Tensor]:
+        return together([new[site.space](path, side) for site, _ in growing], 1 if side == IN else 0)
+
+    both = plan_entries([(site, 2) for site in sites], values, sizes)
     for site in sites:
         grow(one_by_one, site.of(one_by_one), silent_growth(site.of(one_by_one), 2))
-    exchange(model, together.changes, together.attributes, ())
+    exchange(model, both.changes, both.attributes, ())
     shapes = {name: value.shape for name, value in one_by_one.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     assert (layers[2].in_channels, layers[2].out_channels, layers[3].num_features) == (6, 7, 7)
