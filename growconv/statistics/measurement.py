@@ -25,7 +25,7 @@ class Measurement:
     Attributes:
         path: module path of the consumer.
         sums: the sums over samples.
-        apart: S and S_full of passes that not all of those called that read alike; None where nobody else does.
+        apart: S and S_full of passes in which not all consumers that read alike were called; None where no other does.
         moments_every: of how many losses one gives second moments.
         losses: how many have been seen.
         waiting: what is not summed as long as batches are held.
@@ -178,7 +178,7 @@ class Measurement:
 
     def end_second_pass(self, statistics: ConsumerStatistics) -> None:
         """Give N to the statistics of the first pass, which then are complete."""
-        if self.projected is not None:
+        if self.second_pass is not None and self.projected is not None:
             statistics.moments |= self._projected_averages(self.projected)
             statistics.pending = None
 

@@ -158,7 +158,9 @@ class SiteMeasurement:
             found[path], of_patches = consumer.statistics(model.get_submodule(path))
             patches = patches or of_patches
             moments = found[path].moments
-            moments |= own.setdefault(path, {name: moments[name] for name in OF_CONSUMER & moments.keys()})
+            if OF_CONSUMER & moments.keys():
+                own.setdefault(path, {name: moments[name] for name in OF_CONSUMER & moments.keys()})
+            moments |= own.get(path, {})
             if last:
                 consumer.let_go()
         self._share(found)

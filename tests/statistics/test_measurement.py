@@ -238,6 +238,13 @@ def test_what_concerns_a_consumer_alone_is_summed_once_for_all_its_sites(hold_by
             for name in ("S", "N", "M", "S2", "best_update"):
                 torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-8, atol=1e-11)
     known = best_updates(together)
+    some = {key: update for key, update in known.items() if key[0] == sites[0].name}
+    mixed = collect_statistics(
+        model, sites, batches, F.cross_entropy, **options | {"quantities": {"N"}, "updates": some}
+    )
+    for site in sites:
+        for one, other in zip(mixed[site.name].consumers, together[site.name].consumers, strict=True):
+            torch.testing.assert_close(one.N, other.N, rtol=1e-8, atol=1e-11)
     assert known[sites[0].name, "last"] is known[sites[1].name, "last"]
     collector = StatisticsCollector(model, sites)
     with collector:
