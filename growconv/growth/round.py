@@ -44,8 +44,7 @@ Answer = tuple[ChannelGrowth, float | None, int | None, Tensor | None]
 
 PHASES = ("collect", "solve", "amplitude", "surgery")
 
-
-Sizes = Sequence[Mapping[tuple[str, str], float]]
+Needs = Sequence[Mapping[tuple[str, str], float]]
 """Per site the bytes of what it needs, by names; what several sites need has the same names at each."""
 
 
@@ -90,7 +89,7 @@ def parts_of(
     return (parts if passes < len(joint) * len(batches) else joint), 0
 
 
-def _portions(part: Sequence[int], moments: Sizes, held: Sizes, room: float) -> list[list[int]]:
+def _portions(part: Sequence[int], moments: Needs, held: Needs, room: float) -> list[list[int]]:
     """A part's sites in portions: beside their samples lie the averages of all that are still to be solved."""
     portions, left = list[list[int]](), sorted(part, key=lambda index: sum(held[index].values()))
     while left:
@@ -100,7 +99,7 @@ def _portions(part: Sequence[int], moments: Sizes, held: Sizes, room: float) -> 
     return portions
 
 
-def _packed(indices: Iterable[int], sizes: Sizes, room: float) -> list[list[int]]:
+def _packed(indices: Iterable[int], sizes: Needs, room: float) -> list[list[int]]:
     """Indices in parts, each in the first that has room for what it needs; one that fits nowhere is alone."""
     parts: list[list[int]] = []
     for index in indices:
@@ -112,7 +111,7 @@ def _packed(indices: Iterable[int], sizes: Sizes, room: float) -> list[list[int]
     return parts
 
 
-def _total(sizes: Sizes, indices: Sequence[int] | None = None) -> float:
+def _total(sizes: Needs, indices: Sequence[int] | None = None) -> float:
     """Bytes of what some sites need; None: all of them."""
     chosen = sizes if indices is None else [sizes[index] for index in indices]
     return math.fsum({name: size for each in chosen for name, size in each.items()}.values())

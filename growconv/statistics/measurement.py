@@ -1,5 +1,6 @@
 """What one consumer's samples add up to, and how N is freed from what an update of the existing weights can give."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +28,7 @@ class Measurement:
         sums: the sums over samples.
         apart: S and S_full of passes in which not all consumers that read alike were called; None where no other does.
         moments_every: of how many losses one gives second moments.
-        losses: how many have been seen.
+        losses: how many have been seen, and how many of them `apart`: the first of both kinds gives second moments.
         waiting: what is not summed as long as batches are held.
         held: these batches.
         small: batches that are to be summed together with the next ones.
@@ -41,7 +42,7 @@ class Measurement:
     sums: ConsumerSums
     apart: ConsumerSums | None = None
     moments_every: int = 1
-    losses: int = 0
+    losses: Counter[bool] = field(default_factory=Counter)
     waiting: frozenset[str] = frozenset()
     held: dict[Place, HeldBatch] = field(default_factory=dict)
     small: list[HeldBatch] = field(default_factory=list)
@@ -89,8 +90,9 @@ class Measurement:
             projects: whether P may be summed in the place of held batches.
             shelf: for copies.
         """
-        self.losses += batch.samples > 0  # none are new in a further call
-        if (self.losses - 1) % self.moments_every:
+        apart = batch.left_out == OF_PRODUCERS
+        self.losses[apart] += batch.samples > 0  # none are new in a further call
+        if (self.losses[apart] - 1) % self.moments_every:
             batch = replace(batch, left_out=SECOND_MOMENTS)
         if fits and (self.waiting or (self.second_pass and batch.kept)):
             self.held[place] = batch = batch.copied(shelf)

@@ -155,7 +155,7 @@ def test_parts_hold_every_site_once_and_no_more_than_there_is_room_for(
 
 
 def test_samples_come_in_portions_where_that_takes_fewer_passes(sites_of, batches_of, monkeypatch) -> None:
-    """Eight batches, of which the samples take one: two parts by averages and samples, one by averages alone."""
+    """Eight batches, of which the samples take one; all averages fit into one part, but not with the samples."""
     torch.manual_seed(0)
     model = ResidualNet(BasicBlock, ((4, 2), (6, 2)), 4, in_channels=1, classes=10, image_size=8)
     batches, sites = batches_of(8), sites_of(model)

@@ -67,6 +67,22 @@ def test_consumers_that_read_alike_share_s(known, skips):
             torch.testing.assert_close(each.moments[name], value, rtol=1e-9, atol=1e-11)
 
 
+def test_a_shared_s_is_there_though_it_is_taken_of_every_second_loss_only():
+    """The first loss skips `early`, so that the second is the first that tells anything of its S."""
+    torch.manual_seed(0)
+    model = Readers().double()
+    site = next(each for each in growconv.find_sites(model, X[:1].double()) if each.producers == ("stem", "down"))
+    collector = StatisticsCollector(model, site, quantities={"S"}, moments_every=2)
+    with collector:
+        for skipped in (("early",), ()):
+            model.skipped = skipped
+            F.cross_entropy(model(X.double() + len(skipped)), Y).backward()
+    second = collect_statistics(model, site, [(X.double(), Y)], F.cross_entropy, quantities={"S"})[site.name]
+    early = site.consumers.index("early")
+    found = collector.statistics[site.name].consumers[early].S
+    torch.testing.assert_close(found, second.consumers[early].S, rtol=1e-9, atol=1e-11)
+
+
 def test_s_is_summed_once_for_consumers_that_read_alike():
     torch.manual_seed(0)
     model = Readers()
